@@ -1,0 +1,238 @@
+"""A pipeline's configuration: one small YAML file becomes frozen, checked models.
+
+Fields are of two kinds. *Identity* fields decide bytes: they are hashed into artifact ids, so changing one makes new artifacts beside
+the old ones. *Execution* fields decide only how the work is done (`ExecutionConfig`, and the few marked so): they never change an id.
+
+A configuration never changes after it is made, and no value means "choose for me".
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from interp_assets.errors import ConfigError
+
+DEMO_MODEL = "builtin:pystdlib_gpt2"
+"""The language model that ships with this package."""
+
+
+def _check_name(name: str) -> str:
+    if not name or not all(char.isascii() and (char.isalnum() or char in "_-.") for char in name) or name.startswith((".", "-")):
+        message = f"{name!r} is no name: letters, digits, '_', '-' and '.' only, and not '.' or '-' first"
+        raise ValueError(message)
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class CorpusConfig(_Config):
+    """Which text, and how it becomes token shards. All identity."""
+
+    source: Literal["stdlib", "files", "huggingface"] = "stdlib"
+    """`stdlib`: the Python standard library's sources; `files`: local text, JSONL or Parquet files; `huggingface`: a dataset by id or folder."""
+    path: str = ""
+    """`files`: a file or a folder; `huggingface`: the dataset's id or local folder. Unused for `stdlib`."""
+    subset: str = "default"
+    """`huggingface`: the dataset's configuration name."""
+    split: str = "train"
+    """`huggingface`: the split."""
+    revision: str = "main"
+    """`huggingface`: the dataset's revision."""
+    text_field: str = "text"
+    """Column or key that holds the text, in JSONL, Parquet and Hugging Face datasets."""
+    context_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens per context, a leading BOS included."""
+    contexts: Literal["packed", "per_document"] = "packed"
+    """`packed`: documents follow each other inside a context (language models); `per_document`: a context holds one document (encoders)."""
+    shard_bytes: Annotated[int, Field(ge=1)] = 256 << 10
+    """UTF-8 bytes of text per shard, reached by whole documents."""
+    documents_per_shard: Annotated[int, Field(ge=1)] = 1000
+    """`huggingface` only: documents per shard, because a stream has no sizes."""
+    max_shards: Annotated[int, Field(ge=1)] = 1 << 20
+    """Stop after this many shards."""
+    held_out_shards: Annotated[int, Field(ge=1)] = 1
+    """The first shards are never trained on: they measure FVU, L0 and loss recovered."""
+
+
+class ModelConfig(_Config):
+    """The subject model. All identity."""
+
+    name: str = DEMO_MODEL
+    """Hugging Face id, local folder, or `builtin:pystdlib_gpt2`."""
+    revision: str = "main"
+    """Hugging Face revision; unused for local folders."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that the model computes in."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+
+class HarvestConfig(_Config):
+    """Which activations are kept. All identity."""
+
+    hook_points: Annotated[list[str], Field(min_length=1)] = ["resid_post.2"]
+    """Canonical names, `<kind>.<layer>`: `resid_pre.0`, `resid_post.2`, `mlp_out.1`, `attn_out.1`; or `module:<path>`."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the stored rows."""
+
+
+class ShuffleConfig(_Config):
+    """How the rows are mixed: all identity but the memory."""
+
+    passes: Annotated[int, Field(ge=1, le=6)] = 2
+    """Reads and writes of the whole data; `passes` - 1 of them distribute over buckets, the last shuffles each bucket in memory."""
+    fan_out: Annotated[int, Field(ge=1, le=65536)] = 8
+    """Buckets per distribution pass; there are fan_out ** (passes - 1) mixed shards."""
+    memory_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
+    """Execution: rows that one job may hold in memory, in bytes."""
+
+
+class SaeConfig(_Config):
+    """One sparse autoencoder of the sweep. All identity."""
+
+    name: Name = "demo"
+    """Name of the experiment; it becomes a partition and a folder."""
+    hook_point: str = "resid_post.2"
+    """Where its rows come from; one of `harvest.hook_points`."""
+    architecture: Architecture = "batch_topk"
+    """Sparsifying function and its recipe."""
+    d_sae: Annotated[int, Field(ge=1)] = 2048
+    """Number of latents."""
+    k: Annotated[int, Field(ge=1)] = 32
+    """Active latents per row, for the TopK family; the target L0 for `jump_relu`."""
+    sparsity_coefficient: Annotated[float, Field(ge=0)] = 5.0
+    """Weight of the sparsity loss, for `relu`, `gated` and `jump_relu`."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Peak learning rate of Adam."""
+    batch_rows: Annotated[int, Field(ge=1)] = 4096
+    """Rows per global batch."""
+    n_rows: Annotated[int, Field(ge=1)] = 1_000_000
+    """Rows to train on; more than there are means several epochs."""
+    dead_after_rows: Annotated[int, Field(ge=1)] = 200_000
+    """A latent that has not fired for this many rows, over all ranks, is dead."""
+    seed: int = 0
+    """Seed of the initial weights; the order of the data depends on the pipeline's seed only."""
+
+
+class FeaturesConfig(_Config):
+    """Which SAEs are shown, and what evidence is gathered. All identity."""
+
+    saes: list[Name] = ["demo"]
+    """Names of the SAEs to visualize."""
+    latent_slices: Annotated[int, Field(ge=1)] = 2
+    """Jobs that the latents of one SAE are divided over."""
+    top_k: Annotated[int, Field(ge=1)] = 20
+    """Strongest examples per latent."""
+    n_random: Annotated[int, Field(ge=1)] = 200
+    """Uniformly random activating tokens per latent."""
+    window: Annotated[int, Field(ge=0)] = 32
+    """Tokens on each side of the example's peak, inside its document and context."""
+    n_intervals: Annotated[int, Field(ge=1)] = 10
+    """Quantile intervals of the activation, from each of which examples are shown."""
+    examples_per_interval: Annotated[int, Field(ge=1)] = 5
+    """Examples shown from one interval."""
+    keep: Literal["all", "candidates"] = "all"
+    """`all` stores every firing (3-5 bytes each); `candidates` only what examples need."""
+    one_per_document: bool = True
+    """Show at most one top example of a document."""
+
+
+class ExecutionConfig(_Config):
+    """How the work is done; never part of an id."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where models and SAEs compute; `auto` takes CUDA, then MPS, then the CPU."""
+    tokens_per_batch: Annotated[int, Field(ge=1)] = 8192
+    """Token positions per forward of the subject model."""
+    rows_per_block: Annotated[int, Field(ge=64)] = 4096
+    """Rows that the feature passes encode at once."""
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Training processes started by torchrun; 1 trains in the asset's own process."""
+
+
+class PipelineConfig(_Config):
+    """A whole pipeline, from text to features."""
+
+    name: Name = "pystdlib"
+    """Folder of the pipeline inside `root`."""
+    root: str = "data"
+    """Execution: a folder or `s3://bucket/prefix`."""
+    seed: int = 0
+    """Root of every random stream."""
+    corpus: CorpusConfig = CorpusConfig()
+    model: ModelConfig = ModelConfig()
+    harvest: HarvestConfig = HarvestConfig()
+    shuffle: ShuffleConfig = ShuffleConfig()
+    saes: Annotated[list[SaeConfig], Field(min_length=1)] = [SaeConfig()]
+    features: FeaturesConfig = FeaturesConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @model_validator(mode="after")
+    def _check_references(self) -> "PipelineConfig":
+        names = [sae.name for sae in self.saes]
+        if len(set(names)) != len(names):
+            message = f"two SAEs have one name: {sorted(names)}"
+            raise ValueError(message)
+        for name in self.features.saes:
+            if name not in names:
+                message = f"features.saes names {name!r}, but the SAEs are {names}"
+                raise ValueError(message)
+        for sae in self.saes:
+            if sae.hook_point not in self.harvest.hook_points:
+                message = f"SAE {sae.name!r} reads {sae.hook_point!r}, but harvest.hook_points are {self.harvest.hook_points}"
+                raise ValueError(message)
+            if sae.k > sae.d_sae:
+                message = f"SAE {sae.name!r} wants k = {sae.k} active latents of d_sae = {sae.d_sae}"
+                raise ValueError(message)
+        return self
+
+    def sae(self, name: str) -> SaeConfig:
+        """Return the SAE called `name`. Raises `ConfigError` with the names there are."""
+        for sae in self.saes:
+            if sae.name == name:
+                return sae
+        raise ConfigError(f"No SAE is called {name!r}; the configuration has {[sae.name for sae in self.saes]}.")
+
+
+def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) -> PipelineConfig:
+    """Read a YAML configuration; `overrides` replace top-level keys. Relative paths in it are relative to the working directory.
+
+    Raises `ConfigError` that names the file, the field, the value and what is allowed.
+    """
+    where = Path(path)
+    try:
+        text = where.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration {where}: {error.strerror}. `interp init` writes one to start from.") from error
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} must hold keys and values (name, corpus, model, ...), not a {type(content).__name__}.")
+    return make_config({**content, **(overrides or {})}, where=str(where))
+
+
+def make_config(content: dict[str, Any], where: str = "the configuration") -> PipelineConfig:
+    """Check a configuration given as plain data. Raises `ConfigError`, one line per wrong field."""
+    try:
+        return PipelineConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(str(part) for part in item['loc']) or 'pipeline'}: {item['msg']} (got {item['input']!r:.80})" for item in error.errors()
+        ]
+        raise ConfigError(f"{where} has {len(lines)} wrong field(s):\n" + "\n".join(lines)) from error
+
+
+def demo_config() -> PipelineConfig:
+    """Return the embedded default: the shipped model on the standard library's sources, under `INTERP_ROOT` (default `data`)."""
+    return PipelineConfig(root=os.environ.get("INTERP_ROOT", "data"))

@@ -1,0 +1,23 @@
+"""Where token shards lie: the plan and the corpus configuration become artifact ids and paths."""
+
+from interp_assets.manifest import ArtifactRef, make_ref
+from interp_assets.pipeline import Pipeline, shard_key
+
+FOLDER = "1-corpus"
+TOKEN_SHARD_VERSION = 1
+"""Raise it when the same text would give other token shards."""
+
+
+def token_shard_ref(pipeline: Pipeline, index: int) -> ArtifactRef:
+    """Address the token shard of corpus shard `index`."""
+    corpus = pipeline.config.corpus
+    identity = {
+        "code": TOKEN_SHARD_VERSION,
+        "shard": index,
+        "text": pipeline.source(index).fingerprint,
+        "text_field": corpus.text_field,
+        "tokenizer": pipeline.plan.tokenizer_fingerprint,
+        "context_length": corpus.context_length,
+        "contexts": corpus.contexts,
+    }
+    return make_ref("token_shard", FOLDER, identity=identity, inputs={}, label=shard_key(index))

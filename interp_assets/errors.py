@@ -1,0 +1,70 @@
+"""The exceptions that users may meet, one family under `InterpError`.
+
+    InterpError
+    ├── ConfigError              the pipeline's configuration is wrong
+    ├── InputError               what the user pointed at is wrong: text, model, tokenizer, hook point
+    │   └── NonFiniteError       a NaN or infinity where numbers must be finite
+    ├── StoreError               a disk or bucket refused: permission, network, no space
+    │   └── StoreMissingError    the object is not there
+    ├── ArtifactError            an artifact is not what it must be
+    │   ├── ArtifactMissingError no manifest, so no artifact
+    │   ├── ArtifactCorruptError bytes differ from the manifest's checksums
+    │   ├── ArtifactForeignError another pipeline's, another kind's or a newer version's artifact
+    │   └── ArtifactRaceError    somebody else published other bytes for the same artifact
+    ├── PlanError                the requested work cannot fit its bounds
+    └── CertificateError         a shuffle lost, doubled or failed to mix rows
+
+A message says what, where, what was expected and found, and the next step.
+"""
+
+
+class InterpError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigError(InterpError):
+    """The pipeline's configuration is wrong."""
+
+
+class InputError(InterpError):
+    """What the user pointed at cannot be used: text, model, tokenizer or hook point."""
+
+
+class NonFiniteError(InputError):
+    """A NaN or an infinity stands where numbers must be finite."""
+
+
+class StoreError(InterpError):
+    """A disk or bucket refused a read or a write."""
+
+
+class StoreMissingError(StoreError):
+    """The object is not in the store."""
+
+
+class ArtifactError(InterpError):
+    """An artifact is not what it must be."""
+
+
+class ArtifactMissingError(ArtifactError):
+    """There is no manifest, so there is no artifact."""
+
+
+class ArtifactCorruptError(ArtifactError):
+    """Bytes in the store differ from the manifest's checksums."""
+
+
+class ArtifactForeignError(ArtifactError):
+    """The artifact belongs to another pipeline, kind or format version."""
+
+
+class ArtifactRaceError(ArtifactError):
+    """Another writer published different bytes for the same artifact."""
+
+
+class PlanError(InterpError):
+    """The requested work cannot fit its bounds."""
+
+
+class CertificateError(InterpError):
+    """A shuffle lost, doubled or failed to mix rows."""

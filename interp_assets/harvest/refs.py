@@ -1,0 +1,42 @@
+"""Where activation shards and their statistics lie."""
+
+from collections.abc import Sequence
+
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
+from interp_assets.pipeline import Pipeline, shard_key
+
+FOLDER = "2-activations"
+ACTIVATION_SHARD_VERSION = 1
+"""Raise it when the same tokens would give other activations."""
+
+
+def activation_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
+    """Address the activations of one corpus shard at one hook point."""
+    identity = {
+        "code": ACTIVATION_SHARD_VERSION,
+        "model": pipeline.plan.model_fingerprint,
+        "model_dtype": pipeline.config.model.dtype,
+        "hook_point": hook_point,
+        "dtype": pipeline.config.harvest.dtype,
+        "shard": index,
+    }
+    inputs = {"token_shard": token_shard_ref(pipeline, index).artifact_id}
+    return make_ref("activation_shard", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label=shard_key(index))
+
+
+def statistics_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
+    """Address the merged statistics of one hook point over the training shards."""
+    inputs = {"activation_shards": activation_ids(pipeline, hook_point, pipeline.train_indices)}
+    identity = {"code": 1, "hook_point": hook_point}
+    return make_ref("activation_statistics", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label="statistics")
+
+
+def activation_ids(pipeline: Pipeline, hook_point: str, indices: Sequence[int]) -> str:
+    """Combine the ids of several activation shards into one input id."""
+    return combine_ids([activation_shard_ref(pipeline, hook_point, index).artifact_id for index in indices])
+
+
+def hook_folder(hook_point: str) -> str:
+    """Return a folder name for a hook point: `module:model.layers.3` becomes `module_model.layers.3`."""
+    return "".join(char if char.isalnum() or char in "._-" else "_" for char in hook_point)

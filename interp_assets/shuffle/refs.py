@@ -1,0 +1,69 @@
+"""Where the shuffle's plan, split files, mixed shards and certificates lie."""
+
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.harvest.refs import activation_ids, activation_shard_ref, hook_folder
+from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
+from interp_assets.pipeline import Pipeline, shard_key
+
+FOLDER = "3-shuffle"
+SHUFFLE_VERSION = 1
+"""Raise it when the same plan would give another order."""
+
+
+def shuffle_plan_ref(pipeline: Pipeline) -> ArtifactRef:
+    """Address the plan: row counts of the training shards, seed, passes and fan-out. Shared by all hook points, so their rows align."""
+    shuffle = pipeline.config.shuffle
+    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "passes": shuffle.passes, "fan_out": shuffle.fan_out}
+    inputs = {"token_shards": combine_ids([token_shard_ref(pipeline, index).artifact_id for index in pipeline.train_indices])}
+    return make_ref("shuffle_plan", FOLDER, identity=identity, inputs=inputs, label="plan")
+
+
+def split_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
+    """Address pass 1's output for one corpus shard: one file with a contiguous range of rows for each bucket."""
+    inputs = {"plan": shuffle_plan_ref(pipeline).artifact_id, "activation_shard": activation_shard_ref(pipeline, hook_point, index).artifact_id}
+    identity = {"code": SHUFFLE_VERSION, "pass": 1, "shard": index}
+    return make_ref("split_shard", f"{FOLDER}/{hook_folder(hook_point)}/pass-1", identity=identity, inputs=inputs, label=shard_key(index))
+
+
+def split_bucket_ref(pipeline: Pipeline, hook_point: str, pass_index: int, bucket: int, job: int) -> ArtifactRef:
+    """Address the output of job `job` on bucket `bucket` of pass `pass_index` - 1 (`pass_index` >= 2)."""
+    identity = {"code": SHUFFLE_VERSION, "pass": pass_index, "bucket": bucket, "job": job}
+    folder = f"{FOLDER}/{hook_folder(hook_point)}/pass-{pass_index}"
+    return make_ref("split_shard", folder, identity=identity, inputs=_inputs(pipeline, hook_point), label=f"{bucket_key(bucket)}.job-{job:03d}")
+
+
+def mixed_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int) -> ArtifactRef:
+    """Address a final, uniformly mixed shard."""
+    identity = {"code": SHUFFLE_VERSION, "bucket": bucket}
+    folder = f"{FOLDER}/{hook_folder(hook_point)}/mixed"
+    return make_ref("mixed_shard", folder, identity=identity, inputs=_inputs(pipeline, hook_point), label=bucket_key(bucket))
+
+
+def certificate_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
+    """Address the proof that the mixed shards hold the same rows in an order that looks uniform."""
+    folder = f"{FOLDER}/{hook_folder(hook_point)}"
+    return make_ref("shuffle_certificate", folder, identity={"code": SHUFFLE_VERSION}, inputs=_inputs(pipeline, hook_point), label="certificate")
+
+
+def n_mixed_shards(pipeline: Pipeline) -> int:
+    """Return how many mixed shards the configuration asks for."""
+    return pipeline.config.shuffle.fan_out ** (pipeline.config.shuffle.passes - 1)
+
+
+def mixed_ids(pipeline: Pipeline, hook_point: str) -> str:
+    """Combine the ids of all mixed shards of a hook point into one input id."""
+    return combine_ids([mixed_shard_ref(pipeline, hook_point, bucket).artifact_id for bucket in range(n_mixed_shards(pipeline))])
+
+
+def bucket_key(bucket: int) -> str:
+    """Return the partition key of a bucket, for example `bucket-00003`."""
+    return f"bucket-{bucket:05d}"
+
+
+def bucket_index(key: str) -> int:
+    """Return the bucket of a partition key."""
+    return int(key.removeprefix("bucket-"))
+
+
+def _inputs(pipeline: Pipeline, hook_point: str) -> dict[str, str]:
+    return {"plan": shuffle_plan_ref(pipeline).artifact_id, "activation_shards": activation_ids(pipeline, hook_point, pipeline.train_indices)}

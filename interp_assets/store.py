@@ -1,0 +1,252 @@
+"""A store: all that a stage may ask of a folder, a bucket or memory.
+
+One implementation, `ObjectStore`, over the `obstore` library serves local folders, S3 and memory alike: whole and ranged reads,
+streaming writes, conditional creation, listing and deletion. Paths are relative, with `/` between their parts.
+
+What is promised:
+
+1. A write is atomic: readers see the old object, the new object or none, never a part. A writer that raises publishes nothing.
+2. `put(..., create=True)` succeeds for exactly one of several racing writers.
+3. On a local disk, what was written survives a power cut once the call has returned (fsync of file and folder).
+4. Errors are `StoreError`s that name the object and the next step.
+
+Checksums do not belong here: no client verifies a ranged read, so `manifest.py` does. Credentials do not belong here either:
+`resources/` passes them in, the AWS ones as obstore's own environment variables.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, MemoryStore, S3Store
+
+from interp_assets.errors import ConfigError, StoreError, StoreMissingError
+
+PART_BYTES: Final = 8 << 20
+"""Size of one part of a streamed write."""
+
+
+class ObjectInfo(NamedTuple):
+    """One object of a listing: its path relative to the store, and its size."""
+
+    path: str
+    n_bytes: int
+
+
+class ByteSink(Protocol):
+    """Where a streamed write goes."""
+
+    def write(self, data: bytes | memoryview) -> Any:
+        """Append `data`."""
+        ...
+
+
+class Store(Protocol):
+    """What a stage may ask of storage. `url` names the store for people and messages."""
+
+    url: str
+
+    def get(self, path: str) -> bytes:
+        """Read a whole object."""
+        ...
+
+    def get_range(self, path: str, start: int, n_bytes: int) -> bytes:
+        """Read `n_bytes` from `start`."""
+        ...
+
+    def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Read several ranges of one object at once."""
+        ...
+
+    def put(self, path: str, data: bytes, *, create: bool = False) -> bool:
+        """Write a whole object; with `create`, answer False and change nothing when it exists already."""
+        ...
+
+    def open_writer(self, path: str) -> AbstractContextManager[ByteSink]:
+        """Stream an object; it appears when the block ends, and never if the block raises."""
+        ...
+
+    def size(self, path: str) -> int | None:
+        """Return the size in bytes, or None when there is no such object."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """List the objects under a folder, in no promised order."""
+        ...
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Delete objects; those that do not exist are no error."""
+        ...
+
+    def child(self, prefix: str) -> "Store":
+        """Return the store of a folder of this one."""
+        ...
+
+    def local_path(self, path: str = "") -> Path | None:
+        """Return the file behind a path, or None when the store is not a local folder."""
+        ...
+
+
+class ObjectStore:
+    """A `Store` over one of obstore's stores. Make it with `open_store`."""
+
+    def __init__(self, backend: LocalStore | S3Store | MemoryStore, url: str, prefix: str = "") -> None:
+        """Wrap `backend`; every path is taken relative to `prefix` inside it."""
+        self._backend = backend
+        self._prefix = prefix
+        self.url = url
+
+    def get(self, path: str) -> bytes:
+        """Read a whole object. Raises `StoreMissingError` when it is not there."""
+        with self._explained("read", path):
+            return bytes(obstore.get(self._backend, self._key(path)).bytes())
+
+    def get_range(self, path: str, start: int, n_bytes: int) -> bytes:
+        """Read exactly `n_bytes` from `start`. Raises `StoreError` when the object ends earlier."""
+        return self.get_ranges(path, [start], [n_bytes])[0]
+
+    def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Read several ranges of one object, concurrently and coalesced. Raises `StoreError` when the object ends earlier."""
+        with self._explained("read", path):
+            parts = obstore.get_ranges(self._backend, self._key(path), starts=starts, lengths=lengths)
+        for start, length, part in zip(starts, lengths, parts, strict=True):
+            if len(part) != length:
+                raise StoreError(
+                    f"{self.url}/{path} ends early: {length:,} bytes asked for at {start:,}, {len(part):,} came. "
+                    "Run `interp verify` on its folder and re-materialize the partition that it names."
+                )
+        return [bytes(part) for part in parts]
+
+    def put(self, path: str, data: bytes, *, create: bool = False) -> bool:
+        """Write a whole object atomically; with `create`, answer False and change nothing when it exists already."""
+        with self._explained("write", path):
+            try:
+                obstore.put(self._backend, self._key(path), data, mode="create" if create else "overwrite")
+            except AlreadyExistsError:
+                return False
+            self._sync(path)
+        return True
+
+    @contextmanager
+    def open_writer(self, path: str) -> Iterator[ByteSink]:
+        """Stream an object in parts of `PART_BYTES`; it appears when the block ends, and never if the block raises."""
+        with self._explained("write", path):
+            writer = obstore.open_writer(self._backend, self._key(path), buffer_size=PART_BYTES, max_concurrency=4)
+        with writer:
+            yield _Sink(writer, self, path)
+        with self._explained("write", path):
+            self._sync(path)
+
+    def size(self, path: str) -> int | None:
+        """Return the size in bytes, or None when there is no such object."""
+        try:
+            with self._explained("look up", path):
+                return int(obstore.head(self._backend, self._key(path))["size"])
+        except StoreMissingError:
+            return None
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """List the objects under a folder, in no promised order."""
+        n_skip = len(self._prefix) + 1 if self._prefix else 0
+        with self._explained("list", prefix):
+            for batch in obstore.list(self._backend, self._key(prefix) or None, chunk_size=1000):
+                for item in batch:
+                    yield ObjectInfo(item["path"][n_skip:], int(item["size"]))
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Delete objects; those that do not exist are no error."""
+        for path in paths:
+            try:
+                with self._explained("delete", path):
+                    obstore.delete(self._backend, self._key(path))
+            except StoreMissingError:
+                continue
+
+    def child(self, prefix: str) -> "ObjectStore":
+        """Return the store of a folder of this one."""
+        return ObjectStore(self._backend, f"{self.url}/{check_path(prefix)}", self._key(prefix))
+
+    def local_path(self, path: str = "") -> Path | None:
+        """Return the file behind a path, or None when the store is not a local folder."""
+        if not isinstance(self._backend, LocalStore):
+            return None
+        return Path(str(self._backend.prefix)) / self._key(path)
+
+    def _key(self, path: str) -> str:
+        relative = check_path(path) if path else ""
+        return "/".join(part for part in (self._prefix, relative) if part)
+
+    def _sync(self, path: str) -> None:
+        """Flush a local file and its folder entry to the disk; other backends are durable once they answer."""
+        local = self.local_path(path)
+        if local is None:
+            return
+        for target in (local, local.parent):
+            descriptor = os.open(target, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _explained(self, verb: str, path: str) -> Iterator[None]:
+        where = f"{self.url}/{path}"
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise StoreMissingError(f"There is no {where}.") from error
+        except (BaseError, OSError) as error:
+            raise StoreError(f"Could not {verb} {where}: {_reason(error)}") from error
+
+
+class _Sink:
+    """Hand bytes to obstore's writer and explain its failures."""
+
+    def __init__(self, writer: Any, store: ObjectStore, path: str) -> None:
+        self._writer, self._store, self._path = writer, store, path
+
+    def write(self, data: bytes | memoryview) -> None:
+        with self._store._explained("write", self._path):  # noqa: SLF001 - the sink is part of the store
+            self._writer.write(data)
+
+
+def open_store(url: str, *, s3_options: dict[str, Any] | None = None) -> ObjectStore:
+    """Open the store at `url`: a local folder (made when missing), `s3://bucket/prefix`, or `memory://name`.
+
+    `s3_options` go to obstore's `S3Store` (endpoint, region, credentials, client options); what is not given comes from the usual
+    `AWS_*` environment variables. Raises `ConfigError` for any other scheme.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file":
+        folder = Path(rest if separator else url).expanduser().resolve()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"Could not make the folder {folder}: {_reason(error)}") from error
+        return ObjectStore(LocalStore(str(folder)), str(folder))
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        return ObjectStore(S3Store(bucket, **(s3_options or {})), url.rstrip("/"), prefix.strip("/"))
+    if scheme == "memory":
+        return ObjectStore(MemoryStore(), url)
+    raise ConfigError(f"No store for {url!r}: use a folder, s3://bucket/prefix or memory://name.")
+
+
+def check_path(path: str) -> str:
+    """Return `path` when it is a relative path inside the store. Raises `StoreError` for anything that could leave it."""
+    parts = path.split("/")
+    if not path or path.startswith("/") or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
+        raise StoreError(f"{path!r} is not a path inside a store: parts separated by single slashes, none of them '.' or '..'.")
+    return path
+
+
+def _reason(error: BaseException) -> str:
+    """Reduce an error of the storage library to its first line, with the next step where it is known."""
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    if "No space left" in text or "os error 28" in text:
+        return f"{text}. Free some space and run the same command again: finished shards are kept."
+    return text

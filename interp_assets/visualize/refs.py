@@ -1,0 +1,66 @@
+"""Where the evidence for features lies: candidates, examples, windows and records of one SAE."""
+
+from interp_assets.harvest.refs import activation_ids, activation_shard_ref
+from interp_assets.manifest import ArtifactRef, make_ref
+from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.train.refs import evaluation_ref, sae_ref
+
+FOLDER = "5-features"
+FEATURES_VERSION = 1
+"""Raise it when the same SAE and activations would give other records."""
+
+
+def candidates_ref(pipeline: Pipeline, sae: str, index: int, latent_slice: int) -> ArtifactRef:
+    """Address pass A's output for one dataset shard and latent slice."""
+    hook_point = pipeline.config.sae(sae).hook_point
+    inputs = {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shard": activation_shard_ref(pipeline, hook_point, index).artifact_id}
+    identity = {**_identity(pipeline), "shard": index, "latent_slice": latent_slice}
+    return make_ref(
+        "feature_candidates", f"{FOLDER}/{sae}/candidates", identity=identity, inputs=inputs, label=f"{shard_key(index)}.{slice_key(latent_slice)}"
+    )
+
+
+def examples_ref(pipeline: Pipeline, sae: str, latent_slice: int) -> ArtifactRef:
+    """Address pass B's output for one latent slice."""
+    identity = {**_identity(pipeline), "latent_slice": latent_slice}
+    return make_ref("feature_examples", f"{FOLDER}/{sae}/examples", identity=identity, inputs=_inputs(pipeline, sae), label=slice_key(latent_slice))
+
+
+def windows_ref(pipeline: Pipeline, sae: str, index: int) -> ArtifactRef:
+    """Address pass C's output for one dataset shard: how latents fire in the windows around their examples."""
+    identity = {**_identity(pipeline), "shard": index}
+    return make_ref("example_activations", f"{FOLDER}/{sae}/windows", identity=identity, inputs=_inputs(pipeline, sae), label=shard_key(index))
+
+
+def records_ref(pipeline: Pipeline, sae: str, latent_slice: int) -> ArtifactRef:
+    """Address pass D's output for one latent slice: what a browser shows."""
+    identity = {**_identity(pipeline), "latent_slice": latent_slice, "model": pipeline.plan.model_fingerprint}
+    inputs = {**_inputs(pipeline, sae), "evaluation": evaluation_ref(pipeline, sae).artifact_id}
+    return make_ref("feature_records", f"{FOLDER}/{sae}/records", identity=identity, inputs=inputs, label=slice_key(latent_slice))
+
+
+def slice_key(latent_slice: int) -> str:
+    """Return the partition key of a latent slice, for example `slice-003`."""
+    return f"slice-{latent_slice:03d}"
+
+
+def slice_index(key: str) -> int:
+    """Return the latent slice of a partition key."""
+    return int(key.removeprefix("slice-"))
+
+
+def slice_bounds(pipeline: Pipeline, sae: str, latent_slice: int) -> tuple[int, int]:
+    """Return the latents [start, stop) of a slice; slices differ by at most one latent in size."""
+    d_sae, n_slices = pipeline.config.sae(sae).d_sae, pipeline.config.features.latent_slices
+    return latent_slice * d_sae // n_slices, (latent_slice + 1) * d_sae // n_slices
+
+
+def _identity(pipeline: Pipeline) -> dict[str, object]:
+    features = pipeline.config.features.model_dump()
+    del features["saes"]
+    return {"code": FEATURES_VERSION, "seed": pipeline.config.seed, "features": features}
+
+
+def _inputs(pipeline: Pipeline, sae: str) -> dict[str, str]:
+    hook_point = pipeline.config.sae(sae).hook_point
+    return {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shards": activation_ids(pipeline, hook_point, pipeline.shard_indices)}
