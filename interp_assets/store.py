@@ -214,11 +214,11 @@ class _Sink:
             self._writer.write(data)
 
 
-def open_store(url: str, *, s3_options: dict[str, Any] | None = None) -> ObjectStore:
+def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
     """Open the store at `url`: a local folder (made when missing), `s3://bucket/prefix`, or `memory://name`.
 
-    `s3_options` go to obstore's `S3Store` (endpoint, region, credentials, client options); what is not given comes from the usual
-    `AWS_*` environment variables. Raises `ConfigError` for any other scheme.
+    `s3` holds endpoint, region and credentials for obstore's `S3Store`; what is not given comes from the usual `AWS_*` environment
+    variables. Raises `ConfigError` for any other scheme.
     """
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
@@ -230,7 +230,9 @@ def open_store(url: str, *, s3_options: dict[str, Any] | None = None) -> ObjectS
         return ObjectStore(LocalStore(str(folder)), str(folder))
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
-        return ObjectStore(S3Store(bucket, **(s3_options or {})), url.rstrip("/"), prefix.strip("/"))
+        config: Any = s3
+        backend = S3Store(bucket, config=config, client_options={"timeout": "120 seconds", "allow_http": True})
+        return ObjectStore(backend, url.rstrip("/"), prefix.strip("/"))
     if scheme == "memory":
         return ObjectStore(MemoryStore(), url)
     raise ConfigError(f"No store for {url!r}: use a folder, s3://bucket/prefix or memory://name.")

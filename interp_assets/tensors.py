@@ -175,9 +175,9 @@ def as_bytes(value: Tensor | NDArray[np.generic]) -> memoryview:
         flat = value.detach().cpu().contiguous().reshape(-1)
         if flat.numel() == 0:
             return memoryview(b"")
-        return memoryview(flat.view(torch.uint8).numpy()).cast("B")
+        return flat.view(torch.uint8).numpy().data.cast("B")
     array = np.ascontiguousarray(value)
-    return memoryview(b"") if array.size == 0 else memoryview(array.reshape(-1).view(np.uint8)).cast("B")
+    return memoryview(b"") if array.size == 0 else array.reshape(-1).view(np.uint8).data.cast("B")
 
 
 def _dtype_name(value: Tensor | NDArray[np.generic]) -> str:
