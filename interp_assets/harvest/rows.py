@@ -1,0 +1,50 @@
+"""Activation shards are read back as tensors: any range of rows, or block after block.
+
+Row i of an activation shard belongs to row i of its token shard, so nothing but the index identifies it. Reads are verified block by
+block (manifest.py); `iter_row_blocks` reads several checksum blocks at once, so that small row blocks cost no repeated reads.
+"""
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from torch import Tensor
+
+from interp_assets.harvest.refs import activation_shard_ref
+from interp_assets.manifest import load_manifest
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import Store
+from interp_assets.tensors import read_rows, read_spans
+
+ROWS: Final = "rows.safetensors"
+READ_BYTES: Final = 32 << 20
+"""What `iter_row_blocks` reads at once."""
+
+
+class RowBlock(NamedTuple):
+    """Consecutive rows of one activation shard."""
+
+    first_row: int
+    """Row in the shard of `rows[0]`."""
+    rows: Tensor
+    """`[n, d_in]` in the stored dtype."""
+
+
+def load_rows(pipeline: Pipeline, store: Store, hook_point: str, index: int, start: int, stop: int) -> Tensor:
+    """Read and verify rows [start, stop) of corpus shard `index` at `hook_point`: `[stop - start, d_in]` in the stored dtype."""
+    ref = activation_shard_ref(pipeline, hook_point, index)
+    manifest = load_manifest(store, ref)
+    span = read_spans(store, ref.path, manifest, ROWS)["rows"]
+    return read_rows(store, ref.path, manifest, ROWS, span, start, stop)
+
+
+def iter_row_blocks(pipeline: Pipeline, store: Store, hook_point: str, index: int, n_rows: int) -> Iterator[RowBlock]:
+    """Yield all rows of corpus shard `index` at `hook_point` in order, in blocks of at most `n_rows`. Holds `READ_BYTES` and one block."""
+    ref = activation_shard_ref(pipeline, hook_point, index)
+    manifest = load_manifest(store, ref)
+    span = read_spans(store, ref.path, manifest, ROWS)["rows"]
+    n_total = span.shape[0]
+    n_read = n_rows * max(1, READ_BYTES // max(1, n_rows * span.row_bytes))
+    for first in range(0, n_total, n_read):
+        rows = read_rows(store, ref.path, manifest, ROWS, span, first, min(first + n_read, n_total))
+        for offset in range(0, len(rows), n_rows):
+            yield RowBlock(first + offset, rows[offset : offset + n_rows])
