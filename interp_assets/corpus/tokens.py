@@ -55,8 +55,8 @@ def load_tokens(pipeline: Pipeline, store: Store, index: int) -> TokenShard:
     ref = token_shard_ref(pipeline, index)
     manifest = load_manifest(store, ref)
     table = pq.read_table(io.BytesIO(read_file(store, ref.path, manifest, TOKENS)))
-    columns = [table.column(name).to_numpy() for name in ("token_id", "context", "document", "valid")]
-    return TokenShard(*columns, manifest)
+    token_ids, contexts, documents, valid = (table.column(name).to_numpy() for name in ("token_id", "context", "document", "valid"))
+    return TokenShard(token_ids, contexts, documents, valid, manifest)
 
 
 def load_documents(pipeline: Pipeline, store: Store, index: int) -> DocumentTable:

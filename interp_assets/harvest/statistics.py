@@ -22,7 +22,8 @@ STATISTICS: Final = "statistics.safetensors"
 class ActivationStatistics(NamedTuple):
     """Statistics of the valid rows of some shards at one hook point."""
 
-    count: int
+    n_rows: int
+    """Number of valid rows."""
     sum: Float64[Tensor, " d_in"]
     sum_of_squares: Float64[Tensor, " d_in"]
     sum_of_norms: float
@@ -31,17 +32,17 @@ class ActivationStatistics(NamedTuple):
     @property
     def mean(self) -> Float64[Tensor, " d_in"]:
         """Mean row."""
-        return self.sum / max(1, self.count)
+        return self.sum / max(1, self.n_rows)
 
     @property
     def mean_norm(self) -> float:
         """Mean Euclidean norm of a row."""
-        return self.sum_of_norms / max(1, self.count)
+        return self.sum_of_norms / max(1, self.n_rows)
 
     @property
     def mean_squared_norm(self) -> float:
         """Mean squared Euclidean norm of a row."""
-        return float(self.sum_of_squares.sum()) / max(1, self.count)
+        return float(self.sum_of_squares.sum()) / max(1, self.n_rows)
 
     @property
     def variance(self) -> float:
@@ -66,7 +67,7 @@ def as_statistics(tensors: dict[str, Tensor]) -> ActivationStatistics:
 def as_tensors(statistics: ActivationStatistics) -> dict[str, Tensor]:
     """Return statistics as the tensors of a statistics file."""
     return {
-        "count": torch.tensor([statistics.count], dtype=torch.int64),
+        "count": torch.tensor([statistics.n_rows], dtype=torch.int64),
         "sum": statistics.sum,
         "sum_of_squares": statistics.sum_of_squares,
         "sum_of_norms": torch.tensor([statistics.sum_of_norms], dtype=torch.float64),
