@@ -14,11 +14,13 @@ Checksums do not belong here: no client verifies a ranged read, so `manifest.py`
 `resources/` passes them in, the AWS ones as obstore's own environment variables.
 """
 
+import errno
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -37,6 +39,7 @@ class ObjectInfo(NamedTuple):
     n_bytes: int
 
 
+@runtime_checkable
 class ByteSink(Protocol):
     """Where a streamed write goes."""
 
@@ -45,6 +48,7 @@ class ByteSink(Protocol):
         ...
 
 
+@runtime_checkable
 class Store(Protocol):
     """What a stage may ask of storage. `url` names the store for people and messages."""
 
@@ -136,9 +140,14 @@ class ObjectStore:
         """Stream an object in parts of `PART_BYTES`; it appears when the block ends, and never if the block raises."""
         with self._explained("write", path):
             writer = obstore.open_writer(self._backend, self._key(path), buffer_size=PART_BYTES, max_concurrency=4)
-        with writer:
+        writer.__enter__()
+        try:
             yield _Sink(writer, self, path)
+        except BaseException:
+            writer.__exit__(*sys.exc_info())
+            raise
         with self._explained("write", path):
+            writer.__exit__(None, None, None)
             self._sync(path)
 
     def size(self, path: str) -> int | None:
@@ -249,6 +258,6 @@ def check_path(path: str) -> str:
 def _reason(error: BaseException) -> str:
     """Reduce an error of the storage library to its first line, with the next step where it is known."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
-    if "No space left" in text or "os error 28" in text:
+    if any(f"os error {code}" in text for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return f"{text}. Free some space and run the same command again: finished shards are kept."
     return text

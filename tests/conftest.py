@@ -1,0 +1,50 @@
+"""What all tests share: stores and a small pipeline whose plan is made by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from interp_assets.config import PipelineConfig, make_config
+from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.store import ObjectStore, open_store
+
+
+@pytest.fixture
+def memory_store() -> ObjectStore:
+    """Return an empty store in memory."""
+    return open_store("memory://test")
+
+
+@pytest.fixture
+def local_store(tmp_path: Path) -> ObjectStore:
+    """Return an empty store in a temporary folder."""
+    return open_store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def small_config() -> PipelineConfig:
+    """Return a configuration of four small shards, one of them held out."""
+    return make_config(
+        {
+            "name": "small",
+            "corpus": {"source": "files", "path": "nowhere", "context_length": 16, "held_out_shards": 1},
+            "harvest": {"hook_points": ["resid_post.0"]},
+            "shuffle": {"fan_out": 2},
+            "saes": [{"name": "demo", "hook_point": "resid_post.0", "d_sae": 32, "k": 4}],
+        }
+    )
+
+
+@pytest.fixture
+def small_pipeline(small_config: PipelineConfig) -> Pipeline:
+    """Return the small configuration with a plan made by hand."""
+    shards = [ShardSource(index=i, fingerprint=f"text-{i}", n_documents=2, n_bytes=100, spec={"files": [f"{i}.txt"]}) for i in range(4)]
+    plan = PipelinePlan(
+        shards=shards,
+        tokenizer_fingerprint="tokenizer",
+        model_fingerprint="model",
+        hook_widths={"resid_post.0": 8},
+        vocabulary_size=50,
+        max_context=32,
+    )
+    return Pipeline(small_config, plan)

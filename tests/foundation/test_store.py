@@ -1,0 +1,123 @@
+"""The store keeps its promises on disk and in memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from interp_assets.errors import ConfigError, StoreError, StoreMissingError
+from interp_assets.store import ObjectStore, check_path, open_store
+
+
+@pytest.fixture(params=["memory", "local"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """Run each test on both kinds of store."""
+    url = "memory://x" if request.param == "memory" else str(tmp_path / "root")
+    return open_store(url).child("a/folder")
+
+
+def test_what_is_put_can_be_read_whole_and_in_ranges(store: ObjectStore) -> None:
+    """Reading is the base of everything."""
+    store.put("x/y.bin", bytes(range(200)))
+    assert store.get("x/y.bin") == bytes(range(200))
+    assert store.get_range("x/y.bin", 10, 5) == bytes(range(10, 15))
+    assert store.get_ranges("x/y.bin", [0, 190], [2, 10]) == [bytes([0, 1]), bytes(range(190, 200))]
+    assert store.size("x/y.bin") == 200
+    assert store.size("x/none") is None
+
+
+def test_a_range_past_the_end_is_an_error(store: ObjectStore) -> None:
+    """Object stores answer short ranges silently; a short row would shift every row after it."""
+    store.put("x", b"12345")
+    with pytest.raises(StoreError, match="ends early: 4 bytes asked for at 3, 2 came"):
+        store.get_range("x", 3, 4)
+
+
+def test_only_one_of_two_creators_wins(store: ObjectStore) -> None:
+    """Manifests are published create-only."""
+    assert store.put("m", b"first", create=True)
+    assert not store.put("m", b"second", create=True)
+    assert store.get("m") == b"first"
+
+
+def test_a_stream_that_raises_publishes_nothing(store: ObjectStore) -> None:
+    """A truncated object that looks whole is the worst outcome."""
+
+    def write_and_fail() -> None:
+        with store.open_writer("big") as sink:
+            sink.write(b"x" * (20 << 20))
+            message = "the producer failed"
+            raise ValueError(message)
+
+    with pytest.raises(ValueError, match="the producer failed"):
+        write_and_fail()
+    assert store.size("big") is None
+    assert list(store.list()) == []
+
+
+def test_a_stream_arrives_whole(store: ObjectStore) -> None:
+    """Parts must be joined in order."""
+    data = os.urandom(1 << 20) * 20
+    with store.open_writer("big") as sink:
+        for start in range(0, len(data), 3_000_000):
+            sink.write(memoryview(data)[start : start + 3_000_000])
+    assert store.get("big") == data
+
+
+def test_listing_and_deleting_stay_inside_the_folder(store: ObjectStore) -> None:
+    """A child store must neither show nor touch its siblings."""
+    store.put("k/a", b"1")
+    store.put("k/b", b"22")
+    store.put("kk", b"3")
+    assert sorted(store.list("k")) == [("k/a", 1), ("k/b", 2)]
+    store.delete(["k/a", "k/none"])
+    assert sorted(item.path for item in store.list()) == ["k/b", "kk"]
+
+
+def test_a_missing_object_names_itself(store: ObjectStore) -> None:
+    """The message is what a user has to go by."""
+    with pytest.raises(StoreMissingError, match=r"There is no .*a/folder/nope"):
+        store.get("nope")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../b", "a//b", "", "a\\b", "./a"])
+def test_paths_cannot_leave_the_store(path: str) -> None:
+    """Manifests come from buckets that we do not control."""
+    with pytest.raises(StoreError, match="is not a path inside a store"):
+        check_path(path)
+
+
+def test_a_full_disk_says_what_to_do_and_publishes_nothing(tmp_path: Path) -> None:
+    """Disk full is the commonest failure. A limit on the file size stands for it: the same error path, without filling a disk."""
+    program = (
+        "import resource, sys\n"
+        "from interp_assets.errors import StoreError\n"
+        "from interp_assets.store import open_store\n"
+        "store = open_store(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "try:\n"
+        "    with store.open_writer('big') as sink:\n"
+        "        for _ in range(40): sink.write(bytes(1 << 20))\n"
+        "except StoreError as error:\n"
+        "    print(error)\n"
+        "print(list(store.list()))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert f"Could not write {tmp_path}/big" in result.stdout
+    assert "Free some space and run the same command again: finished shards are kept." in result.stdout
+    assert result.stdout.endswith("[]\n")
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    """A path that is a file cannot become a folder; the message says where."""
+    (tmp_path / "x").write_text("a file")
+    with pytest.raises(StoreError, match=r"Could not write .*x/y"):
+        open_store(str(tmp_path)).put("x/y", b"1")
+
+
+def test_unknown_schemes_are_refused() -> None:
+    """A typo in `root` must not become a folder."""
+    with pytest.raises(ConfigError, match="No store for 'gs3://x'"):
+        open_store("gs3://x")
