@@ -1,0 +1,104 @@
+"""A trained SAE becomes `cfg.json` and `sae_weights.safetensors`, as SAELens loads them, and comes back as a `Sae`.
+
+The names and shapes of the exchange format live here and nowhere else (`docs/formats/sae.md`):
+
+    kind         architecture in cfg.json    tensors
+    relu         standard                    W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec
+    jump_relu    jumprelu                    the same and threshold [d_sae]
+    topk         topk                        the same four, and the key k in cfg.json
+
+`apply_b_dec_to_input` is false: the subtraction of `b_dec` (and of the data-set mean) is folded into `b_enc`. `normalize_activations` is
+`none`: SAELens ignores its other values at inference, so the scale is folded too. `metadata.sae_lens_version` makes SAELens read the
+metadata at all.
+"""
+
+import json
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from interp_assets.config import SaeConfig
+from interp_assets.errors import ArtifactForeignError
+from interp_assets.manifest import ArtifactWriter, Manifest, load_manifest, read_file
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import Store
+from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.train.refs import sae_ref
+from interp_assets.train.sae import Sae, SaeKind
+
+WEIGHTS: Final = "sae_weights.safetensors"
+CONFIG: Final = "cfg.json"
+_ARCHITECTURES: Final[dict[SaeKind, str]] = {"relu": "standard", "jump_relu": "jumprelu", "topk": "topk"}
+_KINDS: Final[dict[str, SaeKind]] = {name: kind for kind, name in _ARCHITECTURES.items()}
+_HOOK_SUFFIXES: Final = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
+
+
+def save_sae(art: ArtifactWriter, sae: Sae, pipeline: Pipeline, config: SaeConfig, *, l0: float) -> None:
+    """Write an SAE's two exchange files into its artifact; `l0` goes into the metadata for readers of other tools."""
+    tensors = {"W_dec": sae.W_dec, "W_enc": sae.W_enc, "b_dec": sae.b_dec, "b_enc": sae.b_enc}
+    if sae.kind == "jump_relu":
+        tensors["threshold"] = sae.threshold
+    save_tensors(art, WEIGHTS, {name: value.to(torch.float32).contiguous() for name, value in tensors.items()})
+    art.put(CONFIG, (json.dumps(_make_cfg(sae, pipeline, config, l0), sort_keys=True, indent=1) + "\n").encode())
+
+
+def load_sae(pipeline: Pipeline, store: Store, name: str) -> Sae:
+    """Read the trained SAE called `name`, on the CPU. Raises `ArtifactMissingError` before it is trained."""
+    ref = sae_ref(pipeline, name)
+    return read_sae(store, ref.path, load_manifest(store, ref))
+
+
+def read_sae(store: Store, path: str, manifest: Manifest) -> Sae:
+    """Read and verify the SAE artifact at `path`. Raises `ArtifactForeignError` for an architecture that this release does not know."""
+    cfg = json.loads(read_file(store, path, manifest, CONFIG))
+    if cfg["architecture"] not in _KINDS or cfg["apply_b_dec_to_input"] or cfg["normalize_activations"] != "none":
+        raise ArtifactForeignError(
+            f"{store.url}/{path}/{CONFIG} describes a {cfg['architecture']!r} SAE (apply_b_dec_to_input {cfg['apply_b_dec_to_input']}, "
+            f"normalize_activations {cfg['normalize_activations']!r}); this release reads {sorted(_KINDS)} with false and 'none'. Train it again."
+        )
+    tensors: dict[str, Tensor] = load_tensors(store, path, manifest, WEIGHTS)
+    return Sae(
+        kind=_KINDS[cfg["architecture"]],
+        W_enc=tensors["W_enc"],
+        b_enc=tensors["b_enc"],
+        W_dec=tensors["W_dec"],
+        b_dec=tensors["b_dec"],
+        threshold=tensors.get("threshold", torch.zeros_like(tensors["b_enc"])),
+        k=cfg.get("k", 0),
+    )
+
+
+def sae_lens_hook_name(hook_point: str) -> str:
+    """Return the name that SAELens and TransformerLens give a hook point: `resid_post.2` is `blocks.2.hook_resid_post`."""
+    kind, _, layer = hook_point.partition(".")
+    return f"blocks.{layer}.hook_{kind}" if kind in _HOOK_SUFFIXES and layer.isdigit() else hook_point
+
+
+def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, l0: float) -> dict[str, Any]:
+    corpus, model = pipeline.config.corpus, pipeline.config.model
+    cfg = {
+        "architecture": _ARCHITECTURES[sae.kind],
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.0.0",
+            "training_architecture": config.architecture,
+            "model_name": model.name,
+            "hook_name": sae_lens_hook_name(config.hook_point),
+            "hook_point": config.hook_point,
+            "context_size": corpus.context_length,
+            "prepend_bos": True,
+            "dataset_path": corpus.path or corpus.source,
+            "l0": l0,
+        },
+    }
+    if sae.kind == "topk":
+        cfg["k"] = sae.k
+        cfg["rescale_acts_by_decoder_norm"] = False
+    return cfg

@@ -1,0 +1,96 @@
+"""A trained sparse autoencoder as frozen weights that act on raw activations: two equations and one firing rule.
+
+    latents = act(x W_enc + b_enc)          x_hat = latents W_dec + b_dec
+
+What training needs besides (normalisation, centring, decoder norms, gates) has been folded into these four tensors when the SAE was
+saved (`checkpoint.py`), so that a reader needs no statistics and a latent slice needs only its own columns. Every architecture ends as
+one of three kinds, told apart by the threshold a pre-activation must exceed to fire; a latent that fires has its pre-activation as
+its activation:
+
+    relu        0
+    jump_relu   `threshold[latent]`, never negative. BatchTopK and Matryoshka (one calibrated value) and Gated (Rajamanoharan et al.
+                2024, section 3: tied gates equal a threshold) are saved as this kind.
+    topk        one value per row: the midpoint between its k-th and (k+1)-th largest pre-activation, and at least 0
+
+Training does not belong here: see `recipes.py` and `loop.py`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+SaeKind = Literal["relu", "jump_relu", "topk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sae:
+    """Frozen weights in float32, in the units of raw activations."""
+
+    kind: SaeKind
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, " d_sae"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, " d_in"]
+    threshold: Float[Tensor, " d_sae"]
+    """What a pre-activation must exceed; zeros for `relu` and `topk`."""
+    k: int
+    """Active latents per row of `topk`; 0 for the other kinds."""
+
+    @property
+    def d_in(self) -> int:
+        """Size of an activation."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
+
+    def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Compute `x W_enc + b_enc` for raw activations of any floating dtype, in float32."""
+        return torch.addmm(self.b_enc, x.to(self.W_enc), self.W_enc)
+
+    def threshold_for(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "rows d_sae_or_1"]:
+        """Return the thresholds of a block of pre-activations, to be broadcast against it: `[1, d_sae]`, or `[batch, 1]` for `topk`.
+
+        For `topk` the block must hold all latents: the rule looks at the whole row.
+        """
+        if self.kind != "topk":
+            return self.threshold[None]
+        if self.k >= pre.shape[1]:
+            return pre.new_zeros(pre.shape[0], 1)
+        largest = pre.topk(self.k + 1, dim=1).values
+        return largest[:, -2:].mean(dim=1, keepdim=True).clamp_min_(0.0)
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Return the latent activations of raw activations: the pre-activation where it exceeds its threshold, else 0."""
+        pre = self.pre_activations(x)
+        return torch.where(pre > self.threshold_for(pre), pre, 0.0)
+
+    def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
+        """Reconstruct raw activations."""
+        return torch.addmm(self.b_dec, latents, self.W_dec)
+
+    def narrow(self, start: int, stop: int) -> "Sae":
+        """Return latents [start, stop) alone (views). A slice of a `topk` SAE cannot tell by itself which of its latents fire."""
+        return replace(
+            self,
+            W_enc=self.W_enc[:, start:stop],
+            b_enc=self.b_enc[start:stop],
+            W_dec=self.W_dec[start:stop],
+            threshold=self.threshold[start:stop],
+        )
+
+    def to(self, device: torch.device | str) -> "Sae":
+        """Return the SAE on another device."""
+        return replace(
+            self,
+            W_enc=self.W_enc.to(device),
+            b_enc=self.b_enc.to(device),
+            W_dec=self.W_dec.to(device),
+            b_dec=self.b_dec.to(device),
+            threshold=self.threshold.to(device),
+        )
