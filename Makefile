@@ -1,0 +1,107 @@
+# make demo            everything from nothing: environment, front end, the whole graph; then the feature browser and Dagster's UI
+# make demo SERVE=0    the same, and stop after the build
+# make run CONFIG=my.yaml    the same road with your own model and text
+# make test            the test suite
+# make check           linters, types, import rules, stale documents: under a minute
+# make bench           every benchmark at its small size; make bench_shuffle runs one
+# make docs            write the generated parts of the documents
+# make dev             Dagster's UI on the demo pipeline, without running anything
+#
+# Options: PYTHON=python3.12  VENV=.venv  SERVE=0  CONFIG=file.yaml  PIP_ARGS="..." (to every pip install)  PYTEST_ARGS="..."
+
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?=
+SERVE ?= 1
+CONFIG ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?= -n 2
+TORCH := torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ENV_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+SOURCES := interp_assets resources tests benchmarks examples frontend/build.py hatch_build.py
+export INTERP_SKIP_FRONTEND
+
+.DEFAULT_GOAL := help
+.PHONY: help env dev-env frontend demo run test check bench docs dev clean
+
+help:
+	@sed -n '/^# /s/^# //p' Makefile
+
+# --- environment -----------------------------------------------------------------------------------------------------------------------
+
+# Looks for a Python that the pinned packages support, and says what to do when there is none.
+$(BIN)/python:
+	@set -e; \
+	for python in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	  if "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo "interp-assets needs Python 3.11, 3.12 or 3.13, and found: $$(python3 --version 2>&1 || echo no python3)." >&2; \
+	  echo "Install one (Debian: apt install python3 python3-venv; macOS: brew install python@3.13), or name it: make demo PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "$$found has no venv module. Debian: apt install python3-venv" >&2; exit 1; \
+	fi; \
+	echo "Making the virtual environment $(VENV) with $$("$$found" --version)"; \
+	"$$found" -m venv $(VENV)
+
+# PyTorch first and alone: it is the one big download, and its wheel differs from machine to machine.
+$(ENV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing packages (the first time takes minutes)"
+	@$(PIP) install -q $(PIP_ARGS) -c constraints.txt "$(TORCH)"
+	@INTERP_SKIP_FRONTEND=1 $(PIP) install -q $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+$(DEV_STAMP): $(ENV_STAMP)
+	@echo "Installing development packages"
+	@INTERP_SKIP_FRONTEND=1 $(PIP) install -q $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+env: $(ENV_STAMP)
+
+dev-env: $(DEV_STAMP)
+
+# Knows by itself whether the sources have changed. Without Node in reach the pages cannot be built, and all the rest still works.
+frontend: $(ENV_STAMP)
+	@$(BIN)/python frontend/build.py || echo "Going on without the feature browser's pages; the records and Dagster's UI do not need them." >&2
+
+# --- the road --------------------------------------------------------------------------------------------------------------------------
+
+demo: $(ENV_STAMP) frontend
+	@$(BIN)/interp demo $(if $(filter 0,$(SERVE)),--no-serve)
+
+run: $(ENV_STAMP) frontend
+	@$(BIN)/interp run --config "$(CONFIG)"
+
+dev: $(ENV_STAMP)
+	@$(BIN)/interp dev $(if $(CONFIG),--config "$(CONFIG)")
+
+# --- gates -----------------------------------------------------------------------------------------------------------------------------
+
+test: $(DEV_STAMP) frontend
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright -p . --pythonpath $(BIN)/python
+	$(BIN)/python docs/build.py --check
+	$(BIN)/python -m pytest -p no:cacheprovider tests/test_layering.py
+
+bench: $(DEV_STAMP)
+	@for file in benchmarks/bench_*.py; do echo "# $$file" >&2; $(BIN)/python "$$file" || exit 1; done
+
+bench_%: $(DEV_STAMP)
+	$(BIN)/python benchmarks/$@.py
+
+docs: $(DEV_STAMP)
+	$(BIN)/python docs/build.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
