@@ -1,0 +1,119 @@
+"""A model's name becomes the folder that it lies in, or its exact place on the Hugging Face hub, and a fingerprint of its content.
+
+`builtin:<folder>` is a model shipped inside this package, an existing folder is local, anything else is an id on the hub. What is local
+is identified by its bytes, what is on the hub by the commit that the revision stands for (from the cache when there is no network).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import xxhash
+from transformers import AutoConfig, PretrainedConfig
+
+from interp_assets.config import ModelConfig
+from interp_assets.errors import InputError
+
+BUILTIN: Final = "builtin:"
+_WEIGHT_FILES: Final = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+)
+_BLOCK_BYTES: Final = 16 << 20
+
+
+class ModelPlace(NamedTuple):
+    """Where a model is: what `from_pretrained` takes, and the folder when it is local."""
+
+    name: str
+    options: dict[str, Any]
+    folder: Path | None
+
+
+def locate_model(model: ModelConfig) -> ModelPlace:
+    """Resolve a model's name. Raises `InputError` when it means a folder that is not there."""
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.name.startswith(BUILTIN):
+        folder = Path(str(resources.files("interp_assets.garcon"))) / model.name.removeprefix(BUILTIN)
+        if not (folder / "config.json").is_file():
+            present = sorted(path.parent.name for path in folder.parent.glob("*/config.json"))
+            raise InputError(f"No model {model.name!r} ships with this package; there are {[BUILTIN + name for name in present]}.")
+        return ModelPlace(str(folder), options, folder)
+    folder = Path(model.name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"The folder {folder} holds no config.json: `model.name` must be a folder written by `save_pretrained`.")
+        return ModelPlace(str(folder), options, folder)
+    if model.name.startswith(("/", "./", "../", "~")):
+        raise InputError(f"There is no model folder {folder}. Give an existing folder, or an id on the Hugging Face hub.")
+    return ModelPlace(model.name, {**options, "revision": model.revision}, None)
+
+
+def load_model_config(model: ModelConfig) -> PretrainedConfig:
+    """Read a model's architecture without its weights. Raises `InputError` when it cannot be found or is of an unknown type."""
+    place = locate_model(model)
+    try:
+        config = AutoConfig.from_pretrained(place.name, **place.options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"Cannot read the configuration of model {model.name!r}: {first_line(error)}. {next_step(model)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{model.name!r} is an encoder-decoder ({config.model_type}); language models and encoders are supported.")
+    return config
+
+
+def fingerprint_model(model: ModelConfig) -> str:
+    """Identify the weights and the configuration: a hash of the local files, or the commit on the hub. Reads local weights once."""
+    place = locate_model(model)
+    if place.folder is None:
+        return _commit(model)
+    patterns = (*_WEIGHT_FILES, "*.py") if model.trust_remote_code else _WEIGHT_FILES
+    return hash_files(place.folder, patterns)
+
+
+def fingerprint_tokenizer(model: ModelConfig) -> str:
+    """Identify the tokenizer: a hash of its local files, or the commit on the hub."""
+    place = locate_model(model)
+    return _commit(model) if place.folder is None else hash_files(place.folder, _TOKENIZER_FILES)
+
+
+def hash_files(folder: Path, patterns: Sequence[str]) -> str:
+    """Hash names and contents of the files of `folder` that match `patterns`, in order of name."""
+    total = hashlib.blake2b(digest_size=16)
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        content = xxhash.xxh3_128()
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                content.update(block)
+        total.update(f"{path.name}\0{path.stat().st_size}\0{content.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def next_step(model: ModelConfig) -> str:
+    """Tell what to try when a model cannot be loaded."""
+    if Path(model.name).is_dir() or model.name.startswith(BUILTIN):
+        return "The folder must be one that `save_pretrained` wrote, with safetensors weights and a tokenizer."
+    return (
+        f"Check the id and revision {model.revision!r}, the network, and HF_TOKEN for gated models; "
+        "without a network, give the folder of a downloaded copy."
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _commit(model: ModelConfig) -> str:
+    commit = getattr(load_model_config(model), "_commit_hash", None)
+    if not commit:
+        raise InputError(f"The hub did not tell which commit revision {model.revision!r} of {model.name!r} is. Give the commit hash as `revision`.")
+    return str(commit)
