@@ -44,7 +44,7 @@ class ByteSink(Protocol):
     """Where a streamed write goes."""
 
     def write(self, data: bytes | memoryview) -> Any:
-        """Append `data`."""
+        """Append `data`. A writable buffer is copied and may be reused at once; a read-only one is not, and must not change afterwards."""
         ...
 
 
@@ -219,6 +219,8 @@ class _Sink:
         self._writer, self._store, self._path = writer, store, path
 
     def write(self, data: bytes | memoryview) -> None:
+        if isinstance(data, memoryview) and not data.readonly:
+            data = bytes(data)  # obstore keeps a reference until the part is sent; the caller may fill its buffer again
         with self._store._explained("write", self._path):  # noqa: SLF001 - the sink is part of the store
             self._writer.write(data)
 

@@ -66,6 +66,17 @@ def test_a_stream_arrives_whole(store: ObjectStore) -> None:
     assert store.get("big") == data
 
 
+def test_a_buffer_may_be_filled_again_after_it_was_written(store: ObjectStore) -> None:
+    """obstore sends from the buffer that it was handed: a writer that reuses one would overwrite what is still on its way."""
+    buffer = bytearray(4 << 20)
+    with store.open_writer("parts") as sink:
+        for part in range(5):
+            buffer[:] = bytes([part]) * len(buffer)
+            sink.write(memoryview(buffer))
+    data = store.get("parts")
+    assert [data[part * len(buffer)] for part in range(5)] == [0, 1, 2, 3, 4]
+
+
 def test_listing_and_deleting_stay_inside_the_folder(store: ObjectStore) -> None:
     """A child store must neither show nor touch its siblings."""
     store.put("k/a", b"1")
