@@ -1,0 +1,213 @@
+"""Pass A: the activations of one dataset shard become, for one latent slice, what any later pass may need of them.
+
+1. Stream the shard in blocks of rows; encode and scan each block (`encoder.py`). Only valid rows fire.
+2. Per tile of latents, collect firings; when a collection is full, sort it by latent, add it to the statistics, and reduce it with what was
+   kept before to the strongest and the random sample (`selection.py`).
+3. Write `candidates.parquet`, `statistics.safetensors`, `sample.parquet` (which latents fire together on a uniform sample of rows) and, with
+   `keep: all`, `firings.parquet`: every firing, which makes later passes a lookup.
+
+Memory: the slice's encoder, one tile of pre-activations, `FULL_FIRINGS` collected firings, and what is kept: 13 bytes for each candidate, or
+with `keep: all` 12 bytes for each firing of the job. The candidates of disjoint rows merge exactly (examples.py), so shards may be cut
+anywhere. The format is described in docs/formats/feature_candidates.md.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from interp_assets.corpus.tokens import TokenShard, load_tokens
+from interp_assets.errors import InputError
+from interp_assets.garcon.subject import choose_device
+from interp_assets.harvest.refs import activation_shard_ref
+from interp_assets.harvest.rows import ROWS, iter_row_blocks
+from interp_assets.harvest.statistics import load_statistics
+from interp_assets.manifest import ArtifactWriter, Produced, create_artifact, load_manifest
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import Store
+from interp_assets.tensors import read_spans, save_tensors
+from interp_assets.train.sae import Sae
+from interp_assets.visualize.encoder import Encoder, Scan
+from interp_assets.visualize.firings import FIRING_SCHEMA, ROW_BITS, Firings, empty_firings, merge_firings, sort_firings
+from interp_assets.visualize.lineage import check_sae, find_current, sae_digest
+from interp_assets.visualize.priority import latent_keys, priorities, row_keys, sample_seed
+from interp_assets.visualize.refs import candidates_ref, slice_bounds
+from interp_assets.visualize.selection import Limits, select_firings
+from interp_assets.visualize.statistics import (
+    LatentStatistics,
+    empty_statistics,
+    histogram_origin,
+    join_statistics,
+    measure_firings,
+    merge_statistics,
+    statistics_tensors,
+)
+from interp_assets.visualize.tables import create_table
+
+CANDIDATES: Final = "candidates.parquet"
+FIRINGS: Final = "firings.parquet"
+SAMPLE: Final = "sample.parquet"
+STATISTICS: Final = "statistics.safetensors"
+THRESHOLDS: Final = "thresholds.safetensors"
+FULL_FIRINGS: Final = 8 << 20
+"""Firings that a job collects, over all tiles, before it reduces them."""
+SAMPLE_ROWS: Final = 16384
+"""Rows of a shard that are sampled for co-activation, in the mean."""
+CANDIDATE_SCHEMA: Final = pa.schema([*FIRING_SCHEMA, ("kind", pa.uint8())])
+SAMPLE_SCHEMA: Final = pa.schema([("latent", pa.uint32()), ("row_id", pa.uint64())])
+
+
+def find_candidates(
+    pipeline: Pipeline, store: Store, sae: Sae, name: str, index: int, latent_slice: int, progress: Callable[[int], None] | None = None
+) -> Produced:
+    """Run pass A for dataset shard `index` and one latent slice of the SAE called `name`; `progress` is advanced by rows.
+
+    Raises `InputError` when the SAE, the activations and the tokens do not fit each other, `NonFiniteError` for damaged rows or weights.
+    """
+    begun = time.perf_counter()
+    ref = candidates_ref(pipeline, name, index, latent_slice)
+    digest = sae_digest(pipeline, store, name)
+    if current := find_current(store, ref, digest):
+        return Produced(ref, current, is_cached=True, wall_s=time.perf_counter() - begun)
+    hook_point = pipeline.config.sae(name).hook_point
+    tokens = load_tokens(pipeline, store, index)
+    _check_inputs(pipeline, store, sae, name, index, tokens)
+    origin = histogram_origin(load_statistics(pipeline, store, hook_point).mean_norm, sae.W_enc)
+    encoder = Encoder(sae, *slice_bounds(pipeline, name, latent_slice), choose_device(pipeline.config.execution.device))
+    job = _Job(pipeline, encoder, tokens, index, origin)
+    n_block = pipeline.config.execution.rows_per_block
+    thresholds: list[NDArray[np.float32]] = []
+    for first_row, rows in iter_row_blocks(pipeline, store, hook_point, index, n_block):
+        block = encoder.prepare(rows, n_block, f"Activation shard {index} at {hook_point}, from row {first_row:,}")
+        row_thresholds = encoder.row_thresholds(block)
+        if row_thresholds is not None:
+            thresholds.append(row_thresholds[: len(rows)].cpu().numpy())
+        for scan in encoder.scan(block, row_thresholds):
+            job.add(scan, first_row)
+        if progress:
+            progress(len(rows))
+    with create_artifact(store, ref) as art:
+        job.write(art)
+        if sae.kind == "topk":
+            save_tensors(art, THRESHOLDS, {"threshold": np.concatenate(thresholds) if thresholds else np.empty(0, np.float32)})
+        art.facts |= {"start": encoder.start, "stop": encoder.stop, "sae_digest": digest}
+    assert art.manifest
+    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)
+
+
+class _Kept(NamedTuple):
+    """Candidates of one tile, with the kind of each."""
+
+    firings: Firings
+    kinds: NDArray[np.uint8]
+
+
+class _Job:
+    """Everything that one job of pass A keeps, tile by tile."""
+
+    def __init__(self, pipeline: Pipeline, encoder: Encoder, tokens: TokenShard, index: int, origin: int) -> None:
+        features, seed = pipeline.config.features, pipeline.config.seed
+        self._encoder, self._tokens, self._origin = encoder, tokens, origin
+        self._limits = Limits(features.top_k, features.n_random)
+        self._one_per_document, self._keep_all = features.one_per_document, features.keep == "all"
+        self._row_ids = (index << ROW_BITS) + np.arange(tokens.n_rows, dtype=np.uint64)
+        self._first_id = np.uint64(index << ROW_BITS)
+        self._row_keys = row_keys(self._row_ids, sample_seed(seed, "examples"))
+        self._seed = sample_seed(seed, "examples")
+        self.sample_rate = min(1.0, SAMPLE_ROWS / max(1, int(tokens.valid.sum())))
+        self._is_sampled = tokens.valid & in_sample(self._row_ids, self.sample_rate, seed)
+        self._collected: list[list[Scan]] = [[] for _ in range(encoder.n_tiles)]
+        self._n_collected = [0] * encoder.n_tiles
+        self._full = max(1 << 16, FULL_FIRINGS // max(1, encoder.n_tiles))
+        bounds = [encoder.tile_bounds(i) for i in range(encoder.n_tiles)]
+        self._statistics = [empty_statistics(first, last - first) for first, last in bounds]
+        self._kept = [_Kept(empty_firings(first, last - first), np.empty(0, np.uint8)) for first, last in bounds]
+        self._runs: list[list[Firings]] = [[] for _ in bounds]
+        self._samples: list[list[Firings]] = [[] for _ in bounds]
+
+    def add(self, scan: Scan, first_row: int) -> None:
+        """Collect the firings of one tile on one block that starts at `first_row`."""
+        rows = scan.rows + first_row
+        is_valid = np.zeros(len(rows), np.bool_)
+        inside = rows < self._tokens.n_rows
+        is_valid[inside] = self._tokens.valid[rows[inside]]
+        self._collected[scan.tile].append(Scan(scan.tile, scan.latents[is_valid], rows[is_valid], scan.activations[is_valid]))
+        self._n_collected[scan.tile] += int(is_valid.sum())
+        if self._n_collected[scan.tile] > self._full:
+            self._reduce(scan.tile)
+
+    def write(self, art: ArtifactWriter) -> None:
+        """Reduce what is left and write the files of the artifact."""
+        n_firings = 0
+        with create_table(art, CANDIDATES, CANDIDATE_SCHEMA) as candidates, create_table(art, SAMPLE, SAMPLE_SCHEMA) as sample:
+            for i in range(self._encoder.n_tiles):
+                self._reduce(i)
+                candidates.append({**self._kept[i].firings.columns(), "kind": self._kept[i].kinds})
+                sample.append(merge_firings(self._samples[i]).columns())
+        if self._keep_all:
+            with create_table(art, FIRINGS, FIRING_SCHEMA) as firings:
+                for runs in self._runs:
+                    firings.append(merge_firings(runs).columns())
+        statistics = join_statistics(self._statistics)
+        n_firings = int(statistics.count.sum())
+        save_tensors(art, STATISTICS, statistics_tensors(statistics), n_rows=len(statistics.count))
+        art.facts |= {
+            "n_rows": self._tokens.n_rows,
+            "n_valid": int(self._tokens.valid.sum()),
+            "n_firings": n_firings,
+            "n_candidates": candidates.n_rows,
+            "n_live": int((statistics.count > 0).sum()),
+            "histogram_origin": self._origin,
+            "sample_rate": self.sample_rate,
+            "n_sampled": int(self._is_sampled.sum()),
+        }
+
+    def _reduce(self, tile: int) -> None:
+        """Turn the tile's collection into one sorted run and fold it into statistics, candidates and sample."""
+        first, last = self._encoder.tile_bounds(tile)
+        collected, self._collected[tile], self._n_collected[tile] = self._collected[tile], [], 0
+        latents = np.concatenate([scan.latents for scan in collected]) if collected else np.empty(0, np.uint16)
+        rows = np.concatenate([scan.rows for scan in collected]) if collected else np.empty(0, np.int64)
+        activations = np.concatenate([scan.activations for scan in collected]) if collected else np.empty(0, np.float32)
+        run = sort_firings(first, last - first, latents, self._row_ids[rows], activations)
+        measured: LatentStatistics = measure_firings(run, self._origin)
+        self._statistics[tile] = merge_statistics([self._statistics[tile], measured])
+        self._samples[tile].append(run.take(self._is_sampled[self._rows_of(run)]))
+        if self._keep_all:
+            self._runs[tile].append(run)
+        merged = merge_firings([self._kept[tile].firings, run]) if len(self._kept[tile].kinds) else run
+        rows_of = self._rows_of(merged)
+        keys = latent_keys(np.arange(first, last, dtype=np.uint64), self._seed)[merged.relative_latents()]
+        documents = self._tokens.documents[rows_of] if self._one_per_document else None
+        kinds = select_firings(merged, priorities(keys, self._row_keys[rows_of]), documents, self._limits)
+        self._kept[tile] = _Kept(merged.take(kinds > 0), kinds[kinds > 0])
+
+    def _rows_of(self, firings: Firings) -> NDArray[np.int64]:
+        return (firings.row_ids - self._first_id).astype(np.int64)
+
+
+def in_sample(row_ids: NDArray[np.uint64], rate: float, root_seed: int) -> NDArray[np.bool_]:
+    """Tell which rows belong to the co-activation sample of `rate`: samples of lower rates lie inside those of higher ones."""
+    if rate >= 1.0:
+        return np.ones(len(row_ids), np.bool_)
+    return row_keys(row_ids, sample_seed(root_seed, "coactivation")) < np.uint64(int(rate * 2.0**64))
+
+
+def _check_inputs(pipeline: Pipeline, store: Store, sae: Sae, name: str, index: int, tokens: TokenShard) -> None:
+    """Raise `InputError` when SAE, activation shard and token shard do not fit each other."""
+    check_sae(pipeline, sae, name)
+    hook_point = pipeline.config.sae(name).hook_point
+    ref = activation_shard_ref(pipeline, hook_point, index)
+    n_rows, d_in = read_spans(store, ref.path, load_manifest(store, ref), ROWS)["rows"].shape
+    if d_in != sae.d_in:
+        raise InputError(
+            f"SAE {name!r} reads {sae.d_in} dimensions, activation shard {index} at {hook_point} has {d_in}. Train it on this hook point."
+        )
+    if n_rows != tokens.n_rows:
+        raise InputError(
+            f"Activation shard {index} at {hook_point} has {n_rows:,} rows, its token shard {tokens.n_rows:,} ({store.url}/{ref.path}). "
+            "Re-materialize this partition of the activations."
+        )

@@ -1,0 +1,129 @@
+"""Activations become firings of one latent slice: a matrix product in tiles, and a scan for what exceeds its threshold.
+
+1. A block of rows, always the same number (the last is padded with zeros), times a tile of `TILE` encoder columns, always as many (the last is
+   padded with columns that cannot fire). One shape means one kernel, so results do not depend on how rows or latents are cut.
+2. Scan the tile for pre-activation > threshold. Nothing of size [rows of the shard x latents] ever exists; a tile is 8 MiB at 4,096 rows.
+
+The threshold is the latent's own (`relu`, `jump_relu`), or the row's (`topk`): the midpoint between its k-th and (k+1)-th largest
+pre-activation over *all* latents, so a slice first goes over the other slices' columns too. The midpoint rather than the k-th value, because
+a pre-activation recomputed in another order differs in its last bits: that flips 1% of all firings at the k-th value, none at the midpoint.
+
+Comparisons with NaN are false, so a NaN would silently not fire: rows and weights are checked to be finite, and small enough that a sum
+of products cannot overflow.
+"""
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from interp_assets.errors import NonFiniteError
+from interp_assets.train.sae import Sae
+
+TILE: Final = 512
+"""Latents per matrix product."""
+_LARGEST: Final = 1e37
+
+
+class Scan(NamedTuple):
+    """Firings of one tile on one block of rows, in order of row."""
+
+    tile: int
+    latents: NDArray[np.uint16]
+    """Counted from the tile's first latent."""
+    rows: NDArray[np.int64]
+    """Counted from the block's first row."""
+    activations: NDArray[np.float32]
+
+
+class Encoder:
+    """The encoder columns [start, stop) of an SAE on a device, as tiles of constant width."""
+
+    def __init__(self, sae: Sae, start: int, stop: int, device: torch.device) -> None:
+        """Copy the slice's columns (all columns for `topk`) into tiles. Raises `NonFiniteError` for a NaN or infinity in the weights."""
+        for name in ("W_enc", "b_enc", "threshold"):
+            if not torch.isfinite(getattr(sae, name)).all():
+                raise NonFiniteError(f"The SAE's {name} holds a NaN or an infinity. Train it again with a lower learning rate.")
+        self.start, self.stop = start, stop
+        self.n_tiles = -(-(stop - start) // TILE)
+        self._kind, self._k, self._d_in, self._d_sae = sae.kind, sae.k, sae.d_in, sae.d_sae
+        self._device = device
+        self._tiles = [_make_tile(sae, first, min(first + TILE, stop), device) for first in range(start, stop, TILE)]
+        self._all_tiles = (
+            [_make_tile(sae, first, min(first + TILE, sae.d_sae), device) for first in range(0, sae.d_sae, TILE)] if sae.kind == "topk" else []
+        )
+        self._row_limit = _LARGEST / max(1.0, sae.d_in * float(sae.W_enc.abs().max()))
+
+    def tile_bounds(self, tile: int) -> tuple[int, int]:
+        """Return the latents [start, stop) of a tile, without padding."""
+        first = self.start + tile * TILE
+        return first, min(first + TILE, self.stop)
+
+    def prepare(self, rows: Float[Tensor, "n d_in"], n_block: int, where: str) -> Float[Tensor, "block d_in"]:
+        """Return a block of `n_block` rows in float32 on the device, padded with zeros. Raises `NonFiniteError`, naming `where`."""
+        block = torch.zeros((n_block, self._d_in), device=self._device)
+        block[: len(rows)] = rows.to(self._device, torch.float32)
+        if not float(block.abs().max()) < self._row_limit:
+            bad = int(torch.nonzero(~(block.abs().amax(dim=1) < self._row_limit))[0])
+            raise NonFiniteError(
+                f"{where}: row {bad} of the block holds a NaN, an infinity or a value above {self._row_limit:.1e}. Harvest this shard again."
+            )
+        return block
+
+    def row_thresholds(self, block: Float[Tensor, "block d_in"]) -> Float[Tensor, " block"] | None:
+        """Return what a pre-activation of each row must exceed, for `topk`; None for the kinds whose latents decide alone."""
+        if self._kind != "topk":
+            return None
+        if self._k >= self._d_sae:
+            return block.new_zeros(len(block))
+        largest = block.new_empty((len(block), 0))
+        for tile in self._all_tiles:
+            pre = torch.addmm(tile.b, block, tile.W).masked_fill_(tile.is_padding, -torch.inf)
+            best = torch.cat([largest, pre.topk(min(self._k + 1, TILE), dim=1).values], dim=1)
+            largest = best.topk(min(self._k + 1, best.shape[1]), dim=1).values
+        return largest[:, -2:].mean(dim=1).clamp_min_(0.0)
+
+    def scan(self, block: Float[Tensor, "block d_in"], row_thresholds: Float[Tensor, " block"] | None) -> Iterator[Scan]:
+        """Yield the firings of each tile on a block of rows."""
+        pre = torch.empty((len(block), TILE), device=self._device)
+        for i, tile in enumerate(self._tiles):
+            torch.addmm(tile.b, block, tile.W, out=pre)
+            fires = pre > (tile.threshold if row_thresholds is None else row_thresholds[:, None])
+            if row_thresholds is not None:
+                fires &= ~tile.is_padding
+            places = _true_places(fires)
+            activations = pre.view(-1)[torch.from_numpy(places).to(self._device)].cpu().numpy()
+            yield Scan(i, (places & (TILE - 1)).astype(np.uint16), places >> (TILE.bit_length() - 1), activations)
+
+
+class _Tile(NamedTuple):
+    W: Tensor
+    b: Tensor
+    threshold: Tensor
+    is_padding: Tensor
+
+
+def _make_tiles(sae: Sae, start: int, stop: int, device: torch.device) -> list[_Tile]:
+    return [_make_tile(sae, first, min(first + TILE, stop), device) for first in range(start, stop, TILE)]
+
+
+def _make_tile(sae: Sae, first: int, last: int, device: torch.device) -> _Tile:
+    width = last - first
+    W = torch.zeros((sae.d_in, TILE))
+    W[:, :width] = sae.W_enc[:, first:last]
+    b = torch.zeros(TILE)
+    b[:width] = sae.b_enc[first:last]
+    threshold = torch.full((TILE,), torch.inf)
+    threshold[:width] = sae.threshold[first:last].clamp_min(0.0)
+    return _Tile(W.to(device), b.to(device), threshold.to(device), (torch.arange(TILE) >= width).to(device))
+
+
+def _true_places(mask: Tensor) -> NDArray[np.int64]:
+    """Return the flat indices of the true elements; NumPy's scan is six times faster than PyTorch's on a CPU."""
+    if mask.device.type == "cpu":
+        return np.flatnonzero(mask.numpy())
+    return torch.nonzero(mask.view(-1)).view(-1).cpu().numpy()

@@ -1,0 +1,88 @@
+"""Firings of consecutive latents, sorted by latent and row, the currency of all feature passes.
+
+A firing is a valid row on which a latent exceeds its threshold: (latent, row id, activation), activation > 0. `Firings` holds them by
+columns with offsets per latent, 12 bytes each. Rows of one shard reach a job in order, so a stable counting sort by latent also sorts
+by row: `sort_firings` needs one radix pass over 16-bit latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+ROW_BITS: Final = 40
+"""A row id is `shard << 40 | row_in_shard`."""
+FIRING_SCHEMA: Final = pa.schema([("latent", pa.uint32()), ("row_id", pa.uint64()), ("activation", pa.float32())])
+
+
+class Firings(NamedTuple):
+    """Firings of the latents [start, start + n), sorted by latent, then row id."""
+
+    start: int
+    offsets: NDArray[np.int64]
+    """Firings of latent start + i are [offsets[i], offsets[i + 1])."""
+    row_ids: NDArray[np.uint64]
+    activations: NDArray[np.float32]
+
+    @property
+    def n_latents(self) -> int:
+        """Number of latents, firing or not."""
+        return len(self.offsets) - 1
+
+    def relative_latents(self) -> NDArray[np.int64]:
+        """Return the latent of every firing, counted from `start`."""
+        return np.repeat(np.arange(self.n_latents), np.diff(self.offsets))
+
+    def take(self, mask: NDArray[np.bool_]) -> "Firings":
+        """Return the firings where `mask` is true."""
+        kept = np.concatenate([[0], np.cumsum(mask)])
+        return Firings(self.start, kept[self.offsets], self.row_ids[mask], self.activations[mask])
+
+    def columns(self) -> dict[str, NDArray[np.generic]]:
+        """Return the columns of a Parquet table of firings."""
+        latents = (self.relative_latents() + self.start).astype(np.uint32)
+        return {"latent": latents, "row_id": self.row_ids, "activation": self.activations}
+
+
+def empty_firings(start: int, n_latents: int) -> Firings:
+    """Return no firings of the latents [start, start + n_latents)."""
+    return Firings(start, np.zeros(n_latents + 1, np.int64), np.empty(0, np.uint64), np.empty(0, np.float32))
+
+
+def sort_firings(start: int, n_latents: int, latents: NDArray[np.uint16], row_ids: NDArray[np.uint64], activations: NDArray[np.float32]) -> Firings:
+    """Sort firings that come in order of row by latent (counted from `start`). NumPy's stable sort of 16-bit keys is a radix sort."""
+    order = np.argsort(latents, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(latents, minlength=n_latents))]).astype(np.int64)
+    return Firings(start, offsets, row_ids[order], activations[order])
+
+
+def merge_firings(parts: Sequence[Firings]) -> Firings:
+    """Merge firings of the same latents over disjoint, rising ranges of rows: per latent, the parts follow each other."""
+    if len(parts) == 1:
+        return parts[0]
+    counts = np.stack([np.diff(part.offsets) for part in parts], axis=1)
+    ends = np.cumsum(counts.reshape(-1))
+    offsets = np.concatenate([[0], ends[len(parts) - 1 :: len(parts)]]).astype(np.int64)
+    row_ids = np.empty(int(offsets[-1]), np.uint64)
+    activations = np.empty(int(offsets[-1]), np.float32)
+    starts = (ends - counts.reshape(-1)).reshape(counts.shape)
+    for i, part in enumerate(parts):
+        places = np.arange(len(part.row_ids)) + np.repeat(starts[:, i] - part.offsets[:-1], counts[:, i])
+        row_ids[places] = part.row_ids
+        activations[places] = part.activations
+    return Firings(parts[0].start, offsets, row_ids, activations)
+
+
+def as_firings(start: int, stop: int, columns: Mapping[str, NDArray[np.generic]]) -> Firings:
+    """Take the firings of latents [start, stop) from the columns of a table that is sorted by latent."""
+    latents = columns["latent"]
+    offsets = np.searchsorted(latents, np.arange(start, stop + 1).astype(latents.dtype)).astype(np.int64)
+    return Firings(start, offsets, columns["row_id"].astype(np.uint64, copy=False), columns["activation"].astype(np.float32, copy=False))
+
+
+def expand_ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the indices start, start + 1, ... of every range, one range after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)

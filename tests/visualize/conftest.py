@@ -1,0 +1,149 @@
+"""A small world for the feature passes: corpus, activations and SAE made by hand, so that arithmetic is exact and full of ties."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from interp_assets.config import make_config
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
+from interp_assets.harvest.statistics import ActivationStatistics, as_tensors
+from interp_assets.manifest import create_artifact
+from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.store import Store, open_store
+from interp_assets.tensors import save_tensors
+from interp_assets.train.checkpoint import save_sae
+from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.train.sae import Sae
+
+HOOK = "resid_post.0"
+BOS = 0
+
+
+@dataclass
+class Shard:
+    """What the test knows about one shard without asking the code under test."""
+
+    token_ids: np.ndarray
+    contexts: np.ndarray
+    documents: np.ndarray
+    valid: np.ndarray
+    rows: torch.Tensor
+
+
+@dataclass
+class World:
+    """A pipeline in a memory store, with all that the feature passes read."""
+
+    pipeline: Pipeline
+    store: Store
+    sae: Sae
+    shards: list[Shard] = field(default_factory=list)
+
+    def variant(self, store: Store | None = None, execution: dict[str, Any] | None = None, **features: Any) -> "World":
+        """Publish the same shards and SAE under another configuration of the features, in a new store."""
+        content = json.loads(self.pipeline.config.model_dump_json())
+        content["features"] |= features
+        content["execution"] |= execution or {}
+        world = World(Pipeline(make_config(content), self.pipeline.plan), store or open_store("memory://variant"), self.sae, self.shards)
+        publish(world)
+        return world
+
+    def dense(self) -> list[np.ndarray]:
+        """Encode every shard the obvious way: `[rows, d_sae]`, zero on rows that are not valid."""
+        return [np.where(shard.valid[:, None], self.sae.encode(shard.rows).numpy(), 0) for shard in self.shards]
+
+
+def integer_sae(rng: np.random.Generator, kind: str, d_in: int, d_sae: int, k: int = 5) -> Sae:
+    """Make an SAE of small integers: float32 products are exact in any order, and many activations tie. The last latents are dead."""
+    W_enc = torch.from_numpy(rng.integers(-2, 3, (d_in, d_sae))).float()
+    b_enc = torch.from_numpy(rng.integers(-6, 1, d_sae)).float()
+    threshold = torch.from_numpy(rng.integers(0, 5, d_sae)).float() if kind == "jump_relu" else torch.zeros(d_sae)
+    W_enc[:, -2:], b_enc[-2:] = 0, -1
+    W_dec = torch.from_numpy(rng.integers(-3, 4, (d_sae, d_in))).float()
+    return Sae(kind=kind, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=torch.zeros(d_in), threshold=threshold, k=k if kind == "topk" else 0)
+
+
+def make_shard(rng: np.random.Generator, n_rows: int, d_in: int, context_length: int = 24) -> Shard:
+    """Make a shard of contexts of uneven length, each opened by a BOS, with documents that run across contexts."""
+    contexts = np.arange(n_rows) // context_length
+    is_first = np.concatenate([[True], contexts[1:] != contexts[:-1]])
+    documents = np.cumsum(rng.random(n_rows) < 1 / 37)
+    documents -= documents[0]
+    token_ids = np.where(is_first, BOS, rng.integers(1, 50, n_rows))
+    rows = torch.from_numpy(rng.integers(-3, 4, (n_rows, d_in))).to(torch.bfloat16)
+    return Shard(token_ids.astype(np.uint32), contexts.astype(np.uint32), documents.astype(np.uint32), ~is_first, rows)
+
+
+def publish(world: World) -> None:
+    """Write the artifacts that the feature passes read."""
+    pipeline, store = world.pipeline, world.store
+    for index, shard in enumerate(world.shards):
+        n_documents = int(shard.documents.max()) + 1
+        with create_artifact(store, token_shard_ref(pipeline, index)) as art:
+            columns = {"token_id": shard.token_ids, "context": shard.contexts, "document": shard.documents, "valid": shard.valid}
+            art.put("tokens.parquet", _parquet(columns))
+            first = np.searchsorted(shard.documents, np.arange(n_documents)).astype(np.uint64)
+            art.put(
+                "documents.parquet",
+                _parquet(
+                    {
+                        "document": np.arange(n_documents, dtype=np.uint32),
+                        "source": [f"text-{index}-{i}.py" for i in range(n_documents)],
+                        "first_row": first,
+                        "n_rows": np.diff(np.append(first, len(shard.rows))).astype(np.uint64),
+                    }
+                ),
+            )
+        with create_artifact(store, activation_shard_ref(pipeline, HOOK, index)) as art:
+            save_tensors(art, "rows.safetensors", {"rows": shard.rows})
+    with create_artifact(store, statistics_ref(pipeline, HOOK)) as art:
+        save_tensors(art, "statistics.safetensors", as_tensors(_statistics(world)))
+    with create_artifact(store, sae_ref(pipeline, "demo")) as art:
+        save_sae(art, world.sae, pipeline, pipeline.config.sae("demo"), l0=5.0)
+    with create_artifact(store, evaluation_ref(pipeline, "demo")) as art:
+        art.facts["l0"] = 5.0
+
+
+@pytest.fixture
+def make_world():
+    """Return a maker of worlds: SAE kind, sizes of the shards, and the configuration of the features."""
+
+    def make(kind: str = "jump_relu", sizes: tuple[int, ...] = (150, 97, 230), d_in: int = 8, d_sae: int = 24, seed: int = 0, **features: Any) -> World:
+        rng = np.random.default_rng(seed)
+        sae = integer_sae(rng, kind, d_in, d_sae)
+        shards = [make_shard(rng, n, d_in) for n in sizes]
+        architecture = {"relu": "relu", "jump_relu": "jump_relu", "topk": "topk"}[kind]
+        content = {
+            "harvest": {"hook_points": [HOOK]},
+            "saes": [{"hook_point": HOOK, "architecture": architecture, "d_sae": d_sae, "k": 5}],
+            "features": {"top_k": 4, "n_random": 12, "window": 5, "n_intervals": 4, "examples_per_interval": 3} | features,
+            "execution": {"rows_per_block": 64},
+        }
+        sources = [ShardSource(index=i, fingerprint=f"f{i}", n_documents=1, n_bytes=1, spec={}) for i in range(len(sizes))]
+        plan = PipelinePlan(
+            shards=sources, tokenizer_fingerprint="t", model_fingerprint="m", hook_widths={HOOK: d_in}, vocabulary_size=50, max_context=64
+        )
+        world = World(Pipeline(make_config(content), plan), open_store("memory://world"), sae, shards)
+        publish(world)
+        return world
+
+    return make
+
+
+def _statistics(world: World) -> ActivationStatistics:
+    rows = torch.cat([shard.rows.double() for shard in world.shards])
+    norms = rows.norm(dim=1)
+    return ActivationStatistics(len(rows), rows.sum(0), rows.square().sum(0), float(norms.sum()), torch.zeros(64, dtype=torch.int64))
+
+
+def _parquet(columns: dict[str, Any]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue().to_pybytes()
