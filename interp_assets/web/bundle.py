@@ -1,0 +1,228 @@
+"""Feature records of all latent slices become one bundle: the folder that a browser opens by range requests.
+
+    bundle.json        what the bundle is about: model, hook point, SAE, its quality, sizes, where the records lie
+    features.parquet   one row of statistics per latent, in order of latent (the slices' tables, one after the other)
+    records/NNNNN.bin  the records of 4,096 latents: independent gzip members of JSON
+    records/NNNNN.idx  u64 offsets into it, one more than there are records
+    vocabulary.json    the text of every token id
+    search.sqlite      full-text index of tokens and logits
+
+Steps: copy the slices' gzip members, byte for byte, into files of a fixed number of latents, so that a page finds a record by division
+and not by a table; join the tables; index their tokens. The work is one read and one write of the records, at bounded memory. Nothing in
+the bundle tells when it was made: same records, same bytes. The format is `docs/formats/feature_bundle.md`.
+"""
+
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from interp_assets.errors import ArtifactCorruptError
+from interp_assets.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file, read_ranges
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import ByteSink, Store
+from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.visualize.refs import records_ref, slice_bounds
+from interp_assets.web.refs import bundle_ref
+from interp_assets.web.search import FeatureWords, build_index
+from interp_assets.web.vocabulary import Vocabulary, encode_vocabulary, make_vocabulary
+
+FORMAT: Final = "interp-assets/feature-bundle"
+VERSION: Final = 1
+RECORDS_PER_FILE: Final = 4096
+"""Latents per record file; the browser keeps the 32 KiB index of each file it has touched."""
+RECORD_BLOCK_BYTES: Final = 256 << 10
+"""Bytes per checksum of a record file: what opening one feature reads from the store at most, for blocks it does not straddle."""
+_COPY_BYTES: Final = 8 << 20
+_EVALUATED: Final = ("l0", "fvu", "ce_recovered", "kl", "dead_share")
+
+
+class BundleContent(NamedTuple):
+    """Everything that goes into a bundle, as streams."""
+
+    description: dict[str, Any]
+    tables: Iterable[pa.Table]
+    records: Iterable[bytes]
+    vocabulary: Vocabulary
+
+
+def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any, *, progress: Callable[[int], None] | None = None) -> Produced:
+    """Build the bundle of one SAE from its records; `progress` is advanced by latents.
+
+    `tokenizer` is the Hugging Face tokenizer of the corpus. Raises `ArtifactMissingError` when a slice has no records yet, and
+    `ArtifactCorruptError` when table, index and records disagree.
+    """
+    start, ref = time.perf_counter(), bundle_ref(pipeline, sae_name)
+    existing = find_manifest(store, ref)
+    if existing:
+        return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
+    slices = range(pipeline.config.features.latent_slices)
+    refs = [records_ref(pipeline, sae_name, latent_slice) for latent_slice in slices]
+    sources = [_Source(store, ref.path, load_manifest(store, ref), *slice_bounds(pipeline, sae_name, i)) for i, ref in enumerate(refs)]
+    content = BundleContent(
+        _describe(pipeline, store, sae_name, [source.manifest for source in sources]),
+        (_read_table(source) for source in sources),
+        (member for source in sources for member in _read_records(source)),
+        make_vocabulary(tokenizer),
+    )
+    with create_artifact(store, ref) as art:
+        write_bundle(art, content, progress=progress)
+    assert art.manifest
+    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - start)
+
+
+def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Callable[[int], None] | None = None) -> None:
+    """Write the files of a bundle. Tables and records must come in order of latent and count `description["d_sae"]` each."""
+    description, d_sae = content.description, int(content.description["d_sae"])
+    n_records, record_bytes = _write_records(art, content.records, progress)
+    with art.open("features.parquet", n_rows=d_sae) as sink:
+        table = _TableWriter(sink)
+        index = build_index(table.write(content.tables))
+    if (n_records, table.n_rows) != (d_sae, d_sae):
+        raise ArtifactCorruptError(
+            f"The SAE has {d_sae:,} latents, its slices {n_records:,} records and {table.n_rows:,} table rows. Re-materialize feature_records."
+        )
+    description = {"format": FORMAT, "version": VERSION, **description, "n_live": table.n_live}
+    art.put("search.sqlite", index)
+    art.put("vocabulary.json", encode_vocabulary(content.vocabulary))
+    art.put("bundle.json", (json.dumps(description, indent=1) + "\n").encode())
+    art.facts |= {
+        "d_sae": d_sae,
+        "n_live": table.n_live,
+        "record_bytes": record_bytes,
+        "is_synthetic": bool(description["is_synthetic"]),
+        "sae": description["sae"]["name"],
+        "model": description["model"]["name"],
+        "hook_point": description["hook_point"],
+    }
+
+
+class _Source(NamedTuple):
+    """The records of one latent slice: where they are, and their latents [first, last)."""
+
+    store: Store
+    path: str
+    manifest: Manifest
+    first: int
+    last: int
+
+
+def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Manifest]) -> dict[str, Any]:
+    config, sae = pipeline.config, pipeline.config.sae(sae_name)
+    quality = load_manifest(store, evaluation_ref(pipeline, sae_name)).facts
+    return {
+        "is_synthetic": False,
+        "pipeline": config.name,
+        "model": {"name": config.model.name, "revision": config.model.revision, "fingerprint": pipeline.plan.model_fingerprint},
+        "hook_point": sae.hook_point,
+        "d_in": pipeline.d_in(sae.hook_point),
+        "d_sae": sae.d_sae,
+        "sae": {"name": sae_name, "artifact_id": sae_ref(pipeline, sae_name).artifact_id, "config": sae.model_dump()},
+        "evaluation": {key: quality.get(key) for key in _EVALUATED},
+        "corpus": {"source": config.corpus.source, "path": config.corpus.path, "n_shards": len(pipeline.plan.shards)},
+        "tokens_scanned": slices[0].facts["n_rows"],
+        "coactivation_rows": slices[0].facts.get("coactivation_rows"),
+        "logits_reason": slices[0].facts.get("logits_reason"),
+        "features": config.features.model_dump(exclude={"saes", "latent_slices"}),
+        "records": {"version": 1, "per_file": RECORDS_PER_FILE, "n_files": -(-sae.d_sae // RECORDS_PER_FILE)},
+    }
+
+
+def _read_table(source: _Source) -> pa.Table:
+    table = pq.read_table(pa.BufferReader(read_file(source.store, source.path, source.manifest, "features.parquet")))
+    wanted = np.arange(source.first, source.last)
+    if not np.array_equal(table["latent"].to_numpy(), wanted):
+        raise ArtifactCorruptError(
+            f"{source.store.url}/{source.path}/features.parquet should hold latents {source.first:,} to {source.last:,}, one row each and in "
+            f"order; it has {table.num_rows:,} rows. Re-materialize this slice of feature_records."
+        )
+    return table
+
+
+def _read_records(source: _Source) -> Iterator[bytes]:
+    """Yield the gzip members of a slice in order, reading some megabytes at a time."""
+    where = f"{source.store.url}/{source.path}/records.idx"
+    offsets = decode_offsets(read_file(source.store, source.path, source.manifest, "records.idx"), source.last - source.first, where)
+    first = 0
+    while first < len(offsets) - 1:
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _COPY_BYTES, side="right")) - 1)
+        start, stop = int(offsets[first]), int(offsets[last])
+        data = read_ranges(source.store, source.path, source.manifest, "records.bin", [start], [stop - start])[0]
+        for i in range(first, last):
+            yield data[int(offsets[i]) - start : int(offsets[i + 1]) - start]
+        first = last
+
+
+def decode_offsets(data: bytes, n_records: int, where: str) -> NDArray[np.int64]:
+    """Parse an index of record offsets. Raises `ArtifactCorruptError` when it is not `n_records` + 1 rising numbers from 0."""
+    offsets = np.frombuffer(data, "<u8").astype(np.int64) if len(data) % 8 == 0 else np.empty(0, np.int64)
+    if len(offsets) != n_records + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        raise ArtifactCorruptError(f"{where} should hold {n_records + 1:,} rising offsets from 0; it has {len(data):,} bytes. Re-materialize it.")
+    return offsets
+
+
+def _write_records(art: ArtifactWriter, records: Iterable[bytes], progress: Callable[[int], None] | None) -> tuple[int, int]:
+    """Write record files of `RECORDS_PER_FILE`; return the number of records and their bytes."""
+    members = iter(records)
+    n_records, n_bytes, file_index = 0, 0, 0
+    pending = next(members, None)
+    while pending is not None:
+        offsets = [0]
+        with art.open(f"records/{file_index:05d}.bin", block_bytes=RECORD_BLOCK_BYTES) as sink:
+            while pending is not None and len(offsets) <= RECORDS_PER_FILE:
+                sink.write(pending)
+                offsets.append(offsets[-1] + len(pending))
+                pending = next(members, None)
+        art.put(f"records/{file_index:05d}.idx", np.asarray(offsets, "<u8").tobytes(), n_rows=len(offsets) - 1)
+        n_records, n_bytes, file_index = n_records + len(offsets) - 1, n_bytes + offsets[-1], file_index + 1
+        if progress:
+            progress(len(offsets) - 1)
+    return n_records, n_bytes
+
+
+class _TableWriter:
+    """Appends the slices' tables to one Parquet file and hands on, row by row, what can be searched."""
+
+    def __init__(self, sink: ByteSink) -> None:
+        self._sink = sink
+        self.n_rows = 0
+        self.n_live = 0
+
+    def write(self, tables: Iterable[pa.Table]) -> Iterator[FeatureWords]:
+        """Write every table when its first row is asked for."""
+        writer = None
+        for table in tables:
+            if writer is None:
+                writer = pq.ParquetWriter(_SinkFile(self._sink), table.schema, compression="zstd")
+            writer.write_table(table, row_group_size=1 << 16)
+            self.n_rows += table.num_rows
+            self.n_live += table.num_rows - int(np.count_nonzero(table["is_dead"].to_numpy()))
+            columns = (table[name].to_pylist() for name in ("latent", "top_tokens", "top_logits", "bottom_logits"))
+            yield from (FeatureWords(*row) for row in zip(*columns, strict=True))
+        if writer:
+            writer.close()
+
+
+class _SinkFile(io.RawIOBase):
+    """Let the Parquet writer stream into an artifact."""
+
+    def __init__(self, sink: ByteSink) -> None:
+        self._sink, self._n_bytes = sink, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self._sink.write(view)
+        self._n_bytes += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._n_bytes

@@ -1,0 +1,153 @@
+"""Bundles in a store become opened bundles: checked, described, and read by verified ranges.
+
+A bundle is found by its manifest. One that cannot be used (newer format, damaged) is still listed, with the reason, because a missing
+entry explains nothing. Table and search index are opened when they are first asked for; where the store is no local folder, the index is
+copied to a temporary folder then, because SQLite wants a file.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactForeignError, ArtifactMissingError, InterpError
+from interp_assets.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range
+from interp_assets.store import Store, open_store
+from interp_assets.web.bundle import FORMAT, VERSION
+from interp_assets.web.refs import FOLDER
+from interp_assets.web.table import FeatureTable
+from interp_assets.web.vocabulary import Vocabulary, decode_vocabulary
+
+KIND = "feature_bundle"
+_STREAM_BYTES = 1 << 20
+
+
+class BundlePlace(NamedTuple):
+    """Where a bundle lies: a store and the folder in it."""
+
+    store: Store
+    path: str
+
+    @property
+    def name(self) -> str:
+        """The folder's last part; it holds the artifact id, so it names this very bundle in addresses."""
+        return self.path.rsplit("/", 1)[-1]
+
+
+def find_bundles(url: str) -> list[BundlePlace]:
+    """Find the bundles at a folder or `s3://` address: one bundle, a folder of bundles, a pipeline or a root of pipelines.
+
+    Raises `ArtifactMissingError` when there is none.
+    """
+    parent, _, last = url.rstrip("/").rpartition("/")
+    if last and not url.startswith("memory://"):
+        beside = open_store(parent or ("/" if url.startswith("/") else "."))
+        if beside.size(f"{last}/{MANIFEST}") is not None:
+            return [BundlePlace(beside, last)]
+    places = list_bundles(open_store(url))
+    if not places:
+        raise ArtifactMissingError(f"There is no feature bundle at {url}. Materialize `feature_browser` (`interp run`), or name another folder.")
+    return places
+
+
+def list_bundles(store: Store) -> list[BundlePlace]:
+    """List the bundles below a store, by path: those in `6-web` of a pipeline, or directly in the store's folder."""
+    listed = list(store.list(FOLDER)) or list(store.list())
+    folders = (item.path.removesuffix(f"/{MANIFEST}") for item in listed if item.path.endswith(f"/{MANIFEST}"))
+    return [BundlePlace(store, folder) for folder in sorted(folders) if "/" not in folder or folder.split("/")[-2] == FOLDER]
+
+
+class OpenBundle:
+    """One bundle, opened. Reads are verified against the manifest."""
+
+    def __init__(self, place: BundlePlace) -> None:
+        """Read manifest and description. Raises `ArtifactError` when this release cannot show the bundle."""
+        self.name = place.name
+        self._store, self._path = place
+        self.manifest: Manifest = read_manifest(self._store, self._path)
+        if self.manifest.kind != KIND:
+            raise ArtifactForeignError(f"{self.where} holds a {self.manifest.kind}, not a {KIND}. Name the folder of a bundle.")
+        self.description: dict[str, Any] = self._read_description()
+        self._lock = Lock()
+        self._table: FeatureTable | None = None
+
+    @property
+    def where(self) -> str:
+        """Address for people and messages."""
+        return f"{self._store.url}/{self._path}"
+
+    def table(self) -> FeatureTable:
+        """Return the table of statistics with its search index, read once."""
+        with self._lock:
+            if self._table is None:
+                self._table = FeatureTable(self.read("features.parquet"), self._find_index())
+            return self._table
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The text of every token id."""
+        return decode_vocabulary(read_file(self._store, self._path, self.manifest, "vocabulary.json"), f"{self.where}/vocabulary.json")
+
+    def read(self, name: str) -> bytes:
+        """Read a whole file of the bundle."""
+        return read_file(self._store, self._path, self.manifest, name)
+
+    def stream(self, name: str, start: int, n_bytes: int) -> Iterator[bytes]:
+        """Read a range of a file in verified pieces. The first is read before anything is answered, so a missing file is an error."""
+        step = max(_STREAM_BYTES, self.manifest.file(name).block_bytes)
+        stop = start + n_bytes
+        while start < stop:
+            piece = min(step - start % step, stop - start)
+            yield read_range(self._store, self._path, self.manifest, name, start, piece)
+            start += piece
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file, or None when the bundle has no such file."""
+        return next((entry.n_bytes for entry in self.manifest.files if entry.name == name), None)
+
+    def etag(self, name: str) -> str:
+        """Return a strong validator: it changes exactly when the file's bytes do."""
+        entry = self.manifest.file(name)
+        return f'"{hashlib.blake2b(repr((entry.n_bytes, entry.checksums)).encode(), digest_size=12).hexdigest()}"'
+
+    def _find_index(self) -> Path:
+        local = self._store.local_path(f"{self._path}/search.sqlite")
+        if local is not None:
+            return local
+        self._folder = tempfile.TemporaryDirectory(prefix="interp-search-")
+        copied = Path(self._folder.name) / "search.sqlite"
+        with copied.open("wb") as file:
+            file.writelines(self.stream("search.sqlite", 0, self.manifest.file("search.sqlite").n_bytes))
+        return copied
+
+    def _read_description(self) -> dict[str, Any]:
+        where = f"{self.where}/bundle.json"
+        try:
+            content = json.loads(self.read("bundle.json"))
+            found = (content["format"], content["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactCorruptError(f"{where} describes no bundle ({error}). Materialize `feature_browser` again.") from error
+        if found != (FORMAT, VERSION):
+            raise ArtifactForeignError(f"{where} is {found[0]!r} version {found[1]}; this release reads version {VERSION}. Upgrade interp-assets.")
+        return content
+
+
+class BrokenBundle(NamedTuple):
+    """A bundle that cannot be shown, and why."""
+
+    name: str
+    reason: str
+
+
+def open_bundle(place: BundlePlace) -> OpenBundle | BrokenBundle:
+    """Open a bundle, or keep the reason why it cannot be."""
+    try:
+        return OpenBundle(place)
+    except ArtifactError as error:
+        return BrokenBundle(place.name, str(error))
+    except InterpError as error:
+        return BrokenBundle(place.name, f"{error} Is the store reachable?")
