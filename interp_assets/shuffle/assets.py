@@ -7,11 +7,10 @@ from interp_assets.partitions import Layout, every, parent_bucket, same, whole
 from interp_assets.pipeline import shard_index
 from interp_assets.plots import plot_certificate
 from interp_assets.progress import Progress
-from interp_assets.road import pass_name
 from interp_assets.shuffle.certificate import certify
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.plan import make_shuffle_plan
-from interp_assets.shuffle.refs import SHUFFLE_VERSION, bucket_index
+from interp_assets.shuffle.refs import SHUFFLE_VERSION, bucket_index, pass_name
 from interp_assets.shuffle.split import split_bucket, split_shard
 from resources.world import World
 

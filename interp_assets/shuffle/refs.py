@@ -55,6 +55,11 @@ def mixed_ids(pipeline: Pipeline, hook_point: str) -> str:
     return combine_ids([mixed_shard_ref(pipeline, hook_point, bucket).artifact_id for bucket in range(n_mixed_shards(pipeline))])
 
 
+def pass_name(pass_index: int) -> str:
+    """Name the asset of a distribution pass; the last pass makes `mixed_shards`."""
+    return f"shuffle_pass_{pass_index}"
+
+
 def bucket_key(bucket: int) -> str:
     """Return the partition key of a bucket, for example `bucket-00003`."""
     return f"bucket-{bucket:05d}"

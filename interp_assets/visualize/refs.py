@@ -2,7 +2,7 @@
 
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref
 from interp_assets.manifest import ArtifactRef, make_ref
-from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.train.refs import evaluation_ref, sae_ref
 
 FOLDER = "5-features"
@@ -47,6 +47,22 @@ def slice_key(latent_slice: int) -> str:
 def slice_index(key: str) -> int:
     """Return the latent slice of a partition key."""
     return int(key.removeprefix("slice-"))
+
+
+def grid_key(latent_slice: int, index: int) -> str:
+    """Return the partition key of a latent slice of one dataset shard, as Dagster writes keys of two dimensions."""
+    return f"{slice_key(latent_slice)}|{shard_key(index)}"
+
+
+def split_grid_key(key: str) -> tuple[int, int]:
+    """Return latent slice and dataset shard of a partition key."""
+    latent_slice, _, shard = key.partition("|")
+    return slice_index(latent_slice), shard_index(shard)
+
+
+def features_key(sae: str, name: str) -> tuple[str, ...]:
+    """Return the asset key of one of an SAE's feature assets, for example `features/demo/feature_records`."""
+    return ("features", sae, name)
 
 
 def slice_bounds(pipeline: Pipeline, sae: str, latent_slice: int) -> tuple[int, int]:

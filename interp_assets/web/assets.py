@@ -5,7 +5,7 @@ import dagster as dg
 from interp_assets.faces import OWNERS, Events, code_version, made, record
 from interp_assets.partitions import Layout, every
 from interp_assets.progress import Progress
-from interp_assets.road import features_key
+from interp_assets.visualize.refs import features_key
 from interp_assets.web.bundle import build_bundle
 from interp_assets.web.refs import BUNDLE_VERSION
 from resources.world import World

@@ -1,0 +1,100 @@
+"""The corpus as assets: the documents that are there, the plan that divides them, and the token shards."""
+
+from dataclasses import asdict
+
+import dagster as dg
+
+from interp_assets.corpus.plan import plan_corpus
+from interp_assets.corpus.refs import TOKEN_SHARD_VERSION
+from interp_assets.corpus.tokens import make_token_shard
+from interp_assets.faces import OWNERS, Events, Made, code_version, hash_version, made, record
+from interp_assets.partitions import EXPERIMENTS, SHARDS, Layout, same, set_partitions, whole
+from interp_assets.pipeline import Pipeline, shard_index
+from interp_assets.progress import Progress
+from resources.world import World
+
+GROUP = "corpus"
+
+
+def make_assets(layout: Layout) -> list[dg.AssetsDefinition | dg.AssetSpec]:
+    """Make the assets of this stage."""
+    return [_documents(layout), _corpus_plan(layout), _token_shards(layout)]
+
+
+def _documents(layout: Layout) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        "documents",
+        partitions_def=layout.shards,
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds={"file"},
+        description=(
+            "The text of one shard as it lies outside: nothing of ours makes it. `corpus_plan` notes the fingerprint of its documents, so when "
+            "a file changes, exactly its own shard shows as stale."
+        ),
+    )
+
+
+def _corpus_plan(layout: Layout) -> dg.AssetsDefinition:
+    @dg.asset(
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds=layout.kinds("python", "json"),
+        code_version=code_version(1, layout.config.corpus, layout.config.model, layout.config.harvest),
+        description=(
+            "What the world answered: which documents make which shard, how wide each hook point is, and the fingerprints of tokenizer and model. "
+            "Materialize it first, and again when text has come or gone: it registers the shards and the experiments as partitions, and "
+            "every artifact id follows from it. Look at the number of shards and their bytes."
+        ),
+    )
+    def corpus_plan(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
+        pipeline = plan_corpus(world.config, world.store())
+        set_partitions(context.instance, SHARDS, [shard.key for shard in pipeline.plan.shards])
+        set_partitions(context.instance, EXPERIMENTS, [sae.name for sae in pipeline.config.saes])
+        for shard in pipeline.plan.shards:
+            tags = {"dagster/data_version": shard.fingerprint}
+            facts = {"documents": shard.n_documents, "bytes": shard.n_bytes}
+            yield dg.AssetObservation("documents", partition=shard.key, metadata=facts, tags=tags)
+        yield from record(context, lambda _key: _describe(pipeline), progress)
+
+    return corpus_plan
+
+
+def _token_shards(layout: Layout) -> dg.AssetsDefinition:
+    @dg.asset(
+        partitions_def=layout.shards,
+        deps=[same("documents"), whole("corpus_plan")],
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds=layout.kinds("python", "parquet"),
+        code_version=code_version(TOKEN_SHARD_VERSION, layout.config.corpus),
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        description=(
+            "The documents of one shard as token ids, in contexts of fixed length, one row per token position. The unit of work is a corpus shard. "
+            "Look at the rows and at how many of them are valid (special tokens are not); documents.parquet leads each row back to its text."
+        ),
+    )
+    def token_shards(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
+        pipeline, store = world.open()
+        tokenizer = world.tokenizer()
+
+        def work(key: str) -> Made:
+            return made([make_token_shard(pipeline, store, tokenizer, shard_index(key), progress.advance)], store.url)
+
+        yield from record(context, work, progress)
+
+    return token_shards
+
+
+def _describe(pipeline: Pipeline) -> Made:
+    """Show the plan. Its data version leaves the shards out: their own fingerprints are the versions of `documents`."""
+    plan = asdict(pipeline.plan)
+    shards = plan.pop("shards")
+    metadata = {
+        "shards": len(shards),
+        "held_out_shards": len(pipeline.held_out_indices),
+        "documents": sum(shard["n_documents"] for shard in shards),
+        "bytes": sum(shard["n_bytes"] for shard in shards),
+        "plan": dg.MetadataValue.json(plan),
+    }
+    return Made(hash_version({**plan, "corpus": pipeline.config.corpus.model_dump()}), metadata)

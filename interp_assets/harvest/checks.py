@@ -1,0 +1,66 @@
+"""Checks of the activations: as many rows as tokens, finite norms that do not drift between shards, outlier dimensions named."""
+
+import math
+from typing import Final
+
+import dagster as dg
+
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.faces import partition_keys
+from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
+from interp_assets.manifest import load_manifest
+from interp_assets.partitions import Layout
+from interp_assets.pipeline import Pipeline, shard_index
+from interp_assets.store import Store
+from resources.world import World
+
+MAX_NORM_DRIFT: Final = 0.25
+"""Mean norms of the shards of one run may differ from their median by this share; text differs, models do not."""
+MAX_MEAN_RATIO: Final = 100.0
+"""A dimension whose |mean| is this many times the typical one dominates the norm: worth knowing, no fault."""
+
+
+def make_checks(layout: Layout) -> list[dg.AssetChecksDefinition]:
+    """Make the checks of this stage."""
+
+    @dg.asset_check(
+        asset="activations", partitions_def=layout.shards, description="One finite row per token position, and mean norms alike in all shards."
+    )
+    def activation_rows(context: dg.AssetCheckExecutionContext, world: World) -> dg.AssetCheckResult:
+        pipeline, store = world.open()
+        indices = [shard_index(key) for key in partition_keys(context)]
+        wrong = [fault for hook_point in pipeline.config.harvest.hook_points for fault in row_faults(pipeline, store, hook_point, indices)]
+        drift = max(norm_drift(pipeline, store, hook_point, indices) for hook_point in pipeline.config.harvest.hook_points)
+        metadata = {"shards": len(indices), "wrong": dg.MetadataValue.json(wrong), "norm_drift": round(drift, 4), "norm_drift_limit": MAX_NORM_DRIFT}
+        severity = dg.AssetCheckSeverity.ERROR if wrong else dg.AssetCheckSeverity.WARN
+        return dg.AssetCheckResult(passed=not wrong and drift <= MAX_NORM_DRIFT, severity=severity, metadata=metadata)
+
+    @dg.asset_check(asset="activation_statistics", description="No dimension's mean is far above the others.")
+    def outlier_dimensions(world: World) -> dg.AssetCheckResult:
+        pipeline, store = world.open()
+        hook_points = pipeline.config.harvest.hook_points
+        ratios = {hook_point: float(load_manifest(store, statistics_ref(pipeline, hook_point)).facts["max_mean_ratio"]) for hook_point in hook_points}
+        is_calm = all(ratio <= MAX_MEAN_RATIO for ratio in ratios.values())
+        return dg.AssetCheckResult(passed=is_calm, severity=dg.AssetCheckSeverity.WARN, metadata={"limit": MAX_MEAN_RATIO, **ratios})
+
+    return [activation_rows, outlier_dimensions]
+
+
+def row_faults(pipeline: Pipeline, store: Store, hook_point: str, indices: list[int]) -> list[str]:
+    """Name the shards whose rows do not match their tokens, or whose norms are not finite."""
+    faults = []
+    for index in indices:
+        n_tokens = load_manifest(store, token_shard_ref(pipeline, index)).facts["n_rows"]
+        facts = load_manifest(store, activation_shard_ref(pipeline, hook_point, index)).facts
+        if facts["n_rows"] != n_tokens:
+            faults.append(f"shard {index} at {hook_point}: {facts['n_rows']:,} rows for {n_tokens:,} token positions")
+        if not math.isfinite(facts["mean_norm"]):
+            faults.append(f"shard {index} at {hook_point}: mean norm {facts['mean_norm']}")
+    return faults
+
+
+def norm_drift(pipeline: Pipeline, store: Store, hook_point: str, indices: list[int]) -> float:
+    """Return the largest relative distance of a shard's mean norm from the median of these shards."""
+    norms = sorted(float(load_manifest(store, activation_shard_ref(pipeline, hook_point, index)).facts["mean_norm"]) for index in indices)
+    median = norms[len(norms) // 2]
+    return max(abs(norm - median) for norm in (norms[0], norms[-1])) / median if median else 0.0

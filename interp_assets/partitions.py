@@ -1,0 +1,103 @@
+"""How work divides: the partitions of every asset, and which upstream partitions each one reads.
+
+    shards        corpus shards, registered by `corpus_plan` (they come and go with the text)
+    buckets       mixed shards, a number of the configuration
+    experiments   SAEs of the sweep, registered by `corpus_plan`
+    slices        latent slices, a number of the configuration
+    grid          latent slice x shard
+
+Dagster guesses a mapping where none is written, and two different definitions without one become "identity, no upstream partitions"
+in silence. So every dependency of the graph is made by one of the functions below, and a test compares all of them with the road.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import dagster as dg
+
+from interp_assets.config import PipelineConfig
+from interp_assets.shuffle.refs import bucket_key
+from interp_assets.visualize.refs import slice_key
+
+SHARDS: Final = "shards"
+EXPERIMENTS: Final = "experiments"
+SHARD_DIMENSION: Final = "shard"
+SLICE_DIMENSION: Final = "latent_slice"
+
+Key = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The partitions of one pipeline's assets. Made by `make_layout`."""
+
+    config: PipelineConfig
+    shards: dg.DynamicPartitionsDefinition
+    experiments: dg.DynamicPartitionsDefinition
+    slices: dg.StaticPartitionsDefinition
+    grid: dg.MultiPartitionsDefinition
+
+    def buckets(self, n_passes: int) -> dg.StaticPartitionsDefinition:
+        """Return the buckets that there are after `n_passes` distribution passes."""
+        return dg.StaticPartitionsDefinition([bucket_key(bucket) for bucket in range(self.config.shuffle.fan_out**n_passes)])
+
+    def kinds(self, *kinds: str) -> set[str]:
+        """Return an asset's kinds, with the kind of its storage."""
+        return {*kinds, "s3"} if self.config.root.startswith("s3://") else set(kinds)
+
+
+def make_layout(config: PipelineConfig) -> Layout:
+    """Make the partition definitions of a pipeline."""
+    shards = dg.DynamicPartitionsDefinition(name=SHARDS)
+    slices = dg.StaticPartitionsDefinition([slice_key(index) for index in range(config.features.latent_slices)])
+    grid = dg.MultiPartitionsDefinition({SHARD_DIMENSION: shards, SLICE_DIMENSION: slices})
+    return Layout(config, shards, dg.DynamicPartitionsDefinition(name=EXPERIMENTS), slices, grid)
+
+
+def whole(key: Key) -> dg.AssetDep:
+    """Depend on an asset without partitions."""
+    return dg.AssetDep(_asset_key(key))
+
+
+def same(key: Key) -> dg.AssetDep:
+    """Depend on the upstream partition with the same key."""
+    return dg.AssetDep(_asset_key(key), partition_mapping=dg.IdentityPartitionMapping())
+
+
+def every(key: Key) -> dg.AssetDep:
+    """Depend on all upstream partitions."""
+    return dg.AssetDep(_asset_key(key), partition_mapping=dg.AllPartitionMapping())
+
+
+def only(key: Key, partitions: Sequence[str]) -> dg.AssetDep:
+    """Depend on the named upstream partitions, whatever the own partition is."""
+    return dg.AssetDep(_asset_key(key), partition_mapping=dg.SpecificPartitionsPartitionMapping(list(partitions)))
+
+
+def same_shard(key: Key) -> dg.AssetDep:
+    """Depend on the same shard: from a grid to shards (that one shard), or from shards to a grid (all its slices)."""
+    return dg.AssetDep(_asset_key(key), partition_mapping=dg.MultiToSingleDimensionPartitionMapping(SHARD_DIMENSION))
+
+
+def same_slice(key: Key) -> dg.AssetDep:
+    """Depend on the same latent slice of a grid, in all its shards."""
+    return dg.AssetDep(_asset_key(key), partition_mapping=dg.MultiToSingleDimensionPartitionMapping(SLICE_DIMENSION))
+
+
+def parent_bucket(key: Key, n_parents: int, fan_out: int) -> dg.AssetDep:
+    """Depend on the bucket that the own buckets are divided from: parent b has the children b * fan_out and following."""
+    children = {bucket_key(b): [bucket_key(b * fan_out + child) for child in range(fan_out)] for b in range(n_parents)}
+    return dg.AssetDep(_asset_key(key), partition_mapping=dg.StaticPartitionMapping(children))
+
+
+def set_partitions(instance: dg.DagsterInstance, name: str, keys: Sequence[str]) -> None:
+    """Make the registered keys of a dynamic partitions definition exactly `keys`; what was made of removed ones stays in the store."""
+    registered = instance.get_dynamic_partitions(name)
+    for key in set(registered) - set(keys):
+        instance.delete_dynamic_partition(name, key)
+    instance.add_dynamic_partitions(name, list(keys))
+
+
+def _asset_key(key: Key) -> dg.AssetKey:
+    return dg.AssetKey([key] if isinstance(key, str) else list(key))

@@ -1,0 +1,134 @@
+"""The graph as data: for every asset, in order, its partitions and the artifacts that each partition consists of.
+
+    corpus_plan -> token_shards -> activations, activation_statistics -> shuffle_plan -> shuffle_pass_1 .. -> mixed_shards,
+    shuffle_certificate -> sae, sae_evaluation -> for each SAE that is shown: feature_candidates, feature_examples,
+    example_activations, feature_records, feature_browser
+
+Given the plan, all of it is a pure function of the configuration. It serves whoever asks "what is missing?" (the run loop), "how much
+will there be?" (`interp plan`) and "does the asset graph say the same?" (a test). How assets depend on each other does not belong
+here: the `assets.py` of each stage says so.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from interp_assets.config import PipelineConfig
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
+from interp_assets.manifest import ArtifactRef
+from interp_assets.pipeline import Pipeline, shard_index, shard_key
+from interp_assets.shuffle.refs import bucket_index, bucket_key, certificate_ref, mixed_shard_ref, pass_name, shuffle_plan_ref, split_shard_ref
+from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.visualize.refs import (
+    candidates_ref,
+    examples_ref,
+    features_key,
+    grid_key,
+    records_ref,
+    slice_index,
+    slice_key,
+    split_grid_key,
+    windows_ref,
+)
+from interp_assets.web.refs import bundle_ref
+
+Axis = Literal["none", "shard", "bucket", "experiment", "slice", "slice|shard"]
+Refs = Callable[[Pipeline, str], list[ArtifactRef]]
+
+
+class Stop(NamedTuple):
+    """One asset on the road."""
+
+    key: tuple[str, ...]
+    """Asset key, for example `("features", "demo", "feature_records")`."""
+    stage: str
+    """The stage folder that makes it."""
+    axis: Axis
+    """What its partitions are; `none` for an asset without partitions."""
+    n_buckets: int
+    """Partitions of the axis `bucket`, else 0."""
+    refs: Refs
+    """Artifacts of one partition (`""` without partitions)."""
+
+    @property
+    def name(self) -> str:
+        """The key as people write it: parts joined by `/`."""
+        return "/".join(self.key)
+
+    def partition_keys(self, pipeline: Pipeline) -> list[str]:
+        """List all partitions in order; `[""]` without partitions."""
+        config = pipeline.config
+        shards = [shard_key(index) for index in pipeline.shard_indices]
+        n_slices = config.features.latent_slices
+        keys: dict[Axis, list[str]] = {
+            "none": [""],
+            "shard": shards,
+            "bucket": [bucket_key(bucket) for bucket in range(self.n_buckets)],
+            "experiment": [sae.name for sae in config.saes],
+            "slice": [slice_key(index) for index in range(n_slices)],
+            "slice|shard": [grid_key(latent_slice, index) for latent_slice in range(n_slices) for index in pipeline.shard_indices],
+        }
+        return keys[self.axis]
+
+
+def make_road(config: PipelineConfig) -> list[Stop]:
+    """List every asset of a pipeline, each after those it is made from."""
+    fan_out, passes = config.shuffle.fan_out, config.shuffle.passes
+    road = [
+        Stop(("corpus_plan",), "corpus", "none", 0, lambda _pipeline, _key: []),
+        Stop(("token_shards",), "corpus", "shard", 0, lambda pipeline, key: [token_shard_ref(pipeline, shard_index(key))]),
+        Stop(("activations",), "harvest", "shard", 0, _activations),
+        Stop(("activation_statistics",), "harvest", "none", 0, _per_hook_point(statistics_ref)),
+        Stop(("shuffle_plan",), "shuffle", "none", 0, lambda pipeline, _key: [shuffle_plan_ref(pipeline)]),
+        *(Stop((pass_name(p),), "shuffle", "shard" if p == 1 else "bucket", fan_out ** (p - 1), _split_refs(p)) for p in range(1, passes)),
+        Stop(("mixed_shards",), "shuffle", "bucket", fan_out ** (passes - 1), _mixed_shards),
+        Stop(("shuffle_certificate",), "shuffle", "none", 0, _per_hook_point(certificate_ref)),
+        Stop(("sae",), "train", "experiment", 0, lambda pipeline, key: [sae_ref(pipeline, key)]),
+        Stop(("sae_evaluation",), "train", "experiment", 0, lambda pipeline, key: [evaluation_ref(pipeline, key)]),
+    ]
+    for sae in config.features.saes:
+        road += _features(sae)
+    return road
+
+
+def _features(sae: str) -> list[Stop]:
+    return [
+        Stop(features_key(sae, "feature_candidates"), "visualize", "slice|shard", 0, _candidates(sae)),
+        Stop(features_key(sae, "feature_examples"), "visualize", "slice", 0, lambda pipeline, key: [examples_ref(pipeline, sae, slice_index(key))]),
+        Stop(features_key(sae, "example_activations"), "visualize", "shard", 0, lambda pipeline, key: [windows_ref(pipeline, sae, shard_index(key))]),
+        Stop(features_key(sae, "feature_records"), "visualize", "slice", 0, lambda pipeline, key: [records_ref(pipeline, sae, slice_index(key))]),
+        Stop(features_key(sae, "feature_browser"), "web", "none", 0, lambda pipeline, _key: [bundle_ref(pipeline, sae)]),
+    ]
+
+
+def _candidates(sae: str) -> Refs:
+    def refs(pipeline: Pipeline, key: str) -> list[ArtifactRef]:
+        latent_slice, index = split_grid_key(key)
+        return [candidates_ref(pipeline, sae, index, latent_slice)]
+
+    return refs
+
+
+def _activations(pipeline: Pipeline, key: str) -> list[ArtifactRef]:
+    return [activation_shard_ref(pipeline, hook_point, shard_index(key)) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _mixed_shards(pipeline: Pipeline, key: str) -> list[ArtifactRef]:
+    return [mixed_shard_ref(pipeline, hook_point, bucket_index(key)) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _per_hook_point(ref: Callable[[Pipeline, str], ArtifactRef]) -> Refs:
+    return lambda pipeline, _key: [ref(pipeline, hook_point) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _split_refs(pass_index: int) -> Refs:
+    """Split files of one corpus shard; the held-out ones are not shuffled, so they have none."""
+
+    def refs(pipeline: Pipeline, key: str) -> list[ArtifactRef]:
+        if pass_index > 1:
+            return []
+        index = shard_index(key)
+        is_held_out = index in pipeline.held_out_indices
+        return [] if is_held_out else [split_shard_ref(pipeline, hook_point, index) for hook_point in pipeline.config.harvest.hook_points]
+
+    return refs

@@ -1,0 +1,93 @@
+"""SAEs as assets: one partition per experiment of the sweep, trained together and measured on the held-out shards."""
+
+import dagster as dg
+
+from interp_assets.errors import CertificateError
+from interp_assets.faces import OWNERS, Events, Made, code_version, made, partition_keys, record
+from interp_assets.manifest import load_manifest
+from interp_assets.partitions import Layout, every, only, same, whole
+from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.plots import plot_frequencies, plot_training
+from interp_assets.progress import Progress
+from interp_assets.shuffle.refs import certificate_ref
+from interp_assets.store import Store
+from interp_assets.train.evaluate import evaluate_sae
+from interp_assets.train.loop import train_saes
+from interp_assets.train.refs import TRAIN_VERSION
+from resources.world import World
+
+GROUP = "train"
+
+
+def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
+    """Make the assets of this stage."""
+    return [_sae(layout), _sae_evaluation(layout)]
+
+
+def _sae(layout: Layout) -> dg.AssetsDefinition:
+    @dg.asset(
+        partitions_def=layout.experiments,
+        deps=[every("mixed_shards"), whole("activation_statistics"), whole("shuffle_certificate")],
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds=layout.kinds("pytorch"),
+        code_version=code_version(TRAIN_VERSION),
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        description=(
+            "A trained sparse autoencoder: weights and configuration in a folder that SAELens opens, and its training curve. The unit of work is an "
+            "experiment; those of one run share one reader and see identical batches. Look at the loss curve, L0 and FVU."
+        ),
+    )
+    def sae(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
+        pipeline, store = world.open()
+        names = partition_keys(context)
+        _require_certificates(pipeline, store, names)
+        trained = train_saes(pipeline, store, names, progress.advance)
+
+        def work(key: str) -> Made:
+            item = trained[key]
+            return made([item], store.url, training=dg.MetadataValue.md(plot_training(store, item)))
+
+        yield from record(context, work, progress)
+
+    return sae
+
+
+def _sae_evaluation(layout: Layout) -> dg.AssetsDefinition:
+    held_out = [shard_key(index) for index in range(layout.config.corpus.held_out_shards)]
+
+    @dg.asset(
+        partitions_def=layout.experiments,
+        deps=[same("sae"), only("activations", held_out), whole("activation_statistics")],
+        group_name=GROUP,
+        owners=OWNERS,
+        kinds=layout.kinds("pytorch", "parquet"),
+        code_version=code_version(1),
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        description=(
+            "An SAE measured on the held-out shards, which it has never seen: L0, FVU, share of the model's loss recovered when its reconstruction "
+            "is put in place, KL divergence, dead latents. The unit of work is an experiment. Look at the histogram of firing frequencies."
+        ),
+    )
+    def sae_evaluation(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
+        pipeline, store = world.open()
+        model = world.model()
+
+        def work(key: str) -> Made:
+            item = evaluate_sae(pipeline, store, model, key)
+            return made([item], store.url, firing_frequency=dg.MetadataValue.md(plot_frequencies(store, item)))
+
+        yield from record(context, work, progress)
+
+    return sae_evaluation
+
+
+def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) -> None:
+    """Refuse to train on rows whose shuffle is not proven. Raises `CertificateError`."""
+    for hook_point in sorted({pipeline.config.sae(name).hook_point for name in names}):
+        certificate = load_manifest(store, certificate_ref(pipeline, hook_point))
+        if not certificate.facts["passed"]:
+            raise CertificateError(
+                f"The shuffle of {hook_point} has no valid certificate ({store.url}/{certificate_ref(pipeline, hook_point).path}): training would "
+                "learn its order. Read its verdicts with `interp inspect`, and materialize the mixed shards again."
+            )

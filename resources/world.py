@@ -1,0 +1,53 @@
+"""What the assets need from the world: a configuration becomes its store, its plan, its tokenizer and its subject model.
+
+Credentials are read here and nowhere else: an `s3://` root takes the usual `AWS_*` environment variables, or `s3`, which a
+deployment fills from its secrets (`dagster.EnvVar`).
+"""
+
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from interp_assets.config import PipelineConfig
+from interp_assets.pipeline import Pipeline, load_pipeline
+from interp_assets.store import Store, open_store
+
+
+class World(dg.ConfigurableResource):
+    """Opens what a pipeline works with."""
+
+    config_json: str = Field(description="The pipeline's configuration as JSON.")
+    s3: dict[str, str] = Field(default={}, description="Options of the S3 client; the AWS_* variables fill the rest.")
+
+    @classmethod
+    def make(cls, config: PipelineConfig) -> "World":
+        """Make the world of a configuration."""
+        return cls(config_json=config.model_dump_json())
+
+    @property
+    def config(self) -> PipelineConfig:
+        """The pipeline's configuration."""
+        return PipelineConfig.model_validate_json(self.config_json)
+
+    def store(self) -> Store:
+        """Open the pipeline's own folder, `<root>/<name>`."""
+        config = self.config
+        return open_store(config.root, s3=dict(self.s3)).child(config.name)
+
+    def open(self) -> tuple[Pipeline, Store]:
+        """Read the plan. Raises `ArtifactMissingError` before `corpus_plan` has been materialized."""
+        store = self.store()
+        return load_pipeline(self.config, store), store
+
+    def tokenizer(self) -> Any:
+        """Load the subject model's tokenizer."""
+        from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415 - transformers takes seconds to import, and most assets do without
+
+        return load_tokenizer(self.config.model)
+
+    def model(self) -> Any:
+        """Load the subject model onto the configured device."""
+        from interp_assets.garcon.subject import load_subject_model  # noqa: PLC0415 - as above, for torch
+
+        return load_subject_model(self.config.model, self.config.execution)
