@@ -40,7 +40,7 @@ def draw_hypergeometric(stream: Stream, n_good: int, n_bad: int, n_drawn: int) -
     Takes one word of the stream, or none when there is only one possible answer. Exact to about 1e-11 in probability.
     """
     n_items = n_good + n_bad
-    assert 0 <= min(n_good, n_bad, n_drawn), f"negative counts: {n_good}, {n_bad}, {n_drawn}"
+    assert min(n_good, n_bad, n_drawn) >= 0, f"negative counts: {n_good}, {n_bad}, {n_drawn}"
     assert n_drawn <= n_items < MAX_POPULATION, f"{n_drawn} drawn from {n_items}"
     if 2 * n_drawn > n_items:
         return n_good - draw_hypergeometric(stream, n_good, n_bad, n_items - n_drawn)

@@ -12,6 +12,7 @@ stay aligned. Every choice goes through a `Draws`, so that the tests can plant a
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ def _distribute(sizes: ShuffleSizes, draws: Draws, pass_index: int, bucket: int,
     """Run all jobs of one input bucket; returns the output buckets."""
     ranges: list[list[NDArray[np.int64]]] = [[] for _ in range(sizes.fan_out)]
     starts = offsets(sizes.job_rows(pass_index, bucket))
-    for job, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for job, (start, stop) in enumerate(pairwise(starts)):
         split = split_job(draws, sizes, pass_index, bucket, job)
         mixed = rows[start:stop][split.order]
         for part, parts in enumerate(ranges):

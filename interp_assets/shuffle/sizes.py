@@ -62,7 +62,7 @@ class ShuffleSizes:
         return share(self.input_rows(pass_index - 1, parent), self.fan_out, part)
 
     def job_rows(self, pass_index: int, bucket: int) -> list[int]:
-        """Return the rows of each job of a distributing pass on one input bucket. No job is larger than pass 1's largest, so all fit where it fits."""
+        """Return the rows of each job of a distributing pass on one input bucket. No job is larger than pass 1's largest."""
         if pass_index == 1:
             return list(self.shard_rows)
         n_rows = self.input_rows(pass_index, bucket)

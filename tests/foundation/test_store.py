@@ -67,7 +67,7 @@ def test_a_stream_arrives_whole(store: ObjectStore) -> None:
 
 
 def test_a_buffer_may_be_filled_again_after_it_was_written(store: ObjectStore) -> None:
-    """obstore sends from the buffer that it was handed: a writer that reuses one would overwrite what is still on its way."""
+    """A part is sent from the very buffer that was handed over: a writer that reuses one would overwrite what is still on its way."""
     buffer = bytearray(4 << 20)
     with store.open_writer("parts") as sink:
         for part in range(5):

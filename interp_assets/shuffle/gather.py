@@ -1,0 +1,81 @@
+"""All ranges of one bucket become one mixed shard: gathered from the files of the pass before, permuted, written with their row ids.
+
+With one pass only there is one bucket and nothing to gather: the activation shards are read as they are. The rows are hashed on their way
+out, chunk by chunk, so that the certificate (`certificate.py`) can compare what came out with what went in without reading it again.
+Format: `docs/formats/mixed_shard.md`.
+"""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from interp_assets.errors import PlanError
+from interp_assets.manifest import Produced, create_artifact, find_manifest
+from interp_assets.pipeline import Pipeline
+from interp_assets.shuffle.mixed import mixed_specs, save_mixed
+from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
+from interp_assets.shuffle.permutation import Draws
+from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
+from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref
+from interp_assets.shuffle.rows import ID_BYTES, Progress, RowFormat, RowSource, frozen, iter_chunks, record_ids
+from interp_assets.shuffle.sources import InputRange, load_records, load_shards
+from interp_assets.store import Store
+
+
+def gather_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Progress | None = None) -> Produced:
+    """Make the mixed shard `bucket`. Holds its rows in memory.
+
+    Raises `ArtifactMissingError` that names every job file which is missing, `ArtifactCorruptError` when rows or ranges differ from
+    the manifests or the plan, and `PlanError` for a bucket that the plan does not have.
+    """
+    started = time.monotonic()
+    ref = mixed_shard_ref(pipeline, hook_point, bucket)
+    manifest = find_manifest(store, ref)
+    if manifest is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    plan = load_shuffle_plan(pipeline, store)
+    if not 0 <= bucket < plan.sizes.n_buckets:
+        raise PlanError(
+            f"There is no {bucket_key(bucket)}: the shuffle of {plan.sizes.passes} passes and fan-out {plan.sizes.fan_out} "
+            f"has {plan.sizes.n_buckets} mixed shards."
+        )
+    fmt = row_format(pipeline, hook_point)
+    with create_artifact(store, ref) as art:
+        source, facts = _load_bucket(pipeline, store, hook_point, plan, bucket)
+        order = Draws(plan.seed).gather_order(bucket, source.n_rows)
+        outgoing = _Outgoing(source, order, fmt, progress)
+        save_mixed(art, outgoing.rows(), outgoing.row_ids(), mixed_specs(source.n_rows, fmt.d_in, fmt.dtype))
+        art.facts |= {**facts, "multiset_hash": outgoing.rows_hash.encode()}
+    assert art.manifest is not None
+    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
+
+
+def _load_bucket(pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, bucket: int) -> tuple[RowSource, dict[str, str]]:
+    """Read a bucket's rows; with one pass they come from the activation shards, and their hash as read becomes a fact."""
+    if plan.sizes.passes > 1:
+        n_rows = plan.sizes.input_rows(plan.sizes.passes, bucket)
+        return load_records(pipeline, store, hook_point, plan, InputRange(plan.sizes.passes, bucket, 0, n_rows)), {}
+    raw = load_shards(pipeline, store, hook_point, plan.shards)
+    return raw, {"source_multiset_hash": hash_kept(raw.row_ids, raw.rows, raw.kept).encode()}
+
+
+class _Outgoing:
+    """The rows of a mixed shard on their way into its file: first all rows, hashed as they pass, then the ids that were met."""
+
+    def __init__(self, source: RowSource, order: NDArray[np.int64], fmt: RowFormat, progress: Progress | None) -> None:
+        self._source, self._order, self._fmt, self._progress = source, order, fmt, progress
+        self._ids: list[NDArray[np.uint64]] = []
+        self.rows_hash = MultisetHash()
+
+    def rows(self) -> Iterator[memoryview]:
+        for records in iter_chunks(self._source, self._order, self._fmt.record_bytes):
+            self.rows_hash = self.rows_hash.merge(hash_records(records))
+            self._ids.append(record_ids(records))
+            yield frozen(np.ascontiguousarray(records[:, ID_BYTES:]))
+            if self._progress is not None:
+                self._progress(len(records))
+
+    def row_ids(self) -> Iterator[NDArray[np.uint64]]:
+        yield from self._ids

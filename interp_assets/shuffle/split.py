@@ -1,0 +1,131 @@
+"""One job's rows become one file with a contiguous range of records for every output bucket.
+
+1. Read the job's rows into memory: an activation shard's in pass 1, a part of a bucket later (`sources.py`).
+2. Draw the job's uniform order and its counts (`permutation.py`).
+3. Write the records in that order as one stream, `rows.bin`: range j is bucket j's. N jobs and K buckets make N files, not N*K.
+
+A job depends on the plan and on its own rows only. It may run anywhere, twice, or at the same time as any other: its bytes are the same.
+Format: `docs/formats/split_shard.md`.
+"""
+
+import time
+from typing import Final, NamedTuple
+
+from interp_assets.errors import ArtifactCorruptError, PlanError
+from interp_assets.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact, find_manifest
+from interp_assets.pipeline import Pipeline
+from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
+from interp_assets.shuffle.permutation import Draws, JobSplit, split_job
+from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
+from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
+from interp_assets.shuffle.rows import Progress, RowFormat, RowSource, frozen, iter_chunks
+from interp_assets.shuffle.sizes import offsets
+from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, load_records, load_shards
+from interp_assets.store import Store
+
+_MIN_BLOCK_BYTES: Final = 64 << 10
+_BLOCKS_PER_RANGE: Final = 32
+"""A range is widened to whole checksum blocks when it is read: with this many it costs about 3 % more bytes."""
+
+
+class _Job(NamedTuple):
+    """What is about to be written: where, which rows in which order, and the hash of the rows as they were read."""
+
+    ref: ArtifactRef
+    source: RowSource
+    split: JobSplit
+    fmt: RowFormat
+    rows_hash: MultisetHash
+
+
+def split_shard(pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Progress | None = None) -> Produced:
+    """Distribute the valid rows of training shard `index` over the buckets of pass 1. Holds the shard in memory.
+
+    Raises `ArtifactCorruptError` when the shard's rows differ from its manifest, from its token shard or from the plan.
+    """
+    started = time.monotonic()
+    ref = split_shard_ref(pipeline, hook_point, index)
+    manifest = find_manifest(store, ref)
+    if manifest is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    plan = load_shuffle_plan(pipeline, store)
+    if plan.sizes.passes == 1:
+        raise PlanError(f"A shuffle of one pass splits nothing (shuffle.passes is 1): gather {bucket_key(0)} of {hook_point} directly.")
+    job = plan.job(index)
+    split = draw_split(plan, 1, 0, job, store.url)
+    source = load_shards(pipeline, store, hook_point, [plan.shards[job]])
+    rows_hash = hash_kept(source.row_ids, source.rows, source.kept)
+    return _write_split(store, _Job(ref, source, split, row_format(pipeline, hook_point), rows_hash), started, progress)
+
+
+def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Progress | None = None) -> list[Produced]:
+    """Run all jobs of input bucket `bucket` of a middle pass, one after the other. See `split_bucket_job`."""
+    n_jobs = len(_middle_plan(pipeline, store, pass_index).sizes.job_rows(pass_index, bucket))
+    return [split_bucket_job(pipeline, store, hook_point, (pass_index, bucket, job), progress) for job in range(n_jobs)]
+
+
+def split_bucket_job(pipeline: Pipeline, store: Store, hook_point: str, address: tuple[int, int, int], progress: Progress | None = None) -> Produced:
+    """Distribute one job's rows of a bucket over the buckets of a middle pass; `address` is (pass >= 2, input bucket, job).
+
+    Raises like `load_records`. Holds the job's rows in memory.
+    """
+    started = time.monotonic()
+    pass_index, bucket, job = address
+    ref = split_bucket_ref(pipeline, hook_point, pass_index, bucket, job)
+    manifest = find_manifest(store, ref)
+    if manifest is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    plan = _middle_plan(pipeline, store, pass_index)
+    split = draw_split(plan, pass_index, bucket, job, store.url)
+    starts = offsets(plan.sizes.job_rows(pass_index, bucket))
+    source = load_records(pipeline, store, hook_point, plan, InputRange(pass_index, bucket, starts[job], starts[job + 1]))
+    return _write_split(store, _Job(ref, source, split, row_format(pipeline, hook_point), hash_records(source.records)), started, progress)
+
+
+def draw_split(plan: ShufflePlan, pass_index: int, bucket: int, job: int, where: str) -> JobSplit:
+    """Draw a job's split and compare its counts with the plan's, where they are listed; `where` names the store in the message.
+
+    Raises `ArtifactCorruptError` when this machine draws other numbers than the one that planned.
+    """
+    split = split_job(Draws(plan.seed), plan.sizes, pass_index, bucket, job)
+    tables = plan.counts[pass_index - 1]
+    if tables is not None and offsets(tables[bucket][job]) != split.offsets:
+        raise ArtifactCorruptError(
+            f"This machine draws other counts for job {job} of pass {pass_index} than the shuffle plan in {where} lists: its arithmetic or its "
+            "release of interp-assets differs. Materialize `shuffle_plan` again here, or run the job where the plan was made."
+        )
+    return split
+
+
+def _middle_plan(pipeline: Pipeline, store: Store, pass_index: int) -> ShufflePlan:
+    plan = load_shuffle_plan(pipeline, store)
+    if not 2 <= pass_index < plan.sizes.passes:
+        raise PlanError(f"Pass {pass_index} splits no buckets: of {plan.sizes.passes} passes, those after the first and before the last do.")
+    return plan
+
+
+def _write_split(store: Store, job: _Job, started: float, progress: Progress | None) -> Produced:
+    assert job.source.n_rows == len(job.split.order) == job.split.offsets[-1], f"{job.source.n_rows} rows read, {len(job.split.order)} ordered"
+    n_rows, n_parts = job.source.n_rows, len(job.split.offsets) - 1
+    shape = [n_rows, job.fmt.record_bytes]
+    range_bytes = n_rows * job.fmt.record_bytes // max(1, n_parts)
+    with create_artifact(store, job.ref) as art:
+        art.facts |= {
+            "n_rows": n_rows,
+            "d_in": job.fmt.d_in,
+            "dtype": job.fmt.dtype,
+            "ranges": job.split.offsets,
+            "multiset_hash": job.rows_hash.encode(),
+        }
+        with art.open(SPLIT_ROWS, n_rows=n_rows, dtype="uint8", shape=shape, block_bytes=block_bytes(range_bytes)) as sink:
+            for chunk in iter_chunks(job.source, job.split.order, job.fmt.record_bytes):
+                sink.write(frozen(chunk))
+                if progress is not None:
+                    progress(len(chunk))
+    assert art.manifest is not None
+    return Produced(job.ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
+
+
+def block_bytes(range_bytes: int) -> int:
+    """Return how many bytes of a split file one checksum covers: a power of two, about 1/32 of a range, 64 KiB to 4 MiB."""
+    return max(_MIN_BLOCK_BYTES, min(BLOCK_BYTES, 1 << max(0, range_bytes // _BLOCKS_PER_RANGE).bit_length()))
