@@ -9,19 +9,30 @@ The place of a token in `tokens.parquet` is its `row_in_shard`, the identity tha
 """
 
 import io
+import time
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
+from interp_assets.config import CorpusConfig
+from interp_assets.corpus.packing import Layout, lay_out_each, pack
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.manifest import Manifest, load_manifest, read_file
+from interp_assets.corpus.sources import iter_documents
+from interp_assets.errors import InputError
+from interp_assets.garcon.tokenizer import affixes, leading_token, separator_token, special_token_ids, tokenize_texts
+from interp_assets.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 
 TOKENS: Final = "tokens.parquet"
 DOCUMENTS: Final = "documents.parquet"
+_ROWS_PER_GROUP: Final = 1 << 17
+_DOCUMENTS_PER_STEP: Final = 64
 
 
 class TokenShard(NamedTuple):
@@ -50,6 +61,49 @@ class DocumentTable(NamedTuple):
     n_rows: NDArray[np.uint64]
 
 
+def make_token_shard(
+    pipeline: Pipeline, store: Store, tokenizer: PreTrainedTokenizerBase, index: int, progress: Callable[[int], None] | None = None
+) -> Produced:
+    """Tokenize corpus shard `index` and publish it; `progress` advances by documents.
+
+    Raises `InputError` for text that has changed since it was planned, that tokenizes to nothing, or whose token ids the subject model
+    does not have.
+    """
+    start = time.monotonic()
+    ref = token_shard_ref(pipeline, index)
+    if (manifest := find_manifest(store, ref)) is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - start)
+    names, texts = _read_documents(pipeline, index)
+    documents: list[NDArray[np.uint32]] = []
+    for first in range(0, len(texts), _DOCUMENTS_PER_STEP):
+        step = texts[first : first + _DOCUMENTS_PER_STEP]
+        documents += tokenize_texts(tokenizer, step)
+        if progress is not None:
+            progress(len(step))
+    _check_documents(pipeline, index, names, documents)
+    layout = lay_out(pipeline.config.corpus, tokenizer, documents)
+    valid = ~np.isin(layout.token_ids, np.array(special_token_ids(tokenizer), np.uint32))
+    with create_artifact(store, ref) as art:
+        _write_tables(art, layout, valid, names)
+        art.facts = {
+            "n_rows": len(valid),
+            "n_valid": int(valid.sum()),
+            "n_contexts": int(layout.contexts[-1]) + 1,
+            "n_documents": len(names),
+            "n_bytes": sum(len(text.encode()) for text in texts),
+        }
+    assert art.manifest is not None
+    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - start)
+
+
+def lay_out(corpus: CorpusConfig, tokenizer: PreTrainedTokenizerBase, documents: Sequence[NDArray[np.uint32]]) -> Layout:
+    """Lay tokenized documents into contexts, in the configured way."""
+    if corpus.contexts == "packed":
+        return pack(documents, corpus.context_length, leading=leading_token(tokenizer), separator=separator_token(tokenizer))
+    around = affixes(tokenizer)
+    return lay_out_each(documents, corpus.context_length, before=around.before, after=around.after)
+
+
 def load_tokens(pipeline: Pipeline, store: Store, index: int) -> TokenShard:
     """Read and verify the token positions of corpus shard `index`."""
     ref = token_shard_ref(pipeline, index)
@@ -71,3 +125,48 @@ def context_offsets(contexts: NDArray[np.uint32]) -> NDArray[np.int64]:
     if len(contexts) == 0:
         return np.zeros(1, np.int64)
     return np.concatenate([[0], np.flatnonzero(contexts[1:] != contexts[:-1]) + 1, [len(contexts)]]).astype(np.int64)
+
+
+def _read_documents(pipeline: Pipeline, index: int) -> tuple[list[str], list[str]]:
+    """Read the names and texts of a shard's documents."""
+    names: list[str] = []
+    texts: list[str] = []
+    for name, text in iter_documents(pipeline.config.corpus, pipeline.source(index)):
+        names.append(name)
+        texts.append(text)
+    if not names:
+        raise InputError(
+            f"{pipeline.source(index).key} has no text: all its documents are blank. Raise corpus.documents_per_shard, or mend the data."
+        )
+    return names, texts
+
+
+def _check_documents(pipeline: Pipeline, index: int, names: Sequence[str], documents: Sequence[NDArray[np.uint32]]) -> None:
+    empty = [name for name, tokens in zip(names, documents, strict=True) if len(tokens) == 0]
+    if empty:
+        raise InputError(
+            f"{len(empty)} document(s) of {pipeline.source(index).key} tokenize to nothing: {empty[:5]}. Remove them from the corpus and plan again."
+        )
+    highest = max(int(tokens.max()) for tokens in documents)
+    if highest >= pipeline.plan.vocabulary_size:
+        raise InputError(
+            f"The tokenizer of {pipeline.config.model.name!r} gives token id {highest:,}, but the model has only "
+            f"{pipeline.plan.vocabulary_size:,} embeddings: they do not belong together. Use the tokenizer that the model was trained with."
+        )
+
+
+def _write_tables(art: ArtifactWriter, layout: Layout, valid: NDArray[np.bool_], names: Sequence[str]) -> None:
+    rows_of = np.bincount(layout.documents, minlength=len(names)).astype(np.uint64)
+    tokens = {"token_id": layout.token_ids, "context": layout.contexts, "document": layout.documents, "valid": valid}
+    documents = {
+        "document": np.arange(len(names), dtype=np.uint32),
+        "source": list(names),
+        "first_row": np.cumsum(rows_of) - rows_of,
+        "n_rows": rows_of,
+    }
+    for name, columns in ((TOKENS, tokens), (DOCUMENTS, documents)):
+        table = pa.table(columns)
+        with art.open(name, n_rows=table.num_rows) as sink:
+            buffer = io.BytesIO()
+            pq.write_table(table, buffer, compression="zstd", row_group_size=_ROWS_PER_GROUP)
+            sink.write(buffer.getbuffer())

@@ -1,22 +1,34 @@
-"""Rows become mergeable statistics of one hook point: count, sums, sums of squares and a histogram of norms.
+"""Rows become mergeable statistics of one hook point: count, sums, sums of squares, sum of norms and a histogram of norms.
 
-The statistics are over the *valid* rows as they are stored (after rounding), in float64. Sums are taken in fixed blocks of rows, and
-shards are merged in order of shard, so that the bytes depend neither on the batch size nor on the order in which shards were made.
+The statistics are over the *valid* rows as they are stored (after rounding), in float64. Sums are taken in blocks of a fixed number of
+rows, and shards are merged in order of shard, so that the bytes depend neither on the batch size nor on the order in which shards were
+made. Counts and histograms merge exactly in any order; the float64 sums merge in any order to within rounding.
+
+The histogram has 64 bins, 4 per octave, from norm 2^-4 to 2^12; smaller and larger norms count in the end bins. A norm's bin is read off
+the bits of its float32 value, so there is no logarithm to round: bin = (bits >> 21) - (bits(2^-4) >> 21).
 """
 
+import time
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
-from interp_assets.harvest.refs import statistics_ref
-from interp_assets.manifest import load_manifest
+from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
+from interp_assets.manifest import Produced, create_artifact, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
-from interp_assets.tensors import load_tensors
+from interp_assets.tensors import load_tensors, save_tensors
 
 STATISTICS: Final = "statistics.safetensors"
+N_BINS: Final = 64
+BLOCK_ROWS: Final = 2048
+_LOWEST_EXPONENT: Final = -4
+_FIRST_BIN: Final = (127 + _LOWEST_EXPONENT) * 4
 
 
 class ActivationStatistics(NamedTuple):
@@ -46,15 +58,113 @@ class ActivationStatistics(NamedTuple):
 
     @property
     def variance(self) -> float:
-        """Sum over dimensions of the variance: the denominator of FVU."""
+        """Sum over dimensions of the variance: the mean squared distance from the mean row, the denominator of FVU."""
         return self.mean_squared_norm - float((self.mean**2).sum())
+
+    @property
+    def max_mean_ratio(self) -> float:
+        """Largest root mean square of a dimension over the mean one: how much a few dimensions dominate."""
+        spread = (self.sum_of_squares / max(1, self.n_rows)).sqrt()
+        return float(spread.max() / spread.mean().clamp_min(1e-300))
+
+
+class StatisticsAccumulator:
+    """Takes rows in any pieces and sums them in blocks of `BLOCK_ROWS`, so that the pieces leave no trace in the result."""
+
+    def __init__(self, d_in: int) -> None:
+        """Begin with no rows."""
+        self._total = empty_statistics(d_in)
+        self._pending: list[Tensor] = []
+        self._n_pending = 0
+
+    def add(self, rows: Float[Tensor, "n d_in"]) -> None:
+        """Add rows, in their order."""
+        self._pending.append(rows)
+        self._n_pending += len(rows)
+        if self._n_pending < BLOCK_ROWS:
+            return
+        joined = torch.cat(self._pending)
+        n_whole = len(joined) // BLOCK_ROWS * BLOCK_ROWS
+        for first in range(0, n_whole, BLOCK_ROWS):
+            self._total = merge([self._total, measure_rows(joined[first : first + BLOCK_ROWS])])
+        self._pending, self._n_pending = [joined[n_whole:].clone()], len(joined) - n_whole
+
+    def finish(self) -> ActivationStatistics:
+        """Return the statistics of all rows so far."""
+        return merge([self._total, *([measure_rows(torch.cat(self._pending))] if self._n_pending else [])])
+
+
+def empty_statistics(d_in: int) -> ActivationStatistics:
+    """Return the statistics of no rows."""
+    zeros = torch.zeros(d_in, dtype=torch.float64)
+    return ActivationStatistics(0, zeros, zeros, 0.0, torch.zeros(N_BINS, dtype=torch.int64))
+
+
+def measure_rows(rows: Float[Tensor, "n d_in"]) -> ActivationStatistics:
+    """Take the statistics of some rows, in float64."""
+    wide = rows.to(torch.float64)
+    squares = wide.square()
+    norms = squares.sum(dim=1).sqrt()
+    return ActivationStatistics(len(rows), wide.sum(dim=0), squares.sum(dim=0), float(norms.sum()), norm_histogram(norms))
+
+
+def norm_histogram(norms: Float[Tensor, " n"]) -> Int64[Tensor, "64"]:
+    """Count norms into 64 bins, 4 per octave."""
+    bits = norms.to(torch.float32).view(torch.int32)
+    bins = ((bits >> 21) - _FIRST_BIN).clamp(0, N_BINS - 1)
+    return torch.bincount(bins.to(torch.int64), minlength=N_BINS)
+
+
+def norm_bin_edges() -> NDArray[np.float64]:
+    """Return the 65 edges of the histogram's bins: bin i counts norms in [edges[i], edges[i + 1])."""
+    steps = np.arange(N_BINS + 1)
+    return 2.0 ** (_LOWEST_EXPONENT + steps // 4) * (1 + steps % 4 / 4)
+
+
+def merge(parts: Sequence[ActivationStatistics]) -> ActivationStatistics:
+    """Add up statistics, in the given order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = ActivationStatistics(
+            total.n_rows + part.n_rows,
+            total.sum + part.sum,
+            total.sum_of_squares + part.sum_of_squares,
+            total.sum_of_norms + part.sum_of_norms,
+            total.norm_histogram + part.norm_histogram,
+        )
+    return total
+
+
+def merge_statistics(pipeline: Pipeline, store: Store, hook_point: str) -> Produced:
+    """Publish the statistics of a hook point over all training shards, merged in order of shard."""
+    start = time.monotonic()
+    ref = statistics_ref(pipeline, hook_point)
+    if (manifest := find_manifest(store, ref)) is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - start)
+    total = merge([load_shard_statistics(pipeline, store, hook_point, index) for index in pipeline.train_indices])
+    with create_artifact(store, ref) as art:
+        save_tensors(art, STATISTICS, {**as_tensors(total), "mean": total.mean}, n_rows=total.n_rows)
+        art.facts = {
+            "count": total.n_rows,
+            "mean_norm": total.mean_norm,
+            "mean_squared_norm": total.mean_squared_norm,
+            "variance": total.variance,
+            "max_mean_ratio": total.max_mean_ratio,
+        }
+    assert art.manifest is not None
+    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - start)
 
 
 def load_statistics(pipeline: Pipeline, store: Store, hook_point: str) -> ActivationStatistics:
     """Read the statistics of a hook point over all training shards."""
     ref = statistics_ref(pipeline, hook_point)
-    tensors = load_tensors(store, ref.path, load_manifest(store, ref), STATISTICS)
-    return as_statistics(tensors)
+    return as_statistics(load_tensors(store, ref.path, load_manifest(store, ref), STATISTICS))
+
+
+def load_shard_statistics(pipeline: Pipeline, store: Store, hook_point: str, index: int) -> ActivationStatistics:
+    """Read the statistics of a hook point over one shard."""
+    ref = activation_shard_ref(pipeline, hook_point, index)
+    return as_statistics(load_tensors(store, ref.path, load_manifest(store, ref), STATISTICS))
 
 
 def as_statistics(tensors: dict[str, Tensor]) -> ActivationStatistics:

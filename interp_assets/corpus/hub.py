@@ -1,0 +1,144 @@
+"""A Hugging Face dataset becomes shards by ranges of its rows, and a shard's documents are streamed from its range.
+
+Nothing is downloaded to plan: the number of rows comes from the dataset's description, or, when it has none, from counting the streamed
+rows up to `max_shards`. A shard's fingerprint is its address: the dataset, the commit that the revision stands for (of a local folder:
+the hash of its files), subset, split and range. Rows without text are skipped when they are read.
+
+Reading range [first, stop) of a stream passes over the rows before it, unless the dataset can skip whole files.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import xxhash
+from datasets import IterableDataset, load_dataset, load_dataset_builder
+from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from interp_assets.config import CorpusConfig
+from interp_assets.corpus.files import text_of
+from interp_assets.errors import InputError
+from interp_assets.pipeline import ShardSource
+
+_BLOCK_BYTES: Final = 16 << 20
+_LOAD_ERRORS: Final = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+
+
+def plan_hub(config: CorpusConfig) -> list[ShardSource]:
+    """Divide a dataset into ranges of `documents_per_shard` rows. Raises `InputError` when it cannot be opened or lacks the text column."""
+    revision = _resolve_revision(config)
+    dataset = _open(config, revision)
+    _check_column(config, dataset)
+    n_rows = _count_rows(config, revision, dataset)
+    n_shards = min(config.max_shards, -(-n_rows // config.documents_per_shard))
+    shards: list[ShardSource] = []
+    for index in range(n_shards):
+        first = index * config.documents_per_shard
+        stop = min(n_rows, first + config.documents_per_shard)
+        spec = {"dataset": _label(config), "revision": revision, "subset": config.subset, "split": config.split, "first": first, "stop": stop}
+        fingerprint = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=16).hexdigest()
+        shards.append(ShardSource(index=index, fingerprint=fingerprint, n_documents=stop - first, n_bytes=0, spec=spec))
+    return shards
+
+
+def iter_hub_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[str, str]]:
+    """Yield `(name, text)` of the rows of a shard that hold text. Raises `InputError` for a local dataset that has changed."""
+    spec = source.spec
+    if _local(config) is not None and _resolve_revision(config) != spec["revision"]:
+        raise InputError(f"The dataset in {config.path} has changed since it was planned. Plan again: materialize `corpus_plan`.")
+    rows = _open(config, spec["revision"]).skip(spec["first"]).take(spec["stop"] - spec["first"])
+    try:
+        for row, values in enumerate(rows, spec["first"]):
+            problems: list[str] = []
+            if config.text_field not in values:
+                raise InputError(_no_column(config, sorted(values)))
+            text = text_of(values[config.text_field], f"{config.path}, row {row:,}", config.text_field, problems)
+            if problems:
+                raise InputError(f"{problems[0]}.")
+            if text.strip():
+                yield f"{_label(config)}/{config.split}:{row}", text
+    except _LOAD_ERRORS as error:
+        raise InputError(f"Reading {config.path!r} ({source.key}) failed: {_reason(error)}. Try again; finished shards are kept.") from error
+
+
+def _local(config: CorpusConfig) -> Path | None:
+    folder = Path(config.path).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _label(config: CorpusConfig) -> str:
+    """Name the dataset independently of where its folder lies."""
+    folder = _local(config)
+    return config.path if folder is None else folder.resolve().name
+
+
+def _open(config: CorpusConfig, revision: str) -> IterableDataset:
+    if not config.path:
+        raise InputError("corpus.source is 'huggingface', but corpus.path names no dataset: give its id, for example 'roneneldan/TinyStories'.")
+    subset = None if config.subset == "default" else config.subset
+    options: dict[str, Any] = {} if _local(config) is not None else {"revision": revision}
+    shows_bars = is_progress_bar_enabled()
+    disable_progress_bars()
+    try:
+        dataset = load_dataset(config.path, subset, split=config.split, streaming=True, **options)
+    except _LOAD_ERRORS as error:
+        raise InputError(
+            f"Cannot open the dataset {config.path!r} (subset {config.subset!r}, split {config.split!r}): {_reason(error)}. "
+            "Check the id, subset, split and network; HF_TOKEN opens gated ones; a downloaded folder works without a network."
+        ) from error
+    finally:
+        if shows_bars:
+            enable_progress_bars()
+    assert isinstance(dataset, IterableDataset)
+    return dataset
+
+
+def _resolve_revision(config: CorpusConfig) -> str:
+    folder = _local(config)
+    if folder is None:
+        try:
+            return str(HfApi().dataset_info(config.path, revision=config.revision).sha)
+        except (HfHubHTTPError, OfflineModeIsEnabled, *_LOAD_ERRORS) as error:
+            raise InputError(
+                f"Cannot look up the dataset {config.path!r} at revision {config.revision!r}: {_reason(error)}. "
+                "Check the id and the network; without one, give the folder of a downloaded copy."
+            ) from error
+    total = hashlib.blake2b(digest_size=16)
+    for path in sorted(found for found in folder.rglob("*") if found.is_file()):
+        content = xxhash.xxh3_128()
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                content.update(block)
+        total.update(f"{path.relative_to(folder).as_posix()}\0{content.hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _check_column(config: CorpusConfig, dataset: IterableDataset) -> None:
+    columns = dataset.column_names
+    if columns is None:
+        columns = sorted(next(iter(dataset), {}))
+    if columns and config.text_field not in columns:
+        raise InputError(_no_column(config, columns))
+
+
+def _no_column(config: CorpusConfig, columns: list[str]) -> str:
+    return f"The dataset {config.path!r} has no column {config.text_field!r}; it has {columns}. Set `corpus.text_field`."
+
+
+def _count_rows(config: CorpusConfig, revision: str, dataset: IterableDataset) -> int:
+    if _local(config) is None:
+        subset = None if config.subset == "default" else config.subset
+        splits = load_dataset_builder(config.path, subset, revision=revision).info.splits or {}
+        if config.split in splits and splits[config.split].num_examples:
+            return int(splits[config.split].num_examples)
+    limit = config.max_shards * config.documents_per_shard
+    return sum(1 for _ in itertools.islice(dataset, limit))
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,156 @@
+"""A corpus configuration becomes a list of shards, each a list of whole documents; and a shard's documents are read again from it.
+
+Documents are added to a shard until it has reached `shard_bytes`; a document is never cut. A shard's fingerprint is the hash of the names
+and contents of its documents, so a changed file gives a new fingerprint to the shard that holds it. The one exception is a Hugging Face
+dataset, whose documents are not read to plan: its fingerprint is its address (`hub.py`).
+
+The standard library's documents are taken in the order of a keyed hash of their names: every shard, the held-out ones too, is a fair
+sample. Files keep the order of their paths, because files land later.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from sysconfig import get_path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from interp_assets.config import CorpusConfig
+from interp_assets.corpus.files import iter_folder, iter_part
+from interp_assets.corpus.hub import iter_hub_documents, plan_hub
+from interp_assets.corpus.stdlib import iter_stdlib_documents
+from interp_assets.errors import ConfigError, InputError
+from interp_assets.pipeline import ShardSource
+from interp_assets.seeds import stream
+
+
+class _Document(NamedTuple):
+    """One document while planning: name, text and where it lies."""
+
+    source: str
+    text: str
+    place: dict[str, Any]
+
+
+class ContentHash:
+    """Hash names and texts of a shard's documents, in order, into its fingerprint."""
+
+    def __init__(self) -> None:
+        """Begin a shard."""
+        self._hash = hashlib.blake2b(digest_size=16)
+        self.n_documents = 0
+        self.n_bytes = 0
+
+    def add(self, source: str, text: str) -> None:
+        """Add one document."""
+        data = text.encode()
+        self._hash.update(f"{source}\0{len(data)}\0{xxhash.xxh3_128_hexdigest(data)}\n".encode())
+        self.n_documents += 1
+        self.n_bytes += len(data)
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash so far."""
+        return self._hash.hexdigest()
+
+
+def plan_sources(config: CorpusConfig, seed: int) -> list[ShardSource]:
+    """Divide the corpus into shards. Reads local text once, and of a dataset on the hub only its description.
+
+    Raises `InputError` for text that cannot be used, all problems at once, and `ConfigError` when no shard is left to train on.
+    """
+    if config.source == "huggingface":
+        shards = plan_hub(config)
+    elif config.source == "files":
+        shards = list(_cut(_file_documents(config), config))
+    else:
+        shards = list(_cut(_stdlib_documents(seed), config))
+    if not shards:
+        raise InputError(f"The corpus ({config.source} {config.path!r}) has no documents.")
+    if len(shards) <= config.held_out_shards:
+        raise ConfigError(
+            f"corpus.held_out_shards is {config.held_out_shards}, but there are only {len(shards)} shard(s), so none is left to train on. "
+            "Lower corpus.shard_bytes (or documents_per_shard), or add text."
+        )
+    return shards
+
+
+def iter_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[str, str]]:
+    """Yield `(name, text)` of every document of a shard, in order.
+
+    Raises `InputError` at the end when the content is no longer what was planned.
+    """
+    if config.source == "huggingface":
+        yield from iter_hub_documents(config, source)
+        return
+    content = ContentHash()
+    for name, text in _iter_local(config, source):
+        content.add(name, text)
+        yield name, text
+    if content.fingerprint != source.fingerprint:
+        raise InputError(
+            f"The text of {source.key} has changed since it was planned (fingerprint {content.fingerprint}, planned {source.fingerprint}). "
+            "Plan again: materialize `corpus_plan`, or `interp run`."
+        )
+
+
+def _iter_local(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[str, str]]:
+    if config.source == "files":
+        for part in source.spec["parts"]:
+            yield from iter_part(config.path, part, config.text_field)
+        return
+    folder = Path(get_path("stdlib"))
+    for name in source.spec["files"]:
+        try:
+            text = (folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{folder / name} cannot be read any more ({error}). Plan again: materialize `corpus_plan`.") from error
+        yield name, text
+
+
+def _stdlib_documents(seed: int) -> Iterator[_Document]:
+    key = stream(seed, "corpus", "order").words(4).tobytes()
+    documents = sorted(
+        iter_stdlib_documents(with_tests=False), key=lambda document: hashlib.blake2b(document[0].encode(), key=key, digest_size=16).digest()
+    )
+    for name, text in documents:
+        yield _Document(name, text, {"file": name})
+
+
+def _file_documents(config: CorpusConfig) -> Iterator[_Document]:
+    for found in iter_folder(config.path, config.text_field):
+        yield _Document(found.source, found.text, found.place._asdict())
+
+
+def _cut(documents: Iterator[_Document], config: CorpusConfig) -> Iterator[ShardSource]:
+    """Fill shards with whole documents up to `shard_bytes`. Reads all documents, so that every problem is found."""
+    content, places = ContentHash(), list[dict[str, Any]]()
+    n_shards = 0
+    for document in documents:
+        if n_shards == config.max_shards:
+            continue
+        content.add(document.source, document.text)
+        places.append(document.place)
+        if content.n_bytes >= config.shard_bytes:
+            yield _make_shard(n_shards, content, places, config)
+            n_shards += 1
+            content, places = ContentHash(), []
+    if places:
+        yield _make_shard(n_shards, content, places, config)
+
+
+def _make_shard(index: int, content: ContentHash, places: list[dict[str, Any]], config: CorpusConfig) -> ShardSource:
+    spec: dict[str, Any] = {"parts": _join_places(places)} if config.source == "files" else {"files": [place["file"] for place in places]}
+    return ShardSource(index=index, fingerprint=content.fingerprint, n_documents=content.n_documents, n_bytes=content.n_bytes, spec=spec)
+
+
+def _join_places(places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join documents of one file into parts `{file, first, offset, stop}`: rows [first, stop), `first` beginning at byte `offset`."""
+    parts: list[dict[str, Any]] = []
+    for place in places:
+        if parts and parts[-1]["file"] == place["file"]:
+            parts[-1]["stop"] = place["row"] + 1
+        else:
+            parts.append({"file": place["file"], "first": place["row"], "offset": place["offset"], "stop": place["row"] + 1})
+    return parts
