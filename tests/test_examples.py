@@ -1,0 +1,29 @@
+"""The examples that the README points at stay valid."""
+
+from pathlib import Path
+
+import pytest
+
+from interp_assets.config import load_config, make_config
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def test_there_are_examples() -> None:
+    """An empty folder must not pass."""
+    assert len(EXAMPLES) >= 3
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_a_valid_configuration(path: Path) -> None:
+    """A newcomer copies one of them first."""
+    assert load_config(path).saes
+
+
+def test_the_readme_configuration_is_valid() -> None:
+    """It is what people paste."""
+    import yaml
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    assert make_config(yaml.safe_load(text)).features.saes == ["l8"]
