@@ -47,6 +47,10 @@ class LatentStatistics:
         """Mean activation over the firings; 0 where there is none."""
         return self.sum_q16 / 65536 / np.maximum(self.count, 1)
 
+    def narrow(self, first: int, last: int) -> "LatentStatistics":
+        """Return the statistics of latents [start + first, start + last)."""
+        return LatentStatistics(self.start + first, *(getattr(self, name)[first:last] for name in _TENSORS))
+
 
 def empty_statistics(start: int, n_latents: int) -> LatentStatistics:
     """Return the statistics of no rows."""

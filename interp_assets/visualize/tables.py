@@ -70,7 +70,7 @@ def create_table(art: ArtifactWriter, name: str, schema: pa.Schema) -> Iterator[
 
 
 class LatentTable:
-    """A Parquet file that is sorted by its column `latent`, read by ranges of latents."""
+    """A Parquet file that is sorted by its column `latent`, read by ranges of latents; all of them lie in [start, stop)."""
 
     def __init__(self, store: Store, path: str, manifest: Manifest, name: str) -> None:
         """Open file `name` of the artifact at `path`: reads the footer."""
@@ -79,6 +79,7 @@ class LatentTable:
         place = self._file.schema_arrow.names.index("latent")
         bounds = [metadata.row_group(i).column(place).statistics for i in range(metadata.num_row_groups)]
         self._lows, self._highs = np.array([item.min for item in bounds], np.int64), np.array([item.max for item in bounds], np.int64)
+        self.start, self.stop = (int(self._lows[0]), int(self._highs[-1]) + 1) if bounds else (0, 0)
 
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> dict[str, NDArray[Any]]:
         """Return the rows with `start <= latent < stop`, as one array per column (lists: see `read_table`)."""

@@ -1,5 +1,6 @@
 """A small world for the feature passes: corpus, activations and SAE made by hand, so that arithmetic is exact and full of ties."""
 
+import gzip
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,18 +10,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from interp_assets.config import make_config
 from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.garcon.subject import Unembedding
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.harvest.statistics import ActivationStatistics, as_tensors
-from interp_assets.manifest import create_artifact
+from interp_assets.manifest import create_artifact, read_file
 from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.store import Store, open_store
 from interp_assets.tensors import save_tensors
 from interp_assets.train.checkpoint import save_sae
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
+from interp_assets.visualize.candidates import find_candidates
+from interp_assets.visualize.examples import select_examples
+from interp_assets.visualize.records import write_records
+from interp_assets.visualize.windows import fire_windows
 
 HOOK = "resid_post.0"
 BOS = 0
@@ -147,3 +156,50 @@ def _parquet(columns: dict[str, Any]) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     return sink.getvalue().to_pybytes()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Return a tokenizer of fifty words, the first of them BOS."""
+    words = {"<bos>": BOS} | {f"w{i}": i for i in range(1, 50)}
+    backend = Tokenizer(WordLevel(words, unk_token="w1"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", unk_token="w1")
+
+
+@pytest.fixture(scope="session")
+def unembedding():
+    """Return the way from eight dimensions to the logits of 52 tokens, two more than the tokenizer knows."""
+    rng = np.random.default_rng(7)
+    return Unembedding(torch.from_numpy(rng.integers(-3, 4, (8, 52))).float(), "")
+
+
+@pytest.fixture
+def run_passes(tokenizer, unembedding):
+    """Return a runner of all four passes over a world; it answers what pass D produced, by slice."""
+
+    def run(world: World):
+        pipeline, store, sae = world.pipeline, world.store, world.sae
+        slices = range(pipeline.config.features.latent_slices)
+        for index in pipeline.shard_indices:
+            for latent_slice in slices:
+                find_candidates(pipeline, store, sae, "demo", index, latent_slice)
+        for latent_slice in slices:
+            select_examples(pipeline, store, "demo", latent_slice)
+        for index in pipeline.shard_indices:
+            fire_windows(pipeline, store, sae, "demo", index)
+        return [write_records(pipeline, store, "demo", sae, i, tokenizer, unembedding) for i in slices]
+
+    return run
+
+
+@pytest.fixture
+def read_records():
+    """Return a reader of records: the way a browser does, by offsets and gzip members."""
+
+    def read(world: World, produced) -> list[dict[str, Any]]:
+        path, manifest = produced.ref.path, produced.manifest
+        offsets = np.frombuffer(read_file(world.store, path, manifest, "records.idx"), "<u8").tolist()
+        data = read_file(world.store, path, manifest, "records.bin")
+        return [json.loads(gzip.decompress(data[low:high])) for low, high in zip(offsets[:-1], offsets[1:], strict=True)]
+
+    return read
