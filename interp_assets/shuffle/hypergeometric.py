@@ -47,14 +47,21 @@ def draw_hypergeometric(stream: Stream, n_good: int, n_bad: int, n_drawn: int) -
     lowest, highest = max(0, n_drawn - n_bad), min(n_drawn, n_good)
     if lowest == highest:
         return lowest
+    first, cumulative = cumulative_weights(n_good, n_bad, n_drawn)
+    place = int(np.searchsorted(cumulative, stream.uniform() * cumulative[-1], side="right"))
+    return first + min(place, len(cumulative) - 1)
+
+
+def cumulative_weights(n_good: int, n_bad: int, n_drawn: int) -> tuple[int, list[float] | NDArray[np.float64]]:
+    """Return the first count x of the window, and the running sum of p(x) / p(mode) over the window. Wants `2 * n_drawn` <= population."""
+    n_items = n_good + n_bad
+    lowest, highest = max(0, n_drawn - n_bad), min(n_drawn, n_good)
     mode = min(max((n_drawn + 1) * (n_good + 1) // (n_items + 2), lowest), highest)
     variance = n_drawn * (n_good / n_items) * (n_bad / n_items) * ((n_items - n_drawn) / max(n_items - 1, 1))
     reach = int(10 * math.sqrt(variance)) + 40
     first, last = max(lowest, mode - reach), min(highest, mode + reach)
     weigh = _weigh_short if last - first <= _SHORT_WINDOW else _weigh_long
-    cumulative = weigh(n_good, n_bad, n_drawn, first, mode, last)
-    place = int(np.searchsorted(cumulative, stream.uniform() * cumulative[-1], side="right"))
-    return first + min(place, last - first)
+    return first, weigh(n_good, n_bad, n_drawn, first, mode, last)
 
 
 def draw_multivariate(stream: Stream, capacities: Sequence[int] | NDArray[np.int64], n_drawn: int) -> NDArray[np.int64]:

@@ -52,7 +52,8 @@ def load_shards(pipeline: Pipeline, store: Store, hook_point: str, shards: Seque
         if (span.shape, span.dtype) != ((shard.n_rows, fmt.d_in), fmt.dtype):
             raise ArtifactCorruptError(
                 f"Activation shard {shard.shard_index} of {hook_point} has {span.shape[0]:,} rows of {span.shape[1:]} x {span.dtype}; its token "
-                f"shard and the pipeline's plan say {shard.n_rows:,} of ({fmt.d_in},) x {fmt.dtype} ({store.url}/{ref.path}). Re-materialize this partition."
+                f"shard and the pipeline's plan say {shard.n_rows:,} of ({fmt.d_in},) x {fmt.dtype} "
+                f"({store.url}/{ref.path}). Re-materialize this partition."
             )
         segments.append(Segment(ref.path, manifest, ACTIVATION_ROWS, span.start, span.n_bytes, start * fmt.row_bytes))
         valid = np.flatnonzero(_load_valid(pipeline, store, shard))
