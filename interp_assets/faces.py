@@ -24,12 +24,10 @@ from dagster._core.execution.plan.execute_step import _build_data_version_tags, 
 from pydantic import BaseModel
 
 from interp_assets.errors import ConfigError, InterpError, StoreError
-from interp_assets.manifest import Produced, combine_ids
+from interp_assets.manifest import Produced, data_version
 from interp_assets.progress import Progress
 
 OWNERS: Final = ["team:interpretability"]
-NOTHING: Final = "nothing"
-"""Data version of a partition that has no artifact by intent."""
 _MAX_FACTS_BYTES: Final = 4096
 
 Events = Iterator[dg.AssetMaterialization | dg.AssetObservation | dg.MaterializeResult]
@@ -40,8 +38,6 @@ class Made(NamedTuple):
 
     data_version: str
     metadata: dict[str, Any]
-    is_cached: bool = False
-    n_bytes: int = 0
 
 
 def record(context: dg.AssetExecutionContext, work: Callable[[str], Made], progress: Progress) -> Events:
@@ -57,13 +53,13 @@ def record(context: dg.AssetExecutionContext, work: Callable[[str], Made], progr
         try:
             made = work(key)
         except InterpError as error:
-            progress.fail()
+            progress.end()
             failed[key] = error
             if isinstance(error, ConfigError | StoreError):
                 break
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
-        progress.end(is_cached=made.is_cached, n_bytes=made.n_bytes)
+        progress.end()
         yield _event(context, key, made, tags)
     if failed:
         raise _failure(failed, len(keys)) from next(iter(failed.values()))
@@ -79,19 +75,18 @@ def partition_keys(context: dg.AssetExecutionContext | dg.AssetCheckExecutionCon
 def made(produced: Sequence[Produced], url: str, **extra: Any) -> Made:
     """Describe the artifacts of one partition: rows, bytes, seconds, rows per second, where, digest, and whether they were there before."""
     if not produced:
-        return Made(NOTHING, dict(extra))
+        return Made(data_version([]), dict(extra))
     n_bytes = sum(item.manifest.n_bytes for item in produced)
     n_rows = sum(n_rows_of(item) for item in produced)
     wall_s = sum(item.wall_s for item in produced)
-    digests = [item.manifest.digest for item in produced]
     is_cached = all(item.is_cached for item in produced)
-    version = digests[0] if len(digests) == 1 else combine_ids(digests)
+    version = data_version([item.manifest for item in produced])
     metadata: dict[str, Any] = {"rows": n_rows, "bytes": n_bytes, "seconds": round(wall_s, 3)}
     if wall_s and not is_cached:
         metadata["rows_per_s"] = round(n_rows / wall_s, 1)
     metadata |= {"digest": version, "reused": is_cached}
     metadata |= _where(produced, url) | extra
-    return Made(version, metadata, is_cached, n_bytes)
+    return Made(version, metadata)
 
 
 def n_rows_of(produced: Produced) -> int:
@@ -135,7 +130,7 @@ def _provenance_tags(context: dg.AssetExecutionContext) -> dict[str, str]:
     """Return the tags by which Dagster tells whether a partition is stale: code version, and the versions of the inputs at this moment."""
     step = context.get_step_execution_context()
     inputs = _get_input_provenance_data(context.asset_key, step)
-    return _build_data_version_tags(dg.DataVersion(NOTHING), _get_code_version(context.asset_key, step), inputs, data_version_is_user_provided=True)
+    return _build_data_version_tags(dg.DataVersion(""), _get_code_version(context.asset_key, step), inputs, data_version_is_user_provided=True)
 
 
 def _failure(failed: Mapping[str, InterpError], n_keys: int) -> dg.Failure:

@@ -114,6 +114,13 @@ def combine_ids(ids: Sequence[str]) -> str:
     return _hash_json(list(ids))
 
 
+def data_version(manifests: Sequence[Manifest]) -> str:
+    """Return the version of what several artifacts hold together: the digest of one, a hash of the digests of more, `nothing` for none."""
+    if not manifests:
+        return "nothing"
+    return manifests[0].digest if len(manifests) == 1 else combine_ids([manifest.digest for manifest in manifests])
+
+
 class ArtifactWriter:
     """Collects the files of one artifact. Made by `create_artifact`."""
 

@@ -14,10 +14,22 @@ from typing import Literal, NamedTuple
 
 from interp_assets.config import PipelineConfig
 from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.errors import ArtifactError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.manifest import ArtifactRef
+from interp_assets.manifest import ArtifactRef, data_version, find_manifest
 from interp_assets.pipeline import Pipeline, shard_index, shard_key
-from interp_assets.shuffle.refs import bucket_index, bucket_key, certificate_ref, mixed_shard_ref, pass_name, shuffle_plan_ref, split_shard_ref
+from interp_assets.shuffle.plan import load_shard_rows, make_sizes
+from interp_assets.shuffle.refs import (
+    bucket_index,
+    bucket_key,
+    certificate_ref,
+    mixed_shard_ref,
+    pass_name,
+    shuffle_plan_ref,
+    split_bucket_ref,
+    split_shard_ref,
+)
+from interp_assets.store import Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.refs import (
     candidates_ref,
@@ -33,7 +45,7 @@ from interp_assets.visualize.refs import (
 from interp_assets.web.refs import bundle_ref
 
 Axis = Literal["none", "shard", "bucket", "experiment", "slice", "slice|shard"]
-Refs = Callable[[Pipeline, str], list[ArtifactRef]]
+Refs = Callable[[Pipeline, Store, str], list[ArtifactRef]]
 
 
 class Stop(NamedTuple):
@@ -75,60 +87,90 @@ def make_road(config: PipelineConfig) -> list[Stop]:
     """List every asset of a pipeline, each after those it is made from."""
     fan_out, passes = config.shuffle.fan_out, config.shuffle.passes
     road = [
-        Stop(("corpus_plan",), "corpus", "none", 0, lambda _pipeline, _key: []),
-        Stop(("token_shards",), "corpus", "shard", 0, lambda pipeline, key: [token_shard_ref(pipeline, shard_index(key))]),
+        Stop(("corpus_plan",), "corpus", "none", 0, lambda _pipeline, _store, _key: []),
+        Stop(("token_shards",), "corpus", "shard", 0, lambda pipeline, _store, key: [token_shard_ref(pipeline, shard_index(key))]),
         Stop(("activations",), "harvest", "shard", 0, _activations),
         Stop(("activation_statistics",), "harvest", "none", 0, _per_hook_point(statistics_ref)),
-        Stop(("shuffle_plan",), "shuffle", "none", 0, lambda pipeline, _key: [shuffle_plan_ref(pipeline)]),
+        Stop(("shuffle_plan",), "shuffle", "none", 0, lambda pipeline, _store, _key: [shuffle_plan_ref(pipeline)]),
         *(Stop((pass_name(p),), "shuffle", "shard" if p == 1 else "bucket", fan_out ** (p - 1), _split_refs(p)) for p in range(1, passes)),
         Stop(("mixed_shards",), "shuffle", "bucket", fan_out ** (passes - 1), _mixed_shards),
         Stop(("shuffle_certificate",), "shuffle", "none", 0, _per_hook_point(certificate_ref)),
-        Stop(("sae",), "train", "experiment", 0, lambda pipeline, key: [sae_ref(pipeline, key)]),
-        Stop(("sae_evaluation",), "train", "experiment", 0, lambda pipeline, key: [evaluation_ref(pipeline, key)]),
+        Stop(("sae",), "train", "experiment", 0, lambda pipeline, _store, key: [sae_ref(pipeline, key)]),
+        Stop(("sae_evaluation",), "train", "experiment", 0, lambda pipeline, _store, key: [evaluation_ref(pipeline, key)]),
     ]
     for sae in config.features.saes:
         road += _features(sae)
     return road
 
 
+def find_version(stop: Stop, pipeline: Pipeline, store: Store, key: str) -> str | None:
+    """Return the data version of a partition when all its artifacts exist, else None."""
+    try:
+        found = [find_manifest(store, ref) for ref in stop.refs(pipeline, store, key)]
+    except ArtifactError:
+        return None
+    manifests = [manifest for manifest in found if manifest is not None]
+    return data_version(manifests) if len(manifests) == len(found) else None
+
+
 def _features(sae: str) -> list[Stop]:
     return [
         Stop(features_key(sae, "feature_candidates"), "visualize", "slice|shard", 0, _candidates(sae)),
-        Stop(features_key(sae, "feature_examples"), "visualize", "slice", 0, lambda pipeline, key: [examples_ref(pipeline, sae, slice_index(key))]),
-        Stop(features_key(sae, "example_activations"), "visualize", "shard", 0, lambda pipeline, key: [windows_ref(pipeline, sae, shard_index(key))]),
-        Stop(features_key(sae, "feature_records"), "visualize", "slice", 0, lambda pipeline, key: [records_ref(pipeline, sae, slice_index(key))]),
-        Stop(features_key(sae, "feature_browser"), "web", "none", 0, lambda pipeline, _key: [bundle_ref(pipeline, sae)]),
+        Stop(
+            features_key(sae, "feature_examples"),
+            "visualize",
+            "slice",
+            0,
+            lambda pipeline, _store, key: [examples_ref(pipeline, sae, slice_index(key))],
+        ),
+        Stop(
+            features_key(sae, "example_activations"),
+            "visualize",
+            "shard",
+            0,
+            lambda pipeline, _store, key: [windows_ref(pipeline, sae, shard_index(key))],
+        ),
+        Stop(
+            features_key(sae, "feature_records"),
+            "visualize",
+            "slice",
+            0,
+            lambda pipeline, _store, key: [records_ref(pipeline, sae, slice_index(key))],
+        ),
+        Stop(features_key(sae, "feature_browser"), "web", "none", 0, lambda pipeline, _store, _key: [bundle_ref(pipeline, sae)]),
     ]
 
 
 def _candidates(sae: str) -> Refs:
-    def refs(pipeline: Pipeline, key: str) -> list[ArtifactRef]:
+    def refs(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
         latent_slice, index = split_grid_key(key)
         return [candidates_ref(pipeline, sae, index, latent_slice)]
 
     return refs
 
 
-def _activations(pipeline: Pipeline, key: str) -> list[ArtifactRef]:
+def _activations(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
     return [activation_shard_ref(pipeline, hook_point, shard_index(key)) for hook_point in pipeline.config.harvest.hook_points]
 
 
-def _mixed_shards(pipeline: Pipeline, key: str) -> list[ArtifactRef]:
+def _mixed_shards(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
     return [mixed_shard_ref(pipeline, hook_point, bucket_index(key)) for hook_point in pipeline.config.harvest.hook_points]
 
 
 def _per_hook_point(ref: Callable[[Pipeline, str], ArtifactRef]) -> Refs:
-    return lambda pipeline, _key: [ref(pipeline, hook_point) for hook_point in pipeline.config.harvest.hook_points]
+    return lambda pipeline, _store, _key: [ref(pipeline, hook_point) for hook_point in pipeline.config.harvest.hook_points]
 
 
 def _split_refs(pass_index: int) -> Refs:
-    """Split files of one corpus shard; the held-out ones are not shuffled, so they have none."""
+    """Split files of one corpus shard, or of all jobs of one bucket in a middle pass. Held-out shards are not shuffled: they have none."""
 
-    def refs(pipeline: Pipeline, key: str) -> list[ArtifactRef]:
-        if pass_index > 1:
-            return []
-        index = shard_index(key)
-        is_held_out = index in pipeline.held_out_indices
-        return [] if is_held_out else [split_shard_ref(pipeline, hook_point, index) for hook_point in pipeline.config.harvest.hook_points]
+    def refs(pipeline: Pipeline, store: Store, key: str) -> list[ArtifactRef]:
+        hook_points = pipeline.config.harvest.hook_points
+        if pass_index == 1:
+            index = shard_index(key)
+            return [] if index in pipeline.held_out_indices else [split_shard_ref(pipeline, hook_point, index) for hook_point in hook_points]
+        bucket = bucket_index(key)
+        n_jobs = len(make_sizes(pipeline, load_shard_rows(pipeline, store)).job_rows(pass_index, bucket))
+        return [split_bucket_ref(pipeline, hook_point, pass_index, bucket, job) for hook_point in hook_points for job in range(n_jobs)]
 
     return refs

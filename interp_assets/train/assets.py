@@ -12,7 +12,7 @@ from interp_assets.progress import Progress
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.store import Store
 from interp_assets.train.evaluate import evaluate_sae
-from interp_assets.train.loop import train_saes
+from interp_assets.train.loop import train_saes, training_rows
 from interp_assets.train.refs import TRAIN_VERSION
 from resources.world import World
 
@@ -42,6 +42,7 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         pipeline, store = world.open()
         names = partition_keys(context)
         _require_certificates(pipeline, store, names)
+        progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
         trained = train_saes(pipeline, store, names, progress.advance)
 
         def work(key: str) -> Made:

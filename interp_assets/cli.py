@@ -1,0 +1,201 @@
+"""`interp`: what people type, turned into runs, tables and servers.
+
+Exit codes: 0 done; 1 something is wrong, and the message says what and what to do; 2 wrong usage; 3 a bug in this package; 130 interrupted.
+Errors of the `InterpError` family are one paragraph; `--debug` shows the traceback too. Imports happen inside the commands, because
+torch and Dagster take seconds and `interp --help` should not.
+"""
+
+import os
+import socket
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from interp_assets.config import PipelineConfig, demo_config, load_config
+from interp_assets.errors import InputError, InterpError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline's YAML file. Default: the demo pipeline.")]
+PathArgument = Annotated[str, typer.Argument(help="An artifact's folder, or any folder above artifacts; a path or s3:// address.")]
+PortOption = Annotated[int, typer.Option(help="Port of the feature browser; the next free one is taken when it is in use.")]
+
+
+@app.command()
+def demo(
+    serve: Annotated[bool, typer.Option(help="Open the feature browser and Dagster's UI when the road is finished.")] = True,
+    port: PortOption = 8420,
+    dagster_port: Annotated[int, typer.Option(help="Port of Dagster's UI.")] = 3000,
+) -> None:
+    """Build everything from the shipped model and the standard library's sources, then show it."""
+    config = demo_config()
+    _run(config, [])
+    if serve:
+        _show(config, None, port, dagster_port)
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    select: Annotated[list[str] | None, typer.Option(help="Only this asset, for example `activations`; may be given several times.")] = None,
+) -> None:
+    """Materialize what is missing of a pipeline, from text to the feature browser's bundle."""
+    _run(_load(config), select or [])
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("pipeline.yaml")) -> None:
+    """Write a commented configuration to start from."""
+    from interp_assets.starter import make_starter
+
+    if path.exists():
+        raise InputError(f"{path} exists already. Name another file, or delete it first.")
+    path.write_text(make_starter(path.name), encoding="utf-8")
+    out.print(f"Wrote {path}. Change model, text and hook points, then: interp run --config {path}", soft_wrap=True)
+
+
+@app.command()
+def plan(config: ConfigOption = None) -> None:
+    """Say what a pipeline will make before anything is made: shards, artifacts, and what the shuffle costs."""
+    from interp_assets.show import print_plan
+
+    print_plan(out, _load(config))
+
+
+@app.command()
+def inspect(path: PathArgument = "data") -> None:
+    """Show an artifact's manifest and the heads of its tables, or count the artifacts below a folder."""
+    from interp_assets.show import print_inspection
+
+    print_inspection(out, path)
+
+
+@app.command()
+def verify(path: PathArgument = "data") -> None:
+    """Read every block of every artifact below a folder, and name each fault; exit code 1 when there is one."""
+    from interp_assets.console import byte_bar, format_bytes, format_count
+    from interp_assets.show import locate
+    from interp_assets.verify import list_tree, verify_tree
+
+    place = locate(path)
+    tree = list_tree(place.store, place.path)
+    with byte_bar(err, "verifying", tree.n_bytes) as advance:
+        faults = verify_tree(place.store, place.path, advance)
+    for fault in faults:
+        out.print(f"{place.store.url}/{fault.path}: {fault.what}", soft_wrap=True, markup=False)
+    summary = f"{format_count(len(tree.artifacts), 'artifact')}, {format_bytes(tree.n_bytes)}"
+    if faults:
+        out.print(f"{summary}: {format_count(len(faults), 'fault')}.")
+        raise typer.Exit(1)
+    out.print(f"{summary}: every block agrees with its manifest.")
+
+
+@app.command()
+def serve(
+    path: Annotated[str | None, typer.Argument(help="A bundle, or a folder above bundles; a path or s3:// address. Default: the pipeline's.")] = None,
+    config: ConfigOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; other machines need a token.")] = "127.0.0.1",
+    port: PortOption = 8420,
+    token: Annotated[str | None, typer.Option(help="Ask for this token.", envvar="INTERP_TOKEN")] = None,
+) -> None:
+    """Open the feature browser."""
+    from interp_assets.web.opened import find_bundles
+    from interp_assets.web.server import serve as serve_bundles
+
+    pipeline = _load(config)
+    bundles = find_bundles(path or f"{pipeline.root}/{pipeline.name}")
+    port = _free_port(host, port)
+    out.print(f"Feature browser: http://{host}:{port}   (Ctrl-C stops it)", soft_wrap=True)
+    serve_bundles(bundles, host=host, port=port, token=token)
+
+
+@app.command()
+def dev(config: ConfigOption = None, dagster_port: Annotated[int, typer.Option(help="Port of Dagster's UI.")] = 3000) -> None:
+    """Open Dagster's UI on a pipeline, without running anything."""
+    from interp_assets.processes import start_dagster
+
+    dagster = start_dagster(_load(config), config, _free_port("127.0.0.1", dagster_port))
+    out.print(f"Dagster's UI: {dagster.url}   (ready in some seconds; Ctrl-C stops it; log: {dagster.log})", soft_wrap=True)
+    with dagster:
+        dagster.wait()
+
+
+@app.callback()
+def explain(debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False) -> None:
+    """From text to the features of a language model: token shards, activations, an exact shuffle, sparse autoencoders, a browser."""
+
+
+def main() -> None:
+    """Run the command line; errors become one paragraph and an exit code. `--debug` may stand anywhere."""
+    is_debug = "--debug" in sys.argv
+    try:
+        app([argument for argument in sys.argv[1:] if argument != "--debug"])
+    except InterpError as error:
+        if is_debug:
+            err.print(getattr(error, "trace", "") or traceback.format_exc(), markup=False, soft_wrap=True)
+        err.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("\nInterrupted. Finished partitions are kept; the same command goes on from there.", soft_wrap=True)
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 - the last resort: a person gets a sentence, a developer --debug
+        if is_debug:
+            err.print(traceback.format_exc(), markup=False, soft_wrap=True)
+        err.print(f"A bug in interp-assets: {type(error).__name__}: {error}. Please report it with what --debug shows.", style="red", markup=False)
+        sys.exit(3)
+
+
+def _load(path: Path | None) -> PipelineConfig:
+    """Read the configuration, and name it to the processes that we start."""
+    if path is None:
+        return demo_config()
+    os.environ["INTERP_CONFIG"] = str(path.resolve())
+    return load_config(path)
+
+
+def _run(config: PipelineConfig, select: list[str]) -> None:
+    from interp_assets.console import Bars, print_report, print_total
+    from interp_assets.jobs import open_instance, run_road
+
+    warnings.simplefilter("ignore")  # Dagster's notes about beta features; the tests run with warnings as errors
+    out.print(f"Pipeline {config.name} in {config.root}", soft_wrap=True, markup=False)
+    reports = []
+    with open_instance(config) as instance, Bars(out) as bars:
+        for report in run_road(config, instance, select=select, progress=bars):
+            reports.append(report)
+            print_report(out, report)
+    print_total(out, reports)
+
+
+def _show(config: PipelineConfig, config_path: Path | None, port: int, dagster_port: int) -> None:
+    from interp_assets.processes import start_dagster
+    from interp_assets.web.opened import find_bundles
+    from interp_assets.web.server import serve as serve_bundles
+
+    bundles = find_bundles(f"{config.root}/{config.name}")
+    port = _free_port("127.0.0.1", port)
+    dagster = start_dagster(config, config_path, _free_port("127.0.0.1", dagster_port))
+    out.print(f"\nFeature browser: http://127.0.0.1:{port}", soft_wrap=True)
+    out.print(f"Dagster's UI:    {dagster.url}   (ready in some seconds; log: {dagster.log})\nCtrl-C stops both.", soft_wrap=True)
+    with dagster:
+        serve_bundles(bundles, port=port)
+
+
+def _free_port(host: str, port: int) -> int:
+    """Return the port, or the next free one above it."""
+    for candidate in range(port, port + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError:
+                continue
+            return candidate
+    raise InputError(f"No port from {port} to {port + 99} is free on {host}. Name another one.")

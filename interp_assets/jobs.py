@@ -1,0 +1,168 @@
+"""The run loop: a configuration becomes a finished road, in one process, making only what is missing.
+
+    for each asset, in the order of the data
+        which partitions are missing?   an artifact is not in the store, or Dagster does not know that it is
+        for each contiguous range of them: one Dagster run
+
+One process and one run per range, because a Dagster run costs about a second of bookkeeping on SQLite and a queued backfill walks the
+graph in steps of 30 seconds. The instance is the persistent one, so the UI shows every run, partition and plot.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import dagster as dg
+from dagster import DagsterEventType, DagsterInstance
+
+from interp_assets.config import PipelineConfig
+from interp_assets.definitions import build_defs
+from interp_assets.errors import ConfigError, InterpError
+from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.progress import AssetReport, Progress
+from interp_assets.road import Stop, find_version, make_road
+from interp_assets.store import Store
+
+HOME_VARIABLE: Final = "DAGSTER_HOME"
+_SETTINGS: Final = Path(__file__).parent.parent / "resources" / "dagster.yaml"
+_VERSION_TAG: Final = "dagster/data_version"
+_QUIET: Final = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+class RunError(InterpError):
+    """A Dagster run failed; `trace` is what a developer wants to see besides the message."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+def dagster_home(config: PipelineConfig) -> Path:
+    """Return the folder of Dagster's database: `DAGSTER_HOME`, else `.dagster/<pipeline>` beside the pipeline's folder.
+
+    Each pipeline has its own, because asset keys are the same in all pipelines. A root that is no local folder gets `.dagster/<pipeline>`
+    in the working directory.
+    """
+    given = os.environ.get(HOME_VARIABLE)
+    root = Path() if "://" in config.root else Path(config.root)
+    return (Path(given) if given else root / ".dagster" / config.name).expanduser().resolve()
+
+
+def open_instance(config: PipelineConfig) -> DagsterInstance:
+    """Open the persistent instance of a pipeline; a new one gets the settings of `dagster.yaml`. Raises `ConfigError`."""
+    home = dagster_home(config)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / "dagster.yaml").exists():
+            shutil.copyfile(_SETTINGS, home / "dagster.yaml")
+    except OSError as error:
+        raise ConfigError(f"Dagster's folder {home} cannot be made: {error.strerror}. Name another one in {HOME_VARIABLE}.") from error
+    os.environ[HOME_VARIABLE] = str(home)
+    return DagsterInstance.from_config(str(home))
+
+
+def run_road(
+    config: PipelineConfig, instance: DagsterInstance, *, select: Sequence[str] = (), progress: Progress | None = None
+) -> Iterator[AssetReport]:
+    """Materialize what is missing, asset by asset, and report each one when it is done.
+
+    `select` limits the run to the named assets (`corpus_plan` always runs: it notices new text). Raises `RunError` at the first asset that
+    fails; what is finished stays, and the next run goes on from there.
+    """
+    progress = progress or Progress()
+    road = _select(make_road(config), select)
+    job = build_defs(config, progress=progress).resolve_implicit_global_asset_job_def()
+    plan, *rest = road
+    yield _run_stop(job, instance, plan, [""], [""])
+    store = open_pipeline_store(config)
+    pipeline = load_pipeline(config, store)
+    progress.plan(sum(len(stop.partition_keys(pipeline)) for stop in rest))
+    for stop in rest:
+        keys = stop.partition_keys(pipeline)
+        missing = find_missing(stop, pipeline, store, instance)
+        progress.skip(len(keys) - len(missing))
+        yield _run_stop(job, instance, stop, missing, keys)
+
+
+def find_missing(stop: Stop, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
+    """List the partitions of an asset that have to be run, in order: without artifacts, or not as Dagster knows them."""
+    recorded = recorded_versions(instance, stop)
+    keys = stop.partition_keys(pipeline)
+    return [key for key in keys if key not in recorded or find_version(stop, pipeline, store, key) != recorded[key]]
+
+
+def recorded_versions(instance: DagsterInstance, stop: Stop) -> dict[str, str]:
+    """Return the data version of every partition that Dagster knows of an asset (`""` without partitions)."""
+    key = dg.AssetKey(list(stop.key))
+    if stop.axis == "none":
+        event = instance.get_latest_materialization_event(key)
+        tags = event.asset_materialization.tags if event and event.asset_materialization else None
+        return {"": tags[_VERSION_TAG]} if tags and _VERSION_TAG in tags else {}
+    found = instance.event_log_storage.get_latest_tags_by_partition(key, DagsterEventType.ASSET_MATERIALIZATION, [_VERSION_TAG])
+    return {partition: tags[_VERSION_TAG] for partition, tags in found.items() if _VERSION_TAG in tags}
+
+
+def make_ranges(missing: Sequence[str], keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Join missing partitions that follow each other in `keys` into ranges (first, last).
+
+    Keys of two dimensions (`slice|shard`) are joined along the second only, because Dagster reads a range as a rectangle.
+    """
+    ranges: list[tuple[str, str]] = []
+    place = {key: i for i, key in enumerate(keys)}
+    for key in missing:
+        row = key.rpartition("|")[0]
+        if ranges and place[key] == place[ranges[-1][1]] + 1 and ranges[-1][1].rpartition("|")[0] == row:
+            ranges[-1] = (ranges[-1][0], key)
+        else:
+            ranges.append((key, key))
+    return ranges
+
+
+def _select(road: list[Stop], select: Sequence[str]) -> list[Stop]:
+    wanted = set(select)
+    known = {stop.name for stop in road}
+    if unknown := sorted(wanted - known):
+        raise ConfigError(f"There is no asset {', '.join(map(repr, unknown))}; this pipeline has {', '.join(sorted(known))}.")
+    return [stop for stop in road if not wanted or stop.name in wanted or (stop.axis == "none" and stop.name == "corpus_plan")]
+
+
+def _run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missing: list[str], keys: list[str]) -> AssetReport:
+    started = time.monotonic()
+    n_bytes, failed_checks = 0, []
+    ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
+    for first, last in ranges:
+        tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if first else {}
+        result = job.execute_in_process(
+            instance=instance, asset_selection=[dg.AssetKey(list(stop.key))], tags=tags, run_config=_QUIET, raise_on_error=False
+        )
+        if not result.success:
+            raise _explain(stop, result)
+        n_bytes += sum(_bytes_of(event) for event in result.asset_materializations_for_node(_node_name(stop)))
+        failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
+    return AssetReport(stop.name, len(keys), len(missing), n_bytes, time.monotonic() - started, failed_checks)
+
+
+def _node_name(stop: Stop) -> str:
+    return dg.AssetKey(list(stop.key)).to_python_identifier()
+
+
+def _bytes_of(event: dg.AssetMaterialization) -> int:
+    value = event.metadata.get("bytes")
+    return int(value.value) if isinstance(value, dg.IntMetadataValue) and value.value else 0
+
+
+def _explain(stop: Stop, result: Any) -> RunError:
+    """Turn a failed run into one paragraph: what the stage said, or what went wrong in our own code."""
+    for event in result.all_events:
+        if event.event_type != DagsterEventType.STEP_FAILURE:
+            continue
+        failure = event.step_failure_data
+        if failure.user_failure_data is not None and failure.user_failure_data.description:
+            return RunError(failure.user_failure_data.description, failure.error.to_string() if failure.error else "")
+        if failure.error is not None:
+            cause = failure.error.cause or failure.error
+            return RunError(f"{stop.name} failed: {cause.message.strip()}", failure.error.to_string())
+    return RunError(f"{stop.name} failed, and Dagster does not say why. Look at the run in its UI (`interp dev`).")
