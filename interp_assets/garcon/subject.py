@@ -82,21 +82,14 @@ class SubjectModel:
         `attention_mask` is False on padding, which stands on the right; None means that there is none. Raises `InputError` for token ids
         outside the vocabulary, contexts longer than the model's, unknown hook points, and a hook point that the forward did not reach.
         """
+        captured = self._run_captured(hook_points, self._arguments(token_ids, attention_mask))
         points = [find_point(self.net, name) for name in hook_points]
-        captured: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for point in points:
-                stack.callback(_read(module_of(self.net, point), point, captured, n_wanted=len(set(hook_points))).remove)
-            with suppress(_AllCapturedError):
-                self._forward(self.net.base_model, token_ids, attention_mask)
         for point in points:
             if point.name not in captured:
                 raise InputError(f"Hook point {point.name!r} did not fire: module {point.module_path!r} took no part in the forward of {self.name}.")
             shape = captured[point.name].shape
             if len(shape) != 3 or shape[:2] != token_ids.shape:
-                raise InputError(
-                    f"Hook point {point.name!r} gives {list(shape)}; rows need [batch, context, d_in] = [{list(token_ids.shape)}, d_in]."
-                )
+                raise InputError(f"Hook point {point.name!r} gives {list(shape)}; rows need [batch, context, d_in] = {[*token_ids.shape, 'd_in']}.")
         return captured
 
     def logits(
@@ -105,7 +98,8 @@ class SubjectModel:
         """Return the language model's logits in the model's dtype. Raises `InputError` for a model without a language-model head."""
         if self.net.get_output_embeddings() is None:
             raise InputError(f"{self.name} ({self.net.config.model_type}) has no language-model head: there are no logits and no loss.")
-        return self._forward(self.net, token_ids, attention_mask).logits
+        with torch.no_grad():
+            return self.net(**self._arguments(token_ids, attention_mask)).logits
 
     def logits_with_patch(
         self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None, hook_point: str, replace: Patch
@@ -156,7 +150,8 @@ class SubjectModel:
                 f"Token id {highest:,} is outside the {self.vocabulary_size:,} embeddings of {self.name}: the tokenizer belongs to another model."
             )
 
-    def _forward(self, net: nn.Module, token_ids: Tensor, attention_mask: Tensor | None) -> Any:
+    def _arguments(self, token_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Check a batch and return what the network is called with."""
         self.check_tokens(token_ids)
         if token_ids.shape[1] > self.max_context:
             raise InputError(
@@ -167,12 +162,28 @@ class SubjectModel:
             arguments["use_cache"] = False
         elif attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(self.device, torch.int64)
-        with torch.no_grad():
-            return net(**arguments)
+        return arguments
+
+    def _run_captured(self, hook_points: Sequence[str], arguments: dict[str, Any]) -> dict[str, Tensor]:
+        """Run the network up to the last of the hook points."""
+        captured: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for name in hook_points:
+                point = find_point(self.net, name)
+                stack.callback(_read(module_of(self.net, point), point, captured, n_wanted=len(set(hook_points))).remove)
+            with suppress(_AllCapturedError), torch.no_grad():
+                self.net.base_model(**arguments)
+        return captured
 
     def _probe_width(self, hook_point: str) -> int:
-        token_ids = torch.zeros((1, min(4, self.max_context)), dtype=torch.int64)
-        return int(self.capture(token_ids, None, [hook_point])[hook_point].shape[-1])
+        """Find the width of a module's output by a forward, which a ready-made mask makes possible without weights."""
+        n_tokens = min(4, self.max_context)
+        token_ids = torch.zeros((1, n_tokens), dtype=torch.int64, device=self.device)
+        mask = torch.zeros((1, 1, n_tokens, n_tokens), dtype=self.net.dtype, device=self.device)
+        captured = self._run_captured([hook_point], {"input_ids": token_ids, "attention_mask": mask})
+        if hook_point not in captured:
+            raise InputError(f"Hook point {hook_point!r} did not fire: it takes no part in the forward of {self.name}.")
+        return int(captured[hook_point].shape[-1])
 
 
 def load_subject_model(model: ModelConfig, execution: ExecutionConfig) -> SubjectModel:

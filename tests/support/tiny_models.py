@@ -1,0 +1,116 @@
+"""Tiny models of several architectures with random weights and a byte-level tokenizer, saved as `save_pretrained` does."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from interp_assets.config import PipelineConfig, make_config
+from interp_assets.garcon.subject import SubjectModel, is_encoder
+
+VOCABULARY = 256 + 3
+CONTEXT = 48
+D_MODEL = 16
+SPECIAL = {"bos": 256, "eos": 257, "pad": 258}
+_SIZES: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": D_MODEL,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 1, "head_dim": 8}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "gpt2": GPT2Config(n_layer=2, n_head=2, n_embd=D_MODEL, n_positions=CONTEXT, vocab_size=VOCABULARY, bos_token_id=256, eos_token_id=257),
+    "llama": LlamaConfig(**_GROUPED),
+    "gpt_neox": GPTNeoXConfig(**_SIZES),
+    "gemma2": Gemma2Config(**_GROUPED),
+    "gemma3_text": Gemma3TextConfig(**_GROUPED),
+    "qwen2": Qwen2Config(**{**_SIZES, "num_key_value_heads": 1}),
+    "qwen3": Qwen3Config(**_GROUPED),
+    "bert": BertConfig(**_SIZES),
+}
+DECODERS = [name for name in CONFIGS if name != "bert"]
+
+
+def make_net(kind: str) -> PreTrainedModel:
+    """Build a network whose every weight, norms and biases too, is random but the same each time."""
+    config = CONFIGS[kind]
+    net = (AutoModel if is_encoder(config) else AutoModelForCausalLM).from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            is_norm = parameter.ndim == 1
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + (1.0 if is_norm else 0.0))
+    return net.eval()
+
+
+@cache
+def make_subject(kind: str) -> SubjectModel:
+    """Wrap such a network; tests share it and must not change it."""
+    return SubjectModel(make_net(kind), f"tiny {kind}")
+
+
+def make_tokenizer(*, is_encoder: bool = False) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token per byte, and BOS, EOS and padding (for an encoder: [CLS], [SEP] and padding, which it adds)."""
+    first, last = ("[CLS]", "[SEP]") if is_encoder else ("<s>", "</s>")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([first, last, "[PAD]"])
+    if is_encoder:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A {last}", special_tokens=[(first, 256), (last, 257)])
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token=first, sep_token=last, pad_token="[PAD]")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=first, eos_token=last, pad_token="[PAD]")
+
+
+def save_model(folder: Path, kind: str) -> Path:
+    """Save a tiny model and its tokenizer and return the folder."""
+    make_net(kind).save_pretrained(folder)
+    make_tokenizer(is_encoder=kind == "bert").save_pretrained(folder)
+    return folder
+
+
+def write_texts(folder: Path, n_files: int = 6, n_chars: int = 300) -> Path:
+    """Write text files of unequal length and return their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n_files):
+        words = [f"word{(i * 37 + j * j) % 101}" for j in range(n_chars // 6 + i)]
+        (folder / f"{i}.txt").write_text(" ".join(words))
+    return folder
+
+
+def make_tiny_config(model: Path, texts: Path, **changes: Any) -> PipelineConfig:
+    """Return a configuration over a saved model and a folder of texts; `changes` replace whole sections' fields."""
+    sections: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"name": str(model)},
+        "corpus": {"source": "files", "path": str(texts), "context_length": 24, "shard_bytes": 600},
+        "harvest": {"hook_points": ["resid_post.0"]},
+        "saes": [{"name": "demo", "hook_point": "resid_post.0", "d_sae": 32, "k": 4}],
+    }
+    for section, fields in changes.items():
+        sections[section] = {**sections.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    return make_config(sections)
