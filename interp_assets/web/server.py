@@ -4,6 +4,7 @@
     GET /api/bundles                        every bundle that is served, with what is wrong with those that cannot be shown
     GET /api/bundles/{name}                 description, columns, distributions
     GET /api/bundles/{name}/features        rows of the list: sort, descending, life, filter (repeated), q, offset, limit
+    GET /api/bundles/{name}/rows            rows of the named latents: latent (repeated)
     GET /api/bundles/{name}/place           where `latent` stands in that list, and its neighbours there
     GET /bundles/{name}/{file}              a file of the bundle: Range, ETag, verified against the manifest
 
@@ -92,6 +93,10 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle]) -> N
     ) -> dict[str, Any]:
         page = _find(bundles, name).table().page(_read_query(request), offset, limit)
         return {**page._asdict(), "offset": offset}
+
+    @app.get("/api/bundles/{name}/rows")
+    def list_rows(name: str, latent: Annotated[list[int], Query()]) -> dict[str, Any]:
+        return {"rows": _find(bundles, name).table().rows(latent)}
 
     @app.get("/api/bundles/{name}/place")
     def find_place(name: str, request: Request, latent: Annotated[int, Query(ge=0)]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ feature"; a page is a gather of some rows. The table is held in memory (about 20
 import io
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, NamedTuple
@@ -73,6 +74,13 @@ class FeatureTable:
             raise InputError(f"Asked for {limit:,} rows from {offset:,}; ask for 1 to {MAX_ROWS} rows from 0 or later.")
         order = self.order(query)
         return Page(self._frame.height, len(order), self._frame[order[offset : offset + limit]].to_dicts())
+
+    def rows(self, latents: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the rows of some latents. Raises `InputError` for too many, and for one that the SAE does not have."""
+        wrong = [latent for latent in latents if not 0 <= latent < self._frame.height]
+        if wrong or len(latents) > MAX_ROWS:
+            raise InputError(f"Asked for {len(latents):,} latents, {wrong[:3]} among them; there are {self._frame.height:,}, {MAX_ROWS} at a time.")
+        return self._frame[np.asarray(latents, np.uint32)].to_dicts()
 
     def place(self, query: Query, latent: int) -> Place:
         """Find a feature in a list, for stepping to the next and the previous one."""

@@ -1,0 +1,94 @@
+/**
+ * The part of the address after `#` is the whole state of the page, so a copied address shows the same thing:
+ *
+ *     #/<bundle>?sort=max&desc=1&life=all&filter=max>=3&q=import&at=17     list
+ *     #/<bundle>/<latent>?...the list it was opened from...&view=full       feature
+ */
+export interface ListState {
+  sort: string;
+  isDescending: boolean;
+  life: 'all' | 'live' | 'dead';
+  filters: string[];
+  text: string;
+}
+
+export interface Route {
+  bundle: string | null;
+  latent: number | null;
+  list: ListState;
+  /** Feature to bring into view in the list. */
+  at: number | null;
+  /** Whole windows with their line breaks, instead of one line each. */
+  isFull: boolean;
+}
+
+export const DEFAULT_LIST: ListState = { sort: 'latent', isDescending: false, life: 'live', filters: [], text: '' };
+
+export function parseRoute(hash: string): Route {
+  const [path = '', query = ''] = hash.replace(/^#\/?/, '').split('?', 2);
+  const [bundle = '', latent = ''] = path.split('/').map(decodePart);
+  const given = new URLSearchParams(query);
+  const life = given.get('life');
+  return {
+    bundle: bundle || null,
+    latent: latent === '' ? null : /^\d+$/.test(latent) ? Number(latent) : Number.NaN,
+    list: {
+      sort: given.get('sort') ?? DEFAULT_LIST.sort,
+      isDescending: given.get('desc') === '1',
+      life: life === 'all' || life === 'dead' ? life : DEFAULT_LIST.life,
+      filters: given.getAll('filter'),
+      text: given.get('q') ?? '',
+    },
+    at: /^\d+$/.test(given.get('at') ?? '') ? Number(given.get('at')) : null,
+    isFull: given.get('view') === 'full',
+  };
+}
+
+export function formatRoute(route: { bundle: string; latent?: number | null; list?: ListState; at?: number | null; isFull?: boolean }): string {
+  const list = route.list ?? DEFAULT_LIST;
+  const query = new URLSearchParams();
+  if (list.sort !== DEFAULT_LIST.sort) query.set('sort', list.sort);
+  if (list.isDescending) query.set('desc', '1');
+  if (list.life !== DEFAULT_LIST.life) query.set('life', list.life);
+  for (const filter of list.filters) query.append('filter', filter);
+  if (list.text) query.set('q', list.text);
+  if (route.at != null) query.set('at', String(route.at));
+  if (route.isFull) query.set('view', 'full');
+  const path = `#/${encodeURIComponent(route.bundle)}${route.latent == null ? '' : `/${route.latent}`}`;
+  const text = query.toString();
+  return text ? `${path}?${text}` : path;
+}
+
+/** The same list, as the server's query. */
+export function listParameters(list: ListState): URLSearchParams {
+  const query = new URLSearchParams({ sort: list.sort, life: list.life });
+  if (list.isDescending) query.set('descending', 'true');
+  for (const filter of list.filters) query.append('filter', filter);
+  if (list.text.trim()) query.set('q', list.text.trim());
+  return query;
+}
+
+/** Replace the bounds of one column among the filters; null means no bound. */
+export function withBounds(filters: string[], column: string, low: number | null, high: number | null): string[] {
+  const kept = filters.filter((filter) => !new RegExp(`^${column}[<>]`).test(filter));
+  if (low !== null) kept.push(`${column}>=${low}`);
+  if (high !== null) kept.push(`${column}<=${high}`);
+  return kept;
+}
+
+/** Read the bounds of one column from the filters. */
+export function boundsOf(filters: string[], column: string): { low: number | null; high: number | null } {
+  const bound = (relation: string): number | null => {
+    const found = filters.find((filter) => filter.startsWith(`${column}${relation}`));
+    return found === undefined ? null : Number(found.slice(column.length + relation.length));
+  };
+  return { low: bound('>='), high: bound('<=') };
+}
+
+function decodePart(part: string): string {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
+}

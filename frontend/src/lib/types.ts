@@ -1,0 +1,97 @@
+/** Shapes of the files and answers that the pages read. See docs/formats/feature_bundle.md and feature_record.md. */
+
+export interface Distribution {
+  edges: number[];
+  counts: number[];
+}
+
+export interface BundleSummary {
+  name: string;
+  error?: { what: string; do: string };
+  created?: string;
+  n_bytes?: number;
+  is_synthetic?: boolean;
+  pipeline?: string;
+  model?: { name: string; revision: string; fingerprint: string };
+  hook_point?: string;
+  sae?: { name: string; artifact_id: string; config: Record<string, unknown> };
+  d_sae?: number;
+  n_live?: number;
+  tokens_scanned?: number;
+  evaluation?: Evaluation;
+}
+
+export interface Evaluation {
+  l0: number | null;
+  fvu: number | null;
+  ce_recovered: number | null;
+  kl: number | null;
+  dead_share: number | null;
+}
+
+export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created' | 'n_bytes'>> {
+  d_in: number;
+  corpus: { source: string; path: string; n_shards: number };
+  coactivation_rows: number | null;
+  logits_reason: string | null;
+  records: { version: number; per_file: number; n_files: number };
+  columns: { sortable: string[]; numeric: string[] };
+  distributions: Record<string, Distribution>;
+}
+
+export interface FeatureRow {
+  latent: number;
+  is_dead: boolean;
+  count: number;
+  frequency: number;
+  mean: number;
+  max: number;
+  top_token: string;
+  top_tokens: string[];
+  top_logits: string[];
+  bottom_logits: string[];
+  n_examples: number;
+}
+
+export interface FeaturePage {
+  n_features: number;
+  n_matches: number;
+  offset: number;
+  rows: FeatureRow[];
+}
+
+export interface Place {
+  position: number | null;
+  n_matches: number;
+  previous: number | null;
+  next: number | null;
+}
+
+/** Tokens around one example; `activations` are [place, value] of the non-zero ones. */
+export interface Window {
+  row: [number, number];
+  document: string;
+  tokens: number[];
+  peak: number;
+  activation: number;
+  activations: [number, number][];
+  masked: number[];
+}
+
+export interface Logits {
+  top: [number, number][];
+  bottom: [number, number][];
+  histogram: { low: number; high: number; counts: number[] };
+}
+
+export interface FeatureRecord {
+  version: number;
+  latent: number;
+  is_dead: boolean;
+  statistics: { count: number; frequency: number; mean: number; max: number; quantiles: number[]; histogram: Distribution };
+  examples: { top: Window[]; intervals: { low: number; high: number; examples: Window[] }[]; random: Window[] };
+  logits: Logits | null;
+  logits_reason: string | null;
+  neighbours: [number, number][];
+  coactivations: [number, number, number][];
+}

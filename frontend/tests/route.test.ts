@@ -1,0 +1,35 @@
+import { describe, expect, test } from 'vitest';
+import { DEFAULT_LIST, boundsOf, formatRoute, listParameters, parseRoute, withBounds } from '../src/lib/route';
+
+describe('addresses', () => {
+  test('the whole state survives a copied address', () => {
+    const list = { sort: 'max', isDescending: true, life: 'all' as const, filters: ['max>=3', 'frequency<=0.01'], text: 'a&b #?"%" =' };
+    const address = formatRoute({ bundle: 'demo 1/é', latent: 17, list, isFull: true });
+    expect(parseRoute(address)).toEqual({ bundle: 'demo 1/é', latent: 17, list, at: null, isFull: true });
+  });
+
+  test('a default list has a short address', () => expect(formatRoute({ bundle: 'demo', list: DEFAULT_LIST })).toBe('#/demo'));
+
+  test('an empty address names nothing', () => expect(parseRoute('')).toMatchObject({ bundle: null, latent: null, list: DEFAULT_LIST }));
+
+  test('nonsense where the number should be is kept as no number, for the page to say so', () => {
+    expect(parseRoute('#/demo/abc').latent).toBeNaN();
+    expect(parseRoute('#/demo/-1').latent).toBeNaN();
+  });
+
+  test('a broken escape does not break the page', () => expect(parseRoute('#/%E0%A4%A').bundle).toBe('%E0%A4%A'));
+});
+
+describe('filters', () => {
+  test('bounds of one column replace its old ones and leave the others', () => {
+    const filters = withBounds(['max>=1', 'mean<=2'], 'max', 3, null);
+    expect(filters).toEqual(['mean<=2', 'max>=3']);
+    expect(boundsOf(filters, 'max')).toEqual({ low: 3, high: null });
+    expect(boundsOf(filters, 'mean')).toEqual({ low: null, high: 2 });
+  });
+
+  test("the server's query repeats filters", () => {
+    const query = listParameters({ ...DEFAULT_LIST, filters: ['max>=1', 'max<=2'], text: ' def ' });
+    expect(query.toString()).toBe('sort=latent&life=live&filter=max%3E%3D1&filter=max%3C%3D2&q=def');
+  });
+});

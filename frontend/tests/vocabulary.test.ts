@@ -1,0 +1,61 @@
+import { describe, expect, test } from 'vitest';
+import type { Window } from '../src/lib/types';
+import { makeUnits, parseVocabulary, tokenText, visible, visibleAlone } from '../src/lib/vocabulary';
+
+const vocabulary = parseVocabulary({
+  format: 'interp-assets/vocabulary',
+  version: 1,
+  tokens: ['<|bos|>', ' def', '\n', '\ufffd', '\ufffd', '\ufffd', '\ufffd'],
+  bytes: { 3: 'e286', 4: '92', 5: 'ff', 6: 'f09f' },
+  special: [0],
+});
+
+function window(tokens: number[], activations: [number, number][] = [], peak = 0, masked: number[] = []): Window {
+  return { row: [0, 0], document: 'a.py', tokens, peak, activation: 1, activations, masked };
+}
+
+describe('units', () => {
+  test('tokens that share a character become one unit with the larger activation', () => {
+    const units = makeUnits(window([1, 3, 4, 2], [[1, 0.5], [2, 2]], 2), vocabulary);
+    expect(units.map((unit) => unit.text)).toEqual([' def', '→', '\n']);
+    expect(units[1]).toMatchObject({ places: [1, 2], value: 2, isPeak: true });
+  });
+
+  test('bytes that never make a character are shown as bytes, each on its own', () => {
+    expect(makeUnits(window([5, 3, 1]), vocabulary).map((unit) => unit.text)).toEqual(['\\xff', '\\xe2\\x86', ' def']);
+  });
+
+  test('a character that is cut by the end of the window does not run past it', () => {
+    expect(makeUnits(window([1, 6]), vocabulary).at(-1)).toMatchObject({ text: '\\xf0\\x9f', places: [1] });
+  });
+
+  test('masked tokens are told apart and ids outside the vocabulary keep their number', () => {
+    const units = makeUnits(window([0, 99], [], 1, [0]), vocabulary);
+    expect(units.map((unit) => unit.isMasked)).toEqual([true, false]);
+    expect(units[1]!.text).toBe('⟨99⟩');
+  });
+});
+
+describe('text', () => {
+  test('new lines and tabs are seen, and spaces stay', () => {
+    expect(visible('a\n\tb ')).toBe('a↵⇥b ');
+    expect(visible('a\r\nb')).toBe('a↵b');
+  });
+
+  test('characters that would act on the page are written as numbers', () => {
+    expect(visible('\u202eabc\u0000')).toBe('⟨202E⟩abc⟨0000⟩');
+  });
+
+  test('a token on its own shows its outer spaces', () => {
+    expect(visibleAlone(' in')).toBe('␣in');
+    expect(visibleAlone('\n        ')).toBe('↵␣×8');
+    expect(visibleAlone('')).toBe('∅');
+  });
+
+  test('broken tokens are shown by their bytes', () => expect(tokenText(vocabulary, 4)).toBe('\\x92'));
+
+  test('a newer vocabulary is refused with the next step', () => {
+    expect(() => parseVocabulary({ format: 'interp-assets/vocabulary', version: 2, tokens: [] })).toThrow(/version 2/);
+    expect(() => parseVocabulary('<html>')).toThrow(/no vocabulary/);
+  });
+});
