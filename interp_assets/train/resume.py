@@ -1,0 +1,77 @@
+"""The state of an SAE in training becomes a checkpoint artifact, and the newest valid one comes back.
+
+Checkpoints of `4-sae/<name>-<id>` lie beside it, in `4-sae/<name>-<id>.checkpoints/step-<n>-<id>`: `state.safetensors` (weights,
+moments, dead counters) and `log.json` (the steps logged so far). Like every artifact they appear whole or not at all. A checkpoint's id
+contains the SAE's id, so one of another configuration is never taken for this one's. The newest `KEPT` stay while training runs; none
+stays once the SAE is published.
+"""
+
+import json
+import logging
+from typing import Final, NamedTuple
+
+from torch import Tensor
+
+from interp_assets.errors import ArtifactError
+from interp_assets.manifest import ArtifactRef, create_artifact, find_manifest, make_ref, read_file, remove_artifact
+from interp_assets.store import Store
+from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.train.trainer import LogRow, Trainer
+
+KEPT: Final = 2
+STATE: Final = "state.safetensors"
+LOG: Final = "log.json"
+_logger = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """A training's state after `step` steps."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    log: list[LogRow]
+
+
+def checkpoint_ref(sae: ArtifactRef, step: int) -> ArtifactRef:
+    """Address the checkpoint of an SAE after `step` steps."""
+    return make_ref("sae_checkpoint", _folder(sae), identity={"step": step}, inputs={"sae": sae.artifact_id}, label=f"step-{step:08d}")
+
+
+def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer) -> None:
+    """Publish a trainer's state and remove all but the newest checkpoints."""
+    with create_artifact(store, checkpoint_ref(sae, trainer.step)) as art:
+        save_tensors(art, STATE, trainer.state())
+        art.put(LOG, json.dumps(trainer.log).encode())
+    for step in _steps(store, sae)[:-KEPT]:
+        remove_artifact(store, checkpoint_ref(sae, step).path)
+
+
+def load_checkpoint(store: Store, sae: ArtifactRef) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole, or None. A damaged one is reported and passed over."""
+    for step in reversed(_steps(store, sae)):
+        ref = checkpoint_ref(sae, step)
+        try:
+            manifest = find_manifest(store, ref)
+            if manifest is None:
+                continue
+            log = [LogRow(*row) for row in json.loads(read_file(store, ref.path, manifest, LOG))]
+            return Checkpoint(step, load_tensors(store, ref.path, manifest, STATE), log)
+        except ArtifactError as error:
+            _logger.warning("Checkpoint %s/%s is passed over: %s", store.url, ref.path, error)
+    return None
+
+
+def remove_checkpoints(store: Store, sae: ArtifactRef) -> None:
+    """Delete all checkpoints of an SAE."""
+    for step in _steps(store, sae):
+        remove_artifact(store, checkpoint_ref(sae, step).path)
+
+
+def _folder(sae: ArtifactRef) -> str:
+    return f"{sae.path}.checkpoints"
+
+
+def _steps(store: Store, sae: ArtifactRef) -> list[int]:
+    n_skip = len(_folder(sae)) + 1
+    names = {item.path[n_skip:].split("/")[0] for item in store.list(_folder(sae))}
+    return sorted({int(name.split("-")[1]) for name in names if name.startswith("step-")})
