@@ -1,0 +1,168 @@
+"""Sources: whole documents to shards, fingerprints that follow the text, and every bad file named at once."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset
+
+from interp_assets.config import CorpusConfig
+from interp_assets.corpus.sources import iter_documents, plan_sources
+from interp_assets.errors import ConfigError, InputError
+
+
+def _config(path: Path, **fields: object) -> CorpusConfig:
+    return CorpusConfig.model_validate({"source": "files", "path": str(path), "shard_bytes": 40, **fields})
+
+
+def _read_all(config: CorpusConfig) -> list[tuple[str, str]]:
+    return [document for shard in plan_sources(config, 0) for document in iter_documents(config, shard)]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Make a folder with one file of each kind."""
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".hidden").write_text("never read")
+    (folder / "a.txt").write_text("alpha " * 5)
+    (folder / "b.py").write_bytes("\ufeffβeta = 'ü'\r\n".encode())
+    rows = [{"text": f"line {i} " * 3} for i in range(6)]
+    (folder / "c.jsonl").write_text("\n".join(json.dumps(row) for row in rows[:3]) + "\n\n" + json.dumps({"text": None}) + "\n")
+    with gzip.open(folder / "d.jsonl.gz", "wt") as file:
+        file.write("\n".join(json.dumps(row) for row in rows[3:]))
+    pq.write_table(pa.table({"text": [f"row {i} " * 4 for i in range(7)], "n": list(range(7))}), folder / "deep" / "e.parquet", row_group_size=3)
+    return folder
+
+
+def test_every_document_is_read_once_and_in_order(texts: Path) -> None:
+    """Shards must hold the whole corpus, whatever the formats."""
+    found = _read_all(_config(texts))
+    assert [name for name, _ in found] == [
+        "a.txt",
+        "b.py",
+        *(f"c.jsonl:{i}" for i in (1, 2, 3)),
+        *(f"d.jsonl.gz:{i}" for i in (1, 2, 3)),
+        *(f"deep/e.parquet:{i}" for i in range(7)),
+    ]
+    assert dict(found)["b.py"] == "βeta = 'ü'\r\n"
+    assert dict(found)["d.jsonl.gz:2"] == "line 4 " * 3
+    assert dict(found)["deep/e.parquet:5"] == "row 5 " * 4
+
+
+def test_shards_are_filled_by_whole_documents(texts: Path) -> None:
+    """A shard reaches `shard_bytes` and no more documents are added; the last may be smaller."""
+    config = _config(texts)
+    shards = plan_sources(config, 0)
+    for shard in shards:
+        sizes = [len(text.encode()) for _, text in iter_documents(config, shard)]
+        assert (shard.n_documents, shard.n_bytes) == (len(sizes), sum(sizes))
+        assert sum(sizes[:-1]) < 40
+        assert sum(sizes) >= 40 or shard is shards[-1]
+    assert len(plan_sources(_config(texts, max_shards=2), 0)) == 2
+
+
+def test_a_single_file_is_a_corpus(texts: Path) -> None:
+    """`path` may be a file."""
+    assert len(_read_all(_config(texts / "c.jsonl"))) == 3
+
+
+def test_a_changed_file_changes_one_shard(texts: Path) -> None:
+    """All other shards, and all that was made of them, stay valid."""
+    before = plan_sources(_config(texts), 0)
+    (texts / "a.txt").write_text("omega " * 5)
+    after = plan_sources(_config(texts), 0)
+    assert [old.fingerprint == new.fingerprint for old, new in zip(before, after, strict=True)] == [False, *[True] * (len(before) - 1)]
+    with pytest.raises(InputError, match="shard-000000 has changed since it was planned"):
+        list(iter_documents(_config(texts), before[0]))
+
+
+def test_a_later_file_leaves_earlier_shards_alone(texts: Path) -> None:
+    """Files land later, under later names: the sensor must add shards, not remake them."""
+    before = plan_sources(_config(texts), 0)
+    (texts / "z.txt").write_text("new " * 30)
+    after = plan_sources(_config(texts), 0)
+    assert [shard.fingerprint for shard in after[: len(before) - 1]] == [shard.fingerprint for shard in before[:-1]]
+
+
+def test_fingerprints_do_not_depend_on_the_folders_place(texts: Path, tmp_path: Path) -> None:
+    """Two machines keep their data in different places."""
+    moved = tmp_path / "elsewhere"
+    before = plan_sources(_config(texts), 0)
+    texts.rename(moved)
+    assert plan_sources(_config(moved), 0) == before
+
+
+def test_all_bad_files_are_named_at_once(texts: Path) -> None:
+    """One file per attempt would take the user all day."""
+    (texts / "empty.txt").write_text(" \n")
+    (texts / "image.png").write_bytes(b"\x89PNG\0\0")
+    (texts / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    (texts / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n[1]\n{"body": 1, "title": 2}\n{"text": 7}\n')
+    (texts / "blank.jsonl").write_text('{"text": ""}\n')
+    pq.write_table(pa.table({"body": ["x"]}), texts / "columns.parquet")
+    (texts / "false.parquet").write_text("not parquet")
+    with pytest.raises(InputError) as caught:
+        plan_sources(_config(texts), 0)
+    message = str(caught.value)
+    for part in (
+        "10 document(s) under",
+        "empty.txt: is empty",
+        "image.png: is binary, not text (a NUL byte at offset 4)",
+        "latin.txt: is not UTF-8 text (byte 0xe9 at offset 3)",
+        "broken.jsonl, line 2: is not JSON",
+        "broken.jsonl, line 3: has no 'text'; it has list",
+        "broken.jsonl, line 4: has no 'text'; it has ['body', 'title']. Set `corpus.text_field`",
+        "broken.jsonl, line 5: 'text' holds a int, not text",
+        "blank.jsonl: holds no text",
+        "columns.parquet: has no column 'text'; it has ['body']",
+        "false.parquet: cannot be read",
+    ):
+        assert part in message
+
+
+def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
+    """An empty corpus must not become an empty pipeline."""
+    with pytest.raises(InputError, match=r"There is nothing at corpus\.path = '/no/such/place'"):
+        plan_sources(_config(Path("/no/such/place")), 0)
+    with pytest.raises(InputError, match="holds no files"):
+        plan_sources(_config(tmp_path), 0)
+
+
+def test_held_out_shards_must_leave_some_to_train_on(texts: Path) -> None:
+    """Else the shuffle would have no rows."""
+    n_shards = len(plan_sources(_config(texts), 0))
+    with pytest.raises(ConfigError, match=rf"held_out_shards is {n_shards}, but there are only {n_shards} shard"):
+        plan_sources(_config(texts, held_out_shards=n_shards), 0)
+
+
+def test_the_standard_library_is_shuffled_by_its_own_key() -> None:
+    """Held-out shards must be a fair sample, and the order must depend on the seed alone."""
+    config = CorpusConfig(shard_bytes=200_000, max_shards=3)
+    first, again, other = plan_sources(config, 0), plan_sources(config, 0), plan_sources(config, 1)
+    assert first == again
+    assert first[0].fingerprint != other[0].fingerprint
+    names = [name for name, _ in iter_documents(config, first[0])]
+    assert names != sorted(names)
+    assert all("/test/" not in name for name in names)
+
+
+def test_a_local_dataset_streams_by_ranges(tmp_path: Path) -> None:
+    """A Hugging Face dataset is addressed, not read, to plan; a shard reads its own rows only."""
+    folder = tmp_path / "data"
+    Dataset.from_dict({"text": [f"row {i}" if i != 4 else "" for i in range(10)]}).to_parquet(str(folder / "train.parquet"))
+    config = CorpusConfig(source="huggingface", path=str(folder), documents_per_shard=4)
+    shards = plan_sources(config, 0)
+    assert [(shard.spec["first"], shard.spec["stop"]) for shard in shards] == [(0, 4), (4, 8), (8, 10)]
+    assert [text for _, text in iter_documents(config, shards[1])] == ["row 5", "row 6", "row 7"]
+    assert next(iter_documents(config, shards[2]))[0] == "data/train:8"
+    with pytest.raises(InputError, match=r"has no column 'body'; it has \['text'\]"):
+        plan_sources(config.model_copy(update={"text_field": "body"}), 0)
+    with pytest.raises(InputError, match=r"Cannot open the dataset .*split 'test'"):
+        plan_sources(config.model_copy(update={"split": "test"}), 0)
+    Dataset.from_dict({"text": ["changed"]}).to_parquet(str(folder / "train.parquet"))
+    with pytest.raises(InputError, match="has changed since it was planned"):
+        list(iter_documents(config, shards[1]))

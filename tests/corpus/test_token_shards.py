@@ -1,0 +1,174 @@
+"""Token shards and the plan: right tokens at right rows, the same bytes every time, and bad inputs refused early."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from tiny_models import CONTEXT, VOCABULARY, make_tiny_config, make_tokenizer, save_model, write_texts
+
+from interp_assets.config import PipelineConfig
+from interp_assets.corpus.plan import plan_corpus
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.corpus.sources import iter_documents
+from interp_assets.corpus.tokens import context_offsets, load_documents, load_tokens, make_token_shard
+from interp_assets.errors import ArtifactMissingError, InputError
+from interp_assets.garcon.tokenizer import load_tokenizer
+from interp_assets.pipeline import PLAN, Pipeline, load_pipeline
+from interp_assets.store import ObjectStore, open_store
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny language model."""
+    return save_model(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a tiny encoder."""
+    return save_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture
+def config(decoder: Path, tmp_path: Path) -> PipelineConfig:
+    """Configure a pipeline over a few text files."""
+    return make_tiny_config(decoder, write_texts(tmp_path / "texts"))
+
+
+def test_a_plan_is_saved_and_read_back(config: PipelineConfig, memory_store: ObjectStore) -> None:
+    """Jobs on other machines know only the plan."""
+    pipeline = plan_corpus(config, memory_store)
+    assert load_pipeline(config, memory_store) == pipeline
+    assert pipeline.plan.hook_widths == {"resid_post.0": 16}
+    assert (pipeline.plan.max_context, pipeline.plan.vocabulary_size) == (CONTEXT, VOCABULARY)
+    before = memory_store.get(PLAN)
+    assert plan_corpus(config, memory_store) == pipeline
+    assert memory_store.get(PLAN) == before
+
+
+def test_the_text_comes_back_from_the_tokens(config: PipelineConfig, memory_store: ObjectStore) -> None:
+    """Any row must lead back to its text, by its row and its document."""
+    pipeline = plan_corpus(config, memory_store)
+    tokenizer = load_tokenizer(config.model)
+    for index in pipeline.shard_indices:
+        facts = make_token_shard(pipeline, memory_store, tokenizer, index).manifest.facts
+        tokens = load_tokens(pipeline, memory_store, index)
+        documents = load_documents(pipeline, memory_store, index)
+        expected = list(iter_documents(config.corpus, pipeline.source(index)))
+        assert documents.sources == [name for name, _ in expected]
+        for i, (_, text) in enumerate(expected):
+            rows = slice(int(documents.first_rows[i]), int(documents.first_rows[i] + documents.n_rows[i]))
+            assert (tokens.documents[rows] == i).all()
+            assert tokenizer.decode(tokens.token_ids[rows][tokens.valid[rows]]) == text
+        assert facts == {
+            "n_rows": tokens.n_rows,
+            "n_valid": int(tokens.valid.sum()),
+            "n_contexts": len(context_offsets(tokens.contexts)) - 1,
+            "n_documents": len(expected),
+            "n_bytes": pipeline.source(index).n_bytes,
+        }
+        assert facts["n_valid"] == facts["n_bytes"], "one token per byte"
+
+
+def test_every_packed_context_opens_with_bos(config: PipelineConfig, memory_store: ObjectStore) -> None:
+    """Language models expect it; its activations are outliers and never trained on."""
+    pipeline = plan_corpus(config, memory_store)
+    make_token_shard(pipeline, memory_store, load_tokenizer(config.model), 1)
+    tokens = load_tokens(pipeline, memory_store, 1)
+    offsets = context_offsets(tokens.contexts)
+    assert (tokens.token_ids[offsets[:-1]] == 256).all()
+    assert (np.diff(offsets)[:-1] == 24).all()
+    assert set(tokens.token_ids[~tokens.valid].tolist()) == {256, 257}
+
+
+def test_an_encoder_gets_one_document_per_context(encoder: Path, tmp_path: Path, memory_store: ObjectStore) -> None:
+    """Each context is [CLS] text [SEP]."""
+    config = make_tiny_config(encoder, write_texts(tmp_path / "texts"), corpus={"contexts": "per_document"})
+    pipeline = plan_corpus(config, memory_store)
+    make_token_shard(pipeline, memory_store, load_tokenizer(config.model), 0)
+    tokens = load_tokens(pipeline, memory_store, 0)
+    offsets = context_offsets(tokens.contexts)
+    assert (tokens.token_ids[offsets[:-1]] == 256).all()
+    assert (tokens.token_ids[offsets[1:] - 1] == 257).all()
+    with pytest.raises(InputError, match=r"is an encoder \(bert\).*set corpus.contexts to per_document"):
+        plan_corpus(make_tiny_config(encoder, tmp_path / "texts"), memory_store)
+
+
+def test_the_same_text_gives_the_same_bytes(config: PipelineConfig) -> None:
+    """Re-materializing a lost shard must leave everything after it fresh; a second call does no work."""
+    digests = []
+    for name in ("one", "two"):
+        store = open_store(f"memory://{name}")
+        pipeline = plan_corpus(config, store)
+        steps: list[int] = []
+        produced = make_token_shard(pipeline, store, load_tokenizer(config.model), 0, steps.append)
+        assert (produced.is_cached, sum(steps)) == (False, produced.manifest.facts["n_documents"])
+        assert make_token_shard(pipeline, store, load_tokenizer(config.model), 0).is_cached
+        digests.append(produced.manifest.digest)
+    assert digests[0] == digests[1]
+
+
+def test_polars_reads_the_tables(config: PipelineConfig, local_store: ObjectStore) -> None:
+    """Tables are for everybody, not for our code only."""
+    pipeline = plan_corpus(config, local_store)
+    make_token_shard(pipeline, local_store, load_tokenizer(config.model), 0)
+    folder = local_store.local_path(token_shard_ref(pipeline, 0).path)
+    assert folder is not None
+    counts = pl.read_parquet(folder / "tokens.parquet").group_by("document").len().sort("document")
+    assert counts["len"].to_list() == pl.read_parquet(folder / "documents.parquet")["n_rows"].to_list()
+
+
+def test_a_shard_that_was_never_made_is_missing(config: PipelineConfig, memory_store: ObjectStore) -> None:
+    """The error of the manifest comes through."""
+    pipeline = plan_corpus(config, memory_store)
+    with pytest.raises(ArtifactMissingError, match="Materialize it first"):
+        load_tokens(pipeline, memory_store, 0)
+
+
+def test_a_context_longer_than_the_models_is_refused_at_planning(config: PipelineConfig, memory_store: ObjectStore, decoder: Path) -> None:
+    """Not after hours of tokenizing."""
+    long = make_tiny_config(decoder, Path(config.corpus.path), corpus={"context_length": CONTEXT + 1})
+    with pytest.raises(InputError, match=rf"context_length is {CONTEXT + 1}, but .* takes at most {CONTEXT} tokens"):
+        plan_corpus(long, memory_store)
+
+
+def test_an_unknown_hook_point_is_refused_at_planning(config: PipelineConfig, memory_store: ObjectStore, decoder: Path) -> None:
+    """With the near ones."""
+    wrong = make_tiny_config(
+        decoder, Path(config.corpus.path), harvest={"hook_points": ["resid_pst.0"]}, saes=[{"name": "demo", "hook_point": "resid_pst.0", "k": 4}]
+    )
+    with pytest.raises(InputError, match=r"no hook point 'resid_pst\.0'\. Near: resid_post\.0"):
+        plan_corpus(wrong, memory_store)
+    assert memory_store.size(PLAN) is None
+
+
+def test_a_tokenizer_of_another_model_is_refused(config: PipelineConfig, memory_store: ObjectStore, tmp_path: Path) -> None:
+    """A larger vocabulary cannot belong to the model."""
+    folder = save_model(tmp_path / "mixed", "gpt2")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(5)])
+    tokenizer.save_pretrained(folder)
+    mixed = make_tiny_config(folder, Path(config.corpus.path))
+    (Path(config.corpus.path) / "0.txt").write_text("<4>" * 300)
+    pipeline = plan_corpus(mixed, memory_store)
+    with pytest.raises(InputError, match=r"gives token id 263, but the model has only 259 embeddings: they do not belong together"):
+        make_token_shard(pipeline, memory_store, load_tokenizer(mixed.model), 0)
+    assert isinstance(pipeline, Pipeline)
+    with pytest.raises(ArtifactMissingError):
+        load_tokens(pipeline, memory_store, 0)
+
+
+def test_text_that_tokenizes_to_nothing_is_refused(config: PipelineConfig, memory_store: ObjectStore) -> None:
+    """A document without rows would vanish silently."""
+    pipeline = plan_corpus(config, memory_store)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = _delete_everything()
+    with pytest.raises(InputError, match=r"document\(s\) of shard-000000 tokenize to nothing: \['0.txt'"):
+        make_token_shard(pipeline, memory_store, tokenizer, 0)
+
+
+def _delete_everything() -> object:
+    from tokenizers import Regex, normalizers
+
+    return normalizers.Replace(Regex("."), "")
