@@ -147,7 +147,7 @@ def _describe_loss(
     rows = ", ".join(f"{shard_key(int(row_id) >> SHARD_SHIFT)} row {int(row_id) & ((1 << SHARD_SHIFT) - 1):,}" for row_id in doubled[:5])
     return (
         f"The shuffle of {hook_point} in {store.url} did not keep its rows: {before.n_rows:,} went in, {after.n_rows:,} came out, and their multiset "
-        f"hashes differ ({before.encode()} before, {after.encode()} after). Shards with wrong counts: {', '.join(wrong[:10]) or 'none'}; rows that "
-        f"are there twice: {len(doubled):,}{f' ({rows})' if rows else ''}. Do not train on them. Run `interp verify` on 3-shuffle; if it finds nothing, "
-        "please report this, and delete and materialize the passes again."
+        f"hashes differ ({before.encode()} before, {after.encode()} after). Shards with wrong counts: {', '.join(wrong[:10]) or 'none'}; "
+        f"rows that are there twice: {len(doubled):,}{f' ({rows})' if rows else ''}. Do not train on them. "
+        "Run `interp verify` on 3-shuffle; if it finds nothing, please report this, and delete and materialize the passes again."
     )

@@ -43,8 +43,9 @@ def gather_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int
         )
     fmt = row_format(pipeline, hook_point)
     with create_artifact(store, ref) as art:
+        order = Draws(plan.seed).gather_order(bucket, plan.sizes.input_rows(plan.sizes.passes, bucket))  # its working space is free again
         source, facts = _load_bucket(pipeline, store, hook_point, plan, bucket)
-        order = Draws(plan.seed).gather_order(bucket, source.n_rows)
+        assert source.n_rows == len(order), f"{source.n_rows} rows read, {len(order)} ordered"
         outgoing = _Outgoing(source, order, fmt, progress)
         save_mixed(art, outgoing.rows(), outgoing.row_ids(), mixed_specs(source.n_rows, fmt.d_in, fmt.dtype))
         art.facts |= {**facts, "multiset_hash": outgoing.rows_hash.encode()}

@@ -22,6 +22,9 @@ _FINISHERS = ((0xBF58476D1CE4E5B9, 0x94D049BB133111EB), (0xFF51AFD7ED558CCD, 0xC
 """Multipliers of splitmix64 (Steele et al. 2014) and of MurmurHash3."""
 
 
+_BLOCK_ROWS = 1 << 16
+
+
 class MultisetHash(NamedTuple):
     """Two sums modulo 2^64, and how many rows they are over."""
 
@@ -57,8 +60,13 @@ def hash_rows(row_ids: NDArray[np.uint64], rows: NDArray[np.uint8]) -> MultisetH
 
 
 def hash_kept(row_ids: NDArray[np.uint64], rows: NDArray[np.uint8], kept: NDArray[np.int64]) -> MultisetHash:
-    """Hash the rows at positions `kept` of `rows [n_all, row_bytes]` with their row ids, without moving a row."""
-    return _finish(multilinear(rows)[kept] + row_ids * _keys(1)[0])
+    """Hash the rows at ascending positions `kept` of `rows [n_all, row_bytes]` with their row ids, block by block and without moving a row."""
+    total = MultisetHash()
+    for start in range(0, len(kept), _BLOCK_ROWS):
+        part, ids = kept[start : start + _BLOCK_ROWS], row_ids[start : start + _BLOCK_ROWS]
+        forms = multilinear(rows[part[0] : part[-1] + 1])[part - part[0]]
+        total = total.merge(_finish(forms + ids * _keys(1)[0]))
+    return total
 
 
 def multilinear(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:

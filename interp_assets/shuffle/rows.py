@@ -12,7 +12,7 @@ buffer. Memory: the buffer, `FIXED_BYTES` of pieces in flight and chunks, and wh
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,8 @@ PIECE_BYTES: Final = 8 << 20
 CHUNK_BYTES: Final = 4 << 20
 """Rows gathered and written at once."""
 READERS: Final = 4
-FIXED_BYTES: Final = 160 << 20
-"""What a job may need whatever its size: pieces in flight (each up to three copies: client, verification, buffer), and chunks being sent."""
+FIXED_BYTES: Final = 128 << 20
+"""What a job may need whatever its size: pieces being read and chunks being sent, half of it in the store client's own buffers."""
 
 SHARD_SHIFT: Final = 40
 """`row_id = shard_index << SHARD_SHIFT | row_in_shard`."""
@@ -67,16 +67,6 @@ class Segment(NamedTuple):
     at: int
 
 
-class RowSource(Protocol):
-    """The rows of one job, in memory."""
-
-    n_rows: int
-
-    def take(self, order: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Write the records of rows `order` `[n]` into `out` `[n, record_bytes]`."""
-        ...
-
-
 class RawRows:
     """Valid rows of activation shards that lie one after the other in `rows`."""
 
@@ -102,6 +92,9 @@ class Records:
     def take(self, order: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Write the records of rows `order` into `out`."""
         np.take(self.records, order, axis=0, out=out, mode="clip")
+
+
+RowSource = RawRows | Records
 
 
 def fill(store: Store, segments: Sequence[Segment], buffer: NDArray[np.uint8]) -> None:

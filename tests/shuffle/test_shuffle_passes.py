@@ -1,0 +1,204 @@
+"""Bytes follow the pure order, in any number of passes: nothing is lost, jobs are deterministic, and memory stays in its bound."""
+
+import tracemalloc
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shuffle_world import HOOK, make_world, run_shuffle, run_splits
+
+from interp_assets.manifest import load_manifest
+from interp_assets.shuffle.gather import gather_bucket
+from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids, read_mixed_rows
+from interp_assets.shuffle.permutation import Draws, shuffle_indices, split_job
+from interp_assets.shuffle.plan import job_bytes, load_shuffle_plan, make_shuffle_plan, row_format
+from interp_assets.shuffle.refs import mixed_shard_ref
+from interp_assets.shuffle.rows import CHUNK_BYTES, FIXED_BYTES, Segment, cut_segment
+from interp_assets.shuffle.sizes import ShuffleSizes, offsets, shares
+from interp_assets.shuffle.sources import list_splits, load_manifests
+from interp_assets.shuffle.split import block_bytes, split_bucket, split_shard
+from interp_assets.store import ObjectStore, open_store
+
+
+@pytest.mark.parametrize(
+    ("passes", "fan_out", "shard_rows"),
+    [(1, 3, (50, 30, 7)), (2, 2, (50, 30, 7)), (2, 5, (1, 3, 0, 40)), (3, 3, (50, 30, 7)), (4, 2, (50, 0, 7))],
+)
+def test_the_bytes_follow_the_pure_order(passes: int, fan_out: int, shard_rows: tuple[int, ...]) -> None:
+    """The proofs run on row numbers; this is what makes them proofs about files. Every row keeps its content and its id."""
+    world = make_world(shard_rows, passes=passes, fan_out=fan_out, invalid_every=7, seed=5)
+    found = run_shuffle(world)
+    sizes = load_shuffle_plan(world.pipeline, world.store).sizes
+    assert [len(ids) for ids in found] == [sizes.input_rows(passes, bucket) for bucket in range(sizes.n_buckets)]
+    for ids, order in zip(found, shuffle_indices(sizes, Draws(5)), strict=True):
+        assert ids.tolist() == world.row_ids[order].tolist()
+
+
+@given(
+    shard_rows=st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any),
+    passes=st.integers(1, 4),
+    fan_out=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_no_row_is_lost_or_doubled_for_any_sizes(shard_rows: list[int], passes: int, fan_out: int, seed: int) -> None:
+    """A bijection for all shards, passes and fan-outs, into buckets that differ by at most one row a pass."""
+    sizes = ShuffleSizes(passes=passes, fan_out=fan_out, shard_rows=tuple(shard_rows))
+    buckets = shuffle_indices(sizes, Draws(seed))
+    assert sorted(np.concatenate(buckets).tolist()) == list(range(sum(shard_rows)))
+    lengths = [len(rows) for rows in buckets]
+    assert len(lengths) == sizes.n_buckets == fan_out ** (passes - 1)
+    assert max(lengths) - min(lengths) <= max(0, passes - 1)
+    assert max(lengths) == sizes.largest_bucket_rows
+
+
+@given(
+    shard_rows=st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(any),
+    passes=st.integers(2, 4),
+    fan_out=st.integers(1, 5),
+)
+@settings(deadline=None, max_examples=30)
+def test_the_jobs_of_a_bucket_add_up_and_none_is_larger_than_a_shard(shard_rows: list[int], passes: int, fan_out: int) -> None:
+    """What fits pass 1 fits every pass; and the counts of the jobs fill each output bucket exactly."""
+    sizes = ShuffleSizes(passes=passes, fan_out=fan_out, shard_rows=tuple(shard_rows))
+    for pass_index in range(1, passes):
+        for bucket in range(sizes.n_inputs(pass_index)):
+            jobs = sizes.job_rows(pass_index, bucket)
+            assert sum(jobs) == sizes.input_rows(pass_index, bucket)
+            assert max(jobs) <= max(shard_rows)
+            splits = [split_job(Draws(1), sizes, pass_index, bucket, job) for job in range(len(jobs))]
+            filled = np.sum([np.diff(split.offsets) for split in splits], axis=0)
+            assert filled.tolist() == sizes.capacities(pass_index, bucket)
+
+
+def test_several_hook_points_get_one_order() -> None:
+    """Transcoders and crosscoders read the same token at several places: row i must be one token everywhere."""
+    world = make_world((40, 30), passes=3, fan_out=2, hooks=("resid_post.0", "mlp_out.1"), invalid_every=9)
+    first, second = run_shuffle(world, "resid_post.0"), run_shuffle(world, "mlp_out.1")
+    assert np.concatenate(first).tolist() == np.concatenate(second).tolist()
+
+
+def test_another_seed_gives_another_order_and_the_same_seed_the_same_bytes() -> None:
+    """Same inputs, same bytes: a lost shard made again leaves everything after it fresh."""
+    digests = []
+    for seed, url in ((3, "memory://a"), (3, "memory://b"), (4, "memory://c")):
+        world = make_world((40, 30), passes=3, fan_out=2, seed=seed, store=open_store(url))
+        run_shuffle(world)
+        digests.append([shard.manifest.digest for shard in open_mixed(world.pipeline, world.store, HOOK)])
+    assert digests[0] == digests[1]
+    assert set(digests[0]).isdisjoint(digests[2])
+
+
+def test_jobs_run_in_any_order_and_finished_work_is_skipped() -> None:
+    """A job needs nobody's state: the last shard may be split first, and twice."""
+    world = make_world((40, 30, 20), passes=2, fan_out=3)
+    pipeline, store, _ = world
+    make_shuffle_plan(pipeline, store)
+    forward = {index: split_shard(pipeline, store, HOOK, index).manifest.digest for index in (1, 2, 3)}
+    for index in (3, 1, 2):
+        again = split_shard(pipeline, store, HOOK, index)
+        assert again.is_cached
+        store.delete([f"{again.ref.path}/manifest.json"])
+        rebuilt = split_shard(pipeline, store, HOOK, index)
+        assert not rebuilt.is_cached
+        assert rebuilt.manifest.digest == forward[index]
+    assert make_shuffle_plan(pipeline, store).is_cached
+    assert not gather_bucket(pipeline, store, HOOK, 2).is_cached
+    assert gather_bucket(pipeline, store, HOOK, 2).is_cached
+
+
+def test_progress_counts_every_row_of_every_job() -> None:
+    """Bars that end at 97 % make people wait."""
+    world = make_world((40, 30), passes=3, fan_out=2)
+    pipeline, store, _ = world
+    done: list[int] = []
+    make_shuffle_plan(pipeline, store)
+    for index in (1, 2):
+        split_shard(pipeline, store, HOOK, index, done.append)
+    assert sum(done) == 70
+    for bucket in range(2):
+        split_bucket(pipeline, store, HOOK, 2, bucket, done.append)
+    for bucket in range(4):
+        gather_bucket(pipeline, store, HOOK, bucket, done.append)
+    assert sum(done) == 210
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_rows_of_any_type_and_odd_width_arrive_on_a_disk(local_store: ObjectStore, dtype: str) -> None:
+    """Rows move as bytes; a width that is no multiple of a word must not matter."""
+    world = make_world((64, 33), passes=2, fan_out=2, d_in=5, dtype=dtype, store=local_store)
+    assert sorted(np.concatenate(run_shuffle(world)).tolist()) == world.row_ids.tolist()
+
+
+def test_any_range_of_a_mixed_shard_can_be_read() -> None:
+    """A trainer reads batches, not shards."""
+    world = make_world((40, 30), passes=2, fan_out=2)
+    run_shuffle(world)
+    shard = open_mixed(world.pipeline, world.store, HOOK)[1]
+    whole, part = read_mixed_rows(world.store, shard, 0, shard.n_rows), read_mixed_rows(world.store, shard, 7, 19)
+    assert part.rows.tolist() == whole.rows[7:19].tolist()
+    assert part.row_ids.tolist() == whole.row_ids[7:19].tolist() == read_mixed_ids(world.store, shard, 7, 19).tolist()
+    assert (shard.n_rows, shard.d_in, shard.dtype) == (35, 4, "float32")
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_memory_stays_within_the_bound(local_store: ObjectStore, passes: int) -> None:
+    """`shuffle.memory_bytes` is a promise: rows with their ids are held once, an order needs `SORT_BYTES` a row, the rest is fixed."""
+    n_rows = 400_000
+    pipeline = make_world((n_rows,) * passes, passes=passes, fan_out=passes, d_in=32, dtype="bfloat16", store=local_store, invalid_every=50).pipeline
+    bound = job_bytes(n_rows, row_format(pipeline, HOOK)) + FIXED_BYTES // 2  # tracemalloc does not see the other half
+    make_shuffle_plan(pipeline, local_store)
+    if passes == 2:
+        split_shard(pipeline, local_store, HOOK, 2)
+        assert traced_peak(lambda: split_shard(pipeline, local_store, HOOK, 1)) < bound
+    assert traced_peak(lambda: gather_bucket(pipeline, local_store, HOOK, 0)) < bound
+
+
+def traced_peak(work: Callable[[], object]) -> int:
+    """Return how much memory `work` takes at most, in bytes, NumPy's and Python's."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_reads_end_where_checksum_blocks_end() -> None:
+    """A verified read costs whole blocks: pieces cut elsewhere would read every border block twice."""
+    world = make_world((20_000, 20_000), passes=2, fan_out=2, d_in=64)
+    run_splits(world)
+    refs = list_splits(world.pipeline, HOOK, load_shuffle_plan(world.pipeline, world.store), 1, 0)
+    manifest = load_manifests(world.store, refs, "a test", "a test")[0]
+    entry = manifest.file("rows.bin")
+    pieces = list(cut_segment(Segment("path", manifest, "rows.bin", 1000, entry.n_bytes - 1000, 500)))
+    assert sum(piece.n_bytes for piece in pieces) == entry.n_bytes - 1000
+    assert [piece.at for piece in pieces] == [500 + piece.start - 1000 for piece in pieces]
+    assert all(piece.start % entry.block_bytes == 0 for piece in pieces[1:])
+    assert all(a.start + a.n_bytes == b.start for a, b in pairwise(pieces))
+
+
+def test_blocks_are_small_beside_a_range() -> None:
+    """A range is widened to whole blocks on reading; ranges of 8 MiB must not cost a quarter more."""
+    for range_bytes in (1 << 20, 8 << 20, 100 << 20, 1 << 30):
+        assert block_bytes(range_bytes) <= max(64 << 10, range_bytes // 16)
+        assert block_bytes(range_bytes).bit_count() == 1
+    assert CHUNK_BYTES % block_bytes(1 << 30) == 0
+
+
+def test_shares_and_offsets_are_plain_arithmetic() -> None:
+    """Sizes are the contract between all jobs."""
+    assert shares(10, 4) == [2, 3, 2, 3]
+    assert offsets([2, 0, 3]) == [0, 2, 2, 5]
+
+
+def test_a_mixed_shard_says_what_it_holds() -> None:
+    """Later stages read facts, not files."""
+    world = make_world((40, 30), passes=1)
+    run_shuffle(world)
+    facts = load_manifest(world.store, mixed_shard_ref(world.pipeline, HOOK, 0)).facts
+    assert (facts["n_rows"], facts["d_in"], facts["dtype"]) == (70, 4, "float32")
+    assert facts["multiset_hash"] == facts["source_multiset_hash"]
