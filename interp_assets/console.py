@@ -8,16 +8,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 from rich.text import Text
 
 from interp_assets.progress import AssetReport, Progress
-
-_STEPS = 1000
-"""Parts into which the bar of one partition is divided."""
 
 
 class Bars(Progress):
@@ -114,16 +111,23 @@ def print_total(console: Console, reports: Sequence[AssetReport]) -> None:
     )
 
 
-def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
-    """Print a table; numbers stand at the right."""
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table as wide as it is; numbers stand at the right."""
     content = [list(row) for row in rows]
-    for i, column in enumerate(columns):
-        is_number = bool(content) and all(isinstance(row[i], int | float) for row in content)
-        table.add_column(column, justify="right" if is_number else "left", overflow="fold")
-    for row in content:
-        table.add_row(*(f"{cell:,}" if isinstance(cell, int | float) and not isinstance(cell, bool) else str(cell) for cell in row))
-    console.print(table)
+    texts = [list(columns), *([_cell(value) for value in row] for row in content)]
+    widths = [max(cell_len(row[i]) for row in texts) for i in range(len(columns))]
+    is_number = [bool(content) and all(isinstance(row[i], int | float) for row in content) for i in range(len(columns))]
+    for n_line, row in enumerate(texts):
+        padding = [" " * (width - cell_len(cell)) for width, cell in zip(widths, row, strict=True)]
+        cells = [pad + cell if right else cell + pad for pad, cell, right in zip(padding, row, is_number, strict=True)]
+        console.print("  ".join(cells).rstrip(), style="bold" if n_line == 0 else None, soft_wrap=True, markup=False)
+
+
+def _cell(value: object) -> str:
+    """Write one cell: numbers with thousands separators, text on one line."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "".join(char if char.isprintable() else "\ufffd" for char in str(value))
 
 
 def format_bytes(n_bytes: int) -> str:

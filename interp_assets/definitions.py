@@ -5,6 +5,7 @@ environment variable `INTERP_CONFIG` names (a YAML file), or the demo pipeline. 
 """
 
 import os
+import warnings
 
 import dagster as dg
 
@@ -47,12 +48,15 @@ def build_defs(config: PipelineConfig | None = None, *, progress: Progress | Non
         interp_assets.train.checks,
         interp_assets.visualize.checks,
     )
-    return dg.Definitions(
-        assets=[asset for stage in stages for asset in stage.make_assets(layout)],
-        asset_checks=[check for stage in checked for check in stage.make_checks(layout)],
-        sensors=[interp_assets.corpus.sensors.make_sensor(layout)],
-        resources={"world": World.make(config), "progress": progress or Progress()},
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # backfill policies; Dagster's version is pinned
+        warnings.simplefilter("ignore", dg.PreviewWarning)  # partitioned checks
+        return dg.Definitions(
+            assets=[asset for stage in stages for asset in stage.make_assets(layout)],
+            asset_checks=[check for stage in checked for check in stage.make_checks(layout)],
+            sensors=[interp_assets.corpus.sensors.make_sensor(layout)],
+            resources={"world": World.make(config), "progress": progress or Progress()},
+        )
 
 
 def config_from_environment() -> PipelineConfig:

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from safetensors.numpy import load as load_arrays
 
+from interp_assets.harvest.statistics import norm_bin_edges
 from interp_assets.manifest import Produced, read_file
 from interp_assets.store import Store
 
@@ -54,10 +55,12 @@ def plot_frequencies(store: Store, evaluation: Produced) -> str:
 def plot_norms(store: Store, statistics: Produced) -> str:
     """Draw the histogram of activation norms at one hook point."""
     arrays = load_arrays(read_file(store, statistics.ref.path, statistics.manifest, "statistics.safetensors"))
-    counts = arrays["norm_histogram"]
-    figure, axes = _make_figure("bin of the norm", "rows")
-    axes.bar(np.arange(len(counts)), counts, width=1.0, color=_COLOUR)
-    axes.set_yscale("symlog")
+    counts, edges = arrays["norm_histogram"], norm_bin_edges()
+    first, last = np.flatnonzero(counts)[[0, -1]] if counts.any() else (0, len(counts) - 1)
+    shown = slice(max(0, first - 1), last + 2)
+    figure, axes = _make_figure("norm", "rows")
+    axes.bar(edges[:-1][shown], counts[shown], width=np.diff(edges)[shown], align="edge", color=_COLOUR, edgecolor="white", linewidth=0.3)
+    axes.set_xscale("log", base=2)
     return _as_markdown(figure, "Histogram of activation norms")
 
 
@@ -65,7 +68,7 @@ def plot_certificate(store: Store, certificate: Produced) -> str:
     """Draw how often rows at a distance are of one document, against chance."""
     content = json.loads(read_file(store, certificate.ref.path, certificate.manifest, "certificate.json"))
     figure, axes = _make_figure("distance in rows", "same document, z score")
-    lags = content.get("lags", [])
+    lags = content["lags"]
     axes.plot([item["lag"] for item in lags], [item["z"] for item in lags], "o-", color=_COLOUR, markersize=4)
     axes.axhspan(-3, 3, color=_COLOUR, alpha=0.12)
     axes.set_xscale("symlog")

@@ -26,6 +26,7 @@ MAX_PARTITIONS: Final = 5000
 _HEAD_ROWS: Final = 5
 _MAX_TABLE_BYTES: Final = 256 << 20
 _MAX_TEXT: Final = 2000
+_MAX_CELL: Final = 32
 
 
 class Place(NamedTuple):
@@ -145,8 +146,11 @@ def _print_head(console: Console, store: Store, path: str, manifest: Manifest, e
 
 
 def _cell(value: object) -> object:
+    """Shorten a value for one line of a table."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
     text = str(value)
-    return text[:60] + "..." if len(text) > 63 else value
+    return text[: _MAX_CELL - 3] + "..." if len(text) > _MAX_CELL else value
 
 
 def _shape(entry: FileEntry) -> str:

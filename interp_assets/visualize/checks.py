@@ -25,7 +25,7 @@ def _records_complete(layout: Layout, sae: str) -> dg.AssetChecksDefinition:
         counts = {}
         for key in partition_keys(context):
             start, stop = slice_bounds(pipeline, sae, slice_index(key))
-            entry = load_manifest(store, records_ref(pipeline, sae, slice_index(key))).file("features.parquet")
+            entry = load_manifest(store, records_ref(pipeline, sae, slice_index(key))).file("records.bin")
             counts[key] = {"latents": stop - start, "records": entry.n_rows}
         is_complete = all(count["latents"] == count["records"] for count in counts.values())
         return dg.AssetCheckResult(passed=is_complete, metadata={"slices": dg.MetadataValue.json(counts)})
