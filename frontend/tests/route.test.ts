@@ -28,6 +28,8 @@ describe('filters', () => {
     expect(boundsOf(filters, 'mean')).toEqual({ low: null, high: 2 });
   });
 
+  test('a bound that is no number is none', () => expect(boundsOf(['max>=x'], 'max')).toEqual({ low: null, high: null }));
+
   test("the server's query repeats filters", () => {
     const query = listParameters({ ...DEFAULT_LIST, filters: ['max>=1', 'max<=2'], text: ' def ' });
     expect(query.toString()).toBe('sort=latent&life=live&filter=max%3E%3D1&filter=max%3C%3D2&q=def');

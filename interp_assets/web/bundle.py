@@ -167,15 +167,17 @@ def decode_offsets(data: bytes, n_records: int, where: str) -> NDArray[np.int64]
     return offsets
 
 
-def _write_records(art: ArtifactWriter, records: Iterable[bytes], progress: Callable[[int], None] | None) -> tuple[int, int]:
-    """Write record files of `RECORDS_PER_FILE`; return the number of records and their bytes."""
+def _write_records(
+    art: ArtifactWriter, records: Iterable[bytes], progress: Callable[[int], None] | None, per_file: int = RECORDS_PER_FILE
+) -> tuple[int, int]:
+    """Write record files of `per_file` records; return the number of records and their bytes."""
     members = iter(records)
     n_records, n_bytes, file_index = 0, 0, 0
     pending = next(members, None)
     while pending is not None:
         offsets = [0]
         with art.open(f"records/{file_index:05d}.bin", block_bytes=RECORD_BLOCK_BYTES) as sink:
-            while pending is not None and len(offsets) <= RECORDS_PER_FILE:
+            while pending is not None and len(offsets) <= per_file:
                 sink.write(pending)
                 offsets.append(offsets[-1] + len(pending))
                 pending = next(members, None)

@@ -5,13 +5,14 @@ A server on one's own machine is reachable by every page open in the same browse
 1. `Host` must be a name of this machine (or one that was named): a foreign site cannot rebind its name to the loopback address;
 2. `Origin`, where a browser sends one, must be the server itself;
 3. when a token is set, it must come as `Authorization: Bearer`, as `?token=` (which is turned into a cookie and removed from the
-   address), or as that cookie; it is compared in constant time;
+   address), or as that cookie, which holds a hash of it; all are compared in constant time;
 4. an address longer than `MAX_QUERY_BYTES` is refused;
 5. every answer carries a content security policy under which nothing but the server's own files is loaded and no inline script runs.
 
 Written as plain ASGI, so that streamed answers stay streams.
 """
 
+import hashlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -77,15 +78,15 @@ class Guard:
         return None
 
     def _is_known(self, scope: Scope, headers: dict[str, str]) -> bool:
-        given = [headers.get("authorization", "").removeprefix("Bearer "), _query_token(scope) or ""]
+        token = self._token or ""
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             cookie = None
-        if cookie:
-            given.append(cookie.value)
-        wanted = (self._token or "").encode()
-        return any(hmac.compare_digest(text.encode(), wanted) for text in given)
+        if cookie and hmac.compare_digest(cookie.value.encode(), _cookie_value(token).encode()):
+            return True
+        given = (headers.get("authorization", "").removeprefix("Bearer "), _query_token(scope) or "")
+        return any(hmac.compare_digest(text.encode(), token.encode()) for text in given)
 
     def _wants_cookie(self, scope: Scope) -> bool:
         return self._token is not None and scope["method"] == "GET" and _query_token(scope) is not None
@@ -93,6 +94,10 @@ class Guard:
 
 def _query_token(scope: Scope) -> str | None:
     return dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("token")
+
+
+def _cookie_value(token: str) -> str:
+    return hashlib.blake2b(token.encode(), digest_size=24, person=b"interp-cookie").hexdigest()
 
 
 def _host_name(host: str) -> str:
@@ -124,7 +129,7 @@ async def _redirect(send: Send, scope: Scope, token: str) -> None:
     rest = [(name, value) for name, value in parse_qsl(scope["query_string"].decode("latin-1")) if name != "token"]
     path = "/" + scope.get("raw_path", scope["path"].encode()).split(b"?")[0].decode("latin-1").lstrip("/")
     location = path + (f"?{urlencode(rest)}" if rest else "")
-    cookie = f"{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"
+    cookie = f"{COOKIE}={_cookie_value(token)}; HttpOnly; SameSite=Strict; Path=/"
     headers = [(b"location", location.encode()), (b"set-cookie", cookie.encode()), (b"content-length", b"0"), *SECURITY_HEADERS]
     await send({"type": "http.response.start", "status": 303, "headers": headers})
     await send({"type": "http.response.body", "body": b""})

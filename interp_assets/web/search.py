@@ -23,7 +23,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.errors import InputError
+from interp_assets.errors import ArtifactCorruptError, InputError
 
 COLUMNS: Final = ("peaks", "raised", "lowered")
 """Tokens at the peaks of the top examples, top logits, bottom logits."""
@@ -80,7 +80,7 @@ def _fill(connection: sqlite3.Connection, features: Iterable[FeatureWords]) -> N
 
 
 def search_latents(path: Path, query: str) -> NDArray[np.uint32]:
-    """Return the latents that match `query`, rising. Raises `InputError` for a query that is too long or names no column."""
+    """Return the latents that match `query`, rising. Raises `InputError` for a query that is too long, `ArtifactCorruptError` for a damaged index."""
     if len(query) > MAX_QUERY:
         raise InputError(f"The query has {len(query):,} characters, at most {MAX_QUERY} are searched. Shorten it.")
     connection = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
@@ -91,6 +91,8 @@ def search_latents(path: Path, query: str) -> NDArray[np.uint32]:
         match = " AND ".join(f"({expression})" for expression in expressions)
         found = connection.execute("SELECT rowid FROM features WHERE features MATCH ? ORDER BY rowid", (match,))
         return np.fromiter((row[0] for row in found), np.uint32)
+    except sqlite3.DatabaseError as error:
+        raise ArtifactCorruptError(f"The search index {path} cannot be read ({error}). Materialize the bundle again.") from error
     finally:
         connection.close()
 

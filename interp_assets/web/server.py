@@ -143,6 +143,10 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return _problem(error.status_code, f"{error.detail}.", "Check the address; the pages start at /.")
 
+    @app.exception_handler(Exception)
+    def explain_bug(_: Request, error: Exception) -> JSONResponse:
+        return _problem(500, f"The server met an error it did not expect: {type(error).__name__}: {error}", "Look at its terminal, and report it.")
+
 
 def _problem(status: int, what: str, do: str) -> JSONResponse:
     return JSONResponse({"error": {"status": status, "what": what, "do": do}}, status_code=status)

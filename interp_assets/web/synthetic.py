@@ -73,7 +73,7 @@ def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0,
     text = _make_text(seed, n_documents)
     records = [_make_record(text, seed, latent, n_features) for latent in range(n_features)]
     members = (gzip.compress(json.dumps(record, separators=(",", ":")).encode(), mtime=0) for record in records)
-    content = BundleContent(_describe(n_features, text), [_make_table(text.vocabulary, records)], members, text.vocabulary)
+    content = BundleContent(_describe(n_features, text), [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary)
     with create_artifact(store, ref) as art:
         write_bundle(art, content)
     assert art.manifest
@@ -91,6 +91,31 @@ def make_synthetic_vocabulary() -> Vocabulary:
     tokens = ["<|bos|>", *_WORDS, *(f" {word}" for word in _WORDS), *_PLAIN, *_STRANGE]
     raw = {len(tokens) + place: data for place, data in enumerate(_BROKEN)}
     return Vocabulary([*tokens, *(data.decode(errors="replace") for data in _BROKEN)], raw, [BOS])
+
+
+def make_synthetic_table(vocabulary: Vocabulary, records: list[dict[str, Any]]) -> pa.Table:
+    """Return the rows of `features.parquet` that belong to `records`."""
+    rows = []
+    for record in records:
+        top = record["examples"]["top"]
+        peaks = list(dict.fromkeys(vocabulary.text(window["tokens"][window["peak"]]) for window in top))
+        raised, lowered = ([vocabulary.text(token) for token, _ in record["logits"][end]] for end in ("top", "bottom"))
+        n_examples = len(top) + len(record["examples"]["random"]) + sum(len(part["examples"]) for part in record["examples"]["intervals"])
+        statistics = {key: record["statistics"][key] for key in ("count", "frequency", "mean", "max")}
+        rows.append(
+            {
+                "latent": record["latent"],
+                "is_dead": record["is_dead"],
+                **statistics,
+                "top_token": peaks[0] if peaks else "",
+                "top_tokens": peaks,
+                "top_logits": raised,
+                "bottom_logits": lowered,
+                "n_examples": n_examples,
+                "decoder_norm": 1.0,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=_TABLE)
 
 
 def _make_text(seed: int, n_documents: int, length: int = 256) -> _Text:
@@ -201,30 +226,6 @@ def _logits(effects: NDArray[np.float64]) -> dict[str, Any]:
         "bottom": [[int(token), float(effects[token])] for token in order[::-1][:10]],
         "histogram": {"low": float(f"{edges[0]:.4g}"), "high": float(f"{edges[-1]:.4g}"), "counts": counts.tolist()},
     }
-
-
-def _make_table(vocabulary: Vocabulary, records: list[dict[str, Any]]) -> pa.Table:
-    rows = []
-    for record in records:
-        top = record["examples"]["top"]
-        peaks = list(dict.fromkeys(vocabulary.text(window["tokens"][window["peak"]]) for window in top))
-        raised, lowered = ([vocabulary.text(token) for token, _ in record["logits"][end]] for end in ("top", "bottom"))
-        n_examples = len(top) + len(record["examples"]["random"]) + sum(len(part["examples"]) for part in record["examples"]["intervals"])
-        statistics = {key: record["statistics"][key] for key in ("count", "frequency", "mean", "max")}
-        rows.append(
-            {
-                "latent": record["latent"],
-                "is_dead": record["is_dead"],
-                **statistics,
-                "top_token": peaks[0] if peaks else "",
-                "top_tokens": peaks,
-                "top_logits": raised,
-                "bottom_logits": lowered,
-                "n_examples": n_examples,
-                "decoder_norm": 1.0,
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=_TABLE)
 
 
 def _describe(n_features: int, text: _Text) -> dict[str, Any]:

@@ -95,6 +95,9 @@ export function getVocabulary(name: string): Promise<Vocabulary> {
 
 /** Open one feature: its file's index (kept), then exactly one range request. */
 export function getRecord(bundle: Bundle, latent: number): Promise<FeatureRecord> {
+  if (Number.isNaN(latent)) {
+    return Promise.reject(new Problem('The address names no feature: a number should stand there.', 'Go back to the list, or correct the address.'));
+  }
   if (!Number.isInteger(latent) || latent < 0 || latent >= bundle.d_sae) {
     const what = `There is no feature ${latent}: this SAE has ${bundle.d_sae.toLocaleString('en')} latents, from 0.`;
     return Promise.reject(new Problem(what, 'Go back to the list, or correct the number in the address.'));

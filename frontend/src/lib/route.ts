@@ -80,7 +80,8 @@ export function withBounds(filters: string[], column: string, low: number | null
 export function boundsOf(filters: string[], column: string): { low: number | null; high: number | null } {
   const bound = (relation: string): number | null => {
     const found = filters.find((filter) => filter.startsWith(`${column}${relation}`));
-    return found === undefined ? null : Number(found.slice(column.length + relation.length));
+    const value = Number(found?.slice(column.length + relation.length));
+    return found === undefined || !Number.isFinite(value) ? null : value;
   };
   return { low: bound('>='), high: bound('<=') };
 }

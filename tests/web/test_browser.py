@@ -1,0 +1,414 @@
+"""A real browser opens the pages, clicks through them, and must never see a blank screen or an error in its console.
+
+`INTERP_SCREENSHOTS=<folder>` keeps pictures of all pages, light and dark, wide and narrow. Without Chromium the tests are skipped with the
+reason, except where `CI` is set: there its absence is a failure.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import uvicorn
+
+from interp_assets.manifest import create_artifact, make_ref
+from interp_assets.store import ObjectStore, open_store
+from interp_assets.web.opened import list_bundles
+from interp_assets.web.server import STATIC, make_app
+from interp_assets.web.synthetic import build_synthetic_bundle
+
+pytestmark = pytest.mark.browser
+
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+WIDE = {"width": 1280, "height": 900}
+NARROW = {"width": 390, "height": 844}
+REPOSITORY = Path(__file__).parents[2]
+
+
+class Site(NamedTuple):
+    """A running server: its address, and the name of its good bundle."""
+
+    address: str
+    name: str
+    store: ObjectStore
+
+    def page(self, path: str = "") -> str:
+        return f"{self.address}/#/{self.name}{path}"
+
+
+def _missing(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}; CI must run the browser tests")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator:
+    """Start Chromium."""
+    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if path is None:
+        _missing("there is no Chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Serve an invented bundle of 300 features and one of a newer version, with the pages built from these sources."""
+    built = subprocess.run([sys.executable, str(REPOSITORY / "frontend" / "build.py")], check=False, capture_output=True, text=True)
+    if built.returncode:
+        _missing(f"the pages cannot be built: {built.stderr.strip()}")
+    store = open_store(str(tmp_path_factory.mktemp("served")))
+    build_synthetic_bundle(store, n_features=300)
+    with create_artifact(store, make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="newer")) as art:
+        art.put("bundle.json", json.dumps({"format": "interp-assets/feature-bundle", "version": 99}).encode())
+    places = list_bundles(store)
+    server = uvicorn.Server(uvicorn.Config(make_app(places, static=STATIC), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    name = next(place.name for place in places if place.name.startswith("synthetic"))
+    yield Site(f"http://127.0.0.1:{port}", name, store)
+    server.should_exit = True
+    thread.join(10)
+
+
+class Visit:
+    """One page of one browser context, with everything that it complained about."""
+
+    def __init__(self, chromium, **options) -> None:
+        self.context = chromium.new_context(viewport=WIDE, **options)
+        self.page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text) if message.type in ("error", "warning") else None)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.requests: list = []
+        self.page.on("request", lambda request: self.requests.append(request))  # noqa: PLW0108 - Playwright cannot wrap built-in functions
+        self.page.set_default_timeout(15_000)
+
+    def open(self, address: str, wait_for: str) -> None:
+        self.page.goto(address)
+        self.page.wait_for_selector(wait_for)
+
+
+@pytest.fixture
+def visit(chromium) -> Iterator[Visit]:
+    """Open a fresh page; at the end it must not have complained."""
+    visit = Visit(chromium, color_scheme="light")
+    yield visit
+    visit.context.close()
+    assert visit.complaints == []
+
+
+@pytest.fixture
+def unhappy_visit(chromium) -> Iterator[Visit]:
+    """Open a fresh page that is expected to meet failing requests, which Chromium reports in its console."""
+    visit = Visit(chromium, color_scheme="light")
+    yield visit
+    visit.context.close()
+    assert [text for text in visit.complaints if "Failed to load resource" not in text] == []
+
+
+def _heading(visit: Visit) -> str:
+    return visit.page.locator("h1").inner_text()
+
+
+def _colour(visit: Visit, selector: str, name: str) -> str:
+    return visit.page.locator(selector).first.evaluate(f"element => getComputedStyle(element).{name}")
+
+
+def _until(visit: Visit, expression: str) -> None:
+    """Wait until `expression` holds in the page. Playwright's own way evaluates strings in the page, which our policy forbids."""
+    for _ in range(600):
+        if visit.page.evaluate(expression):
+            return
+        visit.page.wait_for_timeout(25)
+    pytest.fail(f"never became true: {expression}")
+
+
+def _fits(visit: Visit) -> bool:
+    return visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_from_the_list_to_a_feature_and_its_tokens(visit: Visit, site: Site) -> None:
+    """The way that everybody goes: list, sort, open, hover."""
+    visit.open(site.page(), "[role=row] a")
+    assert "300 features" in _heading(visit)
+    visit.page.get_by_role("button", name="max").click()
+    _until(visit, "location.hash.includes('sort=max')")
+    header = visit.page.locator("[role=columnheader].max")
+    _until(visit, "document.querySelector('[role=columnheader].max').getAttribute('aria-sort') === 'descending'")
+    assert header.get_attribute("aria-sort") == "descending"
+    visit.page.locator(".row .latent a").first.click()
+    visit.page.wait_for_selector("h1:has-text('Feature')")
+    for title in ("Top activations", "Quantile intervals", "Random activations", "Activations", "Logit effects", "Nearest decoder rows"):
+        assert visit.page.get_by_role("heading", name=title, exact=True).count() == 1
+    peak = visit.page.locator("[data-item='0'] [data-place].peak").first
+    peak.hover()
+    tip = visit.page.get_by_role("tooltip")
+    assert "activation" in tip.inner_text()
+    assert "100 %" in tip.inner_text()
+    assert _colour(visit, "[data-item='0'] .peak", "backgroundColor") not in ("rgba(0, 0, 0, 0)", "transparent")
+
+
+def test_one_feature_costs_one_range_request(visit: Visit, site: Site) -> None:
+    """Everything else that a page asks for is shared by all features of its file."""
+    visit.open(site.page("/40"), "h1:has-text('Feature 40')")
+    visit.requests.clear()
+    visit.page.keyboard.press("j")
+    visit.page.wait_for_selector("h1:has-text('Feature 41')")
+    ranges = [request for request in visit.requests if "range" in request.headers]
+    assert len(ranges) == 1
+    size = ranges[0].response().header_value("content-length")
+    assert int(size) < 64 << 10
+    assert not [request for request in visit.requests if request.url.endswith(".idx")]
+
+
+def test_an_address_holds_the_whole_state(visit: Visit, site: Site) -> None:
+    """A copied address shows a colleague the same list and the same view of a feature."""
+    visit.open(site.page("?sort=frequency&desc=1&life=all&filter=max%3E%3D4&q=return"), "[role=row] a")
+    visit.page.wait_for_selector("[role=status]:has-text('of 300')")
+    status, first = visit.page.get_by_role("status").inner_text(), visit.page.locator(".row .latent a").first.inner_text()
+    assert visit.page.get_by_role("searchbox").input_value() == "return"
+    visit.page.reload()
+    visit.page.wait_for_selector("[role=status]:has-text('of 300')")
+    assert (visit.page.get_by_role("status").inner_text(), visit.page.locator(".row .latent a").first.inner_text()) == (status, first)
+    visit.page.locator(".row .latent a").first.click()
+    visit.page.wait_for_selector("h1:has-text('Feature')")
+    visit.page.get_by_role("button", name="Windows").click()
+    visit.page.wait_for_selector(".provenance")
+    visit.page.reload()
+    visit.page.wait_for_selector(".provenance")
+    assert "view=full" in visit.page.url
+    assert "sort=frequency" in visit.page.url
+
+
+def test_the_keyboard_reaches_everything(visit: Visit, site: Site) -> None:
+    """j, k, Enter, e, u, / and t: nobody who looks at a thousand features wants a mouse."""
+    page = visit.page
+    visit.open(site.page(), "[role=row] a")
+    for key in "jjk":
+        page.keyboard.press(key)
+    assert page.locator(".row.selected .latent").inner_text() == "0"
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h1:has-text('Feature 1')")
+    page.keyboard.press("j")
+    page.wait_for_selector("h1:has-text('Feature 2')")
+    page.keyboard.press("k")
+    page.wait_for_selector("h1:has-text('Feature 1')")
+    page.keyboard.press("e")
+    page.wait_for_selector(".provenance")
+    page.keyboard.press("u")
+    page.wait_for_selector(".row.selected")
+    assert page.locator(".row.selected .latent").inner_text() == "1"
+    page.keyboard.press("/")
+    _until(visit, "document.activeElement.type === 'search'")
+    page.keyboard.type("import")
+    _until(visit, "location.hash.includes('q=import')")
+    page.keyboard.press("Enter")
+    page.keyboard.press("?")
+    page.wait_for_selector("dialog[open]")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="detached")
+    page.keyboard.press("t")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_stepping_follows_the_list(visit: Visit, site: Site) -> None:
+    """Next means the next of the list that one came from, not the next number."""
+    visit.open(site.page("?sort=max&desc=1"), "[role=row] a")
+    shown = visit.page.locator(".row .latent a").all_inner_texts()[:3]
+    visit.page.locator(".row .latent a").first.click()
+    visit.page.wait_for_selector(f"h1:has-text('Feature {shown[0]}')")
+    visit.page.wait_for_selector("nav:has-text('1 of 277')")
+    for latent in shown[1:]:
+        visit.page.keyboard.press("j")
+        visit.page.wait_for_selector(f"h1:has-text('Feature {latent}')")
+
+
+def test_a_drag_over_a_distribution_filters_the_list(visit: Visit, site: Site) -> None:
+    """The overview is the filter."""
+    visit.open(site.page(), "[role=row] a")
+    box = visit.page.get_by_role("img", name="Maximum activation").bounding_box()
+    visit.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 20)
+    visit.page.mouse.down()
+    visit.page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + 20, steps=3)
+    visit.page.mouse.up()
+    _until(visit, "location.hash.includes('filter=max')")
+    visit.page.wait_for_selector("[role=status]:has-text('clear all filters')")
+    visit.page.get_by_role("button", name="clear all filters").click()
+    visit.page.wait_for_selector("[role=status]:has-text('277 of 300')")
+
+
+def test_the_long_list_draws_only_what_is_in_view(visit: Visit, site: Site) -> None:
+    """Rows beyond the view do not exist, and come when they are scrolled to."""
+    visit.open(site.page("?life=all"), "[role=row] a")
+    assert visit.page.locator(".row").count() < 60
+    visit.page.keyboard.press("G")
+    visit.page.wait_for_selector(".row .latent a:has-text('299')")
+    assert visit.page.locator(".row").count() < 60
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_follow_the_system_and_the_choice(chromium, site: Site, scheme: str) -> None:
+    """Dark text on light ground or the other way round, with the contrast of WCAG AA, and the choice is kept."""
+    visit = Visit(chromium, color_scheme=scheme)
+    visit.open(site.page("/1"), "h1:has-text('Feature 1')")
+    assert visit.page.evaluate("document.documentElement.dataset.theme") == scheme
+    assert _lowest_contrast(visit) >= 4.5
+    visit.page.keyboard.press("t")
+    visit.page.reload()
+    visit.page.wait_for_selector("h1:has-text('Feature 1')")
+    other = "dark" if scheme == "light" else "light"
+    assert visit.page.evaluate("document.documentElement.dataset.theme") == other
+    visit.context.close()
+    assert visit.complaints == []
+
+
+def _lowest_contrast(visit: Visit) -> float:
+    """Return the lowest contrast of text with its ground over the page (WCAG 2.2, 1.4.3), colours painted by the browser itself."""
+    return visit.page.evaluate(
+        """() => {
+        const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+        const paint = (...colours) => {
+            canvas.clearRect(0, 0, 1, 1);
+            for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+            return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((v) => v / 255);
+        };
+        const light = (rgb) => {
+            const [r, g, b] = rgb.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        let lowest = 21;
+        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        while (walker.nextNode()) {
+            const element = walker.currentNode.parentElement;
+            if (!walker.currentNode.data.trim() || element.closest('svg, .hidden, .masked, .repeat, [aria-disabled=true]')) continue;
+            const grounds = [];
+            for (let at = element; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor);
+            const ground = paint('#fff', ...grounds);
+            const ink = paint('#fff', ...grounds, getComputedStyle(element).color);
+            const [high, low] = [light(ink), light(ground)].sort((a, b) => b - a);
+            lowest = Math.min(lowest, (high + 0.05) / (low + 0.05));
+        }
+        return lowest;
+    }"""
+    )
+
+
+def test_pages_fit_a_telephone(visit: Visit, site: Site) -> None:
+    """390 pixels, nothing to scroll sideways."""
+    visit.page.set_viewport_size(NARROW)
+    visit.open(site.page(), "[role=row] a")
+    assert _fits(visit)
+    visit.page.locator(".row .latent a").nth(2).click()
+    visit.page.wait_for_selector("h1:has-text('Feature 2')")
+    assert _fits(visit)
+    visit.page.get_by_role("button", name="Windows").click()
+    visit.page.wait_for_selector(".provenance")
+    assert _fits(visit)
+
+
+def test_hostile_tokens_are_text(visit: Visit, site: Site) -> None:
+    """A token that looks like a script is shown as it is, and a split character is one again."""
+    dialogs: list = []
+    visit.page.on("dialog", lambda dialog: (dialogs.append(dialog), dialog.dismiss()))
+    visit.open(site.page("?q=%3Cscript"), "[role=row] a")
+    visit.page.locator(".row .latent a").first.click()
+    visit.page.wait_for_selector("h1:has-text('Feature')")
+    assert "<script>alert(1)</script>" in visit.page.locator("article").inner_text()
+    assert visit.page.locator("article script, article img").count() == 0
+    assert dialogs == []
+
+
+def test_several_bundles_have_a_first_page(visit: Visit, site: Site) -> None:
+    """One card for each SAE; one that cannot be shown says why."""
+    visit.open(f"{site.address}/", "h1:has-text('Feature bundles')")
+    assert "version 99; this release reads version 1" in visit.page.get_by_role("alert").inner_text()
+    visit.page.locator("a.whole").click()
+    visit.page.wait_for_selector("h1:has-text('300 features')")
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/100000", "There is no feature 100000"),
+        ("/abc", "The address names no feature"),
+        ("?sort=weight", "Cannot sort by 'weight'"),
+        ("?filter=max%3E%3Dx", "is no filter"),
+    ],
+)
+def test_wrong_addresses_are_never_blank(unhappy_visit: Visit, site: Site, path: str, text: str) -> None:
+    """What is wrong, and a way back."""
+    unhappy_visit.open(site.page(path), "[role=alert]")
+    assert text in unhappy_visit.page.get_by_role("alert").inner_text()
+    assert unhappy_visit.page.get_by_role("alert").get_by_role("link").count() == 1
+
+
+def test_a_newer_or_unknown_bundle_is_never_blank(unhappy_visit: Visit, site: Site) -> None:
+    """The server's reason is what the page says."""
+    newer = next(place.name for place in list_bundles(site.store) if place.name.startswith("newer"))
+    unhappy_visit.open(f"{site.address}/#/{newer}", "[role=alert]")
+    assert "Upgrade interp-assets" in unhappy_visit.page.get_by_role("alert").inner_text()
+    unhappy_visit.open(f"{site.address}/#/nothing", "[role=alert]:has-text('No bundle is called')")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ({"status": 206, "body": b"\x1f\x8b broken"}, "ends early"),
+        ({"status": 200, "body": b"short"}, "ends early"),
+        ({"status": 502, "body": b"<html>proxy</html>"}, "The server answered 502"),
+    ],
+)
+def test_a_damaged_record_is_never_blank(unhappy_visit: Visit, site: Site, answer: dict, text: str) -> None:
+    """Truncated files, hosts without ranges and proxies: the page names the file and offers to try again."""
+    page = unhappy_visit.page
+    page.route("**/*.bin", lambda route: route.fulfill(**answer))
+    unhappy_visit.open(site.page("/5"), "[role=alert]")
+    assert text in page.get_by_role("alert").inner_text()
+    page.unroute("**/*.bin")
+    page.get_by_role("button", name="Try again").click()
+    page.wait_for_selector("h1:has-text('Feature 5')")
+
+
+def test_a_server_that_has_gone_is_told(unhappy_visit: Visit, site: Site) -> None:
+    """The commonest failure of all: somebody closed the terminal."""
+    page = unhappy_visit.page
+    unhappy_visit.open(site.page(), "[role=row] a")
+    page.route("**/*", lambda route: route.abort())
+    page.evaluate(f"location.hash = '#/{site.name}/250'")
+    page.wait_for_selector("[role=alert]")
+    assert "The server does not answer" in page.get_by_role("alert").inner_text()
+
+
+@pytest.mark.skipif(not os.environ.get("INTERP_SCREENSHOTS"), reason="pictures are made on request: INTERP_SCREENSHOTS=<folder>")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [WIDE, NARROW])
+def test_pictures(chromium, site: Site, scheme: str, viewport: dict) -> None:
+    """For people who want to see what the pages look like."""
+    folder = Path(os.environ["INTERP_SCREENSHOTS"])
+    folder.mkdir(parents=True, exist_ok=True)
+    visit = Visit(chromium, color_scheme=scheme)
+    visit.page.set_viewport_size(viewport)
+    for name, path, wait_for in (("list", "", "[role=row] .context, [role=row] a"), ("feature", "/1", "h1:has-text('Feature 1')")):
+        visit.open(site.page(path), wait_for)
+        visit.page.wait_for_timeout(600)
+        visit.page.screenshot(path=folder / f"{name}-{scheme}-{viewport['width']}.png")
+    visit.context.close()
