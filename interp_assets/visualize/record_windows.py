@@ -120,16 +120,18 @@ def _make_windows(shard: DatasetShard, row_ids: NDArray[np.uint64], peaks: NDArr
     stops = (firsts + table.column("length").to_numpy()).tolist()
     offsets, activations = table.column("offsets").combine_chunks(), table.column("activations").combine_chunks()
     bounds = np.concatenate([[0], np.cumsum(offsets.value_lengths().to_numpy())]).tolist()
-    places, values = offsets.flatten().tolist(), round_significant(activations.flatten().to_numpy()).tolist()
+    values = round_significant(activations.flatten().to_numpy()).tolist()
+    spikes = list(map(list, zip(offsets.flatten().to_numpy().tolist(), values, strict=True)))
+    masked = np.flatnonzero(~tokens.valid)
+    masked_low, masked_high = np.searchsorted(masked, firsts).tolist(), np.searchsorted(masked, stops).tolist()
     columns = zip(rows.tolist(), firsts.tolist(), stops, tokens.documents[rows].tolist(), round_significant(peaks).tolist(), strict=True)
     for i, (row, first, stop, document, peak) in enumerate(columns):
-        inside = slice(bounds[i], bounds[i + 1])
         yield {
             "row": [shard.number, row],
             "document": shard.sources[document],
             "tokens": tokens.token_ids[first:stop].tolist(),
             "peak": row - first,
             "activation": peak,
-            "activations": [list(pair) for pair in zip(places[inside], values[inside], strict=True)],
-            "masked": np.flatnonzero(~tokens.valid[first:stop]).tolist(),
+            "activations": spikes[bounds[i] : bounds[i + 1]],
+            "masked": [place - first for place in masked[masked_low[i] : masked_high[i]].tolist()],
         }

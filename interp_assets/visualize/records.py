@@ -13,6 +13,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
@@ -47,7 +48,7 @@ RECORDS: Final = "records.bin"
 INDEX: Final = "records.idx"
 FEATURES: Final = "features.parquet"
 RECORD_VERSION: Final = 1
-COACTIVATION_ROWS: Final = 1 << 18
+COACTIVATION_ROWS: Final = 1 << 17
 """Rows of the whole data set that co-activation is counted on, in the mean."""
 GROUP_LATENTS: Final = 512
 GZIP_LEVEL: Final = 6
@@ -96,13 +97,12 @@ def write_records(
     relations = _relate(sae, start, stop, sample, tokenizer, unembedding)
     offsets, n_examples = [0], 0
     with create_artifact(store, ref) as art:
-        with art.open(RECORDS, n_rows=stop - start) as sink, create_table(art, FEATURES, FEATURE_SCHEMA) as table:
+        with art.open(RECORDS, n_rows=stop - start) as sink, create_table(art, FEATURES, FEATURE_SCHEMA) as table, ThreadPoolExecutor() as pool:
             for first in range(start, stop, GROUP_LATENTS):
                 last = min(first + GROUP_LATENTS, stop)
                 groups = read_examples(evidence.examples, evidence.shards, first, last)
                 records = [_make_record(evidence, relations, latent, examples) for latent, examples in enumerate(groups, first)]
-                for record in records:
-                    data = gzip.compress(json.dumps(record, separators=(",", ":"), allow_nan=False).encode(), GZIP_LEVEL, mtime=0)
+                for data in pool.map(_compress, records):
                     sink.write(data)
                     offsets.append(offsets[-1] + len(data))
                 n_examples += _append_rows(table, records, evidence, relations)
@@ -242,6 +242,10 @@ def _make_record(evidence: _Evidence, relations: _Relations, latent: int, exampl
         "neighbours": _pairs(relations.neighbours.latents[i], relations.neighbours.cosines[i]),
         "coactivations": _make_coactivations(relations.coactivations, i),
     }
+
+
+def _compress(record: dict[str, Any]) -> bytes:
+    return gzip.compress(json.dumps(record, separators=(",", ":"), allow_nan=False).encode(), GZIP_LEVEL, mtime=0)
 
 
 def _list_windows(examples: list[Example], kind: int, *, by_strength: bool = False) -> list[dict[str, Any]]:

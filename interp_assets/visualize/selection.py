@@ -53,13 +53,13 @@ def descending_keys(activations: NDArray[np.float32]) -> NDArray[np.uint64]:
     return _FLIP - activations.view(np.uint32)
 
 
-def smallest_priorities(segments: NDArray[np.int64], n_segments: int, n: int, priorities: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def smallest_priorities(segments: NDArray[np.integer], n_segments: int, n: int, priorities: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Mark the `n` elements of smallest priority of every segment."""
     return smallest_per_segment(segments, n_segments, n, priorities >> np.uint64(n_segments.bit_length()), priorities)
 
 
 def smallest_per_segment(
-    segments: NDArray[np.int64], n_segments: int, n: int, keys: NDArray[np.uint64], tie_keys: NDArray[np.uint64]
+    segments: NDArray[np.integer], n_segments: int, n: int, keys: NDArray[np.uint64], tie_keys: NDArray[np.uint64]
 ) -> NDArray[np.bool_]:
     """Mark the `n` smallest elements of every segment by (key, tie key); all of a segment that has no more.
 
@@ -84,7 +84,7 @@ def smallest_per_segment(
 
 
 def _drop_ties(
-    chosen: NDArray[np.bool_], tied: NDArray[np.int64], segments: NDArray[np.int64], tie_keys: NDArray[np.uint64], excess: NDArray[np.int64]
+    chosen: NDArray[np.bool_], tied: NDArray[np.int64], segments: NDArray[np.integer], tie_keys: NDArray[np.uint64], excess: NDArray[np.int64]
 ) -> None:
     """Unmark the `excess` elements of largest tie key among the `tied` ones of each segment."""
     order = tied[np.lexsort((tie_keys[tied], segments[tied]))]
@@ -95,7 +95,7 @@ def _drop_ties(
 
 
 def _best_of_documents(
-    latents: NDArray[np.int64], documents: NDArray[np.uint32], strength: NDArray[np.uint64], priorities: NDArray[np.uint64]
+    latents: NDArray[np.int32], documents: NDArray[np.uint32], strength: NDArray[np.uint64], priorities: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
     """Return the index of the best firing of every latent in every document, by (activation, priority)."""
     if len(latents) == 0:

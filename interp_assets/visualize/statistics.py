@@ -67,16 +67,17 @@ def measure_firings(firings: Firings, origin: int) -> LatentStatistics:
     """Compute the statistics of `firings`; the histogram's first bin starts at 2^origin. About 20 ns a firing."""
     n_latents = firings.n_latents
     count = np.diff(firings.offsets)
-    latents = firings.relative_latents()
     bins = (firings.activations.view(np.int32) >> _BIN_SHIFT) - ((_EXPONENT_BIAS + origin) * BINS_PER_OCTAVE)
     np.clip(bins, 0, N_BINS - 1, out=bins)
-    histogram = np.bincount(latents * N_BINS + bins, minlength=n_latents * N_BINS).reshape(n_latents, N_BINS)
-    sums = np.concatenate([[0], np.cumsum((firings.activations.astype(np.float64) * 65536).astype(np.int64))])
-    maximum = np.zeros(n_latents, np.float32)
+    bins += firings.relative_latents() * N_BINS
+    histogram = np.bincount(bins, minlength=n_latents * N_BINS).reshape(n_latents, N_BINS)
+    sums, maximum = np.zeros(n_latents, np.int64), np.zeros(n_latents, np.float32)
     fires = count > 0
     if fires.any():
-        maximum[fires] = np.maximum.reduceat(firings.activations, firings.offsets[:-1][fires])
-    return LatentStatistics(firings.start, count, sums[firings.offsets[1:]] - sums[firings.offsets[:-1]], histogram.astype(np.int64), maximum)
+        starts = firings.offsets[:-1][fires]
+        sums[fires] = np.add.reduceat((firings.activations.astype(np.float64) * 65536).astype(np.int64), starts)
+        maximum[fires] = np.maximum.reduceat(firings.activations, starts)
+    return LatentStatistics(firings.start, count, sums, histogram.astype(np.int64), maximum)
 
 
 def merge_statistics(parts: Sequence[LatentStatistics]) -> LatentStatistics:
@@ -120,15 +121,18 @@ def bin_edges(origin: int) -> NDArray[np.float64]:
     return 2.0 ** (origin + steps // BINS_PER_OCTAVE) * (1 + steps % BINS_PER_OCTAVE / BINS_PER_OCTAVE)
 
 
-def exact_quantiles(firings: Firings, n_intervals: int) -> NDArray[np.float32]:
-    """Return `[n, n_intervals + 1]` quantiles of every latent's firings: value of rank floor(i (count - 1) / n_intervals). NaN when dead."""
-    count = np.diff(firings.offsets)
-    keys = firings.relative_latents().astype(np.uint64) << np.uint64(32) | firings.activations.view(np.uint32).astype(np.uint64)
+def exact_quantiles(counts: NDArray[np.int64], activations: NDArray[np.float32], n_intervals: int) -> NDArray[np.float32]:
+    """Return `[n, n_intervals + 1]` quantiles of every latent: the value of rank floor(i (count - 1) / n_intervals), NaN when dead.
+
+    `activations` are sorted by latent, `counts` say how many belong to each. One vectorised sort of (latent, float bits) words.
+    """
+    keys = np.repeat(np.arange(len(counts), dtype=np.uint64) << np.uint64(32), counts)
+    keys |= activations.view(np.uint32)
     keys.sort()
-    ranks = np.arange(n_intervals + 1) * (count[:, None] - 1) // n_intervals
-    quantiles = np.full((len(count), n_intervals + 1), np.nan, np.float32)
-    fires = count > 0
-    places = firings.offsets[:-1][fires, None] + ranks[fires]
+    ranks = np.arange(n_intervals + 1) * (counts[:, None] - 1) // n_intervals
+    quantiles = np.full((len(counts), n_intervals + 1), np.nan, np.float32)
+    fires = counts > 0
+    places = (np.cumsum(counts) - counts)[fires, None] + ranks[fires]
     quantiles[fires] = (keys[places] & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.float32)
     return quantiles
 

@@ -79,12 +79,23 @@ class LatentTable:
         place = self._file.schema_arrow.names.index("latent")
         bounds = [metadata.row_group(i).column(place).statistics for i in range(metadata.num_row_groups)]
         self._lows, self._highs = np.array([item.min for item in bounds], np.int64), np.array([item.max for item in bounds], np.int64)
+        self._sizes = np.array([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], np.int64)
+        self._ends = np.cumsum(self._sizes)
         self.start, self.stop = (int(self._lows[0]), int(self._highs[-1]) + 1) if bounds else (0, 0)
 
     def read(self, start: int, stop: int, columns: list[str] | None = None) -> dict[str, NDArray[Any]]:
         """Return the rows with `start <= latent < stop`, as one array per column (lists: see `read_table`)."""
         table = self.read_table(start, stop, columns)
         return {name: table.column(name).to_numpy() for name in table.column_names}
+
+    def read_rows(self, first: int, last: int, column: str) -> NDArray[Any]:
+        """Return one column of the rows [first, last) of the table."""
+        groups = np.flatnonzero((self._ends > first) & (self._ends - self._sizes < last)).tolist()
+        if not groups:
+            return self._file.schema_arrow.empty_table().column(column).to_numpy()
+        table = self._file.read_row_groups(groups, columns=[column], use_threads=False)
+        before = int(self._ends[groups[0]] - self._sizes[groups[0]])
+        return table.column(column).to_numpy()[first - before : last - before]
 
     def read_table(self, start: int, stop: int, columns: list[str] | None = None) -> pa.Table:
         """Return the rows with `start <= latent < stop` as an Arrow table."""
