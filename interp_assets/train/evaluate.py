@@ -1,0 +1,218 @@
+"""A trained SAE and the held-out shards become its measurements: reconstruction, sparsity, and what the subject model loses by it.
+
+1. The stored rows of the held-out shards (valid ones) are encoded and decoded: L0, FVU, firing frequencies, shrinkage (`metrics.py`).
+2. The first `MODEL_TOKENS` held-out tokens go through the subject model three times: untouched, with the reconstruction in place of
+   every valid row, and with zeros in place of every row. Cross entropy and KL divergence are means over the valid positions that have
+   a next token.
+
+    CE recovered = (CE_zero - CE_sae) / (CE_zero - CE_clean)        KL = mean of KL(clean || sae), in nats
+
+A model without a language-model head has null in these places, and the reason beside it. Formats: `docs/formats/sae_evaluation.md`.
+"""
+
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from interp_assets.corpus.tokens import context_offsets, load_tokens
+from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.garcon.subject import SubjectModel
+from interp_assets.harvest.rows import iter_row_blocks
+from interp_assets.harvest.statistics import load_statistics
+from interp_assets.manifest import ArtifactWriter, Produced, create_artifact, find_manifest
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import Store
+from interp_assets.train.checkpoint import load_sae
+from interp_assets.train.metrics import ReconstructionSums
+from interp_assets.train.refs import evaluation_ref
+from interp_assets.train.sae import Sae
+
+METRICS: Final = "metrics.json"
+LATENTS: Final = "latents.parquet"
+MODEL_TOKENS: Final = 1 << 15
+"""Token positions that the subject model is run on."""
+_LOGIT_TOKENS: Final = 2048
+"""Token positions per forward: three tensors of logits over the whole vocabulary are in memory at once."""
+
+
+class _Contexts(NamedTuple):
+    """A batch of contexts, padded on the right."""
+
+    token_ids: Tensor
+    is_token: Tensor
+    is_valid: Tensor
+
+
+class _ModelSums(NamedTuple):
+    """Sums over the measured positions, in nats."""
+
+    n: int
+    ce_clean: float
+    ce_sae: float
+    ce_zero: float
+    kl_sae: float
+    kl_zero: float
+
+
+def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: str, progress: Callable[[int], None] | None = None) -> Produced:
+    """Measure the SAE called `name` on the held-out shards; `progress` advances by stored rows, then by tokens run through the model.
+
+    Raises `NonFiniteError` when the model's loss is not finite, `InputError` when the held-out shards have no valid row.
+    """
+    ref = evaluation_ref(pipeline, name)
+    manifest = find_manifest(store, ref)
+    if manifest is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=0.0)
+    started_s = time.perf_counter()
+    hook_point = pipeline.config.sae(name).hook_point
+    sae = load_sae(pipeline, store, name).to(model.device)
+    sums = _measure_rows(pipeline, store, sae, hook_point, progress)
+    reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else f"{model.name} has no causal language-model head"
+    model_sums = None if reason else _measure_model(pipeline, store, model, sae, hook_point, progress)
+    with create_artifact(store, ref) as art:
+        _write(art, sums, model_sums, reason)
+    assert art.manifest is not None
+    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)
+
+
+def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, hook_point: str, progress: Callable[[int], None] | None) -> ReconstructionSums:
+    sums = ReconstructionSums(sae, load_statistics(pipeline, store, hook_point).mean)
+    for index in pipeline.held_out_indices:
+        is_valid = torch.from_numpy(load_tokens(pipeline, store, index).valid.copy())
+        for block in iter_row_blocks(pipeline, store, hook_point, index, pipeline.config.execution.rows_per_block):
+            sums.add(block.rows[is_valid[block.first_row : block.first_row + len(block.rows)]])
+            if progress is not None:
+                progress(len(block.rows))
+    if sums.n_rows == 0:
+        raise InputError(
+            f"The held-out shards {pipeline.held_out_indices} have no valid rows at {hook_point}: nothing can be measured. "
+            "Raise corpus.held_out_shards, or give `corpus` more text."
+        )
+    return sums
+
+
+def _measure_model(
+    pipeline: Pipeline, store: Store, model: SubjectModel, sae: Sae, hook_point: str, progress: Callable[[int], None] | None
+) -> _ModelSums:
+    total = torch.zeros(6, dtype=torch.float64)
+    n_left = MODEL_TOKENS
+    for batch in _iter_contexts(pipeline, store):
+        total += _measure_contexts(model, sae, hook_point, batch)
+        n_tokens = int(batch.is_token.sum())
+        if progress is not None:
+            progress(n_tokens)
+        n_left -= n_tokens
+        if n_left <= 0:
+            break
+    if not bool(torch.isfinite(total).all()):
+        raise NonFiniteError(
+            f"The loss of {model.name} on the held-out shards is not finite ({total.tolist()}) with the SAE at {hook_point} in place. "
+            "Try model.dtype float32, and look at the SAE's training curve."
+        )
+    n, *sums = total.tolist()
+    return _ModelSums(int(n), *sums)
+
+
+def _measure_contexts(model: SubjectModel, sae: Sae, hook_point: str, batch: _Contexts) -> Tensor:
+    """Return the six sums of `_ModelSums` over one batch of contexts."""
+    token_ids, is_valid = batch.token_ids.to(model.device), batch.is_valid.to(model.device)
+
+    def reconstruct(rows: Tensor) -> Tensor:
+        x_hat = sae.decode(sae.encode(rows.flatten(0, 1).float())).view(rows.shape).to(rows.dtype)
+        return torch.where(is_valid[..., None], x_hat, rows)
+
+    measured = (is_valid[:, :-1] & batch.is_token[:, 1:].to(model.device)).flatten()
+    targets = token_ids[:, 1:].flatten()[measured]
+
+    def log_probabilities(logits: Tensor) -> Tensor:
+        return logits[:, :-1].flatten(0, 1)[measured].float().log_softmax(dim=1)
+
+    clean = log_probabilities(model.logits(token_ids, batch.is_token))
+    sums = [torch.tensor(float(len(targets))), -clean.gather(1, targets[:, None]).double().sum()]
+    divergences: list[Tensor] = []
+    for replace in (reconstruct, torch.zeros_like):
+        patched = log_probabilities(model.logits_with_patch(token_ids, batch.is_token, hook_point, replace))
+        sums.append(-patched.gather(1, targets[:, None]).double().sum())
+        divergences.append((clean.exp() * (clean - patched)).sum(1).double().sum())
+    return torch.stack([value.double().cpu() for value in (*sums, *divergences)])
+
+
+def _iter_contexts(pipeline: Pipeline, store: Store) -> Iterator[_Contexts]:
+    for index in pipeline.held_out_indices:
+        tokens = load_tokens(pipeline, store, index)
+        offsets = context_offsets(tokens.contexts).tolist()
+        token_ids, valid = torch.from_numpy(tokens.token_ids.astype("int64")), torch.from_numpy(tokens.valid.copy())
+        spans = list(pairwise(offsets))
+        per_batch = max(1, _LOGIT_TOKENS // pipeline.config.corpus.context_length)
+        for first in range(0, len(spans), per_batch):
+            chosen = spans[first : first + per_batch]
+            yield _Contexts(
+                _pad([token_ids[start:stop] for start, stop in chosen]),
+                _pad([torch.ones(stop - start, dtype=torch.bool) for start, stop in chosen]),
+                _pad([valid[start:stop] for start, stop in chosen]),
+            )
+
+
+def _pad(parts: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+
+def _write(art: ArtifactWriter, sums: ReconstructionSums, model_sums: _ModelSums | None, reason: str) -> None:
+    metrics: dict[str, Any] = {
+        **sums.saebench(),
+        **_model_sections(model_sums),
+        "token_stats": {
+            "total_tokens_eval_reconstruction": 0 if model_sums is None else model_sums.n,
+            "total_tokens_eval_sparsity_variance": sums.n_rows,
+        },
+        "fvu": sums.fvu,
+        "median_row_fvu": sums.median_row_fvu,
+        "firing_frequency_histogram": sums.frequency_histogram(),
+        "no_model_metrics_because": reason or None,
+    }
+    art.put(METRICS, (json.dumps(metrics, sort_keys=True, indent=1, allow_nan=False) + "\n").encode())
+    table = io.BytesIO()
+    columns = {
+        "latent": pl.Series(range(len(sums.n_fired)), dtype=pl.UInt32),
+        "firing_frequency": pl.Series((sums.n_fired.double() / sums.n_rows).numpy()),
+        "max_activation": pl.Series(sums.maximum.numpy()),
+    }
+    pl.DataFrame(columns).write_parquet(table)
+    art.put(LATENTS, table.getvalue(), n_rows=len(sums.n_fired))
+    art.facts |= {
+        "n_rows": sums.n_rows,
+        "l0": sums.l0,
+        "fvu": sums.fvu,
+        "median_row_fvu": sums.median_row_fvu,
+        "ce_recovered": metrics["model_performance_preservation"]["ce_loss_score"],
+        "kl": metrics["model_behavior_preservation"]["kl_div_with_sae"],
+        "dead_share": sums.dead_share,
+    }
+
+
+def _model_sections(sums: _ModelSums | None) -> dict[str, dict[str, float | None]]:
+    behaviour: dict[str, float | None] = dict.fromkeys(("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"))
+    performance: dict[str, float | None] = dict.fromkeys(("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"))
+    if sums is not None and sums.n:
+        kl_sae, kl_zero = sums.kl_sae / sums.n, sums.kl_zero / sums.n
+        ce_clean, ce_sae, ce_zero = sums.ce_clean / sums.n, sums.ce_sae / sums.n, sums.ce_zero / sums.n
+        behaviour = {"kl_div_score": _ratio(kl_zero - kl_sae, kl_zero), "kl_div_with_ablation": kl_zero, "kl_div_with_sae": kl_sae}
+        performance = {
+            "ce_loss_score": _ratio(ce_zero - ce_sae, ce_zero - ce_clean),
+            "ce_loss_with_ablation": ce_zero,
+            "ce_loss_with_sae": ce_sae,
+            "ce_loss_without_sae": ce_clean,
+        }
+    return {"model_behavior_preservation": behaviour, "model_performance_preservation": performance}
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator and math.isfinite(denominator) else None

@@ -1,0 +1,93 @@
+"""What the tests of this stage share: mixed shards and statistics of rows that are sparse sums of planted directions."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from interp_assets.config import make_config
+from interp_assets.harvest.refs import statistics_ref
+from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors
+from interp_assets.manifest import create_artifact
+from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.shuffle.mixed import mixed_specs, save_mixed
+from interp_assets.shuffle.refs import mixed_shard_ref, n_mixed_shards
+from interp_assets.store import Store, open_store
+from interp_assets.tensors import as_bytes, save_tensors
+
+HOOK = "resid_post.0"
+
+
+class Planted(NamedTuple):
+    """A pipeline whose mixed shards hold rows made from known directions."""
+
+    pipeline: Pipeline
+    store: Store
+    directions: Tensor
+    rows: Tensor
+    """All rows, in the order of the shards."""
+
+
+MakePlanted = Callable[..., Planted]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny products on a busy machine wait for threads, not for arithmetic."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def make_planted() -> MakePlanted:
+    """Return a maker of planted data: `make_planted([sae fields, ...], n_rows=..., d_in=..., n_directions=...)`."""
+    return _make_planted
+
+
+def _make_planted(saes: list[dict[str, Any]], *, n_rows: int = 3000, d_in: int = 16, n_directions: int = 24, nan_row: int | None = None) -> Planted:
+    config = make_config(
+        {
+            "name": "planted",
+            "harvest": {"hook_points": [HOOK]},
+            "shuffle": {"fan_out": 3},
+            "saes": [{"hook_point": HOOK, **fields} for fields in saes],
+            "features": {"saes": []},
+            "execution": {"device": "cpu"},
+        }
+    )
+    shards = [ShardSource(index=i, fingerprint=f"text-{i}", n_documents=2, n_bytes=100, spec={}) for i in range(3)]
+    plan = PipelinePlan(shards=shards, tokenizer_fingerprint="t", model_fingerprint="m", hook_widths={HOOK: d_in}, vocabulary_size=50, max_context=32)
+    pipeline = Pipeline(config, plan)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(n_directions, d_in, generator=generator), dim=1)
+    fires = torch.rand(n_rows, n_directions, generator=generator) < 2 / n_directions
+    strengths = fires * (1 + torch.rand(n_rows, n_directions, generator=generator))
+    mean = torch.randn(d_in, generator=generator)
+    rows = (strengths @ directions + mean + 0.01 * torch.randn(n_rows, d_in, generator=generator)).to(torch.bfloat16)
+    if nan_row is not None:
+        rows[nan_row, 3] = float("nan")
+    store = open_store("memory://")
+    _write_rows(pipeline, store, rows)
+    return Planted(pipeline, store, directions, rows)
+
+
+def _write_rows(pipeline: Pipeline, store: Store, rows: Tensor) -> None:
+    """Publish rows as mixed shards of unequal sizes, with their statistics."""
+    n_shards, d_in = n_mixed_shards(pipeline), rows.shape[1]
+    bounds = [0, *(len(rows) * (i + 1) // n_shards + (i % 2) for i in range(n_shards - 1)), len(rows)]
+    for bucket in range(n_shards):
+        part = rows[bounds[bucket] : bounds[bucket + 1]]
+        ids = np.arange(bounds[bucket], bounds[bucket + 1], dtype=np.uint64)
+        with create_artifact(store, mixed_shard_ref(pipeline, HOOK, bucket)) as art:
+            save_mixed(art, iter([as_bytes(part)]), iter([ids]), mixed_specs(len(part), d_in, "bfloat16"))
+    exact = rows.double().nan_to_num()
+    statistics = ActivationStatistics(
+        len(rows), exact.sum(0), exact.square().sum(0), float(exact.norm(dim=1).sum()), torch.zeros(64, dtype=torch.int64)
+    )
+    with create_artifact(store, statistics_ref(pipeline, HOOK)) as art:
+        save_tensors(art, STATISTICS, as_tensors(statistics))

@@ -1,0 +1,223 @@
+"""Measurements on held-out shards against plain formulas, on a tiny language model and a tiny encoder."""
+
+import io
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+from interp_assets.config import make_config
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.garcon.subject import SubjectModel
+from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
+from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors
+from interp_assets.manifest import create_artifact, read_file
+from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.store import Store, open_store
+from interp_assets.tensors import save_tensors
+from interp_assets.train.checkpoint import load_sae, save_sae
+from interp_assets.train.evaluate import evaluate_sae
+from interp_assets.train.metrics import max_cosines
+from interp_assets.train.refs import sae_ref
+from interp_assets.train.sae import Sae
+
+HOOK, D_IN, D_SAE, VOCABULARY, CONTEXT = "resid_post.0", 8, 24, 30, 12
+LENGTHS = (12, 12, 5, 1)
+
+
+class World(NamedTuple):
+    """A held-out shard with everything that its evaluation reads."""
+
+    pipeline: Pipeline
+    store: Store
+    model: SubjectModel
+    token_ids: np.ndarray
+    valid: np.ndarray
+    rows: torch.Tensor
+
+
+def make_model(*, is_causal: bool = True) -> SubjectModel:
+    """Build a network of one block with random weights."""
+    torch.manual_seed(0)
+    if is_causal:
+        return SubjectModel(GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=D_IN, n_layer=2, n_head=2)))
+    return SubjectModel(
+        BertModel(BertConfig(vocab_size=VOCABULARY, hidden_size=D_IN, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16))
+    )
+
+
+def make_world(*, is_causal: bool = True, all_valid: bool = True) -> World:
+    """Publish one held-out shard of ragged contexts, an SAE and statistics."""
+    pipeline = Pipeline(
+        make_config(
+            {
+                "corpus": {"context_length": CONTEXT},
+                "harvest": {"hook_points": [HOOK], "dtype": "float32"},
+                "saes": [{"name": "demo", "hook_point": HOOK, "d_sae": D_SAE, "k": 4, "architecture": "jump_relu"}],
+            }
+        ),
+        PipelinePlan(
+            shards=[ShardSource(index=i, fingerprint=str(i), n_documents=1, n_bytes=1, spec={}) for i in range(2)],
+            tokenizer_fingerprint="t",
+            model_fingerprint="m",
+            hook_widths={HOOK: D_IN},
+            vocabulary_size=VOCABULARY,
+            max_context=CONTEXT,
+        ),
+    )
+    store, model, generator = open_store("memory://"), make_model(is_causal=is_causal), np.random.default_rng(0)
+    token_ids = generator.integers(0, VOCABULARY, sum(LENGTHS)).astype(np.uint32)
+    contexts = np.repeat(np.arange(len(LENGTHS)), LENGTHS).astype(np.uint32)
+    valid = np.concatenate([[False] + [all_valid] * (n - 1) for n in LENGTHS])
+    table = io.BytesIO()
+    pq.write_table(pa.table({"token_id": token_ids, "context": contexts, "document": contexts, "valid": valid}), table)
+    with create_artifact(store, token_shard_ref(pipeline, 0)) as art:
+        art.put("tokens.parquet", table.getvalue())
+    rows = torch.cat([model.capture(torch.from_numpy(part.astype("int64"))[None], None, [HOOK])[HOOK][0] for part in split(token_ids)])
+    with create_artifact(store, activation_shard_ref(pipeline, HOOK, 0)) as art:
+        save_tensors(art, "rows.safetensors", {"rows": rows})
+    exact = rows.double()
+    statistics = ActivationStatistics(
+        len(rows), exact.sum(0), exact.square().sum(0), float(exact.norm(dim=1).sum()), torch.zeros(64, dtype=torch.int64)
+    )
+    with create_artifact(store, statistics_ref(pipeline, HOOK)) as art:
+        save_tensors(art, STATISTICS, as_tensors(statistics))
+    draw = torch.Generator().manual_seed(1)
+    sae = Sae(
+        kind="jump_relu",
+        W_enc=torch.randn(D_IN, D_SAE, generator=draw),
+        b_enc=torch.randn(D_SAE, generator=draw) * 0.1 - 1,
+        W_dec=torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=draw), dim=1),
+        b_dec=rows.mean(0),
+        threshold=torch.rand(D_SAE, generator=draw) * 0.1,
+        k=0,
+    )
+    with create_artifact(store, sae_ref(pipeline, "demo")) as art:
+        save_sae(art, sae, pipeline, pipeline.config.sae("demo"), l0=1.0)
+    return World(pipeline, store, model, token_ids, valid, rows)
+
+
+def split(values):
+    """Cut an array of all positions into contexts."""
+    return np.split(values, np.cumsum(LENGTHS)[:-1])
+
+
+def read_metrics(world: World, produced) -> dict:
+    """Read the published metrics."""
+    return json.loads(read_file(world.store, produced.ref.path, produced.manifest, "metrics.json"))
+
+
+def test_row_metrics_equal_their_formulas() -> None:
+    """Only valid rows count, and nothing depends on how they are cut into blocks."""
+    world = make_world()
+    produced = evaluate_sae(world.pipeline, world.store, world.model, "demo")
+    sae, x = load_sae(world.pipeline, world.store, "demo"), world.rows[torch.from_numpy(world.valid)]
+    latents = sae.encode(x)
+    error = (x - sae.decode(latents)).square().sum(1)
+    facts, metrics = produced.manifest.facts, read_metrics(world, produced)
+    assert facts["n_rows"] == len(x) == metrics["token_stats"]["total_tokens_eval_sparsity_variance"]
+    assert facts["l0"] == pytest.approx(float((latents > 0).sum(1).double().mean()))
+    assert facts["fvu"] == pytest.approx(float(error.sum() / (x - x.mean(0)).square().sum()), rel=1e-5)
+    row_fvu = error / (x - world.rows.mean(0)).square().sum(1)
+    assert facts["median_row_fvu"] == pytest.approx(float(row_fvu.median()), rel=1e-4)
+    assert facts["dead_share"] == pytest.approx(float((latents == 0).all(0).double().mean()))
+    assert metrics["reconstruction_quality"]["explained_variance"] == pytest.approx(1 - facts["fvu"])
+    assert metrics["reconstruction_quality"]["mse"] == pytest.approx(float(error.mean()) / D_IN, rel=1e-5)
+    x_hat = sae.decode(latents)
+    assert metrics["shrinkage"]["l2_ratio"] == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-5)
+    bias = float(x_hat.square().sum(1).mean() / (x * x_hat).sum(1).mean())
+    assert metrics["shrinkage"]["relative_reconstruction_bias"] == pytest.approx(bias, rel=1e-4)
+    assert sum(metrics["firing_frequency_histogram"]["counts"]) + metrics["firing_frequency_histogram"]["n_dead"] == D_SAE
+    table = pl.read_parquet(io.BytesIO(read_file(world.store, produced.ref.path, produced.manifest, "latents.parquet")))
+    assert table.schema == {"latent": pl.UInt32, "firing_frequency": pl.Float64, "max_activation": pl.Float32}
+    np.testing.assert_allclose(table["firing_frequency"].to_numpy(), (latents > 0).double().mean(0).numpy())
+    np.testing.assert_allclose(table["max_activation"].to_numpy(), latents.amax(0).numpy(), rtol=1e-6)
+
+
+def test_model_metrics_equal_one_context_at_a_time() -> None:
+    """Padding, positions that are not valid and the last position of a context must not count."""
+    world = make_world()
+    produced = evaluate_sae(world.pipeline, world.store, world.model, "demo")
+    sae = load_sae(world.pipeline, world.store, "demo")
+    sums, n = np.zeros(5), 0
+    for ids, valid in zip(split(world.token_ids), split(world.valid), strict=True):
+        tokens, kept = torch.from_numpy(ids.astype("int64"))[None], torch.from_numpy(valid)
+
+        def reconstruct(rows: torch.Tensor, kept: torch.Tensor = kept) -> torch.Tensor:
+            return torch.where(kept[None, :, None], sae.decode(sae.encode(rows[0]))[None], rows)
+
+        logits = [
+            world.model.logits(tokens, None),
+            world.model.logits_with_patch(tokens, None, HOOK, reconstruct),
+            world.model.logits_with_patch(tokens, None, HOOK, torch.zeros_like),
+        ]
+        clean, patched, zero = (value[0].log_softmax(1) for value in logits)
+        for position in range(len(ids) - 1):
+            if valid[position]:
+                target = int(ids[position + 1])
+                divergence = [float((clean[position].exp() * (clean[position] - other[position])).sum()) for other in (patched, zero)]
+                sums += [*(-float(value[position, target]) for value in (clean, patched, zero)), *divergence]
+                n += 1
+    ce_clean, ce_sae, ce_zero, kl_sae, kl_zero = sums / n
+    metrics, facts = read_metrics(world, produced), produced.manifest.facts
+    performance, behaviour = metrics["model_performance_preservation"], metrics["model_behavior_preservation"]
+    assert metrics["token_stats"]["total_tokens_eval_reconstruction"] == n
+    assert performance["ce_loss_without_sae"] == pytest.approx(ce_clean, rel=1e-5)
+    assert performance["ce_loss_with_sae"] == pytest.approx(ce_sae, rel=1e-5)
+    assert performance["ce_loss_with_ablation"] == pytest.approx(ce_zero, rel=1e-5)
+    assert facts["ce_recovered"] == pytest.approx((ce_zero - ce_sae) / (ce_zero - ce_clean), rel=1e-2)
+    assert facts["kl"] == pytest.approx(kl_sae, rel=1e-4) == behaviour["kl_div_with_sae"]
+    assert behaviour["kl_div_score"] == pytest.approx(1 - kl_sae / kl_zero, rel=1e-3)
+    assert metrics["no_model_metrics_because"] is None
+
+
+def test_an_encoder_has_null_model_metrics_and_the_reason() -> None:
+    """Zero would look like a perfect or a useless SAE."""
+    world = make_world(is_causal=False)
+    produced = evaluate_sae(world.pipeline, world.store, world.model, "demo")
+    metrics = read_metrics(world, produced)
+    assert produced.manifest.facts["ce_recovered"] is None
+    assert produced.manifest.facts["kl"] is None
+    assert "no causal language-model head" in metrics["no_model_metrics_because"]
+    assert math.isfinite(produced.manifest.facts["fvu"])
+
+
+def test_an_evaluation_is_made_once_with_the_same_bytes() -> None:
+    """Like every artifact."""
+    world, again = make_world(), make_world()
+    seen: list[int] = []
+    first = evaluate_sae(world.pipeline, world.store, world.model, "demo", seen.append)
+    assert sum(seen) == 2 * sum(LENGTHS)
+    assert evaluate_sae(again.pipeline, again.store, again.model, "demo").manifest.digest == first.manifest.digest
+    assert evaluate_sae(world.pipeline, world.store, world.model, "demo").is_cached
+
+
+def test_held_out_shards_without_valid_rows_are_refused() -> None:
+    """Dividing by zero would publish numbers that mean nothing."""
+    world = make_world(all_valid=False)
+    with pytest.raises(InputError, match=r"The held-out shards \[0\] have no valid rows at resid_post.0"):
+        evaluate_sae(world.pipeline, world.store, world.model, "demo")
+
+
+def test_a_model_whose_loss_is_not_finite_is_refused() -> None:
+    """JSON has no NaN, and a table of results must not have one."""
+    world = make_world()
+    with torch.no_grad():
+        world.model.net.get_output_embeddings().weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"not finite .* resid_post.0"):
+        evaluate_sae(world.pipeline, world.store, world.model, "demo")
+
+
+def test_cosines_are_taken_with_other_vectors_only() -> None:
+    """A vector's cosine with itself is 1 and says nothing."""
+    vectors = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, -2.0]])
+    torch.testing.assert_close(max_cosines(vectors), torch.tensor([2**-0.5, 2**-0.5, 0.0]))
+    assert max_cosines(vectors[:1]).tolist() == [0.0]

@@ -1,0 +1,214 @@
+"""Training as a whole: it finds planted features, resumes bit for bit, and does not care about its company."""
+
+import io
+import json
+
+import polars as pl
+import pytest
+import torch
+
+from interp_assets.config import make_config
+from interp_assets.errors import NonFiniteError
+from interp_assets.manifest import Manifest, load_manifest, read_file
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import Store
+from interp_assets.tensors import load_tensors
+from interp_assets.train.checkpoint import load_sae
+from interp_assets.train.loop import Execution, train_saes, training_rows
+from interp_assets.train.losses import auxk_count
+from interp_assets.train.parallel import ONE_RANK
+from interp_assets.train.refs import sae_ref
+from interp_assets.train.resume import checkpoint_ref
+from interp_assets.train.trainer import Trainer
+
+TINY = {"d_sae": 48, "k": 2, "n_rows": 2000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
+ARCHITECTURES = ["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu"]
+
+
+def train(pipeline: Pipeline, store: Store, name: str = "a", **kwargs) -> Manifest:
+    """Train one SAE and return its manifest."""
+    return train_saes(pipeline, store, [name], **kwargs)[name].manifest
+
+
+class KilledError(Exception):
+    """Stands for a killed process."""
+
+
+def kill_after(n_batches: int, batch_rows: int):
+    """Return a progress callable that raises after some batches."""
+    seen = [0]
+
+    def progress(n: int) -> None:
+        seen[0] += n
+        if seen[0] >= n_batches * batch_rows:
+            raise KilledError
+
+    return progress
+
+
+@pytest.mark.parametrize(
+    ("architecture", "share"), [("gated", 0.9), ("topk", 0.9), ("batch_topk", 0.9), ("matryoshka_batch_topk", 0.6), ("jump_relu", 0.8)]
+)
+def test_training_finds_the_planted_directions(make_planted, architecture: str, share: float) -> None:
+    """The one property that an SAE is trained for. A Matryoshka SAE's first groups, of 3 latents, must mix features."""
+    fields = {"name": "a", "architecture": architecture, "d_sae": 48, "k": 2, "batch_rows": 256, "n_rows": 80_000, "learning_rate": 8e-3}
+    planted = make_planted([{**fields, "dead_after_rows": 10_000, "sparsity_coefficient": 4.0}], n_rows=20_000)
+    manifest = train(planted.pipeline, planted.store)
+    sae = load_sae(planted.pipeline, planted.store, "a")
+    cosine = (sae.W_dec @ planted.directions.T).max(0).values
+    found = float((cosine > 0.9).double().mean())
+    assert found >= share, (found, manifest.facts["fvu"], manifest.facts["l0"], manifest.facts["dead_share"])
+    assert manifest.facts["fvu"] < 0.3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(make_planted, architecture: str) -> None:
+    """Weights, log and digest: all bytes of the artifact."""
+    saes = [{"name": "a", "architecture": architecture, **TINY}]
+    whole, killed = make_planted(saes), make_planted(saes)
+    expected = train(whole.pipeline, whole.store)
+    for n_batches in (1, 9, 8):
+        with pytest.raises(KilledError):
+            train(killed.pipeline, killed.store, progress=kill_after(n_batches, 100), execution=Execution(checkpoint_steps=4))
+    found = train(killed.pipeline, killed.store, execution=Execution(checkpoint_steps=4))
+    assert found.digest == expected.digest
+
+
+def test_the_same_inputs_give_the_same_bytes(make_planted) -> None:
+    """In two stores, whatever the clock says."""
+    saes = [{"name": "a", **TINY}]
+    digests = [train(planted.pipeline, planted.store).digest for planted in (make_planted(saes), make_planted(saes))]
+    assert digests[0] == digests[1]
+
+
+def test_saes_trained_in_one_pass_equal_each_trained_alone(make_planted) -> None:
+    """Identical batches, no crosstalk: a sweep is a set of single trainings."""
+    saes = [
+        {"name": "a", **TINY},
+        {"name": "b", **TINY, "architecture": "topk", "d_sae": 20, "n_rows": 1200},
+        {"name": "c", **TINY, "batch_rows": 50, "seed": 5},
+    ]
+    together, alone = make_planted(saes), make_planted(saes)
+    in_one_pass = train_saes(together.pipeline, together.store, ["a", "b", "c"])
+    for name, item in in_one_pass.items():
+        assert train(alone.pipeline, alone.store, name).digest == item.manifest.digest
+
+
+def test_saes_that_stopped_at_different_steps_resume_together(make_planted) -> None:
+    """One of them had been trained further: it waits until the other has caught up."""
+    saes = [{"name": "a", **TINY}, {"name": "b", **TINY, "seed": 3}]
+    whole, killed = make_planted(saes), make_planted(saes)
+    expected = train_saes(whole.pipeline, whole.store, ["a", "b"])
+    with pytest.raises(KilledError):
+        train(killed.pipeline, killed.store, "b", progress=kill_after(12, 100), execution=Execution(checkpoint_steps=5))
+    found = train_saes(killed.pipeline, killed.store, ["a", "b"])
+    assert {name: item.manifest.digest for name, item in found.items()} == {name: item.manifest.digest for name, item in expected.items()}
+
+
+def test_checkpoints_are_pruned_and_go_when_the_sae_is_published(make_planted) -> None:
+    """They are several times the size of the SAE."""
+    planted = make_planted([{"name": "a", **TINY}])
+    ref = sae_ref(planted.pipeline, "a")
+    folder = f"{ref.path}.checkpoints"
+    with pytest.raises(KilledError):
+        train(planted.pipeline, planted.store, progress=kill_after(15, 100), execution=Execution(checkpoint_steps=2))
+    kept = {item.path.split("/")[2].split("-")[1] for item in planted.store.list(folder)}
+    assert kept == {"00000012", "00000014"}
+    train(planted.pipeline, planted.store)
+    assert list(planted.store.list(folder)) == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(make_planted) -> None:
+    """The one before it is as good, only older."""
+    saes = [{"name": "a", **TINY}]
+    planted, whole = make_planted(saes), make_planted(saes)
+    with pytest.raises(KilledError):
+        train(planted.pipeline, planted.store, progress=kill_after(15, 100), execution=Execution(checkpoint_steps=2))
+    path = checkpoint_ref(sae_ref(planted.pipeline, "a"), 14).path + "/state.safetensors"
+    data = bytearray(planted.store.get(path))
+    data[-1] ^= 1
+    planted.store.put(path, bytes(data))
+    assert train(planted.pipeline, planted.store).digest == train(whole.pipeline, whole.store).digest
+
+
+@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka_batch_topk"])
+def test_the_calibrated_threshold_gives_a_mean_l0_of_k(make_planted, architecture: str) -> None:
+    """A running mean that starts at zero would be far too low after so short a training."""
+    planted = make_planted([{"name": "a", "architecture": architecture, **TINY}])
+    manifest = train(planted.pipeline, planted.store)
+    sae = load_sae(planted.pipeline, planted.store, "a")
+    assert sae.kind == "jump_relu"
+    assert manifest.facts["l0"] == pytest.approx(2, abs=0.01)
+    assert manifest.facts["threshold"] == pytest.approx(float(sae.threshold[0]))
+    l0 = float((sae.encode(planted.rows.float()) > 0).sum(1).double().mean())
+    assert l0 == pytest.approx(2, abs=0.1)
+
+
+def test_the_artifact_holds_its_files_and_facts(make_planted) -> None:
+    """Plots, tables and later stages read these names (docs/formats/sae.md)."""
+    planted = make_planted([{"name": "a", **TINY}])
+    manifest = train(planted.pipeline, planted.store)
+    ref = sae_ref(planted.pipeline, "a")
+    assert [entry.name for entry in manifest.files] == ["cfg.json", "firing_frequency.safetensors", "sae_weights.safetensors", "training.parquet"]
+    log = pl.read_parquet(io.BytesIO(read_file(planted.store, ref.path, manifest, "training.parquet")))
+    assert log["step"].to_list() == list(range(1, 21))
+    assert log["n_rows"].to_list()[-1] == 2000
+    assert log["l0"].to_list() == pytest.approx([2.0] * 20)
+    assert log["fvu"][-1] < log["fvu"][0]
+    tensors = load_tensors(planted.store, ref.path, manifest, "firing_frequency.safetensors")
+    assert float(tensors["firing_frequency"].sum()) == pytest.approx(manifest.facts["l0"])
+    cfg = json.loads(read_file(planted.store, ref.path, manifest, "cfg.json"))
+    assert cfg["metadata"]["training_architecture"] == "batch_topk"
+    assert cfg["metadata"]["l0"] == manifest.facts["l0"]
+    assert manifest.facts["n_rows"] == 2000
+    assert manifest.facts["normalization_scale"] > 0
+
+
+def test_finished_saes_are_not_trained_again(make_planted) -> None:
+    """And progress still adds up, so that a bar ends full."""
+    planted = make_planted([{"name": "a", **TINY}, {"name": "b", **TINY, "d_sae": 16}])
+    train(planted.pipeline, planted.store)
+    seen: list[int] = []
+    produced = train_saes(planted.pipeline, planted.store, ["b", "a"], seen.append)
+    assert [(name, item.is_cached) for name, item in produced.items()] == [("b", False), ("a", True)]
+    assert sum(seen) == training_rows(planted.pipeline, ["a", "b"]) == 4000
+
+
+def test_metrics_are_heard_while_training(make_planted) -> None:
+    """Rates are for listeners only: they are in no artifact."""
+    planted = make_planted([{"name": "a", **TINY}])
+    heard = []
+    train(planted.pipeline, planted.store, on_metrics=heard.append)
+    assert [item.row.step for item in heard] == list(range(1, 21))
+    assert heard[-1].rows_per_s > 0
+    assert (heard[0].name, heard[0].n_steps) == ("a", 20)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(make_planted) -> None:
+    """One NaN row would silently destroy every weight."""
+    planted = make_planted([{"name": "a", **TINY}], nan_row=1234)
+    with pytest.raises(NonFiniteError, match=r"The loss of SAE 'a' is nan at step 12, on rows .*bucket-00001.*epoch 0"):
+        train(planted.pipeline, planted.store)
+
+
+def test_dead_latents_are_counted_in_rows() -> None:
+    """A latent is dead once it has not fired for dead_after_rows rows of the global batch, and alive again when it fires."""
+    config = make_config({"saes": [{"name": "demo", "d_sae": 4, "k": 1, "batch_rows": 10, "dead_after_rows": 20, "n_rows": 100}]}).saes[0]
+    weights = {"W_enc_T": torch.eye(4), "b_enc": torch.zeros(4), "W_dec": torch.eye(4), "b_dec": torch.zeros(4)}
+    trainer = Trainer(config, weights, torch.device("cpu"))
+    first, last = torch.zeros(10, 4), torch.zeros(10, 4)
+    first[:, 0], last[:, 3] = 5.0, 5.0
+    for _ in range(2):
+        trainer.train_step(first, ONE_RANK)
+    assert trainer.rows_since_fired.tolist() == [0, 20, 20, 20]
+    assert trainer.is_dead.tolist() == [False, True, True, True]
+    trainer.train_step(last, ONE_RANK)
+    assert trainer.is_dead.tolist() == [False, True, True, False]
+    assert auxk_count(4) == 2
+
+
+def test_the_manifest_can_be_loaded_by_reference(make_planted) -> None:
+    """Downstream stages find the SAE by configuration alone."""
+    planted = make_planted([{"name": "a", **TINY}])
+    manifest = train(planted.pipeline, planted.store)
+    assert load_manifest(planted.store, sae_ref(planted.pipeline, "a")).digest == manifest.digest
