@@ -23,7 +23,7 @@ from interp_assets.errors import ArtifactCorruptError, CertificateError
 from interp_assets.manifest import Manifest, Produced, create_artifact, find_manifest
 from interp_assets.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.mixed import MixedShard, open_mixed, read_mixed_ids
-from interp_assets.shuffle.mixing import Mixing, MixingMeter, SourceLayout
+from interp_assets.shuffle.mixing import Finding, LagFinding, Mixing, MixingMeter, SourceLayout
 from interp_assets.shuffle.multiset import MultisetHash
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan
 from interp_assets.shuffle.refs import certificate_ref
@@ -96,7 +96,7 @@ def load_layout(pipeline: Pipeline, store: Store, plan: ShufflePlan) -> SourceLa
 def make_content(plan: ShufflePlan, mixing: Mixing, before: MultisetHash, after: MultisetHash) -> dict[str, Any]:
     """Return the certificate as plain data. Numbers are rounded to 6 digits, so that the last bits of a library do not matter."""
     is_judged = plan.sizes.n_rows >= MIN_ROWS
-    findings = [{"name": item.name, **{key: _round(value) for key, value in item._asdict().items() if key != "name"}} for item in mixing.findings]
+    findings = [_as_content(item) for item in mixing.findings]
     failed = [item["name"] for item in findings if is_judged and item["p"] < P_FAIL]
     return {
         "format": FORMAT,
@@ -110,7 +110,7 @@ def make_content(plan: ShufflePlan, mixing: Mixing, before: MultisetHash, after:
         "p_fail": P_FAIL,
         "lowest_p": min((item["p"] for item in findings), default=1.0),
         "findings": findings,
-        "lags": [{key: _round(value) for key, value in item._asdict().items()} for item in mixing.lags],
+        "lags": [_as_content(item) for item in mixing.lags],
     }
 
 
@@ -119,8 +119,8 @@ def encode_certificate(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
+def _as_content(item: Finding | LagFinding) -> dict[str, Any]:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in item._asdict().items()}
 
 
 def _merge_facts(store: Store, found: list[tuple[str, Manifest]], fact: str) -> MultisetHash:

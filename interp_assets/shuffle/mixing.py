@@ -5,9 +5,9 @@ No single statistic sees every fault, so there is a battery; each names a way in
 | finding | sees |
 |---|---|
 | `destination_buckets` | every shard giving each bucket an equal share (chi-square too *small*), or an unequal one |
-| `destination_positions` | rows that stay near their place: shards in order, a shuffle buffer, a missing first permutation |
+| `destination_positions` | shards that stay near their place: a shuffle buffer, shards one after the other |
 | `document_lags` | neighbours of one document at a distance of 1 to 1,024 rows (plotted): a missing last permutation |
-| `batch_pairs`, `batch_entropy` | batches that see too few, or too regularly many, documents |
+| `batch_pairs`, `batch_entropy` | batches that see too few, or too regularly many, documents: a missing first permutation |
 | `global_order`, `bucket_order` | rows that come in the order of the source (correlation of positions) |
 | `successors` | a row followed by its successor in the text |
 | `bucket_coincidence` | the same random stream in several gather jobs |

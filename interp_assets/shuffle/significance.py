@@ -6,11 +6,12 @@ four numbers (`expect_coincidences`). Tails are normal, or Poisson while few coi
 """
 
 import math
-from collections.abc import Iterable
 from fractions import Fraction
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 class Expectation(NamedTuple):
@@ -20,15 +21,15 @@ class Expectation(NamedTuple):
     variance: float
 
 
-def expect_coincidences(n_rows: int, n_pairs: int, n_paths: int, label_counts: Iterable[int]) -> Expectation:
+def expect_coincidences(n_rows: int, n_pairs: int, n_paths: int, label_counts: NDArray[np.int64]) -> Expectation:
     """Return mean and variance of the number of given pairs of positions whose rows have one label.
 
     `n_pairs`: pairs of positions; `n_paths`: ordered pairs of them that share a position, the sum of d (d - 1) over positions in d pairs;
-    `label_counts`: rows of each label. Exact, in rationals: Mantel 1967 for two graphs, one of them being "has the same label".
+    `label_counts`: rows of each label, `[n_labels]`. Exact, in rationals: Mantel 1967 for two graphs, one of them being "has the same label".
     """
-    sizes = [int(size) for size in label_counts if size]
-    same = sum(size * (size - 1) // 2 for size in sizes)
-    paths = sum(size * (size - 1) * (size - 2) for size in sizes)
+    sizes = [(int(size), int(count)) for size, count in zip(*np.unique(label_counts, return_counts=True), strict=True)]
+    same = sum(size * (size - 1) // 2 * count for size, count in sizes)
+    paths = sum(size * (size - 1) * (size - 2) * count for size, count in sizes)
     mean = Fraction(n_pairs * same * 2, n_rows * (n_rows - 1))
     square = mean
     if n_rows > 2:
@@ -61,8 +62,8 @@ def poisson_p(count: int, mean: float) -> float:
     """Return the two-sided p-value of a Poisson count."""
     if mean <= 0:
         return 1.0 if count == 0 else 0.0
-    above = _gamma_below(count, mean) if count > 0 else 1.0
-    return min(1.0, 2 * min(above, _gamma_above(count + 1, mean)))
+    above = _gamma_below(float(count), mean) if count > 0 else 1.0
+    return min(1.0, 2 * min(above, _gamma_above(float(count + 1), mean)))
 
 
 def chi_square_p(value: float, degrees: int, *, is_two_sided: bool) -> float:
