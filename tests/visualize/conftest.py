@@ -28,6 +28,7 @@ from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
+from interp_assets.visualize.priority import sample_seed
 from interp_assets.visualize.records import write_records
 from interp_assets.visualize.windows import fire_windows
 
@@ -124,7 +125,9 @@ def publish(world: World) -> None:
 def make_world():
     """Return a maker of worlds: SAE kind, sizes of the shards, and the configuration of the features."""
 
-    def make(kind: str = "jump_relu", sizes: tuple[int, ...] = (150, 97, 230), d_in: int = 8, d_sae: int = 24, seed: int = 0, **features: Any) -> World:
+    def make(
+        kind: str = "jump_relu", sizes: tuple[int, ...] = (150, 97, 230), d_in: int = 8, d_sae: int = 24, seed: int = 0, **features: Any
+    ) -> World:
         rng = np.random.default_rng(seed)
         sae = integer_sae(rng, kind, d_in, d_sae)
         shards = [make_shard(rng, n, d_in) for n in sizes]
@@ -203,3 +206,84 @@ def read_records():
         return [json.loads(gzip.decompress(data[low:high])) for low, high in zip(offsets[:-1], offsets[1:], strict=True)]
 
     return read
+
+
+@pytest.fixture
+def expect_records():
+    """Return the brute force: encode everything, sort everything in Python, and write down each latent's examples and statistics."""
+    return _expect_records
+
+
+def splitmix(word: int) -> int:
+    """The 64-bit finaliser in Python integers."""
+    word ^= word >> 30
+    word = word * 0xBF58476D1CE4E5B9 % 2**64
+    word ^= word >> 27
+    word = word * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+def _expect_records(world: World) -> list[dict[str, Any]]:
+    features, seed = world.pipeline.config.features, int(sample_seed(world.pipeline.config.seed, "examples"))
+    dense = world.dense()
+    n_valid = sum(int(shard.valid.sum()) for shard in world.shards)
+    return [_expect_record(world, dense, latent, features, seed, n_valid) for latent in range(world.sae.d_sae)]
+
+
+def _expect_record(world: World, dense: list[np.ndarray], latent: int, features: Any, seed: int, n_valid: int) -> dict[str, Any]:
+    key = splitmix((latent * 0x9E3779B97F4A7C15 + seed * 0xD6E8FEB86659FD93 + 1) % 2**64)
+    firings = []
+    for index, values in enumerate(dense):
+        for row in np.flatnonzero(values[:, latent] > 0).tolist():
+            row_key = splitmix((((index << 40) + row) * 0xD1B54A32D192ED03 + seed) % 2**64)
+            firings.append((-float(values[row, latent]), splitmix(key ^ row_key), index, row))
+    top, seen = [], set()
+    for firing in sorted(firings):
+        document = (firing[2], int(world.shards[firing[2]].documents[firing[3]]))
+        if len(top) < features.top_k and not (features.one_per_document and document in seen):
+            top.append(firing)
+            seen.add(document)
+    by_priority = sorted(firings, key=lambda firing: firing[1])
+    values = sorted(-firing[0] for firing in firings)
+    quantiles = [values[i * (len(values) - 1) // features.n_intervals] for i in range(features.n_intervals + 1)] if values else []
+    intervals = []
+    for i in range(features.n_intervals if values else 0):
+        low, high, is_last = quantiles[i], quantiles[i + 1], i == features.n_intervals - 1
+        inside = [firing for firing in by_priority if low <= -firing[0] < high or (is_last and -firing[0] >= low)]
+        if inside:
+            chosen = inside[: features.examples_per_interval]
+            intervals.append({"low": low, "high": high, "examples": [_expect_window(world, dense, latent, firing) for firing in chosen]})
+    return {
+        "count": len(firings),
+        "sum": sum(values),
+        "max": max(values, default=0.0),
+        "quantiles": quantiles,
+        "frequency": len(firings) / n_valid,
+        "top": [_expect_window(world, dense, latent, firing) for firing in top],
+        "intervals": intervals,
+        "random": [_expect_window(world, dense, latent, firing) for firing in by_priority[: min(20, features.n_random)]],
+    }
+
+
+def _expect_window(world: World, dense: list[np.ndarray], latent: int, firing: tuple[float, int, int, int]) -> dict[str, Any]:
+    activation, _, index, row = firing
+    shard, window = world.shards[index], world.pipeline.config.features.window
+    low = high = row
+    while low > max(0, row - window) and _belong_together(shard, low - 1, row):
+        low -= 1
+    while high + 1 < min(len(shard.rows), row + window + 1) and _belong_together(shard, high + 1, row):
+        high += 1
+    places = range(low, high + 1)
+    return {
+        "row": [index, row],
+        "document": f"text-{index}-{shard.documents[row]}.py",
+        "tokens": [int(shard.token_ids[place]) for place in places],
+        "peak": row - low,
+        "activation": -activation,
+        "activations": [[place - low, float(dense[index][place, latent])] for place in places if dense[index][place, latent] > 0],
+        "masked": [place - low for place in places if not shard.valid[place]],
+    }
+
+
+def _belong_together(shard: Shard, one: int, other: int) -> bool:
+    return bool(shard.contexts[one] == shard.contexts[other] and shard.documents[one] == shard.documents[other])
