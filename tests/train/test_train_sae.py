@@ -10,7 +10,7 @@ from interp_assets.config import PipelineConfig, SaeConfig
 from interp_assets.errors import ArtifactMissingError
 from interp_assets.manifest import create_artifact, load_manifest, read_file
 from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.store import open_store
+from interp_assets.store import ObjectStore, open_store
 from interp_assets.train.checkpoint import load_sae, sae_lens_hook_name, save_sae
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae, SaeKind
@@ -124,3 +124,20 @@ def test_hook_points_get_the_names_of_transformer_lens() -> None:
     """Other tools look the hook up by this name."""
     assert sae_lens_hook_name("mlp_out.11") == "blocks.11.hook_mlp_out"
     assert sae_lens_hook_name("module:model.layers.3") == "module:model.layers.3"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["relu", "jump_relu", "topk"])
+def test_saelens_itself_loads_the_folder_and_encodes_alike(kind: SaeKind, local_store: ObjectStore) -> None:
+    """Runs where SAELens is installed; it is no dependency."""
+    sae_lens = pytest.importorskip("sae_lens")
+    pipeline, sae = make_pipeline(), make_sae(kind)
+    ref = sae_ref(pipeline, "demo")
+    with create_artifact(local_store, ref) as art:
+        save_sae(art, sae, pipeline, pipeline.config.sae("demo"), l0=2.5)
+    theirs = sae_lens.SAE.load_from_disk(local_store.local_path(ref.path))
+    x = torch.randn(200, D_IN, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(theirs.encode(x), sae.encode(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs(x), sae.decode(sae.encode(x)), rtol=0, atol=1e-5)
+    assert theirs.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
