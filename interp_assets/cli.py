@@ -64,7 +64,7 @@ def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path
 @app.command()
 def plan(config: ConfigOption = None) -> None:
     """Say what a pipeline will make before anything is made: shards, artifacts, and what the shuffle costs."""
-    from interp_assets.show import print_plan
+    from interp_assets.forecast import print_plan
 
     print_plan(out, _load(config))
 
@@ -81,8 +81,7 @@ def inspect(path: PathArgument = "data") -> None:
 def verify(path: PathArgument = "data") -> None:
     """Read every block of every artifact below a folder, and name each fault; exit code 1 when there is one."""
     from interp_assets.console import byte_bar, format_bytes, format_count
-    from interp_assets.show import locate
-    from interp_assets.verify import list_tree, verify_tree
+    from interp_assets.verify import list_tree, locate, verify_tree
 
     place = locate(path)
     tree = list_tree(place.store, place.path)

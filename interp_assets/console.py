@@ -6,7 +6,7 @@ Bars are drawn on a terminal only; elsewhere (a log file, a pipe) each finished 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -30,7 +30,7 @@ class Bars(Progress):
         self._n_expected: int | None = None
         self._asset = ""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bars":  # noqa: PYI034 - beartype, which checks in tests, cannot read Self
         """Start to draw."""
         self._rich.start()
         return self

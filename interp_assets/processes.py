@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from interp_assets.config import PipelineConfig
 from interp_assets.jobs import open_instance
@@ -26,7 +26,7 @@ class DagsterUi:
         """Hold a started process."""
         self._process, self.url, self.log = process, url, log
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "DagsterUi":  # noqa: PYI034 - beartype, which checks in tests, cannot read Self
         """Return itself: the process runs already."""
         return self
 

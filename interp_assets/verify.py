@@ -6,14 +6,22 @@ are what an interrupted write left. All faults are collected; nothing is changed
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Final, NamedTuple
 
-from interp_assets.errors import InterpError
+from interp_assets.errors import InputError, InterpError
 from interp_assets.manifest import MANIFEST, FileEntry, Manifest, make_ref, read_manifest, read_range
 from interp_assets.pipeline import PLAN
-from interp_assets.store import ObjectInfo, Store
+from interp_assets.store import ObjectInfo, Store, open_store
 
 _LABEL_DIGITS: Final = 12
+
+
+class Place(NamedTuple):
+    """Something in a store: the store, and the path in it."""
+
+    store: Store
+    path: str
 
 
 class Fault(NamedTuple):
@@ -35,6 +43,21 @@ class Tree(NamedTuple):
     def n_bytes(self) -> int:
         """Size of all artifacts."""
         return sum(item.n_bytes for items in self.artifacts.values() for item in items)
+
+
+def locate(address: str) -> Place:
+    """Find what a person points at: a folder, or an s3:// address. Raises `InputError` when there is nothing."""
+    address = address.rstrip("/")
+    if "://" in address:
+        parent, _, name = address.rpartition("/")
+        bucket_is_whole = parent.endswith(":/")
+        return Place(open_store(address), "") if bucket_is_whole else Place(open_store(parent), name)
+    path = Path(address).expanduser().resolve()
+    if path.is_file() and path.name == MANIFEST:
+        path = path.parent
+    if not path.is_dir():
+        raise InputError(f"There is no folder {path}. Name an artifact's folder, or any folder above artifacts.")
+    return Place(open_store(str(path.parent)), path.name)
 
 
 def verify_tree(store: Store, prefix: str = "", progress: Callable[[int], None] | None = None) -> list[Fault]:

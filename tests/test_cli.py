@@ -1,0 +1,269 @@
+"""What people type and read: options, texts, exit codes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+from interp_assets import cli
+from interp_assets.config import PipelineConfig, demo_config, load_config
+from interp_assets.manifest import create_artifact, make_ref
+from interp_assets.progress import AssetReport
+from interp_assets.starter import make_starter
+from interp_assets.store import open_store
+from interp_assets.verify import Fault, list_tree, verify_tree
+
+OPTIONS = {
+    "demo": ["--dagster-port", "--port", "--serve"],
+    "dev": ["--config", "--dagster-port"],
+    "init": ["path"],
+    "inspect": ["path"],
+    "plan": ["--config"],
+    "run": ["--config", "--select"],
+    "serve": ["--config", "--host", "--port", "--token", "path"],
+    "verify": ["path"],
+}
+
+
+def invoke(*arguments: str) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def interp(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `interp` as people do."""
+    command = [sys.executable, "-c", "from interp_assets.cli import main; main()", *arguments]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "COLUMNS": "200", **environment}, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> Path:
+    """Return a root with a pipeline of two small artifacts."""
+    store = open_store(str(tmp_path / "data")).child("small")
+    for index in range(2):
+        ref = make_ref("token_shard", "1-corpus", identity={"shard": index}, inputs={}, label=f"shard-{index:06d}")
+        with create_artifact(store, ref) as art:
+            art.put("a.bin", bytes(range(100)) * 10, n_rows=10, block_bytes=256)
+            art.put("b.json", json.dumps({"index": index}).encode())
+            art.facts["n_rows"] = 10
+    store.put("plan.json", b"{}")
+    return tmp_path / "data"
+
+
+def folder_of(artifacts: Path, index: int) -> Path:
+    """Return the folder of one of the artifacts."""
+    return next((artifacts / "small" / "1-corpus").glob(f"shard-{index:06d}-*"))
+
+
+def test_the_options_are_the_ones_people_have_in_their_scripts() -> None:
+    """An option that is renamed breaks scripts; change this list and the changelog together."""
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    found = {name: sorted(next(iter(p.opts)) for p in command.params if p.name != "help") for name, command in commands.items()}
+    assert found == OPTIONS
+
+
+def test_every_command_and_option_explains_itself() -> None:
+    """`--help` is the manual."""
+    for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        assert command.help, name
+        assert all(getattr(param, "help", "") for param in command.params if param.name != "help"), name
+
+
+def test_the_starter_is_the_demo(tmp_path: Path) -> None:
+    """What `interp init` writes works as it stands, names every field, and changes nothing."""
+    path = tmp_path / "p.yaml"
+    result = invoke("init", str(path))
+    assert result.exit_code == 0
+    assert "interp run --config" in result.stdout
+    assert load_config(path) == PipelineConfig()
+    content = yaml.safe_load(path.read_text())
+    assert set(content) == set(PipelineConfig.model_fields)
+    assert set(content["saes"][0]) == set(type(PipelineConfig().saes[0]).model_fields)
+    assert make_starter("p.yaml").count("#") > 50
+
+
+def test_init_overwrites_nothing(tmp_path: Path) -> None:
+    """A configuration is somebody's work."""
+    (tmp_path / "p.yaml").write_text("name: mine\n")
+    result = interp("init", "p.yaml", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "p.yaml exists already. Name another file, or delete it first." in result.stderr
+    assert (tmp_path / "p.yaml").read_text() == "name: mine\n"
+
+
+def test_a_wrong_configuration_is_one_paragraph(tmp_path: Path) -> None:
+    """No traceback: which file, which field, what was found, what is allowed."""
+    (tmp_path / "p.yaml").write_text("shuffle:\n  passes: 0\nmodle: x\n")
+    result = interp("run", "--config", "p.yaml", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: p.yaml has 2 wrong field(s):")
+    assert "shuffle.passes" in result.stderr
+    assert "modle" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    """A developer needs it, and may write `--debug` anywhere."""
+    result = interp("run", "--config", "absent.yaml", "--debug", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "Error: Cannot read the configuration absent.yaml: No such file or directory. `interp init` writes one" in result.stderr
+
+
+def test_wrong_usage_exits_with_2(tmp_path: Path) -> None:
+    """Scripts tell a typing error from a failed run."""
+    assert interp("run", "--conifg", "x", cwd=tmp_path).returncode == 2
+
+
+def test_verify_passes_what_is_whole(artifacts: Path) -> None:
+    """Every block was read: it says how much that was."""
+    result = invoke("verify", str(artifacts))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("2 artifacts, ")
+    assert "every block agrees with its manifest" in result.stdout
+
+
+def test_verify_names_every_fault(artifacts: Path) -> None:
+    """One flipped byte in any file of any artifact is found and named, and all faults are listed, not the first."""
+    first, second = folder_of(artifacts, 0), folder_of(artifacts, 1)
+    flip_byte(first / "a.bin", 300)
+    flip_byte(first / "a.bin", 999)
+    flip_byte(second / "manifest.json", 50)
+    (first / "extra.bin").write_bytes(b"x")
+    (first / "b.json").unlink()
+    (artifacts / "small" / "1-corpus" / "half-written").mkdir()
+    (artifacts / "small" / "1-corpus" / "half-written" / "a.bin").write_bytes(b"x")
+    result = invoke("verify", str(artifacts))
+    text = result.stdout
+    assert result.exit_code == 1
+    assert f"{first.name}/a.bin is damaged in block 1 (bytes 256 and following)" in text
+    assert "damaged in block 3" in text
+    assert f"{second.name}/manifest.json" in text
+    assert f"{first.name}/extra.bin: is not listed in its manifest" in text
+    assert f"{first.name}/b.json: is missing, though its manifest lists it" in text
+    assert "half-written/a.bin: belongs to no artifact" in text
+    assert text.splitlines()[-1].endswith(": 6 faults.")
+
+
+@pytest.mark.parametrize("name", ["a.bin", "b.json", "manifest.json"])
+def test_no_flipped_byte_escapes(artifacts: Path, name: str) -> None:
+    """Each byte of each file is under a checksum, the manifest's own included."""
+    folder = folder_of(artifacts, 0)
+    good = (folder / name).read_bytes()
+    store = open_store(str(artifacts))
+    for at in range(0, len(good), max(1, len(good) // 40)):
+        flip_byte(folder / name, at)
+        faults = verify_tree(store, "small")
+        assert [fault.path for fault in faults] == [f"small/1-corpus/{folder.name}/{name}"], at
+        (folder / name).write_bytes(good)
+    assert verify_tree(store, "small") == []
+
+
+def test_verify_finds_a_file_that_was_cut(artifacts: Path) -> None:
+    """A truncated file is named with both sizes."""
+    path = folder_of(artifacts, 0) / "a.bin"
+    path.write_bytes(path.read_bytes()[:500])
+    faults = verify_tree(open_store(str(artifacts)), "small")
+    assert faults[0].what.startswith("has 500 bytes, its manifest says 1,000.")
+
+
+def test_verify_finds_an_artifact_in_the_wrong_folder(artifacts: Path) -> None:
+    """Readers trust the path, because it carries the id: a copy under another name would be another artifact's bytes."""
+    folder = folder_of(artifacts, 0)
+    folder.rename(folder.parent / "shard-000007-0123456789ab")
+    faults = verify_tree(open_store(str(artifacts)))
+    assert [fault.path for fault in faults] == ["small/1-corpus/shard-000007-0123456789ab"]
+    assert "It was moved; move it back." in faults[0].what
+
+
+def test_verify_advances_by_all_bytes(artifacts: Path) -> None:
+    """The bar ends at its end."""
+    store = open_store(str(artifacts))
+    seen: list[int] = []
+    verify_tree(store, "", seen.append)
+    n_manifest_bytes = sum(path.stat().st_size for path in artifacts.rglob("manifest.json"))
+    assert sum(seen) == list_tree(store).n_bytes - n_manifest_bytes
+
+
+def test_a_fault_is_a_path_and_a_sentence() -> None:
+    """The command line joins them with a colon."""
+    assert Fault("a/b", "is gone.")._fields == ("path", "what")
+
+
+def test_verify_of_nothing_says_so(tmp_path: Path) -> None:
+    """A path that is not there is no success."""
+    result = interp("verify", "absent", cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"There is no folder {tmp_path / 'absent'}. Name an artifact's folder, or any folder above artifacts." in result.stderr
+
+
+def test_inspect_shows_one_artifact(artifacts: Path) -> None:
+    """What it is, where, from what, its facts and its files."""
+    result = invoke("inspect", str(folder_of(artifacts, 1)))
+    assert result.exit_code == 0
+    for text in ("token_shard", "identity", "shard  1", "facts", "n_rows  10", "a.bin", "1.0 kB", "10 rows", '{"index": 1}'):
+        assert text in result.stdout
+
+
+def test_inspect_counts_what_lies_below_a_folder(artifacts: Path) -> None:
+    """The first look at somebody else's bucket."""
+    result = invoke("inspect", str(artifacts))
+    assert result.exit_code == 0
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["kind", "artifacts", "size"]
+    assert lines[1][:2] == ["token_shard", "2"]
+
+
+def test_a_folder_without_artifacts_is_an_error(tmp_path: Path) -> None:
+    """An empty answer would look like an empty pipeline."""
+    result = interp("inspect", ".", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "There is no artifact at or below ." in result.stderr
+
+
+def test_serve_without_a_bundle_says_what_to_do(tmp_path: Path) -> None:
+    """The first thing that a newcomer may try."""
+    result = interp("serve", cwd=tmp_path, INTERP_ROOT=str(tmp_path / "data"))
+    assert result.returncode == 1
+    assert "There is no feature bundle at" in result.stderr
+    assert "`interp run`" in result.stderr
+
+
+def test_a_finished_asset_is_one_line() -> None:
+    """Logs of a run read like a table; a check that did not pass stands beside its asset."""
+    from rich.console import Console
+
+    from interp_assets.console import print_report, print_total
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    reports = [AssetReport("activations", 16, 4, 2_500_000, 12.34, []), AssetReport("sae", 1, 0, 0, 0.0, ["quality_bounds"])]
+    for report in reports:
+        print_report(console, report)
+    print_total(console, reports)
+    lines = console.export_text().splitlines()
+    assert lines[0].split() == ["activations", "4", "made,", "12", "there", "already", "12.3", "s", "2.5", "MB"]
+    assert lines[1].endswith("check not passed: quality_bounds")
+    assert lines[2] == "  2 assets, 17 partitions: 4 made in 12.3 s, 2.5 MB written."
+
+
+def test_the_demo_root_comes_from_the_environment(tmp_path: Path) -> None:
+    """Tests, and people with a big disk elsewhere, move the demo."""
+    command = [sys.executable, "-c", "from interp_assets.config import demo_config; print(demo_config().root)"]
+    result = subprocess.run(command, env={**os.environ, "INTERP_ROOT": "/elsewhere"}, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "/elsewhere"
+    assert demo_config().name == "pystdlib"
+
+
+def flip_byte(path: Path, at: int) -> None:
+    """Change one bit of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
