@@ -18,7 +18,7 @@ import xxhash
 from datasets import IterableDataset, load_dataset, load_dataset_builder
 from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 
 from interp_assets.config import CorpusConfig
 from interp_assets.corpus.files import text_of
@@ -26,7 +26,8 @@ from interp_assets.errors import InputError
 from interp_assets.pipeline import ShardSource
 
 _BLOCK_BYTES: Final = 16 << 20
-_LOAD_ERRORS: Final = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+# The second is the base error of the HTTP library, which has changed from one release of the hub's client to the next.
+_LOAD_ERRORS: Final[tuple[type[Exception], ...]] = (OSError, HfHubHTTPError.__mro__[1], ValueError, KeyError, RuntimeError, ImportError)
 
 
 def plan_hub(config: CorpusConfig) -> list[ShardSource]:
@@ -103,7 +104,7 @@ def _resolve_revision(config: CorpusConfig) -> str:
     if folder is None:
         try:
             return str(HfApi().dataset_info(config.path, revision=config.revision).sha)
-        except (HfHubHTTPError, OfflineModeIsEnabled, *_LOAD_ERRORS) as error:
+        except _LOAD_ERRORS as error:
             raise InputError(
                 f"Cannot look up the dataset {config.path!r} at revision {config.revision!r}: {_reason(error)}. "
                 "Check the id and the network; without one, give the folder of a downloaded copy."

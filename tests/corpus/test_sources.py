@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -166,3 +169,23 @@ def test_a_local_dataset_streams_by_ranges(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["changed"]}).to_parquet(str(folder / "train.parquet"))
     with pytest.raises(InputError, match="has changed since it was planned"):
         list(iter_documents(config, shards[1]))
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"), [({"HF_ENDPOINT": "http://127.0.0.1:9"}, "refused"), ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled")]
+)
+def test_a_dataset_out_of_reach_is_named_with_the_next_step(environment: dict[str, str], reason: str) -> None:
+    """No network is the commonest trouble of all, and its own traceback is three screens long."""
+    program = (
+        "from interp_assets.config import CorpusConfig\n"
+        "from interp_assets.corpus.sources import plan_sources\n"
+        "from interp_assets.errors import InputError\n"
+        "try:\n"
+        "    plan_sources(CorpusConfig(source='huggingface', path='no/such'), 0)\n"
+        "except InputError as error:\n"
+        "    print(error)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=True).stdout
+    assert "Cannot look up the dataset 'no/such' at revision 'main'" in output
+    assert reason in output
+    assert "give the folder of a downloaded copy" in output
