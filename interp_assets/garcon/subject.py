@@ -13,7 +13,7 @@ much padding follows it; an encoder gets the mask. Batching, dtypes of stored ro
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from interp_assets.config import ExecutionConfig, ModelConfig
 from interp_assets.errors import InputError
 from interp_assets.garcon.adapters import DECODERS, ENCODERS
+from interp_assets.garcon.device import choose_device
 from interp_assets.garcon.locate import first_line, load_model_config, locate_model, next_step
 from interp_assets.garcon.points import HookPoint, find_point, list_points, module_of, tensor_in, with_tensor
 
@@ -216,16 +217,6 @@ def make_meta_model(model: ModelConfig) -> SubjectModel:
     with torch.device("meta"):
         net = factory.from_config(config, trust_remote_code=model.trust_remote_code)
     return SubjectModel(net, model.name)
-
-
-def choose_device(device: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
-    """Return the configured device; `auto` takes CUDA, then MPS, then the CPU. Raises `InputError` when it is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        return torch.device(next(name for name, is_present in present.items() if is_present))
-    if not present[device]:
-        raise InputError(f"execution.device is {device!r}, but this machine has only {[name for name, here in present.items() if here]}.")
-    return torch.device(device)
 
 
 def is_encoder(config: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 from interp_assets.config import SaeConfig
 from interp_assets.errors import NonFiniteError
-from interp_assets.garcon.subject import choose_device
+from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline

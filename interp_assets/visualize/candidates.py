@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import InputError
-from interp_assets.garcon.subject import choose_device
+from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS, iter_row_blocks
 from interp_assets.harvest.statistics import load_statistics

@@ -49,10 +49,13 @@ def make_planted() -> MakePlanted:
     return _make_planted
 
 
-def _make_planted(saes: list[dict[str, Any]], *, n_rows: int = 3000, d_in: int = 16, n_directions: int = 24, nan_row: int | None = None) -> Planted:
+def _make_planted(
+    saes: list[dict[str, Any]], *, n_rows: int = 3000, d_in: int = 16, n_directions: int = 24, nan_row: int | None = None, root: str = "memory://"
+) -> Planted:
     config = make_config(
         {
             "name": "planted",
+            "root": root,
             "harvest": {"hook_points": [HOOK]},
             "shuffle": {"fan_out": 3},
             "saes": [{"hook_point": HOOK, **fields} for fields in saes],
@@ -71,7 +74,7 @@ def _make_planted(saes: list[dict[str, Any]], *, n_rows: int = 3000, d_in: int =
     rows = (strengths @ directions + mean + 0.01 * torch.randn(n_rows, d_in, generator=generator)).to(torch.bfloat16)
     if nan_row is not None:
         rows[nan_row, 3] = float("nan")
-    store = open_store("memory://")
+    store = open_store(root).child(config.name)
     _write_rows(pipeline, store, rows)
     return Planted(pipeline, store, directions, rows)
 

@@ -1,0 +1,69 @@
+"""One of several training processes: torchrun starts it, rank 0 reports to its parent in JSON lines.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m interp_assets.train pipeline.yaml demo other
+
+Lines on standard output are objects with the key `event`: `progress` (`n` rows), `metrics` (a logged step) and, when a training fails,
+`error` (`type`, `message`). Nothing here knows Dagster: `launch.py` reads the lines and hands them on.
+"""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from interp_assets.config import load_config
+from interp_assets.errors import InterpError
+from interp_assets.garcon.device import choose_device
+from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.train.loop import Execution, TrainingMetrics, train_saes
+from interp_assets.train.parallel import Ranks
+
+
+def main(arguments: list[str]) -> int:
+    """Train the named SAEs of a configuration as one rank of a process group; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m torch.distributed.run ... -m interp_assets.train", description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+    parser.add_argument("config", help="the pipeline's YAML or JSON file")
+    parser.add_argument("names", nargs="+", help="names of the SAEs to train")
+    chosen = parser.parse_args(arguments)
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    config = load_config(chosen.config)
+    is_cuda = choose_device(config.execution.device).type == "cuda"
+    if is_cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if is_cuda else "gloo")
+    try:
+        store = open_pipeline_store(config)
+        pipeline = load_pipeline(config, store)
+        is_first = ranks.rank == 0
+        train_saes(
+            pipeline,
+            store,
+            chosen.names,
+            (lambda n: _tell("progress", n=n)) if is_first else None,
+            _tell_metrics if is_first else None,
+            Execution(ranks=ranks),
+        )
+    except InterpError as error:
+        if ranks.rank == 0:
+            _tell("error", type=type(error).__name__, message=str(error))
+        return 1
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def _tell_metrics(metrics: TrainingMetrics) -> None:
+    _tell("metrics", **{**metrics._asdict(), "row": metrics.row._asdict()})
+
+
+def _tell(event: str, **content: Any) -> None:
+    sys.stdout.write(json.dumps({"event": event, **content}) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

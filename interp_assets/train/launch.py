@@ -1,0 +1,112 @@
+"""SAEs to train become one training, in this process or in several that torchrun starts, with the same callbacks and results.
+
+`execution.processes` decides. The processes find the same configuration in a temporary file and the plan in the store; rank 0's JSON
+lines (`__main__.py`) come back as progress, metrics and errors. They run in a process group of their own, which ends with this call,
+whatever happens: an interrupted run leaves no worker behind.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from interp_assets import errors
+from interp_assets.errors import ConfigError, InterpError
+from interp_assets.manifest import Produced, find_manifest, load_manifest
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import Store
+from interp_assets.train.loop import OnMetrics, TrainingMetrics, train_saes
+from interp_assets.train.refs import sae_ref
+from interp_assets.train.trainer import LogRow
+
+_GRACE_S: Final = 10.0
+_logger = logging.getLogger(__name__)
+
+
+def run_training(
+    pipeline: Pipeline,
+    store: Store,
+    names: Sequence[str],
+    progress: Callable[[int], None] | None = None,
+    on_metrics: OnMetrics | None = None,
+) -> dict[str, Produced]:
+    """Train the named SAEs with as many processes as `execution.processes` says. Raises what `train_saes` raises."""
+    if pipeline.config.execution.processes == 1:
+        return train_saes(pipeline, store, names, progress, on_metrics)
+    if pipeline.config.root.startswith("memory://"):
+        raise ConfigError(f"{pipeline.config.root} is this process' memory: several training processes need a folder or a bucket. Set `root`.")
+    started_s = time.perf_counter()
+    cached = {name for name in names if find_manifest(store, sae_ref(pipeline, name)) is not None}
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "pipeline.json"
+        config.write_text(pipeline.config.model_dump_json(), encoding="utf-8")
+        with _start(config, names, pipeline.config.execution.processes) as process:
+            failure = _listen(process, progress, on_metrics)
+            status = process.wait()
+    if failure is not None:
+        raise failure
+    if status:
+        raise InterpError(f"The training processes ended with status {status}; their messages are above, in this process' standard error.")
+    wall_s = time.perf_counter() - started_s
+    refs = {name: sae_ref(pipeline, name) for name in names}
+    return {name: Produced(ref, load_manifest(store, ref), name in cached, 0.0 if name in cached else wall_s) for name, ref in refs.items()}
+
+
+@contextmanager
+def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[subprocess.Popen[str]]:
+    """Start torchrun in a process group of its own, and end the whole group when the block ends."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
+    threads = max(1, (os.cpu_count() or 1) // n_processes)
+    process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        [*command, "-m", "interp_assets.train", str(config), *names],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _listen(process: subprocess.Popen[str], progress: Callable[[int], None] | None, on_metrics: OnMetrics | None) -> InterpError | None:
+    """Hand rank 0's lines on until it closes its output; return the error that it reported."""
+    failure: InterpError | None = None
+    for line in process.stdout or ():
+        event = _parse(line)
+        match event.get("event"):
+            case "progress" if progress is not None:
+                progress(event["n"])
+            case "metrics" if on_metrics is not None:
+                on_metrics(TrainingMetrics(event["name"], LogRow(**event["row"]), event["n_steps"], event["rows_per_s"]))
+            case "error":
+                kind = getattr(errors, event["type"], InterpError)
+                failure = kind(event["message"])
+            case None:
+                _logger.info("training: %s", line.rstrip())
+    return failure
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
