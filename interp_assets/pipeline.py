@@ -9,14 +9,16 @@ Changing a text file changes one shard's fingerprint: that shard and what depend
 """
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, TypeVar
 
 from interp_assets.config import PipelineConfig
 from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, StoreMissingError
 from interp_assets.store import Store, open_store
 
 PLAN: Final = "plan.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,13 @@ class Pipeline:
 
     config: PipelineConfig
     plan: PipelinePlan
+    _answers: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def remember(self, question: Hashable, answer: Callable[[], T]) -> T:
+        """Return `answer()`, computed once for each `question`: ids over all shards are asked for by every job."""
+        if question not in self._answers:
+            self._answers[question] = answer()
+        return self._answers[question]
 
     @property
     def shard_indices(self) -> list[int]:

@@ -34,7 +34,8 @@ def statistics_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
 
 def activation_ids(pipeline: Pipeline, hook_point: str, indices: Sequence[int]) -> str:
     """Combine the ids of several activation shards into one input id."""
-    return combine_ids([activation_shard_ref(pipeline, hook_point, index).artifact_id for index in indices])
+    question = ("activation_ids", hook_point, tuple(indices))
+    return pipeline.remember(question, lambda: combine_ids([activation_shard_ref(pipeline, hook_point, index).artifact_id for index in indices]))
 
 
 def hook_folder(hook_point: str) -> str:

@@ -12,10 +12,7 @@ SHUFFLE_VERSION = 1
 
 def shuffle_plan_ref(pipeline: Pipeline) -> ArtifactRef:
     """Address the plan: row counts of the training shards, seed, passes and fan-out. Shared by all hook points, so their rows align."""
-    shuffle = pipeline.config.shuffle
-    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "passes": shuffle.passes, "fan_out": shuffle.fan_out}
-    inputs = {"token_shards": combine_ids([token_shard_ref(pipeline, index).artifact_id for index in pipeline.train_indices])}
-    return make_ref("shuffle_plan", FOLDER, identity=identity, inputs=inputs, label="plan")
+    return pipeline.remember("shuffle_plan_ref", lambda: _plan_ref(pipeline))
 
 
 def split_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
@@ -52,7 +49,9 @@ def n_mixed_shards(pipeline: Pipeline) -> int:
 
 def mixed_ids(pipeline: Pipeline, hook_point: str) -> str:
     """Combine the ids of all mixed shards of a hook point into one input id."""
-    return combine_ids([mixed_shard_ref(pipeline, hook_point, bucket).artifact_id for bucket in range(n_mixed_shards(pipeline))])
+    buckets = range(n_mixed_shards(pipeline))
+    question = ("mixed_ids", hook_point)
+    return pipeline.remember(question, lambda: combine_ids([mixed_shard_ref(pipeline, hook_point, bucket).artifact_id for bucket in buckets]))
 
 
 def pass_name(pass_index: int) -> str:
@@ -72,3 +71,10 @@ def bucket_index(key: str) -> int:
 
 def _inputs(pipeline: Pipeline, hook_point: str) -> dict[str, str]:
     return {"plan": shuffle_plan_ref(pipeline).artifact_id, "activation_shards": activation_ids(pipeline, hook_point, pipeline.train_indices)}
+
+
+def _plan_ref(pipeline: Pipeline) -> ArtifactRef:
+    shuffle = pipeline.config.shuffle
+    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "passes": shuffle.passes, "fan_out": shuffle.fan_out}
+    inputs = {"token_shards": combine_ids([token_shard_ref(pipeline, index).artifact_id for index in pipeline.train_indices])}
+    return make_ref("shuffle_plan", FOLDER, identity=identity, inputs=inputs, label="plan")
