@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
@@ -121,6 +121,22 @@ def make_ranges(missing: Sequence[str], keys: Sequence[str]) -> list[tuple[str, 
     return ranges
 
 
+def explain_failure(name: str, result: dg.ExecuteInProcessResult) -> RunError:
+    """Turn a failed run of an asset into one paragraph: what the stage said, or what went wrong in our own code."""
+    for event in result.all_events:
+        if event.event_type != DagsterEventType.STEP_FAILURE:
+            continue
+        failure = event.step_failure_data
+        if failure.user_failure_data is not None and failure.user_failure_data.description:
+            return RunError(failure.user_failure_data.description, failure.error.to_string() if failure.error else "")
+        if failure.error is not None:
+            cause = failure.error.cause or failure.error
+            text = cause.message.strip()
+            said = text.removeprefix(f"{InterpError.__module__}.{cause.cls_name}: ")
+            return RunError(said if said != text else f"{name} failed: {text}", failure.error.to_string())
+    return RunError(f"{name} failed, and Dagster does not say why. Look at the run in its UI (`interp dev`).")
+
+
 def _select(road: list[Stop], select: Sequence[str]) -> list[Stop]:
     wanted = set(select)
     known = {stop.name for stop in road}
@@ -139,7 +155,7 @@ def _run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, miss
             instance=instance, asset_selection=[dg.AssetKey(list(stop.key))], tags=tags, run_config=_QUIET, raise_on_error=False
         )
         if not result.success:
-            raise _explain(stop, result)
+            raise explain_failure(stop.name, result)
         n_bytes += sum(_bytes_of(event) for event in result.asset_materializations_for_node(_node_name(stop)))
         failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
     return AssetReport(stop.name, len(keys), len(missing), n_bytes, time.monotonic() - started, failed_checks)
@@ -152,17 +168,3 @@ def _node_name(stop: Stop) -> str:
 def _bytes_of(event: dg.AssetMaterialization) -> int:
     value = event.metadata.get("bytes")
     return int(value.value) if isinstance(value, dg.IntMetadataValue) and value.value else 0
-
-
-def _explain(stop: Stop, result: Any) -> RunError:
-    """Turn a failed run into one paragraph: what the stage said, or what went wrong in our own code."""
-    for event in result.all_events:
-        if event.event_type != DagsterEventType.STEP_FAILURE:
-            continue
-        failure = event.step_failure_data
-        if failure.user_failure_data is not None and failure.user_failure_data.description:
-            return RunError(failure.user_failure_data.description, failure.error.to_string() if failure.error else "")
-        if failure.error is not None:
-            cause = failure.error.cause or failure.error
-            return RunError(f"{stop.name} failed: {cause.message.strip()}", failure.error.to_string())
-    return RunError(f"{stop.name} failed, and Dagster does not say why. Look at the run in its UI (`interp dev`).")

@@ -13,7 +13,7 @@ from interp_assets.config import PipelineConfig
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.definitions import build_defs
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.jobs import RunError, find_missing, recorded_versions, run_road
+from interp_assets.jobs import RunError, explain_failure, find_missing, recorded_versions, run_road
 from interp_assets.manifest import create_artifact, remove_artifact
 from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.progress import Progress
@@ -158,7 +158,7 @@ def test_a_corrupted_shard_that_is_rebuilt_leaves_downstream_fresh(finished: Fin
             drop_artifacts(copied, name, SHARD)
             refused = materialize(copied, instance, name, SHARD)
             assert not refused.success
-            assert "rows.safetensors is damaged in block 0" in failure_text(refused)
+            assert "rows.safetensors is damaged in block 0" in str(explain_failure("", refused))
         remove_artifact(store, ref.path)
         assert materialize(copied, instance, "activations", SHARD).success
         assert list(run_road(copied, instance))
@@ -208,7 +208,7 @@ def test_training_refuses_a_shuffle_without_a_valid_certificate(finished: Finish
             art.facts["passed"] = False
         refused = materialize(copied, instance, "sae", "demo")
     assert not refused.success
-    assert "The shuffle of resid_post.0 has no valid certificate" in failure_text(refused)
+    assert "The shuffle of resid_post.0 has no valid certificate" in str(explain_failure("", refused))
 
 
 def test_new_text_makes_one_new_shard(tiny_world: Path, tmp_path: Path) -> None:
@@ -277,9 +277,3 @@ def drop_artifacts(config: PipelineConfig, name: str, partition: str) -> None:
     stop = next(stop for stop in make_road(config) if stop.name == name)
     for ref in stop.refs(pipeline, store, partition):
         remove_artifact(store, ref.path)
-
-
-def failure_text(result: dg.ExecuteInProcessResult) -> str:
-    """Return what a person reads of a failed run."""
-    events = [event for event in result.all_events if event.event_type == dg.DagsterEventType.STEP_FAILURE]
-    return str(events[0].step_failure_data.user_failure_data.description)
