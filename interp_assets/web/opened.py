@@ -5,19 +5,23 @@ entry explains nothing. Table and search index are opened when they are first as
 copied to a temporary folder then, because SQLite wants a file.
 """
 
+import gzip
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactForeignError, ArtifactMissingError, InterpError
+import numpy as np
+
+from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactForeignError, ArtifactMissingError, InputError, InterpError
 from interp_assets.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range
 from interp_assets.store import Store, open_store
-from interp_assets.web.bundle import FORMAT, VERSION
+from interp_assets.web.bundle import FORMAT, VERSION, decode_offsets
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.table import FeatureTable
 from interp_assets.web.vocabulary import Vocabulary, decode_vocabulary
@@ -95,6 +99,35 @@ class OpenBundle:
     def read(self, name: str) -> bytes:
         """Read a whole file of the bundle."""
         return read_file(self._store, self._path, self.manifest, name)
+
+    def record(self, latent: int) -> dict[str, Any]:
+        """Read one feature record. Raises `InputError` for a latent that the SAE does not have, `ArtifactCorruptError` for a damaged one."""
+        per_file, d_sae = self.description["records"]["per_file"], self.description["d_sae"]
+        if not 0 <= latent < d_sae:
+            raise InputError(f"There is no feature {latent:,} in {self.where}: it has {d_sae:,}, from 0.")
+        name, place = f"records/{latent // per_file:05d}", latent % per_file
+        start, stop = np.frombuffer(read_range(self._store, self._path, self.manifest, f"{name}.idx", 8 * place, 16), "<u8").tolist()
+        return self._decode(read_range(self._store, self._path, self.manifest, f"{name}.bin", start, stop - start), latent, name)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Read all feature records in order, a file of them at a time (about 30 MB)."""
+        per_file, d_sae = self.description["records"]["per_file"], self.description["d_sae"]
+        for first in range(0, d_sae, per_file):
+            name, n_records = f"records/{first // per_file:05d}", min(per_file, d_sae - first)
+            offsets = decode_offsets(self.read(f"{name}.idx"), n_records, f"{self.where}/{name}.idx").tolist()
+            data = self.read(f"{name}.bin")
+            for place, (start, stop) in enumerate(pairwise(offsets)):
+                yield self._decode(data[start:stop], first + place, name)
+
+    def _decode(self, member: bytes, latent: int, name: str) -> dict[str, Any]:
+        try:
+            record = json.loads(gzip.decompress(member))
+            found = record["latent"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactCorruptError(f"{self.where}/{name}.bin holds no record of feature {latent} ({error}). Materialize it again.") from error
+        if found != latent:
+            raise ArtifactCorruptError(f"{self.where}/{name}.idx says that feature {latent} lies where feature {found} is. Materialize it again.")
+        return record
 
     def stream(self, name: str, start: int, n_bytes: int) -> Iterator[bytes]:
         """Read a range of a file in verified pieces. The first is read before anything is answered, so a missing file is an error."""
