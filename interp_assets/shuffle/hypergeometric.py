@@ -30,6 +30,8 @@ MAX_POPULATION: Final = 1 << 52
 _SHORT_WINDOW: Final = 128
 """Windows up to this length are walked in plain Python: the same operations in the same order, without an array's overhead."""
 
+_BLOCK_TERMS: Final = 1 << 13
+
 NodeStream = Callable[[int, int], Stream]
 """Opens the stream of tree node [lo, hi)."""
 
@@ -135,10 +137,20 @@ def _weigh_short(n_good: int, n_bad: int, n_drawn: int, first: int, mode: int, l
 
 
 def _weigh_long(n_good: int, n_bad: int, n_drawn: int, first: int, mode: int, last: int) -> NDArray[np.float64]:
-    """Return what `_weigh_short` returns, bit for bit, in whole-array operations (`accumulate` is sequential)."""
+    """Return what `_weigh_short` returns, bit for bit, in array operations that stay in the processor's cache (`accumulate` is sequential)."""
     good, bad, drawn = float(n_good), float(n_bad), float(n_drawn)
-    x = np.arange(mode, first, -1, dtype=np.float64)
-    down = np.multiply.accumulate((x * (bad - drawn + x)) / ((good - x + 1) * (drawn - x + 1)))
-    x = np.arange(mode, last, dtype=np.float64)
-    up = np.multiply.accumulate(((good - x) * (drawn - x)) / ((x + 1) * (bad - drawn + x + 1)))
-    return np.add.accumulate(np.concatenate([down[::-1], [1.0], up]))
+    weights = np.ones(last - first + 1)
+    down, up = weights[mode - first :: -1], weights[mode - first :]
+    for start in range(0, len(down) - 1, _BLOCK_TERMS):
+        x = float(mode - start) - np.arange(min(_BLOCK_TERMS, len(down) - 1 - start))
+        _extend(down, start, (x * (bad - drawn + x)) / ((good - x + 1) * (drawn - x + 1)))
+    for start in range(0, len(up) - 1, _BLOCK_TERMS):
+        x = float(mode + start) + np.arange(min(_BLOCK_TERMS, len(up) - 1 - start))
+        _extend(up, start, ((good - x) * (drawn - x)) / ((x + 1) * (bad - drawn + x + 1)))
+    return np.add.accumulate(weights, out=weights)
+
+
+def _extend(weights: NDArray[np.float64], start: int, ratios: NDArray[np.float64]) -> None:
+    """Continue the running product after `weights[start]`."""
+    ratios[0] *= weights[start]
+    np.multiply.accumulate(ratios, out=weights[start + 1 : start + 1 + len(ratios)])

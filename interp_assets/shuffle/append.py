@@ -1,0 +1,216 @@
+"""New shards are merged into an already mixed set by one sequential read and write, and the result is again exactly uniform.
+
+A uniform order of old and new rows together is: a uniform order of the old, one of the new, and a uniform interleaving of the two. The old
+rows have theirs; the new rows get one from a shuffle of their own (`make_generation`); what is left is the interleaving:
+
+1. how many old and new rows each output shard takes: a count table with two columns, drawn as every other (`hypergeometric.py`);
+2. inside a shard, chunk by chunk, how many of the next rows are old (hypergeometric on what remains), and a uniform word that says which.
+
+Every output shard is a job that knows from the table where its rows start in the old and in the new set; it reads both forward and holds a
+few chunks. Old plus new bytes are read once and written once, instead of 2 * passes times. The order inside each source is kept. Streams
+carry no hook point, so hook points stay aligned. The merged shards have ids of their own: they hold other bytes than a shuffle from
+scratch would. Source: the merging step of MergeShuffle (Bacher et al. 2015), cut into jobs.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.errors import CertificateError, PlanError
+from interp_assets.harvest.refs import hook_folder
+from interp_assets.manifest import ArtifactRef, Produced, combine_ids, create_artifact, find_manifest, load_manifest, make_ref, read_range
+from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.seeds import Stream
+from interp_assets.shuffle.hypergeometric import count_table, draw_hypergeometric
+from interp_assets.shuffle.mixed import ROWS, MixedShard, make_mixed_shard, mixed_specs, read_mixed_ids, save_mixed
+from interp_assets.shuffle.multiset import MultisetHash, hash_rows
+from interp_assets.shuffle.permutation import Draws
+from interp_assets.shuffle.refs import FOLDER, SHUFFLE_VERSION, bucket_key
+from interp_assets.shuffle.rows import Progress, Segment, cut_segment, frozen
+from interp_assets.shuffle.sizes import shares
+from interp_assets.store import Store
+from interp_assets.tensors import ITEM_BYTES
+
+WORD_ROWS: Final = 4096
+"""Rows per interleaving word; part of what decides the bytes."""
+
+
+class Appending(NamedTuple):
+    """What is merged: the mixed shards of the old and of the new rows, and how many shards come out."""
+
+    old: list[MixedShard]
+    new: list[MixedShard]
+    n_buckets: int
+
+    @property
+    def n_rows(self) -> tuple[int, int]:
+        """Rows of the old and of the new set."""
+        return sum(shard.n_rows for shard in self.old), sum(shard.n_rows for shard in self.new)
+
+
+def make_generation(pipeline: Pipeline, before: Pipeline) -> Pipeline:
+    """Return the pipeline of the shards that `pipeline` has and `before` had not: shuffle it, then append its mixed shards.
+
+    Its seed is its own, so that no stream serves two generations. Raises `PlanError` when an old shard changed or is gone: that is no
+    appending.
+    """
+    old = {index: token_shard_ref(before, index).artifact_id for index in before.train_indices}
+    now = {index: token_shard_ref(pipeline, index).artifact_id for index in pipeline.train_indices}
+    changed = [shard_key(index) for index in old if now.get(index) != old[index]]
+    if changed:
+        raise PlanError(f"Only new shards can be appended, but {len(changed)} old ones changed or are gone: {', '.join(changed[:10])}. Shuffle anew.")
+    added = [index for index in now if index not in old]
+    if not added:
+        raise PlanError(f"Pipeline {pipeline.config.name!r} has no shard that its {len(old)} shuffled ones lack: there is nothing to append.")
+    seed = Draws(pipeline.config.seed).stream("generation", *added).torch_seed()
+    shards = [shard for shard in pipeline.plan.shards if shard.index in added or shard.index in pipeline.held_out_indices]
+    return Pipeline(pipeline.config.model_copy(update={"seed": seed}), replace(pipeline.plan, shards=shards))
+
+
+def appended_ref(pipeline: Pipeline, hook_point: str, sources: Appending, bucket: int) -> ArtifactRef:
+    """Address a merged shard. Its inputs are the mixed shards it was merged from."""
+    inputs = {role: combine_ids([shard.ref.artifact_id for shard in shards]) for role, shards in (("old", sources.old), ("new", sources.new))}
+    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "bucket": bucket, "n_buckets": sources.n_buckets}
+    return make_ref("mixed_shard", f"{FOLDER}/{hook_folder(hook_point)}/appended", identity=identity, inputs=inputs, label=bucket_key(bucket))
+
+
+def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Appending, bucket: int, progress: Progress | None = None) -> Produced:
+    """Make merged shard `bucket`: an ordinary mixed shard. Holds some chunks and the shard's row ids, whatever its size."""
+    started = time.monotonic()
+    formats = sorted({(shard.d_in, shard.dtype) for shard in [*sources.old, *sources.new]})
+    if len(formats) != 1:
+        raise PlanError(f"Rows of {len(formats)} kinds cannot be merged at {hook_point}: {formats} (width, dtype). Shuffle them apart.")
+    ref = appended_ref(pipeline, hook_point, sources, bucket)
+    manifest = find_manifest(store, ref)
+    if manifest is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    draws, (n_old, n_new) = Draws(pipeline.config.seed), sources.n_rows
+    table = merge_counts(draws, n_old, n_new, sources.n_buckets)
+    at_old, at_new = (int(count) for count in table[:bucket].sum(axis=0))
+    words = merge_words(merge_stream(draws, n_old, n_new, bucket), int(table[bucket, 0]), int(table[bucket, 1]))
+    merged = _Merged(_Forward(store, sources.old, at_old), _Forward(store, sources.new, at_new), words, progress)
+    with create_artifact(store, ref) as art:
+        first = sources.old[0]
+        save_mixed(art, merged.rows(), iter(merged.row_ids), mixed_specs(int(table[bucket].sum()), first.d_in, first.dtype))
+        art.facts["multiset_hash"] = merged.rows_hash.encode()
+    assert art.manifest is not None
+    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
+
+
+def open_appended(pipeline: Pipeline, store: Store, hook_point: str, sources: Appending) -> list[MixedShard]:
+    """Open all merged shards, and check that together they hold the old and the new rows and nothing else.
+
+    Raises `ArtifactMissingError` for a shard that is not there, `CertificateError` when rows were lost, doubled or changed.
+    """
+    shards: list[MixedShard] = []
+    for bucket in range(sources.n_buckets):
+        ref = appended_ref(pipeline, hook_point, sources, bucket)
+        shards.append(make_mixed_shard(store, bucket, ref, load_manifest(store, ref)))
+    before, after = _sum_hashes([*sources.old, *sources.new]), _sum_hashes(shards)
+    if before != after:
+        raise CertificateError(
+            f"Appending to {hook_point} in {store.url} did not keep its rows: {before.encode()} went in, {after.encode()} came out. Do not train on "
+            "them. Run `interp verify` on 3-shuffle, delete the folder `appended` and append again."
+        )
+    return shards
+
+
+def merge_counts(draws: Draws, n_old: int, n_new: int, n_buckets: int) -> NDArray[np.int64]:
+    """Draw how many old and new rows each output shard takes, `[n_buckets, 2]`."""
+    return count_table(partial(draws.stream, "append", n_old, n_new, "counts"), shares(n_old + n_new, n_buckets), [n_old, n_new])
+
+
+def merge_stream(draws: Draws, n_old: int, n_new: int, bucket: int) -> Stream:
+    """Open the stream of one output shard's words."""
+    return draws.stream("append", n_old, n_new, "words", bucket)
+
+
+def merge_words(bits: Stream, n_old: int, n_new: int, word_rows: int = WORD_ROWS) -> Iterator[NDArray[np.bool_]]:
+    """Draw a uniform interleaving of `n_old` and `n_new` rows, `word_rows` places a time; True means the next old row."""
+    while n_old + n_new:
+        n_places = min(word_rows, n_old + n_new)
+        from_old = draw_hypergeometric(bits, n_old, n_new, n_places)
+        yield bits.permutation(n_places) < from_old
+        n_old, n_new = n_old - from_old, n_new - (n_places - from_old)
+
+
+def append_indices(draws: Draws, old: NDArray[np.int64], new: NDArray[np.int64], n_buckets: int, word_rows: int = WORD_ROWS) -> NDArray[np.int64]:
+    """Merge two orders in memory as the jobs merge rows: the pure core, for proofs."""
+    table = merge_counts(draws, len(old), len(new), n_buckets)
+    merged: list[NDArray[np.int64]] = []
+    at_old, at_new = 0, 0
+    for bucket in range(n_buckets):
+        bits = merge_stream(draws, len(old), len(new), bucket)
+        for is_old in merge_words(bits, int(table[bucket, 0]), int(table[bucket, 1]), word_rows):
+            n_places, from_old = len(is_old), int(is_old.sum())
+            places = np.empty(n_places, np.int64)
+            places[is_old], places[~is_old] = old[at_old : at_old + from_old], new[at_new : at_new + n_places - from_old]
+            merged.append(places)
+            at_old, at_new = at_old + from_old, at_new + n_places - from_old
+    return np.concatenate(merged) if merged else np.zeros(0, np.int64)
+
+
+def _sum_hashes(shards: Sequence[MixedShard]) -> MultisetHash:
+    total = MultisetHash()
+    for shard in shards:
+        total = total.merge(MultisetHash.decode(shard.manifest.facts["multiset_hash"]))
+    return total
+
+
+class _Merged:
+    """The rows of one output shard on their way into its file, hashed as they pass; the ids are kept for the file's second tensor."""
+
+    def __init__(self, old: "_Forward", new: "_Forward", words: Iterator[NDArray[np.bool_]], progress: Progress | None) -> None:
+        self._old, self._new, self._words, self._progress = old, new, words, progress
+        self.row_ids: list[NDArray[np.uint64]] = []
+        self.rows_hash = MultisetHash()
+
+    def rows(self) -> Iterator[memoryview]:
+        for is_old in self._words:
+            rows = np.empty((len(is_old), self._old.row_bytes), np.uint8)
+            ids = np.empty(len(is_old), np.uint64)
+            for source, places in ((self._old, is_old), (self._new, ~is_old)):
+                rows[places], ids[places] = source.take(int(places.sum()))
+            self.row_ids.append(ids)
+            self.rows_hash = self.rows_hash.merge(hash_rows(ids, rows))
+            yield frozen(rows)
+            if self._progress is not None:
+                self._progress(len(ids))
+
+
+class _Forward:
+    """Reads the rows of several mixed shards one after the other, from a given row on, every checksum block once."""
+
+    def __init__(self, store: Store, shards: Sequence[MixedShard], first_row: int) -> None:
+        self.row_bytes = shards[0].d_in * ITEM_BYTES[shards[0].dtype] if shards else 0
+        self._parts = self._read(store, shards, first_row)
+        self._rows = np.zeros((0, self.row_bytes), np.uint8)
+        self._ids = np.zeros(0, np.uint64)
+
+    def take(self, n_rows: int) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
+        """Return the next `n_rows` rows and their ids."""
+        while len(self._rows) < n_rows:
+            rows, ids = next(self._parts)
+            self._rows, self._ids = np.concatenate([self._rows, rows]), np.concatenate([self._ids, ids])
+        taken = self._rows[:n_rows], self._ids[:n_rows]
+        self._rows, self._ids = self._rows[n_rows:], self._ids[n_rows:]
+        return taken
+
+    def _read(self, store: Store, shards: Sequence[MixedShard], first_row: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint64]]]:
+        for shard in shards:
+            start, first_row = min(first_row, shard.n_rows), max(0, first_row - shard.n_rows)
+            ids = read_mixed_ids(store, shard, start, shard.n_rows)
+            span = shard.rows.start + start * self.row_bytes, (shard.n_rows - start) * self.row_bytes
+            held, done = b"", 0
+            for piece in cut_segment(Segment(shard.ref.path, shard.manifest, ROWS, *span, 0)):
+                held += read_range(store, piece.path, piece.manifest, piece.name, piece.start, piece.n_bytes)
+                n_whole = len(held) // self.row_bytes
+                rows = np.frombuffer(held, np.uint8, n_whole * self.row_bytes).reshape(n_whole, self.row_bytes)
+                yield rows, ids[done : done + n_whole]
+                held, done = held[n_whole * self.row_bytes :], done + n_whole
