@@ -26,8 +26,9 @@ from interp_assets.errors import InputError
 from interp_assets.pipeline import ShardSource
 
 _BLOCK_BYTES: Final = 16 << 20
-# The second is the base error of the HTTP library, which has changed from one release of the hub's client to the next.
-_LOAD_ERRORS: Final[tuple[type[Exception], ...]] = (OSError, HfHubHTTPError.__mro__[1], ValueError, KeyError, RuntimeError, ImportError)
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
+"""Base error of the hub client's HTTP library, which has changed from one release to the next."""
+_LOAD_ERRORS: Final = (OSError, _HTTP_ERROR, ValueError, KeyError, RuntimeError, ImportError)
 
 
 def plan_hub(config: CorpusConfig) -> list[ShardSource]:

@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import make_tiny_config, write_texts
 
 from interp_assets.config import ExecutionConfig, ModelConfig
+from interp_assets.corpus.plan import plan_corpus
+from interp_assets.corpus.tokens import context_offsets, load_tokens, make_token_shard
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import affixes, load_tokenizer
+from interp_assets.harvest.activations import harvest_shard
+from interp_assets.harvest.rows import load_rows
+from interp_assets.store import ObjectStore
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +50,29 @@ def test_its_last_layer_says_that_like_sentences_are_alike(folder: Path, encoder
     assert likeness[0, 1] > 0.4
     assert likeness[0, 2] < 0.2
     assert affixes(tokenizer) == ([101], [102])
+
+
+def test_its_activations_are_harvested_as_it_computes_them(folder: Path, encoder: SubjectModel, tmp_path: Path, memory_store: ObjectStore) -> None:
+    """From text files to stored rows, with documents of unequal length, padded and long."""
+    texts = write_texts(tmp_path / "texts", n_files=4, n_chars=400)
+    (texts / "short.txt").write_text("Cats purr.")
+    points = ["resid_post.5", "mlp_out.2"]
+    config = make_tiny_config(
+        folder,
+        texts,
+        corpus={"contexts": "per_document", "context_length": 64, "shard_bytes": 1000},
+        harvest={"hook_points": points, "dtype": "float32"},
+        saes=[{"name": "demo", "hook_point": points[0], "k": 4}],
+    )
+    pipeline = plan_corpus(config, memory_store)
+    tokenizer = load_tokenizer(config.model)
+    for index in pipeline.shard_indices:
+        make_token_shard(pipeline, memory_store, tokenizer, index)
+        harvest_shard(pipeline, memory_store, encoder, index)
+    last = pipeline.shard_indices[-1]
+    tokens = load_tokens(pipeline, memory_store, last)
+    first = int(context_offsets(tokens.contexts)[-2])
+    token_ids = torch.from_numpy(tokens.token_ids[first:].astype("int64"))[None]
+    assert tokenizer.decode(token_ids[0]) == "[CLS] cats purr. [SEP]"
+    for point, rows in encoder.capture(token_ids, None, points).items():
+        torch.testing.assert_close(load_rows(pipeline, memory_store, point, last, first, tokens.n_rows), rows[0], rtol=1e-4, atol=1e-4)

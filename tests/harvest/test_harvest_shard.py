@@ -1,6 +1,7 @@
 """Harvesting: every row the model's own, at its place, in the same bytes whatever the batch; a NaN publishes nothing."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ class World(NamedTuple):
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Save tiny models and texts once."""
     root = tmp_path_factory.mktemp("models")
-    return {kind: save_model(root / kind, kind) for kind in ("gpt2", "bert")} | {"texts": write_texts(root / "texts")}
+    return {"texts": write_texts(root / "texts"), "root": root}
 
 
 @pytest.fixture
@@ -48,11 +49,14 @@ def make_world(folders: dict[str, Path]) -> Callable[..., World]:
 
     def make(kind: str = "gpt2", *, store: ObjectStore | None = None, dtype: str = "bfloat16", tokens_per_batch: int = 200) -> World:
         store = store or open_store("memory://world")
+        if kind not in folders:
+            folders[kind] = save_model(folders["root"] / kind, kind)
+        points = {"gpt2": POINTS, "bert": ENCODER_POINTS}.get(kind, ["resid_post.0", "mlp_out.1"])
         config = make_tiny_config(
             folders[kind],
             folders["texts"],
             corpus={"contexts": "per_document" if kind == "bert" else "packed"},
-            harvest={"hook_points": ENCODER_POINTS if kind == "bert" else POINTS, "dtype": dtype},
+            harvest={"hook_points": points, "dtype": dtype},
             execution={"tokens_per_batch": tokens_per_batch, "device": "cpu"},
         )
         pipeline = plan_corpus(config, store)
@@ -74,13 +78,12 @@ def test_every_row_is_what_the_model_computes_for_its_context_alone(kind: str, m
     offsets = context_offsets(tokens.contexts)
     points = world.pipeline.config.harvest.hook_points
     assert list(produced) == points
-    for point in points:
-        rows = load_rows(world.pipeline, world.store, point, 0, 0, tokens.n_rows)
-        assert rows.shape == (tokens.n_rows, world.pipeline.d_in(point))
-        for first, stop in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-            token_ids = torch.from_numpy(tokens.token_ids[first:stop].astype(np.int64))[None]
-            expected = world.subject.capture(token_ids, None, [point])[point][0]
-            torch.testing.assert_close(rows[first:stop], expected, rtol=1e-5, atol=1e-5)
+    rows = {point: load_rows(world.pipeline, world.store, point, 0, 0, tokens.n_rows) for point in points}
+    for first, stop in pairwise(offsets.tolist()):
+        token_ids = torch.from_numpy(tokens.token_ids[first:stop].astype(np.int64))[None]
+        for point, expected in world.subject.capture(token_ids, None, points).items():
+            assert rows[point].shape == (tokens.n_rows, world.pipeline.d_in(point))
+            torch.testing.assert_close(rows[point][first:stop], expected[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
@@ -92,6 +95,18 @@ def test_the_batch_size_leaves_no_trace_in_the_bytes(kind: str, make_world: Call
         produced = harvest_shard(world.pipeline, world.store, world.subject, 1)
         digests.append([result.manifest.digest for result in produced.values()])
     assert digests[0] == digests[1] == digests[2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "gemma2", "qwen3"])
+def test_any_architecture_goes_the_whole_way_to_the_same_bytes(kind: str, make_world: Callable[..., World]) -> None:
+    """From text to activation shards, twice, in two stores."""
+    digests = []
+    for _ in range(2):
+        world = make_world(kind, store=open_store("memory://again"))
+        produced = harvest_shard(world.pipeline, world.store, world.subject, 0)
+        assert all(result.manifest.facts["mean_norm"] > 0 for result in produced.values())
+        digests.append([result.manifest.digest for result in produced.values()])
+    assert digests[0] == digests[1]
 
 
 def test_hook_points_that_are_there_are_kept(make_world: Callable[..., World]) -> None:

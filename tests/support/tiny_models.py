@@ -25,6 +25,8 @@ from transformers import (
 from interp_assets.config import PipelineConfig, make_config
 from interp_assets.garcon.subject import SubjectModel, is_encoder
 
+torch.set_num_threads(1)  # operators this small only wait for each other on several threads
+
 VOCABULARY = 256 + 3
 CONTEXT = 48
 D_MODEL = 16
