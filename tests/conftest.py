@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from interp_assets.config import PipelineConfig, make_config
 from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.store import ObjectStore, open_store
+
+torch.set_num_threads(1)  # small matrices, and a test process on every core: more threads only wait for each other
 
 
 @pytest.fixture
