@@ -1,8 +1,8 @@
 import { describe, expect, test } from 'vitest';
 import { formatBytes, formatOneIn, formatShare, formatShort, formatTick, formatValue } from '../src/lib/format';
-import { findRepeats } from '../src/lib/repeats';
+import { examplesBetween, findRepeats } from '../src/lib/examples';
 import { countTicks, intensity, linearTicks, logHeight, logPlace, logTicks } from '../src/lib/scale';
-import type { Window } from '../src/lib/types';
+import type { FeatureRecord, Window } from '../src/lib/types';
 
 describe('numbers for people', () => {
   test.each([[0, '0'], [1, '1.00'], [11.74, '11.7'], [0.0325, '0.0325'], [-1.5, '−1.50'], [1234.5, '1,235'], [0.00001234, '1.2e−5'], [2.5e7, '2.5e7']])(
@@ -38,6 +38,7 @@ describe('scales', () => {
     expect(linearTicks(-1.75, 3.21)).toEqual([-1, 0, 1, 2, 3]);
     expect(linearTicks(2, 2)).toEqual([2]);
     expect(logTicks(0.009, 0.06)).toEqual([0.01, 0.02, 0.05]);
+    expect(logTicks(28, 64)).toEqual([30, 40, 50, 60]);
     expect(logTicks(1e-7, 1, 5)).toEqual([1e-6, 1e-4, 1e-2, 1]);
     expect(logTicks(0, 1)).toEqual([]);
     expect(countTicks(1500)).toEqual([1, 10, 100, 1000]);
@@ -45,7 +46,14 @@ describe('scales', () => {
   test('the middle of a logarithmic axis is the geometric mean', () => expect(logPlace(10, 1, 100)).toBeCloseTo(0.5));
 });
 
+const window = (tokens: number[], peak: number, activation = 1, row = 0): Window => ({ row: [0, row], document: '', tokens, peak, activation, activations: [], masked: [] });
+
 test('a second example with the same tokens around its peak is a repeat', () => {
-  const at = (tokens: number[], peak: number): Window => ({ row: [0, 0], document: '', tokens, peak, activation: 1, activations: [], masked: [] });
-  expect(findRepeats([at([1, 2, 3], 1), at([1, 2, 4], 1), at([1, 2, 3], 1)])).toEqual([false, false, true]);
+  expect(findRepeats([window([1, 2, 3], 1), window([1, 2, 4], 1), window([1, 2, 3], 1)])).toEqual([false, false, true]);
+});
+
+test('a bar of the histogram opens its examples, each once', () => {
+  const [weak, middle, strong] = [window([1], 0, 1, 1), window([1], 0, 2, 2), window([1], 0, 3, 3)];
+  const record = { examples: { top: [strong, middle], intervals: [{ low: 1, high: 3, examples: [middle, weak] }], random: [weak] } } as unknown as FeatureRecord;
+  expect(examplesBetween(record, 1, 3)).toEqual([middle, weak]);
 });

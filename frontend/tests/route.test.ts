@@ -4,8 +4,8 @@ import { DEFAULT_LIST, boundsOf, formatRoute, listParameters, parseRoute, withBo
 describe('addresses', () => {
   test('the whole state survives a copied address', () => {
     const list = { sort: 'max', isDescending: true, life: 'all' as const, filters: ['max>=3', 'frequency<=0.01'], text: 'a&b #?"%" =' };
-    const address = formatRoute({ bundle: 'demo 1/é', latent: 17, list, isFull: true });
-    expect(parseRoute(address)).toEqual({ bundle: 'demo 1/é', latent: 17, list, at: null, isFull: true });
+    const address = formatRoute({ bundle: 'demo 1/é', latent: 17, list, isFull: true, range: [2, 2.5] });
+    expect(parseRoute(address)).toEqual({ bundle: 'demo 1/é', latent: 17, list, at: null, isFull: true, range: [2, 2.5] });
   });
 
   test('a default list has a short address', () => expect(formatRoute({ bundle: 'demo', list: DEFAULT_LIST })).toBe('#/demo'));
@@ -16,6 +16,8 @@ describe('addresses', () => {
     expect(parseRoute('#/demo/abc').latent).toBeNaN();
     expect(parseRoute('#/demo/-1').latent).toBeNaN();
   });
+
+  test('a range that is none is left out', () => expect(['#/a/1?range=3~2', '#/a/1?range=x', '#/a/1'].map((address) => parseRoute(address).range)).toEqual([null, null, null]));
 
   test('a broken escape does not break the page', () => expect(parseRoute('#/%E0%A4%A').bundle).toBe('%E0%A4%A'));
 });

@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import type { Window } from '../src/lib/types';
-import { makeUnits, parseVocabulary, tokenText, visible, visibleAlone } from '../src/lib/vocabulary';
+import { makeUnits, parseVocabulary, tokenText, visible, visibleAlone, visibleInLine } from '../src/lib/vocabulary';
 
 const vocabulary = parseVocabulary({
   format: 'interp-assets/vocabulary',
@@ -41,6 +41,8 @@ describe('text', () => {
     expect(visible('a\n\tb ')).toBe('a↵⇥b ');
     expect(visible('a\r\nb')).toBe('a↵b');
   });
+
+  test('deep indentation takes two columns of a line', () => expect(visibleInLine('\n        x')).toBe('↵  x'));
 
   test('characters that would act on the page are written as numbers', () => {
     expect(visible('\u202eabc\u0000')).toBe('⟨202E⟩abc⟨0000⟩');

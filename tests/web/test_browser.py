@@ -1,7 +1,7 @@
 """A real browser opens the pages, clicks through them, and must never see a blank screen or an error in its console.
 
-`INTERP_SCREENSHOTS=<folder>` keeps pictures of all pages, light and dark, wide and narrow. Without Chromium the tests are skipped with the
-reason, except where `CI` is set: there its absence is a failure.
+Without Chromium the tests are skipped with the reason, except where `CI` is set: there its absence is a failure. Pictures of the pages:
+`python docs/screenshots.py`.
 """
 
 import json
@@ -256,6 +256,22 @@ def test_a_drag_over_a_distribution_filters_the_list(visit: Visit, site: Site) -
     visit.page.wait_for_selector("[role=status]:has-text('277 of 300')")
 
 
+def test_a_bar_of_the_histogram_opens_its_examples(visit: Visit, site: Site) -> None:
+    """From a number to the text behind it, by mouse or keyboard, and in the address."""
+    visit.open(site.page("/1"), "h1:has-text('Feature 1')")
+    bar = visit.page.locator("rect.target[tabindex='0']").last
+    bar.focus()
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_selector("h2:has-text('Activations from')")
+    assert "range=" in visit.page.url
+    low, high = (float(part) for part in visit.page.url.split("range=")[1].replace("%7E", "~").split("~"))
+    shown = visit.page.get_by_role("list", name="Activations from").first.locator("button.value").all_inner_texts()
+    assert shown
+    assert all(low * 0.995 <= float(text) <= high * 1.005 for text in shown)
+    visit.page.get_by_role("button", name="close").click()
+    visit.page.wait_for_selector("h2:has-text('Activations from')", state="detached")
+
+
 def test_the_long_list_draws_only_what_is_in_view(visit: Visit, site: Site) -> None:
     """Rows beyond the view do not exist, and come when they are scrolled to."""
     visit.open(site.page("?life=all"), "[role=row] a")
@@ -396,19 +412,3 @@ def test_a_server_that_has_gone_is_told(unhappy_visit: Visit, site: Site) -> Non
     page.evaluate(f"location.hash = '#/{site.name}/250'")
     page.wait_for_selector("[role=alert]")
     assert "The server does not answer" in page.get_by_role("alert").inner_text()
-
-
-@pytest.mark.skipif(not os.environ.get("INTERP_SCREENSHOTS"), reason="pictures are made on request: INTERP_SCREENSHOTS=<folder>")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [WIDE, NARROW])
-def test_pictures(chromium, site: Site, scheme: str, viewport: dict) -> None:
-    """For people who want to see what the pages look like."""
-    folder = Path(os.environ["INTERP_SCREENSHOTS"])
-    folder.mkdir(parents=True, exist_ok=True)
-    visit = Visit(chromium, color_scheme=scheme)
-    visit.page.set_viewport_size(viewport)
-    for name, path, wait_for in (("list", "", "[role=row] .context, [role=row] a"), ("feature", "/1", "h1:has-text('Feature 1')")):
-        visit.open(site.page(path), wait_for)
-        visit.page.wait_for_timeout(600)
-        visit.page.screenshot(path=folder / f"{name}-{scheme}-{viewport['width']}.png")
-    visit.context.close()

@@ -110,7 +110,8 @@ async function fetchRecord(bundle: Bundle, latent: number): Promise<FeatureRecor
   const path = fileOf(bundle.name, file);
   const index = await indices.get(path, async () => (await ask(`${path}.idx`)).arrayBuffer());
   const { start, stop } = readSpan(index, place, file);
-  const response = await ask(`${path}.bin`, { headers: { Range: `bytes=${start}-${stop - 1}` } });
+  // Not through the browser's cache: it lets only one request at a time touch an address, and rows of a list ask for many ranges of one file.
+  const response = await ask(`${path}.bin`, { headers: { Range: `bytes=${start}-${stop - 1}` }, cache: 'no-store' });
   const body = await response.arrayBuffer();
   const member = response.status === 206 ? body : body.slice(start, stop); // a host without ranges sends it all
   if (member.byteLength !== stop - start) {

@@ -2,7 +2,7 @@
  * The part of the address after `#` is the whole state of the page, so a copied address shows the same thing:
  *
  *     #/<bundle>?sort=max&desc=1&life=all&filter=max>=3&q=import&at=17     list
- *     #/<bundle>/<latent>?...the list it was opened from...&view=full       feature
+ *     #/<bundle>/<latent>?...the list it was opened from...&view=full&range=2~2.5   feature
  */
 export interface ListState {
   sort: string;
@@ -20,6 +20,8 @@ export interface Route {
   at: number | null;
   /** Whole windows with their line breaks, instead of one line each. */
   isFull: boolean;
+  /** Only examples with an activation in [low, high): a bar of the histogram. */
+  range: [number, number] | null;
 }
 
 export const DEFAULT_LIST: ListState = { sort: 'latent', isDescending: false, life: 'live', filters: [], text: '' };
@@ -41,10 +43,11 @@ export function parseRoute(hash: string): Route {
     },
     at: /^\d+$/.test(given.get('at') ?? '') ? Number(given.get('at')) : null,
     isFull: given.get('view') === 'full',
+    range: parseRange(given.get('range')),
   };
 }
 
-export function formatRoute(route: { bundle: string; latent?: number | null; list?: ListState; at?: number | null; isFull?: boolean }): string {
+export function formatRoute(route: { bundle: string; latent?: number | null; list?: ListState; at?: number | null; isFull?: boolean; range?: [number, number] | null }): string {
   const list = route.list ?? DEFAULT_LIST;
   const query = new URLSearchParams();
   if (list.sort !== DEFAULT_LIST.sort) query.set('sort', list.sort);
@@ -54,6 +57,7 @@ export function formatRoute(route: { bundle: string; latent?: number | null; lis
   if (list.text) query.set('q', list.text);
   if (route.at != null) query.set('at', String(route.at));
   if (route.isFull) query.set('view', 'full');
+  if (route.range) query.set('range', route.range.join('~'));
   const path = `#/${encodeURIComponent(route.bundle)}${route.latent == null ? '' : `/${route.latent}`}`;
   const text = query.toString();
   return text ? `${path}?${text}` : path;
@@ -84,6 +88,11 @@ export function boundsOf(filters: string[], column: string): { low: number | nul
     return found === undefined || !Number.isFinite(value) ? null : value;
   };
   return { low: bound('>='), high: bound('<=') };
+}
+
+function parseRange(text: string | null): [number, number] | null {
+  const [low = Number.NaN, high = Number.NaN] = (text ?? '').split('~').map((part) => Number.parseFloat(part));
+  return Number.isFinite(low) && Number.isFinite(high) && low < high ? [low, high] : null;
 }
 
 function decodePart(part: string): string {

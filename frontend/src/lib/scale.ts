@@ -1,9 +1,12 @@
 /** Values become places: intensities of colour, ticks and bars of charts. */
 
-/** Strength of a token's background, 0 to 1: weak firings stay visible, the feature's maximum is full. */
+/**
+ * Strength of a token's background, 0 to 1: weak firings stay visible, the feature's maximum is full. Slightly convex, because thresholds make
+ * most firings of an SAE start well above zero.
+ */
 export function intensity(value: number, max: number): number {
   if (!(value > 0) || !(max > 0)) return 0;
-  return 0.16 + 0.84 * Math.min(1, value / max);
+  return 0.14 + 0.86 * Math.min(1, value / max) ** 1.4;
 }
 
 /** Powers of ten from 1 up to `max`: ticks of a logarithmic axis of counts. */
@@ -29,9 +32,11 @@ export function linearTicks(low: number, high: number, n = 5): number[] {
   return ticks;
 }
 
-/** Round numbers inside [low, high] on a logarithmic axis: 1-2-5 steps, thinned to powers of ten and further where there are more than `n`. */
+/** Round numbers inside [low, high] on a logarithmic axis: 1-2-5 steps, thinned to powers of ten and further where there are more than `n`;
+ * equal steps where the range is short. */
 export function logTicks(low: number, high: number, n = 6): number[] {
   if (!(low > 0) || !(high >= low)) return [];
+  if (high < 5 * low) return linearTicks(low, high, n);
   for (const digits of [[1, 2, 5], [1, 3], [1]]) {
     const ticks = roundNumbers(low, high, digits, 1);
     if (ticks.length <= n) return ticks;

@@ -98,6 +98,11 @@ export function visible(text: string): string {
   return text.replace(/\r\n|\r|\n/g, '↵').replaceAll('\t', '⇥').replace(INVISIBLE, byNumber);
 }
 
+/** Inside one line, indentation takes two columns, however deep it is; the whole window shows it as it is. */
+export function visibleInLine(text: string): string {
+  return visible(text).replace(/ {3,}/g, '  ');
+}
+
 /** Make a token's text visible on its own (chips, tooltips): leading and trailing spaces get a sign, too. */
 export function visibleAlone(text: string): string {
   if (text === '') return '∅';
