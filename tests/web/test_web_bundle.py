@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 from dataclasses import replace
+from importlib.resources import files
 
+import jsonschema
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -152,9 +154,11 @@ def test_a_synthetic_bundle_is_marked_and_repeatable() -> None:
     assert made[0].manifest.facts["is_synthetic"]
 
 
-def test_synthetic_records_agree_with_themselves() -> None:
+def test_synthetic_records_keep_the_schema_and_agree_with_themselves() -> None:
     """Tests of pages are worth something only if the records could be real ones."""
+    schema = json.loads(files("interp_assets.visualize").joinpath("feature_record.schema.json").read_text(encoding="utf-8"))
     for record in make_synthetic_records(n_features=14, n_documents=4):
+        jsonschema.validate(record, schema)
         statistics, examples = record["statistics"], record["examples"]
         assert record["is_dead"] == (statistics["count"] == 0) == (not examples["top"])
         assert sum(statistics["histogram"]["counts"]) == statistics["count"]
