@@ -78,7 +78,7 @@ def find_candidates(
     _check_inputs(pipeline, store, sae, name, index, tokens)
     origin = histogram_origin(load_statistics(pipeline, store, hook_point).mean_norm, sae.W_enc)
     encoder = Encoder(sae, *slice_bounds(pipeline, name, latent_slice), choose_device(pipeline.config.execution.device))
-    job = _Job(pipeline, encoder, tokens, index, origin)
+    job = Job(pipeline, encoder, tokens, index, origin)
     n_block = pipeline.config.execution.rows_per_block
     thresholds: list[NDArray[np.float32]] = []
     for first_row, rows in iter_row_blocks(pipeline, store, hook_point, index, n_block):
@@ -106,10 +106,11 @@ class _Kept(NamedTuple):
     kinds: NDArray[np.uint8]
 
 
-class _Job:
+class Job:
     """Everything that one job of pass A keeps, tile by tile."""
 
-    def __init__(self, pipeline: Pipeline, encoder: Encoder, tokens: TokenShard, index: int, origin: int) -> None:
+    def __init__(self, pipeline: Pipeline, encoder: Encoder, tokens: TokenShard, index: int, origin: int, n_full: int = FULL_FIRINGS) -> None:
+        """Keep nothing yet; `n_full` firings are collected, over all tiles, before they are reduced."""
         features, seed = pipeline.config.features, pipeline.config.seed
         self._encoder, self._tokens, self._origin = encoder, tokens, origin
         self._limits = Limits(features.top_k, features.n_random)
@@ -123,7 +124,7 @@ class _Job:
         self._is_valid = np.append(tokens.valid, np.zeros(pipeline.config.execution.rows_per_block, np.bool_))
         self._collected: list[list[Scan]] = [[] for _ in range(encoder.n_tiles)]
         self._n_collected = [0] * encoder.n_tiles
-        self._full = max(1 << 16, FULL_FIRINGS // max(1, encoder.n_tiles))
+        self._n_full = max(min(n_full, 1 << 16), n_full // max(1, encoder.n_tiles))
         bounds = [encoder.tile_bounds(i) for i in range(encoder.n_tiles)]
         self._statistics = [empty_statistics(first, last - first) for first, last in bounds]
         self._kept = [_Kept(empty_firings(first, last - first), np.empty(0, np.uint8)) for first, last in bounds]
@@ -136,7 +137,7 @@ class _Job:
         kept = np.flatnonzero(self._is_valid[rows])
         self._collected[scan.tile].append(Scan(scan.tile, scan.latents[kept], rows[kept], scan.activations[kept]))
         self._n_collected[scan.tile] += len(kept)
-        if self._n_collected[scan.tile] > self._full:
+        if self._n_collected[scan.tile] > self._n_full:
             self._reduce(scan.tile)
 
     def write(self, art: ArtifactWriter) -> None:

@@ -118,7 +118,7 @@ def _closest(
         pairs = np.flatnonzero(dense)
         shared = dense[pairs]
     else:
-        pairs, shared = np.unique(keys, return_counts=True)
+        pairs, shared = np.unique(keys.astype(np.int64), return_counts=True)
     relative, others = pairs // n_latents + base, pairs % n_latents
     is_pair = (shared >= MIN_ROWS) & (others != relative + start)
     relative, others, shared = relative[is_pair], others[is_pair], shared[is_pair]

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from interp_assets.errors import NonFiniteError
 from interp_assets.visualize.firings import Firings
 
 N_BINS: Final = 64
@@ -110,8 +111,13 @@ def histogram_origin(mean_norm: float, W_enc: Tensor) -> int:
     """Choose the exponent of the first bin: 16 octaves that end two above (mean row norm) x (median length of an encoder column).
 
     That product bounds the pre-activation of a typical row and latent (Cauchy-Schwarz), and firings are rarely below 2^-10 of it.
+    Raises `NonFiniteError` for statistics of damaged rows.
     """
     typical = mean_norm * float(W_enc.float().norm(dim=0).median())
+    if not math.isfinite(typical):
+        raise NonFiniteError(
+            f"The mean row norm of the activation statistics is {mean_norm}: a row holds a NaN or an infinity. Harvest the shards again."
+        )
     return math.ceil(math.log2(max(typical, 2.0**-100))) + 2 - N_BINS // BINS_PER_OCTAVE
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,15 @@ def publish(world: World) -> None:
         art.facts["l0"] = 5.0
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices here are tiny: threads only wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture
 def make_world():
     """Return a maker of worlds: SAE kind, sizes of the shards, and the configuration of the features."""
@@ -151,6 +161,7 @@ def make_world():
 
 def _statistics(world: World) -> ActivationStatistics:
     rows = torch.cat([shard.rows.double() for shard in world.shards])
+    rows = rows[torch.isfinite(rows).all(dim=1)]
     norms = rows.norm(dim=1)
     return ActivationStatistics(len(rows), rows.sum(0), rows.square().sum(0), float(norms.sum()), torch.zeros(64, dtype=torch.int64))
 
@@ -203,7 +214,7 @@ def read_records():
         path, manifest = produced.ref.path, produced.manifest
         offsets = np.frombuffer(read_file(world.store, path, manifest, "records.idx"), "<u8").tolist()
         data = read_file(world.store, path, manifest, "records.bin")
-        return [json.loads(gzip.decompress(data[low:high])) for low, high in zip(offsets[:-1], offsets[1:], strict=True)]
+        return [json.loads(gzip.decompress(data[low:high])) for low, high in pairwise(offsets)]
 
     return read
 

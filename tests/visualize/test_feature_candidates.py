@@ -1,21 +1,32 @@
-"""Pass A against the obvious way: encode everything, sort everything."""
+"""Pass A: every firing, exact statistics, bounded state, and refusals."""
 
 import io
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from interp_assets.manifest import read_file
-from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, STATISTICS, find_candidates
+from interp_assets.corpus.tokens import load_tokens
+from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.manifest import create_artifact, read_file
 from interp_assets.tensors import load_tensors
+from interp_assets.train.checkpoint import save_sae
+from interp_assets.train.refs import sae_ref
+from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, SAMPLE, STATISTICS, Job, find_candidates, in_sample
+from interp_assets.visualize.encoder import Encoder
+from interp_assets.visualize.examples import select_examples
 
 
 def run_pass(world, index, latent_slice):
+    """Run pass A for one job."""
     return find_candidates(world.pipeline, world.store, world.sae, "demo", index, latent_slice)
 
 
 def read_table(world, produced, name):
+    """Read a Parquet file of an artifact whole."""
     return pq.read_table(io.BytesIO(read_file(world.store, produced.ref.path, produced.manifest, name)))
 
 
@@ -27,8 +38,120 @@ def test_every_firing_is_kept_once_with_its_activation(make_world, kind):
         rows, latents = [], []
         for latent_slice in range(2):
             table = read_table(world, run_pass(world, index, latent_slice), FIRINGS)
-            latents.append(table["latent"].to_numpy()), rows.append(table["row_id"].to_numpy() - (index << 40))
+            latents.append(table["latent"].to_numpy())
+            rows.append((table["row_id"].to_numpy() - np.uint64(index << 40)).astype(np.int64))
             assert (table["activation"].to_numpy() == dense[rows[-1], latents[-1]]).all()
         expected_latents, expected_rows = np.nonzero(dense.T)
         assert (np.concatenate(latents) == expected_latents).all()
         assert (np.concatenate(rows) == expected_rows).all()
+
+
+def test_the_sum_of_all_counts_is_the_number_of_firings(make_world):
+    """Counts, histograms and stored firings are three ways to count the same thing."""
+    world = make_world("relu")
+    for index, dense in enumerate(world.dense()):
+        for latent_slice, latents in enumerate((slice(0, 12), slice(12, 24))):
+            produced = run_pass(world, index, latent_slice)
+            tensors = load_tensors(world.store, produced.ref.path, produced.manifest, STATISTICS)
+            assert (tensors["count"].numpy() == (dense[:, latents] > 0).sum(axis=0)).all()
+            assert (tensors["histogram"].sum(dim=1) == tensors["count"]).all()
+            assert (tensors["sum_q16"].numpy() == dense[:, latents].sum(axis=0) * 65536).all()
+            assert (tensors["maximum"].numpy() == dense[:, latents].max(axis=0)).all()
+            assert produced.manifest.facts["n_firings"] == read_table(world, produced, FIRINGS).num_rows == int(tensors["count"].sum())
+
+
+def test_reducing_in_small_steps_gives_the_same_files(make_world):
+    """A job whose collection is full reduces it on the way; what it writes must not tell."""
+    world = make_world("jump_relu", sizes=(700,))
+    whole = run_pass(world, 0, 0)
+    tokens, encoder = load_tokens(world.pipeline, world.store, 0), Encoder(world.sae, 0, 12, torch.device("cpu"))
+    job = Job(world.pipeline, encoder, tokens, 0, whole.manifest.facts["histogram_origin"], n_full=100)
+    for first in range(0, 700, 64):
+        block = encoder.prepare(world.shards[0].rows[first : first + 64], 64, "here")
+        for scan in encoder.scan(block, None):
+            job.add(scan, first)
+    ref = whole.ref._replace(path="elsewhere")
+    with create_artifact(world.store, ref) as art:
+        job.write(art)
+    for name in (CANDIDATES, FIRINGS, SAMPLE):
+        mine = pq.read_table(io.BytesIO(read_file(world.store, "elsewhere", art.manifest, name)))
+        assert mine.equals(read_table(world, whole, name)), name
+    assert art.manifest.file(STATISTICS).checksums == whole.manifest.file(STATISTICS).checksums
+
+
+def test_padding_of_rows_and_latents_never_fires(make_world):
+    """The last block and the last tile are padded with zeros; a latent with a positive bias fires on rows of zeros."""
+    world = make_world("relu", sizes=(70,))
+    world.sae.b_enc.fill_(3.0)
+    world = world.variant()
+    dense = world.dense()[0]
+    assert run_pass(world, 0, 1).manifest.facts["n_firings"] == (dense[:, 12:] > 0).sum()
+
+
+def test_topk_fires_the_same_latents_in_every_slicing(make_world):
+    """Which latents fire depends on the whole row, so a slice looks at the other slices' columns too."""
+    world = make_world("topk", sizes=(300,))
+    dense = world.dense()[0]
+    assert ((dense > 0).sum(axis=1) <= 5).all()
+    for latent_slices in (1, 5):
+        other = world.variant(latent_slices=latent_slices)
+        assert sum(run_pass(other, 0, i).manifest.facts["n_firings"] for i in range(latent_slices)) == (dense > 0).sum()
+
+
+def test_samples_of_lower_rates_lie_inside_those_of_higher_ones():
+    """Shards of different sizes offer different rates; pass D takes the lowest from all."""
+    row_ids = np.arange(20_000, dtype=np.uint64)
+    samples = [in_sample(row_ids, rate, 0) for rate in (0.05, 0.2, 0.7, 1.0)]
+    for low, high in pairwise(samples):
+        assert (high | ~low).all()
+    assert abs(samples[1].mean() - 0.2) < 0.015
+    assert samples[3].all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_rows_that_are_not_finite_are_refused_with_their_place(make_world, bad):
+    """A comparison with NaN is false: without this check firings would be lost in silence."""
+    world = make_world("relu", sizes=(150,))
+    world.shards[0].rows[101, 3] = bad
+    world = world.variant()
+    with pytest.raises(NonFiniteError, match=r"Activation shard 0 at resid_post.0, from row 64 \+ 37: a NaN, an infinity or a value above"):
+        run_pass(world, 0, 0)
+
+
+def test_weights_that_are_not_finite_are_refused(make_world):
+    """A diverged SAE must not become an empty browser."""
+    world = make_world("relu")
+    world.sae.W_enc[1, 2] = float("nan")
+    with pytest.raises(NonFiniteError, match="W_enc holds a NaN"):
+        Encoder(world.sae, 0, 4, torch.device("cpu"))
+
+
+def test_an_sae_of_another_size_is_refused(make_world):
+    """An SAE trained for another hook point has another d_in; the message says both."""
+    world = make_world("relu")
+    wide = replace(world.sae, W_enc=torch.zeros(9, 24), W_dec=torch.zeros(24, 9), b_dec=torch.zeros(9))
+    with pytest.raises(InputError, match=r"SAE 'demo' is 9 x 24 .* say 8 x 24.*Train it again"):
+        find_candidates(world.pipeline, world.store, wide, "demo", 0, 0)
+
+
+def test_activations_that_do_not_fit_their_tokens_are_refused(make_world):
+    """A truncated activation shard would shift every example by some tokens."""
+    world = make_world("relu", sizes=(150,))
+    world.shards[0].rows = world.shards[0].rows[:-1]
+    world = world.variant()
+    with pytest.raises(InputError, match="has 149 rows, its token shard 150"):
+        run_pass(world, 0, 0)
+
+
+def test_candidates_of_an_earlier_training_are_redone_and_never_mixed(make_world):
+    """One recipe has one artifact id, but two trainings of it may differ: the digest of the SAE tells."""
+    world = make_world("relu")
+    old = [run_pass(world, index, 0) for index in range(3)]
+    world.sae.b_enc.sub_(1)
+    with create_artifact(world.store, sae_ref(world.pipeline, "demo")) as art:
+        save_sae(art, world.sae, world.pipeline, world.pipeline.config.sae("demo"), l0=4.0)
+    again = run_pass(world, 1, 0)
+    assert not again.is_cached
+    assert again.manifest.facts["n_firings"] < old[1].manifest.facts["n_firings"]
+    with pytest.raises(Exception, match=r"2 of 3 feature_candidates .* earlier training of the SAE: shard-000000.slice-000, shard-000002.slice-000"):
+        select_examples(world.pipeline, world.store, "demo", 0)

@@ -19,10 +19,12 @@ SCHEMA = json.loads(Path(interp_assets.visualize.records.__file__).with_name("fe
 
 
 def read_all(world, run_passes, read_records):
+    """Run everything and read every record."""
     return [record for produced in run_passes(world) for record in read_records(world, produced)]
 
 
 def check_statistics(record, wanted, n_digits=4):
+    """Compare the numbers of a record with brute force."""
     statistics = record["statistics"]
     assert record["is_dead"] == (wanted["count"] == 0)
     assert statistics["count"] == wanted["count"] == sum(statistics["histogram"]["counts"])
@@ -61,7 +63,7 @@ def test_keeping_candidates_gives_the_same_top_and_random_examples_and_windows(m
                 assert interval["low"] <= window["activation"] < interval["high"] or (is_last and window["activation"] == interval["high"])
 
 
-@pytest.mark.parametrize(("latent_slices", "rows_per_block"), [(1, 64), (3, 64), (5, 128), (2, 4096)])
+@pytest.mark.parametrize(("latent_slices", "rows_per_block"), [(1, 64), (5, 256)])
 @pytest.mark.parametrize("kind", ["jump_relu", "topk"])
 def test_cutting_latents_and_rows_otherwise_gives_the_same_records(make_world, run_passes, read_records, kind, latent_slices, rows_per_block):
     """Slices and blocks are how the work is done; they must not show in the evidence."""
