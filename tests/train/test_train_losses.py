@@ -17,7 +17,6 @@ from interp_assets.train.losses import (
     auxk_loss,
     group_bounds,
     jump_relu,
-    step_function,
 )
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES
@@ -89,10 +88,10 @@ def plain_auxk(weights: Weights, x: Tensor, error: Tensor, context: LossContext)
     return missed / (error - error.mean(0)).square().sum()
 
 
-@pytest.mark.parametrize("dead", [[], [1, 5], list(range(10, 24))])
+@pytest.mark.parametrize("dead", [[], [1, 5], list(range(10, 24)), list(range(1, 31))])
 @pytest.mark.parametrize("architecture", ["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk"])
 def test_loss_and_gradients_equal_the_plain_formula(architecture: Architecture, dead: list[int]) -> None:
-    """The fast paths (k-sparse decode and backward, prefix sums) must change nothing."""
+    """The fast paths (k-sparse decode and backward, prefix sums, AuxK with few and with many dead latents) must change nothing."""
     x, context = draw(BATCH, D_IN, seed=9) * 2, make_context(dead=dead)
     fast, plain = make_weights(architecture), make_weights(architecture)
     found = RECIPES[architecture].loss(fast, x, context)
@@ -110,20 +109,23 @@ def test_jump_relu_has_the_straight_through_gradient_of_its_recipe() -> None:
     pre = draw(40, 6, seed=0).requires_grad_()
     threshold = draw(6, seed=1).exp().requires_grad_()
     weight = draw(40, 6, seed=2)
-    (jump_relu(pre, threshold) * weight).sum().backward()
+    latents, n_fired = jump_relu(pre, threshold)
+    torch.testing.assert_close(latents, pre * (pre > threshold))
+    torch.testing.assert_close(n_fired, (pre > threshold).float().sum(0))
+    (latents * weight).sum().backward()
     inside = ((pre - threshold).abs() < JUMP_WIDTH / 2).float() / JUMP_WIDTH
     torch.testing.assert_close(threshold.grad, -(threshold * inside * weight).sum(0))
     torch.testing.assert_close(pre.grad, (pre > threshold) * weight + threshold * inside * weight)
     pre.grad = threshold.grad = None
-    (step_function(pre, threshold) * weight).sum().backward()
-    torch.testing.assert_close(threshold.grad, -(inside * weight).sum(0))
-    torch.testing.assert_close(pre.grad, inside * weight)
+    (jump_relu(pre, threshold)[1] * weight[0]).sum().backward()
+    torch.testing.assert_close(threshold.grad, -(inside * weight[0]).sum(0))
+    torch.testing.assert_close(pre.grad, inside * weight[0])
 
 
 def test_a_small_threshold_still_gets_a_gradient() -> None:
     """A kernel that saw activations (zero below the threshold) would leave thresholds of silent latents where they are."""
     pre, log_threshold = torch.full((4, 1), 0.05), torch.tensor([0.1]).log().requires_grad_()
-    jump_relu(pre, log_threshold.exp()).sum().backward()
+    jump_relu(pre, log_threshold.exp())[0].sum().backward()
     assert log_threshold.grad is not None
     assert float(log_threshold.grad.abs().min()) > 0
 
