@@ -5,7 +5,6 @@ Errors of the `InterpError` family are one paragraph; `--debug` shows the traceb
 torch and Dagster take seconds and `interp --help` should not.
 """
 
-import os
 import socket
 import sys
 import traceback
@@ -152,11 +151,7 @@ def main() -> None:
 
 
 def _load(path: Path | None) -> PipelineConfig:
-    """Read the configuration, and name it to the processes that we start."""
-    if path is None:
-        return demo_config()
-    os.environ["INTERP_CONFIG"] = str(path.resolve())
-    return load_config(path)
+    return demo_config() if path is None else load_config(path)
 
 
 def _run(config: PipelineConfig, select: list[str]) -> None:

@@ -60,7 +60,6 @@ def open_instance(config: PipelineConfig) -> DagsterInstance:
             shutil.copyfile(_SETTINGS, home / "dagster.yaml")
     except OSError as error:
         raise ConfigError(f"Dagster's folder {home} cannot be made: {error.strerror}. Name another one in {HOME_VARIABLE}.") from error
-    os.environ[HOME_VARIABLE] = str(home)
     return DagsterInstance.from_config(str(home))
 
 

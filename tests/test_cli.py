@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_models import make_tiny_config, save_model, write_texts
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -267,3 +268,20 @@ def flip_byte(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
+
+
+def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None:
+    """Shards, partitions and the shuffle's cost, before anything is made; a running pipeline keeps its plan."""
+    save_model(tmp_path / "model", "gpt2")
+    write_texts(tmp_path / "texts", n_files=4, n_chars=900)
+    config = make_tiny_config(tmp_path / "model", tmp_path / "texts", root=str(tmp_path / "data"), corpus={"shard_bytes": 900})
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    result = invoke("plan", "--config", str(tmp_path / "p.yaml"))
+    assert result.exit_code == 0, result.stdout
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[1].startswith("4 corpus shards: 4 documents, ")
+    assert lines[1].endswith("of text; 1 shard held out")
+    assert any(line.startswith("shuffle of ") and line.endswith("(estimated from the text): 2 passes, 8 mixed shards") for line in lines)
+    assert "token_shards shard 4 0" in lines
+    assert "features/demo/feature_candidates latent slice x shard 8 0" in lines
+    assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == []

@@ -94,7 +94,7 @@ def _describe(pipeline: Pipeline) -> Made:
         "shards": len(shards),
         "held_out_shards": len(pipeline.held_out_indices),
         "documents": sum(shard["n_documents"] for shard in shards),
-        "bytes": sum(shard["n_bytes"] for shard in shards),
+        "text_bytes": sum(shard["n_bytes"] for shard in shards),
         "plan": dg.MetadataValue.json(plan),
     }
     return Made(hash_version({**plan, "corpus": pipeline.config.corpus.model_dump()}), metadata)
