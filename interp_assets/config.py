@@ -234,5 +234,6 @@ def make_config(content: dict[str, Any], where: str = "the configuration") -> Pi
 
 
 def demo_config() -> PipelineConfig:
-    """Return the embedded default: the shipped model on the standard library's sources, under `INTERP_ROOT` (default `data`)."""
-    return PipelineConfig(root=os.environ.get("INTERP_ROOT", "data"))
+    """Return the embedded default: the shipped model on a million tokens of the standard library, under `INTERP_ROOT` (default `data`)."""
+    sae = SaeConfig(n_rows=2_000_000)
+    return PipelineConfig(root=os.environ.get("INTERP_ROOT", "data"), corpus=CorpusConfig(max_shards=12), saes=[sae])
