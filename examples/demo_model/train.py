@@ -171,6 +171,7 @@ def make_model(recipe: Recipe, end_of_text: int) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=recipe.vocab_size,
         n_positions=recipe.context_tokens,
+        activation_function="gelu_pytorch_tanh",
         n_embd=recipe.d_model,
         n_layer=recipe.n_layer,
         n_head=recipe.n_head,
