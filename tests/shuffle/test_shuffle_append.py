@@ -40,7 +40,7 @@ def appended(seed: int, n_buckets: int = 2, word_rows: int = 2, new_seed: Callab
     return tuple(append_indices(Draws(seed), old, new + 3, n_buckets, word_rows).tolist())
 
 
-def uniformity_p(shuffle: Callable[[int], tuple[int, ...]], n_seeds: int = 1200) -> float:
+def uniformity_p(shuffle: Callable[[int], tuple[int, ...]], n_seeds: int = 960) -> float:
     """Return the chi-square p-value over all 120 orders of five rows."""
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(n_seeds):

@@ -19,10 +19,10 @@ def node_stream(lo: int, hi: int) -> Stream:
 
 @pytest.mark.parametrize(("good", "bad", "drawn"), [(3, 4, 2), (5, 5, 5), (2, 9, 8), (1, 1, 1), (30, 50, 20)])
 def test_a_draw_has_the_hypergeometric_law(good: int, bad: int, drawn: int) -> None:
-    """Everything rests on it: 20,000 draws against the textbook probabilities."""
+    """Everything rests on it: 10,000 draws against the textbook probabilities."""
     bits = stream(0, "law", good, bad, drawn)
-    found = np.bincount([draw_hypergeometric(bits, good, bad, drawn) for _ in range(20_000)], minlength=good + 1)
-    expected = stats.hypergeom(good + bad, good, drawn).pmf(np.arange(good + 1)) * 20_000
+    found = np.bincount([draw_hypergeometric(bits, good, bad, drawn) for _ in range(10_000)], minlength=good + 1)
+    expected = stats.hypergeom(good + bad, good, drawn).pmf(np.arange(good + 1)) * 10_000
     likely = expected > 5
     value = ((found - expected)[likely] ** 2 / expected[likely]).sum() + (found[~likely].sum() - expected[~likely].sum()) ** 2
     assert stats.chi2.sf(value, likely.sum()) > 1e-4
@@ -79,7 +79,7 @@ def test_every_job_alone_finds_its_row_of_one_table_with_the_right_margins(jobs:
 def test_a_table_has_the_joint_law_of_a_uniform_permutation() -> None:
     """All 3 x 2 tables with margins (2, 2, 1) and (3, 2), against counting all 120 permutations."""
     found: dict[tuple[int, ...], int] = {}
-    n_draws = 6000
+    n_draws = 3000
     for seed in range(n_draws):
         table = count_table(lambda lo, hi, seed=seed: stream(seed, "joint", lo, hi), [2, 2, 1], [3, 2])
         key = tuple(table[:, 0].tolist())
