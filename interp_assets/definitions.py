@@ -56,6 +56,7 @@ def build_defs(config: PipelineConfig | None = None, *, progress: Progress | Non
             asset_checks=[check for stage in checked for check in stage.make_checks(layout)],
             sensors=[interp_assets.corpus.sensors.make_sensor(layout)],
             resources={"world": World.make(config), "progress": progress or Progress()},
+            executor=dg.in_process_executor,  # a run is one process: importing torch again for every step and check costs seconds
         )
 
 

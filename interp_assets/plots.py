@@ -31,8 +31,9 @@ def plot_training(store: Store, sae: Produced) -> str:
     frame = pl.read_parquet(io.BytesIO(read_file(store, sae.ref.path, sae.manifest, "training.parquet")))
     figure, axes = _make_figure("step", "loss")
     steps = frame["step"].to_numpy()
-    axes.plot(steps, frame["loss"].to_numpy(), color=_COLOUR)
-    if len(steps) and frame["loss"].min() > 0:  # type: ignore[operator] - polars types a column's minimum too widely
+    losses = frame["loss"].to_numpy()
+    axes.plot(steps, losses, color=_COLOUR)
+    if len(losses) and losses.max() > 5 * losses.min() > 0:
         axes.set_yscale("log")
     if "l0" in frame.columns:
         second = axes.twinx()
@@ -71,7 +72,7 @@ def plot_certificate(store: Store, certificate: Produced) -> str:
     lags = content["lags"]
     axes.plot([item["lag"] for item in lags], [item["z"] for item in lags], "o-", color=_COLOUR, markersize=4)
     axes.axhspan(-3, 3, color=_COLOUR, alpha=0.12)
-    axes.set_xscale("symlog")
+    axes.set_xscale("log", base=2)
     return _as_markdown(figure, "Autocorrelation of documents in the mixed rows")
 
 
