@@ -2,7 +2,9 @@
 
 1. A block of rows, always the same number (the last is padded with zeros), times a tile of `TILE` encoder columns, always as many (the last is
    padded with columns that cannot fire). One shape means one kernel, so results do not depend on how rows or latents are cut.
-2. Scan the tile for pre-activation > threshold. Nothing of size [rows of the shard x latents] ever exists; a tile is 8 MiB at 4,096 rows.
+2. Scan the tile for pre-activation > threshold: the product is compared with threshold - bias, a little lowered, and only what passes gets its
+   bias added and is compared exactly, so the bias costs no pass over the tile. Nothing of size [rows of the shard x latents] ever exists; a
+   tile is 8 MiB at 4,096 rows.
 
 The threshold is the latent's own (`relu`, `jump_relu`), or the row's (`topk`): the midpoint between its k-th and (k+1)-th largest
 pre-activation over *all* latents, so a slice first goes over the other slices' columns too. The midpoint rather than the k-th value, because
@@ -13,6 +15,7 @@ of products cannot overflow.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -56,6 +59,10 @@ class Encoder:
         self._all_tiles = (
             [_make_tile(sae, first, min(first + TILE, sae.d_sae), device) for first in range(0, sae.d_sae, TILE)] if sae.kind == "topk" else []
         )
+        self._n_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._n_threads)
+        self._scratch = torch.empty((0, TILE), device=device)
+        self._answers = np.empty((0, TILE), np.bool_)
         self._row_limit = _LARGEST / max(1.0, sae.d_in * float(sae.W_enc.abs().max()))
 
     def tile_bounds(self, tile: int) -> tuple[int, int]:
@@ -92,20 +99,42 @@ class Encoder:
 
     def scan(self, block: Float[Tensor, "block d_in"], row_thresholds: Float[Tensor, " block"] | None) -> Iterator[Scan]:
         """Yield the firings of each tile on a block of rows."""
-        pre = torch.empty((len(block), TILE), device=self._device)
+        if len(self._scratch) != len(block):
+            self._scratch = torch.empty((len(block), TILE), device=self._device)
+            self._answers = np.empty((len(block), TILE), np.bool_)
         for i, tile in enumerate(self._tiles):
-            torch.addmm(tile.b, block, tile.W, out=pre)
+            product = torch.mm(block, tile.W, out=self._scratch)
             if row_thresholds is not None:
-                pre[:, tile.width :] = -torch.inf
-            places, activations = _find_above(pre, tile.threshold if row_thresholds is None else row_thresholds[:, None])
+                product += tile.b
+                product[:, tile.width :] = -torch.inf
+                places = self._find_above(product, row_thresholds[:, None])
+                activations = _take(product, places)
+            else:
+                places = self._find_above(product, tile.limit)
+                activations = _take(product, places) + tile.bias[places & (TILE - 1)]
+                exceeds = activations > tile.threshold[places & (TILE - 1)]
+                places, activations = places[exceeds], activations[exceeds]
             yield Scan(i, (places & (TILE - 1)).astype(np.uint16), places >> (TILE.bit_length() - 1), activations)
+
+    def _find_above(self, values: Tensor, limit: Tensor) -> NDArray[np.int64]:
+        """Return the flat places of the elements above their limit; on a CPU by NumPy, each thread its own rows."""
+        if self._device.type != "cpu":
+            return torch.nonzero((values > limit).view(-1)).view(-1).cpu().numpy()
+        limits = np.broadcast_to(limit.numpy(), values.shape)
+        if self._n_threads == 1:
+            return _find_part(values.numpy(), limits, self._answers, 0, len(values))
+        edges = np.linspace(0, len(values), self._n_threads + 1).astype(np.int64).tolist()
+        parts = self._pool.map(lambda low, high: _find_part(values.numpy(), limits, self._answers, low, high), edges[:-1], edges[1:])
+        return np.concatenate(list(parts))
 
 
 class _Tile(NamedTuple):
     W: Tensor
     b: Tensor
-    threshold: Tensor
-    """Infinite in the padding, which therefore never fires."""
+    limit: Tensor
+    """What `x W` must exceed at least, a little below threshold - b; infinite in the padding, which therefore never fires."""
+    bias: NDArray[np.float32]
+    threshold: NDArray[np.float32]
     width: int
     """Latents without padding."""
 
@@ -122,20 +151,21 @@ def _make_tile(sae: Sae, first: int, last: int, device: torch.device) -> _Tile:
     b[:width] = sae.b_enc[first:last]
     threshold = torch.full((TILE,), torch.inf)
     threshold[:width] = sae.threshold[first:last].clamp_min(0.0)
-    return _Tile(W.to(device), b.to(device), threshold.to(device), width)
+    exact = threshold.double() - b.double()
+    limit = (exact - 2.0**-20 * (threshold.double() + b.double().abs())).nan_to_num(posinf=torch.inf).float()
+    limit[width:] = torch.inf
+    return _Tile(W.to(device), b.to(device), limit.to(device), b.numpy(), threshold.numpy(), width)
 
 
-def _find_above(pre: Tensor, threshold: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the flat places of the elements above their threshold, and these elements.
-
-    On a CPU, NumPy compares, then looks at the answers eight at a time: 0.4 to 0.6 ns an element, a fifth of `torch.nonzero`.
-    """
-    if pre.device.type != "cpu":
-        places = torch.nonzero((pre > threshold).view(-1)).view(-1)
-        return places.cpu().numpy(), pre.view(-1)[places].cpu().numpy()
-    values = pre.numpy()
-    words = np.greater(values, threshold.numpy()).reshape(-1).view(np.uint64)
+def _find_part(values: NDArray[np.float32], limits: NDArray[np.float32], answers: NDArray[np.bool_], low: int, high: int) -> NDArray[np.int64]:
+    """Return the flat places above the limit in the rows [low, high): compare, then look at the answers eight at a time. 0.5 ns an element."""
+    words = np.greater(values[low:high], limits[low:high], out=answers[low:high]).reshape(-1).view(np.uint64)
     occupied = np.flatnonzero(words != 0)
     inside = np.flatnonzero(words[occupied].view(np.bool_))
-    places = (occupied[inside >> 3] << 3) + (inside & 7)
-    return places, values.reshape(-1)[places]
+    return (occupied[inside >> 3] << 3) + (inside & 7) + low * TILE
+
+
+def _take(values: Tensor, places: NDArray[np.int64]) -> NDArray[np.float32]:
+    if values.device.type == "cpu":
+        return values.numpy().reshape(-1)[places]
+    return values.view(-1)[torch.from_numpy(places).to(values.device)].cpu().numpy()
