@@ -16,7 +16,7 @@ from interp_assets.config import PipelineConfig
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.manifest import ArtifactRef, data_version, find_manifest
+from interp_assets.manifest import ArtifactRef, data_version, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.shuffle.plan import load_shard_rows, make_sizes
 from interp_assets.shuffle.refs import (
@@ -104,12 +104,16 @@ def make_road(config: PipelineConfig) -> list[Stop]:
 
 
 def find_version(stop: Stop, pipeline: Pipeline, store: Store, key: str) -> str | None:
-    """Return the data version of a partition when all its artifacts exist, else None."""
+    """Return the data version of a partition when all its artifacts exist, else None.
+
+    Evidence for features also has to be of the SAE that is there now: a recipe trained again on another device has other bytes.
+    """
     try:
         found = [find_manifest(store, ref) for ref in stop.refs(pipeline, store, key)]
+        sae = load_manifest(store, sae_ref(pipeline, stop.key[1])).digest if stop.stage == "visualize" else None
     except ArtifactError:
         return None
-    manifests = [manifest for manifest in found if manifest is not None]
+    manifests = [manifest for manifest in found if manifest is not None and (sae is None or manifest.facts.get("sae_digest") == sae)]
     return data_version(manifests) if len(manifests) == len(found) else None
 
 

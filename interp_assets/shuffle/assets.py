@@ -65,7 +65,8 @@ def _first_pass(layout: Layout) -> dg.AssetsDefinition:
             index = shard_index(key)
             if index in pipeline.held_out_indices:
                 return made([], store.url, note="held out: measured, not shuffled")
-            return made([split_shard(pipeline, store, hook_point, index) for hook_point in pipeline.config.harvest.hook_points], store.url)
+            hook_points = pipeline.config.harvest.hook_points
+            return made([split_shard(pipeline, store, hook_point, index, progress.advance) for hook_point in hook_points], store.url)
 
         yield from record(context, work, progress)
 
@@ -94,8 +95,9 @@ def _middle_pass(layout: Layout, pass_index: int) -> dg.AssetsDefinition:
         pipeline, store = world.open()
 
         def work(key: str) -> Made:
-            hook_points = pipeline.config.harvest.hook_points
-            return made([item for hook in hook_points for item in split_bucket(pipeline, store, hook, pass_index, bucket_index(key))], store.url)
+            bucket, hook_points = bucket_index(key), pipeline.config.harvest.hook_points
+            split = [split_bucket(pipeline, store, hook_point, pass_index, bucket, progress.advance) for hook_point in hook_points]
+            return made([item for items in split for item in items], store.url)
 
         yield from record(context, work, progress)
 
@@ -124,8 +126,8 @@ def _mixed_shards(layout: Layout) -> dg.AssetsDefinition:
         pipeline, store = world.open()
 
         def work(key: str) -> Made:
-            hook_points = pipeline.config.harvest.hook_points
-            return made([gather_bucket(pipeline, store, hook_point, bucket_index(key)) for hook_point in hook_points], store.url)
+            bucket, hook_points = bucket_index(key), pipeline.config.harvest.hook_points
+            return made([gather_bucket(pipeline, store, hook_point, bucket, progress.advance) for hook_point in hook_points], store.url)
 
         yield from record(context, work, progress)
 
@@ -148,7 +150,7 @@ def _shuffle_certificate(layout: Layout) -> dg.AssetsDefinition:
         pipeline, store = world.open()
 
         def work(_key: str) -> Made:
-            proofs = {hook_point: certify(pipeline, store, hook_point) for hook_point in pipeline.config.harvest.hook_points}
+            proofs = {hook_point: certify(pipeline, store, hook_point, progress.advance) for hook_point in pipeline.config.harvest.hook_points}
             plots = {f"mixing.{hook_point}": dg.MetadataValue.md(plot_certificate(store, item)) for hook_point, item in proofs.items()}
             return made(list(proofs.values()), store.url, **plots)
 

@@ -75,7 +75,7 @@ def _sae_evaluation(layout: Layout) -> dg.AssetsDefinition:
         model = world.model()
 
         def work(key: str) -> Made:
-            item = evaluate_sae(pipeline, store, model, key)
+            item = evaluate_sae(pipeline, store, model, key, progress.advance)
             return made([item], store.url, firing_frequency=dg.MetadataValue.md(plot_frequencies(store, item)))
 
         yield from record(context, work, progress)

@@ -47,7 +47,7 @@ def _feature_candidates(layout: Layout, name: str) -> dg.AssetsDefinition:
 
         def work(key: str) -> Made:
             latent_slice, index = split_grid_key(key)
-            return made([find_candidates(pipeline, store, sae, name, index, latent_slice)], store.url)
+            return made([find_candidates(pipeline, store, sae, name, index, latent_slice, progress.advance)], store.url)
 
         yield from record(context, work, progress)
 

@@ -34,6 +34,8 @@ def _feature_browser(layout: Layout, name: str) -> dg.AssetsDefinition:
     def feature_browser(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
         pipeline, store = world.open()
         tokenizer = world.tokenizer()
-        yield from record(context, lambda _key: made([build_bundle(pipeline, store, name, tokenizer)], store.url), progress)
+        yield from record(
+            context, lambda _key: made([build_bundle(pipeline, store, name, tokenizer, progress=progress.advance)], store.url), progress
+        )
 
     return feature_browser
