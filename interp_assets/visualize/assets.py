@@ -132,7 +132,7 @@ def _feature_records(layout: Layout, name: str) -> dg.AssetsDefinition:
         sae, tokenizer, unembedding = load_sae(pipeline, store, name), world.tokenizer(), world.model().unembedding()
 
         def work(key: str) -> Made:
-            return made([write_records(pipeline, store, name, sae, slice_index(key), tokenizer, unembedding)], store.url)
+            return made([write_records(pipeline, store, name, sae, slice_index(key), tokenizer, unembedding, progress.advance)], store.url)
 
         yield from record(context, work, progress)
 
