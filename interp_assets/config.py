@@ -18,6 +18,9 @@ from interp_assets.errors import ConfigError
 DEMO_MODEL = "builtin:pystdlib_gpt2"
 """The language model that ships with this package."""
 
+MAX_MIXED_SHARDS = 100_000
+"""More partitions than this make Dagster's pages slow; a mixed shard may be as large as memory."""
+
 
 def _check_name(name: str) -> str:
     if not name or not all(char.isascii() and (char.isalnum() or char in "_-.") for char in name) or name.startswith((".", "-")):
@@ -134,7 +137,7 @@ class FeaturesConfig(_Config):
     """Strongest examples per latent."""
     n_random: Annotated[int, Field(ge=1)] = 200
     """Uniformly random activating tokens per latent."""
-    window: Annotated[int, Field(ge=0)] = 32
+    window: Annotated[int, Field(ge=0, le=4096)] = 32
     """Tokens on each side of the example's peak, inside its document and context."""
     n_intervals: Annotated[int, Field(ge=1)] = 10
     """Quantile intervals of the activation, from each of which examples are shown."""
@@ -186,6 +189,12 @@ class PipelineConfig(_Config):
             if name not in names:
                 message = f"features.saes names {name!r}, but the SAEs are {names}"
                 raise ValueError(message)
+        if len(set(self.harvest.hook_points)) != len(self.harvest.hook_points):
+            message = f"harvest.hook_points names one twice: {self.harvest.hook_points}"
+            raise ValueError(message)
+        if self.shuffle.fan_out ** (self.shuffle.passes - 1) > MAX_MIXED_SHARDS:
+            message = f"fan_out ** (passes - 1) is {self.shuffle.fan_out ** (self.shuffle.passes - 1):,} mixed shards, at most {MAX_MIXED_SHARDS:,}"
+            raise ValueError(message)
         for sae in self.saes:
             if sae.hook_point not in self.harvest.hook_points:
                 message = f"SAE {sae.name!r} reads {sae.hook_point!r}, but harvest.hook_points are {self.harvest.hook_points}"

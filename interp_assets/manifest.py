@@ -185,14 +185,17 @@ class ArtifactWriter:
 
 
 @contextmanager
-def create_artifact(store: Store, ref: ArtifactRef) -> Iterator[ArtifactWriter]:
+def create_artifact(store: Store, ref: ArtifactRef, *, made_from: Sequence[Manifest] = ()) -> Iterator[ArtifactWriter]:
     """Write an artifact: its manifest is published when the block ends, and nothing is when the block raises.
 
-    What an earlier attempt or a damaged artifact left at the same path is removed first, manifest first.
+    What an earlier attempt, a damaged artifact or one made from other inputs left at the same path is removed first, manifest first.
+    `made_from` are the manifests of inputs whose digests `find_made_from` shall compare.
     """
     remove_artifact(store, ref.path)
     writer = ArtifactWriter(store, ref)
     yield writer
+    if made_from:
+        writer.facts["made_from"] = combine_ids([manifest.digest for manifest in made_from])
     writer.manifest = writer.publish(datetime.now(UTC))
 
 
@@ -214,6 +217,17 @@ def find_manifest(store: Store, ref: ArtifactRef) -> Manifest | None:
     sizes = {item.path: item.n_bytes for item in store.list(ref.path)}
     is_whole = all(sizes.get(f"{ref.path}/{entry.name}") == entry.n_bytes for entry in manifest.files)
     return manifest if is_whole else None
+
+
+def find_made_from(store: Store, ref: ArtifactRef, inputs: Sequence[Manifest]) -> Manifest | None:
+    """Return the artifact's manifest when it is whole and was made from inputs with these digests; else None.
+
+    An id promises equal bytes only on one kind of device: an input that was made again elsewhere keeps its id and changes its digest.
+    """
+    manifest = find_manifest(store, ref)
+    if manifest is None or not inputs:
+        return manifest
+    return manifest if manifest.facts.get("made_from") == combine_ids([item.digest for item in inputs]) else None
 
 
 def load_manifest(store: Store, ref: ArtifactRef) -> Manifest:

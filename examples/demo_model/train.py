@@ -10,12 +10,12 @@
 5. Weights are float32 while training (bfloat16 matmuls were slower on a CPU without tile instructions) and cast to bfloat16 once, on export; the
    held-out loss is measured on both.
 
-The shipped weights are one short run of 6.6 million tokens, whose batch was halved on the way:
+The shipped weights are one short run of 11.7 million tokens, whose batch was halved on the way:
 
     python examples/demo_model/train.py --out build/demo_model --batch-contexts 32 --steps 517 --decay-steps 1
-    python examples/demo_model/train.py --out build/demo_model --steps 1100 --decay-steps 340
+    python examples/demo_model/train.py --out build/demo_model --steps 2350 --decay-steps 750
 
-The defaults see three times as many tokens and want about an hour of two quiet cores. What worked and what did not, with numbers: the model card
+The defaults see nearly twice as many tokens and want about an hour of two quiet cores. What worked and what did not, with numbers: the model card
 beside the weights.
 """
 

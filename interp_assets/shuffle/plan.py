@@ -91,7 +91,6 @@ def make_shuffle_plan(pipeline: Pipeline, store: Store) -> Produced:
             "n_mixed_shards": sizes.n_buckets,
             "largest_shard_rows": max(sizes.shard_rows),
             "largest_mixed_shard_rows": sizes.largest_bucket_rows,
-            "bytes_moved": 2 * sizes.passes * sizes.n_rows * max(item.row_bytes for item in row_formats(pipeline)),
         }
     assert art.manifest is not None
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)

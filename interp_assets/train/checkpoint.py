@@ -13,6 +13,7 @@ metadata at all.
 """
 
 import json
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -89,12 +90,12 @@ def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, l0: float) -> dic
         "metadata": {
             "sae_lens_version": "6.0.0",
             "training_architecture": config.architecture,
-            "model_name": model.name,
+            "model_name": Path(model.name).name if Path(model.name).is_absolute() else model.name,
             "hook_name": sae_lens_hook_name(config.hook_point),
             "hook_point": config.hook_point,
             "context_size": corpus.context_length,
             "prepend_bos": True,
-            "dataset_path": corpus.path or corpus.source,
+            "dataset_path": corpus.path if corpus.source == "huggingface" else corpus.source,
             "l0": l0,
         },
     }

@@ -27,12 +27,12 @@ from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.harvest.statistics import load_statistics
-from interp_assets.manifest import ArtifactWriter, Produced, create_artifact, find_manifest
+from interp_assets.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.metrics import ReconstructionSums
-from interp_assets.train.refs import evaluation_ref
+from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
 
 METRICS: Final = "metrics.json"
@@ -67,8 +67,8 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
 
     Raises `NonFiniteError` when the model's loss is not finite, `InputError` when the held-out shards have no valid row.
     """
-    ref = evaluation_ref(pipeline, name)
-    manifest = find_manifest(store, ref)
+    ref, trained = evaluation_ref(pipeline, name), load_manifest(store, sae_ref(pipeline, name))
+    manifest = find_made_from(store, ref, [trained])
     if manifest is not None:
         return Produced(ref, manifest, is_cached=True, wall_s=0.0)
     started_s = time.perf_counter()
@@ -77,7 +77,7 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
     sums = _measure_rows(pipeline, store, sae, hook_point, progress)
     reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else f"{model.name} has no causal language-model head"
     model_sums = None if reason else _measure_model(pipeline, store, model, sae, hook_point, progress)
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, made_from=[trained]) as art:
         _write(art, sums, model_sums, reason)
     assert art.manifest is not None
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)

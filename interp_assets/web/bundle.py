@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file, read_ranges
+from interp_assets.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_made_from, load_manifest, read_file, read_ranges
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
@@ -59,19 +59,19 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
     `ArtifactCorruptError` when table, index and records disagree.
     """
     start, ref = time.perf_counter(), bundle_ref(pipeline, sae_name)
-    existing = find_manifest(store, ref)
+    refs = [records_ref(pipeline, sae_name, latent_slice) for latent_slice in range(pipeline.config.features.latent_slices)]
+    inputs = [load_manifest(store, source) for source in [*refs, evaluation_ref(pipeline, sae_name)]]
+    existing = find_made_from(store, ref, inputs)
     if existing:
         return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
-    slices = range(pipeline.config.features.latent_slices)
-    refs = [records_ref(pipeline, sae_name, latent_slice) for latent_slice in slices]
-    sources = [_Source(store, ref.path, load_manifest(store, ref), *slice_bounds(pipeline, sae_name, i)) for i, ref in enumerate(refs)]
+    sources = [_Source(store, ref.path, inputs[i], *slice_bounds(pipeline, sae_name, i)) for i, ref in enumerate(refs)]
     content = BundleContent(
         _describe(pipeline, store, sae_name, [source.manifest for source in sources]),
         (_read_table(source) for source in sources),
         (member for source in sources for member in _read_records(source)),
         make_vocabulary(tokenizer),
     )
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, made_from=inputs) as art:
         write_bundle(art, content, progress=progress)
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - start)

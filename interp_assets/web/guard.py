@@ -42,7 +42,7 @@ class Guard:
 
     def __init__(self, app: App, token: str | None, hosts: tuple[str, ...]) -> None:
         """Guard `app`. `hosts` are allowed besides the loopback names; `"*"` allows any and is for servers with a token."""
-        self._app, self._token = app, token
+        self._app, self._token = app, token or None
         self._hosts = {*LOOPBACK, *hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +68,7 @@ class Guard:
             do = "Open the address that `interp serve` printed, or name the host with --host-name."
             return 421, f"This server does not answer for the host {host!r:.100}.", do
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _network_location(origin) != host:
             return 403, f"A page of {origin!r:.100} may not read from this server.", "Open the browser pages of this server itself."
         if len(scope["query_string"]) > MAX_QUERY_BYTES:
             what = f"The query has {len(scope['query_string']):,} bytes, at most {MAX_QUERY_BYTES:,} are read."
@@ -133,3 +133,11 @@ async def _redirect(send: Send, scope: Scope, token: str) -> None:
     headers = [(b"location", location.encode()), (b"set-cookie", cookie.encode()), (b"content-length", b"0"), *SECURITY_HEADERS]
     await send({"type": "http.response.start", "status": 303, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
+
+
+def _network_location(origin: str) -> str:
+    """Return host and port of an Origin header; a malformed one is nobody's."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""

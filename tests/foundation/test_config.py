@@ -41,6 +41,8 @@ def test_all_wrong_fields_are_named_at_once() -> None:
         ({"saes": [{"name": "a"}]}, "features.saes names 'demo', but the SAEs are"),
         ({"saes": [{"hook_point": "resid_post.9"}]}, "reads 'resid_post.9', but harvest.hook_points are"),
         ({"saes": [{"k": 64, "d_sae": 32}]}, "k = 64 active latents of d_sae = 32"),
+        ({"harvest": {"hook_points": ["resid_post.2", "resid_post.2"]}}, "names one twice"),
+        ({"shuffle": {"passes": 6, "fan_out": 64}}, "mixed shards, at most 100,000"),
         ({"name": "../up"}, "is no name"),
         ({"saes": [{"name": "a/b"}]}, "is no name"),
     ],
