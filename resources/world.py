@@ -10,6 +10,7 @@ import dagster as dg
 from pydantic import Field
 
 from interp_assets.config import PipelineConfig
+from interp_assets.errors import InputError
 from interp_assets.pipeline import Pipeline, load_pipeline
 from interp_assets.store import Store, open_store
 
@@ -41,13 +42,27 @@ class World(dg.ConfigurableResource):
         return load_pipeline(self.config, store), store
 
     def tokenizer(self) -> Any:
-        """Load the subject model's tokenizer."""
-        from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415 - transformers takes seconds to import, and most assets do without
+        """Load the subject model's tokenizer. Raises `InputError` when it is not the planned one."""
+        from interp_assets.garcon.locate import fingerprint_tokenizer  # noqa: PLC0415 - transformers takes seconds to import, and most assets do without
+        from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415 - as above
 
-        return load_tokenizer(self.config.model)
+        tokenizer = load_tokenizer(self.config.model)
+        self._check_planned("tokenizer", fingerprint_tokenizer(self.config.model), self.open()[0].plan.tokenizer_fingerprint)
+        return tokenizer
 
     def model(self) -> Any:
-        """Load the subject model onto the configured device."""
+        """Load the subject model onto the configured device. Raises `InputError` when it is not the planned one."""
+        from interp_assets.garcon.locate import fingerprint_model  # noqa: PLC0415 - as above
         from interp_assets.garcon.subject import load_subject_model  # noqa: PLC0415 - as above, for torch
 
+        self._check_planned("model", fingerprint_model(self.config.model), self.open()[0].plan.model_fingerprint)
         return load_subject_model(self.config.model, self.config.execution)
+
+    def _check_planned(self, what: str, found: str, planned: str) -> None:
+        """Refuse to compute with another model under the planned one's ids."""
+        if found != planned:
+            raise InputError(
+                f"The {what} of {self.config.model.name!r} has changed since it was planned (fingerprint {found}, planned {planned}): its "
+                "artifacts would be mixed with another one's. Materialize `corpus_plan` (or `interp run`) to plan again; what the change "
+                "touches is then made anew."
+            )

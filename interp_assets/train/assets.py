@@ -12,7 +12,8 @@ from interp_assets.progress import Progress
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.store import Store
 from interp_assets.train.evaluate import evaluate_sae
-from interp_assets.train.loop import train_saes, training_rows
+from interp_assets.train.launch import run_training
+from interp_assets.train.loop import training_rows
 from interp_assets.train.refs import TRAIN_VERSION
 from resources.world import World
 
@@ -43,7 +44,7 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         names = partition_keys(context)
         _require_certificates(pipeline, store, names)
         progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
-        trained = train_saes(pipeline, store, names, progress.advance)
+        trained = run_training(pipeline, store, names, progress.advance)
 
         def work(key: str) -> Made:
             item = trained[key]
