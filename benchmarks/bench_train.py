@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, nargs="+", default=[4096])
     parser.add_argument("--batch-rows", type=int, default=1024)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=2.0, help="per architecture")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per architecture")
     chosen = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
