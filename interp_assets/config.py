@@ -244,5 +244,5 @@ def make_config(content: dict[str, Any], where: str = "the configuration") -> Pi
 
 def demo_config() -> PipelineConfig:
     """Return the embedded default: the shipped model on a million tokens of the standard library, under `INTERP_ROOT` (default `data`)."""
-    sae = SaeConfig(n_rows=2_000_000)
+    sae = SaeConfig(batch_rows=2048, learning_rate=1e-3, n_rows=1_500_000)
     return PipelineConfig(root=os.environ.get("INTERP_ROOT", "data"), corpus=CorpusConfig(max_shards=12), saes=[sae])
