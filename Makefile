@@ -3,7 +3,7 @@
 # make run CONFIG=my.yaml    the same road with your own model and text
 # make test            the test suite
 # make check           linters, types, import rules, stale documents: under a minute
-# make bench           every benchmark at its small size; make bench_shuffle runs one
+# make bench           every benchmark at its small size; make bench-shuffle runs one
 # make docs            write the generated parts of the documents
 # make dev             Dagster's UI on the demo pipeline, without running anything
 #
@@ -97,8 +97,8 @@ check: $(DEV_STAMP)
 bench: $(DEV_STAMP)
 	@for file in benchmarks/bench_*.py; do echo "# $$file" >&2; $(BIN)/python "$$file" || exit 1; done
 
-bench_%: $(DEV_STAMP)
-	$(BIN)/python benchmarks/$@.py
+bench-%: $(DEV_STAMP)
+	$(BIN)/python benchmarks/bench_$*.py
 
 docs: $(DEV_STAMP)
 	$(BIN)/python docs/build.py
