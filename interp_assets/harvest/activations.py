@@ -6,8 +6,9 @@
    row i of the file is token position i of the shard, the not valid ones included, padding never.
 3. Statistics are taken of the stored rows in blocks of a fixed size.
 
-A context's padded length depends on its own length only, so on a CPU a row's bits do not depend on what it was batched with. On an
-accelerator a matrix product may round differently for another batch size: there, equal bytes need an equal `tokens_per_batch`.
+A context's padded length depends on its own length only, so a row does not depend on what it was padded to. A matrix product may still
+round differently for another number of contexts: on a CPU that was seen for contexts of 16-64 tokens at d_model 256 (a few stored
+bfloat16 values), not at 256 tokens. Where bytes must be equal, keep `tokens_per_batch` equal.
 
 Several hook points are written side by side; a NaN or an infinity at one of them leaves nothing published at any.
 Memory: one window of rows for each hook point (at least 16,384), and one forward.

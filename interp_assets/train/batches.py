@@ -4,8 +4,8 @@ The rows of all mixed shards of a hook point form one endless line, and batch i 
 
 1. Epoch 0 is the shards in order of bucket, read as they lie: they are mixed already.
 2. A later epoch takes the shards in a keyed order, and permutes each chunk of about `CHUNK_BYTES` in memory, so that rows meet other
-   rows while the disk still reads forward. The keys depend on the pipeline's seed only: SAEs of a sweep, whatever their own seed or
-   hook point, see the same rows in the same batches.
+   rows while the disk still reads forward. The keys depend on the pipeline's seed only: SAEs of a sweep, whatever their own seed,
+   see the same rows in the same batches; so do hook points of one width (another width cuts other chunks in later epochs).
 3. Batches run across the borders of chunks, shards and epochs: no row is dropped, none comes twice in an epoch.
 
 So a trainer resumes at any batch with nothing but its number, and the number of ranks changes nothing. Memory: two chunks and the

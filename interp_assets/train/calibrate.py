@@ -1,4 +1,4 @@
-"""A folded SAE and rows it was not trained on become its firing threshold, its firing frequencies, L0 and FVU.
+"""A folded SAE and the rows that follow its training become its firing threshold, its firing frequencies, L0 and FVU.
 
 BatchTopK has no threshold of its own: during training it depends on the batch. A running mean of the smallest active value, the usual
 substitute, is far too low after a short training. Here the threshold is measured on the SAE that will be saved: the value that exactly
@@ -22,7 +22,7 @@ from interp_assets.train.sae import Sae
 from interp_assets.train.sparsify import largest, pick_per_batch
 
 CALIBRATION_ROWS: Final = 1 << 16
-"""Rows that calibrate and measure: those that follow the training rows (or fewer, when the whole data set has fewer)."""
+"""Rows that calibrate and measure: those that follow the training rows, unseen while training is shorter than one epoch (or fewer, when the whole data set has fewer)."""
 
 
 class SaeMeasures(NamedTuple):
