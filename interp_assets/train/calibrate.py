@@ -22,7 +22,7 @@ from interp_assets.train.sae import Sae
 from interp_assets.train.sparsify import largest, pick_per_batch
 
 CALIBRATION_ROWS: Final = 1 << 16
-"""Rows that calibrate and measure: those that follow the training rows, unseen while training is shorter than one epoch (or fewer, when the whole data set has fewer)."""
+"""Calibration rows: those that follow the training rows, unseen while training is shorter than one epoch; fewer when the data has fewer."""
 
 
 class SaeMeasures(NamedTuple):
