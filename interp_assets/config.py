@@ -18,6 +18,9 @@ from interp_assets.errors import ConfigError
 DEMO_MODEL = "builtin:pystdlib_gpt2"
 """The language model that ships with this package."""
 
+ROOT_VARIABLE = "INTERP_ROOT"
+"""Environment variable that moves any pipeline to another folder or bucket."""
+
 MAX_MIXED_SHARDS = 100_000
 """More partitions than this make Dagster's pages slow; a mixed shard may be as large as memory."""
 
@@ -168,7 +171,7 @@ class PipelineConfig(_Config):
     name: Name = "pystdlib"
     """Folder of the pipeline inside `root`."""
     root: str = "data"
-    """Execution: a folder or `s3://bucket/prefix`."""
+    """Execution: a folder or `s3://bucket/prefix`. The environment variable `INTERP_ROOT` overrides it: one file serves laptop and cluster."""
     seed: int = 0
     """Root of every random stream."""
     corpus: CorpusConfig = CorpusConfig()
@@ -213,7 +216,9 @@ class PipelineConfig(_Config):
 
 
 def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) -> PipelineConfig:
-    """Read a YAML configuration; `overrides` replace top-level keys. Relative paths in it are relative to the working directory.
+    """Read a YAML configuration; `overrides` replace top-level keys, and `INTERP_ROOT` replaces `root` if it is set.
+
+    Relative paths in it are relative to the working directory.
 
     Raises `ConfigError` that names the file, the field, the value and what is allowed.
     """
@@ -228,7 +233,8 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) ->
         raise ConfigError(f"{where} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where} must hold keys and values (name, corpus, model, ...), not a {type(content).__name__}.")
-    return make_config({**content, **(overrides or {})}, where=str(where))
+    moved = {"root": os.environ[ROOT_VARIABLE]} if os.environ.get(ROOT_VARIABLE) else {}
+    return make_config({**content, **moved, **(overrides or {})}, where=str(where))
 
 
 def make_config(content: dict[str, Any], where: str = "the configuration") -> PipelineConfig:
@@ -245,4 +251,4 @@ def make_config(content: dict[str, Any], where: str = "the configuration") -> Pi
 def demo_config() -> PipelineConfig:
     """Return the embedded default: the shipped model on a million tokens of the standard library, under `INTERP_ROOT` (default `data`)."""
     sae = SaeConfig(batch_rows=2048, learning_rate=1e-3, n_rows=1_500_000)
-    return PipelineConfig(root=os.environ.get("INTERP_ROOT", "data"), corpus=CorpusConfig(max_shards=12), saes=[sae])
+    return PipelineConfig(root=os.environ.get(ROOT_VARIABLE, "data"), corpus=CorpusConfig(max_shards=12), saes=[sae])

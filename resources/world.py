@@ -1,7 +1,7 @@
 """What the assets need from the world: a configuration becomes its store, its plan, its tokenizer and its subject model.
 
-Credentials are read here and nowhere else: an `s3://` root takes the usual `AWS_*` environment variables, or `s3`, which a
-deployment fills from its secrets (`dagster.EnvVar`).
+Credentials are no part of a configuration, of a resource or of anything that Dagster records: for an `s3://` root the storage client
+takes them from where every AWS client does, the `AWS_*` environment variables or the machine's own role.
 """
 
 from typing import Any
@@ -11,15 +11,14 @@ from pydantic import Field
 
 from interp_assets.config import PipelineConfig
 from interp_assets.errors import InputError
-from interp_assets.pipeline import Pipeline, load_pipeline
-from interp_assets.store import Store, open_store
+from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.store import Store
 
 
 class World(dg.ConfigurableResource):
     """Opens what a pipeline works with."""
 
     config_json: str = Field(description="The pipeline's configuration as JSON.")
-    s3: dict[str, str] = Field(default={}, description="Options of the S3 client; the AWS_* variables fill the rest.")
 
     @classmethod
     def make(cls, config: PipelineConfig) -> "World":
@@ -33,8 +32,7 @@ class World(dg.ConfigurableResource):
 
     def store(self) -> Store:
         """Open the pipeline's own folder, `<root>/<name>`."""
-        config = self.config
-        return open_store(config.root, s3=dict(self.s3)).child(config.name)
+        return open_pipeline_store(self.config)
 
     def open(self) -> tuple[Pipeline, Store]:
         """Read the plan. Raises `ArtifactMissingError` before `corpus_plan` has been materialized."""
