@@ -3,11 +3,11 @@
 # make run CONFIG=my.yaml    the same road with your own model and text
 # make test            the test suite
 # make check           linters, types, import rules, stale documents: under a minute
-# make bench           every benchmark at its small size; make bench-shuffle runs one
+# make bench           every benchmark at its small size; make bench-shuffle runs one at full size, make bench-shuffle QUICK=1 at its small one
 # make docs            write the generated parts of the documents
 # make dev             Dagster's UI on the demo pipeline, without running anything
 #
-# Options: PYTHON=python3.12  VENV=.venv  SERVE=0  CONFIG=file.yaml  PIP_ARGS="..." (to every pip install)  PYTEST_ARGS="..."
+# Options: PYTHON=python3.12  VENV=.venv  SERVE=0  CONFIG=file.yaml  PIP_ARGS="..." (to every pip install)  PYTEST_ARGS="..."  QUICK=1  BENCH_ARGS="..."
 
 SHELL := /bin/bash
 VENV ?= .venv
@@ -95,10 +95,10 @@ check: $(DEV_STAMP)
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_layering.py
 
 bench: $(DEV_STAMP)
-	@for file in benchmarks/bench_*.py; do echo "# $$file" >&2; $(BIN)/python "$$file" || exit 1; done
+	@for file in benchmarks/bench_*.py; do echo "# $$file" >&2; $(BIN)/python "$$file" --quick || exit 1; done
 
 bench-%: $(DEV_STAMP)
-	$(BIN)/python benchmarks/bench_$*.py
+	@$(BIN)/python benchmarks/bench_$*.py $(if $(QUICK),--quick) $(BENCH_ARGS)
 
 docs: $(DEV_STAMP)
 	$(BIN)/python docs/build.py

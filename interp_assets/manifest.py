@@ -286,6 +286,48 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
+class FilePart(NamedTuple):
+    """Bytes [start, start + n_bytes) of one file of an artifact, and the checksums of the blocks around them.
+
+    All that a verified read of the part needs: a job that reads a range of each of a thousand files need not hold a thousand manifests.
+    """
+
+    path: str
+    """The file, relative to the store."""
+    start: int
+    n_bytes: int
+    file_bytes: int
+    block_bytes: int
+    first_block: int
+    checksums: list[str]
+
+
+def file_part(path: str, entry: FileEntry, start: int, n_bytes: int) -> FilePart:
+    """Take what a read of `n_bytes` from `start` needs out of a manifest's entry; `path` is the artifact's. The range must lie in the file."""
+    assert 0 <= start <= start + n_bytes <= entry.n_bytes, f"{entry.name}: bytes {start} + {n_bytes} of {entry.n_bytes}"
+    first, last = start // entry.block_bytes, math.ceil((start + n_bytes) / entry.block_bytes)
+    return FilePart(f"{path}/{entry.name}", start, n_bytes, entry.n_bytes, entry.block_bytes, first, entry.checksums[first:last])
+
+
+def read_part(store: Store, part: FilePart, scratch: memoryview) -> memoryview:
+    """Read and verify a part that is read once; the view that is returned may lie in `scratch`, which must hold its whole blocks.
+
+    Raises `ArtifactCorruptError`, naming the block.
+    """
+    first, last = part.start // part.block_bytes, math.ceil((part.start + part.n_bytes) / part.block_bytes)
+    wide = first * part.block_bytes
+    n_wide = min(last * part.block_bytes, part.file_bytes) - wide
+    where = f"{store.url}/{part.path}"
+    try:
+        data = store.get_into(part.path, wide, scratch[:n_wide])
+    except StoreMissingError as error:
+        raise ArtifactCorruptError(f"{where} is gone, though its manifest lists it. Re-materialize its partition.") from error
+    for block in range(first, last):
+        at = (block - first) * part.block_bytes
+        _verify_block(data[at : at + part.block_bytes], part.checksums[block - part.first_block], block, part.block_bytes, where)
+    return data[part.start - wide : part.start - wide + part.n_bytes]
+
+
 def read_file(store: Store, path: str, manifest: Manifest, name: str) -> bytes:
     """Read a whole file of the artifact at `path` and verify every block. Raises `ArtifactCorruptError`, naming the block."""
     entry = manifest.file(name)
@@ -333,13 +375,17 @@ def _get_nonempty(store: Store, path: str, starts: Sequence[int], lengths: Seque
 def _verify_blocks(data: bytes, entry: FileEntry, first_block: int, where: str) -> None:
     view = memoryview(data)
     for i in range(math.ceil(len(data) / entry.block_bytes)):
-        block = first_block + i
-        found = xxhash.xxh3_128_hexdigest(view[i * entry.block_bytes : (i + 1) * entry.block_bytes])
-        if found != entry.checksums[block]:
-            raise ArtifactCorruptError(
-                f"{where} is damaged in block {block} (bytes {block * entry.block_bytes:,} and following): checksum {found}, "
-                f"the manifest says {entry.checksums[block]}. Delete its folder and re-materialize the partition."
-            )
+        block = view[i * entry.block_bytes : (i + 1) * entry.block_bytes]
+        _verify_block(block, entry.checksums[first_block + i], first_block + i, entry.block_bytes, where)
+
+
+def _verify_block(data: memoryview, expected: str, block: int, block_bytes: int, where: str) -> None:
+    found = xxhash.xxh3_128_hexdigest(data)
+    if found != expected:
+        raise ArtifactCorruptError(
+            f"{where} is damaged in block {block} (bytes {block * block_bytes:,} and following): checksum {found}, "
+            f"the manifest says {expected}. Delete its folder and re-materialize the partition."
+        )
 
 
 class _HashingSink:

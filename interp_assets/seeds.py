@@ -20,13 +20,26 @@ from numpy.typing import NDArray
 _WORD: Final = 1 << 64
 
 
+class _Key:
+    """Hands a Philox generator its 128-bit key as a seed sequence would; given as `key=`, NumPy would also ask the system for entropy."""
+
+    def __init__(self, key: bytes) -> None:
+        self._words = np.frombuffer(key, dtype="<u8").astype(np.uint64)
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> NDArray[np.uint64]:
+        assert (n_words, dtype) == (2, np.uint64), f"Philox asks for two words of 64 bits, not {n_words} of {dtype}"
+        return self._words
+
+
+np.random.bit_generator.ISeedSequence.register(_Key)
+
+
 class Stream:
     """A sequence of uniform 64-bit words, with the few exact draws that the platform needs."""
 
     def __init__(self, key: bytes) -> None:
         """Open the stream of a 16-byte key."""
-        words = np.frombuffer(key, dtype="<u8")
-        self._bits = np.random.Philox(key=words.astype(np.uint64))
+        self._bits = np.random.Philox(_Key(key))
 
     def words(self, n: int) -> NDArray[np.uint64]:
         """Draw `n` uniform 64-bit words."""
@@ -45,14 +58,15 @@ class Stream:
                 return word % n
 
     def permutation(self, n: int) -> NDArray[np.int64]:
-        """Draw a uniform permutation of 0..n-1: the order of iid 64-bit words, redrawn when two are equal. 16 bytes and ~100 ns a row."""
+        """Draw a uniform permutation of 0..n-1: the order of iid 64-bit words, redrawn when two are equal.
+
+        Every sort gives the same order of different words, so the fastest one serves. 24 bytes and 30 to 150 ns a row.
+        """
         while True:
             words = self.words(n)
-            order = np.argsort(words, kind="stable")
-            if n < 2:
-                return order
-            ranked = words[order]
-            if not (ranked[1:] == ranked[:-1]).any():
+            order = np.argsort(words)
+            words.sort()
+            if not (words[1:] == words[:-1]).any():
                 return order
 
     def generator(self) -> np.random.Generator:

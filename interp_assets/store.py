@@ -1,7 +1,8 @@
 """A store: all that a stage may ask of a folder, a bucket or memory.
 
 One implementation, `ObjectStore`, over the `obstore` library serves local folders, S3 and memory alike: whole and ranged reads,
-streaming writes, conditional creation, listing and deletion. Paths are relative, with `/` between their parts.
+streaming writes, conditional creation, listing and deletion. Only the bulk of local data goes another way, past the page cache
+(`direct.py`, `docs/decisions/0003-direct-io.md`). Paths are relative, with `/` between their parts.
 
 What is promised:
 
@@ -15,7 +16,6 @@ Checksums do not belong here: no client verifies a ranged read, so `manifest.py`
 """
 
 import errno
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,6 +26,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, MemoryStore, S3Store
 
+from interp_assets.direct import DirectWriter, flush, read_into
 from interp_assets.errors import ConfigError, StoreError, StoreMissingError
 
 PART_BYTES: Final = 8 << 20
@@ -64,6 +65,13 @@ class Store(Protocol):
 
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Read several ranges of one object at once."""
+        ...
+
+    def get_into(self, path: str, start: int, out: memoryview) -> memoryview:
+        """Read `len(out)` bytes from `start`, once and for all: a local disk's go into `out`, past the page cache.
+
+        The returned view holds the bytes: it is `out` or memory of its own.
+        """
         ...
 
     def put(self, path: str, data: bytes, *, create: bool = False) -> bool:
@@ -118,12 +126,20 @@ class ObjectStore:
         with self._explained("read", path):
             parts = obstore.get_ranges(self._backend, self._key(path), starts=starts, lengths=lengths)
         for start, length, part in zip(starts, lengths, parts, strict=True):
-            if len(part) != length:
-                raise StoreError(
-                    f"{self.url}/{path} ends early: {length:,} bytes asked for at {start:,}, {len(part):,} came. "
-                    "Run `interp verify` on its folder and re-materialize the partition that it names."
-                )
+            self._check_length(path, start, length, len(part))
         return [bytes(part) for part in parts]
+
+    def get_into(self, path: str, start: int, out: memoryview) -> memoryview:
+        """Read exactly `len(out)` bytes from `start` that nobody will want again. Raises `StoreError` when the object ends earlier."""
+        local = self.local_path(path)
+        with self._explained("read", path):
+            if local is not None:
+                n_read, view = read_into(local, start, out), out
+            else:
+                (part,) = obstore.get_ranges(self._backend, self._key(path), starts=[start], lengths=[len(out)])
+                n_read, view = len(part), memoryview(part)
+        self._check_length(path, start, len(out), n_read)
+        return view
 
     def put(self, path: str, data: bytes, *, create: bool = False) -> bool:
         """Write a whole object atomically; with `create`, answer False and change nothing when it exists already."""
@@ -137,7 +153,12 @@ class ObjectStore:
 
     @contextmanager
     def open_writer(self, path: str) -> Iterator[ByteSink]:
-        """Stream an object in parts of `PART_BYTES`; it appears when the block ends, and never if the block raises."""
+        """Stream an object; it appears when the block ends, and never if the block raises. Local files go past the page cache."""
+        local = self.local_path(path)
+        if local is not None:
+            with self._open_direct(local, path) as sink:
+                yield sink
+            return
         with self._explained("write", path):
             writer = obstore.open_writer(self._backend, self._key(path), buffer_size=PART_BYTES, max_concurrency=4)
         writer.__enter__()
@@ -149,6 +170,18 @@ class ObjectStore:
         with self._explained("write", path):
             writer.__exit__(None, None, None)
             self._sync(path)
+
+    @contextmanager
+    def _open_direct(self, local: Path, path: str) -> Iterator[ByteSink]:
+        with self._explained("write", path):
+            writer = DirectWriter(local)
+        try:
+            yield _Sink(writer, self, path)
+            with self._explained("write", path):
+                writer.close()
+        except BaseException:
+            writer.abort()
+            raise
 
     def size(self, path: str) -> int | None:
         """Return the size in bytes, or None when there is no such object."""
@@ -185,6 +218,13 @@ class ObjectStore:
             return None
         return Path(str(self._backend.prefix)) / self._key(path)
 
+    def _check_length(self, path: str, start: int, n_wanted: int, n_found: int) -> None:
+        if n_found != n_wanted:
+            raise StoreError(
+                f"{self.url}/{path} ends early: {n_wanted:,} bytes asked for at {start:,}, {n_found:,} came. "
+                "Run `interp verify` on its folder and re-materialize the partition that it names."
+            )
+
     def _key(self, path: str) -> str:
         relative = check_path(path) if path else ""
         return "/".join(part for part in (self._prefix, relative) if part)
@@ -195,11 +235,7 @@ class ObjectStore:
         if local is None:
             return
         for target in (local, local.parent):
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            flush(target)
 
     @contextmanager
     def _explained(self, verb: str, path: str) -> Iterator[None]:
@@ -213,13 +249,14 @@ class ObjectStore:
 
 
 class _Sink:
-    """Hand bytes to obstore's writer and explain its failures."""
+    """Hand bytes to a writer and explain its failures."""
 
     def __init__(self, writer: Any, store: ObjectStore, path: str) -> None:
         self._writer, self._store, self._path = writer, store, path
+        self._copies = isinstance(writer, DirectWriter)
 
     def write(self, data: bytes | memoryview) -> None:
-        if isinstance(data, memoryview) and not data.readonly:
+        if not self._copies and isinstance(data, memoryview) and not data.readonly:
             data = bytes(data)  # obstore keeps a reference until the part is sent; the caller may fill its buffer again
         with self._store._explained("write", self._path):  # noqa: SLF001 - the sink is part of the store
             self._writer.write(data)
@@ -260,6 +297,6 @@ def check_path(path: str) -> str:
 def _reason(error: BaseException) -> str:
     """Reduce an error of the storage library to its first line, with the next step where it is known."""
     text = (str(error).splitlines() or [type(error).__name__])[0]
-    if any(f"os error {code}" in text for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    if any(f"os error {code}" in text or getattr(error, "errno", None) == code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return f"{text}. Free some space and run the same command again: finished shards are kept."
     return text

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.direct import allocate
 from interp_assets.errors import CertificateError, PlanError
 from interp_assets.harvest.refs import hook_folder
-from interp_assets.manifest import ArtifactRef, Produced, combine_ids, create_artifact, find_manifest, load_manifest, make_ref, read_range
+from interp_assets.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, load_manifest, make_ref, read_part
 from interp_assets.pipeline import Pipeline, shard_key
 from interp_assets.seeds import Stream
 from interp_assets.shuffle.hypergeometric import count_table, draw_hypergeometric
@@ -32,7 +33,7 @@ from interp_assets.shuffle.mixed import ROWS, MixedShard, make_mixed_shard, mixe
 from interp_assets.shuffle.multiset import MultisetHash, hash_rows
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.refs import FOLDER, SHUFFLE_VERSION, bucket_key
-from interp_assets.shuffle.rows import Progress, Segment, cut_segment, frozen
+from interp_assets.shuffle.rows import PIECE_BYTES, Progress, Segment, cut_segment
 from interp_assets.shuffle.sizes import shares
 from interp_assets.store import Store
 from interp_assets.tensors import ITEM_BYTES
@@ -179,7 +180,7 @@ class _Merged:
                 rows[places], ids[places] = source.take(int(places.sum()))
             self.row_ids.append(ids)
             self.rows_hash = self.rows_hash.merge(hash_rows(ids, rows))
-            yield frozen(rows)
+            yield rows.reshape(-1).data
             if self._progress is not None:
                 self._progress(len(ids))
 
@@ -203,13 +204,14 @@ class _Forward:
         return taken
 
     def _read(self, store: Store, shards: Sequence[MixedShard], first_row: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint64]]]:
+        scratch = memoryview(allocate(PIECE_BYTES))
         for shard in shards:
             start, first_row = min(first_row, shard.n_rows), max(0, first_row - shard.n_rows)
             ids = read_mixed_ids(store, shard, start, shard.n_rows)
-            span = shard.rows.start + start * self.row_bytes, (shard.n_rows - start) * self.row_bytes
+            wanted = shard.rows.start + start * self.row_bytes, (shard.n_rows - start) * self.row_bytes
             held, done = b"", 0
-            for piece in cut_segment(Segment(shard.ref.path, shard.manifest, ROWS, *span, 0)):
-                held += read_range(store, piece.path, piece.manifest, piece.name, piece.start, piece.n_bytes)
+            for piece in cut_segment(Segment(file_part(shard.ref.path, shard.manifest.file(ROWS), *wanted), 0)):
+                held += read_part(store, piece.part, scratch)
                 n_whole = len(held) // self.row_bytes
                 rows = np.frombuffer(held, np.uint8, n_whole * self.row_bytes).reshape(n_whole, self.row_bytes)
                 yield rows, ids[done : done + n_whole]

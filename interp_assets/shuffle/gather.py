@@ -11,21 +11,24 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from interp_assets.direct import Workspace
 from interp_assets.errors import PlanError
 from interp_assets.manifest import Produced, create_artifact, find_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.shuffle.mixed import mixed_specs, save_mixed
-from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
+from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_rows
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
 from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref
-from interp_assets.shuffle.rows import ID_BYTES, Progress, RowFormat, RowSource, frozen, iter_chunks, record_ids
+from interp_assets.shuffle.rows import ID_BYTES, Progress, RowFormat, RowSource, iter_chunks, record_ids
 from interp_assets.shuffle.sources import InputRange, load_records, load_shards
 from interp_assets.store import Store
 
 
-def gather_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Progress | None = None) -> Produced:
-    """Make the mixed shard `bucket`. Holds its rows in memory.
+def gather_bucket(
+    pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Progress | None = None, space: Workspace | None = None
+) -> Produced:
+    """Make the mixed shard `bucket`. Holds its rows in memory, that of `space` if given.
 
     Raises `ArtifactMissingError` that names every job file which is missing, `ArtifactCorruptError` when rows or ranges differ from
     the manifests or the plan, and `PlanError` for a bucket that the plan does not have.
@@ -42,9 +45,9 @@ def gather_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int
             f"has {plan.sizes.n_buckets} mixed shards."
         )
     fmt = row_format(pipeline, hook_point)
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref) as art, (space or Workspace()).lend(_buffer_bytes(plan, bucket, fmt)) as buffer:
         order = Draws(plan.seed).gather_order(bucket, plan.sizes.input_rows(plan.sizes.passes, bucket))  # its working space is free again
-        source, facts = _load_bucket(pipeline, store, hook_point, plan, bucket)
+        source, facts = _load_bucket(pipeline, store, hook_point, plan, bucket, buffer)
         assert source.n_rows == len(order), f"{source.n_rows} rows read, {len(order)} ordered"
         outgoing = _Outgoing(source, order, fmt, progress)
         save_mixed(art, outgoing.rows(), outgoing.row_ids(), mixed_specs(source.n_rows, fmt.d_in, fmt.dtype))
@@ -53,12 +56,20 @@ def gather_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
 
 
-def _load_bucket(pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, bucket: int) -> tuple[RowSource, dict[str, str]]:
+def _buffer_bytes(plan: ShufflePlan, bucket: int, fmt: RowFormat) -> int:
+    if plan.sizes.passes == 1:
+        return sum(shard.n_rows for shard in plan.shards) * fmt.row_bytes
+    return plan.sizes.input_rows(plan.sizes.passes, bucket) * fmt.record_bytes
+
+
+def _load_bucket(
+    pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, bucket: int, buffer: NDArray[np.uint8]
+) -> tuple[RowSource, dict[str, str]]:
     """Read a bucket's rows; with one pass they come from the activation shards, and their hash as read becomes a fact."""
     if plan.sizes.passes > 1:
         n_rows = plan.sizes.input_rows(plan.sizes.passes, bucket)
-        return load_records(pipeline, store, hook_point, plan, InputRange(plan.sizes.passes, bucket, 0, n_rows)), {}
-    raw = load_shards(pipeline, store, hook_point, plan.shards)
+        return load_records(pipeline, store, hook_point, plan, InputRange(plan.sizes.passes, bucket, 0, n_rows), buffer), {}
+    raw = load_shards(pipeline, store, hook_point, plan.shards, buffer)
     return raw, {"source_multiset_hash": hash_kept(raw.row_ids, raw.rows, raw.kept).encode()}
 
 
@@ -71,10 +82,16 @@ class _Outgoing:
         self.rows_hash = MultisetHash()
 
     def rows(self) -> Iterator[memoryview]:
+        rows = np.empty((0, self._fmt.row_bytes), np.uint8)
         for records in iter_chunks(self._source, self._order, self._fmt.record_bytes):
-            self.rows_hash = self.rows_hash.merge(hash_records(records))
-            self._ids.append(record_ids(records))
-            yield frozen(np.ascontiguousarray(records[:, ID_BYTES:]))
+            if len(rows) < len(records):
+                rows = np.empty((len(records), self._fmt.row_bytes), np.uint8)
+            part = rows[: len(records)]
+            np.copyto(part, records[:, ID_BYTES:])
+            ids = record_ids(records)
+            self.rows_hash = self.rows_hash.merge(hash_rows(ids, part))
+            self._ids.append(ids)
+            yield part.reshape(-1).data
             if self._progress is not None:
                 self._progress(len(records))
 

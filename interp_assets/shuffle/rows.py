@@ -6,18 +6,23 @@ A record is a row id (uint64, little-endian) and the row's bytes. Two kinds of b
   the others and are never taken;
 - `Records`: ranges of split files, record after record.
 
-Reads are cut where checksum blocks end, so that nothing is read twice, and a few run at once; each writes into its own place of the
-buffer. Memory: the buffer, `FIXED_BYTES` of pieces in flight and chunks, and while an order is drawn `SORT_BYTES` a row.
+Reads are cut where checksum blocks end, so that nothing is read twice, and a few run at once; each is verified while it is in the
+processor's cache and copied to its own place of the buffer. Records leave through one small chunk that stays in the cache, too.
+Memory: the buffer, `FIXED_BYTES` of pieces in flight and chunks, and while an order is drawn `SORT_BYTES` a row.
+
+Cost per GB and core with rows of 1 KB: checksum 0.09 s, copy 0.1 s, gather with row ids 0.18 s, and twice 0.15 s for the multiset hash.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.manifest import Manifest, read_range
+from interp_assets.direct import allocate
+from interp_assets.manifest import FilePart, read_part
 from interp_assets.store import Store
 from interp_assets.tensors import ITEM_BYTES
 
@@ -26,8 +31,8 @@ SORT_BYTES: Final = 32
 """Memory a row, beside the row itself, while its job draws an order: random words, order, the sort's own space."""
 PIECE_BYTES: Final = 8 << 20
 """One verified read."""
-CHUNK_BYTES: Final = 4 << 20
-"""Rows gathered and written at once."""
+CHUNK_BYTES: Final = 512 << 10
+"""Rows gathered and hashed at once: with a copy, they stay in a core's cache."""
 READERS: Final = 4
 FIXED_BYTES: Final = 128 << 20
 """What a job may need whatever its size: pieces being read and chunks being sent, half of it in the store client's own buffers."""
@@ -57,13 +62,9 @@ class RowFormat(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Bytes [start, start + n_bytes) of one file of an artifact, and where in the buffer they go."""
+    """A part of a file, and where in the buffer it goes."""
 
-    path: str
-    manifest: Manifest
-    name: str
-    start: int
-    n_bytes: int
+    part: FilePart
     at: int
 
 
@@ -74,11 +75,16 @@ class RawRows:
         """Hold `rows [n_all, row_bytes]`, the positions `kept [n_rows]` of the valid ones, and their row ids `[n_rows]`."""
         self.n_rows = len(kept)
         self.rows, self.kept, self.row_ids = rows, kept, row_ids
+        self._taken = np.empty((0, rows.shape[1]), np.uint8)
 
     def take(self, order: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Write the records of rows `order` into `out`."""
+        if len(self._taken) < len(order):
+            self._taken = np.empty((len(order), self.rows.shape[1]), np.uint8)
+        rows = self._taken[: len(order)]
+        np.take(self.rows, self.kept[order], axis=0, out=rows, mode="clip")
         out[:, :ID_BYTES] = self.row_ids[order].astype("<u8").view(np.uint8).reshape(-1, ID_BYTES)
-        out[:, ID_BYTES:] = np.take(self.rows, self.kept[order], axis=0, mode="clip")
+        out[:, ID_BYTES:] = rows
 
 
 class Records:
@@ -100,45 +106,50 @@ RowSource = RawRows | Records
 def fill(store: Store, segments: Sequence[Segment], buffer: NDArray[np.uint8]) -> None:
     """Read and verify all segments into `buffer` (flat bytes), `READERS` at a time.
 
-    Raises what `read_range` raises; the first segment's error when several fail.
+    Raises what `read_part` raises; the first segment's error when several fail.
     """
+    pieces = [piece for segment in segments for piece in cut_segment(segment)]
+    free: SimpleQueue[memoryview] = SimpleQueue()
+    for _ in range(READERS):
+        free.put(memoryview(allocate(PIECE_BYTES)))
 
     def read(piece: Segment) -> None:
-        data = read_range(store, piece.path, piece.manifest, piece.name, piece.start, piece.n_bytes)
-        buffer[piece.at : piece.at + piece.n_bytes] = np.frombuffer(data, np.uint8)
+        scratch = free.get()
+        try:
+            data = read_part(store, piece.part, scratch)
+            buffer[piece.at : piece.at + len(data)] = np.frombuffer(data, np.uint8)
+        finally:
+            free.put(scratch)
 
-    pieces = [piece for segment in segments for piece in cut_segment(segment)]
     with ThreadPoolExecutor(READERS) as readers:
         for _ in readers.map(read, pieces):
             pass
 
 
 def cut_segment(segment: Segment) -> Iterator[Segment]:
-    """Cut a segment into reads of about `PIECE_BYTES` that end where a checksum block ends."""
-    block_bytes = segment.manifest.file(segment.name).block_bytes
-    stride = block_bytes * max(1, PIECE_BYTES // block_bytes)
-    start, end = segment.start, segment.start + segment.n_bytes
+    """Cut a segment into reads of at most `PIECE_BYTES`, whole blocks counted, that end where a checksum block ends."""
+    part = segment.part
+    stride = part.block_bytes * max(1, PIECE_BYTES // part.block_bytes)
+    start, end = part.start, part.start + part.n_bytes
     while start < end:
         stop = min((start // stride + 1) * stride, end)
-        yield segment._replace(start=start, n_bytes=stop - start, at=segment.at + start - segment.start)
+        yield Segment(part._replace(start=start, n_bytes=stop - start), segment.at + start - part.start)
         start = stop
 
 
 def iter_chunks(source: RowSource, order: NDArray[np.int64], record_bytes: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield the records of a source in a given order, `[n, record_bytes]` of about `CHUNK_BYTES` a time, each in memory of its own."""
+    """Yield the records of a source in a given order, `[n, record_bytes]` of about `CHUNK_BYTES` a time.
+
+    Every chunk lies in the same memory: it is good until the next one is asked for.
+    """
     n_chunk = max(1, CHUNK_BYTES // record_bytes)
+    chunk = np.empty((min(n_chunk, len(order)), record_bytes), np.uint8)
     for start in range(0, len(order), n_chunk):
         part = order[start : start + n_chunk]
-        chunk = np.empty((len(part), record_bytes), np.uint8)
-        source.take(part, chunk)
-        yield chunk
+        source.take(part, chunk[: len(part)])
+        yield chunk[: len(part)]
 
 
 def record_ids(records: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """Return the row ids of records `[n, record_bytes]`, as a copy."""
     return np.ascontiguousarray(records[:, :ID_BYTES]).view("<u8").reshape(-1).astype(np.uint64)
-
-
-def frozen(array: NDArray[np.uint8]) -> memoryview:
-    """Hand an array's bytes to a writer for good: read-only, so that the store need not copy them. Nothing may change them afterwards."""
-    return array.reshape(-1).data.toreadonly() if array.size else memoryview(b"")

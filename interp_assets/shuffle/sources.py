@@ -4,8 +4,10 @@ Everything that can be wrong with an input is found here, before a row is moved:
 plan, job files that are missing (all of them are named), ranges that leave their file or do not add up to the bucket.
 """
 
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +16,17 @@ from interp_assets.corpus.tokens import load_tokens
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS as ACTIVATION_ROWS
-from interp_assets.manifest import ArtifactRef, Manifest, load_manifest
+from interp_assets.manifest import ArtifactRef, FilePart, Manifest, file_part, load_manifest
 from interp_assets.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.plan import ShardRows, ShufflePlan, row_format
 from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
-from interp_assets.shuffle.rows import SHARD_SHIFT, RawRows, Records, RowFormat, Segment, fill
+from interp_assets.shuffle.rows import READERS, SHARD_SHIFT, RawRows, Records, RowFormat, Segment, fill
 from interp_assets.shuffle.sizes import offsets
 from interp_assets.store import Store
 from interp_assets.tensors import read_spans
 
 SPLIT_ROWS: Final = "rows.bin"
+Taken = TypeVar("Taken")
 
 
 class InputRange(NamedTuple):
@@ -35,11 +38,11 @@ class InputRange(NamedTuple):
     stop: int
 
 
-def load_shards(pipeline: Pipeline, store: Store, hook_point: str, shards: Sequence[ShardRows]) -> RawRows:
-    """Read the activation shards of several training shards, one after the other, and find their valid rows.
+def load_shards(pipeline: Pipeline, store: Store, hook_point: str, shards: Sequence[ShardRows], buffer: NDArray[np.uint8]) -> RawRows:
+    """Read the activation shards of several training shards into `buffer`, one after the other, and find their valid rows.
 
-    Raises `ArtifactMissingError` naming all shards that are missing, and `ArtifactCorruptError` for rows that differ from what the token
-    shard and the plan say. Holds all rows of the shards.
+    `buffer` holds all rows of the shards, valid or not (flat bytes). Raises `ArtifactMissingError` naming all shards that are missing, and
+    `ArtifactCorruptError` for rows that differ from what the token shard and the plan say.
     """
     fmt = row_format(pipeline, hook_point)
     refs = [activation_shard_ref(pipeline, hook_point, shard.shard_index) for shard in shards]
@@ -55,17 +58,16 @@ def load_shards(pipeline: Pipeline, store: Store, hook_point: str, shards: Seque
                 f"shard and the pipeline's plan say {shard.n_rows:,} of ({fmt.d_in},) x {fmt.dtype} "
                 f"({store.url}/{ref.path}). Re-materialize this partition."
             )
-        segments.append(Segment(ref.path, manifest, ACTIVATION_ROWS, span.start, span.n_bytes, start * fmt.row_bytes))
+        segments.append(Segment(file_part(ref.path, manifest.file(ACTIVATION_ROWS), span.start, span.n_bytes), start * fmt.row_bytes))
         valid = np.flatnonzero(_load_valid(pipeline, store, shard))
         kept.append(valid + start)
         row_ids.append(valid.astype(np.uint64) + np.uint64(shard.shard_index << SHARD_SHIFT))
-    buffer = np.empty(starts[-1] * fmt.row_bytes, np.uint8)
     fill(store, segments, buffer)
     return RawRows(buffer.reshape(starts[-1], fmt.row_bytes), np.concatenate(kept), np.concatenate(row_ids))
 
 
-def load_records(pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, wanted: InputRange) -> Records:
-    """Read rows of an input bucket of pass >= 2: it is the concatenation of its ranges in the files of all jobs of the pass before.
+def load_records(pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, wanted: InputRange, buffer: NDArray[np.uint8]) -> Records:
+    """Read rows of an input bucket of pass >= 2 into `buffer` (flat bytes): the concatenation of its ranges in the files of the pass before.
 
     Raises `ArtifactMissingError` naming every job file that is missing, and `ArtifactCorruptError` when the ranges do not add up.
     """
@@ -73,9 +75,13 @@ def load_records(pipeline: Pipeline, store: Store, hook_point: str, plan: Shuffl
     parent, part = divmod(wanted.bucket, plan.sizes.fan_out)
     reader = f"{bucket_key(wanted.bucket)} of {hook_point}"
     refs = list_splits(pipeline, hook_point, plan, wanted.pass_index - 1, parent)
-    manifests = load_manifests(store, refs, reader, f"pass {wanted.pass_index - 1} of the shuffle")
-    ranges = [split_range(store, ref, manifest, part, fmt) for ref, manifest in zip(refs, manifests, strict=True)]
-    ends = offsets([high - low for low, high in ranges])
+
+    def find_range(ref: ArtifactRef, manifest: Manifest) -> FilePart:
+        low, high = split_range(store, ref, manifest, part, fmt)
+        return file_part(ref.path, manifest.file(SPLIT_ROWS), low * fmt.record_bytes, (high - low) * fmt.record_bytes)
+
+    ranges = read_manifests(store, refs, reader, f"pass {wanted.pass_index - 1} of the shuffle", find_range)
+    ends = offsets([item.n_bytes // fmt.record_bytes for item in ranges])
     expected = plan.sizes.input_rows(wanted.pass_index, wanted.bucket)
     if ends[-1] != expected:
         raise ArtifactCorruptError(
@@ -83,16 +89,14 @@ def load_records(pipeline: Pipeline, store: Store, hook_point: str, plan: Shuffl
             "Run `interp verify` on that pass's folder, delete what it names and materialize it again."
         )
     segments: list[Segment] = []
-    for ref, manifest, (low, _), first, end in zip(refs, manifests, ranges, ends[:-1], ends[1:], strict=True):
+    for item, (first, end) in zip(ranges, pairwise(ends), strict=True):
         begin, close = max(first, wanted.start), min(end, wanted.stop)
         if begin < close:
-            at, n_bytes = (low + begin - first) * fmt.record_bytes, (close - begin) * fmt.record_bytes
-            segments.append(Segment(ref.path, manifest, SPLIT_ROWS, at, n_bytes, (begin - wanted.start) * fmt.record_bytes))
-    n_rows = wanted.stop - wanted.start
-    buffer = np.empty(n_rows * fmt.record_bytes, np.uint8)
+            cut = item._replace(start=item.start + (begin - first) * fmt.record_bytes, n_bytes=(close - begin) * fmt.record_bytes)
+            segments.append(Segment(cut, (begin - wanted.start) * fmt.record_bytes))
     turn = wanted.bucket % max(1, len(segments))  # each bucket starts at another file: no object is asked by all jobs at once
     fill(store, segments[turn:] + segments[:turn], buffer)
-    return Records(buffer.reshape(n_rows, fmt.record_bytes))
+    return Records(buffer.reshape(wanted.stop - wanted.start, fmt.record_bytes))
 
 
 def list_splits(pipeline: Pipeline, hook_point: str, plan: ShufflePlan, pass_index: int, bucket: int) -> list[ArtifactRef]:
@@ -104,14 +108,28 @@ def list_splits(pipeline: Pipeline, hook_point: str, plan: ShufflePlan, pass_ind
 
 
 def load_manifests(store: Store, refs: Sequence[ArtifactRef], reader: str, makers: str) -> list[Manifest]:
-    """Read several manifests. Raises `ArtifactMissingError` that names all that cannot be read, who needs them and what makes them."""
-    manifests: list[Manifest] = []
-    missing: list[str] = []
-    for ref in refs:
+    """Read several manifests and hold them all. Raises like `read_manifests`."""
+    return read_manifests(store, refs, reader, makers, lambda _, manifest: manifest)
+
+
+def read_manifests(
+    store: Store, refs: Sequence[ArtifactRef], reader: str, makers: str, take: Callable[[ArtifactRef, Manifest], Taken]
+) -> list[Taken]:
+    """Read several manifests, a few at once, and keep what `take` takes from each, in order: those of split files are large.
+
+    Raises `ArtifactMissingError` that names all that cannot be read, who needs them and what makes them; what `take` raises passes.
+    """
+
+    def read(ref: ArtifactRef) -> Taken | ArtifactError:
         try:
-            manifests.append(load_manifest(store, ref))
+            manifest = load_manifest(store, ref)
         except ArtifactError as error:
-            missing.append(f"  {error}")
+            return error
+        return take(ref, manifest)
+
+    with ThreadPoolExecutor(READERS) as readers:
+        found = list(readers.map(read, refs))
+    missing = [f"  {item}" for item in found if isinstance(item, ArtifactError)]
     if missing:
         more = f"\n  ... and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ArtifactMissingError(
@@ -120,7 +138,7 @@ def load_manifests(store: Store, refs: Sequence[ArtifactRef], reader: str, maker
             + more
             + f"\nMaterialize these partitions of {makers}, then this one again."
         )
-    return manifests
+    return [item for item in found if not isinstance(item, ArtifactError)]
 
 
 def split_range(store: Store, ref: ArtifactRef, manifest: Manifest, part: int, fmt: RowFormat) -> tuple[int, int]:

@@ -8,9 +8,11 @@ A job depends on the plan and on its own rows only. It may run anywhere, twice, 
 Format: `docs/formats/split_shard.md`.
 """
 
+import math
 import time
 from typing import Final, NamedTuple
 
+from interp_assets.direct import Workspace
 from interp_assets.errors import ArtifactCorruptError, PlanError
 from interp_assets.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact, find_manifest
 from interp_assets.pipeline import Pipeline
@@ -18,14 +20,14 @@ from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
 from interp_assets.shuffle.permutation import Draws, JobSplit, split_job
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
 from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
-from interp_assets.shuffle.rows import Progress, Records, RowFormat, RowSource, frozen, iter_chunks
+from interp_assets.shuffle.rows import Progress, Records, RowFormat, RowSource, iter_chunks
 from interp_assets.shuffle.sizes import offsets
 from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, load_records, load_shards
 from interp_assets.store import Store
 
 _MIN_BLOCK_BYTES: Final = 64 << 10
-_BLOCKS_PER_RANGE: Final = 32
-"""A range is widened to whole checksum blocks when it is read: with this many it costs about 3 % more bytes."""
+_ENTRY_BYTES: Final = 36
+"""A checksum in the manifest."""
 _BLOCK_ROWS: Final = 1 << 14
 
 
@@ -39,8 +41,10 @@ class _Job(NamedTuple):
     rows_hash: MultisetHash
 
 
-def split_shard(pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Progress | None = None) -> Produced:
-    """Distribute the valid rows of training shard `index` over the buckets of pass 1. Holds the shard in memory.
+def split_shard(
+    pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Progress | None = None, space: Workspace | None = None
+) -> Produced:
+    """Distribute the valid rows of training shard `index` over the buckets of pass 1. Holds the shard in memory, that of `space` if given.
 
     Raises `ArtifactCorruptError` when the shard's rows differ from its manifest, from its token shard or from the plan.
     """
@@ -54,18 +58,28 @@ def split_shard(pipeline: Pipeline, store: Store, hook_point: str, index: int, p
         raise PlanError(f"A shuffle of one pass splits nothing (shuffle.passes is 1): gather {bucket_key(0)} of {hook_point} directly.")
     job = plan.job(index)
     split = draw_split(plan, 1, 0, job, store.url)
-    source = load_shards(pipeline, store, hook_point, [plan.shards[job]])
-    rows_hash = hash_kept(source.row_ids, source.rows, source.kept)
-    return _write_split(store, _Job(ref, source, split, row_format(pipeline, hook_point), rows_hash), started, progress)
+    fmt = row_format(pipeline, hook_point)
+    with (space or Workspace()).lend(plan.shards[job].n_rows * fmt.row_bytes) as buffer:
+        source = load_shards(pipeline, store, hook_point, [plan.shards[job]], buffer)
+        rows_hash = hash_kept(source.row_ids, source.rows, source.kept)
+        return _write_split(store, _Job(ref, source, split, fmt, rows_hash), started, progress)
 
 
 def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Progress | None = None) -> list[Produced]:
     """Run all jobs of input bucket `bucket` of a middle pass, one after the other. See `split_bucket_job`."""
     n_jobs = len(_middle_plan(pipeline, store, pass_index).sizes.job_rows(pass_index, bucket))
-    return [split_bucket_job(pipeline, store, hook_point, (pass_index, bucket, job), progress) for job in range(n_jobs)]
+    space = Workspace()
+    return [split_bucket_job(pipeline, store, hook_point, (pass_index, bucket, job), progress, space) for job in range(n_jobs)]
 
 
-def split_bucket_job(pipeline: Pipeline, store: Store, hook_point: str, address: tuple[int, int, int], progress: Progress | None = None) -> Produced:
+def split_bucket_job(
+    pipeline: Pipeline,
+    store: Store,
+    hook_point: str,
+    address: tuple[int, int, int],
+    progress: Progress | None = None,
+    space: Workspace | None = None,
+) -> Produced:
     """Distribute one job's rows of a bucket over the buckets of a middle pass; `address` is (pass >= 2, input bucket, job).
 
     Raises like `load_records`. Holds the job's rows in memory.
@@ -79,8 +93,10 @@ def split_bucket_job(pipeline: Pipeline, store: Store, hook_point: str, address:
     plan = _middle_plan(pipeline, store, pass_index)
     split = draw_split(plan, pass_index, bucket, job, store.url)
     starts = offsets(plan.sizes.job_rows(pass_index, bucket))
-    source = load_records(pipeline, store, hook_point, plan, InputRange(pass_index, bucket, starts[job], starts[job + 1]))
-    return _write_split(store, _Job(ref, source, split, row_format(pipeline, hook_point), _hash_all(source)), started, progress)
+    wanted, fmt = InputRange(pass_index, bucket, starts[job], starts[job + 1]), row_format(pipeline, hook_point)
+    with (space or Workspace()).lend((wanted.stop - wanted.start) * fmt.record_bytes) as buffer:
+        source = load_records(pipeline, store, hook_point, plan, wanted, buffer)
+        return _write_split(store, _Job(ref, source, split, fmt, _hash_all(source)), started, progress)
 
 
 def draw_split(plan: ShufflePlan, pass_index: int, bucket: int, job: int, where: str) -> JobSplit:
@@ -115,9 +131,9 @@ def _hash_all(source: Records) -> MultisetHash:
 
 def _write_split(store: Store, job: _Job, started: float, progress: Progress | None) -> Produced:
     assert job.source.n_rows == len(job.split.order) == job.split.offsets[-1], f"{job.source.n_rows} rows read, {len(job.split.order)} ordered"
-    n_rows, n_parts = job.source.n_rows, len(job.split.offsets) - 1
+    n_rows = job.source.n_rows
     shape = [n_rows, job.fmt.record_bytes]
-    range_bytes = n_rows * job.fmt.record_bytes // max(1, n_parts)
+    n_block = block_bytes(n_rows * job.fmt.record_bytes)
     with create_artifact(store, job.ref) as art:
         art.facts |= {
             "n_rows": n_rows,
@@ -126,15 +142,19 @@ def _write_split(store: Store, job: _Job, started: float, progress: Progress | N
             "ranges": job.split.offsets,
             "multiset_hash": job.rows_hash.encode(),
         }
-        with art.open(SPLIT_ROWS, n_rows=n_rows, dtype="uint8", shape=shape, block_bytes=block_bytes(range_bytes)) as sink:
+        with art.open(SPLIT_ROWS, n_rows=n_rows, dtype="uint8", shape=shape, block_bytes=n_block) as sink:
             for chunk in iter_chunks(job.source, job.split.order, job.fmt.record_bytes):
-                sink.write(frozen(chunk))
+                sink.write(chunk.reshape(-1).data)
                 if progress is not None:
                     progress(len(chunk))
     assert art.manifest is not None
     return Produced(job.ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
 
 
-def block_bytes(range_bytes: int) -> int:
-    """Return how many bytes of a split file one checksum covers: a power of two, about 1/32 of a range, 64 KiB to 4 MiB."""
-    return max(_MIN_BLOCK_BYTES, min(BLOCK_BYTES, 1 << max(0, range_bytes // _BLOCKS_PER_RANGE).bit_length()))
+def block_bytes(file_bytes: int) -> int:
+    """Return how many bytes of a split file one checksum covers: a power of two, 64 KiB to 4 MiB.
+
+    Who reads a range reads about one block too much and the whole manifest, so the sum of the two is kept small: at sqrt(36 * file_bytes),
+    for example 128 KiB for 512 MB and 2 MiB for 100 GB.
+    """
+    return max(_MIN_BLOCK_BYTES, min(BLOCK_BYTES, 1 << round(math.log2(max(1, _ENTRY_BYTES * file_bytes)) / 2)))

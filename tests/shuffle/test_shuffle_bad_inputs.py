@@ -14,7 +14,7 @@ from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.manifest import create_artifact, find_manifest, load_manifest, remove_artifact
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import make_mixed_shard, open_mixed, read_mixed_rows
-from interp_assets.shuffle.plan import PLAN, decode_plan, load_shuffle_plan, make_shuffle_plan
+from interp_assets.shuffle.plan import PLAN, decode_plan, load_shuffle_plan, make_shuffle_plan, row_format
 from interp_assets.shuffle.refs import mixed_shard_ref, shuffle_plan_ref, split_shard_ref
 from interp_assets.shuffle.sources import load_shards
 from interp_assets.shuffle.split import draw_split, split_bucket, split_shard
@@ -226,7 +226,9 @@ def test_two_runs_that_write_one_shard_publish_one_artifact() -> None:
         run.join()
     split_shard(pipeline, store, HOOK, 1)
     assert load_manifest(store, split_shard_ref(pipeline, HOOK, 1)).facts["n_rows"] == 40
-    raw = load_shards(pipeline, store, HOOK, load_shuffle_plan(pipeline, store).shards)
+    shards = load_shuffle_plan(pipeline, store).shards
+    buffer = np.empty(sum(shard.n_rows for shard in shards) * row_format(pipeline, HOOK).row_bytes, np.uint8)
+    raw = load_shards(pipeline, store, HOOK, shards, buffer)
     assert raw.n_rows == 70
 
 
