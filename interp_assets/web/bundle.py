@@ -2,14 +2,16 @@
 
     bundle.json        what the bundle is about: model, hook point, SAE, its quality, sizes, where the records lie
     features.parquet   one row of statistics per latent, in order of latent (the slices' tables, one after the other)
+    list/, words.json  the same statistics as a list reads them: values, orders, rows (`columns.py`)
+    search/            inverted index of tokens and logits (`search.py`)
     records/NNNNN.bin  the records of 4,096 latents: independent gzip members of JSON
     records/NNNNN.idx  u64 offsets into it, one more than there are records
     vocabulary.json    the text of every token id
-    search.sqlite      full-text index of tokens and logits
 
 Steps: copy the slices' gzip members, byte for byte, into files of a fixed number of latents, so that a page finds a record by division
-and not by a table; join the tables; index their tokens. The work is one read and one write of the records, at bounded memory. Nothing in
-the bundle tells when it was made: same records, same bytes. The format is `docs/formats/feature_bundle.md`.
+and not by a table; collect the tables' tokens; join the tables, sort every column, index the tokens. The work is one read and one write of the
+records, at bounded memory. Nothing in the bundle tells when it was made: same records, same bytes. The format is
+`docs/formats/feature_bundle.md`.
 """
 
 import io
@@ -29,12 +31,13 @@ from interp_assets.pipeline import Pipeline
 from interp_assets.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.refs import records_ref, slice_bounds
+from interp_assets.web.columns import WORDS, ListWriter, collect_words, encode_words
 from interp_assets.web.refs import bundle_ref
-from interp_assets.web.search import FeatureWords, build_index
+from interp_assets.web.search import write_index
 from interp_assets.web.vocabulary import Vocabulary, encode_vocabulary, make_vocabulary
 
 FORMAT: Final = "interp-assets/feature-bundle"
-VERSION: Final = 1
+VERSION: Final = 2
 RECORDS_PER_FILE: Final = 4096
 """Latents per record file; the browser keeps the 32 KiB index of each file it has touched."""
 RECORD_BLOCK_BYTES: Final = 256 << 10
@@ -47,7 +50,8 @@ class BundleContent(NamedTuple):
     """Everything that goes into a bundle, as streams."""
 
     description: dict[str, Any]
-    tables: Iterable[pa.Table]
+    tables: Callable[[], Iterable[pa.Table]]
+    """Called twice: for the words, then for the rows."""
     records: Iterable[bytes]
     vocabulary: Vocabulary
 
@@ -67,7 +71,7 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
     sources = [_Source(store, ref.path, inputs[i], *slice_bounds(pipeline, sae_name, i)) for i, ref in enumerate(refs)]
     content = BundleContent(
         _describe(pipeline, store, sae_name, [source.manifest for source in sources]),
-        (_read_table(source) for source in sources),
+        lambda: (_read_table(source) for source in sources),
         (member for source in sources for member in _read_records(source)),
         make_vocabulary(tokenizer),
     )
@@ -81,20 +85,23 @@ def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Calla
     """Write the files of a bundle. Tables and records must come in order of latent and count `description["d_sae"]` each."""
     description, d_sae = content.description, int(content.description["d_sae"])
     n_records, record_bytes = _write_records(art, content.records, progress)
+    words = collect_words(content.tables())
+    listed = ListWriter(art, words)
     with art.open("features.parquet", n_rows=d_sae) as sink:
         table = _TableWriter(sink)
-        index = build_index(table.write(content.tables))
-    if (n_records, table.n_rows) != (d_sae, d_sae):
+        write_index(art, listed.write(table.write(content.tables())), len(words))
+    if (n_records, table.n_rows) != (int(description["records"].get("repeat") or d_sae), d_sae):
         raise ArtifactCorruptError(
             f"The SAE has {d_sae:,} latents, its slices {n_records:,} records and {table.n_rows:,} table rows. Re-materialize feature_records."
         )
-    description = {"format": FORMAT, "version": VERSION, **description, "n_live": table.n_live}
-    art.put("search.sqlite", index)
+    art.put(WORDS, encode_words(words))
+    facts = listed.finish()
+    description = {"format": FORMAT, "version": VERSION, **description, **facts._asdict()}
     art.put("vocabulary.json", encode_vocabulary(content.vocabulary))
     art.put("bundle.json", (json.dumps(description, indent=1) + "\n").encode())
     art.facts |= {
         "d_sae": d_sae,
-        "n_live": table.n_live,
+        "n_live": facts.n_live,
         "record_bytes": record_bytes,
         "is_synthetic": bool(description["is_synthetic"]),
         "sae": description["sae"]["name"],
@@ -125,12 +132,12 @@ def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Mani
         "d_sae": sae.d_sae,
         "sae": {"name": sae_name, "artifact_id": sae_ref(pipeline, sae_name).artifact_id, "config": sae.model_dump()},
         "evaluation": {key: quality.get(key) for key in _EVALUATED},
-        "corpus": {"source": config.corpus.source, "path": config.corpus.path, "n_shards": len(pipeline.plan.shards)},
+        "corpus": {"source": config.corpus.source, "n_shards": len(pipeline.plan.shards)},
         "tokens_scanned": slices[0].facts["n_rows"],
         "coactivation_rows": slices[0].facts.get("coactivation_rows"),
         "logits_reason": slices[0].facts.get("logits_reason"),
         "features": config.features.model_dump(exclude={"saes", "latent_slices"}),
-        "records": {"version": 1, "per_file": RECORDS_PER_FILE, "n_files": -(-sae.d_sae // RECORDS_PER_FILE)},
+        "records": {"version": 1, "per_file": RECORDS_PER_FILE, "n_files": -(-sae.d_sae // RECORDS_PER_FILE), "repeat": None},
     }
 
 
@@ -189,24 +196,21 @@ def _write_records(
 
 
 class _TableWriter:
-    """Appends the slices' tables to one Parquet file and hands on, row by row, what can be searched."""
+    """Appends the slices' tables to one Parquet file and hands them on."""
 
     def __init__(self, sink: ByteSink) -> None:
         self._sink = sink
         self.n_rows = 0
-        self.n_live = 0
 
-    def write(self, tables: Iterable[pa.Table]) -> Iterator[FeatureWords]:
-        """Write every table when its first row is asked for."""
+    def write(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Write every table when it is asked for."""
         writer = None
         for table in tables:
             if writer is None:
                 writer = pq.ParquetWriter(_SinkFile(self._sink), table.schema, compression="zstd")
             writer.write_table(table, row_group_size=1 << 16)
             self.n_rows += table.num_rows
-            self.n_live += table.num_rows - int(np.count_nonzero(table["is_dead"].to_numpy()))
-            columns = (table[name].to_pylist() for name in ("latent", "top_tokens", "top_logits", "bottom_logits"))
-            yield from (FeatureWords(*row) for row in zip(*columns, strict=True))
+            yield table
         if writer:
             writer.close()
 

@@ -1,25 +1,22 @@
 """Bundles in a store become opened bundles: checked, described, and read by verified ranges.
 
 A bundle is found by its manifest. One that cannot be used (newer format, damaged) is still listed, with the reason, because a missing
-entry explains nothing. Table and search index are opened when they are first asked for; where the store is no local folder, the index is
-copied to a temporary folder then, because SQLite wants a file.
+entry explains nothing. Opening reads manifest and description; list, index and records stay where they are and are read by range.
 """
 
 import gzip
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactForeignError, ArtifactMissingError, InputError, InterpError
-from interp_assets.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range
+from interp_assets.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range, read_ranges
 from interp_assets.store import Store, open_store
 from interp_assets.web.bundle import FORMAT, VERSION, decode_offsets
 from interp_assets.web.refs import FOLDER
@@ -85,10 +82,10 @@ class OpenBundle:
         return f"{self._store.url}/{self._path}"
 
     def table(self) -> FeatureTable:
-        """Return the table of statistics with its search index, read once."""
+        """Return the table of statistics with its search index."""
         with self._lock:
             if self._table is None:
-                self._table = FeatureTable(self.read("features.parquet"), self._find_index())
+                self._table = FeatureTable(self)
             return self._table
 
     @cached_property
@@ -100,12 +97,17 @@ class OpenBundle:
         """Read a whole file of the bundle."""
         return read_file(self._store, self._path, self.manifest, name)
 
+    def read_spans(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Read several ranges of one file at once."""
+        return read_ranges(self._store, self._path, self.manifest, name, starts, lengths)
+
     def record(self, latent: int) -> dict[str, Any]:
         """Read one feature record. Raises `InputError` for a latent that the SAE does not have, `ArtifactCorruptError` for a damaged one."""
         per_file, d_sae = self.description["records"]["per_file"], self.description["d_sae"]
         if not 0 <= latent < d_sae:
             raise InputError(f"There is no feature {latent:,} in {self.where}: it has {d_sae:,}, from 0.")
-        name, place = f"records/{latent // per_file:05d}", latent % per_file
+        stored = latent % self.n_records
+        name, place = f"records/{stored // per_file:05d}", stored % per_file
         start, stop = np.frombuffer(read_range(self._store, self._path, self.manifest, f"{name}.idx", 8 * place, 16), "<u8").tolist()
         return self._decode(read_range(self._store, self._path, self.manifest, f"{name}.bin", start, stop - start), latent, name)
 
@@ -113,10 +115,11 @@ class OpenBundle:
         """Read all feature records in order, a file of them at a time (about 30 MB)."""
         per_file, d_sae = self.description["records"]["per_file"], self.description["d_sae"]
         for first in range(0, d_sae, per_file):
-            name, n_records = f"records/{first // per_file:05d}", min(per_file, d_sae - first)
+            stored = first % self.n_records
+            name, n_records = f"records/{stored // per_file:05d}", min(per_file, self.n_records - stored)
             offsets = decode_offsets(self.read(f"{name}.idx"), n_records, f"{self.where}/{name}.idx").tolist()
             data = self.read(f"{name}.bin")
-            for place, (start, stop) in enumerate(pairwise(offsets)):
+            for place, (start, stop) in enumerate(pairwise(offsets[: d_sae - first + 1])):
                 yield self._decode(data[start:stop], first + place, name)
 
     def _decode(self, member: bytes, latent: int, name: str) -> dict[str, Any]:
@@ -125,9 +128,14 @@ class OpenBundle:
             found = record["latent"]
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ArtifactCorruptError(f"{self.where}/{name}.bin holds no record of feature {latent} ({error}). Materialize it again.") from error
-        if found != latent:
+        if found != latent % self.n_records:
             raise ArtifactCorruptError(f"{self.where}/{name}.idx says that feature {latent} lies where feature {found} is. Materialize it again.")
-        return record
+        return {**record, "latent": latent}
+
+    @property
+    def n_records(self) -> int:
+        """Records that are stored: as many as latents, except in invented bundles that repeat theirs."""
+        return int(self.description["records"]["repeat"] or self.description["d_sae"])
 
     def stream(self, name: str, start: int, n_bytes: int) -> Iterator[bytes]:
         """Read a range of a file in verified pieces. The first is read before anything is answered, so a missing file is an error."""
@@ -147,16 +155,6 @@ class OpenBundle:
         entry = self.manifest.file(name)
         return f'"{hashlib.blake2b(repr((entry.n_bytes, entry.checksums)).encode(), digest_size=12).hexdigest()}"'
 
-    def _find_index(self) -> Path:
-        local = self._store.local_path(f"{self._path}/search.sqlite")
-        if local is not None:
-            return local
-        self._folder = tempfile.TemporaryDirectory(prefix="interp-search-")
-        copied = Path(self._folder.name) / "search.sqlite"
-        with copied.open("wb") as file:
-            file.writelines(self.stream("search.sqlite", 0, self.manifest.file("search.sqlite").n_bytes))
-        return copied
-
     def _read_description(self) -> dict[str, Any]:
         where = f"{self.where}/bundle.json"
         try:
@@ -165,8 +163,12 @@ class OpenBundle:
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactCorruptError(f"{where} describes no bundle ({error}). Materialize `feature_browser` again.") from error
         if found != (FORMAT, VERSION):
-            raise ArtifactForeignError(f"{where} is {found[0]!r} version {found[1]}; this release reads version {VERSION}. Upgrade interp-assets.")
+            raise ArtifactForeignError(f"{where} is {found[0]!r} version {found[1]}; this release reads version {VERSION}. {_next_step(found[1])}")
         return content
+
+
+def _next_step(version: Any) -> str:
+    return "Materialize `feature_browser` again." if isinstance(version, int) and version < VERSION else "Upgrade interp-assets."
 
 
 class BrokenBundle(NamedTuple):

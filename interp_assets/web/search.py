@@ -1,103 +1,180 @@
-"""The features' tokens become `search.sqlite`, a full-text index that finds features by any piece of a token.
+"""The features' tokens become an inverted index that finds features by any piece of a token, read by range from anywhere.
 
-Full-text search breaks text into words and drops the rest; tokens are pieces of words, spaces and punctuation. So every distinct token
-gets a number, and the index (SQLite FTS5, contentless, 2-3 bytes per entry) holds the numbers as words, one column per kind of evidence:
+Full-text search breaks text into words and drops the rest; tokens are pieces of words, spaces and punctuation. So the index knows no text, only
+numbers: `words.json` numbers every distinct token, and for each word and each kind of evidence there is the rising list of the latents that have it.
 
-    words(id, text)                              every distinct token string of the bundle, with its lower-case form
-    features(peaks, raised, lowered)             per latent: tokens at the peaks of its top examples, and its top and bottom logits
+    search/postings.bin    u32 latents: for word 0 its peaks, its raised, its lowered, then word 1, ...
+    search/postings.idx    u64: where each of these 3 * n_words lists starts, and one more
 
 A query is cut at spaces; each part selects all tokens that contain it (letter case ignored), and a feature must match every part. To
 find tokens by their own spaces, a part may be quoted: `" in"` finds ` in`, ` int`, ` import`... A part may name its column: `raised:def`.
+A single ASCII letter or digit would select half of all tokens, so it finds only the token that is that character, with or without spaces.
 
-Bytes: the same tables in the same order with the same SQLite give the same file (the library's version number, which SQLite writes into
-the header, is cleared). The index is made with the bundle, because at ten million features building it takes minutes.
+Why not SQLite's FTS5, which `labels.py` uses for sentences: it wants a whole local file, so not a bucket and not a static host, and it takes seconds
+for the union of some hundred frequent tokens (docs/decisions/0003). Cost: 4 bytes a posting, some 100 bytes a feature; build 1 us a feature.
 """
 
 import re
-import sqlite3
 import tempfile
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.errors import ArtifactCorruptError, InputError
+from interp_assets.errors import InputError
+from interp_assets.manifest import ArtifactWriter
+from interp_assets.web.columns import WordIds
 
 COLUMNS: Final = ("peaks", "raised", "lowered")
 """Tokens at the peaks of the top examples, top logits, bottom logits."""
+POSTINGS: Final = "search/postings.bin"
+OFFSETS: Final = "search/postings.idx"
+POSTING_BLOCK: Final = 64 << 10
 MAX_QUERY: Final = 200
 """Characters of a query."""
+MAX_POSTINGS: Final = 1 << 27
+"""Postings that one search may read: 512 MB, some seconds."""
 _PART: Final = re.compile(r'(?:(\w+):)?(?:"([^"]*)"|(\S+))')
-_VERSION_FIELD: Final = slice(96, 100)
-"""Where SQLite's header keeps the version of the library that wrote the file; informative only."""
+_GATHERED: Final = 4 << 20
+"""Postings gathered at once while the index is written."""
+_READ: Final = 2 << 20
+"""Postings of one read: 8 MB."""
 
 
-class FeatureWords(NamedTuple):
-    """What can be searched of one latent."""
+class Span(NamedTuple):
+    """Postings [start, stop)."""
 
-    latent: int
-    peaks: Sequence[str]
-    raised: Sequence[str]
-    lowered: Sequence[str]
+    start: int
+    stop: int
 
 
-def build_index(features: Iterable[FeatureWords]) -> bytes:
-    """Return the bytes of an SQLite file that indexes `features`. About 10 us each."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "search.sqlite"
-        connection = sqlite3.connect(path, isolation_level=None)
-        try:
-            _fill(connection, features)
-        finally:
-            connection.close()
-        data = bytearray(path.read_bytes())
-    data[_VERSION_FIELD] = bytes(4)
-    return bytes(data)
+class _Run(NamedTuple):
+    """The postings of some consecutive latents, sorted by list: bytes in the spill file, and how many each list has."""
+
+    start: int
+    counts: NDArray[np.int64]
 
 
-def _fill(connection: sqlite3.Connection, features: Iterable[FeatureWords]) -> None:
-    numbers: dict[str, int] = {}
-
-    def encode(words: Sequence[str]) -> str:
-        return " ".join(f"w{numbers.setdefault(word, len(numbers))}" for word in words)
-
-    connection.execute("PRAGMA journal_mode = OFF")
-    connection.execute("PRAGMA synchronous = OFF")
-    connection.execute("PRAGMA page_size = 4096")
-    connection.execute("CREATE TABLE words (id INTEGER PRIMARY KEY, text TEXT NOT NULL, folded TEXT NOT NULL)")
-    connection.execute(f"CREATE VIRTUAL TABLE features USING fts5({', '.join(COLUMNS)}, content='', detail=column, columnsize=0)")
-    connection.execute("BEGIN")
-    connection.executemany(
-        "INSERT INTO features (rowid, peaks, raised, lowered) VALUES (?, ?, ?, ?)",
-        ((item.latent, encode(item.peaks), encode(item.raised), encode(item.lowered)) for item in features),
-    )
-    connection.executemany("INSERT INTO words VALUES (?, ?, ?)", ((number, word, word.casefold()) for word, number in numbers.items()))
-    connection.execute("INSERT INTO features (features) VALUES ('optimize')")
-    connection.execute("COMMIT")
-    connection.execute("VACUUM")
+def write_index(art: ArtifactWriter, features: Iterable[WordIds], n_words: int) -> None:
+    """Write the index of `features`, which come in order of latent. Memory: one table's postings, and 24 bytes a word and table."""
+    with tempfile.TemporaryFile() as spill:
+        runs = [_spill(spill, found, n_words) for found in features]
+        totals = np.zeros(3 * n_words, np.int64)
+        for run in runs:
+            totals += run.counts
+        offsets = np.concatenate([[0], np.cumsum(totals)])
+        with art.open(POSTINGS, block_bytes=POSTING_BLOCK) as sink:
+            first = 0
+            while first < len(totals):
+                last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _GATHERED, side="right")) - 1)
+                sink.write(_gather(spill, runs, first, last).tobytes())
+                first = last
+    art.put(OFFSETS, offsets.astype("<u8").tobytes(), block_bytes=POSTING_BLOCK)
 
 
-def search_latents(path: Path, query: str) -> NDArray[np.uint32]:
-    """Return the latents that match `query`, rising. Raises `InputError` for a query that is too long, `ArtifactCorruptError` for a damaged index."""
-    if len(query) > MAX_QUERY:
-        raise InputError(f"The query has {len(query):,} characters, at most {MAX_QUERY} are searched. Shorten it.")
-    connection = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
-    try:
-        expressions = [_expression(connection, *part) for part in _parse(query)]
-        if not expressions or None in expressions:
-            return np.empty(0, np.uint32)
-        match = " AND ".join(f"({expression})" for expression in expressions)
-        found = connection.execute("SELECT rowid FROM features WHERE features MATCH ? ORDER BY rowid", (match,))
-        return np.fromiter((row[0] for row in found), np.uint32)
-    except sqlite3.DatabaseError as error:
-        raise ArtifactCorruptError(f"The search index {path} cannot be read ({error}). Materialize the bundle again.") from error
-    finally:
-        connection.close()
+def _spill(spill: IO[bytes], found: WordIds, n_words: int) -> _Run:
+    """Sort the postings of one table by list and latent, and write their latents."""
+    packed = []
+    for column, (counts, ids) in enumerate(zip(found.counts, found.ids, strict=True)):
+        latents = np.repeat(np.arange(found.first, found.first + len(counts), dtype=np.uint64), counts)
+        packed.append((ids.astype(np.uint64) * np.uint64(3) + np.uint64(column)) << np.uint64(32) | latents)
+    postings = np.concatenate(packed)
+    postings.sort()
+    is_new = np.ones(len(postings), bool)
+    is_new[1:] = postings[1:] != postings[:-1]  # a feature may show two tokens with one text
+    postings = postings[is_new]
+    counts = np.bincount((postings >> np.uint64(32)).astype(np.int64), minlength=3 * n_words)
+    start = spill.tell()
+    spill.write(postings.astype("<u4").tobytes())  # keeps the low half: the latent
+    return _Run(start, counts.astype(np.int64))
 
 
-def _parse(query: str) -> list[tuple[str, str]]:
+def _gather(spill: IO[bytes], runs: Sequence[_Run], first: int, last: int) -> NDArray[np.uint32]:
+    """Return lists [first, last) of all runs, one after the other."""
+    per_run = np.array([run.counts[first:last] for run in runs], np.int64).reshape(len(runs), last - first)
+    starts = np.cumsum(per_run.T.reshape(-1)) - per_run.T.reshape(-1)  # list by list, and in it run by run
+    gathered = np.empty(int(per_run.sum()), "<u4")
+    for i, run in enumerate(runs):
+        counts = per_run[i]
+        n = int(counts.sum())
+        if not n:
+            continue
+        spill.seek(run.start + 4 * int(run.counts[:first].sum()))
+        values = np.frombuffer(spill.read(4 * n), "<u4")
+        targets = np.repeat(starts.reshape(last - first, len(runs))[:, i] - (np.cumsum(counts) - counts), counts) + np.arange(n)
+        gathered[targets] = values
+    return gathered
+
+
+class Index:
+    """The words and lists of one bundle; postings are read when they are needed."""
+
+    def __init__(self, words: Sequence[str], offsets: NDArray[np.int64], read: Callable[[Sequence[Span]], Iterable[NDArray[np.uint32]]]) -> None:
+        """`offsets` has 3 entries a word and one more; `read` returns postings of several spans."""
+        self._folded = [word.casefold() for word in words]
+        self._offsets, self._read = offsets, read
+
+    def search(self, query: str, n_features: int) -> NDArray[np.bool_] | None:
+        """Mark the latents that match `query`; None when it is empty. Raises `InputError` for a query that is too long or reads too much."""
+        if len(query) > MAX_QUERY:
+            raise InputError(f"The query has {len(query):,} characters, at most {MAX_QUERY} are searched. Shorten it.")
+        parts = parse_query(query)
+        if not parts:
+            return None
+        plans = [self._plan(column, text) for column, text in parts]
+        n_postings = sum(span.stop - span.start for plan in plans for span in plan)
+        if n_postings > MAX_POSTINGS:
+            raise InputError(f"{query!r} would read {n_postings:,} entries of the index, at most {MAX_POSTINGS:,} are read. Use longer pieces.")
+        found = np.ones(n_features, bool)
+        for plan in plans:
+            mask = np.zeros(n_features, bool)
+            for latents in self._read(plan):
+                mask[latents] = True
+            found &= mask
+        return found
+
+    def _plan(self, column: str, text: str) -> list[Span]:
+        """Return the postings of one part, neighbouring lists joined."""
+        folded = text.casefold()
+        if is_single(folded):
+            words = [number for number, word in enumerate(self._folded) if word.strip() == folded]
+        else:
+            words = [number for number, word in enumerate(self._folded) if folded in word]
+        spans: list[Span] = []
+        for number in words:
+            lists = [3 * number + COLUMNS.index(column)] if column else [3 * number, 3 * number + 1, 3 * number + 2]
+            start, stop = int(self._offsets[lists[0]]), int(self._offsets[lists[-1] + 1])
+            if spans and spans[-1].stop == start:
+                spans[-1] = Span(spans[-1].start, stop)
+            elif stop > start:
+                spans.append(Span(start, stop))
+        return spans
+
+
+def join_spans(spans: Iterable[Span]) -> Iterator[tuple[int, list[Span]]]:
+    """Group rising spans that one read serves: gaps below a block, `_READ` postings at most. Yield where each read starts, and its spans."""
+    group: list[Span] = []
+    for span in (piece for whole in spans for piece in _cut(whole)):
+        if group and (span.start - group[-1].stop > POSTING_BLOCK // 4 or span.stop - group[0].start > _READ):
+            yield group[0].start, group
+            group = []
+        group.append(span)
+    if group:
+        yield group[0].start, group
+
+
+def _cut(span: Span) -> Iterator[Span]:
+    for start in range(span.start, span.stop, _READ):
+        yield Span(start, min(start + _READ, span.stop))
+
+
+def is_single(folded: str) -> bool:
+    """Say whether a part is one ASCII letter or digit."""
+    return len(folded) == 1 and folded.isascii() and folded.isalnum()
+
+
+def parse_query(query: str) -> list[tuple[str, str]]:
     """Cut a query into (column or "", text)."""
     parts = []
     for column, quoted, plain in _PART.findall(query):
@@ -106,12 +183,3 @@ def _parse(query: str) -> list[tuple[str, str]]:
         else:
             parts.append((column, quoted or plain))
     return [(column, text) for column, text in parts if text]
-
-
-def _expression(connection: sqlite3.Connection, column: str, text: str) -> str | None:
-    """Return the FTS5 expression for all tokens that contain `text`, or None when there are none."""
-    found = connection.execute("SELECT id FROM words WHERE instr(folded, ?)", (text.casefold(),)).fetchall()
-    if not found:
-        return None
-    words = " OR ".join(f"w{number}" for (number,) in found)
-    return f"{{{column or ' '.join(COLUMNS)}}} : ({words})"

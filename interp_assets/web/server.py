@@ -82,10 +82,7 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle]) -> N
 
     @app.get("/api/bundles/{name}")
     def describe(name: str) -> dict[str, Any]:
-        bundle = _find(bundles, name)
-        features = bundle.table()
-        columns = {"sortable": features.sortable, "numeric": features.numeric}
-        return {"name": name, **bundle.description, "columns": columns, "distributions": features.distributions()}
+        return {"name": name, **_find(bundles, name).description}
 
     @app.get("/api/bundles/{name}/features")
     def list_features(

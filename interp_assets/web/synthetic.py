@@ -36,7 +36,7 @@ _BROKEN: Final = [b"\xe2\x86", b"\x92", b"\xf0\x9f", b"\x8c\x8d", b"\xc3", b"\xa
 """An arrow, a globe and an accented letter, each cut inside the character, and a byte that never joins."""
 _WINDOW: Final = 32
 _N_INTERVALS: Final = 5
-_TABLE: Final = pa.schema(
+TABLE: Final = pa.schema(
     [
         ("latent", pa.uint32()),
         ("is_dead", pa.bool_()),
@@ -54,7 +54,19 @@ _TABLE: Final = pa.schema(
 )
 
 
-class _Text(NamedTuple):
+class Shown(NamedTuple):
+    """How many examples a record has."""
+
+    top: int = 20
+    intervals: int = _N_INTERVALS
+    per_interval: int = 4
+    random: int = 12
+
+
+_SHOWN: Final = Shown()
+
+
+class InventedText(NamedTuple):
     """The invented data set: token ids of documents of equal length, all beginning with BOS."""
 
     vocabulary: Vocabulary
@@ -70,10 +82,10 @@ def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0,
     existing = find_manifest(store, ref)
     if existing:
         return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
-    text = _make_text(seed, n_documents)
+    text = make_text(seed, n_documents)
     records = [_make_record(text, seed, latent, n_features) for latent in range(n_features)]
     members = (gzip.compress(json.dumps(record, separators=(",", ":")).encode(), mtime=0) for record in records)
-    content = BundleContent(_describe(n_features, text), [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary)
+    content = BundleContent(describe_invented(n_features, text), lambda: [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary)
     with create_artifact(store, ref) as art:
         write_bundle(art, content)
     assert art.manifest
@@ -82,7 +94,7 @@ def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0,
 
 def make_synthetic_records(*, n_features: int, seed: int = 0, n_documents: int = 48) -> Iterator[dict[str, Any]]:
     """Yield the invented records, as they are before they are packed."""
-    text = _make_text(seed, n_documents)
+    text = make_text(seed, n_documents)
     return (_make_record(text, seed, latent, n_features) for latent in range(n_features))
 
 
@@ -115,10 +127,11 @@ def make_synthetic_table(vocabulary: Vocabulary, records: list[dict[str, Any]]) 
                 "decoder_norm": 1.0,
             }
         )
-    return pa.Table.from_pylist(rows, schema=_TABLE)
+    return pa.Table.from_pylist(rows, schema=TABLE)
 
 
-def _make_text(seed: int, n_documents: int, length: int = 256) -> _Text:
+def make_text(seed: int, n_documents: int, length: int = 256) -> InventedText:
+    """Draw documents from the small invented vocabulary."""
     vocabulary = make_synthetic_vocabulary()
     generator = stream(seed, "synthetic", "text").generator()
     n_words, n_plain = 2 * len(_WORDS), len(_PLAIN)
@@ -132,10 +145,10 @@ def _make_text(seed: int, n_documents: int, length: int = 256) -> _Text:
     for document in range(n_documents):  # characters that span two tokens
         place = int(generator.integers(1, length - 2))
         ids[document, place : place + 2] = joined[document % len(joined)]
-    return _Text(vocabulary, ids.reshape(-1), length)
+    return InventedText(vocabulary, ids.reshape(-1), length)
 
 
-def _make_record(text: _Text, seed: int, latent: int, n_features: int) -> dict[str, Any]:
+def _make_record(text: InventedText, seed: int, latent: int, n_features: int) -> dict[str, Any]:
     generator = stream(seed, "synthetic", latent).generator()
     n_tokens = len(text.vocabulary.tokens)
     is_dead = latent % 13 == 12
@@ -146,14 +159,27 @@ def _make_record(text: _Text, seed: int, latent: int, n_features: int) -> dict[s
         activations = np.where(text.token_ids == targets[0], strength, np.where(text.token_ids == targets[1], 0.4 * strength, 0))
         activations = np.where(generator.random(len(activations)) < 0.01, 0.1 * strength, activations)
         activations[text.token_ids == BOS] = 0
-    activations = np.where(activations > 0, np.maximum(_rounded(activations), 1e-3), 0)
+    activations = np.where(activations > 0, np.maximum(rounded(activations), 1e-3), 0)
+    return describe_firings(text, activations, latent, n_features, generator)
+
+
+def describe_firings(
+    text: InventedText,
+    activations: NDArray[np.float64],
+    latent: int,
+    n_features: int,
+    generator: np.random.Generator,
+    shown: Shown = _SHOWN,
+) -> dict[str, Any]:
+    """Return the record of a latent that fires as `activations` say, one number a token."""
+    n_tokens = len(text.vocabulary.tokens)
     rows = np.flatnonzero(activations)
-    best = rows[np.argsort(-activations[rows], kind="stable")][:20]
-    drawn = np.sort(generator.permutation(rows)[:12]) if len(rows) else rows
-    quantiles = np.quantile(activations[rows], np.linspace(0, 1, _N_INTERVALS + 1)).tolist() if len(rows) else []
+    best = rows[np.argsort(-activations[rows], kind="stable")][: shown.top]
+    drawn = np.sort(generator.permutation(rows)[: shown.random]) if len(rows) else rows
+    quantiles = np.quantile(activations[rows], np.linspace(0, 1, shown.intervals + 1)).tolist() if len(rows) else []
     effects = generator.normal(0, 1, n_tokens)
     effects[1 + latent % (n_tokens - 1)] = 4.5 + generator.random()
-    others = [int(other) for other in generator.permutation(n_features) if other != latent][:8]
+    others = [other for other in dict.fromkeys(generator.integers(n_features, size=24).tolist()) if other != latent][:8]
     cosines = sorted(np.round(generator.random(len(others)) ** 2, 3).tolist(), reverse=True)
     return {
         "version": 1,
@@ -169,7 +195,7 @@ def _make_record(text: _Text, seed: int, latent: int, n_features: int) -> dict[s
         },
         "examples": {
             "top": [_window(text, activations, int(row)) for row in best],
-            "intervals": _intervals(text, activations, rows, quantiles, generator),
+            "intervals": _intervals(text, activations, rows, quantiles, generator, shown.per_interval),
             "random": [_window(text, activations, int(row)) for row in drawn],
         },
         "logits": _logits(effects),
@@ -179,7 +205,7 @@ def _make_record(text: _Text, seed: int, latent: int, n_features: int) -> dict[s
     }
 
 
-def _window(text: _Text, activations: NDArray[np.float64], row: int) -> dict[str, Any]:
+def _window(text: InventedText, activations: NDArray[np.float64], row: int) -> dict[str, Any]:
     document, place = divmod(row, text.document_length)
     first = max(0, place - _WINDOW) + document * text.document_length
     last = min(text.document_length, place + _WINDOW + 1) + document * text.document_length
@@ -196,14 +222,19 @@ def _window(text: _Text, activations: NDArray[np.float64], row: int) -> dict[str
 
 
 def _intervals(
-    text: _Text, activations: NDArray[np.float64], rows: NDArray[np.int64], quantiles: list[float], generator: np.random.Generator
+    text: InventedText,
+    activations: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    quantiles: list[float],
+    generator: np.random.Generator,
+    per_interval: int,
 ) -> list[dict[str, Any]]:
     shown = []
     for i, (low, high) in enumerate(pairwise(quantiles)):
         is_last = i == len(quantiles) - 2
         inside = rows[(activations[rows] >= low) & ((activations[rows] < high) | is_last)]
         if len(inside):
-            drawn = np.sort(generator.permutation(inside)[:4])
+            drawn = np.sort(generator.permutation(inside)[:per_interval])
             examples = [_window(text, activations, int(row)) for row in drawn]
             shown.append({"low": float(f"{low:.4g}"), "high": float(f"{high:.4g}"), "examples": examples})
     return shown
@@ -219,7 +250,7 @@ def _histogram(values: NDArray[np.float64]) -> dict[str, list[Any]]:
 
 def _logits(effects: NDArray[np.float64]) -> dict[str, Any]:
     order = np.argsort(-effects, kind="stable")
-    effects = _rounded(effects)
+    effects = rounded(effects)
     counts, edges = np.histogram(effects, 40)
     return {
         "top": [[int(token), float(effects[token])] for token in order[:10]],
@@ -228,7 +259,8 @@ def _logits(effects: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _describe(n_features: int, text: _Text) -> dict[str, Any]:
+def describe_invented(n_features: int, text: InventedText) -> dict[str, Any]:
+    """Return the description of an invented bundle."""
     return {
         "is_synthetic": True,
         "pipeline": "synthetic",
@@ -238,16 +270,16 @@ def _describe(n_features: int, text: _Text) -> dict[str, Any]:
         "d_sae": n_features,
         "sae": {"name": "synthetic", "artifact_id": "0" * 32, "config": {"architecture": "batch_topk", "d_sae": n_features, "k": 8}},
         "evaluation": {"l0": 8.0, "fvu": 0.21, "ce_recovered": 0.93, "kl": 0.04, "dead_share": round(1 / 13, 4)},
-        "corpus": {"source": "invented", "path": "", "n_shards": 4},
+        "corpus": {"source": "invented", "n_shards": 4},
         "tokens_scanned": int((text.token_ids != BOS).sum()),
         "coactivation_rows": 4096,
         "logits_reason": None,
         "features": {"top_k": 20, "n_random": 200, "window": _WINDOW, "n_intervals": _N_INTERVALS, "examples_per_interval": 4},
-        "records": {"version": 1, "per_file": RECORDS_PER_FILE, "n_files": -(-n_features // RECORDS_PER_FILE)},
+        "records": {"version": 1, "per_file": RECORDS_PER_FILE, "n_files": -(-n_features // RECORDS_PER_FILE), "repeat": None},
     }
 
 
-def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Round to four significant digits, as records are."""
     exponent = np.floor(np.log10(np.where(values == 0, 1, np.abs(values))))
     return np.round(values * 10.0 ** (3 - exponent)) / 10.0 ** (3 - exponent)

@@ -1,32 +1,50 @@
-"""The feature table becomes pages of a list: sorted, filtered and searched.
+"""The list files of a bundle become pages of a list: sorted, filtered and searched, without the table in memory.
 
-An order (the latents that match a query, sorted) is computed once and kept for the next page and for "next feature" and "previous
-feature"; a page is a gather of some rows. The table is held in memory (about 200 bytes a feature).
+An order is a range of an order file when nothing is filtered; else the order file, reduced to the latents that the filters' columns and the
+index let through. What was read or reduced is kept while it is among the latest `_KEPT_BYTES`; everything else stays where it is, so memory does
+not grow with the number of features beyond that and one query's columns (at ten million: 40 MB each).
 """
 
-import io
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
 from interp_assets.errors import InputError
-from interp_assets.web.search import search_latents
+from interp_assets.web.columns import NO_WORD, ROW, ROW_BLOCK, ROWS, VALUES, WORD_COLUMNS, WORDS, decode_words
+from interp_assets.web.search import OFFSETS, POSTINGS, Index, Span, join_spans
 
 MAX_ROWS: Final = 500
 """Rows of one page."""
 MAX_FILTERS: Final = 16
-_KEPT_ORDERS: Final = 8
-_N_BINS: Final = 48
+LIVES: Final = ("all", "live", "dead")
+_KEPT_BYTES: Final = 128 << 20
 _CONDITION: Final = re.compile(r"(\w+)(>=|<=|>|<)(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)")
-_DISTRIBUTED: Final = ("frequency", "max", "mean")
-"""Columns whose distribution over the live features is shown."""
+_RELATIONS: Final[dict[str, Callable[[Any, Any], Any]]] = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
+
+
+@runtime_checkable
+class Files(Protocol):
+    """The files of a bundle, read by verified ranges."""
+
+    description: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """Address for people and messages."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Read a whole file."""
+        ...
+
+    def read_spans(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Read several ranges of one file at once."""
+        ...
 
 
 class Query(NamedTuple):
@@ -59,32 +77,44 @@ class Place(NamedTuple):
 class FeatureTable:
     """The statistics of all features of one bundle. Safe to use from several threads."""
 
-    def __init__(self, parquet: bytes, search_path: Path) -> None:
-        """Read `features.parquet`; `search_path` is the full-text index on this machine."""
-        self._frame = pl.read_parquet(io.BytesIO(parquet))
-        self._search_path = search_path
-        self._orders: OrderedDict[Query, NDArray[np.uint32]] = OrderedDict()
-        self._lock = Lock()
-        self.numeric = [name for name, dtype in self._frame.schema.items() if dtype.is_numeric()]
-        self.sortable = [*self.numeric, *(name for name, dtype in self._frame.schema.items() if dtype in (pl.String, pl.Boolean))]
+    def __init__(self, files: Files) -> None:
+        """Read nothing yet."""
+        self._files = files
+        self.n_features: int = files.description["d_sae"]
+        self._n_live: int = files.description["n_live"]
+        self._orders: dict[str, str] = files.description["columns"]["sortable"]
+        self.sortable, self.numeric = list(self._orders), list(files.description["columns"]["numeric"])
+        self._kept: OrderedDict[Any, NDArray[Any]] = OrderedDict()
+        self._lock, self._words_lock = Lock(), Lock()
+        self._words: list[str] | None = None
+        self._index: Index | None = None
 
-    def page(self, query: Query, offset: int, limit: int) -> Page:
-        """Return rows [offset, offset + limit) of the list. Raises `InputError` for a column, filter or limit that makes no sense."""
+    def page(self, query: Query, offset: int, limit: int, among: NDArray[np.bool_] | None = None) -> Page:
+        """Return rows [offset, offset + limit) of the list; `among` marks the latents that may be in it, for filters of the caller.
+
+        Raises `InputError` for a column, filter or limit that makes no sense.
+        """
         if not 0 < limit <= MAX_ROWS or offset < 0:
             raise InputError(f"Asked for {limit:,} rows from {offset:,}; ask for 1 to {MAX_ROWS} rows from 0 or later.")
-        order = self.order(query)
-        return Page(self._frame.height, len(order), self._frame[order[offset : offset + limit]].to_dicts())
+        self._check(query)
+        if query.filters or query.text.strip() or among is not None:
+            order = self.order(query, among)
+            n_matches, latents = len(order), order[offset : offset + limit]
+        else:
+            n_matches = self._span(query)[1]
+            latents = self._read_order(query, offset, min(limit, max(0, n_matches - offset)))
+        return Page(self.n_features, n_matches, self._rows(latents))
 
     def rows(self, latents: Sequence[int]) -> list[dict[str, Any]]:
         """Return the rows of some latents. Raises `InputError` for too many, and for one that the SAE does not have."""
-        wrong = [latent for latent in latents if not 0 <= latent < self._frame.height]
+        wrong = [latent for latent in latents if not 0 <= latent < self.n_features]
         if wrong or len(latents) > MAX_ROWS:
-            raise InputError(f"Asked for {len(latents):,} latents, {wrong[:3]} among them; there are {self._frame.height:,}, {MAX_ROWS} at a time.")
-        return self._frame[np.asarray(latents, np.uint32)].to_dicts()
+            raise InputError(f"Asked for {len(latents):,} latents, {wrong[:3]} among them; there are {self.n_features:,}, {MAX_ROWS} at a time.")
+        return self._rows(np.asarray(latents, np.uint32))
 
-    def place(self, query: Query, latent: int) -> Place:
+    def place(self, query: Query, latent: int, among: NDArray[np.bool_] | None = None) -> Place:
         """Find a feature in a list, for stepping to the next and the previous one."""
-        order = self.order(query)
+        order = self.order(query, among)
         found = np.flatnonzero(order == latent)
         if not len(found):
             return Place(None, len(order), None, None)
@@ -93,63 +123,128 @@ class FeatureTable:
         after = int(order[position + 1]) if position + 1 < len(order) else None
         return Place(position, len(order), before, after)
 
-    def order(self, query: Query) -> NDArray[np.uint32]:
-        """Return the latents of a list in order; equal values stand in order of latent."""
-        with self._lock:
-            if query in self._orders:
-                self._orders.move_to_end(query)
-                return self._orders[query]
-        order = self._compute_order(query)
-        with self._lock:
-            self._orders[query] = order
-            while len(self._orders) > _KEPT_ORDERS:
-                self._orders.popitem(last=False)
-        return order
+    def order(self, query: Query, among: NDArray[np.bool_] | None = None) -> NDArray[np.uint32]:
+        """Return the latents of a list in order; equal values stand in order of latent, and in falling lists in reverse."""
+        self._check(query)
+        is_plain = not query.filters and not query.text.strip() and among is None
+        if is_plain:
+            return self._whole_order(query)
+        if among is not None:
+            return self._reduce(query, among)
+        return self._keep(query, lambda: self._reduce(query, None))
 
-    def distributions(self) -> dict[str, dict[str, list[float]]]:
-        """Return logarithmic histograms over the live features: `edges` (n + 1) and `counts` (n) for each of a few columns."""
-        live = self._frame.filter(~pl.col("is_dead"))
-        shown = {}
-        for name in _DISTRIBUTED:
-            values = live[name].to_numpy().astype(np.float64)
-            values = values[values > 0]
-            if len(values):
-                low, high = np.log10(values.min()), np.log10(values.max())
-                edges = np.logspace(low, high if high > low else low + 1e-6, _N_BINS + 1)
-                counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
-                shown[name] = {"edges": edges.tolist(), "counts": counts.tolist()}
-        return shown
-
-    def _compute_order(self, query: Query) -> NDArray[np.uint32]:
-        if query.sort not in self.sortable:
+    def _check(self, query: Query) -> None:
+        if query.sort not in self._orders:
             raise InputError(f"Cannot sort by {query.sort!r}; the table has {self.sortable}.")
-        frame = self._frame.lazy().select("latent", "is_dead", pl.col(query.sort).alias("key"), *_columns(query.filters, self.numeric))
-        if query.life not in ("all", "live", "dead"):
+        if query.life not in LIVES:
             raise InputError(f"{query.life!r} is none of all, live and dead.")
-        if query.life != "all":
-            frame = frame.filter(pl.col("is_dead") == (query.life == "dead"))
-        for name, relation, value in map(_parse_filter, query.filters):
-            column = pl.col(f"filter:{name}")
-            frame = frame.filter({">=": column >= value, "<=": column <= value, ">": column > value, "<": column < value}[relation])
+        if len(query.filters) > MAX_FILTERS:
+            raise InputError(f"{len(query.filters)} filters were given, at most {MAX_FILTERS} are taken.")
+        for name, _, _ in map(parse_filter, query.filters):
+            if name not in self.numeric:
+                raise InputError(f"Cannot filter by {name!r}; the numeric columns are {self.numeric}.")
+
+    def _span(self, query: Query) -> tuple[int, int]:
+        """Return the first entry of the order file that belongs to the list, and how many do."""
+        n_dead = self.n_features - self._n_live
+        return {"all": (0, self.n_features), "dead": (0, n_dead), "live": (n_dead, self._n_live)}[query.life]
+
+    def _read_order(self, query: Query, offset: int, n: int) -> NDArray[np.uint32]:
+        """Read entries [offset, offset + n) of an unfiltered list."""
+        if n == 0:
+            return np.empty(0, np.uint32)
+        first, length = self._span(query)
+        start = first + (length - offset - n if query.is_descending else offset)
+        if query.sort == "latent" and query.life == "all":
+            part = np.arange(start, start + n, dtype=np.uint32)
+        else:
+            part = np.frombuffer(self._files.read_spans(f"list/{self._orders[query.sort]}.order", [4 * start], [4 * n])[0], "<u4")
+        return part[::-1] if query.is_descending else part
+
+    def _whole_order(self, query: Query) -> NDArray[np.uint32]:
+        first, length = self._span(query)
+        if query.sort == "latent" and query.life == "all":
+            whole = np.arange(length, dtype=np.uint32)
+        else:
+            name = f"list/{self._orders[query.sort]}.order"
+            whole = self._keep(name, lambda: np.frombuffer(self._files.read(name), "<u4"))[first : first + length]
+        return whole[::-1] if query.is_descending else whole
+
+    def _reduce(self, query: Query, among: NDArray[np.bool_] | None) -> NDArray[np.uint32]:
+        mask = np.ones(self.n_features, bool) if among is None else among.copy()
+        for name, relation, value in map(parse_filter, query.filters):
+            column = self._column(name)
+            mask &= _RELATIONS[relation](column, column.dtype.type(value))  # compared in the column's own precision
         if query.text.strip():
-            found = pl.LazyFrame({"latent": search_latents(self._search_path, query.text)}, schema={"latent": pl.UInt32})
-            frame = frame.join(found, on="latent", how="semi")
-        ordered = frame.sort(["key", "latent"], descending=[query.is_descending, False], nulls_last=True).select("latent").collect()
-        return ordered["latent"].to_numpy().astype(np.uint32)
+            found = self.index().search(query.text, self.n_features)
+            mask &= found if found is not None else True
+        order = self._whole_order(query)
+        return order[mask[order]]
+
+    def _column(self, name: str) -> NDArray[Any]:
+        path = f"list/{name}.bin"
+        return self._keep(path, lambda: np.frombuffer(self._files.read(path), VALUES[name]))
+
+    def _keep(self, key: Any, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """Return what was made for `key`, making it when it is not among the latest."""
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        made = make()
+        with self._lock:
+            self._kept[key] = made
+            while len(self._kept) > 1 and sum(array.nbytes for array in self._kept.values()) > _KEPT_BYTES:
+                self._kept.popitem(last=False)
+        return made
+
+    def _rows(self, latents: NDArray[np.uint32]) -> list[dict[str, Any]]:
+        """Gather rows; each block of the file is read once."""
+        if not len(latents):
+            return []
+        words = self.words()
+        per_block = ROW_BLOCK // ROW.itemsize
+        blocks = np.unique(latents // per_block)
+        starts = blocks.astype(np.int64) * ROW_BLOCK
+        lengths = np.minimum(ROW_BLOCK, self.n_features * ROW.itemsize - starts)
+        parts = self._files.read_spans(ROWS, starts.tolist(), lengths.tolist())
+        content = {int(block): np.frombuffer(part, ROW) for block, part in zip(blocks, parts, strict=True)}
+        return [_as_row(latent, content[latent // per_block][latent % per_block], words) for latent in latents.tolist()]
+
+    def words(self) -> list[str]:
+        """Return every distinct token, read once."""
+        with self._words_lock:
+            if self._words is None:
+                self._words = decode_words(self._files.read(WORDS), f"{self._files.where}/{WORDS}")
+            return self._words
+
+    def index(self) -> Index:
+        """Return the index of tokens, its offsets read once."""
+        words = self.words()
+        with self._words_lock:
+            if self._index is None:
+                offsets = np.frombuffer(self._files.read(OFFSETS), "<u8").astype(np.int64)
+                self._index = Index(words, offsets, self._read_postings)
+            return self._index
+
+    def _read_postings(self, spans: Sequence[Span]) -> Iterator[NDArray[np.uint32]]:
+        """Yield the postings of rising spans, some megabytes at a time; spans in one block or in neighbouring ones are read together."""
+        for start, inside in join_spans(spans):
+            stop = max(span.stop for span in inside)
+            data = np.frombuffer(self._files.read_spans(POSTINGS, [4 * start], [4 * (stop - start)])[0], "<u4")
+            yield from (data[span.start - start : span.stop - start] for span in inside)
 
 
-def _parse_filter(text: str) -> tuple[str, str, float]:
+def parse_filter(text: str) -> tuple[str, str, float]:
+    """Read column, relation and value of a filter. Raises `InputError` for anything else."""
     found = _CONDITION.fullmatch(text.strip())
     if not found:
         raise InputError(f"{text!r} is no filter; they look like 'max>=3.5' or 'frequency<1e-3'.")
     return found[1], found[2], float(found[3])
 
 
-def _columns(filters: tuple[str, ...], numeric: list[str]) -> list[pl.Expr]:
-    if len(filters) > MAX_FILTERS:
-        raise InputError(f"{len(filters)} filters were given, at most {MAX_FILTERS} are taken.")
-    names = dict.fromkeys(_parse_filter(text)[0] for text in filters)
-    for name in names:
-        if name not in numeric:
-            raise InputError(f"Cannot filter by {name!r}; the numeric columns are {numeric}.")
-    return [pl.col(name).alias(f"filter:{name}") for name in names]
+def _as_row(latent: int, row: Any, words: Sequence[str]) -> dict[str, Any]:
+    texts = {name: [words[number] for number in row[name].tolist() if number != NO_WORD] for name in WORD_COLUMNS}
+    numbers = {name: float(f"{float(row[name]):.7g}") for name in ("frequency", "mean", "max", "decoder_norm")}
+    counts = {name: int(row[name]) for name in ("count", "n_examples")}
+    return {"latent": latent, "is_dead": not counts["count"], **counts, **numbers, "top_token": (texts["top_tokens"] or [""])[0], **texts}

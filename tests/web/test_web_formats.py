@@ -2,14 +2,16 @@
 
 import json
 import re
-import sqlite3
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 
 from interp_assets.config import FeaturesConfig
 from interp_assets.store import open_store
 from interp_assets.web.bundle import FORMAT, RECORDS_PER_FILE, VERSION
+from interp_assets.web.columns import NO_WORD, ROW, VALUES
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.search import COLUMNS
 from interp_assets.web.synthetic import build_synthetic_bundle
@@ -36,7 +38,8 @@ def _keys(section: str) -> set[str]:
 def test_the_page_lists_the_files_of_a_bundle(bundle: OpenBundle) -> None:
     """A file that no page explains is a file that nobody can read in five years."""
     for entry in bundle.manifest.files:
-        assert f"`{re.sub(r'[0-9]{5}', 'NNNNN', entry.name)}`" in PAGE
+        name = re.sub(r"[0-9]{5}", "NNNNN", entry.name)
+        assert f"`{re.sub(r'^list/(?!rows)[a-z_]+[.]', 'list/<column>.', name)}`" in PAGE
 
 
 def test_the_page_explains_every_key_of_the_description(bundle: OpenBundle) -> None:
@@ -57,13 +60,34 @@ def test_the_vocabulary_of_the_page_can_be_read(bundle: OpenBundle) -> None:
     assert set(EXAMPLES[1]) == set(json.loads(bundle.read("vocabulary.json")))
 
 
-def test_the_index_has_the_tables_of_the_page(bundle: OpenBundle, tmp_path: Path) -> None:
-    """Other programs may open the index, too."""
-    path = tmp_path / "search.sqlite"
-    path.write_bytes(bundle.read("search.sqlite"))
-    connection = sqlite3.connect(path)
-    columns = {table: {row[1] for row in connection.execute(f"PRAGMA table_info({table})")} for table in ("words", "features")}
-    connection.close()
-    assert _keys("search.sqlite") == set(columns)
-    assert columns == {"words": {"id", "text", "folded"}, "features": set(COLUMNS)}
-    assert all(f"`{name}`" in PAGE for names in columns.values() for name in names)
+def test_the_page_gives_the_layout_of_a_row(bundle: OpenBundle) -> None:
+    """Other programs may read the list's files, too."""
+    fields = re.findall(r"^\| (\d+) \| `(\w+)` \| `([^`]+)` \|", PAGE, re.MULTILINE)
+    assert ROW.fields
+    layout = [(str(ROW.fields[name][1]), name, _type(ROW.fields[name][0])) for name in ROW.names or ()]
+    assert fields == layout
+    assert f"{ROW.itemsize} bytes" in PAGE
+    assert f"{NO_WORD:#X}".replace("0X", "0x") in PAGE
+    row = np.frombuffer(bundle.read("list/rows.bin"), ROW)[1]
+    words = json.loads(bundle.read("words.json"))["words"]
+    table = pl.read_parquet(bundle.read("features.parquet")).row(1, named=True)
+    assert [words[number] for number in row["top_logits"]] == table["top_logits"][:4]
+    assert np.frombuffer(bundle.read("list/max.bin"), VALUES["max"])[1] == table["max"]
+
+
+def _type(dtype: np.dtype) -> str:
+    return f"{dtype.base.kind}{dtype.base.itemsize}" + (f" x {dtype.shape[0]}" if dtype.shape else "")
+
+
+def test_the_lists_of_the_index_lie_where_the_page_says(bundle: OpenBundle) -> None:
+    """List 3 w + c holds the latents that have word w in column c."""
+    offsets = np.frombuffer(bundle.read("search/postings.idx"), "<u8")
+    postings = np.frombuffer(bundle.read("search/postings.bin"), "<u4")
+    words = json.loads(bundle.read("words.json"))["words"]
+    table = pl.read_parquet(bundle.read("features.parquet")).to_dicts()
+    assert len(offsets) == 3 * len(words) + 1
+    for column, name in enumerate(("top_tokens", "top_logits", "bottom_logits")):
+        assert f"`{COLUMNS[column]}`" in PAGE
+        for number, word in enumerate(words):
+            start, stop = int(offsets[3 * number + column]), int(offsets[3 * number + column + 1])
+            assert postings[start:stop].tolist() == [row["latent"] for row in table if word in row[name]]

@@ -409,8 +409,16 @@ def test_a_bundle_of_a_newer_version_is_listed_with_the_reason(static: Path, mem
         art.put("bundle.json", json.dumps({"format": "interp-assets/feature-bundle", "version": 99}).encode())
     site = Site(list_bundles(memory_store), static)
     listed = site.get("/api/bundles").json()["bundles"][0]
-    assert "version 99; this release reads version 1. Upgrade" in listed["error"]["what"]
+    assert "version 99; this release reads version 2. Upgrade" in listed["error"]["what"]
     assert "version 99" in _problem(site.get(f"/api/bundles/{site.name}"))["what"]
+
+
+def test_a_bundle_of_an_older_version_says_how_to_renew_it(static: Path, memory_store: ObjectStore) -> None:
+    """Upgrading would not help there."""
+    with create_artifact(memory_store, make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="older")) as art:
+        art.put("bundle.json", json.dumps({"format": "interp-assets/feature-bundle", "version": 1}).encode())
+    listed = Site(list_bundles(memory_store), static).get("/api/bundles").json()["bundles"][0]
+    assert "Materialize `feature_browser` again" in listed["error"]["what"]
 
 
 def test_an_artifact_of_another_kind_is_listed_with_the_reason(static: Path, memory_store: ObjectStore) -> None:
@@ -423,15 +431,15 @@ def test_an_artifact_of_another_kind_is_listed_with_the_reason(static: Path, mem
 
 @pytest.mark.parametrize("kind", ["memory", "folder"])
 def test_a_damaged_search_index_is_explained(static: Path, memory_store: ObjectStore, local_store: ObjectStore, kind: str) -> None:
-    """The list works without it; a search says what is wrong. In a folder SQLite opens the file itself."""
+    """The list works without it; a search says what is wrong."""
     store = memory_store if kind == "memory" else local_store
     build_synthetic_bundle(store, n_features=5, n_documents=4)
     place = list_bundles(store)[0]
-    store.put(f"{place.path}/search.sqlite", b"no database" * 4000)
+    store.put(f"{place.path}/search/postings.bin", b"no index" * 4000)
     site = Site([place], static)
     response = site.get(f"/api/bundles/{place.name}/features?q=def")
     assert response.status_code == 502
-    assert "search.sqlite" in _problem(response)["what"]
+    assert "search/postings.bin" in _problem(response)["what"]
 
 
 def test_without_built_pages_the_server_says_how_to_build_them(store: ObjectStore, tmp_path: Path) -> None:
@@ -442,7 +450,7 @@ def test_without_built_pages_the_server_says_how_to_build_them(store: ObjectStor
 
 
 def test_a_bundle_in_memory_is_served_like_one_in_a_folder(static: Path, memory_store: ObjectStore) -> None:
-    """The index is copied to a file for SQLite; everything else is read by range from wherever it is."""
+    """Everything is read by range from wherever it is."""
     build_synthetic_bundle(memory_store, n_features=5, n_documents=4)
     site = Site(list_bundles(memory_store), static)
     assert site.get(f"/api/bundles/{site.name}/features?q=def").json()["n_matches"] >= 1

@@ -1,15 +1,16 @@
 """Lists of features: sorting, filtering, searching and stepping agree with the obvious way of doing each."""
 
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from interp_assets.errors import InputError
 from interp_assets.store import open_store
+from interp_assets.web.columns import order_by
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.search import FeatureWords, build_index, search_latents
+from interp_assets.web.search import Span, join_spans
 from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.table import FeatureTable, Query
 
@@ -34,16 +35,68 @@ def frame(bundle: OpenBundle) -> pl.DataFrame:
     return pl.read_parquet(bundle.read("features.parquet"))
 
 
-@pytest.mark.parametrize("column", ["latent", "frequency", "max", "top_token", "is_dead"])
+@pytest.mark.parametrize("column", ["latent", "frequency", "count", "max", "mean", "top_token", "n_examples", "decoder_norm"])
 @pytest.mark.parametrize("is_descending", [False, True])
-def test_sorting_is_total_and_ties_stand_in_order_of_latent(table: FeatureTable, frame: pl.DataFrame, column: str, is_descending: bool) -> None:
-    """Pages of one list must neither repeat nor lose a feature."""
-    order = table.order(Query(column, is_descending)).tolist()
-    rows = frame.to_dicts()
-    wanted = sorted(range(40), key=lambda i: rows[i][column], reverse=is_descending)  # stable, also in reverse
-    assert order == wanted
-    pages = [row["latent"] for offset in range(0, 40, 7) for row in table.page(Query(column, is_descending), offset, 7).rows]
+@pytest.mark.parametrize("life", ["all", "live", "dead"])
+def test_sorting_is_total_and_ties_stand_in_order_of_latent(
+    table: FeatureTable, frame: pl.DataFrame, column: str, is_descending: bool, life: str
+) -> None:
+    """Pages of one list must neither repeat nor lose a feature. A falling list is the rising one backwards; dead features come before live ones."""
+    rows = [row for row in frame.to_dicts() if life == "all" or row["is_dead"] == (life == "dead")]
+    key = {"latent": lambda row: 0 if life == "all" else row["is_dead"]}.get(
+        column, lambda row: (not row["is_dead"], not row["is_dead"] and row[column])
+    )
+    wanted = [row["latent"] for row in sorted(rows, key=key)]
+    query, wanted = Query(column, is_descending, life), wanted[::-1] if is_descending else wanted
+    assert table.order(query).tolist() == wanted
+    pages = [row["latent"] for offset in range(0, 40, 7) for row in table.page(query, offset, 7).rows]
     assert pages == wanted
+    assert table.page(query, 0, 1).n_matches == len(wanted)
+
+
+def test_rows_say_what_the_table_says(table: FeatureTable, frame: pl.DataFrame) -> None:
+    """The list's files are written from the same table that people read as Parquet."""
+    for row, wanted in zip(table.rows(range(40)), frame.to_dicts(), strict=True):
+        for name in ("latent", "is_dead", "count", "n_examples", "top_token"):
+            assert row[name] == wanted[name]
+        for name in ("frequency", "mean", "max", "decoder_norm"):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-6)
+        for name in ("top_tokens", "top_logits", "bottom_logits"):
+            assert row[name] == wanted[name][:4]
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False)))
+def test_floats_are_ordered_through_their_bits(values: list[float]) -> None:
+    """Flipped IEEE bits must compare as the numbers do; minus zero stands before zero."""
+    order = order_by(np.array(values, np.float32)).tolist()
+    assert [values[i] for i in order] == sorted(values)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50_000), st.integers(1, 3_000_000)), max_size=20))
+def test_joined_reads_cover_the_same_postings(gaps: list[tuple[int, int]]) -> None:
+    """Whatever is read together, every posting of every span comes once and in order, and no read is large."""
+    spans, at = [], 0
+    for gap, length in gaps:
+        spans.append(Span(at + gap, at + gap + length))
+        at += gap + length
+    covered = []
+    for start, inside in join_spans(spans):
+        assert inside[-1].stop - start <= 2 << 20
+        covered += inside
+    flat = [(span.start, span.stop) for span in covered]
+    merged: list[list[int]] = []
+    for start, stop in flat:
+        if merged and merged[-1][1] == start:
+            merged[-1][1] = stop
+        else:
+            merged.append([start, stop])
+    wanted: list[list[int]] = []
+    for span in spans:
+        if wanted and wanted[-1][1] == span.start:
+            wanted[-1][1] = span.stop
+        else:
+            wanted.append([span.start, span.stop])
+    assert merged == wanted
 
 
 def test_filters_are_conjunctions(table: FeatureTable, frame: pl.DataFrame) -> None:
@@ -97,9 +150,9 @@ def test_a_place_names_the_neighbours_in_the_list(table: FeatureTable) -> None:
     assert table.place(query, 12) == (None, 37, None, None)
 
 
-def test_distributions_count_the_live_features(table: FeatureTable) -> None:
+def test_distributions_count_the_live_features(bundle: OpenBundle) -> None:
     """The overview must not lose the extremes to rounding of the edges."""
-    for shown in table.distributions().values():
+    for shown in bundle.description["distributions"].values():
         assert sum(shown["counts"]) == 37
         assert len(shown["edges"]) == len(shown["counts"]) + 1
 
@@ -120,20 +173,13 @@ def test_search_finds_pieces_of_tokens_and_nothing_else(table: FeatureTable, fra
     assert table.order(Query(text="peaks:return")).tolist() == look((("top_tokens",), "return")) != []
     assert table.order(Query(text="):")).tolist() == look((anywhere, "):")) != []
     assert table.order(Query(text="nosuchtoken")).tolist() == []
+    words = {word for row in frame.to_dicts() for name in anywhere for word in row[name]}
+    single = [row["latent"] for row in frame.to_dicts() if any(word.strip() == "1" for name in anywhere for word in row[name])]
+    assert "1" in words
+    assert table.order(Query(text="1")).tolist() == single
 
 
 @pytest.mark.parametrize("text", ['"', "'; DROP TABLE words; --", "a AND", "NEAR(", "*", "col:x", "(((", "\x00", "{peaks}:", "%", "\u202e"])
 def test_hostile_searches_find_nothing_or_something_but_never_break(table: FeatureTable, text: str) -> None:
     """Search text is data: no character of it is an operator of the index."""
     assert len(table.order(Query(text=text))) <= 40
-
-
-def test_the_index_has_the_same_bytes_every_time(tmp_path: Path) -> None:
-    """It is part of the bundle, and bundles are compared by their bytes."""
-    features = [FeatureWords(i, [f"a{i % 7}", " b"], ["c"], []) for i in range(500)]
-    first = build_index(features)
-    assert first == build_index(iter(features))
-    path = tmp_path / "search.sqlite"
-    path.write_bytes(first)
-    assert search_latents(path, "a3").tolist() == [i for i in range(500) if i % 7 == 3]
-    assert search_latents(path, "a3").dtype == np.uint32

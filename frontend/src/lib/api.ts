@@ -106,7 +106,8 @@ export function getRecord(bundle: Bundle, latent: number): Promise<FeatureRecord
 }
 
 async function fetchRecord(bundle: Bundle, latent: number): Promise<FeatureRecord> {
-  const { file, place } = locate(latent, bundle.records.per_file);
+  const stored = bundle.records.repeat ? latent % bundle.records.repeat : latent; // invented bundles repeat their records
+  const { file, place } = locate(stored, bundle.records.per_file);
   const path = fileOf(bundle.name, file);
   const index = await indices.get(path, async () => (await ask(`${path}.idx`)).arrayBuffer());
   const { start, stop } = readSpan(index, place, file);
@@ -118,5 +119,5 @@ async function fetchRecord(bundle: Bundle, latent: number): Promise<FeatureRecor
     const what = `${file}.bin ends early: ${stop - start} bytes of feature ${latent} were asked for, ${member.byteLength} came.`;
     throw new Problem(what, 'Run `interp verify` on the bundle and materialize `feature_browser` again.');
   }
-  return decodeRecord(member, latent, file);
+  return { ...(await decodeRecord(member, stored, file)), latent };
 }

@@ -31,11 +31,12 @@ export interface Evaluation {
 
 export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created' | 'n_bytes'>> {
   d_in: number;
-  corpus: { source: string; path: string; n_shards: number };
+  corpus: { source: string; n_shards: number };
   coactivation_rows: number | null;
   logits_reason: string | null;
-  records: { version: number; per_file: number; n_files: number };
-  columns: { sortable: string[]; numeric: string[] };
+  records: { version: number; per_file: number; n_files: number; repeat: number | null };
+  /** What can be sorted by, with the order file of each; what can be filtered, with the type of its values. */
+  columns: { sortable: Record<string, string>; numeric: Record<string, string> };
   distributions: Record<string, Distribution>;
 }
 
