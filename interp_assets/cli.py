@@ -50,6 +50,36 @@ def run(
 
 
 @app.command()
+def backfill(
+    config: ConfigOption = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Only partitions whose latest run failed, and what comes after them.")] = False,
+    select: Annotated[list[str] | None, typer.Option(help="Only this asset; may be given several times.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="Only this partition, whatever its state; may be given several times.")] = None,
+) -> None:
+    """Make what has failed, is missing or was made from other bytes, as far as possible; exit code 1 when something failed again."""
+    from interp_assets.backfill import run_backfill
+    from interp_assets.console import Bars, print_report, print_total
+    from interp_assets.jobs import open_instance
+
+    pipeline = _load(config)
+    warnings.simplefilter("ignore")  # as in `run`
+    out.print(f"Pipeline {pipeline.name} in {pipeline.root}", soft_wrap=True, markup=False)
+    reports = []
+    with open_instance(pipeline) as instance, Bars(out) as bars:
+        for item in run_backfill(pipeline, instance, select=select or [], partitions=partition or [], only_failed=failed, progress=bars):
+            reports.append(item)
+            print_report(out, item.report)
+            if item.failed or item.waiting:
+                left = [f"{len(keys):,} {word}: {', '.join(keys[:8])}" for keys, word in ((item.failed, "failed"), (item.waiting, "waiting")) if keys]
+                out.print(f"    {'; '.join(left)}", style="red", markup=False, soft_wrap=True)
+            if item.message:
+                out.print(f"    {item.message}", markup=False, soft_wrap=True)
+    print_total(out, [item.report for item in reports])
+    if any(item.failed or item.waiting for item in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
 def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("pipeline.yaml")) -> None:
     """Write a commented configuration to start from."""
     from interp_assets.starter import make_starter

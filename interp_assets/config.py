@@ -150,6 +150,10 @@ class FeaturesConfig(_Config):
     """`all` stores every firing (3-5 bytes each); `candidates` only what examples need."""
     one_per_document: bool = True
     """Show at most one top example of a document."""
+    distinct_tokens: Annotated[int, Field(ge=0, le=64)] = 8
+    """Show top examples whose tokens agree this far on both sides of the peak once, chosen from 4 `top_k`; 0 shows them all."""
+    encode_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that rows and encoder columns are rounded to before they are multiplied; sums and activations are float32."""
 
 
 class ExecutionConfig(_Config):
@@ -158,11 +162,13 @@ class ExecutionConfig(_Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where models and SAEs compute; `auto` takes CUDA, then MPS, then the CPU."""
     tokens_per_batch: Annotated[int, Field(ge=1)] = 8192
-    """Token positions per forward of the subject model."""
+    """Token positions per forward of the subject model, at most; lower it where memory is short. Above 8,192 nothing is gained."""
     rows_per_block: Annotated[int, Field(ge=64)] = 4096
     """Rows that the feature passes encode at once."""
     processes: Annotated[int, Field(ge=1)] = 1
     """Training processes started by torchrun; 1 trains in the asset's own process."""
+    partitions_per_run: Annotated[int, Field(ge=1)] = 64
+    """Shards that one run of a backfill tokenizes or harvests. Fewer spread over more machines; each run costs seconds to start."""
 
 
 class PipelineConfig(_Config):

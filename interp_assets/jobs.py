@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
@@ -21,6 +21,7 @@ from dagster import DagsterEventType, DagsterInstance
 from interp_assets.config import PipelineConfig
 from interp_assets.definitions import build_defs
 from interp_assets.errors import ConfigError, InterpError
+from interp_assets.manifest import Manifest
 from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.progress import AssetReport, Progress
 from interp_assets.road import Stop, find_version, make_road
@@ -38,6 +39,15 @@ class RunError(InterpError):
     def __init__(self, message: str, trace: str = "") -> None:
         super().__init__(message)
         self.trace = trace
+
+
+class Outcome(NamedTuple):
+    """What became of the missing partitions of one asset."""
+
+    report: AssetReport
+    failed: list[str]
+    errors: list[RunError]
+    """One for each range that failed."""
 
 
 def dagster_home(config: PipelineConfig) -> Path:
@@ -72,10 +82,10 @@ def run_road(
     fails; what is finished stays, and the next run goes on from there.
     """
     progress = progress or Progress()
-    road = _select(make_road(config), select)
+    road = select_stops(make_road(config), select)
     job = build_defs(config, progress=progress).resolve_implicit_global_asset_job_def()
     plan, *rest = road
-    yield _run_stop(job, instance, plan, [""], [""])
+    yield _report(run_stop(job, instance, plan, [""], [""]))
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     progress.plan(sum(len(stop.partition_keys(pipeline)) for stop in rest))
@@ -83,14 +93,15 @@ def run_road(
         keys = stop.partition_keys(pipeline)
         missing = find_missing(stop, pipeline, store, instance)
         progress.skip(len(keys) - len(missing))
-        yield _run_stop(job, instance, stop, missing, keys)
+        yield _report(run_stop(job, instance, stop, missing, keys))
 
 
 def find_missing(stop: Stop, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
-    """List the partitions of an asset that have to be run, in order: without artifacts, or not as Dagster knows them."""
+    """List the partitions of an asset that have to be run, in order: without artifacts, made from other bytes, or not as Dagster knows them."""
     recorded = recorded_versions(instance, stop)
     keys = stop.partition_keys(pipeline)
-    return [key for key in keys if key not in recorded or find_version(stop, pipeline, store, key) != recorded[key]]
+    known: dict[str, Manifest] = {}
+    return [key for key in keys if key not in recorded or find_version(stop, pipeline, store, key, known) != recorded[key]]
 
 
 def recorded_versions(instance: DagsterInstance, stop: Stop) -> dict[str, str]:
@@ -136,7 +147,8 @@ def explain_failure(name: str, result: dg.ExecuteInProcessResult) -> RunError:
     return RunError(f"{name} failed, and Dagster does not say why. Look at the run in its UI (`interp dev`).")
 
 
-def _select(road: list[Stop], select: Sequence[str]) -> list[Stop]:
+def select_stops(road: list[Stop], select: Sequence[str]) -> list[Stop]:
+    """Keep the named assets and `corpus_plan`; all of them when none is named. Raises `ConfigError` for a name that there is not."""
     wanted = set(select)
     known = {stop.name for stop in road}
     if unknown := sorted(wanted - known):
@@ -144,20 +156,30 @@ def _select(road: list[Stop], select: Sequence[str]) -> list[Stop]:
     return [stop for stop in road if not wanted or stop.name in wanted or (stop.axis == "none" and stop.name == "corpus_plan")]
 
 
-def _run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missing: list[str], keys: list[str]) -> AssetReport:
+def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missing: list[str], keys: list[str]) -> Outcome:
+    """Run the missing partitions of one asset, one Dagster run a contiguous range; a range that fails does not stop the others."""
     started = time.monotonic()
-    n_bytes, failed_checks = 0, []
+    n_bytes, failed_checks, failed, errors = 0, [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
     for first, last in ranges:
         tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if first else {}
         result = job.execute_in_process(
             instance=instance, asset_selection=[dg.AssetKey(list(stop.key))], tags=tags, run_config=_QUIET, raise_on_error=False
         )
+        events = result.asset_materializations_for_node(_node_name(stop))
         if not result.success:
-            raise explain_failure(stop.name, result)
-        n_bytes += sum(_bytes_of(event) for event in result.asset_materializations_for_node(_node_name(stop)))
+            errors.append(explain_failure(stop.name, result))
+            failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
+        n_bytes += sum(_bytes_of(event) for event in events)
         failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
-    return AssetReport(stop.name, len(keys), len(missing), n_bytes, time.monotonic() - started, failed_checks)
+    report = AssetReport(stop.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
+    return Outcome(report, failed, errors)
+
+
+def _report(outcome: Outcome) -> AssetReport:
+    if outcome.errors:
+        raise outcome.errors[0]
+    return outcome.report
 
 
 def _node_name(stop: Stop) -> str:

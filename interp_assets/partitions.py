@@ -42,6 +42,14 @@ class Layout:
         """Return the buckets that there are after `n_passes` distribution passes."""
         return dg.StaticPartitionsDefinition([bucket_key(bucket) for bucket in range(self.config.shuffle.fan_out**n_passes)])
 
+    def spread(self) -> dg.BackfillPolicy:
+        """Return the backfill policy of work that wants many machines: runs of some partitions each, side by side.
+
+        Everything else is `single_run`: starting a run costs seconds, and in either kind a crash keeps every finished partition. Only assets
+        with one dimension may spread: Dagster reads a piece of a grid as a rectangle, and would run cells that nobody asked for.
+        """
+        return dg.BackfillPolicy.multi_run(max_partitions_per_run=self.config.execution.partitions_per_run)
+
     def kinds(self, *kinds: str) -> set[str]:
         """Return an asset's kinds, with the kind of its storage."""
         return {*kinds, "s3"} if self.config.root.startswith("s3://") else set(kinds)

@@ -16,7 +16,7 @@ from interp_assets.config import PipelineConfig
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.manifest import ArtifactRef, data_version, find_manifest, load_manifest
+from interp_assets.manifest import ArtifactRef, Manifest, data_version, find_made_from, load_manifest
 from interp_assets.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.shuffle.plan import load_shard_rows, make_sizes
 from interp_assets.shuffle.refs import (
@@ -46,6 +46,7 @@ from interp_assets.web.refs import bundle_ref
 
 Axis = Literal["none", "shard", "bucket", "experiment", "slice", "slice|shard"]
 Refs = Callable[[Pipeline, Store, str], list[ArtifactRef]]
+Sources = Callable[[Pipeline, str], list[list[ArtifactRef]]]
 
 
 class Stop(NamedTuple):
@@ -61,6 +62,8 @@ class Stop(NamedTuple):
     """Partitions of the axis `bucket`, else 0."""
     refs: Refs
     """Artifacts of one partition (`""` without partitions)."""
+    sources: Sources | None = None
+    """For each of these artifacts, those whose digests it remembers as `made_from`; None where the stage has another way to tell."""
 
     @property
     def name(self) -> str:
@@ -89,27 +92,44 @@ def make_road(config: PipelineConfig) -> list[Stop]:
     road = [
         Stop(("corpus_plan",), "corpus", "none", 0, lambda _pipeline, _store, _key: []),
         Stop(("token_shards",), "corpus", "shard", 0, lambda pipeline, _store, key: [token_shard_ref(pipeline, shard_index(key))]),
-        Stop(("activations",), "harvest", "shard", 0, _activations),
-        Stop(("activation_statistics",), "harvest", "none", 0, _per_hook_point(statistics_ref)),
+        Stop(("activations",), "harvest", "shard", 0, _activations, _tokens),
+        Stop(("activation_statistics",), "harvest", "none", 0, _per_hook_point(statistics_ref), _training_activations),
         Stop(("shuffle_plan",), "shuffle", "none", 0, lambda pipeline, _store, _key: [shuffle_plan_ref(pipeline)]),
         *(Stop((pass_name(p),), "shuffle", "shard" if p == 1 else "bucket", fan_out ** (p - 1), _split_refs(p)) for p in range(1, passes)),
         Stop(("mixed_shards",), "shuffle", "bucket", fan_out ** (passes - 1), _mixed_shards),
         Stop(("shuffle_certificate",), "shuffle", "none", 0, _per_hook_point(certificate_ref)),
         Stop(("sae",), "train", "experiment", 0, lambda pipeline, _store, key: [sae_ref(pipeline, key)]),
-        Stop(("sae_evaluation",), "train", "experiment", 0, lambda pipeline, _store, key: [evaluation_ref(pipeline, key)]),
+        Stop(
+            ("sae_evaluation",),
+            "train",
+            "experiment",
+            0,
+            lambda pipeline, _store, key: [evaluation_ref(pipeline, key)],
+            lambda pipeline, key: [[sae_ref(pipeline, key)]],
+        ),
     ]
     for sae in config.features.saes:
         road += _features(sae)
     return road
 
 
-def find_version(stop: Stop, pipeline: Pipeline, store: Store, key: str) -> str | None:
-    """Return the data version of a partition when all its artifacts exist, else None.
+def find_version(stop: Stop, pipeline: Pipeline, store: Store, key: str, known: dict[str, Manifest] | None = None) -> str | None:
+    """Return the data version of a partition when all its artifacts exist and were made from what is there now, else None.
 
-    Evidence for features also has to be of the SAE that is there now: a recipe trained again on another device has other bytes.
+    An id promises equal bytes on one kind of device only: a shard made again elsewhere may keep its id and change its digest, and what was
+    made from the old bytes is then out of date. `known` keeps the manifests of inputs between the partitions of one asset.
     """
+    known = {} if known is None else known
+
+    def load(ref: ArtifactRef) -> Manifest:
+        if ref.path not in known:
+            known[ref.path] = load_manifest(store, ref)
+        return known[ref.path]
+
     try:
-        found = [find_manifest(store, ref) for ref in stop.refs(pipeline, store, key)]
+        refs = stop.refs(pipeline, store, key)
+        sources = stop.sources(pipeline, key) if stop.sources else [[] for _ in refs]
+        found = [find_made_from(store, ref, [load(item) for item in inputs]) for ref, inputs in zip(refs, sources, strict=True)]
         sae = load_manifest(store, sae_ref(pipeline, stop.key[1])).digest if stop.stage == "visualize" else None
     except ArtifactError:
         return None
@@ -155,6 +175,15 @@ def _candidates(sae: str) -> Refs:
 
 def _activations(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
     return [activation_shard_ref(pipeline, hook_point, shard_index(key)) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _tokens(pipeline: Pipeline, key: str) -> list[list[ArtifactRef]]:
+    return [[token_shard_ref(pipeline, shard_index(key))] for _ in pipeline.config.harvest.hook_points]
+
+
+def _training_activations(pipeline: Pipeline, _key: str) -> list[list[ArtifactRef]]:
+    hook_points = pipeline.config.harvest.hook_points
+    return [[activation_shard_ref(pipeline, hook_point, index) for index in pipeline.train_indices] for hook_point in hook_points]
 
 
 def _mixed_shards(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:

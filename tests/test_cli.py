@@ -22,6 +22,7 @@ from interp_assets.store import open_store
 from interp_assets.verify import Fault, list_tree, verify_tree
 
 OPTIONS = {
+    "backfill": ["--config", "--failed", "--partition", "--select"],
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
     "init": ["path"],

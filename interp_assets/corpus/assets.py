@@ -68,7 +68,7 @@ def _token_shards(layout: Layout) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds=layout.kinds("python", "parquet"),
         code_version=code_version(TOKEN_SHARD_VERSION, layout.config.corpus),
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=layout.spread(),
         description=(
             "The documents of one shard as token ids, in contexts of fixed length, one row per token position. The unit of work is a corpus shard. "
             "Look at the rows and at how many of them are valid (special tokens are not); documents.parquet leads each row back to its text."

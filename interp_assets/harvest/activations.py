@@ -1,14 +1,15 @@
 """A token shard and the subject model become one activation shard for every hook point, in one forward per batch.
 
 1. Contexts are taken in order, a window of them at a time. Inside a window, contexts whose lengths round up to the same multiple of 16
-   are run together, `tokens_per_batch` positions at once.
+   are run together, `FORWARD_TOKENS` positions at once.
 2. Every row is checked to be finite, cast to the stored dtype, put at its place in the window and written when the window is complete:
    row i of the file is token position i of the shard, the not valid ones included, padding never.
 3. Statistics are taken of the stored rows in blocks of a fixed size.
 
-A context's padded length depends on its own length only, so a row does not depend on what it was padded to. A matrix product may still
-round differently for another number of contexts: on a CPU that was seen for contexts of 16-64 tokens at d_model 256 (a few stored
-bfloat16 values), not at 256 tokens. Where bytes must be equal, keep `tokens_per_batch` equal.
+A context's padded length depends on its own length only, so a row does not depend on what it was padded to. A matrix product may round
+differently for another number of contexts (on a CPU that was seen for contexts of 16-64 tokens at d_model 256: a few stored bfloat16
+values), so that number is a function of the padded length and of nothing else. Only where memory is short, `execution.tokens_per_batch`
+below `FORWARD_TOKENS` makes it smaller.
 
 Several hook points are written side by side; a NaN or an infinity at one of them leaves nothing published at any.
 Memory: one window of rows for each hook point (at least 16,384), and one forward.
@@ -25,19 +26,22 @@ from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.corpus.tokens import TokenShard, context_offsets, load_tokens
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
 from interp_assets.harvest.statistics import STATISTICS, StatisticsAccumulator, as_tensors
-from interp_assets.manifest import ArtifactWriter, ByteSink, Produced, create_artifact, find_manifest
+from interp_assets.manifest import ArtifactWriter, ByteSink, Produced, create_artifact, find_made_from, load_manifest
 from interp_assets.pipeline import Pipeline, shard_key
 from interp_assets.store import Store
 from interp_assets.tensors import TensorSpec, as_bytes, make_header, save_tensors
 
 PADDING_STEP: Final = 16
 WINDOW_ROWS: Final = 16384
+FORWARD_TOKENS: Final = 8192
+"""Token positions per forward: enough to fill a device, part of what decides the last bits."""
 
 
 class Batch(NamedTuple):
@@ -54,12 +58,13 @@ def harvest_shard(
 ) -> dict[str, Produced]:
     """Publish the activation shards of corpus shard `index` at all configured hook points; `progress` advances by rows.
 
-    What is there already is kept; if some are missing, those are made in one run over the tokens. Raises `NonFiniteError`, naming shard,
-    hook point, row, context, offset and token, when an activation is not finite or does not fit the stored dtype.
+    What was made from these very tokens is kept; if some are missing, those are made in one run over the tokens. Raises `NonFiniteError`,
+    naming shard, hook point, row, context, offset and token, when an activation is not finite or does not fit the stored dtype.
     """
     start = time.monotonic()
     refs = {name: activation_shard_ref(pipeline, name, index) for name in pipeline.config.harvest.hook_points}
-    found = {name: find_manifest(store, ref) for name, ref in refs.items()}
+    source = load_manifest(store, token_shard_ref(pipeline, index))
+    found = {name: find_made_from(store, ref, [source]) for name, ref in refs.items()}
     missing = [name for name, manifest in found.items() if manifest is None]
     produced = {name: Produced(refs[name], manifest, is_cached=True, wall_s=0.0) for name, manifest in found.items() if manifest is not None}
     if not missing:
@@ -74,7 +79,7 @@ def harvest_shard(
     with ExitStack() as stack:
         writers: dict[str, _RowWriter] = {}
         for name in missing:
-            art = stack.enter_context(create_artifact(store, refs[name]))
+            art = stack.enter_context(create_artifact(store, refs[name], made_from=[source]))
             writers[name] = _RowWriter(art, stack, pipeline, name, index, tokens)
         for n_rows in _harvest(model, tokens, writers, pipeline.config.execution.tokens_per_batch):
             if progress is not None:
@@ -121,8 +126,7 @@ def _padded_lengths(lengths: NDArray[np.int64], max_context: int, *, must_see_ma
 def _harvest(model: SubjectModel, tokens: TokenShard, writers: "dict[str, _RowWriter]", tokens_per_batch: int) -> Iterator[int]:
     """Run all contexts and hand the rows to the writers; yields the number of rows of each finished batch."""
     offsets = context_offsets(tokens.contexts)
-    window_rows = max(WINDOW_ROWS, tokens_per_batch)
-    for first, stop in _windows(offsets, window_rows):
+    for first, stop in _windows(offsets, WINDOW_ROWS):
         base = int(offsets[first])
         n_rows = int(offsets[stop]) - base
         for writer in writers.values():
@@ -130,7 +134,7 @@ def _harvest(model: SubjectModel, tokens: TokenShard, writers: "dict[str, _RowWr
         batches = make_batches(
             tokens.token_ids[base : base + n_rows],
             offsets[first : stop + 1] - base,
-            tokens_per_batch,
+            min(tokens_per_batch, FORWARD_TOKENS),
             max_context=model.max_context,
             must_see_mask=not model.is_causal,
         )

@@ -28,7 +28,7 @@ def _activations(layout: Layout) -> dg.AssetsDefinition:
         owners=OWNERS,
         kinds=layout.kinds("pytorch", "huggingface"),
         code_version=code_version(ACTIVATION_SHARD_VERSION, layout.config.model, layout.config.harvest),
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=layout.spread(),
         description=(
             "What the subject model computes at every token position of one corpus shard: one row per position, in safetensors, for all hook points "
             "from a single forward pass. The unit of work is a corpus shard. Look at rows per second, and at the mean norm: "

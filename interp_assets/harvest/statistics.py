@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.manifest import Produced, create_artifact, find_manifest, load_manifest
+from interp_assets.manifest import Produced, create_artifact, find_made_from, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.tensors import load_tensors, save_tensors
@@ -139,10 +139,13 @@ def merge_statistics(pipeline: Pipeline, store: Store, hook_point: str) -> Produ
     """Publish the statistics of a hook point over all training shards, merged in order of shard."""
     start = time.monotonic()
     ref = statistics_ref(pipeline, hook_point)
-    if (manifest := find_manifest(store, ref)) is not None:
+    refs = [activation_shard_ref(pipeline, hook_point, index) for index in pipeline.train_indices]
+    shards = [load_manifest(store, shard) for shard in refs]
+    if (manifest := find_made_from(store, ref, shards)) is not None:
         return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - start)
-    total = merge([load_shard_statistics(pipeline, store, hook_point, index) for index in pipeline.train_indices])
-    with create_artifact(store, ref) as art:
+    parts = (load_tensors(store, shard.path, found, STATISTICS) for shard, found in zip(refs, shards, strict=True))
+    total = merge([as_statistics(tensors) for tensors in parts])
+    with create_artifact(store, ref, made_from=shards) as art:
         save_tensors(art, STATISTICS, {**as_tensors(total), "mean": total.mean}, n_rows=total.n_rows)
         art.facts = {
             "count": total.n_rows,

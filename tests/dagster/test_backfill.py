@@ -1,0 +1,176 @@
+"""Partial backfills: only what failed, is missing or was made from other bytes is made, in Python and on the command line."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+import yaml
+from road_world import Finished, make_road_config
+
+from interp_assets.backfill import BackfillReport, find_failed, run_backfill
+from interp_assets.config import PipelineConfig
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.definitions import build_defs
+from interp_assets.errors import ConfigError
+from interp_assets.harvest.refs import activation_shard_ref
+from interp_assets.jobs import RunError, dagster_home, open_instance, recorded_versions, run_road
+from interp_assets.manifest import create_artifact, load_manifest, read_file, remove_artifact
+from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.road import Stop, make_road
+from interp_assets.store import Store
+
+N_SHARDS = 16
+BAD = ("shard-000003", "shard-000008", "shard-000013")
+
+
+@pytest.fixture(scope="module")
+def many(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+    """Return a finished pipeline of 16 shards. Tests copy it."""
+    folder = tmp_path_factory.mktemp("many")
+    config = make_many(tiny_world, folder)
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield Finished(config, instance, list(run_road(config, instance)))
+
+
+def make_many(world: Path, folder: Path) -> PipelineConfig:
+    """Return a configuration of 16 small shards, one file each."""
+    texts = folder / "texts"
+    texts.mkdir()
+    for i in range(N_SHARDS):
+        (texts / f"{i:02d}.txt").write_text(" ".join(f"word{(i * 37 + j * j) % 101}" for j in range(20 + i)))
+    return make_road_config(world, folder / "data", corpus={"path": str(texts), "shard_bytes": 1})
+
+
+@pytest.fixture
+def copied(many: Finished, tmp_path: Path, tiny_world: Path) -> PipelineConfig:
+    """Return a configuration on a copy of the finished artifacts, to be damaged."""
+    shutil.copytree(many.config.root, tmp_path / "data")
+    return make_road_config(tiny_world, tmp_path / "data", corpus={"path": many.config.corpus.path, "shard_bytes": 1})
+
+
+def open_finished(config: PipelineConfig) -> tuple[Pipeline, Store]:
+    """Open store and plan of a pipeline that has been run."""
+    store = open_pipeline_store(config)
+    return load_pipeline(config, store), store
+
+
+def stop_of(config: PipelineConfig, name: str) -> Stop:
+    """Return an asset of the road."""
+    return next(stop for stop in make_road(config) if stop.name == name)
+
+
+def made(reports: list[BackfillReport]) -> dict[str, int]:
+    """Return how many partitions of each asset were made."""
+    return {item.report.name: item.report.n_made for item in reports}
+
+
+def damage(config: PipelineConfig) -> dict[Path, bytes]:
+    """Remove the activations of the bad shards and flip a byte in their tokens; return the good bytes by file."""
+    pipeline, store = open_finished(config)
+    good = {}
+    for key in BAD:
+        index = int(key[-6:])
+        remove_artifact(store, activation_shard_ref(pipeline, "resid_post.0", index).path)
+        path = Path(config.root) / config.name / token_shard_ref(pipeline, index).path / "tokens.parquet"
+        good[path] = path.read_bytes()
+        path.write_bytes(good[path][:-50] + bytes([good[path][-50] ^ 1]) + good[path][-49:])
+    return good
+
+
+def test_three_of_sixteen_fail_and_only_these_are_made_again(copied: PipelineConfig) -> None:
+    """The heart of it: 13 shards are kept, 3 are made again, and since their bytes are the old ones nothing behind them runs."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(run_road(copied, instance))
+        versions = {stop.name: recorded_versions(instance, stop) for stop in make_road(copied)}
+        good = damage(copied)
+        (first,) = [item for item in run_backfill(copied, instance, select=["activations"]) if item.failed]
+        assert first.failed == list(BAD)
+        assert "tokens.parquet is damaged in block 0" in first.message
+        assert find_failed(build_defs(copied), stop_of(copied, "activations"), [f"shard-{i:06d}" for i in range(N_SHARDS)], instance) == list(BAD)
+        for path, data in good.items():
+            path.write_bytes(data)
+        assert made(list(run_backfill(copied, instance, only_failed=True))) == {"activations": 3}
+        assert {stop.name: recorded_versions(instance, stop) for stop in make_road(copied)} == versions
+        assert list(run_backfill(copied, instance)) == []
+
+
+def test_a_run_says_which_shards_failed_and_a_backfill_finishes_the_road(many: Finished, tiny_world: Path, tmp_path: Path) -> None:
+    """The first run of a pipeline meets three bad shards: a backfill makes them and all that was waiting for them."""
+    shutil.copytree(Path(many.config.root) / many.config.name / "1-corpus", tmp_path / "data" / many.config.name / "1-corpus")
+    config = make_road_config(tiny_world, tmp_path / "data", corpus={"path": many.config.corpus.path, "shard_bytes": 1})
+    shutil.copy(Path(many.config.root) / many.config.name / "plan.json", tmp_path / "data" / many.config.name / "plan.json")
+    with dg.DagsterInstance.ephemeral() as instance:
+        good = damage(config)
+        with pytest.raises(RunError, match=r"3 of 16 partitions failed .*the finished ones are kept"):
+            list(run_road(config, instance))
+        stuck = {item.report.name: item for item in run_backfill(config, instance)}
+        assert stuck["activations"].failed == list(BAD)
+        assert stuck["shuffle_pass_1"].waiting == list(BAD)
+        assert stuck["shuffle_pass_1"].report.n_made == N_SHARDS - 3
+        assert stuck["sae"].waiting == ["demo", "other"]
+        for path, data in good.items():
+            path.write_bytes(data)
+        done = made(list(run_backfill(config, instance, only_failed=True)))
+        assert (done["activations"], done["shuffle_pass_1"], done["sae"]) == (3, 3, 2)
+        assert "token_shards" not in done
+        names = {stop.name: recorded_versions(instance, stop) for stop in make_road(config)[1:]}
+        assert names == {stop.name: recorded_versions(many.instance, stop) for stop in make_road(config)[1:]}
+
+
+def test_other_bytes_under_the_same_id_are_noticed(copied: PipelineConfig) -> None:
+    """A token shard that was made elsewhere with another digest makes its own activations and the statistics out of date, and no other shard's."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(run_road(copied, instance))
+        pipeline, store = open_finished(copied)
+        ref = token_shard_ref(pipeline, 3)
+        old = load_manifest(store, ref)
+        files = {entry.name: (read_file(store, ref.path, old, entry.name), entry.n_rows) for entry in old.files}
+        with create_artifact(store, ref) as art:
+            for name, (data, n_rows) in files.items():
+                art.put(name, data, n_rows=n_rows, block_bytes=1 << 20)  # other blocks: another manifest, another digest
+            art.facts |= old.facts
+        assert load_manifest(store, ref).digest != old.digest
+        done = made(list(run_backfill(copied, instance, select=["token_shards", "activations", "activation_statistics"])))
+        assert done == {"token_shards": 1, "activations": 1, "activation_statistics": 1}
+
+
+def test_a_named_partition_is_made_whatever_its_state(copied: PipelineConfig) -> None:
+    """A person who asks for one shard of one asset gets a run of it, and of nothing else."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(run_road(copied, instance))
+        assert made(list(run_backfill(copied, instance, select=["activations"], partitions=[BAD[0]]))) == {"activations": 1}
+        with pytest.raises(ConfigError, match=r"There is no partition 'shard-3' in activations. They look like \['shard-000000'"):
+            list(run_backfill(copied, instance, select=["activations"], partitions=["shard-3"]))
+
+
+@pytest.mark.slow
+def test_the_command_lines_make_the_same_partitions(copied: PipelineConfig, tmp_path: Path) -> None:
+    """`interp backfill --failed` and Dagster's own command share one history; the exit code says whether something is left."""
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(copied.model_dump()))
+    environment = {**os.environ, "INTERP_CONFIG": str(tmp_path / "p.yaml"), "DAGSTER_HOME": str(dagster_home(copied)), "COLUMNS": "200"}
+    interp = ["-c", "from interp_assets.cli import main; main()", "backfill", "--config", str(tmp_path / "p.yaml")]
+    dagster = ["-m", "dagster", "asset", "materialize", "-m", "interp_assets.definitions", "--select", "activations", "--partition", BAD[0]]
+
+    def call(*command: str) -> subprocess.CompletedProcess[str]:
+        quiet = {**environment, "PYTHONWARNINGS": "ignore"}
+        return subprocess.run([sys.executable, *command], env=quiet, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    with open_instance(copied) as instance:
+        list(run_road(copied, instance, select=["token_shards", "activations"]))
+        good = damage(copied)
+        failed = call(*interp, "--select", "activations")
+        assert failed.returncode == 1
+        assert f"3 failed: {', '.join(BAD)}" in failed.stdout
+        for path, data in good.items():
+            path.write_bytes(data)
+        assert call(*dagster).returncode == 0
+        rest = call(*interp, "--failed", "--select", "activations")
+        assert rest.returncode == 0, rest.stdout + rest.stderr
+        assert rest.stdout.splitlines()[1].split()[:6] == ["activations", "2", "made,", "14", "there", "already"]
+        records = instance.fetch_materializations(dg.AssetKey("activations"), limit=100).records
+        assert len(records) == N_SHARDS + 3
