@@ -1,19 +1,19 @@
 """The shuffle beside the sequential-I/O floor, its peers and the schemes it replaces: seconds, memory and mixing, in one run.
 
-    python benchmarks/bench_shuffle.py --quick                          0.25 GB, ends within 45 s on 2 cores
+    python benchmarks/bench_shuffle.py --quick                          0.4 GB, ends within 45 s on 2 cores
     python benchmarks/bench_shuffle.py                                  4.1 GB of 1-KB rows, all peers: minutes, and 30 GB of disk
     python benchmarks/bench_shuffle.py --gb 16.4 --memory-gb 2 --peers duckdb       larger than memory
     python benchmarks/bench_shuffle.py --gb 1 --s3                      on a real S3 server of its own (SeaweedFS, from the dev extra)
 
 Sketch before code: two passes read and write every byte twice, so the floor is two sequential copies, direct I/O, by the same number of
 processes, with fsync. It does not overlap its reads with its writes; we do, and the CPU's share (about 0.7 s a GB and pass on one core)
-hides behind the disk, so we may come out below it.
+hides behind the disk, so we may come out below it. Rows that fit one job's memory need one pass only: its rows say so.
 
 Everybody reads the same rows (1 KB of bfloat16 and a row id) cold and writes them shuffled and synced. One JSON line a row:
 
     name, value, unit      seconds, wall clock, the median of the rounds
     ours                   seconds of this project's shuffle (its best number of processes)
-    ratio_to_floor         value / floor, the median over the rounds (in each round everybody's best is one after the other)
+    ratio_to_floor         value / floor of as many passes, the median over the rounds (in each round everybody's best is one after the other)
     ratio_to_best_peer     best peer / value: above 1 is faster than the best peer of the same run
     rss_gb, cpu_s          peak memory of all its processes together; CPU seconds
     mixing                 findings of the certificate's battery that refuse the order (empty: none)
@@ -112,58 +112,59 @@ def copy_object(setting: Setting, index: int) -> Used:
     return report_use()
 
 
-def time_ours(setting: Setting, n_processes: int) -> Timed:
-    """Shuffle with this project, jobs spread over processes, and measure the mixing afterwards."""
+def time_ours(setting: Setting, pool: ProcessPoolExecutor) -> Timed:
+    """Shuffle with this project, jobs spread over the processes of `pool`, and measure the mixing afterwards."""
     pipeline, store = make_pipeline(setting)
     for item in list(store.list(FOLDER)):
         store.delete([item.path])
     make_shuffle_plan(pipeline, store)
 
-    def work(pool: ProcessPoolExecutor) -> list[Used]:
+    def work() -> list[Used]:
+        if setting.passes == 1:
+            return [pool.submit(gather_one, setting, 0).result()]
         done = list(pool.map(split_one, [setting] * setting.n_shards, pipeline.train_indices))
         return done + list(pool.map(gather_one, [setting] * setting.fan_out, range(setting.fan_out)))
 
-    timed = time_pool(setting, n_processes, work)
+    timed = time_pool(setting, pool, work)
     shards = open_mixed(pipeline, store, HOOK)
     return timed._replace(mixing=judge(setting, np.concatenate([read_mixed_ids(store, shard, 0, shard.n_rows) for shard in shards])))
 
 
-def time_floor(setting: Setting, n_processes: int) -> Timed:
-    """Copy all rows twice, in as many files and processes as ours."""
+def time_floor(setting: Setting, pool: ProcessPoolExecutor) -> Timed:
+    """Copy all rows once a pass, in as many files and processes as ours."""
     if setting.root.startswith("s3://"):
-        return time_pool(
-            setting, n_processes, lambda pool: 2 * list(pool.map(copy_object, [setting] * setting.n_shards, range(1, setting.n_shards + 1))), 2
-        )
+        indices = range(1, setting.n_shards + 1)
+        return time_pool(setting, pool, lambda: list(pool.map(copy_object, [setting] * setting.n_shards, indices)), times=setting.passes)
     folder, first = fresh(setting.folder / "floor"), source_files(setting)
 
-    def work(pool: ProcessPoolExecutor) -> list[Used]:
+    def work() -> list[Used]:
         used, sources = [], first
-        for stage in range(2):
+        for stage in range(setting.passes):
             targets = [folder / f"{stage}-{i}" for i in range(len(sources))]
             used += list(pool.map(copy_file, sources, targets))
             sources = targets
         return used
 
-    timed = time_pool(setting, n_processes, work)
+    timed = time_pool(setting, pool, work)
     shutil.rmtree(folder)
     return timed
 
 
-def time_pool(setting: Setting, n_processes: int, work: Callable[[ProcessPoolExecutor], list[Used]], times: int = 1) -> Timed:
-    """Time work that is spread over processes; its wall time counts `times`."""
-    with ProcessPoolExecutor(n_processes, mp.get_context("spawn")) as pool:
-        before = {used.process: used for used in pool.map(report_use, range(n_processes * 8))}
-        if not setting.root.startswith("s3://"):
-            drop_cache(Path(setting.root) / "2-activations")
-        started = time.perf_counter()
-        after = work(pool)
-        wall_s = time.perf_counter() - started
-    peak = {process: max(used.rss_gb for used in after if used.process == process) for process in {used.process for used in after}}
-    cpu = sum(max(used.cpu_s for used in after if used.process == process) - before[process].cpu_s for process in peak if process in before)
-    return Timed(wall_s * times, sum(peak.values()), cpu * times, None)
+def time_pool(setting: Setting, pool: ProcessPoolExecutor, work: Callable[[], list[Used]], times: int = 1) -> Timed:
+    """Time work that is spread over processes, from cold input; its wall and CPU time count `times`."""
+    before = {used.process: used.cpu_s for used in pool.map(report_use, range(16))}
+    if not setting.root.startswith("s3://"):
+        drop_cache(Path(setting.root) / "2-activations")
+    started = time.perf_counter()
+    after = work()
+    wall_s = time.perf_counter() - started
+    processes = {used.process for used in after}
+    peaks = [max(used.rss_gb for used in after if used.process == process) for process in processes]
+    cpu = [max(used.cpu_s for used in after if used.process == process) - before.get(process, 0.0) for process in processes]
+    return Timed(wall_s * times, sum(peaks), sum(cpu) * times, None)
 
 
-def run_all(setting: Setting, processes: list[int], peers: list[str], rounds: int) -> dict[str, list[Timed]]:
+def run_all(setting: Setting, processes: list[int], peers: list[str], rounds: int, *, is_quick: bool) -> dict[str, list[Timed]]:
     """Time every contender on the same rows: floor and ours by turns, then the others, once each."""
     is_local = not setting.root.startswith("s3://")
     write_shards(setting)
@@ -173,12 +174,19 @@ def run_all(setting: Setting, processes: list[int], peers: list[str], rounds: in
         found.setdefault(name, []).append(work())
         print(f"# {name}: {found[name][-1].wall_s:.1f} s", file=sys.stderr, flush=True)
 
-    for _ in range(rounds):
-        for n in processes:
-            run(f"floor: two sequential copies, {n} processes", lambda n=n: time_floor(setting, n))
-            run(f"ours, {n} processes", lambda n=n: time_ours(setting, n))
-    if is_local:
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(n, mp.get_context("spawn"))) for n in processes]
+        for _ in range(rounds):
+            for n, pool in zip(processes, pools, strict=True):
+                label = f"{n} process{'es' if n > 1 else ''}"
+                run(f"floor: two sequential copies, {label}", lambda pool=pool: time_floor(setting, pool))
+                run(f"ours, {label}", lambda pool=pool: time_ours(setting, pool))
+            if fits_memory(setting):
+                run("one pass floor: one sequential copy", lambda: time_floor(setting._replace(passes=1), pools[0]))
+                run("one pass ours, 1 process", lambda: time_ours(setting._replace(passes=1), pools[0]))
+    if is_local and not is_quick:
         run("outgrown: K jobs read all", lambda: time_read_all(setting))
+    if is_local:
         run("outgrown: mixing buffer", lambda: time_buffer(setting))
         if peers:
             clear_payload(setting)
@@ -186,6 +194,11 @@ def run_all(setting: Setting, processes: list[int], peers: list[str], rounds: in
         for name in peers:
             run(f"peer: {name}", lambda name=name: time_peer(setting, name))
     return found
+
+
+def fits_memory(setting: Setting) -> bool:
+    """Return whether one job can hold all rows, so that one pass is enough."""
+    return setting.n_rows * (setting.row_bytes + SORT_BYTES) + FIXED_BYTES + IMPORTS_BYTES < setting.memory_bytes
 
 
 def clear_payload(setting: Setting) -> None:
@@ -205,19 +218,20 @@ def print_rows(found: dict[str, list[Timed]], setting: Setting) -> None:
     def best(prefix: str) -> float | None:
         return min((wall_s for name, wall_s in typical.items() if name.startswith(prefix)), default=None)
 
-    ours, peer = best("ours"), best("peer")
+    ours, peer = min(filter(None, (best("ours"), best("one pass ours")))), best("peer")
     config = {
         "gb": round(setting.gigabytes, 3),
         "row_bytes": setting.row_bytes,
         "shards": setting.n_shards,
         "fan_out": setting.fan_out,
-        "passes": 2,
+        "passes": 2,  # but in rows that say one pass
         "memory_gb": setting.memory_bytes / 1e9,
         "store": setting.root.partition("://")[0] if "://" in setting.root else "local disk",
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     for name, runs in found.items():
-        ratios = [timed.wall_s / floor.wall_s for timed, floor in zip(runs, floors, strict=False)]
+        beside = found["one pass floor: one sequential copy"] if name.startswith("one pass") else floors
+        ratios = [timed.wall_s / floor.wall_s for timed, floor in zip(runs, beside, strict=False)]
         row: dict[str, Any] = {
             "name": name,
             "value": round(typical[name], 3),
@@ -247,7 +261,7 @@ def make_setting(options: argparse.Namespace, folder: Path, root: str) -> Settin
 def main() -> None:
     """Run all contenders and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="0.25 GB, the fast peers only")
+    parser.add_argument("--quick", action="store_true", help="0.4 GB, the fast peers only")
     parser.add_argument("--gb", type=float, default=4.1, help="GB of rows")
     parser.add_argument("--row-bytes", type=int, default=1024, help="bytes of a row, a multiple of 8")
     parser.add_argument("--memory-gb", type=float, default=3.0, help="memory of all our processes together, and DuckDB's limit")
@@ -258,7 +272,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder by default")
     options = parser.parse_args()
     if options.quick:
-        options.gb, options.peers, options.rounds = 0.25, ["duckdb", "polars"], 3
+        options.gb, options.peers, options.rounds = 0.4, ["duckdb", "polars"], 2
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder, prefix="bench-shuffle-")))
         root = str(fresh(folder / "ours"))
@@ -271,7 +285,8 @@ def main() -> None:
             os.environ.update(server.environment)
             root = "s3://test/bench"
         setting = make_setting(options, folder, root)
-        print_rows(run_all(setting, options.processes, [name for name in options.peers if has_peer(name)], options.rounds), setting)
+        peers = [name for name in options.peers if has_peer(name)]
+        print_rows(run_all(setting, options.processes, peers, options.rounds, is_quick=options.quick), setting)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.seeds import stream
 from interp_assets.shuffle.certificate import P_FAIL, load_layout
 from interp_assets.shuffle.mixing import MixingMeter
-from interp_assets.shuffle.plan import load_shuffle_plan
+from interp_assets.shuffle.plan import load_shuffle_plan, make_shuffle_plan
 from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.sizes import shares
 from interp_assets.store import ObjectStore, Store, open_store
@@ -43,6 +43,7 @@ class Setting(NamedTuple):
     fan_out: int
     memory_bytes: int
     """What a contender may use in all."""
+    passes: int = 2
 
     @property
     def n_rows(self) -> int:
@@ -78,7 +79,7 @@ def make_pipeline(setting: Setting) -> tuple[Pipeline, ObjectStore]:
             "name": "bench",
             "corpus": {"source": "files", "path": "nowhere", "held_out_shards": 1},
             "harvest": {"hook_points": [HOOK]},
-            "shuffle": {"passes": 2, "fan_out": setting.fan_out, "memory_bytes": setting.memory_bytes},
+            "shuffle": {"passes": setting.passes, "fan_out": setting.fan_out, "memory_bytes": setting.memory_bytes},
             "saes": [{"name": "demo", "hook_point": HOOK}],
         }
     )
@@ -137,6 +138,7 @@ def read_shard(setting: Setting, store: Store, pipeline: Pipeline, index: int) -
 def judge(setting: Setting, row_ids: NDArray[np.uint64]) -> list[str]:
     """Return which findings of the certificate refuse an order of all rows."""
     pipeline, store = make_pipeline(setting)
+    make_shuffle_plan(pipeline, store)
     sizes = shares(len(row_ids), setting.fan_out)
     meter = MixingMeter(load_layout(pipeline, store, load_shuffle_plan(pipeline, store)), sizes)
     for part in np.split(row_ids.astype(np.uint64), np.cumsum(sizes)[:-1]):

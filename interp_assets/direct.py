@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Final
 
 import numpy as np
@@ -35,6 +35,27 @@ _N_PIECES: Final = 3
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _COUNTER: Final = itertools.count()
 _HOST: Final = zlib.crc32(platform.node().encode()) % 10_000
+
+
+class PiecePool:
+    """Pieces of `PIECE_BYTES` that readers and writers of this process borrow and give back; a few are kept. Safe for threads."""
+
+    def __init__(self, n_kept: int) -> None:
+        """Keep at most `n_kept` pieces that nobody has borrowed."""
+        self._kept: SimpleQueue[mmap.mmap] = SimpleQueue()
+        self._n_kept = n_kept
+
+    def borrow(self) -> mmap.mmap:
+        """Return a piece with arbitrary content."""
+        try:
+            return self._kept.get_nowait()
+        except Empty:
+            return allocate(PIECE_BYTES)
+
+    def give_back(self, piece: mmap.mmap) -> None:
+        """Take a piece that nothing reads or writes any more."""
+        if self._kept.qsize() < self._n_kept:
+            self._kept.put(piece)
 
 
 class Workspace:
@@ -69,6 +90,9 @@ def allocate(n_bytes: int) -> mmap.mmap:
         with suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+PIECES: Final = PiecePool(8)
 
 
 def read_into(path: Path, start: int, out: memoryview) -> int:
@@ -115,7 +139,7 @@ class DirectWriter:
         self._temporary = path.with_name(f"{path.name}#{_HOST:04d}{os.getpid():010d}{next(_COUNTER):06d}")
         self._descriptor = -1
         self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
-        self._n_pieces = self._n_filled = self._n_written = 0
+        self._n_borrowed = self._n_filled = self._n_written = 0
         self._piece = self._next_piece()
         self._thread = ThreadPoolExecutor(1, "direct-writer")
         self._pending: list[Future[None]] = []
@@ -125,7 +149,8 @@ class DirectWriter:
         view = memoryview(data).cast("B")
         while len(view):
             n_new = min(len(view), PIECE_BYTES - self._n_filled)
-            self._piece[self._n_filled : self._n_filled + n_new] = view[:n_new]
+            target = np.frombuffer(self._piece, np.uint8, n_new, self._n_filled)
+            np.copyto(target, np.frombuffer(view, np.uint8, n_new))  # lets other threads work meanwhile, as a slice of the mmap does not
             self._n_filled, view = self._n_filled + n_new, view[n_new:]
             if self._n_filled == PIECE_BYTES:
                 self._send(PIECE_BYTES)
@@ -148,13 +173,13 @@ class DirectWriter:
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = -1
-        self._thread.shutdown()
+        self._end_thread()
         self._temporary.replace(self._path)
         flush(self._path.parent)
 
     def abort(self) -> None:
         """Remove every trace of the file."""
-        self._thread.shutdown(cancel_futures=True)
+        self._end_thread()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -163,11 +188,22 @@ class DirectWriter:
     def _next_piece(self) -> mmap.mmap:
         """Return a piece that is not on its way: a new one while there are few, else the first that was written."""
         self._n_filled = 0
-        if self._n_pieces < _N_PIECES:
-            self._n_pieces += 1
-            return allocate(PIECE_BYTES)
+        if self._n_borrowed < _N_PIECES:
+            self._n_borrowed += 1
+            return PIECES.borrow()
         self._raise_early()
         return self._free.get()
+
+    def _end_thread(self) -> None:
+        """Wait for the thread, and give all pieces back."""
+        self._thread.shutdown(cancel_futures=True)
+        pieces = {id(self._piece): self._piece} if self._n_borrowed else {}  # the last piece may have been sent, and lie in both places
+        while not self._free.empty():
+            piece = self._free.get()
+            pieces[id(piece)] = piece
+        for piece in pieces.values():
+            PIECES.give_back(piece)
+        self._n_borrowed = 0
 
     def _send(self, n_bytes: int) -> None:
         if self._descriptor < 0:

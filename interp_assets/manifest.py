@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -77,7 +77,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Hash of everything but the time: 32 hexadecimal digits."""
-        content = asdict(self)
+        content = as_plain(self)
         del content["created"]
         return _hash_json(content)
 
@@ -255,9 +255,14 @@ def read_manifest(store: Store, path: str) -> Manifest:
     return decode_manifest(data, where)
 
 
+def as_plain(manifest: Manifest) -> dict[str, Any]:
+    """Return a manifest's fields for JSON, sharing its lists: `dataclasses.asdict` copies every checksum."""
+    return {**vars(manifest), "files": [vars(entry) for entry in manifest.files]}
+
+
 def encode_manifest(manifest: Manifest) -> bytes:
     """Serialise a manifest canonically, sealed with a checksum of itself."""
-    content = {"format": FORMAT, "version": VERSION, "digest": manifest.digest, **asdict(manifest)}
+    content = {"format": FORMAT, "version": VERSION, "digest": manifest.digest, **as_plain(manifest)}
     return _json({**content, "seal": _hash_json(content)}, indent=1)
 
 

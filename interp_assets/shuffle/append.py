@@ -14,7 +14,6 @@ scratch would. Source: the merging step of MergeShuffle (Bacher et al. 2015), cu
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -22,18 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.direct import allocate
+from interp_assets.direct import PIECE_BYTES, allocate
 from interp_assets.errors import CertificateError, PlanError
-from interp_assets.harvest.refs import hook_folder
-from interp_assets.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, load_manifest, make_ref, read_part
+from interp_assets.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, load_manifest, read_part
 from interp_assets.pipeline import Pipeline, shard_key
 from interp_assets.seeds import Stream
+from interp_assets.shuffle.generations import make_own
 from interp_assets.shuffle.hypergeometric import count_table, draw_hypergeometric
 from interp_assets.shuffle.mixed import ROWS, MixedShard, make_mixed_shard, mixed_specs, read_mixed_ids, save_mixed
 from interp_assets.shuffle.multiset import MultisetHash, hash_rows
 from interp_assets.shuffle.permutation import Draws
-from interp_assets.shuffle.refs import FOLDER, SHUFFLE_VERSION, bucket_key
-from interp_assets.shuffle.rows import PIECE_BYTES, Progress, Segment, cut_segment
+from interp_assets.shuffle.refs import merged_shard_ref
+from interp_assets.shuffle.rows import Progress, Segment, cut_segment
 from interp_assets.shuffle.sizes import shares
 from interp_assets.store import Store
 from interp_assets.tensors import ITEM_BYTES
@@ -69,16 +68,13 @@ def make_generation(pipeline: Pipeline, before: Pipeline) -> Pipeline:
     added = [index for index in now if index not in old]
     if not added:
         raise PlanError(f"Pipeline {pipeline.config.name!r} has no shard that its {len(old)} shuffled ones lack: there is nothing to append.")
-    seed = Draws(pipeline.config.seed).stream("generation", *added).torch_seed()
-    shards = [shard for shard in pipeline.plan.shards if shard.index in added or shard.index in pipeline.held_out_indices]
-    return Pipeline(pipeline.config.model_copy(update={"seed": seed}), replace(pipeline.plan, shards=shards))
+    return make_own(pipeline, added)
 
 
 def appended_ref(pipeline: Pipeline, hook_point: str, sources: Appending, bucket: int) -> ArtifactRef:
     """Address a merged shard. Its inputs are the mixed shards it was merged from."""
     inputs = {role: combine_ids([shard.ref.artifact_id for shard in shards]) for role, shards in (("old", sources.old), ("new", sources.new))}
-    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "bucket": bucket, "n_buckets": sources.n_buckets}
-    return make_ref("mixed_shard", f"{FOLDER}/{hook_folder(hook_point)}/appended", identity=identity, inputs=inputs, label=bucket_key(bucket))
+    return merged_shard_ref(pipeline, hook_point, bucket, sources.n_buckets, inputs)
 
 
 def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Appending, bucket: int, progress: Progress | None = None) -> Produced:

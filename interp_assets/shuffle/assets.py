@@ -7,8 +7,8 @@ from interp_assets.partitions import Layout, every, parent_bucket, same, whole
 from interp_assets.pipeline import shard_index
 from interp_assets.plots import plot_certificate
 from interp_assets.progress import Progress
-from interp_assets.shuffle.certificate import certify
-from interp_assets.shuffle.gather import gather_bucket
+from interp_assets.shuffle.generations import generation_of, newest
+from interp_assets.shuffle.grown import certify_mixed, mix_bucket
 from interp_assets.shuffle.plan import make_shuffle_plan
 from interp_assets.shuffle.refs import SHUFFLE_VERSION, bucket_index, pass_name
 from interp_assets.shuffle.split import split_bucket, split_shard
@@ -38,7 +38,7 @@ def _shuffle_plan(layout: Layout) -> dg.AssetsDefinition:
     )
     def shuffle_plan(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
         pipeline, store = world.open()
-        yield from record(context, lambda _key: made([make_shuffle_plan(pipeline, store)], store.url), progress)
+        yield from record(context, lambda _key: made([make_shuffle_plan(newest(pipeline), store)], store.url), progress)
 
     return shuffle_plan
 
@@ -65,8 +65,10 @@ def _first_pass(layout: Layout) -> dg.AssetsDefinition:
             index = shard_index(key)
             if index in pipeline.held_out_indices:
                 return made([], store.url, note="held out: measured, not shuffled")
-            hook_points = pipeline.config.harvest.hook_points
-            return made([split_shard(pipeline, store, hook_point, index, progress.advance) for hook_point in hook_points], store.url)
+            if index in pipeline.pending_indices:
+                return made([], store.url, note="waits for the next retraining")
+            hook_points, own = pipeline.config.harvest.hook_points, generation_of(pipeline, index)
+            return made([split_shard(own, store, hook_point, index, progress.advance) for hook_point in hook_points], store.url)
 
         yield from record(context, work, progress)
 
@@ -96,7 +98,7 @@ def _middle_pass(layout: Layout, pass_index: int) -> dg.AssetsDefinition:
 
         def work(key: str) -> Made:
             bucket, hook_points = bucket_index(key), pipeline.config.harvest.hook_points
-            split = [split_bucket(pipeline, store, hook_point, pass_index, bucket, progress.advance) for hook_point in hook_points]
+            split = [split_bucket(newest(pipeline), store, hook_point, pass_index, bucket, progress.advance) for hook_point in hook_points]
             return made([item for items in split for item in items], store.url)
 
         yield from record(context, work, progress)
@@ -127,7 +129,7 @@ def _mixed_shards(layout: Layout) -> dg.AssetsDefinition:
 
         def work(key: str) -> Made:
             bucket, hook_points = bucket_index(key), pipeline.config.harvest.hook_points
-            return made([gather_bucket(pipeline, store, hook_point, bucket, progress.advance) for hook_point in hook_points], store.url)
+            return made([mix_bucket(pipeline, store, hook_point, bucket, progress.advance) for hook_point in hook_points], store.url)
 
         yield from record(context, work, progress)
 
@@ -150,7 +152,7 @@ def _shuffle_certificate(layout: Layout) -> dg.AssetsDefinition:
         pipeline, store = world.open()
 
         def work(_key: str) -> Made:
-            proofs = {hook_point: certify(pipeline, store, hook_point, progress.advance) for hook_point in pipeline.config.harvest.hook_points}
+            proofs = {hook_point: certify_mixed(pipeline, store, hook_point, progress.advance) for hook_point in pipeline.config.harvest.hook_points}
             plots = {f"mixing.{hook_point}": dg.MetadataValue.md(plot_certificate(store, item)) for hook_point, item in proofs.items()}
             return made(list(proofs.values()), store.url, **plots)
 

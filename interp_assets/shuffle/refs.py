@@ -4,6 +4,7 @@ from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref, hook_folder
 from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
 from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.shuffle.generations import before, generation_of, has_grown, newest
 
 FOLDER = "3-shuffle"
 SHUFFLE_VERSION = 1
@@ -11,12 +12,17 @@ SHUFFLE_VERSION = 1
 
 
 def shuffle_plan_ref(pipeline: Pipeline) -> ArtifactRef:
-    """Address the plan: row counts of the training shards, seed, passes and fan-out. Shared by all hook points, so their rows align."""
+    """Address the plan: row counts of the training shards, seed, passes and fan-out. Shared by all hook points, so their rows align.
+
+    A pipeline that has grown has the plan of its newest generation.
+    """
+    pipeline = newest(pipeline)
     return pipeline.remember("shuffle_plan_ref", lambda: _plan_ref(pipeline))
 
 
 def split_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
     """Address pass 1's output for one corpus shard: one file with a contiguous range of rows for each bucket."""
+    pipeline = generation_of(pipeline, index)
     inputs = {"plan": shuffle_plan_ref(pipeline).artifact_id, "activation_shard": activation_shard_ref(pipeline, hook_point, index).artifact_id}
     identity = {"code": SHUFFLE_VERSION, "pass": 1, "shard": index}
     return make_ref("split_shard", f"{FOLDER}/{hook_folder(hook_point)}/pass-1", identity=identity, inputs=inputs, label=shard_key(index))
@@ -24,22 +30,37 @@ def split_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> Artifact
 
 def split_bucket_ref(pipeline: Pipeline, hook_point: str, pass_index: int, bucket: int, job: int) -> ArtifactRef:
     """Address the output of job `job` on bucket `bucket` of pass `pass_index` - 1 (`pass_index` >= 2)."""
+    pipeline = newest(pipeline)
     identity = {"code": SHUFFLE_VERSION, "pass": pass_index, "bucket": bucket, "job": job}
     folder = f"{FOLDER}/{hook_folder(hook_point)}/pass-{pass_index}"
     return make_ref("split_shard", folder, identity=identity, inputs=_inputs(pipeline, hook_point), label=f"{bucket_key(bucket)}.job-{job:03d}")
 
 
 def mixed_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int) -> ArtifactRef:
-    """Address a final, uniformly mixed shard."""
+    """Address a final, uniformly mixed shard; in a pipeline that has grown, one that old and new rows were merged into."""
+    if has_grown(pipeline):
+        return merged_shard_ref(pipeline, hook_point, bucket, n_mixed_shards(pipeline), mixed_sources(pipeline, hook_point))
     identity = {"code": SHUFFLE_VERSION, "bucket": bucket}
     folder = f"{FOLDER}/{hook_folder(hook_point)}/mixed"
     return make_ref("mixed_shard", folder, identity=identity, inputs=_inputs(pipeline, hook_point), label=bucket_key(bucket))
 
 
+def merged_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int, n_buckets: int, inputs: dict[str, str]) -> ArtifactRef:
+    """Address a merged shard; `inputs` are the combined ids of the mixed shards it was merged from, `old` and `new`."""
+    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "bucket": bucket, "n_buckets": n_buckets}
+    return make_ref("mixed_shard", f"{FOLDER}/{hook_folder(hook_point)}/appended", identity=identity, inputs=inputs, label=bucket_key(bucket))
+
+
+def mixed_sources(pipeline: Pipeline, hook_point: str) -> dict[str, str]:
+    """Return the combined ids of the mixed shards that a pipeline which has grown is merged from."""
+    return {"old": mixed_ids(before(pipeline), hook_point), "new": mixed_ids(newest(pipeline), hook_point)}
+
+
 def certificate_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
     """Address the proof that the mixed shards hold the same rows in an order that looks uniform."""
     folder = f"{FOLDER}/{hook_folder(hook_point)}"
-    return make_ref("shuffle_certificate", folder, identity={"code": SHUFFLE_VERSION}, inputs=_inputs(pipeline, hook_point), label="certificate")
+    inputs = {**_inputs(pipeline, hook_point), **(mixed_sources(pipeline, hook_point) if has_grown(pipeline) else {})}
+    return make_ref("shuffle_certificate", folder, identity={"code": SHUFFLE_VERSION}, inputs=inputs, label="certificate")
 
 
 def n_mixed_shards(pipeline: Pipeline) -> int:
