@@ -148,12 +148,25 @@ class FeaturesConfig(_Config):
     """Examples shown from one interval."""
     keep: Literal["all", "candidates"] = "all"
     """`all` stores every firing (3-5 bytes each); `candidates` only what examples need."""
+    gather: bool = False
+    """Also save the activations around the examples of each latent slice; refused where they are over twice the shard."""
     one_per_document: bool = True
     """Show at most one top example of a document."""
     distinct_tokens: Annotated[int, Field(ge=0, le=64)] = 8
     """Show top examples whose tokens agree this far on both sides of the peak once, chosen from 4 `top_k`; 0 shows them all."""
     encode_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that rows and encoder columns are rounded to before they are multiplied; sums and activations are float32."""
+
+
+class RetrainConfig(_Config):
+    """When new text retrains the SAEs, and when the result takes the place of what was there. Never part of an id."""
+
+    after_tokens: Annotated[int, Field(ge=0)] = 0
+    """Valid tokens, harvested since the last training, that start a retraining by the sensor. 0: never; new text is then shuffled with the old."""
+    max_fvu_increase: float = 0.01
+    """A retrained SAE whose FVU on the held-out shards is higher by more than this is kept back; below 0, it has to be better by as much."""
+    max_ce_recovered_decrease: float = 0.01
+    """A retrained SAE whose recovered share of the model's loss is lower by more than this is kept back; below 0 as above."""
 
 
 class ExecutionConfig(_Config):
@@ -167,6 +180,8 @@ class ExecutionConfig(_Config):
     """Rows that the feature passes encode at once."""
     processes: Annotated[int, Field(ge=1)] = 1
     """Training processes started by torchrun; 1 trains in the asset's own process."""
+    plan: Name = "plan.json"
+    """File of the plan in the pipeline's folder; a retraining works under a plan of its own until it is promoted. Leave it."""
     partitions_per_run: Annotated[int, Field(ge=1)] = 64
     """Shards that one run of a backfill tokenizes or harvests. Fewer spread over more machines; each run costs seconds to start."""
 
@@ -186,6 +201,7 @@ class PipelineConfig(_Config):
     shuffle: ShuffleConfig = ShuffleConfig()
     saes: Annotated[list[SaeConfig], Field(min_length=1)] = [SaeConfig()]
     features: FeaturesConfig = FeaturesConfig()
+    retrain: RetrainConfig = RetrainConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")

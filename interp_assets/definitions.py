@@ -14,6 +14,7 @@ import interp_assets.corpus.checks
 import interp_assets.corpus.sensors
 import interp_assets.harvest.assets
 import interp_assets.harvest.checks
+import interp_assets.retraining
 import interp_assets.shuffle.assets
 import interp_assets.shuffle.checks
 import interp_assets.train.assets
@@ -40,6 +41,7 @@ def build_defs(config: PipelineConfig | None = None, *, progress: Progress | Non
         interp_assets.train.assets,
         interp_assets.visualize.assets,
         interp_assets.web.assets,
+        interp_assets.retraining,
     )
     checked = (
         interp_assets.corpus.checks,
@@ -54,7 +56,7 @@ def build_defs(config: PipelineConfig | None = None, *, progress: Progress | Non
         return dg.Definitions(
             assets=[asset for stage in stages for asset in stage.make_assets(layout)],
             asset_checks=[check for stage in checked for check in stage.make_checks(layout)],
-            sensors=[interp_assets.corpus.sensors.make_sensor(layout)],
+            sensors=[interp_assets.corpus.sensors.make_sensor(layout), *interp_assets.retraining.make_sensors(layout)],
             resources={"world": World.make(config), "progress": progress or Progress()},
             executor=dg.in_process_executor,  # a run is one process: importing torch again for every step and check costs seconds
         )

@@ -51,6 +51,8 @@ class PipelinePlan:
     """`d_in` of every configured hook point."""
     vocabulary_size: int
     max_context: int
+    generations: list[int] = field(default_factory=list)
+    """For each generation of training shards, the first shard index after it (`shuffle/generations.py`); empty: all shards are one."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,14 @@ class Pipeline:
     @property
     def train_indices(self) -> list[int]:
         """Indices of the shards that are shuffled and trained on."""
-        return [index for index in self.shard_indices if index >= self.config.corpus.held_out_shards]
+        pending = set(self.pending_indices)
+        return [index for index in self.shard_indices if index >= self.config.corpus.held_out_shards and index not in pending]
+
+    @property
+    def pending_indices(self) -> list[int]:
+        """Indices of the shards that wait for the next retraining."""
+        generations = self.plan.generations
+        return [index for index in self.shard_indices if index >= generations[-1]] if generations else []
 
     @property
     def held_out_indices(self) -> list[int]:
@@ -119,32 +128,33 @@ def open_pipeline_store(config: PipelineConfig) -> Store:
     return open_store(config.root).child(config.name)
 
 
-def save_plan(store: Store, plan: PipelinePlan) -> bool:
+def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
     """Replace the pipeline's plan; answer False when it was the same already."""
     data = (json.dumps({"format": "interp-assets/plan", "version": 1, **asdict(plan)}, sort_keys=True, indent=1) + "\n").encode()
     try:
-        if store.get(PLAN) == data:
+        if store.get(name) == data:
             return False
     except StoreMissingError:
         pass
-    return store.put(PLAN, data)
+    return store.put(name, data)
 
 
 def load_pipeline(config: PipelineConfig, store: Store) -> Pipeline:
     """Read the plan of a pipeline. Raises `ArtifactMissingError` before the first planning, `ArtifactCorruptError` for a damaged plan."""
+    name = config.execution.plan
     try:
-        content = json.loads(store.get(PLAN))
+        content = json.loads(store.get(name))
         found = (content.pop("format"), content.pop("version"))
         shards = [ShardSource(**shard) for shard in content.pop("shards")]
         plan = PipelinePlan(shards=shards, **content)
     except StoreMissingError as error:
         raise ArtifactMissingError(
-            f"Pipeline {config.name!r} has no plan at {store.url}/{PLAN}. Materialize `corpus_plan` (or `interp run`) first."
+            f"Pipeline {config.name!r} has no plan at {store.url}/{name}. Materialize `corpus_plan` (or `interp run`) first."
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtifactCorruptError(f"The plan {store.url}/{PLAN} is damaged ({error}). Materialize `corpus_plan` again.") from error
+        raise ArtifactCorruptError(f"The plan {store.url}/{name} is damaged ({error}). Materialize `corpus_plan` again.") from error
     if found != ("interp-assets/plan", 1):
         raise ArtifactCorruptError(
-            f"The plan {store.url}/{PLAN} is {found}, this release reads ('interp-assets/plan', 1). Materialize `corpus_plan` again."
+            f"The plan {store.url}/{name} is {found}, this release reads ('interp-assets/plan', 1). Materialize `corpus_plan` again."
         )
     return Pipeline(config, plan)

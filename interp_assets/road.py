@@ -18,6 +18,7 @@ from interp_assets.errors import ArtifactError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.manifest import ArtifactRef, Manifest, data_version, find_made_from, load_manifest
 from interp_assets.pipeline import Pipeline, shard_index, shard_key
+from interp_assets.shuffle.generations import newest
 from interp_assets.shuffle.plan import load_shard_rows, make_sizes
 from interp_assets.shuffle.refs import (
     bucket_index,
@@ -195,15 +196,16 @@ def _per_hook_point(ref: Callable[[Pipeline, str], ArtifactRef]) -> Refs:
 
 
 def _split_refs(pass_index: int) -> Refs:
-    """Split files of one corpus shard, or of all jobs of one bucket in a middle pass. Held-out shards are not shuffled: they have none."""
+    """Split files of one corpus shard, or of all jobs of one bucket in a middle pass. Held-out and pending shards have none."""
 
     def refs(pipeline: Pipeline, store: Store, key: str) -> list[ArtifactRef]:
         hook_points = pipeline.config.harvest.hook_points
         if pass_index == 1:
             index = shard_index(key)
-            return [] if index in pipeline.held_out_indices else [split_shard_ref(pipeline, hook_point, index) for hook_point in hook_points]
-        bucket = bucket_index(key)
-        n_jobs = len(make_sizes(pipeline, load_shard_rows(pipeline, store)).job_rows(pass_index, bucket))
+            is_shuffled = index in pipeline.train_indices
+            return [split_shard_ref(pipeline, hook_point, index) for hook_point in hook_points] if is_shuffled else []
+        bucket, own = bucket_index(key), newest(pipeline)
+        n_jobs = len(make_sizes(own, load_shard_rows(own, store)).job_rows(pass_index, bucket))
         return [split_bucket_ref(pipeline, hook_point, pass_index, bucket, job) for hook_point in hook_points for job in range(n_jobs)]
 
     return refs

@@ -89,7 +89,7 @@ def _token_shards(layout: Layout) -> dg.AssetsDefinition:
 def _describe(pipeline: Pipeline) -> Made:
     """Show the plan. Its data version leaves the shards out: their own fingerprints are the versions of `documents`."""
     plan = asdict(pipeline.plan)
-    shards = plan.pop("shards")
+    shards, generations = plan.pop("shards"), plan.pop("generations")
     metadata = {
         "shards": len(shards),
         "held_out_shards": len(pipeline.held_out_indices),
@@ -97,4 +97,6 @@ def _describe(pipeline: Pipeline) -> Made:
         "text_bytes": sum(shard["n_bytes"] for shard in shards),
         "plan": dg.MetadataValue.json(plan),
     }
+    if generations:
+        metadata |= {"generations": dg.MetadataValue.json(generations), "pending_shards": len(pipeline.pending_indices)}
     return Made(hash_version({**plan, "corpus": pipeline.config.corpus.model_dump()}), metadata)

@@ -7,11 +7,11 @@ the `meta` device, without its weights, so planning for a large model costs no m
 
 from interp_assets.config import PipelineConfig
 from interp_assets.corpus.sources import plan_sources
-from interp_assets.errors import InputError
+from interp_assets.errors import ArtifactError, InputError
 from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer
 from interp_assets.garcon.subject import SubjectModel, make_meta_model
 from interp_assets.garcon.tokenizer import load_tokenizer
-from interp_assets.pipeline import Pipeline, PipelinePlan, save_plan
+from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource, load_pipeline, save_plan
 from interp_assets.store import Store
 
 
@@ -20,19 +20,41 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
 
     Raises `InputError` or `ConfigError` for text, tokenizer, model, hook points and lengths that do not fit.
     """
+    old = _find_grown(config, store)
     subject = make_meta_model(config.model)
     widths = {hook_point: subject.d_in(hook_point) for hook_point in config.harvest.hook_points}
     _check_model(config, subject)
+    shards = plan_sources(config.corpus, config.seed, [shard.n_documents for shard in old.shards] if old else ())
     plan = PipelinePlan(
-        shards=plan_sources(config.corpus, config.seed),
+        shards=shards,
         tokenizer_fingerprint=fingerprint_tokenizer(config.model),
         model_fingerprint=fingerprint_model(config.model),
         hook_widths=widths,
         vocabulary_size=subject.vocabulary_size,
         max_context=subject.max_context,
+        generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
     )
-    save_plan(store, plan)
+    save_plan(store, plan, config.execution.plan)
     return Pipeline(config, plan)
+
+
+def carry_generations(old: PipelinePlan | None, shards: list[ShardSource]) -> list[int]:
+    """Return the generations of a new plan: those of the old one while its shards are what they were, else all shards as one."""
+    if old is None:
+        return [len(shards)]
+    kept = old.generations or [len(old.shards)]
+    is_same = [shard.fingerprint for shard in shards[: kept[-1]]] == [shard.fingerprint for shard in old.shards[: kept[-1]]]
+    return kept if is_same else [len(shards)]
+
+
+def _find_grown(config: PipelineConfig, store: Store) -> PipelinePlan | None:
+    """Return the plan that new text is added to, if the pipeline retrains on new text and has one."""
+    if not config.retrain.after_tokens:
+        return None
+    try:
+        return load_pipeline(config, store).plan
+    except ArtifactError:
+        return None
 
 
 def _check_model(config: PipelineConfig, subject: SubjectModel) -> None:

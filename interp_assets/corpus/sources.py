@@ -9,7 +9,7 @@ sample. Files keep the order of their paths, because files land later.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from sysconfig import get_path
 from typing import Any, NamedTuple
@@ -55,17 +55,18 @@ class ContentHash:
         return self._hash.hexdigest()
 
 
-def plan_sources(config: CorpusConfig, seed: int) -> list[ShardSource]:
+def plan_sources(config: CorpusConfig, seed: int, closed: Sequence[int] = ()) -> list[ShardSource]:
     """Divide the corpus into shards. Reads local text once, and of a dataset on the hub only its description.
 
+    `closed` holds the number of documents of the first shards, which are cut as they were, even if the last of them has room for more.
     Raises `InputError` for text that cannot be used, all problems at once, and `ConfigError` when no shard is left to train on.
     """
     if config.source == "huggingface":
         shards = plan_hub(config)
     elif config.source == "files":
-        shards = list(_cut(_file_documents(config), config))
+        shards = list(_cut(_file_documents(config), config, closed))
     else:
-        shards = list(_cut(_stdlib_documents(seed), config))
+        shards = list(_cut(_stdlib_documents(seed), config, closed))
     if not shards:
         raise InputError(f"The corpus ({config.source} {config.path!r}) has no documents.")
     if len(shards) <= config.held_out_shards:
@@ -123,8 +124,8 @@ def _file_documents(config: CorpusConfig) -> Iterator[_Document]:
         yield _Document(found.source, found.text, found.place._asdict())
 
 
-def _cut(documents: Iterator[_Document], config: CorpusConfig) -> Iterator[ShardSource]:
-    """Fill shards with whole documents up to `shard_bytes`. Reads all documents, so that every problem is found."""
+def _cut(documents: Iterator[_Document], config: CorpusConfig, closed: Sequence[int]) -> Iterator[ShardSource]:
+    """Fill shards with whole documents, as many as a closed shard had or up to `shard_bytes`. Reads all, so that every problem is found."""
     content, places = ContentHash(), list[dict[str, Any]]()
     n_shards = 0
     for document in documents:
@@ -132,7 +133,8 @@ def _cut(documents: Iterator[_Document], config: CorpusConfig) -> Iterator[Shard
             continue
         content.add(document.source, document.text)
         places.append(document.place)
-        if content.n_bytes >= config.shard_bytes:
+        is_full = content.n_documents == closed[n_shards] if n_shards < len(closed) else content.n_bytes >= config.shard_bytes
+        if is_full:
             yield _make_shard(n_shards, content, places, config)
             n_shards += 1
             content, places = ContentHash(), []

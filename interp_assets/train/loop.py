@@ -24,17 +24,19 @@ from interp_assets.harvest.statistics import load_statistics
 from interp_assets.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.seeds import stream
+from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.mixed import MixedShard, open_mixed
 from interp_assets.store import Store
 from interp_assets.tensors import save_tensors
 from interp_assets.train.batches import RowOrder, describe_batch, iter_batches, make_row_order
 from interp_assets.train.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
-from interp_assets.train.checkpoint import save_sae
+from interp_assets.train.checkpoint import load_sae, save_sae
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.recipes import RECIPES, Normalization, fold_weights, make_normalization, make_weights
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save_checkpoint
 from interp_assets.train.trainer import LogRow, Trainer, n_steps
+from interp_assets.train.warm import unfold_weights
 
 TRAINING: Final = "training.parquet"
 FREQUENCY: Final = "firing_frequency.safetensors"
@@ -164,7 +166,10 @@ def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: _Dat
     ref = sae_ref(pipeline, config.name)
     (sample,) = iter_batches(store, data.shards, data.order, data.batch_rows, range(1))
     generator = torch.Generator().manual_seed(stream(pipeline.config.seed, "train", "weights", config.seed).torch_seed())
-    trainer = Trainer(config, make_weights(config, data.normalization.apply(sample.rows), generator), data.device)
+    weights = make_weights(config, data.normalization.apply(sample.rows), generator)
+    if has_grown(pipeline):
+        weights = unfold_weights(config, load_sae(before(pipeline), store, config.name), data.normalization)
+    trainer = Trainer(config, weights, data.device)
     checkpoint = load_checkpoint(store, ref)
     if checkpoint is not None:
         trainer.restore(checkpoint.tensors, checkpoint.step, checkpoint.log)
