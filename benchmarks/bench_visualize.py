@@ -111,7 +111,7 @@ def run_ours(setting: Setting, keep: str) -> Manifest:
     job = Job(pipeline, encoder, tokens, 0, histogram_origin(math.sqrt(setting.sae.d_in), setting.sae.W_enc))
     for first in range(0, n_rows, setting.block):
         block = encoder.prepare(setting.rows[first : first + setting.block], setting.block, "the benchmark")
-        for scan in encoder.scan(block, None):
+        for scan in encoder.scan(block, np.full(setting.block, -np.inf, np.float32)):
             job.add(scan, first)
     ref = candidates_ref(pipeline, "demo", 0, 0)
     with create_artifact(open_store("memory://bench"), ref) as art:

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("interp_assets", "resources") for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION, MAX_CLASS, MAX_PARAMETERS = 600, 70, 300, 8
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    "interp_assets/visualize/fused_kernel.py:encode_and_append": "a Triton kernel is handed every pointer and size it touches",
+}
 """`file:name` -> why it may exceed a limit."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

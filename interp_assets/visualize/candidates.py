@@ -6,14 +6,16 @@
 3. Write `candidates.parquet`, `statistics.safetensors`, `sample.parquet` (which latents fire together on a uniform sample of rows) and, with
    `keep: all`, `firings.parquet`: every firing, which makes later passes a lookup.
 
-Memory: the slice's encoder, one tile of pre-activations, `FULL_FIRINGS` collected firings, and what is kept: 13 bytes for each candidate, or
-with `keep: all` 12 bytes for each firing of the job. The candidates of disjoint rows merge exactly (examples.py), so shards may be cut
-anywhere. The format is described in docs/formats/feature_candidates.md.
+Memory: the slice's encoder, a tile of pre-activations a thread, `FULL_FIRINGS` collected firings, 13 bytes for each candidate that is kept,
+and with `keep: all` 8 bytes for each firing of the job, at most `SPILL_BYTES`: what is more waits on the local disk (spill.py). The
+candidates of disjoint rows merge exactly (examples.py), so shards may be cut anywhere. The format is described in
+docs/formats/feature_candidates.md.
 """
 
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -25,19 +27,20 @@ from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import InputError
 from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.harvest.rows import ROWS, iter_row_blocks
+from interp_assets.harvest.rows import ROWS
 from interp_assets.harvest.statistics import load_statistics
-from interp_assets.manifest import ArtifactWriter, Produced, create_artifact, load_manifest
+from interp_assets.manifest import ArtifactWriter, Produced, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.tensors import read_spans, save_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, Scan
 from interp_assets.visualize.firings import FIRING_SCHEMA, ROW_BITS, Firings, empty_firings, merge_firings, sort_firings
-from interp_assets.visualize.lineage import check_sae, find_current, sae_digest
+from interp_assets.visualize.lineage import check_sae, create_current, find_current, sae_digest
 from interp_assets.visualize.priority import latent_keys, priorities, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref, slice_bounds
-from interp_assets.visualize.selection import Limits, select_firings
+from interp_assets.visualize.selection import Limits, n_kept_top, select_firings
+from interp_assets.visualize.spill import SPILL_BYTES, RunStore
 from interp_assets.visualize.statistics import (
     empty_statistics,
     histogram_origin,
@@ -47,12 +50,12 @@ from interp_assets.visualize.statistics import (
     statistics_tensors,
 )
 from interp_assets.visualize.tables import create_table
+from interp_assets.visualize.thresholds import Dataset, iter_firings
 
 CANDIDATES: Final = "candidates.parquet"
 FIRINGS: Final = "firings.parquet"
 SAMPLE: Final = "sample.parquet"
 STATISTICS: Final = "statistics.safetensors"
-THRESHOLDS: Final = "thresholds.safetensors"
 FULL_FIRINGS: Final = 8 << 20
 """Firings that a job collects, over all tiles, before it reduces them."""
 SAMPLE_ROWS: Final = 16384
@@ -77,24 +80,17 @@ def find_candidates(
     tokens = load_tokens(pipeline, store, index)
     _check_inputs(pipeline, store, sae, name, index, tokens)
     origin = histogram_origin(load_statistics(pipeline, store, hook_point).mean_norm, sae.W_enc)
-    encoder = Encoder(sae, *slice_bounds(pipeline, name, latent_slice), choose_device(pipeline.config.execution.device))
+    dtype = pipeline.config.features.encode_dtype
+    encoder = Encoder(sae, *slice_bounds(pipeline, name, latent_slice), choose_device(pipeline.config.execution.device), dtype=dtype)
     job = Job(pipeline, encoder, tokens, index, origin)
-    n_block = pipeline.config.execution.rows_per_block
-    thresholds: list[NDArray[np.float32]] = []
-    for first_row, rows in iter_row_blocks(pipeline, store, hook_point, index, n_block):
-        block = encoder.prepare(rows, n_block, f"Activation shard {index} at {hook_point}, from row {first_row:,}")
-        row_thresholds = encoder.row_thresholds(block)
-        if row_thresholds is not None:
-            thresholds.append(row_thresholds[: len(rows)].cpu().numpy())
-        for scan in encoder.scan(block, row_thresholds):
-            job.add(scan, first_row)
+    for block in iter_firings(pipeline, store, sae, Dataset(name, digest, index, tokens.valid), encoder):
+        for scan in block.scans:
+            job.add(scan, block.first_row)
         if progress:
-            progress(len(rows))
-    with create_artifact(store, ref) as art:
+            progress(block.n_rows)
+    with create_current(store, ref, digest) as art:
         job.write(art)
-        if sae.kind == "topk":
-            save_tensors(art, THRESHOLDS, {"threshold": np.concatenate(thresholds) if thresholds else np.empty(0, np.float32)})
-        art.facts |= {"start": encoder.start, "stop": encoder.stop, "sae_digest": digest}
+        art.facts |= {"start": encoder.start, "stop": encoder.stop}
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)
 
@@ -109,11 +105,20 @@ class _Kept(NamedTuple):
 class Job:
     """Everything that one job of pass A keeps, tile by tile."""
 
-    def __init__(self, pipeline: Pipeline, encoder: Encoder, tokens: TokenShard, index: int, origin: int, n_full: int = FULL_FIRINGS) -> None:
-        """Keep nothing yet; `n_full` firings are collected, over all tiles, before they are reduced."""
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        encoder: Encoder,
+        tokens: TokenShard,
+        index: int,
+        origin: int,
+        n_full: int = FULL_FIRINGS,
+        spill_bytes: int = SPILL_BYTES,
+    ) -> None:
+        """Keep nothing yet; `n_full` firings are collected, over all tiles, before they are reduced; for `spill_bytes` see `RunStore`."""
         features, seed = pipeline.config.features, pipeline.config.seed
         self._encoder, self._tokens, self._origin = encoder, tokens, origin
-        self._limits = Limits(features.top_k, features.n_random)
+        self._limits = Limits(n_kept_top(features), features.n_random)
         self._one_per_document, self._keep_all = features.one_per_document, features.keep == "all"
         self._first_id = index << ROW_BITS
         row_ids = self._first_id + np.arange(tokens.n_rows, dtype=np.uint64)
@@ -121,22 +126,19 @@ class Job:
         self._row_keys = row_keys(row_ids, self._seed)
         self._sample_rate = min(1.0, SAMPLE_ROWS / max(1, int(tokens.valid.sum())))
         self._is_sampled = tokens.valid & in_sample(row_ids, self._sample_rate, seed)
-        self._is_valid = np.append(tokens.valid, np.zeros(pipeline.config.execution.rows_per_block, np.bool_))
         self._collected: list[list[Scan]] = [[] for _ in range(encoder.n_tiles)]
         self._n_collected = [0] * encoder.n_tiles
         self._n_full = max(min(n_full, 1 << 16), n_full // max(1, encoder.n_tiles))
         bounds = [encoder.tile_bounds(i) for i in range(encoder.n_tiles)]
         self._statistics = [empty_statistics(first, last - first) for first, last in bounds]
         self._kept = [_Kept(empty_firings(first, last - first), np.empty(0, np.uint8)) for first, last in bounds]
-        self._runs: list[list[Firings]] = [[] for _ in bounds]
+        self._runs, self._lock = RunStore(len(bounds), spill_bytes), Lock()
         self._samples: list[list[Firings]] = [[] for _ in bounds]
 
     def add(self, scan: Scan, first_row: int) -> None:
-        """Collect the firings of one tile on one block that starts at `first_row`; padding and rows that are not valid are dropped."""
-        rows = scan.rows + first_row
-        kept = np.flatnonzero(self._is_valid[rows])
-        self._collected[scan.tile].append(Scan(scan.tile, scan.latents[kept], rows[kept], scan.activations[kept]))
-        self._n_collected[scan.tile] += len(kept)
+        """Collect the firings of one tile on one block that starts at `first_row`; all of them on valid rows."""
+        self._collected[scan.tile].append(scan._replace(rows=scan.rows + np.uint32(first_row)))
+        self._n_collected[scan.tile] += len(scan.rows)
         if self._n_collected[scan.tile] > self._n_full:
             self._reduce(scan.tile)
 
@@ -152,8 +154,8 @@ class Job:
                 sample.append(merge_firings(runs).columns(self._first_id))
         if self._keep_all:
             with create_table(art, FIRINGS, FIRING_SCHEMA) as firings:
-                for runs in self._runs:
-                    firings.append(merge_firings(runs).columns(self._first_id))
+                for tile in range(self._encoder.n_tiles):
+                    firings.append(merge_firings(self._runs.take(tile)).columns(self._first_id))
         statistics = join_statistics(self._statistics)
         save_tensors(art, STATISTICS, statistics_tensors(statistics), n_rows=len(statistics.count))
         art.facts |= {
@@ -172,13 +174,14 @@ class Job:
         first, last = self._encoder.tile_bounds(tile)
         collected, self._collected[tile], self._n_collected[tile] = self._collected[tile], [], 0
         latents = np.concatenate([scan.latents for scan in collected]) if collected else np.empty(0, np.uint16)
-        rows = np.concatenate([scan.rows for scan in collected]) if collected else np.empty(0, np.int64)
+        rows = np.concatenate([scan.rows for scan in collected]) if collected else np.empty(0, np.uint32)
         activations = np.concatenate([scan.activations for scan in collected]) if collected else np.empty(0, np.float32)
-        run = sort_firings(first, last - first, latents, rows.view(np.uint64), activations)
+        run = sort_firings(first, last - first, latents, rows, activations)
         self._statistics[tile] = merge_statistics([self._statistics[tile], measure_firings(run, self._origin)])
         self._samples[tile].append(run.take(self._is_sampled[run.row_ids]))
         if self._keep_all:
-            self._runs[tile].append(run)
+            with self._lock:
+                self._runs.add(tile, run)
         merged = merge_firings([self._kept[tile].firings, run]) if len(self._kept[tile].kinds) else run
         keys = np.repeat(latent_keys(np.arange(first, last, dtype=np.uint64), self._seed), np.diff(merged.offsets))
         documents = self._tokens.documents[merged.row_ids] if self._one_per_document else None

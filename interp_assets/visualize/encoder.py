@@ -1,22 +1,31 @@
 """Activations become firings of one latent slice: a matrix product in tiles, and a scan for what exceeds its threshold.
 
 1. A block of rows, always the same number (the last is padded with zeros), times a tile of `TILE` encoder columns, always as many (the last is
-   padded with columns that cannot fire). One shape means one kernel, so results do not depend on how rows or latents are cut.
-2. Scan the tile for pre-activation > threshold: the product is compared with threshold - bias, a little lowered, and only what passes gets its
-   bias added and is compared exactly, so the bias costs no pass over the tile. Nothing of size [rows of the shard x latents] ever exists; a
-   tile is 8 MiB at 4,096 rows.
+   padded with columns that cannot fire). One shape means one kernel, so results do not depend on how rows or latents are cut. Each thread
+   multiplies its own tiles, at most `MOST_ROWS` rows at a time, and scans the product while it is in the core's cache.
+2. The scan: torch's maximum over `GROUP` rows, then a look at these peaks, and at the rows below those that reach their threshold
+   (kernels.py). Nothing of size [rows of the shard x latents] ever exists; a thread's product is 4 MiB.
 
-The threshold is the latent's own (`relu`, `jump_relu`), or the row's (`topk`): the midpoint between its k-th and (k+1)-th largest
-pre-activation over *all* latents, so a slice first goes over the other slices' columns too. The midpoint rather than the k-th value, because
-a pre-activation recomputed in another order differs in its last bits: that flips 1% of all firings at the k-th value, none at the midpoint.
+A latent fires where its pre-activation exceeds both thresholds, its own (`relu`, `jump_relu`) and the row's:
+
+- the row's is minus infinity, or plus infinity where the row is not valid;
+- for `topk` it is the midpoint between the row's k-th and (k+1)-th largest pre-activation over *all* latents. The midpoint rather than the
+  k-th value, because a pre-activation recomputed in another order differs in its last bits: that flips 1% of all firings at the k-th
+  value, none at the midpoint. `scan_topk` finds it and the firings in one pass: the (k+1)-th largest so far is a lower bound that rises
+  tile by tile, so about k (1 + ln n_tiles) pre-activations a row are kept until the bound is final.
+
+With `dtype` bfloat16, rows and columns are rounded to it; products and sums are float32, on every device. A CPU multiplies the rounded
+values as float32, because torch's bfloat16 product on a CPU rounds its result as well: 48% of rows then tie at k.
 
 Comparisons with NaN are false, so a NaN would silently not fire: rows and weights are checked to be finite, and small enough that a sum
 of products cannot overflow.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple
+from queue import Empty, SimpleQueue
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,44 +35,67 @@ from torch import Tensor
 
 from interp_assets.errors import NonFiniteError
 from interp_assets.train.sae import Sae
+from interp_assets.visualize import fused, kernels
+from interp_assets.visualize.kernels import GROUP, TILE
 
-TILE: Final = 512
-"""Latents per matrix product."""
+MOST_ROWS: Final = 2048
+"""Rows of one matrix product: fewer make the product slower (1,024 by 2%, 512 by 7%), more leave the core's cache."""
 _LARGEST: Final = 1e37
+Path = Literal["auto", "plain", "fused"]
+"""How to scan: compiled loops on a CPU, the fused kernel on CUDA, else torch alone (`plain`)."""
 
 
 class Scan(NamedTuple):
-    """Firings of one tile on one block of rows, in order of row."""
+    """Firings of one tile on one block of rows; each latent's in order of row."""
 
     tile: int
     latents: NDArray[np.uint16]
     """Counted from the tile's first latent."""
-    rows: NDArray[np.int64]
+    rows: NDArray[np.uint32]
     """Counted from the block's first row."""
     activations: NDArray[np.float32]
+
+    def take(self, mask: NDArray[np.bool_]) -> "Scan":
+        """Return the firings where `mask` is true."""
+        return Scan(self.tile, self.latents[mask], self.rows[mask], self.activations[mask])
+
+
+class TopKScan(NamedTuple):
+    """Firings of one block of a `topk` SAE, and what a pre-activation of each row had to exceed."""
+
+    scans: list[Scan]
+    thresholds: NDArray[np.float32]
 
 
 class Encoder:
     """The encoder columns [start, stop) of an SAE on a device, as tiles of constant width."""
 
-    def __init__(self, sae: Sae, start: int, stop: int, device: torch.device) -> None:
-        """Copy the slice's columns (all columns for `topk`) into tiles. Raises `NonFiniteError` for a NaN or infinity in the weights."""
-        for name in ("W_enc", "b_enc", "threshold"):
-            if not torch.isfinite(getattr(sae, name)).all():
+    def __init__(
+        self, sae: Sae, start: int, stop: int, device: torch.device, *, dtype: Literal["float32", "bfloat16"] = "float32", path: Path = "auto"
+    ) -> None:
+        """Copy the slice's columns into tiles. Raises `NonFiniteError` for a NaN or infinity in the weights."""
+        largest = {name: float(torch.stack(torch.aminmax(getattr(sae, name))).abs().max()) for name in ("W_enc", "b_enc", "threshold")}
+        for name, value in largest.items():
+            if not math.isfinite(value):
                 raise NonFiniteError(f"The SAE's {name} holds a NaN or an infinity. Train it again with a lower learning rate.")
         self.start, self.stop = start, stop
         self.n_tiles = -(-(stop - start) // TILE)
-        self._kind, self._k, self._d_in, self._d_sae = sae.kind, sae.k, sae.d_in, sae.d_sae
-        self._device = device
-        self._tiles = [_make_tile(sae, first, min(first + TILE, stop), device) for first in range(start, stop, TILE)]
-        self._all_tiles = (
-            [_make_tile(sae, first, min(first + TILE, sae.d_sae), device) for first in range(0, sae.d_sae, TILE)] if sae.kind == "topk" else []
-        )
-        self._n_threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(self._n_threads)
-        self._scratch = torch.empty((0, TILE), device=device)
-        self._answers = np.empty((0, TILE), np.bool_)
-        self._row_limit = _LARGEST / max(1.0, sae.d_in * float(sae.W_enc.abs().max()))
+        self._sae, self._device, self._rounds = sae, device, dtype == "bfloat16"
+        on_cpu = device.type == "cpu"
+        if path == "auto":
+            path = "fused" if device.type == "cuda" and fused.is_available() else "plain"
+            self._is_compiled = on_cpu
+        else:
+            self._is_compiled = False
+        self._native = torch.bfloat16 if self._rounds and device.type == "cuda" else torch.float32
+        tiles = range(start, stop, TILE)
+        self._tiles = [_make_tile(sae, first, min(first + TILE, stop), self._round, device, self._native) for first in tiles]
+        self._fused = fused.Columns([tile.W for tile in self._tiles], [tile.b for tile in self._tiles]) if path == "fused" else None
+        n_threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
+        self._n_threads = n_threads
+        self._row_limit = _LARGEST / max(1.0, sae.d_in * largest["W_enc"])
 
     def tile_bounds(self, tile: int) -> tuple[int, int]:
         """Return the latents [start, stop) of a tile, without padding."""
@@ -71,8 +103,11 @@ class Encoder:
         return first, min(first + TILE, self.stop)
 
     def prepare(self, rows: Float[Tensor, "n d_in"], n_block: int, where: str) -> Float[Tensor, "block d_in"]:
-        """Return a block of `n_block` rows in float32 on the device, padded with zeros. Raises `NonFiniteError`, naming `where`."""
-        block = torch.empty((n_block, self._d_in), device=self._device)
+        """Return a block of `n_block` rows on the device, padded with zeros to a multiple of `GROUP`; at most 1e37 in all their products.
+
+        Raises `NonFiniteError`, naming `where`.
+        """
+        block = torch.empty((-(-n_block // GROUP) * GROUP, rows.shape[1]), device=self._device)
         block[: len(rows)].copy_(rows)
         block[len(rows) :].zero_()
         low, high = (float(value) for value in torch.aminmax(block))
@@ -81,91 +116,137 @@ class Encoder:
             raise NonFiniteError(
                 f"{where} + {bad}: a NaN, an infinity or a value above {self._row_limit:.1e} stands there. Harvest this shard again."
             )
-        return block
+        return self._round(block).to(self._native)
 
-    def row_thresholds(self, block: Float[Tensor, "block d_in"]) -> Float[Tensor, " block"] | None:
-        """Return what a pre-activation of each row must exceed, for `topk`; None for the kinds whose latents decide alone."""
-        if self._kind != "topk":
-            return None
-        if self._k >= self._d_sae:
-            return block.new_zeros(len(block))
-        largest = block.new_empty((len(block), 0))
-        for tile in self._all_tiles:
-            pre = torch.addmm(tile.b, block, tile.W)
-            pre[:, tile.width :] = -torch.inf
-            best = torch.cat([largest, pre.topk(min(self._k + 1, TILE), dim=1).values], dim=1)
-            largest = best.topk(min(self._k + 1, best.shape[1]), dim=1).values
-        return largest[:, -2:].mean(dim=1).clamp_min_(0.0)
+    def scan(self, block: Float[Tensor, "block d_in"], row_thresholds: NDArray[np.float32]) -> list[Scan]:
+        """Return the firings of each tile on a block of rows, given what a pre-activation of each row must exceed."""
+        limits = np.full(len(block), np.inf, np.float32)
+        limits[: len(row_thresholds)] = row_thresholds
+        if self._fused is not None:
+            found = self._fused.scan(block, [tile.threshold for tile in self._tiles], limits)
+            return [Scan(i, *columns) for i, columns in enumerate(found)]
+        return self._scan_tiles(range(self.n_tiles), block, limits, [tile.threshold for tile in self._tiles])
 
-    def scan(self, block: Float[Tensor, "block d_in"], row_thresholds: Float[Tensor, " block"] | None) -> Iterator[Scan]:
-        """Yield the firings of each tile on a block of rows."""
-        if len(self._scratch) != len(block):
-            self._scratch = torch.empty((len(block), TILE), device=self._device)
-            self._answers = np.empty((len(block), TILE), np.bool_)
-        for i, tile in enumerate(self._tiles):
-            product = torch.mm(block, tile.W, out=self._scratch)
-            if row_thresholds is not None:
-                product += tile.b
-                product[:, tile.width :] = -torch.inf
-                places = self._find_above(product, row_thresholds[:, None])
-                activations = _take(product, places)
-            else:
-                places = self._find_above(product, tile.limit)
-                activations = _take(product, places) + tile.bias[places & (TILE - 1)]
-                exceeds = activations > tile.threshold[places & (TILE - 1)]
-                places, activations = places[exceeds], activations[exceeds]
-            yield Scan(i, (places & (TILE - 1)).astype(np.uint16), places >> (TILE.bit_length() - 1), activations)
+    def scan_topk(self, block: Float[Tensor, "block d_in"], is_valid: NDArray[np.bool_]) -> TopKScan:
+        """Return the firings of a `topk` SAE on the valid rows of a block, and all rows' thresholds. Needs the columns of all latents."""
+        k, d_sae, n_rows = self._sae.k, self._sae.d_sae, len(is_valid)
+        assert (self.start, self.stop) == (0, d_sae)
+        if k >= d_sae:
+            return TopKScan(self.scan(block, row_limits(is_valid, 0.0)), np.zeros(n_rows, np.float32))
+        widths = [np.where(np.isinf(tile.threshold), tile.threshold, -np.inf).astype(np.float32) for tile in self._tiles]
+        largest = self._seed_largest(block, k + 1)
+        scans: list[Scan] = []
+        n_round = max(4, 2 * self._n_threads)
+        rounds = [range(1), *(range(i, min(i + n_round, self.n_tiles)) for i in range(1, self.n_tiles, n_round))]
+        for tiles in rounds:
+            found = self._scan_tiles(tiles, block, largest[:, 0].copy(), widths)
+            if tiles.start > 0:
+                self._raise_largest(largest, found)
+            scans += found
+        lowest = np.sort(largest[:n_rows], axis=1)[:, :2] if k > 0 else largest[:n_rows, [0, 0]]
+        thresholds = np.maximum((lowest[:, 0] + lowest[:, 1]) / np.float32(2), np.float32(0))
+        limits = np.full(len(block), np.inf, np.float32)
+        limits[:n_rows] = row_limits(is_valid, thresholds)
+        return TopKScan([scan.take(scan.activations > limits[scan.rows]) for scan in scans], thresholds)
 
-    def _find_above(self, values: Tensor, limit: Tensor) -> NDArray[np.int64]:
-        """Return the flat places of the elements above their limit; on a CPU by NumPy, each thread its own rows."""
-        if self._device.type != "cpu":
-            return torch.nonzero((values > limit).view(-1)).view(-1).cpu().numpy()
-        limits = np.broadcast_to(limit.numpy(), values.shape)
-        if self._n_threads == 1:
-            return _find_part(values.numpy(), limits, self._answers, 0, len(values))
-        edges = np.linspace(0, len(values), self._n_threads + 1).astype(np.int64).tolist()
-        parts = self._pool.map(lambda low, high: _find_part(values.numpy(), limits, self._answers, low, high), edges[:-1], edges[1:])
-        return np.concatenate(list(parts))
+    def _seed_largest(self, block: Tensor, n: int) -> NDArray[np.float32]:
+        """Return the `n` largest pre-activations of each row in the first tile, ascending, which is a heap with its smallest at the root."""
+        tile, largest = self._tiles[0], np.full((len(block), n), -np.inf, np.float32)
+        pre = (_multiply(block, tile.W) + tile.b.to(self._device))[:, : tile.width]
+        best = pre.topk(min(n, tile.width), dim=1).values.cpu().numpy()
+        largest[:, n - best.shape[1] :] = best[:, ::-1]
+        return largest
+
+    def _raise_largest(self, largest: NDArray[np.float32], scans: Sequence[Scan]) -> None:
+        edges = np.linspace(0, len(largest), self._n_threads + 1).astype(np.int64).tolist()
+
+        def work(low: int, high: int) -> None:
+            for scan in scans:
+                kernels.raise_largest(largest, scan.rows, scan.activations, low, high)
+
+        list(self._pool.map(work, edges[:-1], edges[1:]))
+
+    def _scan_tiles(self, tiles: range, block: Tensor, limits: NDArray[np.float32], thresholds: list[NDArray[np.float32]]) -> list[Scan]:
+        if not self._is_compiled:
+            rows = torch.from_numpy(limits).to(self._device)
+            return [_scan_plainly(i, block, self._tiles[i], torch.from_numpy(thresholds[i]).to(self._device), rows) for i in tiles]
+        return list(self._pool.map(lambda i: self._scan_compiled(i, block, limits, thresholds[i]), tiles))
+
+    def _scan_compiled(self, i: int, block: Tensor, limits: NDArray[np.float32], threshold: NDArray[np.float32]) -> Scan:
+        """Multiply and scan one tile with one thread."""
+        try:
+            scratch = self._scratch.get_nowait()
+        except Empty:
+            scratch = _Scratch(MOST_ROWS)
+        tile, n = self._tiles[i], 0
+        for first in range(0, len(block), MOST_ROWS):
+            rows = block[first : first + MOST_ROWS]
+            product, peaks = scratch.product[: len(rows)], scratch.peaks[: len(rows) // GROUP]
+            torch.mm(rows, tile.W, out=product)
+            torch.amax(product.view(-1, GROUP, TILE), dim=1, out=peaks)
+            arguments = (product.numpy(), peaks.numpy(), (tile.bias, threshold), limits[first : first + len(rows)], first)
+            n_found = kernels.append_firings(*arguments, scratch.columns, n)
+            if n_found > len(scratch.columns[0]):
+                scratch.grow(n_found)
+                n_found = kernels.append_firings(*arguments, scratch.columns, n)
+            n = n_found
+        latents, rows, activations = scratch.columns
+        scan = Scan(i, latents[:n].copy(), rows[:n].copy(), activations[:n].copy())
+        self._scratch.put(scratch)
+        return scan
+
+    def _round(self, values: Tensor) -> Tensor:
+        return values.to(torch.bfloat16).to(values.dtype) if self._rounds else values
+
+
+def row_limits(is_valid: NDArray[np.bool_], thresholds: NDArray[np.float32] | float) -> NDArray[np.float32]:
+    """Return what pre-activations of each row must exceed: the row's threshold, or infinity where the row is not valid."""
+    return np.where(is_valid, thresholds, np.inf).astype(np.float32)
 
 
 class _Tile(NamedTuple):
     W: Tensor
     b: Tensor
-    limit: Tensor
-    """What `x W` must exceed at least, a little below threshold - b; infinite in the padding, which therefore never fires."""
     bias: NDArray[np.float32]
     threshold: NDArray[np.float32]
+    """What a pre-activation must exceed; infinite in the padding, which therefore never fires."""
     width: int
     """Latents without padding."""
 
 
-def _make_tiles(sae: Sae, start: int, stop: int, device: torch.device) -> list[_Tile]:
-    return [_make_tile(sae, first, min(first + TILE, stop), device) for first in range(start, stop, TILE)]
+class _Scratch:
+    """Memory of one thread: a product, its peaks, and what was found in it."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.product, self.peaks = torch.empty(n_rows, TILE), torch.empty(n_rows // GROUP, TILE)
+        self.columns = (np.empty(1 << 14, np.uint16), np.empty(1 << 14, np.uint32), np.empty(1 << 14, np.float32))
+
+    def grow(self, n: int) -> None:
+        """Make room for `n` firings, and half as many again."""
+        old, self.columns = self.columns, (np.empty(n + n // 2, np.uint16), np.empty(n + n // 2, np.uint32), np.empty(n + n // 2, np.float32))
+        for one, other in zip(self.columns, old, strict=True):
+            one[: len(other)] = other
 
 
-def _make_tile(sae: Sae, first: int, last: int, device: torch.device) -> _Tile:
+def _make_tile(sae: Sae, first: int, last: int, rounding: Callable[[Tensor], Tensor], device: torch.device, native: torch.dtype) -> _Tile:
     width = last - first
-    W = torch.zeros((sae.d_in, TILE))
-    W[:, :width] = sae.W_enc[:, first:last]
-    b = torch.zeros(TILE)
+    W, b = torch.zeros((sae.d_in, TILE)), torch.zeros(TILE)
+    W[:, :width] = rounding(sae.W_enc[:, first:last].float())
     b[:width] = sae.b_enc[first:last]
-    threshold = torch.full((TILE,), torch.inf)
+    threshold = torch.full((TILE,), math.inf)
     threshold[:width] = sae.threshold[first:last].clamp_min(0.0)
-    exact = threshold.double() - b.double()
-    limit = (exact - 2.0**-20 * (threshold.double() + b.double().abs())).nan_to_num(posinf=torch.inf).float()
-    limit[width:] = torch.inf
-    return _Tile(W.to(device), b.to(device), limit.to(device), b.numpy(), threshold.numpy(), width)
+    return _Tile(W.to(device, native), b.to(device), b.numpy(), threshold.numpy(), width)
 
 
-def _find_part(values: NDArray[np.float32], limits: NDArray[np.float32], answers: NDArray[np.bool_], low: int, high: int) -> NDArray[np.int64]:
-    """Return the flat places above the limit in the rows [low, high): compare, then look at the answers eight at a time. 0.5 ns an element."""
-    words = np.greater(values[low:high], limits[low:high], out=answers[low:high]).reshape(-1).view(np.uint64)
-    occupied = np.flatnonzero(words != 0)
-    inside = np.flatnonzero(words[occupied].view(np.bool_))
-    return (occupied[inside >> 3] << 3) + (inside & 7) + low * TILE
+def _multiply(block: Tensor, W: Tensor) -> Tensor:
+    """Multiply with float32 sums and a float32 result, whatever the type of the operands."""
+    return torch.mm(block, W) if block.dtype == torch.float32 else torch.mm(block, W, out_dtype=torch.float32)
 
 
-def _take(values: Tensor, places: NDArray[np.int64]) -> NDArray[np.float32]:
-    if values.device.type == "cpu":
-        return values.numpy().reshape(-1)[places]
-    return values.view(-1)[torch.from_numpy(places).to(values.device)].cpu().numpy()
+def _scan_plainly(i: int, block: Tensor, tile: _Tile, threshold: Tensor, limits: Tensor) -> Scan:
+    """Scan one tile the obvious way, on any device."""
+    pre = _multiply(block, tile.W) + tile.b
+    rows, latents = torch.nonzero((pre > threshold) & (pre > limits[:, None]), as_tuple=True)
+    columns = (latents.to(torch.int16), rows.to(torch.int32), pre[rows, latents])
+    latents_, rows_, activations = (column.cpu().numpy() for column in columns)
+    return Scan(i, latents_.view(np.uint16), rows_.view(np.uint32), activations)

@@ -2,9 +2,10 @@
 
 1. Refuse to begin while a shard's candidates are missing or come from an earlier training of the SAE.
 2. Add up the statistics; integers, so the order of the shards does not matter.
-3. Latent group by latent group: the strongest `top_k` candidates; the `n_random` of smallest priority; quantiles of the firings, and in each interval
-   between two quantiles the `examples_per_interval` firings of smallest priority, that is, a uniform choice. Where the random sample holds so
-   many of an interval, these are they; only for the few latents where it does not, all firings are read.
+3. Latent group by latent group: the strongest `top_k` candidates, less those that repeat the tokens around a stronger one (`distinct_tokens`;
+   chosen from the 4 `top_k` strongest, so that any cut over rows gives the same list); the `n_random` of smallest priority; quantiles of the
+   firings, and in each interval between two quantiles the `examples_per_interval` firings of smallest priority, that is, a uniform choice.
+   Where the random sample holds so many of an interval, these are they; only for the few latents where it does not, all firings are read.
 
 With `keep: all` quantiles and intervals come from all firings. With `keep: candidates` the quantiles are read off the histogram (exact where the
 random sample holds all firings) and the intervals are filled from the random sample, so the rare upper ones may stay short. A latent with
@@ -25,17 +26,19 @@ import torch
 from numpy.typing import NDArray
 
 from interp_assets.config import FeaturesConfig
+from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.manifest import ArtifactRef, Manifest, Produced, create_artifact
+from interp_assets.manifest import ArtifactRef, Manifest, Produced
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.tensors import load_tensors, save_tensors
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, STATISTICS
-from interp_assets.visualize.firings import Firings, as_firings, expand_ranges, merge_firings
-from interp_assets.visualize.lineage import find_current, load_current, sae_digest
+from interp_assets.visualize.contexts import first_of_each, hash_contexts
+from interp_assets.visualize.firings import ROW_BITS, Firings, as_firings, expand_ranges, merge_firings
+from interp_assets.visualize.lineage import create_current, find_current, load_current, sae_digest
 from interp_assets.visualize.priority import latent_keys, priorities, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref, examples_ref, slice_bounds
-from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP, descending_keys, smallest_per_segment, smallest_priorities
+from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP, descending_keys, n_kept_top, smallest_per_segment, smallest_priorities
 from interp_assets.visualize.statistics import (
     LatentStatistics,
     as_statistics,
@@ -78,10 +81,11 @@ def select_examples(pipeline: Pipeline, store: Store, name: str, latent_slice: i
     parts = [as_statistics(start, load_tensors(store, item.path, manifest, STATISTICS)) for item, manifest in inputs]
     statistics = merge_statistics(parts)
     quantiles = [np.empty((0, pipeline.config.features.n_intervals + 1), np.float32)]
-    with create_artifact(store, ref) as art:
+    shards = _load_shards(pipeline, store)
+    with create_current(store, ref, digest) as art:
         with create_table(art, EXAMPLES, EXAMPLE_SCHEMA) as table:
             for group in _iter_groups(pipeline.config.features, store, inputs, parts, origin):
-                table.append(_choose(group, pipeline))
+                table.append(_choose(group, pipeline, shards))
                 quantiles.append(group.quantiles)
         tensors = statistics_tensors(statistics) | {"quantiles": torch.from_numpy(np.concatenate(quantiles))}
         save_tensors(art, STATISTICS, tensors, n_rows=stop - start)
@@ -95,7 +99,6 @@ def select_examples(pipeline: Pipeline, store: Store, name: str, latent_slice: i
             "n_firings": int(statistics.count.sum()),
             "n_valid": sum(manifest.facts["n_valid"] for _, manifest in inputs),
             "histogram_origin": origin,
-            "sae_digest": digest,
         }
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)
@@ -183,7 +186,7 @@ def _merge_kinds(parts: list[Firings], kinds: list[NDArray[np.uint8]]) -> NDArra
     return merge_firings(carriers).activations.astype(np.uint8)
 
 
-def _choose(group: _Group, pipeline: Pipeline) -> dict[str, NDArray[np.generic]]:
+def _choose(group: _Group, pipeline: Pipeline, shards: dict[int, TokenShard]) -> dict[str, NDArray[np.generic]]:
     """Return the columns of the examples of one group, sorted by latent and row."""
     features, pool = pipeline.config.features, group.candidates
     latents = pool.relative_latents()
@@ -191,7 +194,11 @@ def _choose(group: _Group, pipeline: Pipeline) -> dict[str, NDArray[np.generic]]
     strength = descending_keys(pool.activations)
     chosen = np.zeros(len(latents), np.uint8)
     top = np.flatnonzero(group.kinds & TOP)
-    chosen[top[smallest_per_segment(latents[top], pool.n_latents, features.top_k, strength[top], order[top])]] = TOP
+    top = top[smallest_per_segment(latents[top], pool.n_latents, n_kept_top(features), strength[top], order[top])]
+    if features.distinct_tokens:
+        top = top[np.lexsort((order[top], strength[top], latents[top]))]
+        top = top[first_of_each(latents[top], _hash_contexts(pool.row_ids[top], shards, features.distinct_tokens), features.top_k)]
+    chosen[top] = TOP
     random = np.flatnonzero(group.kinds & RANDOM)
     random = random[smallest_priorities(latents[random], pool.n_latents, features.n_random, order[random])]
     chosen[random] |= RANDOM
@@ -211,6 +218,19 @@ def _choose(group: _Group, pipeline: Pipeline) -> dict[str, NDArray[np.generic]]
     is_filled[:, -1] = True
     is_short = (is_short & is_filled).any(axis=1) & (group.counts > features.n_random)
     return _ranked([columns, _draw_from_all(group, is_short, pipeline)] if group.read_firings and is_short.any() else [columns])
+
+
+def _load_shards(pipeline: Pipeline, store: Store) -> dict[int, TokenShard]:
+    """Read the token shards, which only the comparison of texts needs."""
+    return {index: load_tokens(pipeline, store, index) for index in pipeline.shard_indices if pipeline.config.features.distinct_tokens}
+
+
+def _hash_contexts(row_ids: NDArray[np.uint64], shards: dict[int, TokenShard], n_tokens: int) -> NDArray[np.uint64]:
+    found, owner = np.empty(len(row_ids), np.uint64), row_ids >> np.uint64(ROW_BITS)
+    for index, tokens in shards.items():
+        mine = np.flatnonzero(owner == np.uint64(index))
+        found[mine] = hash_contexts(tokens, (row_ids[mine] & np.uint64((1 << ROW_BITS) - 1)).astype(np.int64), n_tokens)
+    return found
 
 
 def find_intervals(latents: NDArray[np.int32], activations: NDArray[np.float32], quantiles: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -4,10 +4,11 @@ An artifact id names the SAE's recipe and inputs. Two trainings of one recipe ha
 each artifact of this stage also keeps the digest of the SAE it used (fact `sae_digest`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from interp_assets.errors import ArtifactForeignError, ArtifactMissingError, InputError
-from interp_assets.manifest import ArtifactRef, Manifest, find_manifest, load_manifest
+from interp_assets.manifest import ArtifactRef, ArtifactWriter, Manifest, create_artifact, find_manifest, load_manifest, remove_artifact
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.train.refs import sae_ref
@@ -34,6 +35,16 @@ def find_current(store: Store, ref: ArtifactRef, digest: str) -> Manifest | None
     """Return the manifest of finished work that used the SAE with this digest; None when there is none or it used another."""
     manifest = find_manifest(store, ref)
     return manifest if manifest and manifest.facts.get("sae_digest") == digest else None
+
+
+@contextmanager
+def create_current(store: Store, ref: ArtifactRef, digest: str) -> Iterator[ArtifactWriter]:
+    """Write an artifact that used the SAE with this digest; what an earlier training left in its place is removed first."""
+    if find_manifest(store, ref) and not find_current(store, ref, digest):
+        remove_artifact(store, ref.path)
+    with create_artifact(store, ref) as art:
+        yield art
+        art.facts["sae_digest"] = digest
 
 
 def load_current(store: Store, refs: Sequence[ArtifactRef], digest: str) -> list[Manifest]:

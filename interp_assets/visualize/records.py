@@ -27,14 +27,14 @@ from transformers import PreTrainedTokenizerBase
 from interp_assets.corpus.tokens import load_documents, load_tokens
 from interp_assets.errors import InputError
 from interp_assets.garcon.subject import Unembedding
-from interp_assets.manifest import Produced, create_artifact
+from interp_assets.manifest import Produced
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.tensors import load_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import SAMPLE, STATISTICS, in_sample
 from interp_assets.visualize.examples import EXAMPLES
-from interp_assets.visualize.lineage import check_sae, find_current, load_current, sae_digest
+from interp_assets.visualize.lineage import check_sae, create_current, find_current, load_current, sae_digest
 from interp_assets.visualize.logits import LogitEffects, measure_logits, used_token_ids
 from interp_assets.visualize.neighbours import Coactivations, FiringSample, Neighbours, find_coactivations, find_neighbours, make_sample
 from interp_assets.visualize.record_windows import SHOWN_RANDOM, DatasetShard, Example, read_examples, round_significant
@@ -96,7 +96,7 @@ def write_records(
     start, stop = slice_bounds(pipeline, name, latent_slice)
     relations = _relate(sae, start, stop, sample, tokenizer, unembedding)
     offsets, n_examples = [0], 0
-    with create_artifact(store, ref) as art:
+    with create_current(store, ref, digest) as art:
         with art.open(RECORDS, n_rows=stop - start) as sink, create_table(art, FEATURES, FEATURE_SCHEMA) as table, ThreadPoolExecutor() as pool:
             for first in range(start, stop, GROUP_LATENTS):
                 last = min(first + GROUP_LATENTS, stop)
@@ -118,7 +118,6 @@ def write_records(
             "bytes_per_feature": round(offsets[-1] / max(1, stop - start), 1),
             "logits_reason": relations.logits_reason,
             "coactivation_rows": len(sample.offsets) - 1,
-            "sae_digest": digest,
         }
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)

@@ -6,7 +6,7 @@ from interp_assets.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.train.refs import evaluation_ref, sae_ref
 
 FOLDER = "5-features"
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 """Raise it when the same SAE and activations would give other records."""
 
 
@@ -18,6 +18,14 @@ def candidates_ref(pipeline: Pipeline, sae: str, index: int, latent_slice: int) 
     return make_ref(
         "feature_candidates", f"{FOLDER}/{sae}/candidates", identity=identity, inputs=inputs, label=f"{shard_key(index)}.{slice_key(latent_slice)}"
     )
+
+
+def thresholds_ref(pipeline: Pipeline, sae: str, index: int) -> ArtifactRef:
+    """Address what a pre-activation of each row of one dataset shard must exceed to fire, for a `topk` SAE; the same for all latent slices."""
+    hook_point = pipeline.config.sae(sae).hook_point
+    inputs = {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shard": activation_shard_ref(pipeline, hook_point, index).artifact_id}
+    identity = {"code": FEATURES_VERSION, "shard": index, "encode_dtype": pipeline.config.features.encode_dtype}
+    return make_ref("row_thresholds", f"{FOLDER}/{sae}/thresholds", identity=identity, inputs=inputs, label=shard_key(index))
 
 
 def examples_ref(pipeline: Pipeline, sae: str, latent_slice: int) -> ArtifactRef:

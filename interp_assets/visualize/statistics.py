@@ -12,7 +12,7 @@ Counts and sums are not idempotent: a job overwrites its output as a whole, and 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.errors import NonFiniteError
+from interp_assets.visualize import kernels
 from interp_assets.visualize.firings import Firings
+from interp_assets.visualize.kernels import N_BINS
 
-N_BINS: Final = 64
 BINS_PER_OCTAVE: Final = 4
-_BIN_SHIFT: Final = 21
 _EXPONENT_BIAS: Final = 127
 _TENSORS: Final = ("count", "sum_q16", "histogram", "maximum")
 
@@ -65,20 +65,11 @@ def empty_statistics(start: int, n_latents: int) -> LatentStatistics:
 
 
 def measure_firings(firings: Firings, origin: int) -> LatentStatistics:
-    """Compute the statistics of `firings`; the histogram's first bin starts at 2^origin. About 20 ns a firing."""
-    n_latents = firings.n_latents
-    count = np.diff(firings.offsets)
-    bins = (firings.activations.view(np.int32) >> _BIN_SHIFT) - ((_EXPONENT_BIAS + origin) * BINS_PER_OCTAVE)
-    np.clip(bins, 0, N_BINS - 1, out=bins)
-    bins += firings.relative_latents() * N_BINS
-    histogram = np.bincount(bins, minlength=n_latents * N_BINS).reshape(n_latents, N_BINS)
-    sums, maximum = np.zeros(n_latents, np.int64), np.zeros(n_latents, np.float32)
-    fires = count > 0
-    if fires.any():
-        starts = firings.offsets[:-1][fires]
-        sums[fires] = np.add.reduceat((firings.activations.astype(np.float64) * 65536).astype(np.int64), starts)
-        maximum[fires] = np.maximum.reduceat(firings.activations, starts)
-    return LatentStatistics(firings.start, count, sums, histogram.astype(np.int64), maximum)
+    """Compute the statistics of `firings`; the histogram's first bin starts at 2^origin. A few ns a firing."""
+    found = empty_statistics(firings.start, firings.n_latents)
+    first_bin = (_EXPONENT_BIAS + origin) * BINS_PER_OCTAVE
+    kernels.measure(firings.offsets, firings.activations, first_bin, found.sum_q16, found.histogram, found.maximum)
+    return replace(found, count=np.diff(firings.offsets))
 
 
 def merge_statistics(parts: Sequence[LatentStatistics]) -> LatentStatistics:

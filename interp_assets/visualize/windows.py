@@ -8,11 +8,14 @@ from one of two places, and agree:
   computed as soon as the stream has passed the window's end. The opposite way, shipping the rows around each example to the job of its
   latent, moves 8 to 117 TB for a million latents; a window of firings is 65 bytes.
 
+With `features.gather` the rows around the examples are written as well, a file for each latent slice (gather.py), from the same single read.
+
 Rows that are not valid carry no activation. The format is described in docs/formats/example_activations.md.
 """
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -22,18 +25,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.corpus.tokens import TokenShard, load_tokens
-from interp_assets.harvest.rows import iter_row_blocks
-from interp_assets.manifest import Produced, create_artifact
+from interp_assets.harvest.rows import RowBlock, iter_row_blocks
+from interp_assets.manifest import Produced
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
-from interp_assets.tensors import load_tensors
 from interp_assets.train.sae import Sae
-from interp_assets.visualize.candidates import FIRINGS, THRESHOLDS
+from interp_assets.visualize.candidates import FIRINGS
 from interp_assets.visualize.examples import EXAMPLES
 from interp_assets.visualize.firings import ROW_BITS, expand_ranges
-from interp_assets.visualize.lineage import check_sae, find_current, load_current, sae_digest
-from interp_assets.visualize.refs import candidates_ref, examples_ref, windows_ref
+from interp_assets.visualize.gather import Gatherer, rows_of_windows
+from interp_assets.visualize.lineage import check_sae, create_current, find_current, load_current, sae_digest
+from interp_assets.visualize.refs import candidates_ref, examples_ref, slice_bounds, windows_ref
 from interp_assets.visualize.tables import LatentTable, create_table
+from interp_assets.visualize.thresholds import load_thresholds
 
 WINDOWS: Final = "windows.parquet"
 WINDOW_SCHEMA: Final = pa.schema(
@@ -103,17 +107,25 @@ def fire_windows(pipeline: Pipeline, store: Store, sae: Sae, name: str, index: i
     requests = _read_requests(tables, tokens, index, pipeline.config.features.window)
     candidates = [candidates_ref(pipeline, name, index, latent_slice) for latent_slice in slices]
     manifests = load_current(store, candidates, digest)
+    hook_point, n_block = pipeline.config.sae(name).hook_point, pipeline.config.execution.rows_per_block
+    blocks = iter_row_blocks(pipeline, store, hook_point, index, n_block)
+    gatherer = _make_gatherer(pipeline, name, requests, tokens, index) if pipeline.config.features.gather else None
+    blocks = gatherer.watch(blocks) if gatherer else blocks
     if pipeline.config.features.keep == "all":
         firings = [LatentTable(store, item.path, manifest, FIRINGS) for item, manifest in zip(candidates, manifests, strict=True)]
         parts = _look_up(firings, requests, index)
     else:
-        thresholds = load_tensors(store, candidates[0].path, manifests[0], THRESHOLDS)["threshold"] if sae.kind == "topk" else None
-        parts = _encode(pipeline, store, sae, name, index, tokens, requests, thresholds)
-    with create_artifact(store, ref) as art:
+        thresholds = torch.from_numpy(load_thresholds(pipeline, store, name, index, digest)) if sae.kind == "topk" else None
+        parts = _encode(pipeline, sae, blocks, tokens, requests, thresholds)
+    with create_current(store, ref, digest) as art:
         with create_table(art, WINDOWS, WINDOW_SCHEMA) as table:
             for asked, spikes in parts:
                 table.append(_columns(asked, spikes, index))
-        art.facts |= {"n_windows": table.n_rows, "n_rows": tokens.n_rows, "sae_digest": digest}
+        if gatherer:
+            for _ in blocks:  # with `keep: all` nothing else reads them
+                pass
+            art.facts["n_gathered_rows"] = gatherer.write(art)
+        art.facts |= {"n_windows": table.n_rows, "n_rows": tokens.n_rows}
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)
 
@@ -156,18 +168,28 @@ def _look_up(tables: list[LatentTable], requests: Requests, index: int) -> Itera
             yield asked, Spikes(np.concatenate([[0], np.cumsum(counts)]), offsets, found["activation"][places])
 
 
+def _make_gatherer(pipeline: Pipeline, name: str, requests: Requests, tokens: TokenShard, index: int) -> Gatherer:
+    """Find the rows that the windows of each latent slice cover."""
+    needed = []
+    for latent_slice in range(pipeline.config.features.latent_slices):
+        low, high = np.searchsorted(requests.latents, slice_bounds(pipeline, name, latent_slice))
+        needed.append(rows_of_windows(requests.firsts[low:high], requests.lengths[low:high], tokens.n_rows))
+    return Gatherer(needed, f"Dataset shard {index} of SAE {name!r}")
+
+
 def _encode(
-    pipeline: Pipeline, store: Store, sae: Sae, name: str, index: int, tokens: TokenShard, requests: Requests, thresholds: Tensor | None
+    pipeline: Pipeline, sae: Sae, blocks: Iterator[RowBlock], tokens: TokenShard, requests: Requests, thresholds: Tensor | None
 ) -> Iterator[tuple[Requests, Spikes]]:
     """Yield all windows at once, computed while the shard's rows stream by."""
+    rounds = pipeline.config.features.encode_dtype == "bfloat16"
+    sae = replace(sae, W_enc=sae.W_enc.bfloat16().float()) if rounds else sae
     by_end = np.argsort(requests.firsts + requests.lengths, kind="stable")
     ends = (requests.firsts + requests.lengths)[by_end]
     width = 2 * pipeline.config.features.window + 1
-    hook_point = pipeline.config.sae(name).hook_point
     found: list[Scan] = []
     buffer, n_done = torch.empty((0, sae.d_in)), 0
-    for first_row, rows in iter_row_blocks(pipeline, store, hook_point, index, pipeline.config.execution.rows_per_block):
-        buffer = torch.cat([buffer[max(0, len(buffer) - width) :], rows.float()])
+    for first_row, rows in blocks:
+        buffer = torch.cat([buffer[max(0, len(buffer) - width) :], (rows.bfloat16() if rounds else rows).float()])
         n_ready = int(np.searchsorted(ends, first_row + len(rows), side="right"))
         for low in range(n_done, n_ready, GROUP_WINDOWS):
             part = by_end[low : min(low + GROUP_WINDOWS, n_ready)]

@@ -145,7 +145,7 @@ def make_world():
         content = {
             "harvest": {"hook_points": [HOOK]},
             "saes": [{"hook_point": HOOK, "architecture": architecture, "d_sae": d_sae, "k": min(5, d_sae)}],
-            "features": {"top_k": 4, "n_random": 12, "window": 5, "n_intervals": 4, "examples_per_interval": 3} | features,
+            "features": {"top_k": 4, "n_random": 12, "window": 5, "n_intervals": 4, "examples_per_interval": 3, "distinct_tokens": 0} | features,
             "execution": {"rows_per_block": 64},
         }
         sources = [ShardSource(index=i, fingerprint=f"f{i}", n_documents=1, n_bytes=1, spec={}) for i in range(len(sizes))]
@@ -251,9 +251,14 @@ def _expect_record(world: World, dense: list[np.ndarray], latent: int, features:
     top, seen = [], set()
     for firing in sorted(firings):
         document = (firing[2], int(world.shards[firing[2]].documents[firing[3]]))
-        if len(top) < features.top_k and not (features.one_per_document and document in seen):
+        if len(top) < features.top_k * (4 if features.distinct_tokens else 1) and not (features.one_per_document and document in seen):
             top.append(firing)
             seen.add(document)
+    if features.distinct_tokens:
+        texts = {}
+        for firing in top:
+            texts.setdefault(_expect_context(world, firing, features.distinct_tokens), firing)
+        top = list(texts.values())[: features.top_k]
     by_priority = sorted(firings, key=lambda firing: firing[1])
     values = sorted(-firing[0] for firing in firings)
     quantiles = [values[i * (len(values) - 1) // features.n_intervals] for i in range(features.n_intervals + 1)] if values else []
@@ -274,6 +279,14 @@ def _expect_record(world: World, dense: list[np.ndarray], latent: int, features:
         "intervals": intervals,
         "random": [_expect_window(world, dense, latent, firing) for firing in by_priority[: min(20, features.n_random)]],
     }
+
+
+def _expect_context(world: World, firing: tuple[float, int, int, int], n_tokens: int) -> tuple[int, ...]:
+    """Return the tokens around a firing, -1 outside its context and document."""
+    _, _, index, row = firing
+    shard = world.shards[index]
+    places = range(row - n_tokens, row + n_tokens + 1)
+    return tuple(int(shard.token_ids[place]) if 0 <= place < len(shard.rows) and _belong_together(shard, place, row) else -1 for place in places)
 
 
 def _expect_window(world: World, dense: list[np.ndarray], latent: int, firing: tuple[float, int, int, int]) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import torch
 
 from interp_assets.corpus.tokens import load_tokens
 from interp_assets.errors import InputError, NonFiniteError
-from interp_assets.manifest import create_artifact, read_file
+from interp_assets.manifest import create_artifact, read_file, remove_artifact
 from interp_assets.tensors import load_tensors
 from interp_assets.train.checkpoint import save_sae
 from interp_assets.train.refs import sae_ref
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, SAMPLE, STATISTICS, Job, find_candidates, in_sample
-from interp_assets.visualize.encoder import Encoder
+from interp_assets.visualize.encoder import Encoder, row_limits
 from interp_assets.visualize.examples import select_examples
 
 
@@ -60,15 +60,16 @@ def test_the_sum_of_all_counts_is_the_number_of_firings(make_world):
             assert produced.manifest.facts["n_firings"] == read_table(world, produced, FIRINGS).num_rows == int(tensors["count"].sum())
 
 
-def test_reducing_in_small_steps_gives_the_same_files(make_world):
-    """A job whose collection is full reduces it on the way; what it writes must not tell."""
+@pytest.mark.parametrize("spill_bytes", [1 << 30, 3000, 0])
+def test_reducing_in_small_steps_gives_the_same_files(make_world, spill_bytes):
+    """A job whose collection is full reduces it on the way, and whose memory is full spills; what it writes must not tell."""
     world = make_world("jump_relu", sizes=(700,))
     whole = run_pass(world, 0, 0)
     tokens, encoder = load_tokens(world.pipeline, world.store, 0), Encoder(world.sae, 0, 12, torch.device("cpu"))
-    job = Job(world.pipeline, encoder, tokens, 0, whole.manifest.facts["histogram_origin"], n_full=100)
+    job = Job(world.pipeline, encoder, tokens, 0, whole.manifest.facts["histogram_origin"], n_full=100, spill_bytes=spill_bytes)
     for first in range(0, 700, 64):
         block = encoder.prepare(world.shards[0].rows[first : first + 64], 64, "here")
-        for scan in encoder.scan(block, None):
+        for scan in encoder.scan(block, row_limits(tokens.valid[first : first + 64], -np.inf)):
             job.add(scan, first)
     ref = whole.ref._replace(path="elsewhere")
     with create_artifact(world.store, ref) as art:
@@ -76,6 +77,7 @@ def test_reducing_in_small_steps_gives_the_same_files(make_world):
     for name in (CANDIDATES, FIRINGS, SAMPLE):
         mine = pq.read_table(io.BytesIO(read_file(world.store, "elsewhere", art.manifest, name)))
         assert mine.equals(read_table(world, whole, name)), name
+    assert (job._runs.spilled_bytes > 0) == (spill_bytes < 1 << 30)
     assert art.manifest.file(STATISTICS).checksums == whole.manifest.file(STATISTICS).checksums
 
 
@@ -148,6 +150,7 @@ def test_candidates_of_an_earlier_training_are_redone_and_never_mixed(make_world
     world = make_world("relu")
     old = [run_pass(world, index, 0) for index in range(3)]
     world.sae.b_enc.sub_(1)
+    remove_artifact(world.store, sae_ref(world.pipeline, "demo").path)
     with create_artifact(world.store, sae_ref(world.pipeline, "demo")) as art:
         save_sae(art, world.sae, world.pipeline, world.pipeline.config.sae("demo"), l0=4.0)
     again = run_pass(world, 1, 0)

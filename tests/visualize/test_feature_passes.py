@@ -1,18 +1,24 @@
 """All four passes against brute force, on small integers: exact arithmetic, many ties."""
 
+import io
 import json
 from pathlib import Path
 
 import jsonschema
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 import interp_assets.visualize.records
-from interp_assets.errors import InputError
-from interp_assets.manifest import remove_artifact
+from interp_assets.errors import InputError, PlanError
+from interp_assets.manifest import load_manifest, read_file, remove_artifact
+from interp_assets.tensors import load_tensors
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
+from interp_assets.visualize.gather import gathered_name
 from interp_assets.visualize.records import write_records
+from interp_assets.visualize.refs import windows_ref
 from interp_assets.visualize.windows import fire_windows
 
 SCHEMA = json.loads(Path(interp_assets.visualize.records.__file__).with_name("feature_record.schema.json").read_text(encoding="utf-8"))
@@ -45,6 +51,21 @@ def test_records_equal_brute_force(make_world, run_passes, read_records, expect_
         assert record["statistics"]["quantiles"] == wanted["quantiles"]
         for name in ("top", "intervals", "random"):
             assert record["examples"][name] == wanted[name], (record["latent"], name)
+
+
+@pytest.mark.parametrize("one_per_document", [True, False])
+def test_top_examples_that_repeat_a_text_are_shown_once(make_world, run_passes, read_records, expect_records, one_per_document):
+    """Copied files fill the top of many latents. Two words make every text a copy of another; any cutting of the work agrees."""
+    world = make_world("relu", one_per_document=one_per_document)
+    for shard in world.shards:
+        shard.token_ids = np.where(shard.valid, 1 + (shard.token_ids & 1), shard.token_ids).astype(np.uint32)
+    shown = {}
+    for n_tokens in (0, 1, 2):
+        variant = world.variant(distinct_tokens=n_tokens, latent_slices=1 + n_tokens)
+        records = read_all(variant, run_passes, read_records)
+        shown[n_tokens] = [record["examples"]["top"] for record in records]
+        assert shown[n_tokens] == [wanted["top"] for wanted in expect_records(variant)]
+    assert len(set(map(str, shown.values()))) == 3
 
 
 @pytest.mark.parametrize("kind", ["jump_relu", "topk"])
@@ -161,3 +182,29 @@ def test_mean_sums_are_exact_in_units_of_two_to_the_minus_sixteen(make_world, ru
     world = make_world("relu")
     for record, dense in zip(read_all(world, run_passes, read_records), np.concatenate(world.dense()).T, strict=True):
         assert record["statistics"]["mean"] == float(f"{dense.sum() / max(1, (dense > 0).sum()):.4g}")
+
+
+@pytest.mark.parametrize("keep", ["all", "candidates"])
+def test_gathered_rows_are_those_of_the_windows_and_change_nothing_else(make_world, run_passes, read_records, keep):
+    """The literal way, for those who need the activations themselves: each row once, in order, for each latent slice."""
+    world = make_world("jump_relu", keep=keep)
+    expected = read_all(world, run_passes, read_records)
+    other = world.variant(keep=keep, gather=True, n_random=12)
+    assert read_all(other, run_passes, read_records) == expected
+    for index, shard in enumerate(world.shards):
+        ref = windows_ref(other.pipeline, "demo", index)
+        manifest = load_manifest(other.store, ref)
+        windows = pq.read_table(io.BytesIO(read_file(other.store, ref.path, manifest, "windows.parquet"))).to_pydict()
+        for latent_slice, bounds in enumerate(((0, 12), (12, 24))):
+            tensors = load_tensors(other.store, ref.path, manifest, gathered_name(latent_slice))
+            columns = zip(windows["latent"], windows["first_row"], windows["length"], strict=True)
+            rows = {row & 0xFFFFFFFF for latent, first, n in columns if bounds[0] <= latent < bounds[1] for row in range(first, first + n)}
+            assert tensors["row"].tolist() == sorted(rows)
+            assert torch.equal(tensors["activations"], shard.rows[tensors["row"]])
+
+
+def test_a_gather_that_would_write_more_than_twice_the_shard_is_refused(make_world, run_passes):
+    """At a million latents it is petabytes; the message says how much and what to do instead."""
+    world = make_world("relu", gather=True, latent_slices=6)
+    with pytest.raises(PlanError, match=r"Dataset shard 0 of SAE 'demo': the rows .* of 6 latent slices are .* times the shard's 150;"):
+        run_passes(world)

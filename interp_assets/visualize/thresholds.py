@@ -1,0 +1,104 @@
+"""A dataset shard becomes firings, block by block; a `topk` SAE's thresholds per row are found once and shared by all latent slices.
+
+Which latents of a `topk` SAE fire on a row depends on all of them. A job that has all latents finds thresholds and firings in one pass. With
+several slices, the first job of a shard goes over all latents and publishes the thresholds; the jobs of the other slices read them and
+multiply their own columns only: two encodes of the data in all, not one for each slice. Jobs that begin at the same time do that pass each
+and publish equal bytes. Pass C reads the same thresholds, so windows and candidates agree on what fires.
+
+The artifact `row_thresholds` holds `thresholds.safetensors`: `threshold` float32, one for each row of the shard.
+"""
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from interp_assets.garcon.device import choose_device
+from interp_assets.harvest.rows import iter_row_blocks
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import Store
+from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.train.sae import Sae
+from interp_assets.visualize.encoder import Encoder, Scan, row_limits
+from interp_assets.visualize.lineage import create_current, find_current, load_current
+from interp_assets.visualize.refs import thresholds_ref
+
+THRESHOLDS: Final = "thresholds.safetensors"
+
+
+class BlockFirings(NamedTuple):
+    """Firings of one block of rows, tile by tile; rows are counted from `first_row`."""
+
+    first_row: int
+    n_rows: int
+    scans: list[Scan]
+    thresholds: NDArray[np.float32] | None
+    """The rows' thresholds where they were found on the way."""
+
+
+class Dataset(NamedTuple):
+    """The shard that is read, and the training of the SAE that reads it."""
+
+    name: str
+    """The SAE's name."""
+    digest: str
+    shard: int
+    is_valid: NDArray[np.bool_]
+
+
+def iter_firings(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset, encoder: Encoder) -> Iterator[BlockFirings]:
+    """Yield what fires of the encoder's latents on the valid rows of a shard. Publishes a `topk` SAE's thresholds when nobody has."""
+    is_topk, is_whole = sae.kind == "topk", (encoder.start, encoder.stop) == (0, sae.d_sae)
+    if is_topk and is_whole:
+        thresholds = []
+        for block in _iter_blocks(pipeline, store, data, encoder, None):
+            assert block.thresholds is not None
+            thresholds.append(block.thresholds)
+            yield block
+        _publish(pipeline, store, data, thresholds)
+        return
+    if is_topk:
+        _find_thresholds(pipeline, store, sae, data)
+    limits = load_thresholds(pipeline, store, data.name, data.shard, data.digest) if is_topk else -np.inf
+    yield from _iter_blocks(pipeline, store, data, encoder, row_limits(data.is_valid, limits))
+
+
+def load_thresholds(pipeline: Pipeline, store: Store, name: str, index: int, digest: str) -> NDArray[np.float32]:
+    """Read the thresholds of a shard's rows. Raises `ArtifactMissingError` before any slice has been through pass A."""
+    ref = thresholds_ref(pipeline, name, index)
+    (manifest,) = load_current(store, [ref], digest)
+    return load_tensors(store, ref.path, manifest, THRESHOLDS)["threshold"].numpy()
+
+
+def _find_thresholds(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset) -> None:
+    """Go over all latents and publish the thresholds, unless they are there."""
+    if find_current(store, thresholds_ref(pipeline, data.name, data.shard), data.digest):
+        return
+    device, dtype = choose_device(pipeline.config.execution.device), pipeline.config.features.encode_dtype
+    encoder = Encoder(sae, 0, sae.d_sae, device, dtype=dtype)
+    found = [block.thresholds for block in _iter_blocks(pipeline, store, data, encoder, None)]
+    _publish(pipeline, store, data, [part for part in found if part is not None])
+
+
+def _iter_blocks(pipeline: Pipeline, store: Store, data: Dataset, encoder: Encoder, limits: NDArray[np.float32] | None) -> Iterator[BlockFirings]:
+    """Yield the firings above the rows' limits, or with no limits those of a `topk` SAE."""
+    hook_point, n_block = pipeline.config.sae(data.name).hook_point, pipeline.config.execution.rows_per_block
+    for first_row, rows in iter_row_blocks(pipeline, store, hook_point, data.shard, n_block):
+        block = encoder.prepare(rows, n_block, f"Activation shard {data.shard} at {hook_point}, from row {first_row:,}")
+        here = slice(first_row, first_row + len(rows))
+        if limits is not None:
+            yield BlockFirings(first_row, len(rows), encoder.scan(block, limits[here]), None)
+        else:
+            found = encoder.scan_topk(block, data.is_valid[here])
+            yield BlockFirings(first_row, len(rows), found.scans, found.thresholds)
+
+
+def _publish(pipeline: Pipeline, store: Store, data: Dataset, thresholds: list[NDArray[np.float32]]) -> None:
+    ref = thresholds_ref(pipeline, data.name, data.shard)
+    if find_current(store, ref, data.digest):
+        return
+    with create_current(store, ref, data.digest) as art:
+        save_tensors(art, THRESHOLDS, {"threshold": torch.from_numpy(np.concatenate([np.empty(0, np.float32), *thresholds]))})
+        art.facts |= {"n_rows": len(data.is_valid)}

@@ -1,0 +1,156 @@
+"""The scan: compiled, plain and fused paths find the same firings, for every firing rule and however rows and latents are cut."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from interp_assets.train.sae import Sae
+from interp_assets.visualize.encoder import Encoder, row_limits
+from interp_assets.visualize.kernels import TILE
+
+CPU = torch.device("cpu")
+
+
+def make_sae(kind, d_in=24, d_sae=TILE + 77, k=9, seed=0):
+    """Make an SAE of small integers, whose products are exact in any order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator).float()
+
+    threshold = draw(0, 9, d_sae) if kind == "jump_relu" else torch.zeros(d_sae)
+    k = k if kind == "topk" else 0
+    return Sae(
+        kind=kind,
+        W_enc=draw(-2, 3, d_in, d_sae),
+        b_enc=draw(-9, 2, d_sae),
+        W_dec=draw(-2, 3, d_sae, d_in),
+        b_dec=torch.zeros(d_in),
+        threshold=threshold,
+        k=k,
+    )
+
+
+def make_rows(n=150, d_in=24, seed=1):
+    """Make rows of small integers, some of them not valid."""
+    rows = torch.randint(-3, 4, (n, d_in), generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return rows, np.random.default_rng(seed).random(n) < 0.9
+
+
+def find(sae, rows, is_valid, n_block=64, start=0, stop=None, **how):
+    """Return (latent, row) -> activation of all firings."""
+    encoder = Encoder(sae, start, sae.d_sae if stop is None else stop, CPU, **how)
+    found, thresholds = {}, []
+    for first in range(0, len(rows), n_block):
+        block = encoder.prepare(rows[first : first + n_block], n_block, "here")
+        valid = is_valid[first : first + n_block]
+        if sae.kind == "topk":
+            scans, own = encoder.scan_topk(block, valid)
+            thresholds += own.tolist()
+        else:
+            scans = encoder.scan(block, row_limits(valid, -np.inf))
+        for scan in scans:
+            low, _ = encoder.tile_bounds(scan.tile)
+            places = zip((scan.latents + low).tolist(), (scan.rows + first).tolist(), strict=True)
+            assert all((np.diff(scan.rows[scan.latents == latent].astype(int)) > 0).all() for latent in np.unique(scan.latents))
+            found |= dict(zip(places, scan.activations.tolist(), strict=True))
+    return found, thresholds
+
+
+def expect(sae, rows, is_valid):
+    """Encode densely and list what is positive."""
+    dense = sae.encode(rows) * torch.from_numpy(is_valid)[:, None]
+    places = dense.T.nonzero().tolist()
+    return {(latent, row): float(dense[row, latent]) for latent, row in places}
+
+
+@pytest.mark.parametrize("path", ["auto", "plain"])
+@pytest.mark.parametrize("kind", ["relu", "jump_relu", "topk"])
+def test_every_path_finds_the_firings_of_a_dense_encode(kind, path):
+    """The compiled loops look at peaks of rows only; a firing they overlook would be missing for ever."""
+    sae, (rows, is_valid) = make_sae(kind), make_rows()
+    found, thresholds = find(sae, rows, is_valid, path=path)
+    assert found == expect(sae, rows, is_valid)
+    if kind == "topk":
+        assert thresholds == sae.threshold_for(sae.pre_activations(rows))[:, 0].tolist()
+
+
+@pytest.mark.parametrize("k", [1, 511, 512, 513, 588, 589, 700])
+def test_topk_holds_for_any_k(k):
+    """A row may keep one latent, more than a tile holds, all but one, or all."""
+    sae, (rows, is_valid) = make_sae("topk", k=k), make_rows(40)
+    found, thresholds = find(sae, rows, is_valid)
+    assert found == expect(sae, rows, is_valid)
+    assert thresholds == sae.threshold_for(sae.pre_activations(rows))[:, 0].tolist()
+
+
+def test_dense_firing_outgrows_the_first_columns():
+    """A latent that fires everywhere fills the columns of a thread, which then grow and are filled again."""
+    sae, (rows, is_valid) = make_sae("relu"), make_rows(300)
+    sae.b_enc.fill_(200.0)
+    found, _ = find(sae, rows, is_valid, n_block=320)
+    assert len(found) == sae.d_sae * is_valid.sum()
+    assert found == expect(sae, rows, is_valid)
+
+
+def test_rounded_operands_give_float32_sums():
+    """With bfloat16 the operands are rounded, and nothing else: the bits are those of a float32 product of rounded values."""
+    generator = torch.Generator().manual_seed(3)
+    sae = make_sae("relu")
+    sae.W_enc.copy_(torch.randn(sae.W_enc.shape, generator=generator))
+    rows, is_valid = torch.randn(64, 24, generator=generator), np.ones(64, np.bool_)
+    found, _ = find(sae, rows, is_valid, dtype="bfloat16")
+    rounded, _ = find(Sae(**(vars(sae) | {"W_enc": sae.W_enc.bfloat16().float()})), rows.bfloat16().float(), is_valid)
+    exact, _ = find(sae, rows, is_valid)
+    assert found == rounded
+    assert found != exact
+    common = found.keys() & exact.keys()
+    assert len(common) > 0.95 * len(exact)
+    assert max(abs(found[place] - exact[place]) for place in common) < 0.2
+
+
+INTERPRETED = """
+import sys, warnings
+sys.path.insert(0, "tests/visualize")
+import numpy as np, torch
+import interp_assets.visualize.fused as fused
+import test_feature_encoder as plain
+fused.BM, fused.BN, fused.BK, fused.GM, fused._FIRST_PLACES = 32, 128, 16, 2, 64
+for kind in ("relu", "jump_relu"):
+    sae, (rows, is_valid) = plain.make_sae(kind), plain.make_rows(90)
+    found, _ = plain.find(sae, rows, is_valid, path="fused")
+    assert found == plain.expect(sae, rows, is_valid), kind
+    assert len(found) > 1000
+sae, (rows, is_valid) = plain.make_sae("topk"), plain.make_rows(64)
+limits = plain.row_limits(is_valid, sae.threshold_for(sae.pre_activations(rows))[:, 0].numpy())
+scans = plain.Encoder(sae, 0, sae.d_sae, plain.CPU, path="fused").scan(rows.float(), limits)
+found = {(latent + plain.TILE * scan.tile, row): value for scan in scans for latent, row, value in zip(*(c.tolist() for c in scan[1:]))}
+assert found == plain.expect(sae, rows, is_valid)
+print("the fused kernel finds", len(found))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton (Linux), no GPU needed")
+def test_the_fused_kernel_finds_the_same_firings():
+    """The kernel that a GPU runs, in Triton's interpreter, bins overflowing and growing on the way; the last rows and latents are padding."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the fused kernel finds" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("path", ["auto", "plain"])
+def test_a_gpu_finds_the_firings_of_a_dense_encode(path):
+    """On a real accelerator, compiled: integers are exact there too."""
+    sae, (rows, is_valid) = make_sae("jump_relu"), make_rows(3000)
+    encoder = Encoder(sae, 0, sae.d_sae, torch.device("cuda"), path=path)
+    scans = encoder.scan(encoder.prepare(rows, 3000, "here"), row_limits(is_valid, -np.inf))
+    columns = (zip((s.latents + encoder.tile_bounds(s.tile)[0]).tolist(), s.rows.tolist(), s.activations.tolist(), strict=True) for s in scans)
+    assert {(latent, row): value for rows_ in columns for latent, row, value in rows_} == expect(sae, rows, is_valid)
