@@ -17,8 +17,11 @@ from rich.console import Console
 
 from interp_assets.config import PipelineConfig, demo_config, load_config
 from interp_assets.errors import InputError, InterpError
+from interp_assets.web.commands import export, labels_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app.command()(export)
+app.add_typer(labels_app, name="labels")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -132,6 +135,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; other machines need a token.")] = "127.0.0.1",
     port: PortOption = 8420,
     token: Annotated[str | None, typer.Option(help="Ask for this token.", envvar="INTERP_TOKEN")] = None,
+    notes: Annotated[Path, typer.Option(help="Folder of lists and notes: one JSON file a bundle, made by the first note.")] = Path("feature-notes"),
 ) -> None:
     """Open the feature browser."""
     from interp_assets.web.opened import find_bundles
@@ -141,7 +145,7 @@ def serve(
     bundles = find_bundles(path or f"{pipeline.root}/{pipeline.name}")
     port = _free_port(host, port)
     out.print(f"Feature browser: http://{host}:{port}   (Ctrl-C stops it)", soft_wrap=True)
-    serve_bundles(bundles, host=host, port=port, token=token)
+    serve_bundles(bundles, host=host, port=port, token=token, notes=notes)
 
 
 @app.command()
@@ -209,7 +213,7 @@ def _show(config: PipelineConfig, config_path: Path | None, port: int, dagster_p
     out.print(f"\nFeature browser: http://127.0.0.1:{port}", soft_wrap=True)
     out.print(f"Dagster's UI:    {dagster.url}   (ready in some seconds; log: {dagster.log})\nCtrl-C stops both.", soft_wrap=True)
     with dagster:
-        serve_bundles(bundles, port=port)
+        serve_bundles(bundles, port=port, notes=Path("feature-notes"))
 
 
 def _free_port(host: str, port: int) -> int:

@@ -6,7 +6,7 @@ A server on one's own machine is reachable by every page open in the same browse
 2. `Origin`, where a browser sends one, must be the server itself;
 3. when a token is set, it must come as `Authorization: Bearer`, as `?token=` (which is turned into a cookie and removed from the
    address), or as that cookie, which holds a hash of it; all are compared in constant time;
-4. an address longer than `MAX_QUERY_BYTES` is refused;
+4. an address longer than `MAX_QUERY_BYTES` is refused, and a body longer than `MAX_BODY_BYTES`, or of unknown length;
 5. every answer carries a content security policy under which nothing but the server's own files is loaded and no inline script runs.
 
 Written as plain ASGI, so that streamed answers stay streams.
@@ -26,6 +26,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_QUERY_BYTES: Final = 4096
+MAX_BODY_BYTES: Final = 64 << 10
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 COOKIE: Final = "interp_token"
 SECURITY_HEADERS: Final = (
@@ -73,6 +74,8 @@ class Guard:
         if len(scope["query_string"]) > MAX_QUERY_BYTES:
             what = f"The query has {len(scope['query_string']):,} bytes, at most {MAX_QUERY_BYTES:,} are read."
             return 414, what, "Ask for less: a shorter search, fewer filters."
+        if scope["method"] not in ("GET", "HEAD") and not _is_small(headers.get("content-length", "")):
+            return 413, f"What is sent needs a Content-Length of at most {MAX_BODY_BYTES:,} bytes.", "Send less."
         if self._token is not None and not self._is_known(scope, headers):
             return 401, "This server asks for its token.", "Open the address that `interp serve` printed; it ends in ?token=..."
         return None
@@ -90,6 +93,10 @@ class Guard:
 
     def _wants_cookie(self, scope: Scope) -> bool:
         return self._token is not None and scope["method"] == "GET" and _query_token(scope) is not None
+
+
+def _is_small(length: str) -> bool:
+    return length.isdigit() and len(length) < 10 and int(length) <= MAX_BODY_BYTES
 
 
 def _query_token(scope: Scope) -> str | None:

@@ -67,7 +67,7 @@ class OpenBundle:
 
     def __init__(self, place: BundlePlace) -> None:
         """Read manifest and description. Raises `ArtifactError` when this release cannot show the bundle."""
-        self.name = place.name
+        self.name, self.place = place.name, place
         self._store, self._path = place
         self.manifest: Manifest = read_manifest(self._store, self._path)
         if self.manifest.kind != KIND:
@@ -85,7 +85,9 @@ class OpenBundle:
         """Return the table of statistics with its search index."""
         with self._lock:
             if self._table is None:
-                self._table = FeatureTable(self)
+                from interp_assets.web.labels import find_labels  # noqa: PLC0415 - labels are read through an open bundle
+
+                self._table = FeatureTable(self, find_labels(self))
             return self._table
 
     @cached_property

@@ -11,7 +11,7 @@ find tokens by their own spaces, a part may be quoted: `" in"` finds ` in`, ` in
 A single ASCII letter or digit would select half of all tokens, so it finds only the token that is that character, with or without spaces.
 
 Why not SQLite's FTS5, which `labels.py` uses for sentences: it wants a whole local file, so not a bucket and not a static host, and it takes seconds
-for the union of some hundred frequent tokens (docs/decisions/0003). Cost: 4 bytes a posting, some 100 bytes a feature; build 1 us a feature.
+for the union of some hundred frequent tokens (docs/decisions/0006). Cost: 4 bytes a posting, some 100 bytes a feature; build 1 us a feature.
 """
 
 import re
@@ -28,6 +28,8 @@ from interp_assets.web.columns import WordIds
 
 COLUMNS: Final = ("peaks", "raised", "lowered")
 """Tokens at the peaks of the top examples, top logits, bottom logits."""
+LABEL: Final = "label"
+"""What a part may name besides: the labels that were imported for the bundle."""
 POSTINGS: Final = "search/postings.bin"
 OFFSETS: Final = "search/postings.idx"
 POSTING_BLOCK: Final = 64 << 10
@@ -115,22 +117,28 @@ class Index:
         self._folded = [word.casefold() for word in words]
         self._offsets, self._read = offsets, read
 
-    def search(self, query: str, n_features: int) -> NDArray[np.bool_] | None:
-        """Mark the latents that match `query`; None when it is empty. Raises `InputError` for a query that is too long or reads too much."""
+    def search(self, query: str, n_features: int, labelled: Callable[[str], Iterable[NDArray[np.uint32]]] | None = None) -> NDArray[np.bool_] | None:
+        """Mark the latents that match `query`; None when it is empty. `labelled` finds latents by a piece of a label.
+
+        Raises `InputError` for a query that is too long or reads too much.
+        """
         if len(query) > MAX_QUERY:
             raise InputError(f"The query has {len(query):,} characters, at most {MAX_QUERY} are searched. Shorten it.")
         parts = parse_query(query)
         if not parts:
             return None
-        plans = [self._plan(column, text) for column, text in parts]
+        plans = [[] if column == LABEL else self._plan(column, text) for column, text in parts]
         n_postings = sum(span.stop - span.start for plan in plans for span in plan)
         if n_postings > MAX_POSTINGS:
             raise InputError(f"{query!r} would read {n_postings:,} entries of the index, at most {MAX_POSTINGS:,} are read. Use longer pieces.")
         found = np.ones(n_features, bool)
-        for plan in plans:
+        for (column, text), plan in zip(parts, plans, strict=True):
             mask = np.zeros(n_features, bool)
             for latents in self._read(plan):
                 mask[latents] = True
+            if labelled and column in ("", LABEL):
+                for latents in labelled(text):
+                    mask[latents] = True
             found &= mask
         return found
 
@@ -178,7 +186,7 @@ def parse_query(query: str) -> list[tuple[str, str]]:
     """Cut a query into (column or "", text)."""
     parts = []
     for column, quoted, plain in _PART.findall(query):
-        if column and column not in COLUMNS:
+        if column and column not in (*COLUMNS, LABEL):
             parts.append(("", f"{column}:{quoted or plain}"))  # a token may hold a colon
         else:
             parts.append((column, quoted or plain))

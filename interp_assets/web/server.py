@@ -1,11 +1,14 @@
 """Bundles become a web site: the built pages, the bundles' files by range, and a small JSON interface for lists.
 
     GET /                                   the pages (static files built from `frontend/`)
-    GET /api/bundles                        every bundle that is served, with what is wrong with those that cannot be shown
+    GET /site.json, /api/bundles            every bundle that is served, with what is wrong with those that cannot be shown
     GET /api/bundles/{name}                 description, columns, distributions
     GET /api/bundles/{name}/features        rows of the list: sort, descending, life, filter (repeated), q, offset, limit
     GET /api/bundles/{name}/rows            rows of the named latents: latent (repeated)
     GET /api/bundles/{name}/place           where `latent` stands in that list, and its neighbours there
+    GET /api/bundles/{name}/labels          what was imported about `latent`, with provenance
+    GET /api/bundles/{name}/notes           lists and notes, kept in a local file
+    PUT /api/bundles/{name}/notes/{latent}  set the note of one latent, and the lists that it stands in
     GET /bundles/{name}/{file}              a file of the bundle: Range, ETag, verified against the manifest
 
 A feature page needs only the last one, so it works on any static host too. Errors are JSON: what is wrong, and what to do.
@@ -17,17 +20,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI, Query, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from numpy.typing import NDArray
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from interp_assets.errors import ArtifactError, ConfigError, InputError, InterpError, StoreError
 from interp_assets.web import table
 from interp_assets.web.files import file_response
 from interp_assets.web.guard import LOOPBACK, Guard
+from interp_assets.web.notes import Notebook
 from interp_assets.web.opened import BrokenBundle, BundlePlace, OpenBundle, open_bundle
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -41,8 +49,17 @@ class NotFoundError(InterpError):
     """The address names nothing that is served."""
 
 
-def make_app(bundles: Sequence[BundlePlace], *, token: str | None = None, hosts: Sequence[str] = (), static: Path = STATIC) -> FastAPI:
-    """Make the web application for `bundles`.
+class Change(BaseModel):
+    """What a page sends about one latent."""
+
+    note: str = ""
+    lists: list[str] = []
+
+
+def make_app(
+    bundles: Sequence[BundlePlace], *, token: str | None = None, hosts: Sequence[str] = (), static: Path = STATIC, notes: Path | None = None
+) -> FastAPI:
+    """Make the web application for `bundles`. `notes` is the folder of lists and notes; without one, pages keep none.
 
     `token` is asked for from everyone when set; `hosts` are names that requests may use besides the loopback ones (`"*"`: any, only
     sensible with a token). `static` is the folder of the built pages.
@@ -50,7 +67,9 @@ def make_app(bundles: Sequence[BundlePlace], *, token: str | None = None, hosts:
     app = FastAPI(title="interp-assets feature browser", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     opened = {place.name: open_bundle(place) for place in bundles}
     _add_errors(app)
-    _add_lists(app, opened)
+    notebooks = {name: Notebook(notes, name) for name in opened} if notes else {}
+    _add_lists(app, opened, notebooks)
+    _add_notes(app, opened, notebooks)
     _add_files(app, opened)
     _add_pages(app, static)
     app.add_middleware(Guard, token=token, hosts=tuple(hosts))
@@ -58,12 +77,19 @@ def make_app(bundles: Sequence[BundlePlace], *, token: str | None = None, hosts:
 
 
 def serve(
-    bundles: Sequence[BundlePlace], *, host: str = "127.0.0.1", port: int = DEFAULT_PORT, token: str | None = None, hosts: Sequence[str] = ()
+    bundles: Sequence[BundlePlace],
+    *,
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    token: str | None = None,
+    hosts: Sequence[str] = (),
+    notes: Path | None = None,
 ) -> None:
     """Serve until interrupted. Raises `ConfigError` when `host` is not a loopback address and no token protects it."""
     check_bind(host, token)
     allowed = tuple(hosts) or (("*",) if token else ())
-    uvicorn.run(make_app(bundles, token=token, hosts=allowed), host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    app = make_app(bundles, token=token, hosts=allowed, notes=notes)
+    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
 
 
 def check_bind(host: str, token: str | None) -> None:
@@ -75,20 +101,44 @@ def check_bind(host: str, token: str | None) -> None:
         )
 
 
-def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle]) -> None:
+def _add_notes(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook]) -> None:
+    @app.get("/api/bundles/{name}/notes")
+    def read_notes(name: str) -> dict[str, Any]:
+        _find(bundles, name)
+        return notebooks[name].read() if name in notebooks else {"file": None, "lists": {}, "notes": {}}
+
+    @app.put("/api/bundles/{name}/notes/{latent}")
+    def change_notes(name: str, latent: Annotated[int, PathParameter(ge=0)], change: Change) -> dict[str, Any]:
+        d_sae = _find(bundles, name).description["d_sae"]
+        if latent >= d_sae:
+            raise InputError(f"There is no feature {latent:,}: the SAE has {d_sae:,}.")
+        if name not in notebooks:
+            raise InputError("This server keeps no notes: start `interp serve` with --notes FOLDER.")
+        return notebooks[name].change(latent, change.note, change.lists)
+
+
+def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook]) -> None:
     @app.get("/api/bundles")
+    @app.get("/site.json")
     def list_all() -> dict[str, Any]:
-        return {"bundles": [_summary(bundle) for bundle in bundles.values()]}
+        return {"mode": "server", "notes": bool(notebooks), "bundles": [summarize(bundle) for bundle in bundles.values()]}
 
     @app.get("/api/bundles/{name}")
     def describe(name: str) -> dict[str, Any]:
-        return {"name": name, **_find(bundles, name).description}
+        bundle = _find(bundles, name)
+        columns = {**bundle.description["columns"], "labels": "label" in bundle.table().sortable}
+        return {"name": name, **bundle.description, "columns": columns}
+
+    @app.get("/api/bundles/{name}/labels")
+    def list_labels(name: str, latent: Annotated[int, Query(ge=0)]) -> dict[str, Any]:
+        return {"labels": _find(bundles, name).table().labels([latent]).get(latent, [])}
 
     @app.get("/api/bundles/{name}/features")
     def list_features(
         name: str, request: Request, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=table.MAX_ROWS)] = 100
     ) -> dict[str, Any]:
-        page = _find(bundles, name).table().page(_read_query(request), offset, limit)
+        bundle = _find(bundles, name)
+        page = bundle.table().page(_read_query(request), offset, limit, _listed(bundle, notebooks, request))
         return {**page._asdict(), "offset": offset}
 
     @app.get("/api/bundles/{name}/rows")
@@ -97,7 +147,8 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle]) -> N
 
     @app.get("/api/bundles/{name}/place")
     def find_place(name: str, request: Request, latent: Annotated[int, Query(ge=0)]) -> dict[str, Any]:
-        return _find(bundles, name).table().place(_read_query(request), latent)._asdict()
+        bundle = _find(bundles, name)
+        return bundle.table().place(_read_query(request), latent, _listed(bundle, notebooks, request))._asdict()
 
 
 def _add_files(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle]) -> None:
@@ -158,11 +209,25 @@ def _find(bundles: dict[str, OpenBundle | BrokenBundle], name: str) -> OpenBundl
     return bundle
 
 
-def _summary(bundle: OpenBundle | BrokenBundle) -> dict[str, Any]:
+def summarize(bundle: OpenBundle | BrokenBundle) -> dict[str, Any]:
+    """Return what the first page shows of a bundle."""
     if isinstance(bundle, BrokenBundle):
         return {"name": bundle.name, "error": {"what": bundle.reason, "do": ""}}
     described = {key: bundle.description.get(key) for key in _LISTED}
     return {"name": bundle.name, "created": bundle.manifest.created, "n_bytes": bundle.manifest.n_bytes, **described}
+
+
+def _listed(bundle: OpenBundle, notebooks: dict[str, Notebook], request: Request) -> NDArray[np.bool_] | None:
+    """Mark the latents of the person's list that the query names."""
+    wanted = request.query_params.get("list")
+    if wanted is None:
+        return None
+    lists = notebooks[bundle.name].read()["lists"] if bundle.name in notebooks else {}
+    if wanted not in lists:
+        raise InputError(f"There is no list called {wanted!r:.80}; there are {', '.join(lists) or 'none'}.")
+    mask = np.zeros(bundle.description["d_sae"], bool)
+    mask[[latent for latent in lists[wanted] if latent < len(mask)]] = True
+    return mask
 
 
 def _read_query(request: Request) -> table.Query:

@@ -7,7 +7,7 @@ not grow with the number of features beyond that and one query's columns (at ten
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from interp_assets.errors import InputError
 from interp_assets.web.columns import NO_WORD, ROW, ROW_BLOCK, ROWS, VALUES, WORD_COLUMNS, WORDS, decode_words
-from interp_assets.web.search import OFFSETS, POSTINGS, Index, Span, join_spans
+from interp_assets.web.search import LABEL, OFFSETS, POSTINGS, Index, Span, join_spans
 
 MAX_ROWS: Final = 500
 """Rows of one page."""
@@ -44,6 +44,23 @@ class Files(Protocol):
 
     def read_spans(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Read several ranges of one file at once."""
+        ...
+
+
+@runtime_checkable
+class Labels(Protocol):
+    """Labels that were imported for a bundle."""
+
+    def of(self, latents: Iterable[int]) -> list[dict[str, Any]]:
+        """Return the labels of some latents, the best of each first."""
+        ...
+
+    def search(self, text: str) -> NDArray[np.uint32]:
+        """Return the latents whose labels have `text`."""
+        ...
+
+    def order(self) -> NDArray[np.uint32]:
+        """Return the labelled latents, sorted by their best label."""
         ...
 
 
@@ -77,13 +94,14 @@ class Place(NamedTuple):
 class FeatureTable:
     """The statistics of all features of one bundle. Safe to use from several threads."""
 
-    def __init__(self, files: Files) -> None:
-        """Read nothing yet."""
-        self._files = files
+    def __init__(self, files: Files, labels: Sequence[Labels] = ()) -> None:
+        """Read nothing yet. `labels` are searched, sorted by and shown beside what the bundle holds."""
+        self._files, self._labels = files, labels
         self.n_features: int = files.description["d_sae"]
         self._n_live: int = files.description["n_live"]
         self._orders: dict[str, str] = files.description["columns"]["sortable"]
-        self.sortable, self.numeric = list(self._orders), list(files.description["columns"]["numeric"])
+        self.sortable = [*self._orders, *([LABEL] if labels else [])]
+        self.numeric = list(files.description["columns"]["numeric"])
         self._kept: OrderedDict[Any, NDArray[Any]] = OrderedDict()
         self._lock, self._words_lock = Lock(), Lock()
         self._words: list[str] | None = None
@@ -97,7 +115,7 @@ class FeatureTable:
         if not 0 < limit <= MAX_ROWS or offset < 0:
             raise InputError(f"Asked for {limit:,} rows from {offset:,}; ask for 1 to {MAX_ROWS} rows from 0 or later.")
         self._check(query)
-        if query.filters or query.text.strip() or among is not None:
+        if query.filters or query.text.strip() or among is not None or query.sort == LABEL:
             order = self.order(query, among)
             n_matches, latents = len(order), order[offset : offset + limit]
         else:
@@ -126,7 +144,7 @@ class FeatureTable:
     def order(self, query: Query, among: NDArray[np.bool_] | None = None) -> NDArray[np.uint32]:
         """Return the latents of a list in order; equal values stand in order of latent, and in falling lists in reverse."""
         self._check(query)
-        is_plain = not query.filters and not query.text.strip() and among is None
+        is_plain = not query.filters and not query.text.strip() and among is None and query.sort != LABEL
         if is_plain:
             return self._whole_order(query)
         if among is not None:
@@ -134,7 +152,7 @@ class FeatureTable:
         return self._keep(query, lambda: self._reduce(query, None))
 
     def _check(self, query: Query) -> None:
-        if query.sort not in self._orders:
+        if query.sort not in self.sortable:
             raise InputError(f"Cannot sort by {query.sort!r}; the table has {self.sortable}.")
         if query.life not in LIVES:
             raise InputError(f"{query.life!r} is none of all, live and dead.")
@@ -176,10 +194,21 @@ class FeatureTable:
             column = self._column(name)
             mask &= _RELATIONS[relation](column, column.dtype.type(value))  # compared in the column's own precision
         if query.text.strip():
-            found = self.index().search(query.text, self.n_features)
+            found = self.index().search(query.text, self.n_features, self._search_labels)
             mask &= found if found is not None else True
-        order = self._whole_order(query)
+        order = self._label_order(query) if query.sort == LABEL else self._whole_order(query)
         return order[mask[order]]
+
+    def _search_labels(self, text: str) -> Iterator[NDArray[np.uint32]]:
+        return (labels.search(text) for labels in self._labels)
+
+    def _label_order(self, query: Query) -> NDArray[np.uint32]:
+        """Return the labelled latents by label: those of the first set, then those that only later ones have."""
+        orders = np.concatenate([labels.order() for labels in self._labels])
+        order = orders[np.sort(np.unique(orders, return_index=True)[1])]
+        if query.life != "all":
+            order = order[(self._column("count")[order] > 0) == (query.life == "live")]
+        return order[::-1] if query.is_descending else order
 
     def _column(self, name: str) -> NDArray[Any]:
         path = f"list/{name}.bin"
@@ -209,7 +238,18 @@ class FeatureTable:
         lengths = np.minimum(ROW_BLOCK, self.n_features * ROW.itemsize - starts)
         parts = self._files.read_spans(ROWS, starts.tolist(), lengths.tolist())
         content = {int(block): np.frombuffer(part, ROW) for block, part in zip(blocks, parts, strict=True)}
-        return [_as_row(latent, content[latent // per_block][latent % per_block], words) for latent in latents.tolist()]
+        labels = self.labels(latents.tolist())
+        return [
+            {**_as_row(latent, content[latent // per_block][latent % per_block], words), "label": next(iter(labels.get(latent, [])), None)}
+            for latent in latents.tolist()
+        ]
+
+    def labels(self, latents: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
+        """Return all labels of some latents, by latent, with their provenance."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        for label in (label for labels in self._labels for label in labels.of(latents)):
+            found.setdefault(label["latent"], []).append(label)
+        return found
 
     def words(self) -> list[str]:
         """Return every distinct token, read once."""

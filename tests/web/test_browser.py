@@ -4,9 +4,8 @@ Without Chromium the tests are skipped with the reason, except where `CI` is set
 `python docs/screenshots.py`.
 """
 
+import csv
 import json
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,20 +16,17 @@ from typing import NamedTuple
 
 import pytest
 import uvicorn
+from chromium import Visit, skip_or_fail
 
 from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.store import ObjectStore, open_store
-from interp_assets.web.opened import list_bundles
+from interp_assets.web.labels import import_labels
+from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC, make_app
 from interp_assets.web.synthetic import build_synthetic_bundle
 
 pytestmark = pytest.mark.browser
 
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-WIDE = {"width": 1280, "height": 900}
 NARROW = {"width": 390, "height": 844}
 REPOSITORY = Path(__file__).parents[2]
 
@@ -46,37 +42,22 @@ class Site(NamedTuple):
         return f"{self.address}/#/{self.name}{path}"
 
 
-def _missing(reason: str) -> None:
-    if os.environ.get("CI"):
-        pytest.fail(f"{reason}; CI must run the browser tests")
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator:
-    """Start Chromium."""
-    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-    if path is None:
-        _missing("there is no Chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Serve an invented bundle of 300 features and one of a newer version, with the pages built from these sources."""
     built = subprocess.run([sys.executable, str(REPOSITORY / "frontend" / "build.py")], check=False, capture_output=True, text=True)
     if built.returncode:
-        _missing(f"the pages cannot be built: {built.stderr.strip()}")
+        skip_or_fail(f"the pages cannot be built: {built.stderr.strip()}")
     store = open_store(str(tmp_path_factory.mktemp("served")))
     build_synthetic_bundle(store, n_features=300)
     with create_artifact(store, make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="newer")) as art:
         art.put("bundle.json", json.dumps({"format": "interp-assets/feature-bundle", "version": 99}).encode())
     places = list_bundles(store)
-    server = uvicorn.Server(uvicorn.Config(make_app(places, static=STATIC), port=0, log_level="warning"))
+    labels = tmp_path_factory.mktemp("labels") / "labels.csv"
+    labels.write_text("latent,label,source,score\n4,<b>hostile</b> label,gpt,0.5\n9,Zebra,hand,\n4,worse label,gpt,0.1\n")
+    import_labels(next(OpenBundle(place) for place in places if place.name.startswith("synthetic")), labels)
+    notes = tmp_path_factory.mktemp("notes")
+    server = uvicorn.Server(uvicorn.Config(make_app(places, static=STATIC, notes=notes), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -86,42 +67,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     yield Site(f"http://127.0.0.1:{port}", name, store)
     server.should_exit = True
     thread.join(10)
-
-
-class Visit:
-    """One page of one browser context, with everything that it complained about."""
-
-    def __init__(self, chromium, **options) -> None:
-        self.context = chromium.new_context(viewport=WIDE, **options)
-        self.page = self.context.new_page()
-        self.complaints: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text) if message.type in ("error", "warning") else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.requests: list = []
-        self.page.on("request", lambda request: self.requests.append(request))  # noqa: PLW0108 - Playwright cannot wrap built-in functions
-        self.page.set_default_timeout(15_000)
-
-    def open(self, address: str, wait_for: str) -> None:
-        self.page.goto(address)
-        self.page.wait_for_selector(wait_for)
-
-
-@pytest.fixture
-def visit(chromium) -> Iterator[Visit]:
-    """Open a fresh page; at the end it must not have complained."""
-    visit = Visit(chromium, color_scheme="light")
-    yield visit
-    visit.context.close()
-    assert visit.complaints == []
-
-
-@pytest.fixture
-def unhappy_visit(chromium) -> Iterator[Visit]:
-    """Open a fresh page that is expected to meet failing requests, which Chromium reports in its console."""
-    visit = Visit(chromium, color_scheme="light")
-    yield visit
-    visit.context.close()
-    assert [text for text in visit.complaints if "Failed to load resource" not in text] == []
 
 
 def _heading(visit: Visit) -> str:
@@ -412,3 +357,81 @@ def test_a_server_that_has_gone_is_told(unhappy_visit: Visit, site: Site) -> Non
     page.evaluate(f"location.hash = '#/{site.name}/250'")
     page.wait_for_selector("[role=alert]")
     assert "The server does not answer" in page.get_by_role("alert").inner_text()
+
+
+def test_labels_are_shown_with_their_provenance(visit: Visit, site: Site) -> None:
+    """A label without its source and score would be taken for a fact; markup in it is text."""
+    visit.open(site.page(), "[role=row] a")
+    visit.page.get_by_role("button", name="labelled").click()
+    visit.page.wait_for_selector("[role=status]:has-text('2 of 300')")
+    assert visit.page.locator(".row .latent a").all_inner_texts() == ["4", "9"]
+    assert visit.page.locator(".row .said").all_inner_texts() == ["<b>hostile</b> label", "Zebra"]
+    visit.page.locator(".row .latent a").first.click()
+    visit.page.wait_for_selector("article li:has-text('worse label')")
+    shown = visit.page.locator("article header li").all_inner_texts()
+    assert "gpt" in shown[0]
+    assert "score 0.500" in shown[0]
+    assert "labels.csv, imported 20" in shown[0]
+    assert visit.page.locator("article header b").count() == 0
+    visit.open(site.page("?q=label%3Azeb"), "[role=row] a")
+    visit.page.wait_for_selector("[role=status]:has-text('1 of 300')")
+
+
+def test_a_note_and_a_list_are_kept(visit: Visit, site: Site) -> None:
+    """They are there after a reload, and the list can be opened as a list."""
+    visit.open(site.page("/40"), "h1:has-text('Feature 40')")
+    visit.page.get_by_label("Note on this feature").fill("looks like <i>indentation</i>")
+    visit.page.get_by_label("Add to a new list").fill("to check")
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_selector("button[aria-pressed=true]:has-text('to check')")
+    visit.page.reload()
+    visit.page.wait_for_selector("button[aria-pressed=true]:has-text('to check')")
+    assert visit.page.get_by_label("Note on this feature").input_value() == "looks like <i>indentation</i>"
+    visit.open(site.page("?list=to+check"), "[role=row] a")
+    visit.page.wait_for_selector("[role=status]:has-text('1 of 300')")
+    assert visit.page.get_by_label("My lists").input_value() == "to check"
+
+
+def test_two_features_stand_side_by_side(visit: Visit, site: Site) -> None:
+    """From a neighbour's link, by number, and from an address; on a telephone one below the other."""
+    visit.open(site.page("/1"), "h1:has-text('Feature 1')")
+    visit.page.get_by_label("Compare with feature").fill("2")
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_selector("h1:has-text('Two features')")
+    assert visit.page.locator("section h2").all_inner_texts()[0].startswith("Feature 1")
+    assert visit.page.locator("section h2").all_inner_texts()[1].startswith("Feature 2")
+    assert "decoder cosine" in visit.page.locator("table").inner_text()
+    visit.page.set_viewport_size(NARROW)
+    assert _fits(visit)
+    visit.page.reload()
+    visit.page.wait_for_selector("h1:has-text('Two features')")
+
+
+@pytest.mark.parametrize(
+    ("path", "selector"), [("/1", "h1:has-text('Feature 1')"), ("?sort=max&desc=1", "[role=row] a"), ("/1/with/{name}/2", "table")]
+)
+def test_what_is_on_the_screen_can_be_saved(visit: Visit, site: Site, path: str, selector: str, tmp_path: Path) -> None:
+    """JSON and CSV are what is shown; the HTML page shows the same with no script and no request."""
+    page = visit.page
+    visit.open(site.page(path.format(name=site.name)), selector)
+    page.wait_for_timeout(300)
+    saved = {}
+    for kind in ("JSON", "CSV", "HTML"):
+        page.get_by_role("button", name="Export").click()
+        with page.expect_download() as waiting:
+            page.get_by_role("button", name=kind, exact=True).click()
+        saved[kind] = tmp_path / waiting.value.suggested_filename
+        waiting.value.save_as(saved[kind])
+    assert json.loads(saved["JSON"].read_text())["format"].startswith("interp-assets/")
+    rows = list(csv.reader(saved["CSV"].read_text().splitlines()))
+    assert len({len(row) for row in rows if row}) == 1 or "\n" in saved["CSV"].read_text()
+    if path.startswith("?"):
+        assert [row[0] for row in rows[1:4]] == page.locator(".row .latent a").all_inner_texts()[:3]
+    heading = _heading(visit)
+    text = saved["HTML"].read_text()
+    assert "<script" not in text.replace("&lt;script", "")
+    visit.requests.clear()
+    page.goto(saved["HTML"].as_uri())
+    assert _heading(visit) == heading
+    assert [request.url for request in visit.requests if not request.url.startswith("file:")] == []
+    assert _colour(visit, "body", "color") != "rgb(0, 0, 0)"

@@ -1,8 +1,12 @@
-/** Asks the server, and keeps what may be asked again: vocabularies, record indices and the latest records. */
+/**
+ * Asks the server, or the files of a static host, and keeps what may be asked again: vocabularies, record indices and the latest records.
+ * `site.json` tells which of the two it is: `interp serve` answers it, `interp export --format site` writes it.
+ */
 import { Problem, asProblem } from './problem';
+import { StaticList } from './files';
 import { decodeRecord, locate, readSpan } from './record';
 import { listParameters, type ListState } from './route';
-import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Place } from './types';
+import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, Site } from './types';
 import { parseVocabulary, type Vocabulary } from './vocabulary';
 
 const KEPT_RECORDS = 400;
@@ -60,22 +64,61 @@ async function askJson<T>(path: string, signal?: AbortSignal): Promise<T> {
 const at = (name: string, rest: string): string => `api/bundles/${encodeURIComponent(name)}${rest}`;
 const fileOf = (name: string, file: string): string => `bundles/${encodeURIComponent(name)}/${file}`;
 
+const sites = new Memory<Site>(1);
+const staticLists = new Map<string, StaticList>();
+
+/** What this address serves, and how. */
+export function getSite(): Promise<Site> {
+  return sites.get('', () => askJson<Site>('site.json'));
+}
+
+/** The list of a bundle on a host with files only; null where a server answers. */
+async function staticList(name: string): Promise<StaticList | null> {
+  if ((await getSite()).mode === 'server') return null;
+  const found = staticLists.get(name) ?? new StaticList(await getBundle(name), (file) => ask(fileOf(name, file)), (file, start, stop) => readRange(fileOf(name, file), start, stop));
+  staticLists.set(name, found);
+  return found;
+}
+
 export async function listBundles(): Promise<BundleSummary[]> {
-  return (await askJson<{ bundles: BundleSummary[] }>('api/bundles')).bundles;
+  return (await getSite()).bundles;
 }
 
 export function getBundle(name: string): Promise<Bundle> {
-  return bundles.get(name, () => askJson<Bundle>(at(name, '')));
+  return bundles.get(name, async () => {
+    const site = await getSite();
+    if (site.mode === 'server') return askJson<Bundle>(at(name, ''));
+    const known = site.bundles.map((item) => item.name);
+    if (!known.includes(name)) throw new Problem(`No bundle is called '${name}'. This site has ${known.length}: ${known.slice(0, 10).join(', ')}.`, 'Go back to the list of bundles.');
+    return { ...(await askJson<Bundle>(fileOf(name, 'bundle.json'))), name };
+  });
 }
 
-export function getFeatures(name: string, state: ListState, offset: number, limit: number, signal?: AbortSignal): Promise<FeaturePage> {
+/** Read bytes [start, stop) of a file. A host without ranges sends the whole file, which is cut here. */
+async function readRange(path: string, start: number, stop: number): Promise<ArrayBuffer> {
+  // Not through the browser's cache: it lets only one request at a time touch an address, and lists ask for many ranges of one file.
+  const response = await ask(path, { headers: { Range: `bytes=${start}-${stop - 1}` }, cache: 'no-store' });
+  const body = await response.arrayBuffer();
+  const part = response.status === 206 ? body : body.slice(start, stop);
+  if (part.byteLength !== stop - start) {
+    const file = path.split('/').slice(2).join('/');
+    throw new Problem(`${file} ends early: ${stop - start} bytes from ${start} were asked for, ${part.byteLength} came.`, 'Run `interp verify` on the bundle and materialize `feature_browser` again.');
+  }
+  return part;
+}
+
+export async function getFeatures(name: string, state: ListState, offset: number, limit: number, signal?: AbortSignal): Promise<FeaturePage> {
+  const files = await staticList(name);
+  if (files) return files.page(state, offset, limit);
   const parameters = listParameters(state);
   parameters.set('offset', String(offset));
   parameters.set('limit', String(limit));
   return askJson<FeaturePage>(at(name, `/features?${parameters}`), signal);
 }
 
-export function getPlace(name: string, state: ListState, latent: number): Promise<Place> {
+export async function getPlace(name: string, state: ListState, latent: number): Promise<Place> {
+  const files = await staticList(name);
+  if (files) return files.place(state, latent);
   const parameters = listParameters(state);
   parameters.set('latent', String(latent));
   return askJson<Place>(at(name, `/place?${parameters}`));
@@ -84,6 +127,8 @@ export function getPlace(name: string, state: ListState, latent: number): Promis
 /** Rows of some latents, by latent: what the lists of neighbours show beside the numbers. */
 export async function getRows(name: string, latents: number[]): Promise<Map<number, FeatureRow>> {
   if (!latents.length) return new Map();
+  const files = await staticList(name);
+  if (files) return new Map((await files.rows(latents)).map((row) => [row.latent, row]));
   const parameters = new URLSearchParams(latents.map((latent) => ['latent', String(latent)]));
   const { rows } = await askJson<{ rows: FeatureRow[] }>(at(name, `/rows?${parameters}`));
   return new Map(rows.map((row) => [row.latent, row]));
@@ -111,13 +156,24 @@ async function fetchRecord(bundle: Bundle, latent: number): Promise<FeatureRecor
   const path = fileOf(bundle.name, file);
   const index = await indices.get(path, async () => (await ask(`${path}.idx`)).arrayBuffer());
   const { start, stop } = readSpan(index, place, file);
-  // Not through the browser's cache: it lets only one request at a time touch an address, and rows of a list ask for many ranges of one file.
-  const response = await ask(`${path}.bin`, { headers: { Range: `bytes=${start}-${stop - 1}` }, cache: 'no-store' });
-  const body = await response.arrayBuffer();
-  const member = response.status === 206 ? body : body.slice(start, stop); // a host without ranges sends it all
-  if (member.byteLength !== stop - start) {
-    const what = `${file}.bin ends early: ${stop - start} bytes of feature ${latent} were asked for, ${member.byteLength} came.`;
-    throw new Problem(what, 'Run `interp verify` on the bundle and materialize `feature_browser` again.');
-  }
+  const member = await readRange(`${path}.bin`, start, stop);
   return { ...(await decodeRecord(member, stored, file)), latent };
+}
+
+/** What was imported about a feature. A static host has none. */
+export async function getLabels(name: string, latent: number): Promise<Label[]> {
+  if ((await getSite()).mode === 'static' || !(await getBundle(name)).columns.labels) return [];
+  return (await askJson<{ labels: Label[] }>(at(name, `/labels?latent=${latent}`))).labels;
+}
+
+export async function getNotes(name: string): Promise<Notes> {
+  const site = await getSite();
+  if (site.mode === 'static' || !site.notes) return { file: null, lists: {}, notes: {} };
+  return askJson<Notes>(at(name, '/notes'));
+}
+
+export async function putNote(name: string, latent: number, note: string, lists: string[]): Promise<Notes> {
+  const body = JSON.stringify({ note, lists });
+  const response = await ask(at(name, `/notes/${latent}`), { method: 'PUT', headers: { 'Content-Type': 'application/json' }, body });
+  return (await response.json()) as Notes;
 }

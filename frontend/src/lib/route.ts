@@ -3,6 +3,8 @@
  *
  *     #/<bundle>?sort=max&desc=1&life=all&filter=max>=3&q=import&at=17     list
  *     #/<bundle>/<latent>?...the list it was opened from...&view=full&range=2~2.5   feature
+ *     #/<bundle>/<latent>/with/<bundle>/<latent>                                    two features side by side
+ *     #/<bundle>/map, #/<bundle>/try                                                map of decoder directions, search by example
  */
 export interface ListState {
   sort: string;
@@ -10,11 +12,16 @@ export interface ListState {
   life: 'all' | 'live' | 'dead';
   filters: string[];
   text: string;
+  /** Name of a person's own list; empty for all features. */
+  list: string;
 }
 
 export interface Route {
   bundle: string | null;
   latent: number | null;
+  /** The feature beside it. */
+  other: { bundle: string; latent: number } | null;
+  view: 'map' | 'try' | null;
   list: ListState;
   /** Feature to bring into view in the list. */
   at: number | null;
@@ -24,22 +31,27 @@ export interface Route {
   range: [number, number] | null;
 }
 
-export const DEFAULT_LIST: ListState = { sort: 'latent', isDescending: false, life: 'live', filters: [], text: '' };
+export const DEFAULT_LIST: ListState = { sort: 'latent', isDescending: false, life: 'live', filters: [], text: '', list: '' };
 
 export function parseRoute(hash: string): Route {
   const [path = '', query = ''] = hash.replace(/^#\/?/, '').split('?', 2);
-  const [bundle = '', latent = ''] = path.split('/').map(decodePart);
+  const [bundle = '', place = '', mark = '', otherBundle = '', otherLatent = ''] = path.split('/').map(decodePart);
+  const view = place === 'map' || place === 'try' ? place : null;
+  const latent = view ? '' : place;
   const given = new URLSearchParams(query);
   const life = given.get('life');
   return {
     bundle: bundle || null,
     latent: latent === '' ? null : /^\d+$/.test(latent) ? Number(latent) : Number.NaN,
+    other: mark === 'with' && otherBundle && /^\d+$/.test(otherLatent) ? { bundle: otherBundle, latent: Number(otherLatent) } : null,
+    view,
     list: {
       sort: given.get('sort') ?? DEFAULT_LIST.sort,
       isDescending: given.get('desc') === '1',
       life: life === 'all' || life === 'dead' ? life : DEFAULT_LIST.life,
       filters: given.getAll('filter'),
       text: given.get('q') ?? '',
+      list: given.get('list') ?? '',
     },
     at: /^\d+$/.test(given.get('at') ?? '') ? Number(given.get('at')) : null,
     isFull: given.get('view') === 'full',
@@ -47,7 +59,7 @@ export function parseRoute(hash: string): Route {
   };
 }
 
-export function formatRoute(route: { bundle: string; latent?: number | null; list?: ListState; at?: number | null; isFull?: boolean; range?: [number, number] | null }): string {
+export function formatRoute(route: { bundle: string; latent?: number | null; list?: ListState; at?: number | null; isFull?: boolean; range?: [number, number] | null; other?: { bundle: string; latent: number } | null; view?: 'map' | 'try' | null }): string {
   const list = route.list ?? DEFAULT_LIST;
   const query = new URLSearchParams();
   if (list.sort !== DEFAULT_LIST.sort) query.set('sort', list.sort);
@@ -55,10 +67,13 @@ export function formatRoute(route: { bundle: string; latent?: number | null; lis
   if (list.life !== DEFAULT_LIST.life) query.set('life', list.life);
   for (const filter of list.filters) query.append('filter', filter);
   if (list.text) query.set('q', list.text);
+  if (list.list) query.set('list', list.list);
   if (route.at != null) query.set('at', String(route.at));
   if (route.isFull) query.set('view', 'full');
   if (route.range) query.set('range', route.range.join('~'));
-  const path = `#/${encodeURIComponent(route.bundle)}${route.latent == null ? '' : `/${route.latent}`}`;
+  const beside = route.other ? `/with/${encodeURIComponent(route.other.bundle)}/${route.other.latent}` : '';
+  const place = route.view ?? (route.latent == null ? null : `${route.latent}${beside}`);
+  const path = `#/${encodeURIComponent(route.bundle)}${place === null ? '' : `/${place}`}`;
   const text = query.toString();
   return text ? `${path}?${text}` : path;
 }
@@ -69,6 +84,7 @@ export function listParameters(list: ListState): URLSearchParams {
   if (list.isDescending) query.set('descending', 'true');
   for (const filter of list.filters) query.append('filter', filter);
   if (list.text.trim()) query.set('q', list.text.trim());
+  if (list.list) query.set('list', list.list);
   return query;
 }
 

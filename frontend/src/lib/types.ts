@@ -21,6 +21,16 @@ export interface BundleSummary {
   evaluation?: Evaluation;
 }
 
+/** What an address serves. A static host has files only: no labels that change, no notes kept on the server, no search by example. */
+export interface Site {
+  mode: 'server' | 'static';
+  /** Whether lists and notes are kept. */
+  notes?: boolean;
+  /** Whether a text can be run through model and SAE, for each bundle. */
+  examples?: Record<string, boolean>;
+  bundles: BundleSummary[];
+}
+
 export interface Evaluation {
   l0: number | null;
   fvu: number | null;
@@ -36,7 +46,7 @@ export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created'
   logits_reason: string | null;
   records: { version: number; per_file: number; n_files: number; repeat: number | null };
   /** What can be sorted by, with the order file of each; what can be filtered, with the type of its values. */
-  columns: { sortable: Record<string, string>; numeric: Record<string, string> };
+  columns: { sortable: Record<string, string>; numeric: Record<string, string>; labels?: boolean };
   distributions: Record<string, Distribution>;
 }
 
@@ -52,6 +62,29 @@ export interface FeatureRow {
   top_logits: string[];
   bottom_logits: string[];
   n_examples: number;
+  decoder_norm: number;
+  /** The best of the labels that were imported; null where there is none. */
+  label?: Label | null;
+}
+
+/** What somebody or some model says that a feature means, and where that comes from. */
+export interface Label {
+  latent: number;
+  text: string;
+  source: string;
+  score: number | null;
+  score_kind: string | null;
+  author: string | null;
+  set: string;
+  file: string;
+  imported: string;
+}
+
+/** What a person collected: named lists of latents, and a note for a latent; `file` is where they are kept, null where they are not. */
+export interface Notes {
+  file: string | null;
+  lists: Record<string, number[]>;
+  notes: Record<string, string>;
 }
 
 export interface FeaturePage {

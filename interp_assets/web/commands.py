@@ -1,0 +1,91 @@
+"""`interp export` and `interp labels import`: bundles become other tools' files or a static site, and labels reach a bundle."""
+
+# ruff: noqa: PLC0415 - as in cli.py: imports happen inside the commands, because `interp --help` should not take seconds
+
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+
+from interp_assets.config import demo_config, load_config
+from interp_assets.errors import InputError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+labels_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Labels of features: import them beside a bundle.")
+SITE: Final = "site"
+
+BundleOption = Annotated[
+    str | None, typer.Option("--bundle", "-b", help="A bundle, or a folder above one; a path or s3:// address. Default: the pipeline's.")
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline's YAML file. Default: the demo pipeline.")]
+
+
+def export(
+    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="site, neuronpedia, saedashboard or attribution-graph.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="Folder or s3:// address to write into.")],
+    bundle: BundleOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Write a bundle as another tool reads it, or as a site for any static host."""
+    from interp_assets.console import byte_bar, format_bytes, format_count
+    from interp_assets.store import open_store
+    from interp_assets.web.exports import FORMATS, export_bundle
+    from interp_assets.web.opened import OpenBundle
+    from interp_assets.web.site import export_site
+
+    if format_name not in (SITE, *FORMATS):
+        raise InputError(f"No export format is called {format_name!r}; there are {', '.join([SITE, *sorted(FORMATS)])}.")
+    places = _find(bundle, config)
+    if format_name == SITE:
+        total = sum(OpenBundle(place).manifest.n_bytes for place in places)
+        with byte_bar(err, "copying", total) as advance:
+            site = export_site(places, open_store(target), progress=advance)
+        out.print(
+            f"{format_count(site.n_files, 'file')}, {format_bytes(site.n_bytes)} in {target}. Serve it from any host that answers Range requests."
+        )
+        return
+    if len(places) > 1:
+        names = ", ".join(place.name for place in places)
+        raise InputError(f"There are {len(places)} bundles: {names}. Name one with --bundle.")
+    done = export_bundle(OpenBundle(places[0]), format_name, open_store(target))
+    dead = f"; {format_count(done.n_dead, 'dead feature')} left out" if done.n_dead else ""
+    counted = f"{format_count(done.n_features, 'feature')} in {format_count(done.n_files, 'file')}, {format_bytes(done.n_bytes)}"
+    out.print(f"{counted}, in {target}{dead}.", soft_wrap=True, markup=False)
+
+
+@labels_app.callback()
+def _labels() -> None:
+    """Labels of features: import them beside a bundle."""
+
+
+@labels_app.command("import")
+def import_file(
+    path: Annotated[Path, typer.Argument(help="A .parquet, .csv or .jsonl file; Neuronpedia's explanations/batch-N.jsonl.gz is one.")],
+    bundle: BundleOption = None,
+    config: ConfigOption = None,
+    source: Annotated[str | None, typer.Option(help="Which method or model wrote them, for rows that do not say.")] = None,
+) -> None:
+    """Import labels with source and score; the browser shows them after it is started again."""
+    from interp_assets.console import format_count
+    from interp_assets.web.labels import import_labels
+    from interp_assets.web.opened import OpenBundle
+
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    places = _find(bundle, config)
+    if len(places) > 1:
+        raise InputError(f"There are {len(places)} bundles: {', '.join(place.name for place in places)}. Name one with --bundle.")
+    made = import_labels(OpenBundle(places[0]), path, source=source)
+    facts = made.manifest.facts
+    done = "were imported before" if made.is_cached else "imported"
+    counted = f"{format_count(facts['n_labels'], 'label')} of {format_count(facts['n_latents'], 'feature')}"
+    out.print(f"{counted} {done}: {places[0].store.url}/{made.ref.path}", soft_wrap=True, markup=False)
+
+
+def _find(bundle: str | None, config: Path | None) -> list:
+    from interp_assets.web.opened import find_bundles
+
+    pipeline = demo_config() if config is None else load_config(config)
+    return find_bundles(bundle or f"{pipeline.root}/{pipeline.name}")

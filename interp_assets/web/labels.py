@@ -1,0 +1,242 @@
+"""A file of labels becomes an artifact beside a bundle: what somebody or some model says that features mean, with who said it and how well it did.
+
+    <folder of the bundle>/labels/<bundle>/<source>-<id>/labels.sqlite    labels(latent, text, source, score, score_kind, author), full-text index
+
+Read are Parquet, CSV and JSON lines (`.jsonl`, `.jsonl.gz`) with these columns, and Neuronpedia's export of explanations under its own names:
+
+    latent | index | feature       the latent
+    label | description | text     what it means
+    source | typeName              which method or model; else `--source`
+    score, score_kind | scoreType  how well it predicts activations, and by which test
+    author | explanationModelName  who or what wrote it
+
+A label is never shown without its source, and "not scored" is shown where there is no score. Bad rows are named together, and nothing is
+imported then. Ten million labels take about a minute and 1 GB; a search reads only the index's pages. SQLite wants a file, so a set in a bucket
+is copied to a temporary one when it is first asked for.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import sqlite3
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from interp_assets.errors import ArtifactCorruptError, InputError
+from interp_assets.manifest import MANIFEST, Manifest, Produced, create_artifact, find_manifest, make_ref, read_manifest, read_range
+from interp_assets.store import Store
+from interp_assets.web.opened import OpenBundle
+
+KIND: Final = "feature_labels"
+FOLDER: Final = "labels"
+FILE: Final = "labels.sqlite"
+MAX_TEXT: Final = 2000
+_NAMES: Final = {
+    "latent": ("latent", "index", "feature"),
+    "text": ("label", "description", "text"),
+    "source": ("source", "typeName"),
+    "score": ("score",),
+    "score_kind": ("score_kind", "scoreType"),
+    "author": ("author", "explanationModelName"),
+}
+_SHOWN_FAULTS: Final = 5
+_PIECE: Final = 4 << 20
+
+
+class Label(NamedTuple):
+    """One statement about one latent."""
+
+    latent: int
+    text: str
+    source: str
+    score: float | None
+    score_kind: str | None
+    author: str | None
+
+
+def import_labels(bundle: OpenBundle, path: Path, *, source: str | None = None) -> Produced:
+    """Write the labels of a file beside the bundle that they are about.
+
+    `source` names the method for rows that do not. Raises `InputError`, naming the first bad rows, for a latent that the SAE does not have, an empty
+    label, a score that is no number and a missing source.
+    """
+    data = path.read_bytes()
+    identity = {"bundle": bundle.manifest.artifact_id, "file": hashlib.blake2b(data, digest_size=16).hexdigest(), "source": source}
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", source or path.name.split(".")[0]) or "labels"
+    place = bundle.place
+    folder = f"{place.path.rsplit('/', 1)[0]}/{FOLDER}" if "/" in place.path else FOLDER
+    ref = make_ref(KIND, f"{folder}/{place.name}", identity=identity, inputs={"bundle": bundle.manifest.artifact_id}, label=name)
+    existing = find_manifest(place.store, ref)
+    if existing:
+        return Produced(ref, existing, is_cached=True, wall_s=0)
+    labels = _check(_read_rows(path, data), bundle.description["d_sae"], source, path)
+    content = _build(labels)
+    with create_artifact(place.store, ref) as art:
+        art.put(FILE, content, n_rows=len(labels))
+        art.facts |= {"n_labels": len(labels), "n_latents": len({label.latent for label in labels}), "file": path.name}
+    assert art.manifest
+    return Produced(ref, art.manifest, is_cached=False, wall_s=0)
+
+
+def _read_rows(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
+    name = path.name.lower()
+    try:
+        if name.endswith(".parquet"):
+            yield from pq.read_table(io.BytesIO(data)).to_pylist()
+        elif name.endswith((".jsonl", ".jsonl.gz")):
+            text = gzip.decompress(data) if name.endswith(".gz") else data
+            yield from (json.loads(line) for line in text.splitlines() if line.strip())
+        elif name.endswith(".csv"):
+            yield from csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
+        else:
+            raise InputError(f"{path} is no file of labels: .parquet, .csv, .jsonl and .jsonl.gz are read.")
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as {path.suffix} ({error}).") from error
+
+
+def _check(rows: Iterable[dict[str, Any]], d_sae: int, source: str | None, path: Path) -> list[Label]:
+    labels, faults = [], []
+    for number, row in enumerate(rows, 1):
+        given = {field: next((row[name] for name in names if row.get(name) not in (None, "")), None) for field, names in _NAMES.items()}
+        fault, label = _make_label(given, d_sae, source)
+        if label is None:
+            faults.append(f"row {number}: {fault}")
+        else:
+            labels.append(label)
+    if faults:
+        more = f", and {len(faults) - _SHOWN_FAULTS:,} more" if len(faults) > _SHOWN_FAULTS else ""
+        raise InputError(f"{path} has {len(faults):,} bad rows: {'; '.join(faults[:_SHOWN_FAULTS])}{more}. Nothing was imported.")
+    if not labels:
+        raise InputError(f"{path} holds no labels. Columns that are read: {', '.join(' or '.join(names) for names in _NAMES.values())}.")
+    return labels
+
+
+def _make_label(given: dict[str, Any], d_sae: int, source: str | None) -> tuple[str, Label | None]:
+    try:
+        latent = int(str(given["latent"]))
+    except ValueError:
+        return f"{given['latent']!r} is no latent", None
+    text = str(given["text"] or "").strip()
+    if not 0 <= latent < d_sae:
+        return f"there is no latent {latent:,}, the SAE has {d_sae:,}", None
+    if not text or len(text) > MAX_TEXT:
+        return f"a label has 1 to {MAX_TEXT:,} characters, this one {len(text):,}", None
+    origin = given["source"] or source
+    if not origin:
+        return "no source is named; give --source", None
+    try:
+        score = None if given["score"] is None else float(given["score"])
+    except (TypeError, ValueError):
+        return f"{given['score']!r} is no score", None
+    if score is not None and not math.isfinite(score):
+        return f"{score} is no score", None
+    kind, author = (None if given[name] is None else str(given[name]) for name in ("score_kind", "author"))
+    return "", Label(latent, text, str(origin), score, kind, author)
+
+
+def _build(labels: list[Label]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode = OFF")
+            connection.execute("PRAGMA synchronous = OFF")
+            fields = "latent INTEGER NOT NULL, text TEXT NOT NULL, source TEXT NOT NULL, score REAL, score_kind TEXT, author TEXT"
+            connection.execute(f"CREATE TABLE labels (id INTEGER PRIMARY KEY, {fields})")
+            connection.execute("CREATE VIRTUAL TABLE words USING fts5(text, content='labels', content_rowid='id', detail=full)")
+            connection.execute("BEGIN")
+            insert = "INSERT INTO labels (latent, text, source, score, score_kind, author) VALUES (?, ?, ?, ?, ?, ?)"
+            connection.executemany(insert, sorted(labels, key=_best_first))
+            connection.execute("INSERT INTO words (words) VALUES ('rebuild')")
+            connection.execute("COMMIT")
+            connection.execute("CREATE INDEX by_latent ON labels (latent)")
+            connection.execute("VACUUM")
+        finally:
+            connection.close()
+        return path.read_bytes()
+
+
+def _best_first(label: Label) -> tuple[int, bool, float, str]:
+    return label.latent, label.score is None, -(label.score or 0.0), label.text
+
+
+class LabelSet:
+    """One imported file of labels, opened read-only."""
+
+    def __init__(self, store: Store, path: str, manifest: Manifest) -> None:
+        """Read nothing yet."""
+        self._store, self._path, self.manifest = store, path, manifest
+        self._copied: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The folder's last part."""
+        return self._path.rsplit("/", 1)[-1]
+
+    def of(self, latents: Iterable[int]) -> list[dict[str, Any]]:
+        """Return the labels of some latents, the best scored of each first, with all that is known of where they come from."""
+        numbers = [int(latent) for latent in latents]
+        marks = ",".join("?" * len(numbers))
+        fields = "latent, text, source, score, score_kind, author"
+        rows = self._ask(f"SELECT {fields} FROM labels WHERE latent IN ({marks}) ORDER BY id", numbers)  # noqa: S608 - question marks only
+        origin = {"set": self.name, "file": self.manifest.facts["file"], "imported": self.manifest.created}
+        return [{**Label(*row)._asdict(), **origin} for row in rows]
+
+    def search(self, text: str) -> NDArray[np.uint32]:
+        """Return the latents with a label that has a word beginning with `text`; several words must stand side by side."""
+        phrase = text.replace('"', '""').strip()
+        if not re.search(r"\w", phrase):
+            return np.empty(0, np.uint32)
+        rows = self._ask("SELECT labels.latent FROM words JOIN labels ON labels.id = words.rowid WHERE words MATCH ?", [f'"{phrase}"*'])
+        return np.fromiter((row[0] for row in rows), np.uint32)
+
+    def order(self) -> NDArray[np.uint32]:
+        """Return the labelled latents, sorted by their best label."""
+        query = "SELECT latent FROM labels WHERE id IN (SELECT min(id) FROM labels GROUP BY latent) ORDER BY text COLLATE NOCASE, latent"
+        return np.fromiter((row[0] for row in self._ask(query, [])), np.uint32)
+
+    def _ask(self, query: str, values: list[Any]) -> list[tuple[Any, ...]]:
+        path = self._local_file()
+        connection = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
+        try:
+            return connection.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            where = f"{self._store.url}/{self._path}/{FILE}"
+            raise ArtifactCorruptError(f"The labels {where} cannot be read ({error}). Delete the folder and import the file again.") from error
+        finally:
+            connection.close()
+
+    def _local_file(self) -> Path:
+        local = self._store.local_path(f"{self._path}/{FILE}")
+        if local is not None:
+            return local
+        if self._copied is None:
+            self._copied = Path(tempfile.mkdtemp(prefix="interp-labels-"))
+            weakref.finalize(self, shutil.rmtree, self._copied, ignore_errors=True)
+            size = self.manifest.file(FILE).n_bytes
+            with (self._copied / FILE).open("wb") as file:
+                for start in range(0, size, _PIECE):
+                    file.write(read_range(self._store, self._path, self.manifest, FILE, start, min(_PIECE, size - start)))
+        return self._copied / FILE
+
+
+def find_labels(bundle: OpenBundle) -> list[LabelSet]:
+    """Find the label sets that were imported for a bundle, oldest first. Raises `ArtifactCorruptError` for a damaged one."""
+    store, path = bundle.place
+    folder = f"{path.rsplit('/', 1)[0]}/{FOLDER}" if "/" in path else FOLDER
+    found = [item.path.removesuffix(f"/{MANIFEST}") for item in store.list(f"{folder}/{bundle.name}") if item.path.endswith(f"/{MANIFEST}")]
+    sets = [LabelSet(store, path, read_manifest(store, path)) for path in found]
+    ours = [item for item in sets if item.manifest.inputs.get("bundle") == bundle.manifest.artifact_id]
+    return sorted(ours, key=lambda item: (item.manifest.created, item.name))
