@@ -15,7 +15,6 @@ from typer.testing import CliRunner, Result
 
 from interp_assets import cli
 from interp_assets.config import PipelineConfig, demo_config, load_config
-from interp_assets.errors import InputError
 from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.progress import AssetReport
 from interp_assets.starter import make_starter
@@ -28,7 +27,7 @@ OPTIONS = {
     "dev": ["--config", "--dagster-port"],
     "init": ["path"],
     "inspect": ["path"],
-    "plan": ["--config", "--memory", "--range", "--row-bytes", "--rows", "--simulate", "--workers"],
+    "plan": ["--config"],
     "run": ["--config", "--select"],
     "serve": ["--config", "--host", "--port", "--token", "path"],
     "verify": ["path"],
@@ -270,24 +269,6 @@ def flip_byte(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
-
-
-def test_plan_quotes_a_shuffle_that_no_pipeline_asks_for_yet() -> None:
-    """Whoever asks for machines needs passes, jobs, requests and money first; the simulation shows that the numbers add up."""
-    result = invoke("plan", "--rows", "2e6", "--row-bytes", "992", "--memory", "100MB", "--range", "1MB", "--simulate")
-    assert result.exit_code == 0, result.stdout
-    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
-    assert lines[0] == "2,000,000 rows of 992 bytes and a row id, 2.0 GB; 100.0 MB a job, ranges of 1.0 MB or more"
-    assert "shuffle: {passes: 2, fan_out: 21, memory_bytes: 100000000}" in lines
-    assert any(line.startswith("1 1 21 2,000,000 95,239 ") for line in lines), result.stdout
-    assert any(line.startswith("2 21 21 2,000,000 95,239") for line in lines), result.stdout
-
-
-def test_plan_refuses_a_size_that_is_none() -> None:
-    """A typo in a unit would be off by a thousand."""
-    result = invoke("plan", "--rows", "1e9", "--memory", "100 gigs")
-    assert isinstance(result.exception, InputError)
-    assert "'100 gigs' is not a size: write a number with or without a unit (kb, mb, gb" in str(result.exception)
 
 
 def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None:
