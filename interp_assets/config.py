@@ -167,6 +167,8 @@ class RetrainConfig(_Config):
     """A retrained SAE whose FVU on the held-out shards is higher by more than this is kept back; below 0, it has to be better by as much."""
     max_ce_recovered_decrease: float = 0.01
     """A retrained SAE whose recovered share of the model's loss is lower by more than this is kept back; below 0 as above."""
+    stale_after_days: Annotated[int, Field(ge=1)] = 30
+    """Days after which the plan, an SAE or a browser counts as out of date in Dagster's UI; it warns at half. Only with `after_tokens`."""
 
 
 class ExecutionConfig(_Config):
@@ -182,6 +184,8 @@ class ExecutionConfig(_Config):
     """Training processes started by torchrun; 1 trains in the asset's own process."""
     plan: Name = "plan.json"
     """File of the plan in the pipeline's folder; a retraining works under a plan of its own until it is promoted. Leave it."""
+    usd_per_hour: Annotated[float, Field(ge=0)] = 0.0
+    """What an hour of the machine costs, for the cost that each partition shows. 0 shows none."""
     partitions_per_run: Annotated[int, Field(ge=1)] = 64
     """Shards that one run of a backfill tokenizes or harvests. Fewer spread over more machines; each run costs seconds to start."""
 

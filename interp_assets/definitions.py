@@ -6,6 +6,8 @@ environment variable `INTERP_CONFIG` names (a YAML file), or the demo pipeline. 
 
 import os
 import warnings
+from datetime import timedelta
+from typing import Any
 
 import dagster as dg
 
@@ -23,11 +25,13 @@ import interp_assets.visualize.assets
 import interp_assets.visualize.checks
 import interp_assets.web.assets
 from interp_assets.config import PipelineConfig, demo_config, load_config
+from interp_assets.errors import ConfigError
 from interp_assets.partitions import make_layout
 from interp_assets.progress import Progress
 from resources.world import World
 
 CONFIG_VARIABLE = "INTERP_CONFIG"
+EXECUTOR_VARIABLE = "INTERP_EXECUTOR"
 
 
 def build_defs(config: PipelineConfig | None = None, *, progress: Progress | None = None) -> dg.Definitions:
@@ -54,12 +58,40 @@ def build_defs(config: PipelineConfig | None = None, *, progress: Progress | Non
         warnings.simplefilter("ignore", dg.BetaWarning)  # backfill policies; Dagster's version is pinned
         warnings.simplefilter("ignore", dg.PreviewWarning)  # partitioned checks
         return dg.Definitions(
-            assets=[asset for stage in stages for asset in stage.make_assets(layout)],
+            assets=_with_freshness(config, [asset for stage in stages for asset in stage.make_assets(layout)]),
             asset_checks=[check for stage in checked for check in stage.make_checks(layout)],
             sensors=[interp_assets.corpus.sensors.make_sensor(layout), *interp_assets.retraining.make_sensors(layout)],
             resources={"world": World.make(config), "progress": progress or Progress()},
-            executor=dg.in_process_executor,  # a run is one process: importing torch again for every step and check costs seconds
+            executor=make_executor(os.environ.get(EXECUTOR_VARIABLE, "in_process")),
         )
+
+
+def make_executor(name: str) -> dg.ExecutorDefinition:
+    """Return the executor of a deployment: `in_process`, or `kubernetes`, which gives every step a pod with what its asset asks for.
+
+    In one process is the default, because importing torch again for every step and check costs seconds. Raises `ConfigError`.
+    """
+    if name == "in_process":
+        return dg.in_process_executor
+    if name == "kubernetes":
+        from dagster_k8s import k8s_job_executor  # noqa: PLC0415 - takes seconds, and only clusters have it
+
+        return k8s_job_executor
+    raise ConfigError(f"{EXECUTOR_VARIABLE} is {name!r}; it is 'in_process' or 'kubernetes'.")
+
+
+def _with_freshness(config: PipelineConfig, assets: list[Any]) -> list[Any]:
+    """Give the assets that people rely on a freshness policy, in a pipeline that takes in new text; a finished study does not age."""
+    if not config.retrain.after_tokens:
+        return assets
+    days = timedelta(days=config.retrain.stale_after_days)
+    policy = dg.FreshnessPolicy.time_window(fail_window=days, warn_window=days / 2)
+    watched = {"corpus_plan", "sae", *(f"features/{name}/feature_browser" for name in config.features.saes)}
+
+    def apply(spec: dg.AssetSpec) -> dg.AssetSpec:
+        return spec.replace_attributes(freshness_policy=policy) if spec.key.to_user_string() in watched else spec
+
+    return list(dg.map_asset_specs(apply, assets))
 
 
 def config_from_environment() -> PipelineConfig:

@@ -28,6 +28,10 @@ from interp_assets.manifest import Produced, data_version
 from interp_assets.progress import Progress
 
 OWNERS: Final = ["team:interpretability"]
+GPU_POOL: Final = "gpu"
+"""Runs that hold a subject model or SAEs in memory: Dagster starts as many at once as the pool's limit says (`dagster.yaml`: one)."""
+RETRIES: Final = dg.RetryPolicy(max_retries=2, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""A store that refuses is asked again after about 1 and 3 seconds; what is finished is found, so only the rest is made. Nothing else is retried."""
 _MAX_FACTS_BYTES: Final = 4096
 
 Events = Any
@@ -63,7 +67,7 @@ def record(
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
         progress.end()
-        yield _event(context, key, made, tags)
+        yield _event(context, key, _with_cost(context, made), tags)
     if failed:
         raise _failure(failed, len(keys)) from next(iter(failed.values()))
     yield dg.MaterializeResult(metadata={SUPPRESS_EVENT: True})
@@ -120,6 +124,15 @@ def _where(produced: Sequence[Produced], url: str) -> dict[str, Any]:
         for item in produced
     ]
     return {"artifacts": dg.MetadataValue.table([dg.TableRecord(row) for row in rows]), "root": dg.MetadataValue.path(url)}
+
+
+def _with_cost(context: dg.AssetExecutionContext, made: Made) -> Made:
+    """Add what a partition cost, where the configuration says what an hour costs."""
+    world = getattr(context.resources, "world", None)
+    usd_per_hour = world.config.execution.usd_per_hour if world is not None else 0.0
+    if not usd_per_hour or made.metadata.get("reused", True):
+        return made
+    return made._replace(metadata={**made.metadata, "usd": round(made.metadata["seconds"] / 3600 * usd_per_hour, 6)})
 
 
 def _event(context: dg.AssetExecutionContext, key: str, made: Made, tags: Mapping[str, str]) -> dg.AssetMaterialization:

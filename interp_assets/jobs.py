@@ -28,7 +28,8 @@ from interp_assets.road import Stop, find_version, make_road
 from interp_assets.store import Store
 
 HOME_VARIABLE: Final = "DAGSTER_HOME"
-_SETTINGS: Final = Path(__file__).parent.parent / "resources" / "dagster.yaml"
+POSTGRES_VARIABLE: Final = "INTERP_POSTGRES_URL"
+_RESOURCES: Final = Path(__file__).parent.parent / "resources"
 _VERSION_TAG: Final = "dagster/data_version"
 _QUIET: Final = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
@@ -62,12 +63,15 @@ def dagster_home(config: PipelineConfig) -> Path:
 
 
 def open_instance(config: PipelineConfig) -> DagsterInstance:
-    """Open the persistent instance of a pipeline; a new one gets the settings of `dagster.yaml`. Raises `ConfigError`."""
+    """Open the persistent instance of a pipeline; a new one gets the settings of `resources/dagster.yaml`, or those of production.
+
+    Production is Postgres and logs in S3: with `INTERP_POSTGRES_URL` set. Raises `ConfigError`.
+    """
     home = dagster_home(config)
     try:
         home.mkdir(parents=True, exist_ok=True)
         if not (home / "dagster.yaml").exists():
-            shutil.copyfile(_SETTINGS, home / "dagster.yaml")
+            shutil.copyfile(_RESOURCES / ("dagster.production.yaml" if os.environ.get(POSTGRES_VARIABLE) else "dagster.yaml"), home / "dagster.yaml")
     except OSError as error:
         raise ConfigError(f"Dagster's folder {home} cannot be made: {error.strerror}. Name another one in {HOME_VARIABLE}.") from error
     return DagsterInstance.from_config(str(home))
@@ -162,7 +166,9 @@ def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missi
     n_bytes, failed_checks, failed, errors = 0, [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
     for first, last in ranges:
-        tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if first else {}
+        tags = {"interp/asset": stop.name, "interp/stage": stop.stage}
+        if first:
+            tags |= {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
         result = job.execute_in_process(
             instance=instance, asset_selection=[dg.AssetKey(list(stop.key))], tags=tags, run_config=_QUIET, raise_on_error=False
         )

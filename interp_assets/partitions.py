@@ -12,7 +12,7 @@ in silence. So every dependency of the graph is made by one of the functions bel
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import dagster as dg
 
@@ -49,6 +49,22 @@ class Layout:
         with one dimension may spread: Dagster reads a piece of a grid as a rectangle, and would run cells that nobody asked for.
         """
         return dg.BackfillPolicy.multi_run(max_partitions_per_run=self.config.execution.partitions_per_run)
+
+    def on_gpu(self) -> dict[str, Any]:
+        """Return the tags of work that wants an accelerator: what a step's pod asks for where Dagster runs on Kubernetes."""
+        resources = {"requests": {"cpu": "4", "memory": "32Gi"}, "limits": {"nvidia.com/gpu": "1", "memory": "32Gi"}}
+        pod = {
+            "node_selector": {"interp-assets/accelerator": "gpu"},
+            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        }
+        return {"dagster-k8s/config": {"container_config": {"resources": resources}, "pod_spec_config": pod}}
+
+    def in_memory(self) -> dict[str, Any]:
+        """Return the tags of a shuffle job: the memory that the configuration allows its rows, and what a process needs besides."""
+        memory = f"{-(-self.config.shuffle.memory_bytes // (1 << 20)) + 1536}Mi"
+        resources = {"requests": {"cpu": "1", "memory": memory}, "limits": {"memory": memory}}
+        pod = {"node_selector": {"interp-assets/accelerator": "none"}}
+        return {"dagster-k8s/config": {"container_config": {"resources": resources}, "pod_spec_config": pod}}
 
     def kinds(self, *kinds: str) -> set[str]:
         """Return an asset's kinds, with the kind of its storage."""

@@ -7,7 +7,7 @@ import dagster as dg
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.refs import TOKEN_SHARD_VERSION
 from interp_assets.corpus.tokens import make_token_shard
-from interp_assets.faces import OWNERS, Events, Made, code_version, hash_version, made, record
+from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, hash_version, made, record
 from interp_assets.partitions import EXPERIMENTS, SHARDS, Layout, same, set_partitions, whole
 from interp_assets.pipeline import Pipeline, shard_index
 from interp_assets.progress import Progress
@@ -39,6 +39,7 @@ def _corpus_plan(layout: Layout) -> dg.AssetsDefinition:
     @dg.asset(
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
         kinds=layout.kinds("python", "json"),
         code_version=code_version(1, layout.config.corpus, layout.config.model, layout.config.harvest),
         description=(
@@ -66,6 +67,7 @@ def _token_shards(layout: Layout) -> dg.AssetsDefinition:
         deps=[same("documents"), whole("corpus_plan")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
         kinds=layout.kinds("python", "parquet"),
         code_version=code_version(TOKEN_SHARD_VERSION, layout.config.corpus),
         backfill_policy=layout.spread(),

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from interp_assets.faces import OWNERS, Events, Made, code_version, made, record
+from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, record
 from interp_assets.harvest.activations import harvest_shard
 from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION
 from interp_assets.harvest.statistics import merge_statistics
@@ -26,6 +26,9 @@ def _activations(layout: Layout) -> dg.AssetsDefinition:
         deps=[same("token_shards")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
+        pool=GPU_POOL,
+        op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch", "huggingface"),
         code_version=code_version(ACTIVATION_SHARD_VERSION, layout.config.model, layout.config.harvest),
         backfill_policy=layout.spread(),
@@ -54,6 +57,7 @@ def _activation_statistics(layout: Layout) -> dg.AssetsDefinition:
         deps=[every("activations")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
         kinds=layout.kinds("python", "numpy"),
         code_version=code_version(1),
         description=(

@@ -8,7 +8,7 @@ import dagster as dg
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.faces import partition_keys
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.manifest import load_manifest
+from interp_assets.manifest import find_manifest, load_manifest
 from interp_assets.partitions import Layout
 from interp_assets.pipeline import Pipeline, shard_index
 from interp_assets.store import Store
@@ -41,7 +41,11 @@ def make_checks(layout: Layout) -> list[dg.AssetChecksDefinition]:
         hook_points = pipeline.config.harvest.hook_points
         ratios = {hook_point: float(load_manifest(store, statistics_ref(pipeline, hook_point)).facts["max_mean_ratio"]) for hook_point in hook_points}
         is_calm = all(ratio <= MAX_MEAN_RATIO for ratio in ratios.values())
-        return dg.AssetCheckResult(passed=is_calm, severity=dg.AssetCheckSeverity.WARN, metadata={"limit": MAX_MEAN_RATIO, **ratios})
+        return dg.AssetCheckResult(
+            passed=is_calm,
+            severity=dg.AssetCheckSeverity.WARN,
+            metadata={"limit": MAX_MEAN_RATIO, **{f"ratio.{name}": ratio for name, ratio in ratios.items()}},
+        )
 
     return [activation_rows, outlier_dimensions]
 
@@ -60,7 +64,11 @@ def row_faults(pipeline: Pipeline, store: Store, hook_point: str, indices: list[
 
 
 def norm_drift(pipeline: Pipeline, store: Store, hook_point: str, indices: list[int]) -> float:
-    """Return the largest relative distance of a shard's mean norm from the median of these shards."""
+    """Return the largest relative distance of these shards' mean norms from the pipeline's: its merged statistics, else the shards' median.
+
+    One shard that is made again, by another release or on another device, is compared with all others and not with itself.
+    """
     norms = sorted(float(load_manifest(store, activation_shard_ref(pipeline, hook_point, index)).facts["mean_norm"]) for index in indices)
-    median = norms[len(norms) // 2]
-    return max(abs(norm - median) for norm in (norms[0], norms[-1])) / median if median else 0.0
+    merged = find_manifest(store, statistics_ref(pipeline, hook_point))
+    typical = float(merged.facts["mean_norm"]) if merged else norms[len(norms) // 2]
+    return max(abs(norm - typical) for norm in (norms[0], norms[-1])) / typical if typical else 0.0

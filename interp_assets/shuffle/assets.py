@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from interp_assets.faces import OWNERS, Events, Made, code_version, made, record
+from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, made, record
 from interp_assets.partitions import Layout, every, parent_bucket, same, whole
 from interp_assets.pipeline import shard_index
 from interp_assets.plots import plot_certificate
@@ -29,6 +29,7 @@ def _shuffle_plan(layout: Layout) -> dg.AssetsDefinition:
         deps=[every("token_shards")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
         kinds=layout.kinds("python", "json"),
         code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
         description=(
@@ -49,6 +50,8 @@ def _first_pass(layout: Layout) -> dg.AssetsDefinition:
         deps=[same("activations"), whole("shuffle_plan")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
+        op_tags=layout.in_memory(),
         kinds=layout.kinds("python", "numpy"),
         code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -85,6 +88,8 @@ def _middle_pass(layout: Layout, pass_index: int) -> dg.AssetsDefinition:
         deps=[every(before) if pass_index == 2 else parent_bucket(before, fan_out ** (pass_index - 2), fan_out), whole("shuffle_plan")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
+        op_tags=layout.in_memory(),
         kinds=layout.kinds("python", "numpy"),
         code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -116,6 +121,8 @@ def _mixed_shards(layout: Layout) -> dg.AssetsDefinition:
         deps=[source, whole("shuffle_plan")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
+        op_tags=layout.in_memory(),
         kinds=layout.kinds("python", "numpy"),
         code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -141,6 +148,7 @@ def _shuffle_certificate(layout: Layout) -> dg.AssetsDefinition:
         deps=[every("activations"), every("mixed_shards"), whole("shuffle_plan")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
         kinds=layout.kinds("python", "json"),
         code_version=code_version(SHUFFLE_VERSION),
         description=(

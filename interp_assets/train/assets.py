@@ -3,7 +3,7 @@
 import dagster as dg
 
 from interp_assets.errors import CertificateError
-from interp_assets.faces import OWNERS, Events, Made, code_version, made, partition_keys, record
+from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
 from interp_assets.manifest import load_manifest
 from interp_assets.partitions import Layout, every, only, same, whole
 from interp_assets.pipeline import Pipeline, shard_key
@@ -31,6 +31,9 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         deps=[every("mixed_shards"), whole("activation_statistics"), whole("shuffle_certificate")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
+        pool=GPU_POOL,
+        op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch"),
         code_version=code_version(TRAIN_VERSION),
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -63,6 +66,9 @@ def _sae_evaluation(layout: Layout) -> dg.AssetsDefinition:
         deps=[same("sae"), only("activations", held_out), whole("activation_statistics")],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
+        pool=GPU_POOL,
+        op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch", "parquet"),
         code_version=code_version(1),
         backfill_policy=dg.BackfillPolicy.single_run(),

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from interp_assets.faces import OWNERS, Events, Made, code_version, made, record
+from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, record
 from interp_assets.partitions import SHARD_DIMENSION, SLICE_DIMENSION, Layout, every, only, same, same_shard, same_slice
 from interp_assets.pipeline import shard_index
 from interp_assets.progress import Progress
@@ -33,6 +33,9 @@ def _feature_candidates(layout: Layout, name: str) -> dg.AssetsDefinition:
         deps=[only("sae", [name]), same_shard("activations"), same_shard("token_shards")],
         group_name=group_of(name),
         owners=OWNERS,
+        retry_policy=RETRIES,
+        pool=GPU_POOL,
+        op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch", "parquet"),
         code_version=code_version(FEATURES_VERSION, layout.config.features),
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -62,6 +65,7 @@ def _feature_examples(layout: Layout, name: str) -> dg.AssetsDefinition:
         deps=[same_slice(features_key(name, "feature_candidates")), every("token_shards")],
         group_name=group_of(name),
         owners=OWNERS,
+        retry_policy=RETRIES,
         kinds=layout.kinds("python", "parquet"),
         code_version=code_version(FEATURES_VERSION, layout.config.features),
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -90,6 +94,9 @@ def _example_activations(layout: Layout, name: str) -> dg.AssetsDefinition:
         ],
         group_name=group_of(name),
         owners=OWNERS,
+        retry_policy=RETRIES,
+        pool=GPU_POOL,
+        op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch", "parquet"),
         code_version=code_version(FEATURES_VERSION, layout.config.features),
         backfill_policy=dg.BackfillPolicy.single_run(),
@@ -119,6 +126,9 @@ def _feature_records(layout: Layout, name: str) -> dg.AssetsDefinition:
         ],
         group_name=group_of(name),
         owners=OWNERS,
+        retry_policy=RETRIES,
+        pool=GPU_POOL,
+        op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch", "json"),
         code_version=code_version(FEATURES_VERSION, layout.config.features),
         backfill_policy=dg.BackfillPolicy.single_run(),

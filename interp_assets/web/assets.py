@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from interp_assets.faces import OWNERS, Events, code_version, made, record
+from interp_assets.faces import OWNERS, RETRIES, Events, code_version, made, record
 from interp_assets.partitions import Layout, every
 from interp_assets.progress import Progress
 from interp_assets.visualize.refs import features_key
@@ -24,6 +24,7 @@ def _feature_browser(layout: Layout, name: str) -> dg.AssetsDefinition:
         deps=[every(features_key(name, "feature_records"))],
         group_name=GROUP,
         owners=OWNERS,
+        retry_policy=RETRIES,
         kinds=layout.kinds("python", "sqlite"),
         code_version=code_version(BUNDLE_VERSION),
         description=(
