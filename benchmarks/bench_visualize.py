@@ -1,120 +1,129 @@
-"""Pass A of the feature visualization beside the bare encode and the usual dense top-k, in one run.
+"""Pass A of the feature visualization beside the bare encode and the usual dense top-k; the literal gather beside windows; all in one run.
 
-    python benchmarks/bench_visualize.py                     small: ends within 45 s on 2 cores
-    python benchmarks/bench_visualize.py --rows 131072 --latents 65536 --l0 64
+    make bench-visualize QUICK=1            small: ends within 45 s on 2 cores
+    make bench-visualize                    full: two minutes; the ratios that count
 
-Sketch before code: the floor is one matrix product, 2 d_in operations a (row, latent). Ours adds a scan of every pre-activation (0.5 ns) and work
-per firing (about 0.2 us): at L0 = 32 of 16,384 latents and d_in = 512 that is 7% and 5% of the product. The usual way keeps the running top-k of a
-dense block, which sorts every pre-activation, and for the random sample hashes and sorts them once more.
+Sketch before code: the floor is one matrix product, 2 d_in operations a (row, latent). Ours adds a look at every pre-activation (0.2 ns on 2 cores)
+and work per firing (about 0.1 us, files included): at L0 = 32 of 16,384 latents and d_in = 512 that is 6% and 3% of a product at 325 GFLOP/s. The
+usual way keeps the running top-k of a dense block, which sorts every pre-activation, and for the random sample hashes and sorts them once more.
 
-All methods see the same rows and the same SAE, whose latents fire with log-normal frequencies. One JSON line a row:
+All methods see the same rows and SAE, whose latents fire with log-normal frequencies. Floor and ours alternate, so that a ratio compares
+neighbours in time. One JSON object a line:
 
-    name, value, unit      seconds of CPU time of the process, or what the unit says
-    ours                   CPU seconds of this project's pass A with `keep: candidates`
-    ratio_to_floor         value / CPU seconds of the matrix products of the same run
-    ratio_to_best_peer     best peer / value: above 1 is faster than the best peer that does the same work
-    wall_ratio_to_floor    the same with wall seconds; on a machine with other work it means little
+    name, value, unit      wall seconds unless the unit says otherwise; the median of the repeats
+    ours                   the same for this project's pass A in the same setting
+    ratio_to_floor         median over the repeats of value / floor beside it; below 1 means faster than the floor's type
+    ratio_to_best_peer     best peer that does the same work / value: above 1 is faster than the peer
 
-Ratios are of one run on one machine; bare seconds are not to be compared between runs.
+Ours includes building the encoder, statistics, selection and the artifact's files in memory. Seconds are not to be compared between runs.
 """
 
 import argparse
 import json
 import math
+import os
+import platform
+import subprocess
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from interp_assets.config import make_config
+from interp_assets.config import FeaturesConfig, make_config
 from interp_assets.corpus.tokens import TokenShard
+from interp_assets.harvest.rows import RowBlock
 from interp_assets.manifest import Manifest, create_artifact
 from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.seeds import stream
 from interp_assets.store import open_store
+from interp_assets.tensors import save_tensors
 from interp_assets.train.sae import Sae
+from interp_assets.visualize import windows
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, Job
-from interp_assets.visualize.encoder import TILE, Encoder
+from interp_assets.visualize.encoder import TILE, Encoder, row_limits
+from interp_assets.visualize.estimate import H200, Workload, estimate
+from interp_assets.visualize.gather import Gatherer, rows_of_windows
 from interp_assets.visualize.priority import latent_keys, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref
 from interp_assets.visualize.statistics import histogram_origin
 
 HOOK = "resid_post.0"
+BLOCK, TOP_K, N_RANDOM, D_IN, WINDOW = 4096, 20, 200, 512, 32
 
 
 class Setting(NamedTuple):
-    """What is encoded."""
+    """What is encoded, and how."""
 
     sae: Sae
     rows: Tensor
-    block: int
-    top_k: int
-    n_random: int
+    l0: int
+    dtype: str = "float32"
+
+    def first(self, n_rows: int) -> "Setting":
+        """Return the same with fewer rows."""
+        return self._replace(rows=self.rows[:n_rows])
+
+    def words(self) -> dict[str, Any]:
+        """Return what a line says about the setting."""
+        shape = {"rows": len(self.rows), "latents": self.sae.d_sae, "d_in": self.sae.d_in, "l0": self.l0}
+        return {**shape, "rule": self.sae.kind, "dtype": self.dtype, "top_k": TOP_K, "n_random": N_RANDOM}
 
 
-class Measured(NamedTuple):
-    """Seconds of CPU time and of the wall clock."""
-
-    cpu_s: float
-    wall_s: float
-
-
-def make_setting(args: argparse.Namespace) -> Setting:
-    """Draw rows from N(0, I) and unit encoder columns, so that pre-activations are N(0, 1); thresholds set each latent's frequency."""
-    generator = torch.Generator().manual_seed(stream(args.seed, "bench").torch_seed())
-    W = torch.randn(args.d_in, args.latents, generator=generator)
+def make_setting(n_rows: int, n_latents: int, l0: int, rule: str = "jump_relu", seed: int = 0) -> Setting:
+    """Draw rows from N(0, I) and unit encoder columns, so that pre-activations are N(0, 1); the limit sets each latent's frequency."""
+    generator = torch.Generator().manual_seed(stream(seed, "bench").torch_seed())
+    W = torch.randn(D_IN, n_latents, generator=generator)
     W /= W.norm(dim=0)
-    rate = torch.exp(1.5 * torch.randn(args.latents, generator=generator))
-    rate = (rate / rate.mean() * args.l0 / args.latents).clamp(1e-9, 0.4)
-    threshold = (math.sqrt(2) * torch.erfinv(1 - 2 * rate.double())).float().clamp_min(0.01)
-    zeros = torch.zeros(args.latents)
-    sae = Sae(kind="jump_relu", W_enc=W, b_enc=zeros, W_dec=W.T, b_dec=torch.zeros(args.d_in), threshold=threshold, k=0)
-    return Setting(sae, torch.randn(args.rows, args.d_in, generator=generator).bfloat16(), args.block, args.top_k, args.n_random)
+    rate = torch.exp(1.5 * torch.randn(n_latents, generator=generator))
+    rate = (rate / rate.mean() * l0 / n_latents).clamp(1e-9, 0.4)
+    limit = (math.sqrt(2) * torch.erfinv(1 - 2 * rate.double())).float().clamp_min(0.01)
+    zeros = torch.zeros(n_latents)
+    bias, threshold = (-limit, zeros) if rule == "relu" else (zeros, limit if rule == "jump_relu" else zeros)
+    k = l0 if rule == "topk" else 0
+    sae = Sae(kind=rule, W_enc=W, b_enc=bias, W_dec=W.T, b_dec=torch.zeros(D_IN), threshold=threshold, k=k)
+    return Setting(sae, torch.randn(n_rows, D_IN, generator=generator).bfloat16(), l0)
 
 
 def run_floor(setting: Setting) -> None:
-    """Multiply every block with every tile of encoder columns, and forget the result."""
-    tiles = [setting.sae.W_enc[:, i : i + TILE].contiguous() for i in range(0, setting.sae.d_sae, TILE)]
-    pre = torch.empty(setting.block, TILE)
-    for first in range(0, len(setting.rows), setting.block):
-        block = setting.rows[first : first + setting.block].float()
+    """Multiply every block with every tile of encoder columns in the setting's type, and forget the result."""
+    dtype = getattr(torch, setting.dtype)
+    tiles = [setting.sae.W_enc[:, i : i + TILE].to(dtype).contiguous() for i in range(0, setting.sae.d_sae, TILE)]
+    pre = torch.empty(BLOCK, TILE, dtype=dtype)
+    for first in range(0, len(setting.rows), BLOCK):
+        block = setting.rows[first : first + BLOCK].to(dtype)
         for tile in tiles:
             torch.mm(block, tile, out=pre)
 
 
+def make_job(setting: Setting, keep: str) -> tuple[Pipeline, TokenShard]:
+    """Describe one job of pass A over rows that are in memory."""
+    features = {"latent_slices": 1, "keep": keep, "top_k": TOP_K, "n_random": N_RANDOM, "one_per_document": False, "distinct_tokens": 0}
+    sae = {"hook_point": HOOK, "d_sae": setting.sae.d_sae}
+    content = {"harvest": {"hook_points": [HOOK]}, "saes": [sae], "features": features, "execution": {"rows_per_block": BLOCK}}
+    source = ShardSource(index=0, fingerprint="f", n_documents=1, n_bytes=1, spec={})
+    plan = PipelinePlan(shards=[source], tokenizer_fingerprint="t", model_fingerprint="m", hook_widths={HOOK: D_IN}, vocabulary_size=1, max_context=1)
+    nothing = Manifest(kind="", artifact_id="", identity={}, inputs={}, files=[])
+    contexts = (np.arange(len(setting.rows)) // 256).astype(np.uint32)
+    tokens = TokenShard(np.zeros(len(contexts), np.uint32), contexts, contexts, np.ones(len(contexts), np.bool_), nothing)
+    return Pipeline(make_config(content), plan), tokens
+
+
 def run_ours(setting: Setting, keep: str) -> Manifest:
     """Run pass A as a job does, from rows in memory to its files in memory."""
-    content = {
-        "harvest": {"hook_points": [HOOK]},
-        "saes": [{"hook_point": HOOK, "d_sae": setting.sae.d_sae}],
-        "features": {"latent_slices": 1, "keep": keep, "top_k": setting.top_k, "n_random": setting.n_random, "one_per_document": False},
-        "execution": {"rows_per_block": setting.block},
-    }
-    source = ShardSource(index=0, fingerprint="f", n_documents=1, n_bytes=1, spec={})
-    plan = PipelinePlan(
-        shards=[source],
-        tokenizer_fingerprint="t",
-        model_fingerprint="m",
-        hook_widths={HOOK: setting.sae.d_in},
-        vocabulary_size=1,
-        max_context=1,
-    )
-    pipeline = Pipeline(make_config(content), plan)
-    n_rows = len(setting.rows)
-    nothing = Manifest(kind="", artifact_id="", identity={}, inputs={}, files=[])
-    zeros = np.zeros(n_rows, np.uint32)
-    tokens = TokenShard(zeros, zeros, zeros, np.ones(n_rows, np.bool_), nothing)
-    encoder = Encoder(setting.sae, 0, setting.sae.d_sae, torch.device("cpu"))
-    job = Job(pipeline, encoder, tokens, 0, histogram_origin(math.sqrt(setting.sae.d_in), setting.sae.W_enc))
-    for first in range(0, n_rows, setting.block):
-        block = encoder.prepare(setting.rows[first : first + setting.block], setting.block, "the benchmark")
-        for scan in encoder.scan(block, np.full(setting.block, -np.inf, np.float32)):
+    pipeline, tokens = make_job(setting, keep)
+    encoder = Encoder(setting.sae, 0, setting.sae.d_sae, torch.device("cpu"), dtype=setting.dtype)
+    job = Job(pipeline, encoder, tokens, 0, histogram_origin(math.sqrt(D_IN), setting.sae.W_enc))
+    for first in range(0, len(setting.rows), BLOCK):
+        rows = setting.rows[first : first + BLOCK]
+        block, is_valid = encoder.prepare(rows, BLOCK, "the benchmark"), tokens.valid[first : first + len(rows)]
+        is_topk = setting.sae.kind == "topk"
+        for scan in encoder.scan_topk(block, is_valid).scans if is_topk else encoder.scan(block, row_limits(is_valid, -np.inf)):
             job.add(scan, first)
-    ref = candidates_ref(pipeline, "demo", 0, 0)
-    with create_artifact(open_store("memory://bench"), ref) as art:
+    with create_artifact(open_store("memory://bench"), candidates_ref(pipeline, "demo", 0, 0)) as art:
         job.write(art)
     assert art.manifest
     return art.manifest
@@ -124,97 +133,164 @@ def run_dense(setting: Setting, *, with_random: bool) -> None:
     """Keep the running top-k of every latent over dense blocks, and with `with_random` the running n of smallest hash as well."""
     sae, seed = setting.sae, sample_seed(0, "examples")
     keys = torch.from_numpy(latent_keys(np.arange(sae.d_sae, dtype=np.uint64), seed).view(np.int64))
-    best = torch.full((setting.top_k, sae.d_sae), -torch.inf)
-    best_rows = torch.zeros((setting.top_k, sae.d_sae), dtype=torch.int64)
-    drawn = torch.full((setting.n_random, sae.d_sae), torch.iinfo(torch.int64).max)
-    for first in range(0, len(setting.rows), setting.block):
-        block = setting.rows[first : first + setting.block].float()
+    best = torch.full((TOP_K, sae.d_sae), -torch.inf)
+    best_rows = torch.zeros((TOP_K, sae.d_sae), dtype=torch.int64)
+    drawn = torch.full((N_RANDOM, sae.d_sae), torch.iinfo(torch.int64).max)
+    for first in range(0, len(setting.rows), BLOCK):
+        block = setting.rows[first : first + BLOCK].float()
         hashes = torch.from_numpy(row_keys(np.arange(first, first + len(block), dtype=np.uint64), seed).view(np.int64))
         for low in range(0, sae.d_sae, TILE):
             tile = slice(low, low + TILE)
             pre = block @ sae.W_enc[:, tile]
             pre = torch.where(pre > sae.threshold[tile], pre, 0.0)
-            values, places = torch.cat([best[:, tile], pre]).topk(setting.top_k, dim=0)
-            rows = torch.where(
-                places < setting.top_k, best_rows[:, tile].gather(0, places.clamp_max(setting.top_k - 1)), places - setting.top_k + first
-            )
-            best[:, tile], best_rows[:, tile] = values, rows
+            values, places = torch.cat([best[:, tile], pre]).topk(TOP_K, dim=0)
+            earlier = best_rows[:, tile].gather(0, places.clamp_max(TOP_K - 1))
+            best[:, tile], best_rows[:, tile] = values, torch.where(places < TOP_K, earlier, places - TOP_K + first)
             if with_random:
                 words = (hashes[:, None] ^ keys[None, tile]) * 0x3F58476D1CE4E5B9
                 words = torch.where(pre > 0, words, torch.iinfo(torch.int64).max)
-                drawn[:, tile] = torch.cat([drawn[:, tile], words]).topk(setting.n_random, dim=0, largest=False).values
+                drawn[:, tile] = torch.cat([drawn[:, tile], words]).topk(N_RANDOM, dim=0, largest=False).values
 
 
-def measure(work: Callable[[], object], n_repeats: int) -> Measured:
-    """Run `work` and return its best times."""
-    cpu, wall = [], []
+def clock(work: Callable[[], object]) -> float:
+    """Return the wall seconds of one call."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def alternate(works: dict[str, Callable[[], object]], n_repeats: int) -> dict[str, list[float]]:
+    """Time each of the works in turn, again and again."""
+    found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(n_repeats):
-        wall_0, cpu_0 = time.perf_counter(), time.process_time()
-        work()
-        cpu.append(time.process_time() - cpu_0)
-        wall.append(time.perf_counter() - wall_0)
-    return Measured(min(cpu), min(wall))
+        for name, work in works.items():
+            found[name].append(clock(work))
+    return found
+
+
+def report(
+    name: str, value: float, unit: str, ours: float | None = None, floor: float | None = None, peer: float | None = None, **words: Any
+) -> None:
+    """Print one line."""
+    line = {"name": name, "value": _short(value), "unit": unit, "ours": _short(value if ours is None else ours)}
+    print(json.dumps({**line, "ratio_to_floor": floor and _short(floor), "ratio_to_best_peer": peer and _short(peer), **words}), flush=True)
+
+
+def compare(setting: Setting, n_repeats: int, peer_s_a_row: float | None, *, keeps: tuple[str, ...] = ("candidates",)) -> float:
+    """Time the floor and ours in turn, print them, and return ours in seconds."""
+    works: dict[str, Callable[[], object]] = {"floor": lambda: run_floor(setting)}
+    works |= {keep: lambda keep=keep: run_ours(setting, keep) for keep in keeps}
+    times = alternate(works, n_repeats)
+    ours = float(np.median(times[keeps[0]]))
+    label = f"{setting.sae.d_sae:,} latents, {setting.sae.kind}, {setting.dtype}"
+    peer = peer_s_a_row * len(setting.rows) if peer_s_a_row else None
+    report(f"bare matrix products, {label}", float(np.median(times["floor"])), "s", ours, 1.0, **setting.words())
+    for keep in keeps:
+        ratio = float(np.median(np.array(times[keep]) / np.array(times["floor"])))
+        value = float(np.median(times[keep]))
+        report(f"pass A, keep: {keep}, {label}", value, "s", ours, ratio, peer / value if peer else None, **setting.words())
+    return ours
+
+
+def compare_gather(n_latents: int, n_examples: int, n_rows: int) -> None:
+    """Make windows by moving columns to the rows, and by gathering the rows of each latent group, with the bytes that each way writes."""
+    setting = make_setting(n_rows, n_latents, 32)
+    pipeline, tokens = make_job(setting, "candidates")
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.integers(0, n_rows, (n_latents, n_examples)), axis=1).reshape(-1)
+    latents = np.repeat(np.arange(n_latents), n_examples)
+    bounds = windows.window_bounds(tokens.contexts, tokens.documents, rows, WINDOW)
+    requests = windows.Requests(latents, rows, np.ones(len(rows), np.float32), *bounds)
+    blocks = [RowBlock(i, setting.rows[i : i + BLOCK]) for i in range(0, n_rows, BLOCK)]
+    ref = candidates_ref(pipeline, "demo", 0, 0)
+    with create_artifact(open_store("memory://windows"), ref) as art:
+        begun = time.perf_counter()
+        ((asked, spikes),) = windows._encode(pipeline, setting.sae, iter(blocks), tokens, requests, None)  # noqa: SLF001
+        with windows.create_table(art, windows.WINDOWS, windows.WINDOW_SCHEMA) as table:
+            table.append(windows._columns(asked, spikes, 0))  # noqa: SLF001
+        ours_s = time.perf_counter() - begun
+    assert art.manifest
+    ours_bytes = art.manifest.n_bytes / len(rows)
+    words = {"examples": len(rows), "rows": n_rows, "latents": n_latents, "d_in": D_IN}
+    report("pass C, columns moved to the rows", ours_s / len(rows) * 1e6, "us an example", **words)
+    report("pass C, columns moved to the rows: written", ours_bytes, "bytes an example", **words)
+    for group in (1, 16, 256, n_latents):
+        masks = [
+            rows_of_windows(
+                requests.firsts[i * n_examples : (i + group) * n_examples], requests.lengths[i * n_examples : (i + group) * n_examples], n_rows
+            )
+            for i in range(0, n_latents, group)
+        ]
+        gathered = sum(int(mask.sum()) for mask in masks) * D_IN * 2 / len(rows)
+        report(f"literal gather, groups of {group:,} latents: written", gathered, "bytes an example", ours_bytes, peer=1.0, **words)
+    masks = [np.ones(n_rows, np.bool_)]
+    with create_artifact(open_store("memory://gather"), ref) as art:
+        begun = time.perf_counter()
+        gatherer = Gatherer(masks, "the benchmark")
+        for _ in gatherer.watch(blocks):
+            pass
+        gatherer.write(art)
+        save_tensors(art, "windows.safetensors", {"none": torch.zeros(1)})
+        list(windows._encode(pipeline, setting.sae, iter(blocks), tokens, requests, None))  # noqa: SLF001
+        gather_s = time.perf_counter() - begun
+    report("literal gather of one group, then its windows", gather_s / len(rows) * 1e6, "us an example", ours_s / len(rows) * 1e6, peer=1.0, **words)
+
+
+def report_sizes(manifest: Manifest, setting: Setting, ours_s: float) -> None:
+    """Print bytes per firing and feature, and what a million latents over a hundred million rows would take."""
+    n_rows, d_sae = len(setting.rows), setting.sae.d_sae
+    report("store of all firings", manifest.file(FIRINGS).n_bytes / manifest.facts["n_firings"], "bytes a firing")
+    report("candidates", manifest.file(CANDIDATES).n_bytes / manifest.facts["n_candidates"], "bytes a candidate")
+    report("pass A, keep: all, this shard", manifest.n_bytes / d_sae, "bytes a feature", **setting.words())
+    per_pair = ours_s / n_rows / d_sae
+    report("pass A, a million rows x a thousand latents", per_pair * 1e9, "s on this machine", d_in=D_IN)
+    report("pass A, 1M latents x 100M rows at d_in 512, extrapolated", per_pair * 1e14 / 3600, "hours on this machine", d_in=D_IN)
+    million = Workload(n_rows=100_000_000, n_shards=8, d_in=4096, d_sae=1 << 20, l0=100.0, row_bytes=8192)
+    hours = estimate(million, FeaturesConfig(), 1, H200).passes[0].wall_s / 3600
+    report("pass A, 1M latents x 100M rows at d_in 4096", hours, "H200 hours by arithmetic at an assumed 600 TFLOP/s; NOT measured, no GPU here")
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _describe_machine(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "commit": commit.strip(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": args.quick,
+    }
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("rows", 8192),
-        ("latents", 16384),
-        ("d-in", 512),
-        ("l0", 32),
-        ("block", 4096),
-        ("top-k", 20),
-        ("n-random", 200),
-        ("seed", 0),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "0") not in ("", "0"), help="small sizes")
     args = parser.parse_args()
-    setting = make_setting(args)
-    run_floor(setting._replace(rows=setting.rows[: args.block]))
-    floor = measure(lambda: run_floor(setting), args.repeats)
-    ours = {keep: measure(lambda keep=keep: run_ours(setting, keep), args.repeats) for keep in ("candidates", "all")}
-    dense = {with_random: measure(lambda random=with_random: run_dense(setting, with_random=random), 1) for with_random in (False, True)}
-    rows = {
-        "bare matrix products": floor,
-        "pass A, keep: candidates": ours["candidates"],
-        "pass A, keep: all": ours["all"],
-        "dense running top-k, no random sample": dense[False],
-        "dense running top-k and random sample": dense[True],
-    }
-    config = {"rows": args.rows, "latents": args.latents, "d_in": args.d_in, "l0": args.l0, "top_k": args.top_k, "n_random": args.n_random}
-    for name, measured in rows.items():
-        line = {
-            "name": name,
-            "value": round(measured.cpu_s, 3),
-            "unit": "s of CPU time",
-            "ours": round(ours["candidates"].cpu_s, 3),
-            "ratio_to_floor": round(measured.cpu_s / floor.cpu_s, 3),
-            "ratio_to_best_peer": round(dense[True].cpu_s / measured.cpu_s, 2),
-            "wall_ratio_to_floor": round(measured.wall_s / floor.wall_s, 3),
-        }
-        print(json.dumps(line | config))
-    report_sizes(run_ours(setting, "all"), args, floor, ours["all"])
-
-
-def report_sizes(manifest: Manifest, args: argparse.Namespace, floor: Measured, ours: Measured) -> None:
-    """Print bytes per firing, cost per firing, and what a million latents over a hundred million rows would take at this d_in."""
-    n_firings = manifest.facts["n_firings"]
-    per_element_ns = ours.cpu_s / args.rows / args.latents * 1e9
-    lines = [
-        ("store of all firings", manifest.file(FIRINGS).n_bytes / n_firings, "bytes a firing"),
-        ("candidates", manifest.file(CANDIDATES).n_bytes / manifest.facts["n_candidates"], "bytes a candidate"),
-        ("pass A less the matrix products", (ours.cpu_s - floor.cpu_s) / n_firings * 1e6, "us of CPU time a firing"),
-        ("pass A, keep: all, 1M latents x 100M rows by extrapolation", per_element_ns * 1e14 / 1e9 / 3600, "hours of one CPU core"),
-    ]
-    for name, value, unit in lines:
-        print(
-            json.dumps(
-                {"name": name, "value": round(value, 3), "unit": unit, "ours": round(value, 3), "ratio_to_floor": None, "ratio_to_best_peer": None}
-            )
-        )
+    n_small, n_large, n_rule, n_repeats = (8192, 4096, 4096, 2) if args.quick else (65536, 24576, 16384, 3)
+    report("machine", torch.get_num_threads(), "threads", **_describe_machine(args))
+    small = make_setting(n_small, 16384, 32)
+    run_floor(small.first(BLOCK))
+    run_ours(small.first(BLOCK), "all")  # compiles
+    n_dense = min(n_small, 8192)
+    dense = {both: clock(lambda both=both: run_dense(small.first(n_dense), with_random=both)) for both in (False, True)}
+    floor_s = clock(lambda: run_floor(small.first(n_dense)))
+    for both, name in ((False, "no random sample"), (True, "and random sample")):
+        words = small.first(n_dense).words()
+        report(f"dense running top-k, {name}", dense[both], "s", None, dense[both] / floor_s, dense[True] / dense[both], **words)
+    ours_s = compare(small, n_repeats, dense[True] / n_dense, keeps=("candidates", "all"))
+    compare(small._replace(dtype="bfloat16").first(n_rule), n_repeats, None)
+    for rule in ("relu", "topk"):
+        compare(make_setting(n_rule, 16384, 32, rule), n_repeats, None)
+    compare(make_setting(n_large, 65536, 64), n_repeats, None)
+    compare_gather(*((256, 40, 8192) if args.quick else (1024, 70, 16384)))
+    report_sizes(run_ours(small, "all"), small, ours_s)
 
 
 if __name__ == "__main__":

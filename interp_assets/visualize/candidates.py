@@ -42,11 +42,10 @@ from interp_assets.visualize.refs import candidates_ref, slice_bounds
 from interp_assets.visualize.selection import Limits, n_kept_top, select_firings
 from interp_assets.visualize.spill import SPILL_BYTES, RunStore
 from interp_assets.visualize.statistics import (
+    add_firings,
     empty_statistics,
     histogram_origin,
     join_statistics,
-    measure_firings,
-    merge_statistics,
     statistics_tensors,
 )
 from interp_assets.visualize.tables import create_table
@@ -144,10 +143,9 @@ class Job:
 
     def write(self, art: ArtifactWriter) -> None:
         """Reduce what is left, several tiles at a time, and write the files of the artifact."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(self._reduce, range(self._encoder.n_tiles)))
-        with create_table(art, CANDIDATES, CANDIDATE_SCHEMA) as candidates:
-            for kept in self._kept:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool, create_table(art, CANDIDATES, CANDIDATE_SCHEMA) as candidates:
+            for tile in pool.map(self._reduce, range(self._encoder.n_tiles)):
+                kept, self._kept[tile] = self._kept[tile], _Kept(empty_firings(0, 0), np.empty(0, np.uint8))
                 candidates.append({**kept.firings.columns(self._first_id), "kind": kept.kinds})
         with create_table(art, SAMPLE, SAMPLE_SCHEMA) as sample:
             for runs in self._samples:
@@ -169,15 +167,15 @@ class Job:
             "n_sampled": int(self._is_sampled.sum()),
         }
 
-    def _reduce(self, tile: int) -> None:
-        """Turn the tile's collection into one sorted run and fold it into statistics, candidates and sample. Row ids here count from 0."""
+    def _reduce(self, tile: int) -> int:
+        """Turn the tile's collection into one sorted run and fold it into statistics, candidates and sample; return the tile. Rows count from 0."""
         first, last = self._encoder.tile_bounds(tile)
         collected, self._collected[tile], self._n_collected[tile] = self._collected[tile], [], 0
         latents = np.concatenate([scan.latents for scan in collected]) if collected else np.empty(0, np.uint16)
         rows = np.concatenate([scan.rows for scan in collected]) if collected else np.empty(0, np.uint32)
         activations = np.concatenate([scan.activations for scan in collected]) if collected else np.empty(0, np.float32)
         run = sort_firings(first, last - first, latents, rows, activations)
-        self._statistics[tile] = merge_statistics([self._statistics[tile], measure_firings(run, self._origin)])
+        add_firings(self._statistics[tile], run, self._origin)
         self._samples[tile].append(run.take(self._is_sampled[run.row_ids]))
         if self._keep_all:
             with self._lock:
@@ -187,6 +185,7 @@ class Job:
         documents = self._tokens.documents[merged.row_ids] if self._one_per_document else None
         kinds = select_firings(merged, priorities(keys, self._row_keys[merged.row_ids]), documents, self._limits)
         self._kept[tile] = _Kept(merged.take(kinds > 0), kinds[kinds > 0])
+        return tile
 
 
 def in_sample(row_ids: NDArray[np.uint64], rate: float, root_seed: int) -> NDArray[np.bool_]:

@@ -95,6 +95,7 @@ class Encoder:
         self._pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
         self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
         self._n_threads = n_threads
+        self._block = torch.empty((0, sae.d_in), device=device)
         self._row_limit = _LARGEST / max(1.0, sae.d_in * largest["W_enc"])
 
     def tile_bounds(self, tile: int) -> tuple[int, int]:
@@ -103,11 +104,14 @@ class Encoder:
         return first, min(first + TILE, self.stop)
 
     def prepare(self, rows: Float[Tensor, "n d_in"], n_block: int, where: str) -> Float[Tensor, "block d_in"]:
-        """Return a block of `n_block` rows on the device, padded with zeros to a multiple of `GROUP`; at most 1e37 in all their products.
+        """Return a block of `n_block` rows on the device, padded with zeros to a multiple of `GROUP`. The next call overwrites it.
 
         Raises `NonFiniteError`, naming `where`.
         """
-        block = torch.empty((-(-n_block // GROUP) * GROUP, rows.shape[1]), device=self._device)
+        shape = (-(-n_block // GROUP) * GROUP, rows.shape[1])
+        if self._block.shape != shape:
+            self._block = torch.empty(shape, device=self._device)
+        block = self._block
         block[: len(rows)].copy_(rows)
         block[len(rows) :].zero_()
         low, high = (float(value) for value in torch.aminmax(block))

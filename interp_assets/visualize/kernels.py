@@ -6,7 +6,7 @@ N firings     L latents     P peaks [M / G, T]: the largest product of each late
 Numba compiles them at their first call (1 s each; kept on disk where the disk can be written). They hold no lock while they run, so
 Python threads run them side by side. What they compute is defined by the plain forms that the tests compare them with.
 
-`append_firings` looks at the peaks only, one element in sixteen, which torch's vertical maximum writes at the speed of memory; a test
+`append_firings` looks at the peaks only, one element in eight, which torch's vertical maximum writes at the speed of memory; a test
 of every element took 0.44 ns, four times that. Selection keeps heaps of the n best; the sorts it replaced took 60 ns a firing.
 Measured and rejected: a horizontal test of 32 or 64 neighbours (0.44 ns an element), `torch.nonzero` (4 to 14 times slower).
 """
@@ -20,7 +20,7 @@ import numpy as np
 
 TILE: Final = 512
 """Latents per matrix product."""
-GROUP: Final = 16
+GROUP: Final = 8
 """Rows that share one line of peaks."""
 N_BINS: Final = 64
 _BIN_SHIFT: Final = 21

@@ -12,7 +12,7 @@ Counts and sums are not idempotent: a job overwrites its output as a whole, and 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -67,9 +67,15 @@ def empty_statistics(start: int, n_latents: int) -> LatentStatistics:
 def measure_firings(firings: Firings, origin: int) -> LatentStatistics:
     """Compute the statistics of `firings`; the histogram's first bin starts at 2^origin. A few ns a firing."""
     found = empty_statistics(firings.start, firings.n_latents)
+    add_firings(found, firings, origin)
+    return found
+
+
+def add_firings(statistics: LatentStatistics, firings: Firings, origin: int) -> None:
+    """Add the firings of the same latents on other rows to `statistics`, in place."""
     first_bin = (_EXPONENT_BIAS + origin) * BINS_PER_OCTAVE
-    kernels.measure(firings.offsets, firings.activations, first_bin, found.sum_q16, found.histogram, found.maximum)
-    return replace(found, count=np.diff(firings.offsets))
+    kernels.measure(firings.offsets, firings.activations, first_bin, statistics.sum_q16, statistics.histogram, statistics.maximum)
+    np.add(statistics.count, np.diff(firings.offsets), out=statistics.count)
 
 
 def merge_statistics(parts: Sequence[LatentStatistics]) -> LatentStatistics:

@@ -63,7 +63,8 @@ def create_table(art: ArtifactWriter, name: str, schema: pa.Schema) -> Iterator[
     }
     with art.open(name, block_bytes=_BLOCK_BYTES) as sink:
         target = pa.PythonFile(_WriteOnly(sink), mode="w")
-        with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=False, column_encoding=encodings) as writer:
+        options = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["latent"], "column_encoding": encodings}
+        with pq.ParquetWriter(target, schema, **options) as writer:
             table = TableWriter(writer, schema)
             yield table
             table.close()
