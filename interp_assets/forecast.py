@@ -14,6 +14,7 @@ from interp_assets.shuffle.estimate import compare_plans
 from interp_assets.shuffle.plan import load_shard_rows
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.store import Store, open_store
+from interp_assets.visualize.estimate import Machine, Workload, best_plan, estimate
 
 MAX_PARTITIONS: Final = 5000
 """Above this an asset's page in Dagster becomes slow; larger shards are the remedy."""
@@ -33,6 +34,7 @@ def print_plan(console: Console, config: PipelineConfig) -> None:
     for hook_point, width in pipeline.plan.hook_widths.items():
         console.print(f"  {config.model.name} at {hook_point}: {width:,} values a row in {config.harvest.dtype}", soft_wrap=True, markup=False)
     _print_shuffle(console, pipeline, store)
+    _print_evidence(console, pipeline, store)
     rows = [_plan_row(stop, pipeline, store) for stop in make_road(config)[1:]]
     print_table(console, ["asset", "partitioned by", "partitions", "there already"], rows)
     for name, _, n_partitions, _ in rows:
@@ -69,6 +71,48 @@ def _print_shuffle(console: Console, pipeline: Pipeline, store: Store) -> None:
         ]
         print_table(console, ["  passes", "fan-out", "mixed shards", "bytes moved", "requests", "USD", "time"], rows)
     console.print()
+
+
+def _print_evidence(console: Console, pipeline: Pipeline, store: Store) -> None:
+    """Print what the feature passes will cost for each SAE that is shown, with the configured and the best number of latent slices."""
+    features, machine = pipeline.config.features, Machine()
+    n_rows = _count_rows(pipeline, store)
+    for name in features.saes:
+        sae = pipeline.config.sae(name)
+        d_in = pipeline.d_in(sae.hook_point)
+        work = Workload(
+            n_rows=n_rows,
+            n_shards=len(pipeline.shard_indices),
+            d_in=d_in,
+            d_sae=sae.d_sae,
+            l0=float(sae.k),
+            row_bytes=RowFormat(d_in, pipeline.config.harvest.dtype).row_bytes,
+            vocabulary_size=pipeline.plan.vocabulary_size,
+        )
+        plan, best = estimate(work, features, features.latent_slices, machine), best_plan(work, features, machine)
+        console.print(
+            f"  features of {name}: {n_rows:,} rows x {sae.d_sae:,} latents, {sae.k} a row (assumed); {machine.workers} workers of 2 cores:",
+            soft_wrap=True,
+            markup=False,
+        )
+        rows = [
+            (item.name, item.jobs, format_bytes(item.read_bytes), format_bytes(item.written_bytes), f"{item.wall_s:,.0f} s") for item in plan.passes
+        ]
+        print_table(console, ["  pass", "jobs", "reads", "writes", "time"], rows)
+        slices = f"  {format_count(plan.latent_slices, 'latent slice')}: {plan.wall_s:,.0f} s, {format_bytes(plan.job_bytes)} a job"
+        advice = f"; best {best.latent_slices}: {best.wall_s:,.0f} s, {format_bytes(best.job_bytes)} a job"
+        gather = f". Gathering the rows around examples instead would write {format_bytes(plan.gather_bytes)}."
+        console.print(slices + (advice if best.latent_slices != plan.latent_slices else ", which is best") + gather, soft_wrap=True)
+        console.print()
+
+
+def _count_rows(pipeline: Pipeline, store: Store) -> int:
+    """Return the rows of all shards, counted where they are known, else estimated from the text."""
+    held_out = sum(pipeline.source(index).n_bytes for index in pipeline.held_out_indices) // _BYTES_PER_TOKEN
+    try:
+        return max(1, held_out + sum(shard.n_valid for shard in load_shard_rows(pipeline, store)))
+    except ArtifactMissingError:
+        return max(1, sum(pipeline.source(index).n_bytes for index in pipeline.shard_indices) // _BYTES_PER_TOKEN)
 
 
 def _plan_row(stop: Stop, pipeline: Pipeline, store: Store) -> tuple[str, str, int, int]:

@@ -40,6 +40,8 @@ class Unembedding(NamedTuple):
     """`[d_model, vocabulary]` float32 on the CPU: a direction d of the residual stream moves the logits by d @ matrix. None without one."""
     reason: str
     """Why there is no matrix; empty when there is one."""
+    residual_modules: frozenset[str] = frozenset()
+    """Modules whose output is the residual stream or is added to it: only there does a direction move the logits so."""
 
 
 class SubjectModel:
@@ -141,7 +143,8 @@ class SubjectModel:
         matrix = scale[:, None] * _weight(head).float().cpu().T
         if adapter.norm_kind == "layer":
             matrix = matrix - matrix.mean(dim=0, keepdim=True)
-        return Unembedding(matrix - matrix.mean(dim=1, keepdim=True), "")
+        on_stream = frozenset(point.module_path for point in list_points(self.net) if point.side == "output")
+        return Unembedding(matrix - matrix.mean(dim=1, keepdim=True), "", on_stream)
 
     def check_tokens(self, token_ids: Int[Tensor, "*shape"]) -> None:
         """Raise `InputError` for token ids outside the embedding: then the tokenizer is another model's."""

@@ -45,7 +45,9 @@ class Machine:
     """What a job may hold."""
     firing_ns: float = 100.0
     """Work of pass A a firing, files included; of the other passes together about as much."""
-    overhead: float = 1.10
+    job_s: float = 5.0
+    """What a job takes besides: starting, imports, reading the SAE."""
+    overhead: float = 1.14
     """Pass A beside its bare matrix products."""
 
 
@@ -139,7 +141,7 @@ def _cost(machine: Machine, work: tuple[str, int], read_bytes: float, written_by
     """Spread work and bytes over the workers, in whole jobs; a job reads while it computes."""
     name, jobs = work
     busy_s = max(work_s, (read_bytes + written_bytes) / (machine.read_gb_per_s * 1e9))
-    return PassCost(name, jobs, int(read_bytes), int(written_bytes), busy_s / jobs * -(-jobs // machine.workers))
+    return PassCost(name, jobs, int(read_bytes), int(written_bytes), (busy_s / jobs + machine.job_s) * -(-jobs // machine.workers))
 
 
 def _kept_a_latent(work: Workload, features: FeaturesConfig) -> float:

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from interp_assets.corpus.tokens import load_documents, load_tokens
 from interp_assets.errors import InputError
+from interp_assets.garcon.points import MODULE
 from interp_assets.garcon.subject import Unembedding
 from interp_assets.manifest import Produced
 from interp_assets.pipeline import Pipeline
@@ -94,7 +95,7 @@ def write_records(
     evidence = _load_evidence(pipeline, store, name, latent_slice, digest)
     sample = _load_sample(pipeline, store, name, digest, evidence.n_valid)
     start, stop = slice_bounds(pipeline, name, latent_slice)
-    relations = _relate(sae, start, stop, sample, tokenizer, unembedding)
+    relations = _relate(sae, start, stop, sample, tokenizer, _at(unembedding, pipeline.config.sae(name).hook_point))
     offsets, n_examples = [0], 0
     with create_current(store, ref, digest) as art:
         with art.open(RECORDS, n_rows=stop - start) as sink, create_table(art, FEATURES, FEATURE_SCHEMA) as table, ThreadPoolExecutor() as pool:
@@ -187,6 +188,14 @@ def _load_sample(pipeline: Pipeline, store: Store, name: str, digest: str, n_val
         latents.append(columns["latent"][is_kept].astype(np.int64))
         row_ids.append(columns["row_id"][is_kept])
     return make_sample(np.concatenate(latents), np.concatenate(row_ids), config.d_sae)
+
+
+def _at(unembedding: Unembedding, hook_point: str) -> Unembedding:
+    """Return the way from a hook point to the logits: none from a module that is not known to write to the residual stream, whatever its width."""
+    path = hook_point.removeprefix(MODULE)
+    if path == hook_point or unembedding.matrix is None or path in unembedding.residual_modules:
+        return unembedding
+    return Unembedding(None, f"a direction moves the logits only on the residual stream, and {path} is not known to write to it")
 
 
 def _relate(sae: Sae, start: int, stop: int, sample: FiringSample, tokenizer: PreTrainedTokenizerBase, unembedding: Unembedding) -> _Relations:

@@ -161,8 +161,9 @@ def test_the_unembedding_predicts_what_a_direction_does_to_the_logits(kind: str)
     """Oracle: push the last residual stream far along a direction; the centred logits' derivative is the matrix's row over sigma."""
     subject = SubjectModel(make_net(kind))
     net = subject.net.double()
-    matrix = subject.unembedding().matrix
+    matrix, _, modules = subject.unembedding()
     assert matrix is not None
+    assert {point.module_path for point in subject.points() if point.name in ("resid_post.0", "mlp_out.0", "attn_out.0")} <= modules
     norm_name = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}.get(kind, "norm")
     norm, head = net.base_model.get_submodule(norm_name), net.get_output_embeddings()
     generator = torch.Generator().manual_seed(2)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from interp_assets.corpus.tokens import load_tokens
-from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.errors import ArtifactMissingError, InputError, NonFiniteError
+from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.manifest import create_artifact, read_file, remove_artifact
 from interp_assets.tensors import load_tensors
 from interp_assets.train.checkpoint import save_sae
@@ -158,3 +159,19 @@ def test_candidates_of_an_earlier_training_are_redone_and_never_mixed(make_world
     assert again.manifest.facts["n_firings"] < old[1].manifest.facts["n_firings"]
     with pytest.raises(Exception, match=r"2 of 3 feature_candidates .* earlier training of the SAE: shard-000000.slice-000, shard-000002.slice-000"):
         select_examples(world.pipeline, world.store, "demo", 0)
+
+
+def test_missing_statistics_are_reported_with_the_asset_to_materialize(make_world):
+    """Histograms begin where the statistics say; without them nothing may be guessed."""
+    world = make_world("relu")
+    remove_artifact(world.store, statistics_ref(world.pipeline, "resid_post.0").path)
+    with pytest.raises(ArtifactMissingError, match=r"resid_post.0/statistics-.* Materialize it first"):
+        run_pass(world, 0, 0)
+
+
+def test_activations_that_are_not_there_are_reported_by_their_partition(make_world):
+    """A shard that was lost since it was harvested must not become a shard in which nothing fires."""
+    world = make_world("relu", sizes=(60,))
+    remove_artifact(world.store, activation_shard_ref(world.pipeline, "resid_post.0", 0).path)
+    with pytest.raises(ArtifactMissingError, match=r"shard-000000"):
+        run_pass(world, 0, 0)

@@ -1,11 +1,14 @@
 """The forecast of the feature passes: its arithmetic, and the choice of latent slices."""
 
+import io
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from interp_assets.config import FeaturesConfig
 from interp_assets.errors import PlanError
+from interp_assets.forecast import _print_evidence
 from interp_assets.visualize.estimate import H200, Machine, Workload, best_plan, estimate
 
 MILLION = Workload(n_rows=100_000_000, n_shards=8, d_in=4096, d_sae=1 << 20, l0=100.0, row_bytes=8192)
@@ -14,7 +17,7 @@ MILLION = Workload(n_rows=100_000_000, n_shards=8, d_in=4096, d_sae=1 << 20, l0=
 def test_the_numbers_are_those_of_the_obvious_arithmetic():
     """Jobs, bytes and products of a small case, by hand."""
     work = Workload(n_rows=1000, n_shards=4, d_in=16, d_sae=64, l0=2.0, row_bytes=32)
-    plan = estimate(work, FeaturesConfig(window=1), 2, Machine(workers=1, overhead=1.0, firing_ns=0.0, read_gb_per_s=1e-6))
+    plan = estimate(work, FeaturesConfig(window=1), 2, Machine(workers=1, job_s=0.0, overhead=1.0, firing_ns=0.0, read_gb_per_s=1e-6))
     assert [item.jobs for item in plan.passes] == [8, 2, 4, 2]
     candidates, firings = 64 * 4 * min(1000 * 2 / 64 / 4, 280) * 6, 2000 * 4.8
     assert plan.passes[0].read_bytes == 2 * 1000 * 32 + 4 * 64 * 16 * 4
@@ -25,7 +28,7 @@ def test_the_numbers_are_those_of_the_obvious_arithmetic():
 
 def test_compute_and_reading_bound_a_job_in_turn():
     """Reads hide behind products until there are too many slices for the store."""
-    fast, slow = (replace(Machine(workers=8), read_gb_per_s=speed) for speed in (100.0, 0.00001))
+    fast, slow = (replace(Machine(workers=8, job_s=0.0, overhead=1.1), read_gb_per_s=speed) for speed in (100.0, 0.00001))
     products = 2 * 4096 * MILLION.d_sae * MILLION.n_rows
     computed = estimate(MILLION, FeaturesConfig(), 1, fast).passes[0].wall_s
     assert computed == pytest.approx(products / 300e9 * 1.1 / 8 + MILLION.n_rows * 100 * 100e-9 / 8)
@@ -55,3 +58,13 @@ def test_a_job_that_never_fits_is_refused_with_what_to_change():
     """The message names the knobs."""
     with pytest.raises(PlanError, match=r"No number of latent slices fits 1,000 bytes a job: a shard of 12,500,000 rows .* make smaller shards"):
         best_plan(MILLION, FeaturesConfig(), Machine(memory_bytes=1000))
+
+
+def test_the_forecast_names_passes_bytes_and_the_best_number_of_slices(make_world):
+    """`interp plan` prints this before anything is made."""
+    world = make_world()
+    console = Console(record=True, width=160, file=io.StringIO())
+    _print_evidence(console, world.pipeline, world.store)
+    text = console.export_text()
+    for word in ("A feature_candidates", "D feature_records", "2 latent slices: ", "best ", "Gathering the rows around examples instead would write"):
+        assert word in text, text

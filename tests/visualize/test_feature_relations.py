@@ -14,7 +14,7 @@ from interp_assets.visualize.firings import FIRING_SCHEMA, sort_firings
 from interp_assets.visualize.logits import measure_logits, used_token_ids
 from interp_assets.visualize.neighbours import find_coactivations, find_neighbours, make_sample
 from interp_assets.visualize.record_windows import DatasetShard, read_examples, round_significant
-from interp_assets.visualize.records import write_records
+from interp_assets.visualize.records import _at, write_records
 from interp_assets.visualize.statistics import (
     bin_edges,
     exact_quantiles,
@@ -176,6 +176,15 @@ def test_an_encoder_or_another_width_has_no_logits_and_says_why(make_world, run_
         assert produced.manifest.facts["logits_reason"] == reason
         record = read_records(other, produced)[0]
         assert (record["logits"], record["logits_reason"]) == (None, reason)
+
+
+@pytest.mark.parametrize(("hook_point", "is_on_stream"), [("resid_post.0", True), ("module:h.0", True), ("module:h.0.attn.q_norm", False)])
+def test_logit_effects_are_shown_only_where_they_mean_something(hook_point, is_on_stream):
+    """A query projection may be as wide as the residual stream, and its directions move no logits."""
+    matrix = torch.zeros(8, 52)
+    found = _at(Unembedding(matrix, "", frozenset({"h.0", "h.0.mlp"})), hook_point)
+    assert (found.matrix is matrix) == is_on_stream
+    assert ("h.0.attn.q_norm is not known to write to it" in found.reason) != is_on_stream
 
 
 def test_tables_are_read_by_ranges_of_latents_across_row_groups():
