@@ -17,7 +17,7 @@ from rich.console import Console
 
 from interp_assets.config import PipelineConfig, demo_config, load_config
 from interp_assets.errors import InputError, InterpError
-from interp_assets.web.commands import export, labels_app
+from interp_assets.web.commands import export, labels_app, make_desk
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command()(export)
@@ -145,7 +145,7 @@ def serve(
     bundles = find_bundles(path or f"{pipeline.root}/{pipeline.name}")
     port = _free_port(host, port)
     out.print(f"Feature browser: http://{host}:{port}   (Ctrl-C stops it)", soft_wrap=True)
-    serve_bundles(bundles, host=host, port=port, token=token, notes=notes)
+    serve_bundles(bundles, host=host, port=port, token=token, desk=make_desk(pipeline, bundles, notes))
 
 
 @app.command()
@@ -213,7 +213,7 @@ def _show(config: PipelineConfig, config_path: Path | None, port: int, dagster_p
     out.print(f"\nFeature browser: http://127.0.0.1:{port}", soft_wrap=True)
     out.print(f"Dagster's UI:    {dagster.url}   (ready in some seconds; log: {dagster.log})\nCtrl-C stops both.", soft_wrap=True)
     with dagster:
-        serve_bundles(bundles, port=port, notes=Path("feature-notes"))
+        serve_bundles(bundles, port=port, desk=make_desk(config, bundles, Path("feature-notes")))
 
 
 def _free_port(host: str, port: int) -> int:

@@ -2,14 +2,23 @@
 
 # ruff: noqa: PLC0415 - as in cli.py: imports happen inside the commands, because `interp --help` should not take seconds
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from threading import Lock
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
 
-from interp_assets.config import demo_config, load_config
-from interp_assets.errors import InputError
+from interp_assets.config import PipelineConfig, demo_config, load_config
+from interp_assets.errors import InputError, InterpError
+
+if TYPE_CHECKING:
+    from interp_assets.pipeline import Pipeline
+    from interp_assets.store import Store
+    from interp_assets.web.opened import BundlePlace
+    from interp_assets.web.server import Desk
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -84,7 +93,44 @@ def import_file(
     out.print(f"{counted} {done}: {places[0].store.url}/{made.ref.path}", soft_wrap=True, markup=False)
 
 
-def _find(bundle: str | None, config: Path | None) -> list:
+def make_desk(config: PipelineConfig, places: "Sequence[BundlePlace]", notes: Path) -> "Desk":
+    """Return what `interp serve` has besides bundles: the folder of notes, and model and SAE of those bundles that this pipeline made."""
+    from interp_assets.pipeline import load_pipeline, open_pipeline_store
+    from interp_assets.train.refs import sae_ref
+    from interp_assets.web.opened import OpenBundle, open_bundle
+    from interp_assets.web.server import Desk
+
+    examples = {}
+    try:
+        store = open_pipeline_store(config)
+        pipeline = load_pipeline(config, store)
+        for bundle in map(open_bundle, places):
+            about: dict[str, Any] = bundle.description["sae"] if isinstance(bundle, OpenBundle) else {"name": ""}
+            if any(sae.name == about["name"] and sae_ref(pipeline, sae.name).artifact_id == about["artifact_id"] for sae in config.saes):
+                examples[bundle.name] = _Later(pipeline, store, about["name"])
+    except InterpError:
+        pass  # no pipeline beside these bundles: the pages say what search by example needs
+    return Desk(notes, examples)
+
+
+class _Later:
+    """Imports torch, and loads model and SAE, when the first text comes."""
+
+    def __init__(self, pipeline: "Pipeline", store: "Store", sae: str) -> None:
+        self._pipeline, self._store, self._sae = pipeline, store, sae
+        self._lock = Lock()
+        self._examples: Any = None
+
+    def ask(self, text: str) -> dict[str, Any]:
+        with self._lock:
+            if self._examples is None:
+                from interp_assets.web.example import Examples, load_probe
+
+                self._examples = Examples(partial(load_probe, self._pipeline, self._store, self._sae))
+        return self._examples.ask(text)
+
+
+def _find(bundle: str | None, config: Path | None) -> "list[BundlePlace]":
     from interp_assets.web.opened import find_bundles
 
     pipeline = demo_config() if config is None else load_config(config)

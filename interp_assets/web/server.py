@@ -8,6 +8,7 @@
     GET /api/bundles/{name}/place           where `latent` stands in that list, and its neighbours there
     GET /api/bundles/{name}/labels          what was imported about `latent`, with provenance
     GET /api/bundles/{name}/notes           lists and notes, kept in a local file
+    GET /api/bundles/{name}/try             the features that fire on `text`, where model and SAE are at hand
     PUT /api/bundles/{name}/notes/{latent}  set the note of one latent, and the lists that it stands in
     GET /bundles/{name}/{file}              a file of the bundle: Range, ETag, verified against the manifest
 
@@ -16,9 +17,9 @@ A feature page needs only the last one, so it works on any static host too. Erro
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import uvicorn
@@ -49,6 +50,25 @@ class NotFoundError(InterpError):
     """The address names nothing that is served."""
 
 
+@runtime_checkable
+class Asker(Protocol):
+    """Answers which features fire on a text."""
+
+    def ask(self, text: str) -> dict[str, Any]:
+        """Run a text."""
+        ...
+
+
+class Desk(NamedTuple):
+    """What a server has besides bundles: the folder of lists and notes (None: pages keep none), and model and SAE of some bundles, by name."""
+
+    notes: Path | None = None
+    examples: Mapping[str, Asker] = {}
+
+
+NO_DESK: Final = Desk()
+
+
 class Change(BaseModel):
     """What a page sends about one latent."""
 
@@ -57,9 +77,9 @@ class Change(BaseModel):
 
 
 def make_app(
-    bundles: Sequence[BundlePlace], *, token: str | None = None, hosts: Sequence[str] = (), static: Path = STATIC, notes: Path | None = None
+    bundles: Sequence[BundlePlace], *, token: str | None = None, hosts: Sequence[str] = (), static: Path = STATIC, desk: Desk = NO_DESK
 ) -> FastAPI:
-    """Make the web application for `bundles`. `notes` is the folder of lists and notes; without one, pages keep none.
+    """Make the web application for `bundles`. `desk` is what there is besides them.
 
     `token` is asked for from everyone when set; `hosts` are names that requests may use besides the loopback ones (`"*"`: any, only
     sensible with a token). `static` is the folder of the built pages.
@@ -67,8 +87,8 @@ def make_app(
     app = FastAPI(title="interp-assets feature browser", docs_url=None, redoc_url=None, openapi_url="/api/openapi.json")
     opened = {place.name: open_bundle(place) for place in bundles}
     _add_errors(app)
-    notebooks = {name: Notebook(notes, name) for name in opened} if notes else {}
-    _add_lists(app, opened, notebooks)
+    notebooks = {name: Notebook(desk.notes, name) for name in opened} if desk.notes else {}
+    _add_lists(app, opened, notebooks, desk.examples)
     _add_notes(app, opened, notebooks)
     _add_files(app, opened)
     _add_pages(app, static)
@@ -83,12 +103,12 @@ def serve(
     port: int = DEFAULT_PORT,
     token: str | None = None,
     hosts: Sequence[str] = (),
-    notes: Path | None = None,
+    desk: Desk = NO_DESK,
 ) -> None:
     """Serve until interrupted. Raises `ConfigError` when `host` is not a loopback address and no token protects it."""
     check_bind(host, token)
     allowed = tuple(hosts) or (("*",) if token else ())
-    app = make_app(bundles, token=token, hosts=allowed, notes=notes)
+    app = make_app(bundles, token=token, hosts=allowed, desk=desk)
     uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
 
 
@@ -117,17 +137,25 @@ def _add_notes(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
         return notebooks[name].change(latent, change.note, change.lists)
 
 
-def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook]) -> None:
+def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook], examples: Mapping[str, Asker]) -> None:
     @app.get("/api/bundles")
     @app.get("/site.json")
     def list_all() -> dict[str, Any]:
-        return {"mode": "server", "notes": bool(notebooks), "bundles": [summarize(bundle) for bundle in bundles.values()]}
+        can_try = {name: name in examples for name in bundles}
+        return {"mode": "server", "notes": bool(notebooks), "examples": can_try, "bundles": [summarize(bundle) for bundle in bundles.values()]}
 
     @app.get("/api/bundles/{name}")
     def describe(name: str) -> dict[str, Any]:
         bundle = _find(bundles, name)
         columns = {**bundle.description["columns"], "labels": "label" in bundle.table().sortable}
         return {"name": name, **bundle.description, "columns": columns}
+
+    @app.get("/api/bundles/{name}/try")
+    def run_text(name: str, text: str) -> dict[str, Any]:
+        _find(bundles, name)
+        if name not in examples:
+            raise InputError("Model and SAE of this bundle are not at hand: start `interp serve` with the pipeline's --config, beside its artifacts.")
+        return examples[name].ask(text)
 
     @app.get("/api/bundles/{name}/labels")
     def list_labels(name: str, latent: Annotated[int, Query(ge=0)]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ not grow with the number of features beyond that and one query's columns (at ten
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,7 +22,8 @@ MAX_ROWS: Final = 500
 """Rows of one page."""
 MAX_FILTERS: Final = 16
 LIVES: Final = ("all", "live", "dead")
-_KEPT_BYTES: Final = 128 << 20
+_KEPT_BYTES: Final = 96 << 20
+_READ_BYTES: Final = 8 << 20
 _CONDITION: Final = re.compile(r"(\w+)(>=|<=|>|<)(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)")
 _RELATIONS: Final[dict[str, Callable[[Any, Any], Any]]] = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
 
@@ -103,7 +104,7 @@ class FeatureTable:
         self.sortable = [*self._orders, *([LABEL] if labels else [])]
         self.numeric = list(files.description["columns"]["numeric"])
         self._kept: OrderedDict[Any, NDArray[Any]] = OrderedDict()
-        self._lock, self._words_lock = Lock(), Lock()
+        self._lock, self._words_lock, self._making = Lock(), Lock(), RLock()
         self._words: list[str] | None = None
         self._index: Index | None = None
 
@@ -185,7 +186,7 @@ class FeatureTable:
             whole = np.arange(length, dtype=np.uint32)
         else:
             name = f"list/{self._orders[query.sort]}.order"
-            whole = self._keep(name, lambda: np.frombuffer(self._files.read(name), "<u4"))[first : first + length]
+            whole = self._keep(name, lambda: self._load(name, "<u4"))[first : first + length]
         return whole[::-1] if query.is_descending else whole
 
     def _reduce(self, query: Query, among: NDArray[np.bool_] | None) -> NDArray[np.uint32]:
@@ -212,20 +213,39 @@ class FeatureTable:
 
     def _column(self, name: str) -> NDArray[Any]:
         path = f"list/{name}.bin"
-        return self._keep(path, lambda: np.frombuffer(self._files.read(path), VALUES[name]))
+        return self._keep(path, lambda: self._load(path, VALUES[name]))
 
     def _keep(self, key: Any, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """Return what was made for `key`, making it when it is not among the latest."""
+        """Return what was made for `key`, making it when it is not among the latest; one thing is made at a time, and none of them twice at once."""
+        found = self._find(key)
+        if found is not None:
+            return found
+        with self._making:
+            found = self._find(key)  # a page asks for several ranges of one list at once
+            if found is not None:
+                return found
+            made = make()
+            with self._lock:
+                self._kept[key] = made
+                while len(self._kept) > 1 and sum(array.nbytes for array in self._kept.values()) > _KEPT_BYTES:
+                    self._kept.popitem(last=False)
+            return made
+
+    def _find(self, key: Any) -> NDArray[Any] | None:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
-                return self._kept[key]
-        made = make()
-        with self._lock:
-            self._kept[key] = made
-            while len(self._kept) > 1 and sum(array.nbytes for array in self._kept.values()) > _KEPT_BYTES:
-                self._kept.popitem(last=False)
-        return made
+            return self._kept.get(key)
+
+    def _load(self, name: str, dtype: str) -> NDArray[Any]:
+        """Read a file of one number for each latent, some megabytes at a time."""
+        values = np.empty(self.n_features, dtype)
+        step = _READ_BYTES // values.itemsize
+        for first in range(0, self.n_features, step):
+            n = min(step, self.n_features - first)
+            part = self._files.read_spans(name, [first * values.itemsize], [n * values.itemsize])[0]
+            values[first : first + n] = np.frombuffer(part, dtype)
+        return values
 
     def _rows(self, latents: NDArray[np.uint32]) -> list[dict[str, Any]]:
         """Gather rows; each block of the file is read once."""

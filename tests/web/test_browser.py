@@ -22,7 +22,7 @@ from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.store import ObjectStore, open_store
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.server import STATIC, make_app
+from interp_assets.web.server import STATIC, Desk, make_app
 from interp_assets.web.synthetic import build_synthetic_bundle
 
 pytestmark = pytest.mark.browser
@@ -42,6 +42,15 @@ class Site(NamedTuple):
         return f"{self.address}/#/{self.name}{path}"
 
 
+class Fixed:
+    """Stands for model and SAE: feature 3 fires on the second token, feature 1 on all but the first."""
+
+    def ask(self, text: str) -> dict:
+        assert text
+        features = [{"latent": 3, "max": 2.5, "activations": [[1, 2.5]]}, {"latent": 1, "max": 1.0, "activations": [[1, 0.5], [2, 1.0]]}]
+        return {"tokens": [0, 5, 6], "masked": [0], "l0": 1.5, "features": features, "by_token": [[], [[3, 2.5], [1, 0.5]], [[1, 1.0]]]}
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Serve an invented bundle of 300 features and one of a newer version, with the pages built from these sources."""
@@ -57,7 +66,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     labels.write_text("latent,label,source,score\n4,<b>hostile</b> label,gpt,0.5\n9,Zebra,hand,\n4,worse label,gpt,0.1\n")
     import_labels(next(OpenBundle(place) for place in places if place.name.startswith("synthetic")), labels)
     notes = tmp_path_factory.mktemp("notes")
-    server = uvicorn.Server(uvicorn.Config(make_app(places, static=STATIC, notes=notes), port=0, log_level="warning"))
+    desk = Desk(notes, {place.name: Fixed() for place in places if place.name.startswith("synthetic")})
+    server = uvicorn.Server(uvicorn.Config(make_app(places, static=STATIC, desk=desk), port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -435,3 +445,17 @@ def test_what_is_on_the_screen_can_be_saved(visit: Visit, site: Site, path: str,
     assert _heading(visit) == heading
     assert [request.url for request in visit.requests if not request.url.startswith("file:")] == []
     assert _colour(visit, "body", "color") != "rgb(0, 0, 0)"
+
+
+def test_a_text_shows_which_features_fire_on_it(visit: Visit, site: Site) -> None:
+    """Type, see the strongest features coloured over the text, point at a token for its own, open one."""
+    visit.open(site.page("/try"), "textarea")
+    visit.page.get_by_role("textbox", name="Text").fill("def in")
+    visit.page.get_by_role("button", name="Run").click()
+    visit.page.wait_for_selector(".found a")
+    assert visit.page.locator(".found .latent").all_inner_texts() == ["3", "1"]
+    visit.page.locator(".text [data-place='2']").click()
+    visit.page.wait_for_selector(".found li:first-child .latent:has-text('1')")
+    assert visit.page.locator(".found .latent").all_inner_texts() == ["1"]
+    visit.page.locator(".found a").first.click()
+    visit.page.wait_for_selector("h1:has-text('Feature 1')")

@@ -11,7 +11,7 @@ from interp_assets.store import open_store
 from interp_assets.web.guard import MAX_BODY_BYTES
 from interp_assets.web.notes import MAX_NOTE, Notebook
 from interp_assets.web.opened import list_bundles
-from interp_assets.web.server import make_app
+from interp_assets.web.server import Desk, make_app
 from interp_assets.web.synthetic import build_synthetic_bundle
 
 
@@ -71,7 +71,7 @@ def client(tmp_path: Path) -> TestClient:
     """Return a client of a server that keeps notes."""
     store = open_store(str(tmp_path / "store"))
     build_synthetic_bundle(store, n_features=20, n_documents=4)
-    app = make_app(list_bundles(store), static=tmp_path, notes=tmp_path / "notes")
+    app = make_app(list_bundles(store), static=tmp_path, desk=Desk(notes=tmp_path / "notes"))
     client = TestClient(app, base_url="http://127.0.0.1:8420", raise_server_exceptions=False)
     client.headers["Origin"] = "http://127.0.0.1:8420"
     return client

@@ -6,7 +6,7 @@ import { Problem, asProblem } from './problem';
 import { StaticList } from './files';
 import { decodeRecord, locate, readSpan } from './record';
 import { listParameters, type ListState } from './route';
-import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, Site } from './types';
+import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, Site, Tried } from './types';
 import { parseVocabulary, type Vocabulary } from './vocabulary';
 
 const KEPT_RECORDS = 400;
@@ -176,4 +176,11 @@ export async function putNote(name: string, latent: number, note: string, lists:
   const body = JSON.stringify({ note, lists });
   const response = await ask(at(name, `/notes/${latent}`), { method: 'PUT', headers: { 'Content-Type': 'application/json' }, body });
   return (await response.json()) as Notes;
+}
+
+/** Run a text through model and SAE, on the server. */
+export async function tryText(name: string, text: string): Promise<Tried> {
+  const site = await getSite();
+  if (site.mode === 'static') throw new Problem('Search by example needs a server: this site is files only.', 'Open the bundle with `interp serve` beside its pipeline.');
+  return askJson<Tried>(at(name, `/try?${new URLSearchParams({ text })}`));
 }

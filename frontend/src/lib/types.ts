@@ -129,3 +129,12 @@ export interface FeatureRecord {
   neighbours: [number, number][];
   coactivations: [number, number, number][];
 }
+
+/** Which features fire on a text: the strongest ones with [place, activation], and for every token its own strongest [latent, activation]. */
+export interface Tried {
+  tokens: number[];
+  masked: number[];
+  l0: number;
+  features: { latent: number; max: number; activations: [number, number][] }[];
+  by_token: [number, number][][];
+}
