@@ -28,7 +28,6 @@ from collections.abc import Callable
 import torch
 
 from interp_assets.config import Architecture, SaeConfig
-from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.trainer import Trainer
 
@@ -55,12 +54,12 @@ def make_step(architecture: Architecture, x: torch.Tensor, d_sae: int, k: int, *
     n_steps = 1_000_000
     config = SaeConfig(architecture=architecture, d_sae=d_sae, k=k, batch_rows=len(x), n_rows=n_steps * len(x), dead_after_rows=1 << 60)
     generator = torch.Generator().manual_seed(0)
-    trainer = Trainer(config, make_weights(config, x, generator), x.device)
+    trainer = Trainer(config, make_weights(config, x, x.shape[1], generator), x.device)
     dead = torch.rand(d_sae, generator=generator) < dead_share
 
     def run() -> None:
         trainer.rows_since_fired[dead] = 1 << 60
-        trainer.train_step(x, ONE_RANK)
+        trainer.train_step(x)
 
     return run
 

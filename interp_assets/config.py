@@ -33,7 +33,7 @@ def _check_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
-Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu"]
+Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu", "jump_relu_tanh", "jump_relu_step"]
 
 
 class _Config(BaseModel):
@@ -111,12 +111,18 @@ class SaeConfig(_Config):
     """Where its rows come from; one of `harvest.hook_points`."""
     architecture: Architecture = "batch_topk"
     """Sparsifying function and its recipe."""
+    task: Literal["sae", "transcoder", "skip_transcoder", "crosscoder"] = "sae"
+    """What is reconstructed: the rows themselves, those of `target_hook_point`, or those of several hook points by shared latents."""
+    target_hook_point: str = ""
+    """`transcoder` and `skip_transcoder`: where the rows come from that are reconstructed. Unused for others."""
+    more_hook_points: tuple[str, ...] = ()
+    """`crosscoder`: the hook points besides `hook_point`. Unused for others."""
     d_sae: Annotated[int, Field(ge=1)] = 2048
     """Number of latents."""
     k: Annotated[int, Field(ge=1)] = 32
     """Active latents per row, for the TopK family; the target L0 for `jump_relu`."""
     sparsity_coefficient: Annotated[float, Field(ge=0)] = 5.0
-    """Weight of the sparsity loss, for `relu`, `gated` and `jump_relu`."""
+    """Weight of the sparsity loss, for `relu`, `gated` and the `jump_relu` family."""
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Peak learning rate of Adam."""
     batch_rows: Annotated[int, Field(ge=1)] = 4096
@@ -127,6 +133,23 @@ class SaeConfig(_Config):
     """A latent that has not fired for this many rows, over all ranks, is dead."""
     seed: int = 0
     """Seed of the initial weights; the order of the data depends on the pipeline's seed only."""
+    product_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that the operands of matrix products are rounded to; weights, thresholds and optimizer stay float32."""
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Tell whether other rows are reconstructed than those that are encoded."""
+        return self.task in ("transcoder", "skip_transcoder")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The hook points whose rows, side by side, are encoded."""
+        return (self.hook_point, *self.more_hook_points)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The hook points whose rows, side by side, are reconstructed."""
+        return (self.target_hook_point,) if self.is_transcoder else self.sources
 
 
 class FeaturesConfig(_Config):
@@ -182,6 +205,8 @@ class ExecutionConfig(_Config):
     """Rows that the feature passes encode at once."""
     processes: Annotated[int, Field(ge=1)] = 1
     """Training processes started by torchrun; 1 trains in the asset's own process."""
+    latent_processes: Annotated[int, Field(ge=1)] = 1
+    """How many of `processes` the latents of an SAE are divided over (latent parallel); the rest share the rows (data parallel)."""
     plan: Name = "plan.json"
     """File of the plan in the pipeline's folder; a retraining works under a plan of its own until it is promoted. Leave it."""
     usd_per_hour: Annotated[float, Field(ge=0)] = 0.0
@@ -225,8 +250,9 @@ class PipelineConfig(_Config):
             message = f"fan_out ** (passes - 1) is {self.shuffle.fan_out ** (self.shuffle.passes - 1):,} mixed shards, at most {MAX_MIXED_SHARDS:,}"
             raise ValueError(message)
         for sae in self.saes:
-            if sae.hook_point not in self.harvest.hook_points:
-                message = f"SAE {sae.name!r} reads {sae.hook_point!r}, but harvest.hook_points are {self.harvest.hook_points}"
+            _check_task(sae, self.harvest.hook_points)
+            if sae.task == "crosscoder" and sae.name in self.features.saes:
+                message = f"features.saes names the crosscoder {sae.name!r}: feature passes read one hook point. Take it out of the list"
                 raise ValueError(message)
             if sae.k > sae.d_sae:
                 message = f"SAE {sae.name!r} wants k = {sae.k} active latents of d_sae = {sae.d_sae}"
@@ -239,6 +265,23 @@ class PipelineConfig(_Config):
             if sae.name == name:
                 return sae
         raise ConfigError(f"No SAE is called {name!r}; the configuration has {[sae.name for sae in self.saes]}.")
+
+
+def _check_task(sae: SaeConfig, hook_points: list[str]) -> None:
+    """Raise `ValueError` when an SAE reads what is not harvested, or what its task does not read."""
+    for name in dict.fromkeys((*sae.sources, *sae.targets)):
+        if name not in hook_points:
+            message = f"SAE {sae.name!r} reads {name!r}, but harvest.hook_points are {hook_points}"
+            raise ValueError(message)
+    if bool(sae.target_hook_point) != sae.is_transcoder or bool(sae.more_hook_points) != (sae.task == "crosscoder"):
+        message = (
+            f"SAE {sae.name!r} is of task {sae.task!r} with target_hook_point {sae.target_hook_point!r} and more_hook_points "
+            f"{list(sae.more_hook_points)}: transcoders have a target, crosscoders have more hook points, others neither"
+        )
+        raise ValueError(message)
+    if len(set(sae.sources)) != len(sae.sources):
+        message = f"crosscoder {sae.name!r} names a hook point twice: {list(sae.sources)}"
+        raise ValueError(message)
 
 
 def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) -> PipelineConfig:

@@ -18,9 +18,11 @@ import torch.distributed as dist
 from interp_assets.config import load_config
 from interp_assets.errors import InterpError
 from interp_assets.garcon.device import choose_device
-from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.pipeline import load_pipeline
+from interp_assets.store import open_store
+from interp_assets.train.launch import S3_OPTIONS
 from interp_assets.train.loop import Execution, TrainingMetrics, train_saes
-from interp_assets.train.parallel import Ranks
+from interp_assets.train.parallel import make_ranks
 
 
 def main(arguments: list[str]) -> int:
@@ -29,16 +31,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config", help="the pipeline's YAML or JSON file")
     parser.add_argument("names", nargs="+", help="names of the SAEs to train")
     chosen = parser.parse_args(arguments)
-    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    rank = int(os.environ["RANK"])
     config = load_config(chosen.config)
     is_cuda = choose_device(config.execution.device).type == "cuda"
     if is_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if is_cuda else "gloo")
+    is_first = rank == 0
     try:
-        store = open_pipeline_store(config)
+        ranks = make_ranks(rank, int(os.environ["WORLD_SIZE"]), config.execution.latent_processes)
+        store = open_store(config.root, s3=json.loads(os.environ.get(S3_OPTIONS, "{}"))).child(config.name)
         pipeline = load_pipeline(config, store)
-        is_first = ranks.rank == 0
         train_saes(
             pipeline,
             store,
@@ -48,7 +51,7 @@ def main(arguments: list[str]) -> int:
             Execution(ranks=ranks),
         )
     except InterpError as error:
-        if ranks.rank == 0:
+        if is_first:
             _tell("error", type=type(error).__name__, message=str(error))
         return 1
     finally:

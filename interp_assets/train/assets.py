@@ -14,7 +14,7 @@ from interp_assets.store import Store
 from interp_assets.train.evaluate import evaluate_sae
 from interp_assets.train.launch import run_training
 from interp_assets.train.loop import training_rows
-from interp_assets.train.refs import TRAIN_VERSION
+from interp_assets.train.refs import EVALUATION_VERSION, TRAIN_VERSION
 from resources.world import World
 
 GROUP = "train"
@@ -47,7 +47,7 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         names = partition_keys(context)
         _require_certificates(pipeline, store, names)
         progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
-        trained = run_training(pipeline, store, names, progress.advance)
+        trained = run_training(pipeline, store, names, progress.advance, s3=dict(world.s3))
 
         def work(key: str) -> Made:
             item = trained[key]
@@ -70,7 +70,7 @@ def _sae_evaluation(layout: Layout) -> dg.AssetsDefinition:
         pool=GPU_POOL,
         op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch", "parquet"),
-        code_version=code_version(1),
+        code_version=code_version(EVALUATION_VERSION),
         backfill_policy=dg.BackfillPolicy.single_run(),
         description=(
             "An SAE measured on the held-out shards, which it has never seen: L0, FVU, share of the model's loss recovered when its reconstruction "
@@ -92,7 +92,8 @@ def _sae_evaluation(layout: Layout) -> dg.AssetsDefinition:
 
 def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) -> None:
     """Refuse to train on rows whose shuffle is not proven. Raises `CertificateError`."""
-    for hook_point in sorted({pipeline.config.sae(name).hook_point for name in names}):
+    configs = [pipeline.config.sae(name) for name in names]
+    for hook_point in sorted({hook_point for config in configs for hook_point in (*config.sources, *config.targets)}):
         certificate = load_manifest(store, certificate_ref(pipeline, hook_point))
         if not certificate.facts["passed"]:
             raise CertificateError(

@@ -3,9 +3,9 @@
 The rows of all mixed shards of a hook point form one endless line, and batch i is its rows [i * batch_rows, (i + 1) * batch_rows):
 
 1. Epoch 0 is the shards in order of bucket, read as they lie: they are mixed already.
-2. A later epoch takes the shards in a keyed order, and permutes each chunk of about `CHUNK_BYTES` in memory, so that rows meet other
+2. A later epoch takes the shards in a keyed order, and permutes each chunk of `CHUNK_ROWS` in memory, so that rows meet other
    rows while the disk still reads forward. The keys depend on the pipeline's seed only: SAEs of a sweep, whatever their own seed,
-   see the same rows in the same batches; so do hook points of one width (another width cuts other chunks in later epochs).
+   see the same rows in the same batches, and so do all hook points, whatever their widths: transcoders and crosscoders read several.
 3. Batches run across the borders of chunks, shards and epochs: no row is dropped, none comes twice in an epoch.
 
 So a trainer resumes at any batch with nothing but its number, and the number of ranks changes nothing. Memory: two chunks and the
@@ -14,7 +14,7 @@ batches of the queue.
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -28,8 +28,8 @@ from interp_assets.shuffle.mixed import ROWS, MixedShard
 from interp_assets.store import Store
 from interp_assets.tensors import read_rows
 
-CHUNK_BYTES: Final = 64 << 20
-"""Rows that are read at once, and permuted among themselves in later epochs."""
+CHUNK_ROWS: Final = 1 << 14
+"""Rows that are read at once, and permuted among themselves in later epochs: 128 MiB of bfloat16 at a width of 4,096."""
 _QUEUED_BATCHES: Final = 4
 
 
@@ -103,11 +103,10 @@ def make_row_order(shards: Sequence[MixedShard], seed: int, d_in: int, where: st
     sizes = tuple(shard.n_rows for shard in shards)
     if sum(sizes) == 0:
         raise InputError(f"The mixed shards of {where} hold no rows: there is nothing to train on. Give `corpus` more text.")
-    row_bytes = shards[0].rows.row_bytes
-    return RowOrder(sizes, max(1024, CHUNK_BYTES // row_bytes), seed)
+    return RowOrder(sizes, CHUNK_ROWS, seed)
 
 
-def iter_batches(store: Store, shards: Sequence[MixedShard], order: RowOrder, batch_rows: int, steps: range) -> Iterator[Batch]:
+def iter_batches(store: Store, shards: Sequence[MixedShard], order: RowOrder, batch_rows: int, steps: range) -> Generator[Batch]:
     """Yield the batches of consecutive steps, verified, read ahead by a background thread. Errors of the thread are raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_QUEUED_BATCHES)
     is_closed = threading.Event()

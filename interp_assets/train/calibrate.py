@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.sae import Sae
 from interp_assets.train.sparsify import largest, pick_per_batch
 
@@ -49,18 +48,18 @@ def calibrate_threshold(sae: Sae, blocks: Sequence[Float[Tensor, "batch d_in"]],
         factor *= 2
 
 
-def measure_sae(sae: Sae, blocks: Sequence[Float[Tensor, "batch d_in"]]) -> SaeMeasures:
-    """Encode and decode raw rows and count."""
+def measure_sae(sae: Sae, blocks: Sequence[Float[Tensor, "batch d_in"]], targets: Sequence[Float[Tensor, "batch d_out"]]) -> SaeMeasures:
+    """Encode raw rows, reconstruct their `targets` (the same blocks, but for transcoders), and count."""
     n_rows = sum(len(block) for block in blocks)
     n_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.b_enc.device)
-    squared_error, total, squares = 0.0, torch.zeros(sae.d_in, dtype=torch.float64), 0.0
-    for block in blocks:
-        x = block.to(sae.W_enc)
+    squared_error, total, squares = 0.0, torch.zeros(sae.d_out, dtype=torch.float64), 0.0
+    for block, target in zip(blocks, targets, strict=True):
+        x, y = block.to(sae.W_enc), target.to(sae.W_enc)
         latents = sae.encode(x)
         n_fired += (latents > 0).sum(0)
-        squared_error += float((x - sae.decode(latents)).double().square().sum())
-        total += x.double().sum(0).cpu()
-        squares += float(x.double().square().sum())
+        squared_error += float((y - sae.reconstruct(x, latents)).double().square().sum())
+        total += y.double().sum(0).cpu()
+        squares += float(y.double().square().sum())
     variance = squares - float(total.square().sum()) / max(1, n_rows)
     return SaeMeasures(
         n_rows=n_rows,
@@ -78,7 +77,7 @@ def _find_threshold(open_sae: Sae, blocks: Sequence[Tensor], n_active: int, kept
     for block in blocks:
         pre = open_sae.pre_activations(block)
         n_kept = kept_per_row * len(block)
-        values = pre.view(-1)[pick_per_batch(pre, n_kept, ONE_RANK)]
+        values = pick_per_batch(pre, n_kept).values
         if len(values) >= n_kept:
             lowest_kept = max(lowest_kept, float(values.min()))
         kept.append(values)

@@ -7,6 +7,10 @@ The names and shapes of the exchange format live here and nowhere else (`docs/fo
     jump_relu    jumprelu                    the same and threshold [d_sae]
     topk         topk                        the same four, and the key k in cfg.json
 
+A transcoder's architecture is `transcoder`, `jumprelu_transcoder` or (which SAELens doesn't know) `topk_transcoder`, with `d_out`; with a
+skip `skip_transcoder`, `jumprelu_skip_transcoder` or `topk_skip_transcoder`, and W_skip [d_out, d_in]. A crosscoder is written as an SAE
+whose rows are those of its hook points (`metadata.hook_points`) side by side.
+
 `apply_b_dec_to_input` is false: the subtraction of `b_dec` (and of the data-set mean) is folded into `b_enc`. `normalize_activations` is
 `none`: SAELens ignores its other values at inference, so the scale is folded too. `metadata.sae_lens_version` makes SAELens read the
 metadata at all.
@@ -31,7 +35,15 @@ from interp_assets.train.sae import Sae, SaeKind
 WEIGHTS: Final = "sae_weights.safetensors"
 CONFIG: Final = "cfg.json"
 _ARCHITECTURES: Final[dict[SaeKind, str]] = {"relu": "standard", "jump_relu": "jumprelu", "topk": "topk"}
-_KINDS: Final[dict[str, SaeKind]] = {name: kind for kind, name in _ARCHITECTURES.items()}
+_KINDS: Final[dict[str, SaeKind]] = {
+    **{name: kind for kind, name in _ARCHITECTURES.items()},
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jump_relu",
+    "jumprelu_skip_transcoder": "jump_relu",
+    "topk_transcoder": "topk",
+    "topk_skip_transcoder": "topk",
+}
 _HOOK_SUFFIXES: Final = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
 
 
@@ -40,6 +52,8 @@ def save_sae(art: ArtifactWriter, sae: Sae, pipeline: Pipeline, config: SaeConfi
     tensors = {"W_dec": sae.W_dec, "W_enc": sae.W_enc, "b_dec": sae.b_dec, "b_enc": sae.b_enc}
     if sae.kind == "jump_relu":
         tensors["threshold"] = sae.threshold
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.T
     save_tensors(art, WEIGHTS, {name: value.to(torch.float32).contiguous() for name, value in tensors.items()})
     art.put(CONFIG, (json.dumps(_make_cfg(sae, pipeline, config, l0), sort_keys=True, indent=1) + "\n").encode())
 
@@ -67,6 +81,7 @@ def read_sae(store: Store, path: str, manifest: Manifest) -> Sae:
         b_dec=tensors["b_dec"],
         threshold=tensors.get("threshold", torch.zeros_like(tensors["b_enc"])),
         k=cfg.get("k", 0),
+        W_skip=tensors["W_skip"].T.contiguous() if "W_skip" in tensors else None,
     )
 
 
@@ -76,10 +91,17 @@ def sae_lens_hook_name(hook_point: str) -> str:
     return f"blocks.{layer}.hook_{kind}" if kind in _HOOK_SUFFIXES and layer.isdigit() else hook_point
 
 
+def _architecture(sae: Sae, config: SaeConfig) -> str:
+    name = _ARCHITECTURES[sae.kind]
+    if not config.is_transcoder:
+        return name
+    return f"{'' if sae.kind == 'relu' else name + '_'}{config.task}"
+
+
 def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, l0: float) -> dict[str, Any]:
     corpus, model = pipeline.config.corpus, pipeline.config.model
-    cfg = {
-        "architecture": _ARCHITECTURES[sae.kind],
+    cfg: dict[str, Any] = {
+        "architecture": _architecture(sae, config),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",
@@ -99,6 +121,12 @@ def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, l0: float) -> dic
             "l0": l0,
         },
     }
+    if config.is_transcoder:
+        cfg["d_out"] = sae.d_out
+        cfg["metadata"]["hook_name_out"] = sae_lens_hook_name(config.target_hook_point)
+        cfg["metadata"]["target_hook_point"] = config.target_hook_point
+    if config.task == "crosscoder":
+        cfg["metadata"]["hook_points"] = list(config.sources)
     if sae.kind == "topk":
         cfg["k"] = sae.k
         cfg["rescale_acts_by_decoder_norm"] = False

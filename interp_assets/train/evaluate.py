@@ -2,12 +2,14 @@
 
 1. The stored rows of the held-out shards (valid ones) are encoded and decoded: L0, FVU, firing frequencies, shrinkage (`metrics.py`).
 2. The first `MODEL_TOKENS` held-out tokens go through the subject model three times: untouched, with the reconstruction in place of
-   every valid row, and with zeros in place of every row. Cross entropy and KL divergence are means over the valid positions that have
-   a next token.
+   every valid row, and with zeros in place of the same rows (so a BOS, which no SAE sees, is left alone by both). Cross entropy and KL
+   divergence are means over the valid positions that have a next token. A transcoder reads its own hook point in the untouched model
+   and is put in place of its target.
 
     CE recovered = (CE_zero - CE_sae) / (CE_zero - CE_clean)        KL = mean of KL(clean || sae), in nats
 
-A model without a language-model head has null in these places, and the reason beside it. Formats: `docs/formats/sae_evaluation.md`.
+A model without a language-model head, and a crosscoder, which has no one place, have null there, and the reason
+beside it. Formats: `docs/formats/sae_evaluation.md`.
 """
 
 import io
@@ -22,6 +24,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from interp_assets.config import SaeConfig
 from interp_assets.corpus.tokens import context_offsets, load_tokens
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
@@ -72,40 +75,47 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
     if manifest is not None:
         return Produced(ref, manifest, is_cached=True, wall_s=0.0)
     started_s = time.perf_counter()
-    hook_point = pipeline.config.sae(name).hook_point
+    config = pipeline.config.sae(name)
     sae = load_sae(pipeline, store, name).to(model.device)
-    sums = _measure_rows(pipeline, store, sae, hook_point, progress)
+    sums = _measure_rows(pipeline, store, sae, config, progress)
     reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else f"{model.name} has no causal language-model head"
-    model_sums = None if reason else _measure_model(pipeline, store, model, sae, hook_point, progress)
+    if config.task == "crosscoder":
+        reason = "a crosscoder reconstructs several hook points at once"
+    model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, progress)
     with create_artifact(store, ref, made_from=[trained]) as art:
         _write(art, sums, model_sums, reason)
     assert art.manifest is not None
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)
 
 
-def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, hook_point: str, progress: Callable[[int], None] | None) -> ReconstructionSums:
-    sums = ReconstructionSums(sae, load_statistics(pipeline, store, hook_point).mean)
+def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig, progress: Callable[[int], None] | None) -> ReconstructionSums:
+    sums = ReconstructionSums(sae, torch.cat([load_statistics(pipeline, store, name).mean for name in config.targets]))
+    hook_points = list(dict.fromkeys((*config.sources, *config.targets)))
+    n_block = pipeline.config.execution.rows_per_block
     for index in pipeline.held_out_indices:
         is_valid = torch.from_numpy(load_tokens(pipeline, store, index).valid.copy())
-        for block in iter_row_blocks(pipeline, store, hook_point, index, pipeline.config.execution.rows_per_block):
-            sums.add(block.rows[is_valid[block.first_row : block.first_row + len(block.rows)]])
+        for blocks in zip(*(iter_row_blocks(pipeline, store, name, index, n_block) for name in hook_points), strict=True):
+            first, n_rows = blocks[0].first_row, len(blocks[0].rows)
+            kept = {name: block.rows[is_valid[first : first + n_rows]] for name, block in zip(hook_points, blocks, strict=True)}
+            x, y = (torch.cat([kept[name] for name in names], dim=1) for names in (config.sources, config.targets))
+            sums.add(x, y)
             if progress is not None:
-                progress(len(block.rows))
+                progress(n_rows)
     if sums.n_rows == 0:
         raise InputError(
-            f"The held-out shards {pipeline.held_out_indices} have no valid rows at {hook_point}: nothing can be measured. "
+            f"The held-out shards {pipeline.held_out_indices} have no valid rows at {config.hook_point}: nothing can be measured. "
             "Raise corpus.held_out_shards, or give `corpus` more text."
         )
     return sums
 
 
 def _measure_model(
-    pipeline: Pipeline, store: Store, model: SubjectModel, sae: Sae, hook_point: str, progress: Callable[[int], None] | None
+    pipeline: Pipeline, store: Store, model: SubjectModel, sae: Sae, config: SaeConfig, progress: Callable[[int], None] | None
 ) -> _ModelSums:
     total = torch.zeros(6, dtype=torch.float64)
     n_left = MODEL_TOKENS
     for batch in _iter_contexts(pipeline, store):
-        total += _measure_contexts(model, sae, hook_point, batch)
+        total += _measure_contexts(model, sae, config, batch)
         n_tokens = int(batch.is_token.sum())
         if progress is not None:
             progress(n_tokens)
@@ -114,20 +124,28 @@ def _measure_model(
             break
     if not bool(torch.isfinite(total).all()):
         raise NonFiniteError(
-            f"The loss of {model.name} on the held-out shards is not finite ({total.tolist()}) with the SAE at {hook_point} in place. "
+            f"The loss of {model.name} on the held-out shards is not finite ({total.tolist()}) with the SAE at {config.targets[0]} in place. "
             "Try model.dtype float32, and look at the SAE's training curve."
         )
     n, *sums = total.tolist()
     return _ModelSums(int(n), *sums)
 
 
-def _measure_contexts(model: SubjectModel, sae: Sae, hook_point: str, batch: _Contexts) -> Tensor:
+def _measure_contexts(model: SubjectModel, sae: Sae, config: SaeConfig, batch: _Contexts) -> Tensor:
     """Return the six sums of `_ModelSums` over one batch of contexts."""
     token_ids, is_valid = batch.token_ids.to(model.device), batch.is_valid.to(model.device)
 
+    read: Tensor | None = None
+    if config.is_transcoder:
+        read = model.capture(token_ids, batch.is_token, [config.hook_point])[config.hook_point]
+
     def reconstruct(rows: Tensor) -> Tensor:
-        x_hat = sae.decode(sae.encode(rows.flatten(0, 1).float())).view(rows.shape).to(rows.dtype)
+        x = (rows if read is None else read.to(rows.device)).flatten(0, 1).float()
+        x_hat = sae.reconstruct(x, sae.encode(x)).view(rows.shape).to(rows.dtype)
         return torch.where(is_valid[..., None], x_hat, rows)
+
+    def ablate(rows: Tensor) -> Tensor:
+        return torch.where(is_valid[..., None], 0.0, rows)
 
     measured = (is_valid[:, :-1] & batch.is_token[:, 1:].to(model.device)).flatten()
     targets = token_ids[:, 1:].flatten()[measured]
@@ -138,8 +156,8 @@ def _measure_contexts(model: SubjectModel, sae: Sae, hook_point: str, batch: _Co
     clean = log_probabilities(model.logits(token_ids, batch.is_token))
     sums = [torch.tensor(float(len(targets))), -clean.gather(1, targets[:, None]).double().sum()]
     divergences: list[Tensor] = []
-    for replace in (reconstruct, torch.zeros_like):
-        patched = log_probabilities(model.logits_with_patch(token_ids, batch.is_token, hook_point, replace))
+    for replace in (reconstruct, ablate):
+        patched = log_probabilities(model.logits_with_patch(token_ids, batch.is_token, config.targets[0], replace))
         sums.append(-patched.gather(1, targets[:, None]).double().sum())
         divergences.append((clean.exp() * (clean - patched)).sum(1).double().sum())
     return torch.stack([value.double().cpu() for value in (*sums, *divergences)])

@@ -1,12 +1,12 @@
-"""Encoder and decoder of the few latents that are active: value and gradients in time proportional to their number.
+"""Encoder and decoder of the few latents that are active, and the buffers that a step uses again: time proportional to what fires.
 
-    B rows of the batch     R rows that are reconstructed (B, or B times the groups of a Matryoshka SAE)
-    D d_in                  S d_sae                  N active (row, latent) pairs
+    B rows of the batch     R bags that are decoded apart (B, or B times the groups of a Matryoshka SAE)
+    D d_in or d_out         S d_sae                  N active (row, latent) pairs
 
 A TopK-like SAE needs one dense product, the pre-activations of all latents, to know which are active. All else touches only the N
 pairs, with k/S of the dense arithmetic:
 
-    decode        x_hat[r] = sum over the pairs of row r of value * W_dec[latent]           bags of decoder rows, by row
+    decode        x_hat[r] = sum over the pairs of bag r of value * W_dec[latent]           bags of decoder rows, by row
     grad values   <grad_x_hat[r], W_dec[latent]>                                            a sampled product
     grad W_dec    sum over the pairs of a latent of value * grad_x_hat[r]                   bags of gradient rows, by latent
     grad W_enc    sum over the pairs of a latent of grad_value * x[b]                       bags of input rows, by latent
@@ -14,100 +14,145 @@ pairs, with k/S of the dense arithmetic:
 Bags are `embedding_bag`, which sums each bag in order on one thread: bit-exact whatever the number of threads. Measured on 2 cores
 (B 4096, D 256, S 4096, 32 active): dense decode 98 ms, bags 8 ms; autograd through `embedding_bag` 158 ms, the three products
 above 40 ms. Ordering the pairs by latent is a 16-bit radix sort in NumPy, 0.8 ms; torch's stable sort took 110-290 ms.
+
+Fresh memory costs more than arithmetic: filling a new tensor of 64 MB takes 31 ms (page faults), multiplying one that is there 4 ms.
+So large intermediate tensors live in a `Scratch` and are written in place.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn.functional import embedding_bag
 
 
 class Pairs(NamedTuple):
-    """The active (row, latent) pairs of a batch, ordered by row, and the same pairs ordered by latent."""
+    """The active (row, latent) pairs of a batch, ordered by bag, and the same pairs ordered by latent."""
 
-    rows: Int64[Tensor, " N"]
+    bags: Int64[Tensor, " N"]
+    """Bag of each pair: its row, or row * groups + group."""
     latents: Int64[Tensor, " N"]
-    row_starts: Int64[Tensor, " R"]
-    """Place of the first pair of every row."""
+    bag_starts: Int64[Tensor, " R"]
+    """Place of the first pair of every bag."""
     by_latent: Int64[Tensor, " N"]
     """Places of the pairs, ordered by latent, then by row."""
     counts: Int64[Tensor, " S"]
     """Number of pairs of every latent."""
+    n_groups: int = 1
 
     @property
     def latent_starts(self) -> Int64[Tensor, " S"]:
         """Place in `by_latent` of the first pair of every latent."""
         return self.counts.cumsum(0) - self.counts
 
+    @property
+    def rows(self) -> Int64[Tensor, " N"]:
+        """Row of each pair."""
+        return self.bags if self.n_groups == 1 else self.bags // self.n_groups
+
+
+class Scratch:
+    """Named buffers that are used again at every step; their content is undefined when they are taken."""
+
+    def __init__(self) -> None:
+        """Start without buffers: each grows to the largest size it was asked for."""
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return the buffer `name` as a contiguous tensor of `shape`, in dtype and on the device of `like`."""
+        n = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < n or buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = self._buffers[name] = torch.empty(n, dtype=like.dtype, device=like.device)
+        return buffer[:n].view(shape)
+
 
 def make_pairs(row_N: Int64[Tensor, " N"], latent_N: Int64[Tensor, " N"], n_rows: int, d_sae: int) -> Pairs:
     """Index pairs that are given in order of row."""
-    count_R = torch.bincount(row_N, minlength=n_rows)
-    return Pairs(row_N, latent_N, count_R.cumsum(0) - count_R, _order_by(latent_N, d_sae), torch.bincount(latent_N, minlength=d_sae))
+    return Pairs(row_N, latent_N, _starts(row_N, n_rows), _order_by(latent_N, d_sae), torch.bincount(latent_N, minlength=d_sae))
 
 
-def group_pairs(pairs: Pairs, group_N: Int64[Tensor, " N"], n_groups: int) -> tuple[Int64[Tensor, " N"], Pairs]:
-    """Move each pair from row b to row `group * B + b`, ordered by row again; also return where each moved pair came from."""
-    n_rows = len(pairs.row_starts)
-    row_N = group_N * n_rows + pairs.rows
-    place_N = _order_by(row_N, n_groups * n_rows)
-    return place_N, make_pairs(row_N[place_N], pairs.latents[place_N], n_groups * n_rows, len(pairs.counts))
-
-
-def encode_pairs(
-    x_BD: Float[Tensor, "B D"], W_enc_SD: Float[Tensor, "S D"], b_enc_S: Float[Tensor, " S"], value_N: Float[Tensor, " N"], pairs: Pairs
-) -> Float[Tensor, " N"]:
-    """Give the pre-activations of the active pairs, already computed, their gradients to the encoder and its bias."""
-    return _EncodePairs.apply(x_BD, W_enc_SD, b_enc_S, value_N, pairs)  # pyright: ignore[reportReturnType]
+def split_bags(pairs: Pairs, ends: list[int]) -> Pairs:
+    """Give each row one bag per group of latents, the groups ending at `ends`. Pairs must be ordered by row, then by latent: they stay."""
+    group_N = torch.bucketize(pairs.latents, torch.tensor(ends, device=pairs.latents.device), right=True)
+    bag_N = pairs.bags * len(ends) + group_N
+    return pairs._replace(bags=bag_N, bag_starts=_starts(bag_N, len(pairs.bag_starts) * len(ends)), n_groups=len(ends))
 
 
 def decode_pairs(value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs) -> Float[Tensor, "R D"]:
-    """Sum the decoder rows of each row's pairs, weighted by their values."""
-    return _DecodePairs.apply(value_N, W_dec_SD, pairs)  # pyright: ignore[reportReturnType]
+    """Sum the decoder rows of each bag's pairs, weighted by their values."""
+    return _sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N)
 
 
-class _EncodePairs(Function):
-    @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, W_enc_SD: Tensor, b_enc_S: Tensor, value_N: Tensor, pairs: Pairs) -> Tensor:  # noqa: ARG004
-        ctx.save_for_backward(x_BD)
-        ctx.pairs = pairs
-        return value_N.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_BD,), pairs = ctx.saved_tensors, ctx.pairs
-        sorted_N = grads[0][pairs.by_latent]
-        grad_W_SD = _bags(x_BD, pairs.rows[pairs.by_latent], pairs.latent_starts, sorted_N)
-        return None, grad_W_SD, torch.segment_reduce(sorted_N, "sum", lengths=pairs.counts), None, None
+def sampled_product(grad_RD: Float[Tensor, "R D"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs) -> Float[Tensor, " N"]:
+    """Multiply each pair's gradient row and decoder row: what `embedding_bag` calls the gradient of its weights (20 ms; sampled_addmm 36 ms)."""
+    product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
+    return product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0)
 
 
-class _DecodePairs(Function):
-    @staticmethod
-    def forward(ctx: Any, value_N: Tensor, W_dec_SD: Tensor, pairs: Pairs) -> Tensor:
-        ctx.save_for_backward(value_N, W_dec_SD)
-        ctx.pairs = pairs
-        return _bags(W_dec_SD, pairs.latents, pairs.row_starts, value_N)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (value_N, W_dec_SD), pairs, grad_RD = ctx.saved_tensors, ctx.pairs, grads[0].contiguous()
-        grad_value_N = _sampled_product(grad_RD, W_dec_SD, pairs) if ctx.needs_input_grad[0] else None
-        grad_W_SD = _bags(grad_RD, pairs.rows[pairs.by_latent], pairs.latent_starts, value_N[pairs.by_latent])
-        return grad_value_N, grad_W_SD, None
+def sum_by_latent(table_D: Float[Tensor, "rows D"], row_N: Int64[Tensor, " N"], weight_N: Float[Tensor, " N"], pairs: Pairs) -> Float[Tensor, "S D"]:
+    """Sum for every latent the weighted rows of `table` that its pairs name: the gradient of a decoder or an encoder."""
+    return _sum_bags(table_D, row_N[pairs.by_latent], pairs.latent_starts, weight_N[pairs.by_latent])
 
 
-def _bags(table: Tensor, index_N: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:
+def sum_values(value_N: Float[Tensor, " N"], pairs: Pairs) -> Float[Tensor, " S"]:
+    """Sum values by latent."""
+    return torch.segment_reduce(value_N[pairs.by_latent], "sum", lengths=pairs.counts)
+
+
+def find_few(values: Float[Tensor, "rows S"], above: float, limit: int) -> Pairs | None:
+    """Return the pairs whose value exceeds `above`, or None when they are `limit` or more."""
+    sample = values[: -(-len(values) // 16)] > above
+    if count_true(sample) * values.numel() > 2 * limit * sample.numel():
+        return None
+    mask = values > above
+    if count_true(mask) >= limit:
+        return None
+    places = nonzero(mask)
+    n_rows, d_sae = values.shape
+    return make_pairs(places // d_sae, places % d_sae, n_rows, d_sae)
+
+
+def take_pairs(values: Float[Tensor, "rows S"], pairs: Pairs) -> Float[Tensor, " N"]:
+    """Return the values of pairs that have one bag per row."""
+    return values.view(-1)[pairs.bags * values.shape[1] + pairs.latents]
+
+
+def nonzero(mask: Tensor) -> Int64[Tensor, " n"]:
+    """Return the flat places where a mask is true, in order; on the CPU by NumPy's scan, 4 to 14 times faster than torch's."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.view(-1).nonzero().view(-1)
+
+
+def count_true(mask: Tensor) -> int:
+    """Count where a mask is true; on the CPU by NumPy, which adds bytes as bits."""
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, is_added: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Write (or add) the matrix product into `out`, plus a row vector; operands are rounded to `dtype`, sums stay in `out`'s type."""
+    if dtype == out.dtype:
+        if is_added:
+            return out.addmm_(a, b)
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    rounded = torch.mm(a.to(dtype), b.to(dtype))
+    if is_added:
+        return out.add_(rounded)
+    out.copy_(rounded)
+    return out if bias is None else out.add_(bias)
+
+
+def _sum_bags(table: Tensor, index_N: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:
     return embedding_bag(index_N, table, first, mode="sum", per_sample_weights=weight_N)
 
 
-def _sampled_product(grad_RD: Tensor, W_dec_SD: Tensor, pairs: Pairs) -> Tensor:
-    """Multiply each pair's gradient row and decoder row: what `embedding_bag` calls the gradient of its weights (20 ms; sampled_addmm 36 ms)."""
-    product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
-    return product(grad_RD, W_dec_SD, pairs.latents, pairs.row_starts, pairs.rows, 0)
+def _starts(key_N: Tensor, n_keys: int) -> Tensor:
+    counts = torch.bincount(key_N, minlength=n_keys)
+    return counts.cumsum(0) - counts
 
 
 def _order_by(key_N: Tensor, n_keys: int) -> Tensor:

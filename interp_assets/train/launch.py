@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -24,9 +24,12 @@ from interp_assets.manifest import Produced, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.train.loop import OnMetrics, TrainingMetrics, train_saes
+from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.trainer import LogRow
 
+S3_OPTIONS: Final = "INTERP_TRAIN_S3"
+"""Environment variable that carries the S3 client's options to the processes: never a file, never a command line."""
 _GRACE_S: Final = 10.0
 _logger = logging.getLogger(__name__)
 
@@ -37,9 +40,15 @@ def run_training(
     names: Sequence[str],
     progress: Callable[[int], None] | None = None,
     on_metrics: OnMetrics | None = None,
+    s3: Mapping[str, str] | None = None,
 ) -> dict[str, Produced]:
-    """Train the named SAEs with as many processes as `execution.processes` says. Raises what `train_saes` raises."""
-    if pipeline.config.execution.processes == 1:
+    """Train the named SAEs with as many processes as `execution.processes` says; `s3` are the options that `store` was opened with.
+
+    Raises what `train_saes` raises, and `ConfigError` when the processes can't be arranged as configured.
+    """
+    n_processes, n_slices = pipeline.config.execution.processes, pipeline.config.execution.latent_processes
+    _check_processes(pipeline, names, n_processes, n_slices)
+    if n_processes == 1:
         return train_saes(pipeline, store, names, progress, on_metrics)
     if pipeline.config.root.startswith("memory://"):
         raise ConfigError(f"{pipeline.config.root} is this process' memory: several training processes need a folder or a bucket. Set `root`.")
@@ -48,7 +57,7 @@ def run_training(
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "pipeline.json"
         config.write_text(pipeline.config.model_dump_json(), encoding="utf-8")
-        with _start(config, names, pipeline.config.execution.processes) as process:
+        with _start(config, names, n_processes, dict(s3 or {})) as process:
             failure = _listen(process, progress, on_metrics)
             status = process.wait()
     if failure is not None:
@@ -60,8 +69,17 @@ def run_training(
     return {name: Produced(ref, load_manifest(store, ref), name in cached, 0.0 if name in cached else wall_s) for name, ref in refs.items()}
 
 
+def _check_processes(pipeline: Pipeline, names: Sequence[str], n_processes: int, n_slices: int) -> None:
+    """Say what divides before any process starts. Raises `ConfigError`."""
+    check_grid(n_processes, n_slices)
+    ranks = Ranks(0, n_processes, n_slices)
+    for config in (pipeline.config.sae(name) for name in names):
+        ranks.share(config.batch_rows)
+        ranks.latents(config.d_sae)
+
+
 @contextmanager
-def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[subprocess.Popen[str]]:
+def _start(config: Path, names: Sequence[str], n_processes: int, s3: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """Start torchrun in a process group of its own, and end the whole group when the block ends."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
     threads = max(1, (os.cpu_count() or 1) // n_processes)
@@ -69,7 +87,7 @@ def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[sub
         [*command, "-m", "interp_assets.train", str(config), *names],
         stdout=subprocess.PIPE,
         text=True,
-        env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        env={"OMP_NUM_THREADS": str(threads), **os.environ, S3_OPTIONS: json.dumps(s3)},
         start_new_session=True,
     )
     try:

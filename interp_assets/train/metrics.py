@@ -23,25 +23,26 @@ _LOG_BINS: Final = np.arange(-9.0, 0.25, 0.25)
 class ReconstructionSums:
     """What is summed over rows to measure an SAE's reconstruction and sparsity."""
 
-    def __init__(self, sae: Sae, mean: Float64[Tensor, " d_in"]) -> None:
-        """Measure `sae`; `mean` is the training rows' mean, the reference of the deviation of a single row."""
+    def __init__(self, sae: Sae, mean: Float64[Tensor, " d_out"]) -> None:
+        """Measure `sae`; `mean` is that of the training rows that it reconstructs, the reference of the deviation of a single row."""
         self._sae, self._mean = sae, mean.to(sae.b_dec)
         self.n_rows = 0
         self._sums: dict[str, float] = {}
-        self._row_sum = torch.zeros(sae.d_in, dtype=torch.float64)
+        self._row_sum = torch.zeros(sae.d_out, dtype=torch.float64)
         self._row_fvu: list[Tensor] = []
         self.n_fired = torch.zeros(sae.d_sae, dtype=torch.int64)
         self.maximum = torch.zeros(sae.d_sae)
 
-    def add(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Encode and decode a block of raw rows and add what they say."""
+    def add(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"] | None = None) -> None:
+        """Encode a block of raw rows, reconstruct `y` (by default the rows themselves) and add what they say."""
         if len(x) == 0:
             return
         x = x.to(self._sae.b_dec)
+        y = x if y is None else y.to(x)
         latents = self._sae.encode(x)
-        x_hat = self._sae.decode(latents)
-        error, norm_in, norm_out, dot = (x - x_hat).square().sum(1), x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)
-        deviation = (x - self._mean).square().sum(1)
+        y_hat = self._sae.reconstruct(x, latents)
+        error, norm_in, norm_out, dot = (y - y_hat).square().sum(1), y.norm(dim=1), y_hat.norm(dim=1), (y * y_hat).sum(1)
+        deviation = (y - self._mean).square().sum(1)
         row_fvu = error / deviation.clamp(min=torch.finfo(x.dtype).tiny)
         values = {
             "squared_error": error,
@@ -58,7 +59,7 @@ class ReconstructionSums:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.double().sum())
         self.n_rows += len(x)
-        self._row_sum += x.double().sum(0).cpu()
+        self._row_sum += y.double().sum(0).cpu()
         self._row_fvu.append(row_fvu.cpu())
         self.n_fired += (latents > 0).sum(0).cpu()
         self.maximum = torch.maximum(self.maximum, latents.amax(0).cpu())
@@ -92,7 +93,7 @@ class ReconstructionSums:
             "reconstruction_quality": {
                 "explained_variance": 1 - self.fvu,
                 "explained_variance_legacy": 1 - mean["row_fvu"],
-                "mse": mean["squared_error"] / self._sae.d_in,
+                "mse": mean["squared_error"] / self._sae.d_out,
                 "cossim": mean["cosine"],
             },
             "shrinkage": {

@@ -7,15 +7,22 @@ from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.refs import mixed_ids
 
 FOLDER = "4-sae"
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 """Raise it when the same rows would give other weights."""
+
+EVALUATION_VERSION = 2
+"""Raise it when the same SAE would be measured otherwise."""
 
 
 def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     """Address a trained SAE. In a pipeline that has grown it starts from the SAE before."""
     config = pipeline.config.sae(name)
     identity = {"code": TRAIN_VERSION, "seed": pipeline.config.seed, "sae": config.model_dump()}
-    inputs = {"mixed_shards": mixed_ids(pipeline, config.hook_point), "statistics": statistics_ref(pipeline, config.hook_point).artifact_id}
+    inputs: dict[str, str] = {}
+    for hook_point in dict.fromkeys((*config.sources, *config.targets)):
+        suffix = "" if hook_point == config.hook_point else f".{hook_point}"
+        inputs[f"mixed_shards{suffix}"] = mixed_ids(pipeline, hook_point)
+        inputs[f"statistics{suffix}"] = statistics_ref(pipeline, hook_point).artifact_id
     if has_grown(pipeline):
         inputs["warm_start"] = sae_ref(before(pipeline), name).artifact_id
     return make_ref("sae", FOLDER, identity=identity, inputs=inputs, label=name)
@@ -23,6 +30,9 @@ def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
 
 def evaluation_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     """Address the measurements of an SAE on the held-out shards."""
-    hook_point = pipeline.config.sae(name).hook_point
-    inputs = {"sae": sae_ref(pipeline, name).artifact_id, "held_out": activation_ids(pipeline, hook_point, pipeline.held_out_indices)}
-    return make_ref("sae_evaluation", FOLDER, identity={"code": 1}, inputs=inputs, label=f"{name}.evaluation")
+    config = pipeline.config.sae(name)
+    inputs = {"sae": sae_ref(pipeline, name).artifact_id}
+    for hook_point in dict.fromkeys((*config.sources, *config.targets)):
+        suffix = "" if hook_point == config.hook_point else f".{hook_point}"
+        inputs[f"held_out{suffix}"] = activation_ids(pipeline, hook_point, pipeline.held_out_indices)
+    return make_ref("sae_evaluation", FOLDER, identity={"code": EVALUATION_VERSION}, inputs=inputs, label=f"{name}.evaluation")

@@ -38,9 +38,12 @@ def checkpoint_ref(sae: ArtifactRef, step: int) -> ArtifactRef:
 
 
 def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer) -> None:
-    """Publish a trainer's state and remove all but the newest checkpoints."""
+    """Publish a trainer's state and remove all but the newest checkpoints. Every rank must call it; the first one writes."""
+    state = trainer.state()
+    if trainer.ranks.rank != 0:
+        return
     with create_artifact(store, checkpoint_ref(sae, trainer.step)) as art:
-        save_tensors(art, STATE, trainer.state())
+        save_tensors(art, STATE, state)
         art.put(LOG, json.dumps(trainer.log).encode())
     for step in _steps(store, sae)[:-KEPT]:
         remove_artifact(store, checkpoint_ref(sae, step).path)

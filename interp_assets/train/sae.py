@@ -32,17 +32,24 @@ class Sae:
     kind: SaeKind
     W_enc: Float[Tensor, "d_in d_sae"]
     b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, " d_out"]
     threshold: Float[Tensor, " d_sae"]
     """What a pre-activation must exceed; zeros for `relu` and `topk`."""
     k: int
     """Active latents per row of `topk`; 0 for the other kinds."""
+    W_skip: Float[Tensor, "d_in d_out"] | None = None
+    """The linear map beside the latents of a skip transcoder."""
 
     @property
     def d_in(self) -> int:
-        """Size of an activation."""
+        """Size of what is encoded: an activation, or those of a crosscoder side by side."""
         return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Size of a reconstruction; that of an activation, but for transcoders."""
+        return self.W_dec.shape[1]
 
     @property
     def d_sae(self) -> int:
@@ -70,9 +77,14 @@ class Sae:
         pre = self.pre_activations(x)
         return torch.where(pre > self.threshold_for(pre), pre, 0.0)
 
-    def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
-        """Reconstruct raw activations."""
+    def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
+        """Reconstruct raw activations from latents alone, without the skip of a skip transcoder."""
         return torch.addmm(self.b_dec, latents, self.W_dec)
+
+    def reconstruct(self, x: Float[Tensor, "batch d_in"], latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
+        """Reconstruct raw activations from latents and, in a skip transcoder, from what was encoded."""
+        x_hat = self.decode(latents)
+        return x_hat if self.W_skip is None else x_hat.addmm_(x.to(self.W_skip), self.W_skip)
 
     def narrow(self, start: int, stop: int) -> "Sae":
         """Return latents [start, stop) alone (views). A slice of a `topk` SAE cannot tell by itself which of its latents fire."""
@@ -93,4 +105,5 @@ class Sae:
             W_dec=self.W_dec.to(device),
             b_dec=self.b_dec.to(device),
             threshold=self.threshold.to(device),
+            W_skip=None if self.W_skip is None else self.W_skip.to(device),
         )

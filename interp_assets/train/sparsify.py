@@ -5,55 +5,92 @@ Both rules are stated by a threshold value, so that the answer is a pure functio
     per row      active where pre >= the k-th largest of its row, and pre > 0            (Gao et al. 2024)
     per batch    active where pre >= the (k * rows)-th largest of the batch, and pre > 0   (Bussmann et al. 2024)
 
-Values that tie with the threshold are all active. The batch rule is global: with several ranks the threshold is that of the global
-batch, found exactly from each rank's own largest values.
+Values that tie with the threshold are all active. Both rules are global: with several ranks the threshold is that of the whole row, or
+of the global batch, found exactly from each rank's own largest values.
 
-On the CPU the scans are NumPy's (vectorised partition and non-zero scan): 16.8M pre-activations take about 30 ms by batch and
-90 ms by row, against 475 ms for `torch.topk` over the flat batch and 115 ms by row.
+Each rule first finds a lower bound that leaves few candidates, in one vectorised pass over the block:
+
+    per row      the k-th largest of the maxima of 8k strided groups: 34 candidates on average for k = 32
+    per batch    the same quantile of a few strided rows, with a margin; should too few values pass, the scan is repeated with bound 0
+
+and only the candidates are sorted. On the CPU the scans are NumPy's. Measured on 16.8M pre-activations, 2 cores: `torch.topk` 475 ms over
+the flat batch and 115 by row; NumPy's partition of whole rows 90; group maxima and candidates about 20.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from interp_assets.train.kernels import Pairs, make_pairs
-from interp_assets.train.parallel import Ranks
+from interp_assets.train.kernels import nonzero
+from interp_assets.train.parallel import ONE_RANK, Ranks
 
 _SAMPLE_ROWS: Final = 64
+"""Rows of a batch from which the bound of the batch rule is guessed."""
 _MARGIN: Final = 1.5
 """How many times more candidates than active values the sampled guess aims at."""
+_GROUPS_PER_ACTIVE: Final = 8
 
 
-def pick_per_row(pre: Float[Tensor, "batch n"], k: int) -> Int64[Tensor, " active"]:
-    """Return the flat places of each row's `k` largest positive values, in order."""
-    n = pre.shape[1]
-    if k >= n:
-        return nonzero(pre > 0)
-    if pre.device.type == "cpu":
-        threshold = torch.from_numpy(np.partition(pre.numpy(), n - k, axis=1)[:, n - k : n - k + 1])
-    else:
-        threshold = pre.topk(k, dim=1).values[:, -1:]
-    return nonzero(pre >= threshold.clamp(min=torch.finfo(pre.dtype).tiny))
+class Active(NamedTuple):
+    """Flat places `row * n + column` of the active pre-activations, in order, and their values."""
+
+    places: Int64[Tensor, " active"]
+    values: Float[Tensor, " active"]
 
 
-def pick_per_batch(pre: Float[Tensor, "batch n"], n_active: int, ranks: Ranks) -> Int64[Tensor, " active"]:
-    """Return the flat places of this rank's share of the `n_active` largest positive values of the global batch, in order."""
-    places = _candidates(pre, min(n_active, pre.numel()))
-    values = pre.view(-1)[places]
-    pool = ranks.gather_rows(largest(values, n_active)) if ranks.size > 1 else values
-    if len(pool) <= n_active:
-        return places
-    threshold = largest(pool, n_active).min()
-    return places[values >= threshold]
-
-
-def make_active(pre: Float[Tensor, "batch n"], places: Int64[Tensor, " active"]) -> tuple[Pairs, Float[Tensor, " active"]]:
-    """Turn flat places into pairs, and take their pre-activations."""
+def pick_per_row(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: int) -> Active:
+    """Return each row's `k` largest positive values; with latent slices, this rank's share of the `k` largest of all `n_total`."""
     n_rows, n = pre.shape
-    return make_pairs(places // n, places % n, n_rows, n), pre.view(-1)[places]
+    if k >= n_total:
+        return candidates_above(pre, 0.0)
+    candidates = candidates_above(pre, _row_bounds(pre, k) if k < n else 0.0)
+    rows = candidates.places // max(1, n)
+    counts = torch.bincount(rows, minlength=n_rows)
+    table = pre.new_zeros(n_rows, max(k, int(counts.max()) if n_rows else 0))
+    starts = counts.cumsum(0) - counts
+    table.view(-1)[rows * table.shape[1] + torch.arange(len(rows), device=pre.device) - starts[rows]] = candidates.values
+    largest_k = _largest_of_rows(table, k)
+    if ranks.n_slices > 1:
+        largest_k = _largest_of_rows(ranks.gather_slices(largest_k, dim=1), k)
+    return _keep(candidates, candidates.values >= largest_k.amin(1)[rows])
+
+
+def pick_per_batch(pre: Float[Tensor, "batch n"], n_active: int) -> Active:
+    """Return the `n_active` largest positive values of a batch that is here as a whole."""
+    bound = guess_bound(sample_rows(pre), n_active / pre.numel())
+    candidates = candidates_above(pre, bound)
+    if len(candidates.values) < n_active and bound > 0:
+        candidates = candidates_above(pre, 0.0)
+    return keep_largest(candidates, n_active, ONE_RANK)
+
+
+def sample_rows(rows: Float[Tensor, "batch n"]) -> Float[Tensor, "sample n"]:
+    """Return at most `_SAMPLE_ROWS` rows, evenly strided."""
+    return rows[:: -(-len(rows) // _SAMPLE_ROWS)]
+
+
+def guess_bound(sample: Float[Tensor, "rows n"], share: float) -> float:
+    """Guess a value that somewhat more than `share` of all pre-activations exceed; 0 when they may be all that are positive."""
+    n_wanted = int(_MARGIN * share * sample.numel()) + 1
+    return max(0.0, float(largest(sample.reshape(-1), n_wanted).min())) if n_wanted < sample.numel() else 0.0
+
+
+def candidates_above(pre: Float[Tensor, "batch n"], bound: Float[Tensor, "batch 1"] | float) -> Active:
+    """Return all values that are positive and at least `bound`, one for all or one a row."""
+    tiny = torch.finfo(pre.dtype).tiny
+    places = nonzero(pre >= (bound.clamp(min=tiny) if isinstance(bound, Tensor) else max(bound, tiny)))
+    return Active(places, pre.reshape(-1)[places])
+
+
+def keep_largest(candidates: Active, n_active: int, ranks: Ranks) -> Active:
+    """Keep this rank's share of the `n_active` largest candidates of all ranks. Each rank must bring all of its share."""
+    pool = candidates.values if ranks.size == 1 else ranks.gather_rows(largest(candidates.values, n_active))
+    if len(pool) <= n_active:
+        return candidates
+    return _keep(candidates, candidates.values >= largest(pool, n_active).min())
 
 
 def largest(values: Float[Tensor, " n"], n: int) -> Float[Tensor, " m"]:
@@ -65,20 +102,29 @@ def largest(values: Float[Tensor, " n"], n: int) -> Float[Tensor, " m"]:
     return values.topk(n, sorted=False).values
 
 
-def nonzero(mask: Tensor) -> Int64[Tensor, " n"]:
-    """Return the flat places where a mask is true, in order."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.view(-1).nonzero().view(-1)
+def _row_bounds(pre: Tensor, k: int) -> Tensor:
+    """Return for each row a value that at least `k` of its values reach: the k-th largest maximum of disjoint groups."""
+    n = pre.shape[1]
+    group = 1
+    while n // (2 * group) >= _GROUPS_PER_ACTIVE * k:
+        group *= 2
+    width = n // group
+    maxima = pre[:, : width * group]
+    while group > 1:
+        group //= 2
+        maxima = torch.maximum(maxima[:, : width * group], maxima[:, width * group :])
+    return _largest_of_rows(maxima, k).amin(1, keepdim=True)
 
 
-def _candidates(pre: Tensor, n_active: int) -> Tensor:
-    """Return the flat places of all positive values above a guessed bound that leaves at least `n_active` of them, if there are so many."""
-    sample = pre[:: max(1, len(pre) // _SAMPLE_ROWS)].reshape(-1)
-    n_wanted = int(_MARGIN * n_active * sample.numel() / pre.numel()) + 1
-    bound = float(largest(sample, n_wanted).min()) if n_wanted < sample.numel() else 0.0
-    if bound > 0:
-        places = nonzero(pre >= bound)
-        if len(places) >= n_active:
-            return places
-    return nonzero(pre > 0)
+def _largest_of_rows(values: Tensor, k: int) -> Tensor:
+    """Return the `k` largest of each row, in no promised order."""
+    n = values.shape[1]
+    if k >= n:
+        return values
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.partition(values.numpy(), n - k, axis=1)[:, n - k :])
+    return values.topk(k, dim=1, sorted=False).values
+
+
+def _keep(candidates: Active, mask: Tensor) -> Active:
+    return Active(candidates.places[mask], candidates.values[mask])

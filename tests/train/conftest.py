@@ -19,6 +19,8 @@ from interp_assets.store import Store, open_store
 from interp_assets.tensors import as_bytes, save_tensors
 
 HOOK = "resid_post.0"
+OTHER = "mlp_out.0"
+"""A second hook point, of half the width: its rows are a linear function of the first one's."""
 
 
 class Planted(NamedTuple):
@@ -56,7 +58,7 @@ def _make_planted(
         {
             "name": "planted",
             "root": root,
-            "harvest": {"hook_points": [HOOK]},
+            "harvest": {"hook_points": [HOOK, OTHER]},
             "shuffle": {"fan_out": 3},
             "saes": [{"hook_point": HOOK, **fields} for fields in saes],
             "features": {"saes": []},
@@ -64,7 +66,14 @@ def _make_planted(
         }
     )
     shards = [ShardSource(index=i, fingerprint=f"text-{i}", n_documents=2, n_bytes=100, spec={}) for i in range(3)]
-    plan = PipelinePlan(shards=shards, tokenizer_fingerprint="t", model_fingerprint="m", hook_widths={HOOK: d_in}, vocabulary_size=50, max_context=32)
+    plan = PipelinePlan(
+        shards=shards,
+        tokenizer_fingerprint="t",
+        model_fingerprint="m",
+        hook_widths={HOOK: d_in, OTHER: d_in // 2},
+        vocabulary_size=50,
+        max_context=32,
+    )
     pipeline = Pipeline(config, plan)
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(n_directions, d_in, generator=generator), dim=1)
@@ -75,22 +84,24 @@ def _make_planted(
     if nan_row is not None:
         rows[nan_row, 3] = float("nan")
     store = open_store(root).child(config.name)
-    _write_rows(pipeline, store, rows)
+    _write_rows(pipeline, store, rows, HOOK)
+    mixing = torch.randn(d_in, d_in // 2, generator=generator)
+    _write_rows(pipeline, store, (rows.float() @ mixing).to(torch.bfloat16), OTHER)
     return Planted(pipeline, store, directions, rows)
 
 
-def _write_rows(pipeline: Pipeline, store: Store, rows: Tensor) -> None:
+def _write_rows(pipeline: Pipeline, store: Store, rows: Tensor, hook_point: str) -> None:
     """Publish rows as mixed shards of unequal sizes, with their statistics."""
     n_shards, d_in = n_mixed_shards(pipeline), rows.shape[1]
     bounds = [0, *(len(rows) * (i + 1) // n_shards + (i % 2) for i in range(n_shards - 1)), len(rows)]
     for bucket in range(n_shards):
         part = rows[bounds[bucket] : bounds[bucket + 1]]
         ids = np.arange(bounds[bucket], bounds[bucket + 1], dtype=np.uint64)
-        with create_artifact(store, mixed_shard_ref(pipeline, HOOK, bucket)) as art:
+        with create_artifact(store, mixed_shard_ref(pipeline, hook_point, bucket)) as art:
             save_mixed(art, iter([as_bytes(part)]), iter([ids]), mixed_specs(len(part), d_in, "bfloat16"))
     exact = rows.double().nan_to_num()
     statistics = ActivationStatistics(
         len(rows), exact.sum(0), exact.square().sum(0), float(exact.norm(dim=1).sum()), torch.zeros(64, dtype=torch.int64)
     )
-    with create_artifact(store, statistics_ref(pipeline, HOOK)) as art:
+    with create_artifact(store, statistics_ref(pipeline, hook_point)) as art:
         save_tensors(art, STATISTICS, as_tensors(statistics))

@@ -143,7 +143,7 @@ def test_row_metrics_equal_their_formulas() -> None:
 
 
 def test_model_metrics_equal_one_context_at_a_time() -> None:
-    """Padding, positions that are not valid and the last position of a context must not count."""
+    """Padding, positions that are not valid and the last position of a context must not count; a BOS is left alone, by zeros too."""
     world = make_world()
     produced = evaluate_sae(world.pipeline, world.store, world.model, "demo")
     sae = load_sae(world.pipeline, world.store, "demo")
@@ -157,7 +157,7 @@ def test_model_metrics_equal_one_context_at_a_time() -> None:
         logits = [
             world.model.logits(tokens, None),
             world.model.logits_with_patch(tokens, None, HOOK, reconstruct),
-            world.model.logits_with_patch(tokens, None, HOOK, torch.zeros_like),
+            world.model.logits_with_patch(tokens, None, HOOK, lambda rows, kept=kept: torch.where(kept[None, :, None], 0.0, rows)),
         ]
         clean, patched, zero = (value[0].log_softmax(1) for value in logits)
         for position in range(len(ids) - 1):

@@ -5,7 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from interp_assets.train.kernels import decode_pairs, encode_pairs, group_pairs, make_pairs
+from interp_assets.train.kernels import (
+    Scratch,
+    decode_pairs,
+    find_few,
+    make_pairs,
+    product,
+    sampled_product,
+    split_bags,
+    sum_by_latent,
+    sum_values,
+    take_pairs,
+)
 
 BATCH, D_IN, D_SAE = 7, 5, 11
 
@@ -27,34 +38,64 @@ def draw_mask(share: float, seed: int = 3) -> Tensor:
 def test_pairs_give_the_values_and_gradients_of_the_dense_formula(share: float, seed: int) -> None:
     """Rows without an active latent, latents that never fire and empty batches are where sparse code breaks."""
     x, W_enc_T, b_enc, W_dec = draw(BATCH, D_IN, seed=0).detach(), draw(D_SAE, D_IN, seed=1), draw(D_SAE, seed=2), draw(D_SAE, D_IN, seed=4)
-    mask, weight = draw_mask(share, seed), draw(BATCH, D_IN, seed=5).detach()
+    mask, grad = draw_mask(share, seed), draw(BATCH, D_IN, seed=5).detach()
     pre = x @ W_enc_T.T + b_enc
     expected = (pre * mask) @ W_dec
-    (expected * weight).sum().backward()
-    dense = [value.grad for value in (W_enc_T, b_enc, W_dec)]
-    for value in (W_enc_T, b_enc, W_dec):
-        value.grad = None
+    (expected * grad).sum().backward()
     rows, latents = mask.nonzero(as_tuple=True)
-    pairs = make_pairs(rows, latents, BATCH, D_SAE)
-    found = decode_pairs(encode_pairs(x, W_enc_T, b_enc, pre.detach()[mask], pairs), W_dec, pairs)
-    (found * weight).sum().backward()
-    torch.testing.assert_close(found, expected)
-    for value, gradient in zip((W_enc_T, b_enc, W_dec), dense, strict=True):
-        torch.testing.assert_close(value.grad, gradient)
+    pairs, values = make_pairs(rows, latents, BATCH, D_SAE), pre.detach()[mask]
+    torch.testing.assert_close(decode_pairs(values, W_dec.detach(), pairs), expected.detach())
+    torch.testing.assert_close(take_pairs(pre.detach(), pairs), values)
+    grad_values = sampled_product(grad, W_dec.detach(), pairs)
+    torch.testing.assert_close(sum_by_latent(grad, pairs.bags, values, pairs), W_dec.grad)
+    torch.testing.assert_close(sum_by_latent(x, pairs.rows, grad_values, pairs), W_enc_T.grad)
+    torch.testing.assert_close(sum_values(grad_values, pairs), b_enc.grad)
 
 
-def test_grouped_pairs_decode_each_group_apart() -> None:
+def test_split_bags_decode_each_group_apart() -> None:
     """A Matryoshka prefix is a sum of groups; a pair in the wrong group would leak."""
     W_dec, mask = draw(D_SAE, D_IN, seed=4).detach(), draw_mask(0.5)
     rows, latents = mask.nonzero(as_tuple=True)
     pairs = make_pairs(rows, latents, BATCH, D_SAE)
     values = draw(len(rows), seed=6).detach()
-    group = (latents >= 6).long()
-    place, grouped = group_pairs(pairs, group, 2)
-    parts = decode_pairs(values[place], W_dec, grouped).view(2, BATCH, D_IN)
+    bags = split_bags(pairs, [6, D_SAE])
+    parts = decode_pairs(values, W_dec, bags).view(BATCH, 2, D_IN)
     latent_values = torch.zeros(BATCH, D_SAE, dtype=torch.float64).index_put((rows, latents), values)
-    torch.testing.assert_close(parts[0], latent_values[:, :6] @ W_dec[:6])
-    torch.testing.assert_close(parts[1], latent_values[:, 6:] @ W_dec[6:])
+    torch.testing.assert_close(parts[:, 0], latent_values[:, :6] @ W_dec[:6])
+    torch.testing.assert_close(parts[:, 1], latent_values[:, 6:] @ W_dec[6:])
+    assert torch.equal(bags.rows, rows)
+
+
+@settings(max_examples=30, deadline=None)
+@given(limit=st.integers(0, 80), share=st.sampled_from([0.0, 0.1, 0.9]))
+def test_few_pairs_are_found_or_refused(limit: int, share: float) -> None:
+    """What is left out below the limit would be a lost gradient."""
+    values = draw_mask(share).float()
+    pairs, n = find_few(values, 0.5, limit), int(values.sum())
+    if pairs is None:
+        assert 2 * n >= limit or n == 0 == limit or int(values[:1].sum()) * BATCH > 2 * limit
+    else:
+        assert n < limit
+        assert torch.equal(torch.stack([pairs.bags, pairs.latents]), values.nonzero().T)
+
+
+def test_scratch_gives_the_same_memory_again() -> None:
+    """Fresh memory costs more than the arithmetic on it."""
+    scratch, like = Scratch(), torch.zeros(1)
+    first = scratch.take("a", (4, 3), like)
+    assert scratch.take("a", (2, 3), like).data_ptr() == first.data_ptr()
+    assert scratch.take("b", (4, 3), like).data_ptr() != first.data_ptr()
+    assert scratch.take("a", (5, 3), like).shape == (5, 3)
+    assert scratch.take("a", (1,), like.double()).dtype == torch.float64
+
+
+def test_rounded_products_are_summed_in_float32() -> None:
+    """A gradient that is added up in bfloat16 loses what is small."""
+    a, b = torch.full((1, 1), 1.0), torch.full((1, 1), 1.0 + 2**-12)
+    out = torch.full((1, 1), 1000.0)
+    assert product(a, b, out, is_added=True, dtype=torch.bfloat16).item() == 1001.0
+    assert product(a, b, out, dtype=torch.float32).item() == 1.0 + 2**-12
+    assert product(a, b, out, bias=torch.tensor([0.25]), dtype=torch.bfloat16).item() == 1.25
 
 
 def test_order_by_latent_is_stable_beyond_sixteen_bits() -> None:

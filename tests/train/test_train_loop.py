@@ -8,21 +8,23 @@ import pytest
 import torch
 
 from interp_assets.config import make_config
-from interp_assets.errors import NonFiniteError
+from interp_assets.errors import InputError, NonFiniteError, PlanError
 from interp_assets.manifest import Manifest, load_manifest, read_file
 from interp_assets.pipeline import Pipeline
+from interp_assets.shuffle.mixed import open_mixed
 from interp_assets.store import Store
 from interp_assets.tensors import load_tensors
+from interp_assets.train.batches import make_row_order
 from interp_assets.train.checkpoint import load_sae
-from interp_assets.train.loop import Execution, train_saes, training_rows
-from interp_assets.train.losses import auxk_count
-from interp_assets.train.parallel import ONE_RANK
+from interp_assets.train.loop import Execution, raise_if_out_of_memory, train_saes, training_rows
+from interp_assets.train.recipes import RECIPES
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.resume import checkpoint_ref
+from interp_assets.train.topk import auxk_count
 from interp_assets.train.trainer import Trainer
 
 TINY = {"d_sae": 48, "k": 2, "n_rows": 2000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
-ARCHITECTURES = ["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu"]
+ARCHITECTURES = list(RECIPES)
 
 
 def train(pipeline: Pipeline, store: Store, name: str = "a", **kwargs) -> Manifest:
@@ -191,6 +193,64 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(make_planted) -> None:
         train(planted.pipeline, planted.store)
 
 
+@pytest.mark.parametrize(
+    ("fields", "d_in", "d_out"),
+    [
+        ({"task": "transcoder", "target_hook_point": "mlp_out.0"}, 16, 8),
+        ({"task": "skip_transcoder", "target_hook_point": "mlp_out.0", "architecture": "topk"}, 16, 8),
+        ({"task": "skip_transcoder", "target_hook_point": "mlp_out.0", "architecture": "jump_relu_tanh"}, 16, 8),
+        ({"task": "crosscoder", "more_hook_points": ["mlp_out.0"]}, 24, 24),
+    ],
+)
+def test_other_tasks_train_and_come_back(make_planted, fields: dict, d_in: int, d_out: int) -> None:
+    """Rows of several hook points stay aligned through two epochs, and the saved SAE reconstructs what it was trained for."""
+    planted = make_planted([{"name": "a", **TINY, "n_rows": 6000, **fields}])
+    manifest = train(planted.pipeline, planted.store)
+    sae = load_sae(planted.pipeline, planted.store, "a")
+    assert (sae.d_in, sae.d_out) == (d_in, d_out) == (manifest.facts["d_in"], manifest.facts["d_out"])
+    assert (sae.W_skip is not None) == (fields["task"] == "skip_transcoder")
+    assert manifest.facts["fvu"] < 0.75
+    assert manifest.facts["task"] == fields["task"]
+
+
+def test_rows_of_two_widths_stay_aligned_in_every_epoch(make_planted) -> None:
+    """A transcoder fed with another row's target learns the mean."""
+    planted = make_planted([{"name": "a", **TINY}])
+    shards = {name: open_mixed(planted.pipeline, planted.store, name) for name in ("resid_post.0", "mlp_out.0")}
+    orders = [make_row_order(shards[name], 0, planted.pipeline.d_in(name), name) for name in shards]
+    assert orders[0] == orders[1]
+
+
+def test_fewer_rows_than_a_batch_are_refused(make_planted) -> None:
+    """A batch would hold rows twice."""
+    planted = make_planted([{"name": "a", **TINY, "batch_rows": 4000}])
+    with pytest.raises(InputError, match=r"hold 3,000 rows, less than one batch of SAE 'a' \(batch_rows = 4,000\).*Lower batch_rows"):
+        train(planted.pipeline, planted.store)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_memory_that_runs_out_names_the_knobs(error: Exception) -> None:
+    """An allocator's own message says nothing about batches or latents."""
+    config = make_config({"saes": [{"name": "demo", "d_sae": 4, "k": 1}]}).saes[0]
+    with pytest.raises(PlanError, match=r"ran out while SAE 'demo' was trained .*batch_rows.*d_sae.*execution.latent_processes"):
+        raise_if_out_of_memory(error, config, torch.device("cpu"))
+    raise_if_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), config, torch.device("cpu"))
+
+
+def test_a_checkpoint_of_another_configuration_is_passed_over(make_planted) -> None:
+    """Somebody copies a folder: weights of another learning rate must not be taken for this one's."""
+    saes = [{"name": "a", **TINY}, {"name": "b", **TINY, "learning_rate": 1e-3}]
+    planted, whole = make_planted(saes), make_planted(saes)
+    with pytest.raises(KilledError):
+        train(planted.pipeline, planted.store, progress=kill_after(15, 100), execution=Execution(checkpoint_steps=5))
+    source, target = (checkpoint_ref(sae_ref(planted.pipeline, name), 10).path for name in ("a", "b"))
+    for name in ("state.safetensors", "log.json", "manifest.json"):
+        planted.store.put(f"{target}/{name}", planted.store.get(f"{source}/{name}"))
+    assert train(planted.pipeline, planted.store, "b").digest == train(whole.pipeline, whole.store, "b").digest
+
+
 def test_dead_latents_are_counted_in_rows() -> None:
     """A latent is dead once it has not fired for dead_after_rows rows of the global batch, and alive again when it fires."""
     config = make_config({"saes": [{"name": "demo", "d_sae": 4, "k": 1, "batch_rows": 10, "dead_after_rows": 20, "n_rows": 100}]}).saes[0]
@@ -199,10 +259,10 @@ def test_dead_latents_are_counted_in_rows() -> None:
     first, last = torch.zeros(10, 4), torch.zeros(10, 4)
     first[:, 0], last[:, 3] = 5.0, 5.0
     for _ in range(2):
-        trainer.train_step(first, ONE_RANK)
+        trainer.train_step(first)
     assert trainer.rows_since_fired.tolist() == [0, 20, 20, 20]
     assert trainer.is_dead.tolist() == [False, True, True, True]
-    trainer.train_step(last, ONE_RANK)
+    trainer.train_step(last)
     assert trainer.is_dead.tolist() == [False, True, True, False]
     assert auxk_count(4) == 2
 

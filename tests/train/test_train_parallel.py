@@ -10,14 +10,15 @@ from interp_assets.errors import ConfigError, NonFiniteError
 from interp_assets.manifest import read_file
 from interp_assets.pipeline import Pipeline, open_pipeline_store, save_plan
 from interp_assets.train.launch import run_training
-from interp_assets.train.parallel import ONE_RANK, Ranks
+from interp_assets.train.parallel import ONE_RANK, Ranks, check_grid
+from interp_assets.train.recipes import RECIPES
 
 TINY = {"name": "a", "d_sae": 48, "k": 2, "n_rows": 1500, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 300}
 
 
-def with_processes(pipeline: Pipeline, root: str, n: int) -> Pipeline:
-    """Return the pipeline at another root, trained by `n` processes."""
-    execution = pipeline.config.execution.model_copy(update={"processes": n})
+def with_processes(pipeline: Pipeline, root: str, n: int, n_slices: int = 1) -> Pipeline:
+    """Return the pipeline at another root, trained by `n` processes, the latents divided over `n_slices`."""
+    execution = pipeline.config.execution.model_copy(update={"processes": n, "latent_processes": n_slices})
     return Pipeline(pipeline.config.model_copy(update={"execution": execution, "root": root}), pipeline.plan)
 
 
@@ -29,16 +30,42 @@ def test_ranks_share_a_batch_without_loss() -> None:
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_with_those_that_do() -> None:
     """Dropping the remainder would lose data on every step."""
-    with pytest.raises(ConfigError, match=r"3 training processes don't divide batch_rows = 100. .* \[1, 2, 4, 5, 10, 20, 25, 50\]"):
+    with pytest.raises(ConfigError, match=r"3 training processes that share rows don't divide batch_rows = 100. .* \[1, 2, 4, 5, 10, 20, 25, 50\]"):
         Ranks(0, 3).share(100)
+
+
+def test_slices_that_do_not_divide_are_refused_with_those_that_do() -> None:
+    """Latents and processes alike; before anything starts."""
+    with pytest.raises(ConfigError, match=r"3 latent slices don't divide d_sae = 100. Set execution.latent_processes to one of \[1, 2, 4"):
+        Ranks(0, 3, 3).latents(100)
+    with pytest.raises(ConfigError, match=r"latent_processes = 2 doesn't divide execution.processes = 3. Set latent_processes to one of \[1, 3\]"):
+        check_grid(3, 2)
+
+
+def test_a_grid_shares_rows_and_latents() -> None:
+    """Ranks of one replica have the same rows and different latents."""
+    grid = [Ranks(rank, 4, 2) for rank in range(4)]
+    assert [(ranks.share(8), ranks.latents(6)) for ranks in grid] == [
+        (slice(0, 4), slice(0, 3)),
+        (slice(0, 4), slice(3, 6)),
+        (slice(4, 8), slice(0, 3)),
+        (slice(4, 8), slice(3, 6)),
+    ]
+
+
+def test_processes_that_do_not_fit_are_refused_before_they_start(make_planted, tmp_path) -> None:
+    """A message after minutes of starting would be a waste."""
+    planted = make_planted([TINY], root=str(tmp_path))
+    with pytest.raises(ConfigError, match="don't divide d_sae = 48"):
+        run_training(with_processes(planted.pipeline, str(tmp_path), 5, 5), planted.store, ["a"])
 
 
 def test_one_rank_needs_no_process_group() -> None:
     """Each operation answers with its input."""
     value = torch.arange(3.0)
     assert ONE_RANK.sum(value) is value
-    assert ONE_RANK.gather_rows(value) is value
-    ONE_RANK.sum_all([value])
+    assert ONE_RANK.sum_replicas(value) is ONE_RANK.sum_slices(value) is value
+    assert ONE_RANK.gather_rows(value) is ONE_RANK.gather_slices(value) is value
     ONE_RANK.barrier()
 
 
@@ -50,28 +77,34 @@ def test_processes_cannot_share_a_store_in_memory(make_planted) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one(make_planted, tmp_path) -> None:
-    """Gradients, the batch's top k, L0 and dead latents are those of the global batch."""
-    saes = [{**TINY, "name": architecture, "architecture": architecture} for architecture in ("batch_topk", "jump_relu", "gated")]
+@pytest.mark.parametrize(("n", "n_slices"), [(2, 1), (2, 2), (4, 2)])
+def test_a_grid_of_processes_trains_like_one(make_planted, tmp_path, n: int, n_slices: int) -> None:
+    """Gradients, the top k of rows and batches, L0, AuxK and dead latents are those of all latents and of the global batch.
+
+    Firing counts of the first step, before rounding differs, are equal; `dead_after_rows` is so small that AuxK takes part.
+    """
+    saes = [{**TINY, "name": architecture, "architecture": architecture} for architecture in RECIPES]
     names = [sae["name"] for sae in saes]
     logs: list[dict[str, pl.DataFrame]] = []
-    for n in (1, 2):
-        root = str(tmp_path / f"processes-{n}")
-        pipeline = with_processes(make_planted(saes, root=root).pipeline, root, n)
+    for size, slices in ((1, 1), (n, n_slices)):
+        root = str(tmp_path / f"processes-{size}")
+        pipeline = with_processes(make_planted(saes, root=root).pipeline, root, size, slices)
         store = open_pipeline_store(pipeline.config)
         save_plan(store, pipeline.plan)
         seen, heard = [], []
         produced = run_training(pipeline, store, names, seen.append, heard.append)
-        assert sum(seen) == 4500
-        assert sorted(metrics.row.step for metrics in heard) == sorted([*range(1, 16)] * 3)
+        assert sum(seen) == 1500 * len(names)
+        assert sorted(metrics.row.step for metrics in heard) == sorted([*range(1, 16)] * len(names))
         logs.append(
             {name: pl.read_parquet(io.BytesIO(read_file(store, item.ref.path, item.manifest, "training.parquet"))) for name, item in produced.items()}
         )
     for name in names:
-        for column, tolerance in (("loss", 2e-3), ("fvu", 2e-3), ("l0", 1e-2), ("gradient_norm", 2e-2)):
-            one, two = (torch.tensor(log[name][column].to_list()) for log in logs)
-            torch.testing.assert_close(one, two, rtol=tolerance, atol=1e-5)
-        assert list(logs[0][name]["dead_share"]) == pytest.approx(list(logs[1][name]["dead_share"]), abs=0.05)
+        one, many = (log[name] for log in logs)
+        assert one["l0"][0] == many["l0"][0]
+        for column, tolerance in (("loss", 2e-3), ("fvu", 2e-3), ("l0", 2e-2), ("gradient_norm", 2e-2), ("auxk_loss", 2e-2)):
+            torch.testing.assert_close(torch.tensor(many[column].to_list()), torch.tensor(one[column].to_list()), rtol=tolerance, atol=1e-5, msg=name)
+        assert list(one["dead_share"]) == pytest.approx(list(many["dead_share"]), abs=0.05)
+    assert max(logs[0]["topk"]["auxk_loss"]) > 0
 
 
 @pytest.mark.slow

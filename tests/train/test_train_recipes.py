@@ -6,13 +6,13 @@ from torch import Tensor
 
 from interp_assets.config import Architecture, SaeConfig
 from interp_assets.harvest.statistics import ActivationStatistics
+from interp_assets.train.fold import fold_weights
 from interp_assets.train.losses import Weights
 from interp_assets.train.recipes import (
     DECAY_SHARE,
     RECIPES,
     Normalization,
     coefficient_at,
-    fold_weights,
     learning_rate_at,
     make_normalization,
     make_weights,
@@ -21,7 +21,7 @@ from interp_assets.train.recipes import (
 )
 
 D_IN, D_SAE, K = 6, 40, 4
-ARCHITECTURES: list[Architecture] = ["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu"]
+ARCHITECTURES: list[Architecture] = list(RECIPES)
 
 
 def make_config(architecture: Architecture) -> SaeConfig:
@@ -38,7 +38,7 @@ def make_statistics(rows: Tensor) -> ActivationStatistics:
 def draw_trained(architecture: Architecture) -> Weights:
     """Draw weights as they might be after training: nothing is zero, norms differ where the recipe lets them."""
     generator = torch.Generator().manual_seed(1)
-    weights = make_weights(make_config(architecture), torch.randn(100, D_IN, generator=generator), generator)
+    weights = make_weights(make_config(architecture), torch.randn(100, D_IN, generator=generator), D_IN, generator)
     weights = {name: value + 0.3 * torch.randn(value.shape, generator=generator) for name, value in weights.items()}
     if RECIPES[architecture].is_unit_norm:
         normalize_decoder(weights["W_dec"])
@@ -49,7 +49,9 @@ def draw_trained(architecture: Architecture) -> Weights:
 def test_the_folded_sae_reconstructs_raw_rows_as_training_did(architecture: Architecture) -> None:
     """Scale, mean, decoder norms and gates must all reach encoder, bias and threshold: forgetting one of them is the usual export bug."""
     config, weights = make_config(architecture), draw_trained(architecture)
-    normalization = Normalization(torch.randn(D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), 0.37)
+    normalization = Normalization(
+        torch.randn(D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), torch.full((D_IN,), 0.37, dtype=torch.float64)
+    )
     raw = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(3)) * 3 + 1
     z = normalization.apply(raw)
     pre = z @ weights["W_enc_T"].T + weights["b_enc"]
@@ -58,14 +60,14 @@ def test_the_folded_sae_reconstructs_raw_rows_as_training_did(architecture: Arch
         latents = (pre > 0) * magnitude.relu()
     elif architecture == "topk":
         latents = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(K, dim=1).indices, 1.0)
-    elif architecture == "jump_relu":
+    elif architecture.startswith("jump_relu"):
         latents = pre * (pre > weights["log_threshold"].exp())
     else:
         latents = pre.relu()
-    x_hat = (latents @ weights["W_dec"] + weights["b_dec"]) / normalization.scale + normalization.mean.float()
-    sae = fold_weights(config, weights, normalization)
+    x_hat = (latents @ weights["W_dec"] + weights["b_dec"]) / 0.37 + normalization.mean.float()
+    sae = fold_weights(config, weights, normalization, normalization, (D_IN,))
     torch.testing.assert_close(sae.decode(sae.encode(raw)), x_hat, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sae.encode(raw), latents * weights["W_dec"].norm(dim=1) / normalization.scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.encode(raw), latents * weights["W_dec"].norm(dim=1) / 0.37, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
     assert bool((sae.threshold >= 0).all())
 
@@ -73,16 +75,16 @@ def test_the_folded_sae_reconstructs_raw_rows_as_training_did(architecture: Arch
 def test_normalization_is_one_constant_of_all_rows() -> None:
     """Centred rows get a mean squared norm of d_in; the first rows alone would give another constant."""
     rows = torch.randn(1000, D_IN, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 5, 1000)[:, None] + 7
-    z = make_normalization(make_statistics(rows)).apply(rows)
+    z = make_normalization([make_statistics(rows)]).apply(rows)
     torch.testing.assert_close(z.square().sum(1).mean(), torch.tensor(float(D_IN)))
     torch.testing.assert_close(z.mean(0), torch.zeros(D_IN), atol=1e-5, rtol=0)
-    assert make_normalization(make_statistics(torch.ones(10, D_IN))).scale == 1.0
+    assert make_normalization([make_statistics(torch.ones(10, D_IN))]).scale.tolist() == [1.0] * D_IN
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_encoder_starts_as_the_transposed_decoder(architecture: Architecture) -> None:
     """Most latents die at once from independent random encoders and decoders."""
-    weights = make_weights(make_config(architecture), torch.randn(100, D_IN), torch.Generator().manual_seed(0))
+    weights = make_weights(make_config(architecture), torch.randn(100, D_IN), D_IN, torch.Generator().manual_seed(0))
     assert torch.equal(weights["W_enc_T"], weights["W_dec"])
     torch.testing.assert_close(weights["W_dec"].norm(dim=1), torch.full((D_SAE,), RECIPES[architecture].decoder_norm))
 
@@ -90,7 +92,7 @@ def test_the_encoder_starts_as_the_transposed_decoder(architecture: Architecture
 def test_jump_relu_starts_with_every_latent_firing_at_one_rate() -> None:
     """Otherwise half of all latents fire and a short training never gets down to the target."""
     z = torch.randn(2000, D_IN, generator=torch.Generator().manual_seed(0))
-    weights = make_weights(make_config("jump_relu"), z, torch.Generator().manual_seed(0))
+    weights = make_weights(make_config("jump_relu"), z, D_IN, torch.Generator().manual_seed(0))
     fires = (z @ weights["W_enc_T"].T + weights["b_enc"]) > weights["log_threshold"].exp()
     assert abs(float(fires.sum(1).double().mean()) - 2 * K) < 0.1 * K
     assert float(fires.double().mean(0).min()) > 0.5 * 2 * K / D_SAE

@@ -15,15 +15,16 @@ def draw_pre(seed: int, shift: float) -> Tensor:
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), k=st.integers(1, 50), shift=st.sampled_from([-3.0, -1.0, 0.0, 2.0]))
-def test_the_largest_positive_values_of_each_row_are_active(seed: int, k: int, shift: float) -> None:
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 50), wide=st.booleans(), shift=st.sampled_from([-3.0, -1.0, 0.0, 2.0]))
+def test_the_largest_positive_values_of_each_row_are_active(seed: int, k: int, wide: bool, shift: float) -> None:
     """Relu comes first: a row with fewer than k positive values has fewer active latents."""
     pre = draw_pre(seed, shift)
+    pre = pre.view(10, -1) if wide else pre
     expected = torch.zeros_like(pre, dtype=torch.bool)
     for row in range(len(pre)):
         top = pre[row].argsort(descending=True)[:k]
         expected[row, top[pre[row, top] > 0]] = True
-    assert torch.equal(pick_per_row(pre, k), expected.flatten().nonzero().flatten())
+    assert torch.equal(pick_per_row(pre, k, ONE_RANK, pre.shape[1]).places, expected.flatten().nonzero().flatten())
 
 
 @settings(max_examples=30, deadline=None)
@@ -33,18 +34,18 @@ def test_the_largest_positive_values_of_the_batch_are_active(seed: int, n_active
     pre = draw_pre(seed, shift)
     flat = pre.flatten()
     top = flat.argsort(descending=True)[:n_active]
-    assert torch.equal(pick_per_batch(pre, n_active, ONE_RANK), top[flat[top] > 0].sort().values)
+    assert torch.equal(pick_per_batch(pre, n_active).places, top[flat[top] > 0].sort().values)
 
 
 def test_a_guess_that_sees_only_large_rows_is_corrected() -> None:
     """The sample takes every n-th row; when only those are large, the guess is far too high."""
     pre = torch.rand(640, 10, generator=torch.Generator().manual_seed(0))
     pre[::10] += 100
-    assert len(pick_per_batch(pre, 3000, ONE_RANK)) == 3000
+    assert len(pick_per_batch(pre, 3000).places) == 3000
 
 
 def test_ties_with_the_threshold_are_all_active() -> None:
     """So the answer does not depend on the order in which an algorithm meets equal values."""
     pre = torch.tensor([[1.0, 1.0, 1.0, 0.5]])
-    assert pick_per_row(pre, 2).tolist() == [0, 1, 2]
-    assert pick_per_batch(pre, 2, ONE_RANK).tolist() == [0, 1, 2]
+    assert pick_per_row(pre, 2, ONE_RANK, 4).places.tolist() == [0, 1, 2]
+    assert pick_per_batch(pre, 2).places.tolist() == [0, 1, 2]
