@@ -151,23 +151,31 @@ class Encoder:
         thresholds = np.maximum((lowest[:, 0] + lowest[:, 1]) / np.float32(2), np.float32(0))
         limits = np.full(len(block), np.inf, np.float32)
         limits[:n_rows] = row_limits(is_valid, thresholds)
-        return TopKScan([scan.take(scan.activations > limits[scan.rows]) for scan in scans], thresholds)
+        return TopKScan(list(self._pool.map(lambda scan: scan.take(scan.activations > limits[scan.rows]), scans)), thresholds)
 
     def _seed_largest(self, block: Tensor, n: int) -> NDArray[np.float32]:
         """Return the `n` largest pre-activations of each row in the first tile, ascending, which is a heap with its smallest at the root."""
         tile, largest = self._tiles[0], np.full((len(block), n), -np.inf, np.float32)
-        pre = (_multiply(block, tile.W) + tile.b.to(self._device))[:, : tile.width]
-        best = pre.topk(min(n, tile.width), dim=1).values.cpu().numpy()
-        largest[:, n - best.shape[1] :] = best[:, ::-1]
+        pre = (_multiply(block, tile.W) + tile.b)[:, : tile.width].cpu().numpy()
+        n_known = min(n, tile.width)
+
+        def work(low: int, high: int) -> None:
+            best = np.partition(pre[low:high], tile.width - n_known, axis=1)[:, tile.width - n_known :]
+            largest[low:high, n - n_known :] = np.sort(best, axis=1)
+
+        self._by_rows(work, len(block))
         return largest
 
     def _raise_largest(self, largest: NDArray[np.float32], scans: Sequence[Scan]) -> None:
-        edges = np.linspace(0, len(largest), self._n_threads + 1).astype(np.int64).tolist()
-
         def work(low: int, high: int) -> None:
             for scan in scans:
                 kernels.raise_largest(largest, scan.rows, scan.activations, low, high)
 
+        self._by_rows(work, len(largest))
+
+    def _by_rows(self, work: Callable[[int, int], None], n_rows: int) -> None:
+        """Give each thread its own range of rows."""
+        edges = np.linspace(0, n_rows, self._n_threads + 1).astype(np.int64).tolist()
         list(self._pool.map(work, edges[:-1], edges[1:]))
 
     def _scan_tiles(self, tiles: range, block: Tensor, limits: NDArray[np.float32], thresholds: list[NDArray[np.float32]]) -> list[Scan]:

@@ -24,7 +24,6 @@ GROUP: Final = 8
 """Rows that share one line of peaks."""
 N_BINS: Final = 64
 _BIN_SHIFT: Final = 21
-_STEP: Final = 32
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,28 +45,28 @@ def append_firings(product: Any, peaks: Any, tile: Any, row_threshold: Any, firs
     bias, threshold = tile
     latents, rows, activations = columns
     flat = product.reshape(-1)
+    flags = np.empty(TILE, np.uint8)
+    words = flags.view(np.uint64)
     for g in range(peaks.shape[0]):
         low = row_threshold[g * GROUP]
         for q in range(1, GROUP):
             low = min(low, row_threshold[g * GROUP + q])
-        for k in range(0, TILE, _STEP):
-            is_any = np.int32(0)
-            for j in range(k, k + _STEP):
-                pre = peaks[g, j] + bias[j]
-                is_any |= np.int32((pre > threshold[j]) & (pre > low))
-            if is_any != 0:
-                for j in range(k, k + _STEP):
-                    pre = peaks[g, j] + bias[j]
-                    if pre > threshold[j] and pre > low:
-                        for q in range(GROUP):
-                            row = g * GROUP + q
-                            pre = flat[row * TILE + j] + bias[j]
-                            if pre > threshold[j] and pre > row_threshold[row]:
-                                if n < len(latents):
-                                    latents[n] = j
-                                    rows[n] = first_row + row
-                                    activations[n] = pre
-                                n += 1
+        for j in range(TILE):
+            pre = peaks[g, j] + bias[j]
+            flags[j] = (pre > threshold[j]) & (pre > low)
+        for w in range(TILE // 8):
+            if words[w] == 0:
+                continue
+            for j in range(w * 8, w * 8 + 8):
+                if flags[j] != 0:
+                    for row in range(g * GROUP, g * GROUP + GROUP):
+                        pre = flat[row * TILE + j] + bias[j]
+                        if pre > threshold[j] and pre > row_threshold[row]:
+                            if n < len(latents):
+                                latents[n] = j
+                                rows[n] = first_row + row
+                                activations[n] = pre
+                            n += 1
     return n
 
 
