@@ -192,7 +192,10 @@ def run_all(setting: Setting, processes: list[int], peers: list[str], rounds: in
             clear_payload(setting)
             write_parquet(setting)
         for name in peers:
-            run(f"peer: {name}", lambda name=name: time_peer(setting, name))
+            try:
+                run(f"peer: {name}", lambda name=name: time_peer(setting, name))
+            except RuntimeError as error:
+                print(f"# peer: {name} failed: {error}", file=sys.stderr, flush=True)
     return found
 
 
@@ -266,7 +269,7 @@ def main() -> None:
     parser.add_argument("--row-bytes", type=int, default=1024, help="bytes of a row, a multiple of 8")
     parser.add_argument("--memory-gb", type=float, default=3.0, help="memory of all our processes together, and DuckDB's limit")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to run floor and ours with")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
+    parser.add_argument("--peers", nargs="*", default=["duckdb", "polars", "datasets", "gnu-shuf"], choices=PEERS)
     parser.add_argument("--rounds", type=int, default=3, help="how often floor and ours take turns")
     parser.add_argument("--s3", action="store_true", help="keep our artifacts on a real S3 server, started for this run")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder by default")

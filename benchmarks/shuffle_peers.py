@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from shuffle_rows import Setting, Timed, drop_cache, fresh, judge, random_rows, source_files
@@ -41,7 +42,7 @@ pl.read_parquet(source).sample(fraction=1, shuffle=True, seed=0).write_parquet(f
 datasets.disable_progress_bars()
 started = time.perf_counter()
 data = datasets.Dataset.from_parquet(source, cache_dir=f'{target}/cache', keep_in_memory=False)
-data.shuffle(seed=0).flatten_indices(cache_file_name=f'{target}/flat.arrow').to_parquet(f'{target}/out.parquet', compression='none')
+data.shuffle(seed=0).flatten_indices(cache_file_name=f'{target}/out.arrow')
 shutil.rmtree(f'{target}/cache')
 """,
 }
@@ -77,10 +78,17 @@ def _time_library(setting: Setting, script: str) -> Timed:
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     wall_s, rss_gb, cpu_s = (float(word) for word in done.stdout.split()[-3:])
-    files = sorted(folder.rglob("*.parquet"))
-    mixing = judge(setting, np.concatenate([pq.read_table(file, columns=["row_id"])["row_id"].to_numpy() for file in files]))
+    mixing = judge(setting, _read_ids(folder))
     shutil.rmtree(folder)
     return Timed(wall_s, rss_gb, cpu_s, mixing)
+
+
+def _read_ids(folder: Path) -> NDArray[np.uint64]:
+    """Read the row ids that a library wrote, in order."""
+    if (folder / "out.parquet").exists():
+        return pq.read_table(folder / "out.parquet", columns=["row_id"])["row_id"].to_numpy()
+    with pa.memory_map(str(folder / "out.arrow")) as file:
+        return np.concatenate([batch["row_id"].to_numpy().copy() for batch in pa.ipc.open_stream(file)])
 
 
 def write_text(setting: Setting) -> Path:

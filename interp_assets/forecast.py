@@ -9,6 +9,7 @@ from interp_assets.console import format_bytes, format_count, print_table
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.errors import ArtifactMissingError
 from interp_assets.pipeline import Pipeline, open_pipeline_store
+from interp_assets.quote import print_plans
 from interp_assets.road import Stop, find_version, make_road
 from interp_assets.shuffle.estimate import compare_plans
 from interp_assets.shuffle.plan import load_shard_rows
@@ -57,19 +58,7 @@ def _print_shuffle(console: Console, pipeline: Pipeline, store: Store) -> None:
         plans = compare_plans(max(1, n_rows), row_bytes, shuffle.memory_bytes)
         memory = format_bytes(shuffle.memory_bytes)
         console.print(f"\n  {hook_point}, with {memory} a job, cheapest first (S3 list prices, 64 workers):", soft_wrap=True, markup=False)
-        rows = [
-            (
-                plan.passes,
-                plan.fan_out,
-                plan.n_buckets,
-                format_bytes(plan.bytes_moved),
-                plan.get_requests + plan.put_requests,
-                f"{plan.usd:,.2f}",
-                f"{plan.wall_s:,.0f} s",
-            )
-            for plan in plans
-        ]
-        print_table(console, ["  passes", "fan-out", "mixed shards", "bytes moved", "requests", "USD", "time"], rows)
+        print_plans(console, plans)
     console.print()
 
 

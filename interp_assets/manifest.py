@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
@@ -124,9 +124,9 @@ def data_version(manifests: Sequence[Manifest]) -> str:
 class ArtifactWriter:
     """Collects the files of one artifact. Made by `create_artifact`."""
 
-    def __init__(self, store: Store, ref: ArtifactRef) -> None:
-        """Write below `ref.path`."""
-        self._store, self._ref = store, ref
+    def __init__(self, store: Store, ref: ArtifactRef, *, is_there: bool = False) -> None:
+        """Write below `ref.path`; when the artifact `is_there` already, hash what would be written and compare digests at the end."""
+        self._store, self._ref, self._is_there = store, ref, is_there
         self._files: dict[str, FileEntry] = {}
         self.facts: dict[str, Any] = {}
         self.manifest: Manifest | None = None
@@ -143,7 +143,8 @@ class ArtifactWriter:
     ) -> Iterator[ByteSink]:
         """Stream one file; it belongs to the artifact when the block ends without an error."""
         hashing = _HashingSink(block_bytes)
-        with self._store.open_writer(f"{self._ref.path}/{check_path(name)}") as sink:
+        path = f"{self._ref.path}/{check_path(name)}"
+        with nullcontext(_NullSink()) if self._is_there else self._store.open_writer(path) as sink:
             hashing.target = sink
             yield hashing
         self._files[name] = FileEntry(
@@ -185,14 +186,18 @@ class ArtifactWriter:
 
 
 @contextmanager
-def create_artifact(store: Store, ref: ArtifactRef, *, made_from: Sequence[Manifest] = ()) -> Iterator[ArtifactWriter]:
+def create_artifact(store: Store, ref: ArtifactRef, *, made_from: Sequence[Manifest] = (), replace: bool = False) -> Iterator[ArtifactWriter]:
     """Write an artifact: its manifest is published when the block ends, and nothing is when the block raises.
 
     What an earlier attempt, a damaged artifact or one made from other inputs left at the same path is removed first, manifest first.
-    `made_from` are the manifests of inputs whose digests `find_made_from` shall compare.
+    `made_from` are the manifests of inputs whose digests `find_made_from` shall compare. When another job has published the artifact
+    meanwhile, it stays as it is: nothing is written, and the block's bytes are only compared with it (`ArtifactRaceError` when they differ).
+    `replace` removes even a whole artifact.
     """
-    remove_artifact(store, ref.path)
-    writer = ArtifactWriter(store, ref)
+    is_there = not replace and find_made_from(store, ref, made_from) is not None
+    if not is_there:
+        remove_artifact(store, ref.path)
+    writer = ArtifactWriter(store, ref, is_there=is_there)
     yield writer
     if made_from:
         writer.facts["made_from"] = combine_ids([manifest.digest for manifest in made_from])
@@ -391,6 +396,13 @@ def _verify_block(data: memoryview, expected: str, block: int, block_bytes: int,
             f"{where} is damaged in block {block} (bytes {block * block_bytes:,} and following): checksum {found}, "
             f"the manifest says {expected}. Delete its folder and re-materialize the partition."
         )
+
+
+class _NullSink:
+    """Takes bytes that need not be written."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        pass
 
 
 class _HashingSink:

@@ -18,13 +18,14 @@ from interp_assets.errors import ArtifactError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.manifest import ArtifactRef, Manifest, data_version, find_made_from, load_manifest
 from interp_assets.pipeline import Pipeline, shard_index, shard_key
-from interp_assets.shuffle.generations import newest
+from interp_assets.shuffle.generations import has_grown, newest
 from interp_assets.shuffle.plan import load_shard_rows, make_sizes
 from interp_assets.shuffle.refs import (
     bucket_index,
     bucket_key,
     certificate_ref,
     mixed_shard_ref,
+    n_mixed_shards,
     pass_name,
     shuffle_plan_ref,
     split_bucket_ref,
@@ -96,9 +97,12 @@ def make_road(config: PipelineConfig) -> list[Stop]:
         Stop(("activations",), "harvest", "shard", 0, _activations, _tokens),
         Stop(("activation_statistics",), "harvest", "none", 0, _per_hook_point(statistics_ref), _training_activations),
         Stop(("shuffle_plan",), "shuffle", "none", 0, lambda pipeline, _store, _key: [shuffle_plan_ref(pipeline)]),
-        *(Stop((pass_name(p),), "shuffle", "shard" if p == 1 else "bucket", fan_out ** (p - 1), _split_refs(p)) for p in range(1, passes)),
-        Stop(("mixed_shards",), "shuffle", "bucket", fan_out ** (passes - 1), _mixed_shards),
-        Stop(("shuffle_certificate",), "shuffle", "none", 0, _per_hook_point(certificate_ref)),
+        *(
+            Stop((pass_name(p),), "shuffle", "shard" if p == 1 else "bucket", fan_out ** (p - 1), _split_refs(p), _split_sources if p == 1 else None)
+            for p in range(1, passes)
+        ),
+        Stop(("mixed_shards",), "shuffle", "bucket", fan_out ** (passes - 1), _mixed_shards, _mixed_sources),
+        Stop(("shuffle_certificate",), "shuffle", "none", 0, _per_hook_point(certificate_ref), _certificate_sources),
         Stop(("sae",), "train", "experiment", 0, lambda pipeline, _store, key: [sae_ref(pipeline, key)]),
         Stop(
             ("sae_evaluation",),
@@ -127,10 +131,18 @@ def find_version(stop: Stop, pipeline: Pipeline, store: Store, key: str, known: 
             known[ref.path] = load_manifest(store, ref)
         return known[ref.path]
 
+    def load_all(inputs: list[ArtifactRef]) -> list[Manifest]:
+        try:
+            return [load(item) for item in inputs]
+        except ArtifactError:
+            if stop.stage == "shuffle":
+                return []  # split files may be deleted once their rows are mixed
+            raise
+
     try:
         refs = stop.refs(pipeline, store, key)
         sources = stop.sources(pipeline, key) if stop.sources else [[] for _ in refs]
-        found = [find_made_from(store, ref, [load(item) for item in inputs]) for ref, inputs in zip(refs, sources, strict=True)]
+        found = [find_made_from(store, ref, load_all(inputs)) for ref, inputs in zip(refs, sources, strict=True)]
         sae = load_manifest(store, sae_ref(pipeline, stop.key[1])).digest if stop.stage == "visualize" else None
     except ArtifactError:
         return None
@@ -189,6 +201,26 @@ def _training_activations(pipeline: Pipeline, _key: str) -> list[list[ArtifactRe
 
 def _mixed_shards(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
     return [mixed_shard_ref(pipeline, hook_point, bucket_index(key)) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _split_sources(pipeline: Pipeline, key: str) -> list[list[ArtifactRef]]:
+    index = shard_index(key)
+    hook_points = pipeline.config.harvest.hook_points if index in pipeline.train_indices else []
+    return [[activation_shard_ref(pipeline, hook_point, index)] for hook_point in hook_points]
+
+
+def _mixed_sources(pipeline: Pipeline, _key: str) -> list[list[ArtifactRef]]:
+    """The split files or activation shards of one or two passes; in other cases `gather_bucket` compares when it runs."""
+    passes, hook_points = pipeline.config.shuffle.passes, pipeline.config.harvest.hook_points
+    if passes > 2 or has_grown(pipeline):
+        return [[] for _ in hook_points]
+    ref = activation_shard_ref if passes == 1 else split_shard_ref
+    return [[ref(pipeline, hook_point, index) for index in pipeline.train_indices] for hook_point in hook_points]
+
+
+def _certificate_sources(pipeline: Pipeline, _key: str) -> list[list[ArtifactRef]]:
+    buckets = range(n_mixed_shards(pipeline))
+    return [[mixed_shard_ref(pipeline, hook_point, bucket) for bucket in buckets] for hook_point in pipeline.config.harvest.hook_points]
 
 
 def _per_hook_point(ref: Callable[[Pipeline, str], ArtifactRef]) -> Refs:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from interp_assets import cli
 from interp_assets.config import PipelineConfig, demo_config, load_config
+from interp_assets.errors import InputError
 from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.progress import AssetReport
 from interp_assets.starter import make_starter
@@ -27,7 +28,7 @@ OPTIONS = {
     "dev": ["--config", "--dagster-port"],
     "init": ["path"],
     "inspect": ["path"],
-    "plan": ["--config"],
+    "plan": ["--config", "--memory", "--range", "--row-bytes", "--rows", "--simulate", "--workers"],
     "run": ["--config", "--select"],
     "serve": ["--config", "--host", "--port", "--token", "path"],
     "verify": ["path"],
@@ -269,6 +270,31 @@ def flip_byte(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
+
+
+def test_plan_quotes_a_shuffle_that_no_pipeline_asks_for_yet() -> None:
+    """Whoever asks for machines needs passes, jobs, requests and money first; the simulation shows that the numbers add up."""
+    result = invoke("plan", "--rows", "2e6", "--row-bytes", "1000", "--memory", "100MB", "--range", "1MB", "--simulate")
+    assert result.exit_code == 0, result.stdout
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert lines[0] == "2,000,000 rows of 1,000 bytes, 2.0 GB; 100.0 MB of rows a job, ranges of 1.0 MB or more"
+    assert "shuffle: {passes: 2, fan_out: 20, memory_bytes: 103200000}" in lines
+    assert any(line.startswith("1 1 20 2,000,000 100,000 ") for line in lines), result.stdout
+    assert any(line.startswith("2 20 20 2,000,000 100,000") for line in lines), result.stdout
+
+
+@pytest.mark.parametrize(("rows", "passes"), [("100e6", 1), ("10e9", 2), ("1e12", 3), ("1e14", 4)])
+def test_plan_gives_the_passes_of_the_blueprint(rows: str, passes: int) -> None:
+    """100 GB, 10 TB, 1 PB and 100 PB of 1-KB rows, as people would ask for them."""
+    result = invoke("plan", "--rows", rows, "--row-bytes", "1000", "--memory", "100GB", "--range", "1GB")
+    assert f"shuffle: {{passes: {passes}, " in result.stdout
+
+
+def test_plan_refuses_a_size_that_is_none() -> None:
+    """A typo in a unit would be off by a thousand."""
+    result = invoke("plan", "--rows", "1e9", "--memory", "100 gigs")
+    assert isinstance(result.exception, InputError)
+    assert "'100 gigs' is not a size: write a number with or without a unit (kb, mb, gb" in str(result.exception)
 
 
 def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None:

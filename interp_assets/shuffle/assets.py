@@ -2,7 +2,9 @@
 
 import dagster as dg
 
-from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, made, record
+from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
+from interp_assets.fanout import start_fanout
+from interp_assets.manifest import Produced
 from interp_assets.partitions import Layout, every, parent_bucket, same, whole
 from interp_assets.pipeline import shard_index
 from interp_assets.plots import plot_certificate
@@ -44,6 +46,14 @@ def _shuffle_plan(layout: Layout) -> dg.AssetsDefinition:
     return shuffle_plan
 
 
+def make_partition(config_json: str, key: str) -> list[Produced]:
+    """Split one shard in pass 1, wherever this runs; a shard that is not shuffled has nothing."""
+    pipeline, store = World(config_json=config_json).open()
+    index, hook_points = shard_index(key), pipeline.config.harvest.hook_points
+    own = generation_of(pipeline, index)
+    return [split_shard(own, store, hook_point, index) for hook_point in hook_points] if index in pipeline.train_indices else []
+
+
 def _first_pass(layout: Layout) -> dg.AssetsDefinition:
     @dg.asset(
         partitions_def=layout.shards,
@@ -63,9 +73,12 @@ def _first_pass(layout: Layout) -> dg.AssetsDefinition:
     )
     def shuffle_pass_1(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
         pipeline, store = world.open()
+        fanout = start_fanout(make_partition, world.config_json, partition_keys(context))
 
         def work(key: str) -> Made:
             index = shard_index(key)
+            if fanout and index in pipeline.train_indices:
+                return made(fanout.take(key), store.url)
             if index in pipeline.held_out_indices:
                 return made([], store.url, note="held out: measured, not shuffled")
             if index in pipeline.pending_indices:

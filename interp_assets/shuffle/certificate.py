@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import load_documents
 from interp_assets.errors import ArtifactCorruptError, CertificateError
-from interp_assets.manifest import Manifest, Produced, create_artifact, find_manifest
+from interp_assets.manifest import Manifest, Produced, create_artifact, find_made_from
 from interp_assets.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.mixed import MixedShard, open_mixed, read_mixed_ids
 from interp_assets.shuffle.mixing import Finding, LagFinding, Mixing, MixingMeter, SourceLayout
@@ -46,11 +46,12 @@ def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Progres
     """
     started = time.monotonic()
     ref = certificate_ref(pipeline, hook_point)
-    manifest = find_manifest(store, ref)
+    shards = open_mixed(pipeline, store, hook_point)
+    mixed = [shard.manifest for shard in shards]
+    manifest = find_made_from(store, ref, mixed)
     if manifest is not None:
         return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
     plan = load_shuffle_plan(pipeline, store)
-    shards = open_mixed(pipeline, store, hook_point)
     before, after = hash_before(pipeline, store, hook_point, plan, shards), hash_after(store, shards)
     meter = MixingMeter(load_layout(pipeline, store, plan), [shard.n_rows for shard in shards])
     for shard in shards:
@@ -61,7 +62,7 @@ def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Progres
     if before != after:
         raise CertificateError(_describe_loss(store, hook_point, plan, shards, mixing, before, after))
     content = make_content(plan, mixing, before, after)
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, made_from=mixed) as art:
         art.put(CERTIFICATE, encode_certificate(content))
         art.facts |= {key: value for key, value in content.items() if key not in ("format", "version", "findings", "lags")}
         art.facts["p_values"] = {item["name"]: item["p"] for item in content["findings"]}

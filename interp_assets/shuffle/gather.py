@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from interp_assets.direct import Workspace
 from interp_assets.errors import PlanError
-from interp_assets.manifest import Produced, create_artifact, find_manifest
+from interp_assets.manifest import Produced, create_artifact
 from interp_assets.pipeline import Pipeline
 from interp_assets.shuffle.mixed import mixed_specs, save_mixed
 from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_rows
@@ -21,7 +21,7 @@ from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
 from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref
 from interp_assets.shuffle.rows import ID_BYTES, Progress, RowFormat, RowSource, iter_chunks, record_ids
-from interp_assets.shuffle.sources import InputRange, load_records, load_shards
+from interp_assets.shuffle.sources import InputRange, find_current, list_inputs, load_records, load_shards
 from interp_assets.store import Store
 
 
@@ -35,15 +35,15 @@ def gather_bucket(
     """
     started = time.monotonic()
     ref = mixed_shard_ref(pipeline, hook_point, bucket)
-    manifest = find_manifest(store, ref)
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
     plan = load_shuffle_plan(pipeline, store)
     if not 0 <= bucket < plan.sizes.n_buckets:
         raise PlanError(
             f"There is no {bucket_key(bucket)}: the shuffle of {plan.sizes.passes} passes and fan-out {plan.sizes.fan_out} "
             f"has {plan.sizes.n_buckets} mixed shards."
         )
+    manifest = find_current(store, ref, list_inputs(pipeline, hook_point, plan, plan.sizes.passes, bucket))
+    if manifest is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
     fmt = row_format(pipeline, hook_point)
     with create_artifact(store, ref) as art, (space or Workspace()).lend(_buffer_bytes(plan, bucket, fmt)) as buffer:
         order = Draws(plan.seed).gather_order(bucket, plan.sizes.input_rows(plan.sizes.passes, bucket))  # its working space is free again
@@ -51,7 +51,7 @@ def gather_bucket(
         assert source.n_rows == len(order), f"{source.n_rows} rows read, {len(order)} ordered"
         outgoing = _Outgoing(source, order, fmt, progress)
         save_mixed(art, outgoing.rows(), outgoing.row_ids(), mixed_specs(source.n_rows, fmt.d_in, fmt.dtype))
-        art.facts |= {**facts, "multiset_hash": outgoing.rows_hash.encode()}
+        art.facts |= {**facts, "multiset_hash": outgoing.rows_hash.encode(), "made_from": source.made_from}
     assert art.manifest is not None
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
 

@@ -8,7 +8,7 @@ looks at the merged order, which must be as uniform as that of a shuffle from sc
 
 import time
 
-from interp_assets.manifest import Produced, create_artifact, find_manifest, load_manifest
+from interp_assets.manifest import Produced, create_artifact, find_made_from, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.shuffle.append import Appending, append_bucket
 from interp_assets.shuffle.certificate import CERTIFICATE, certify, encode_certificate, hash_after, hash_before, load_layout, make_content
@@ -38,19 +38,20 @@ def certify_mixed(pipeline: Pipeline, store: Store, hook_point: str, progress: P
     if not has_grown(pipeline):
         return certify(pipeline, store, hook_point, progress)
     started, ref = time.monotonic(), certificate_ref(pipeline, hook_point)
-    manifest = find_manifest(store, ref)
+    shards = open_mixed(pipeline, store, hook_point)
+    mixed = [shard.manifest for shard in shards]
+    manifest = find_made_from(store, ref, mixed)
     if manifest is not None:
         return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
     rows = load_shard_rows(pipeline, store)
     plan = ShufflePlan(seed=pipeline.config.seed, shards=rows, sizes=make_sizes(pipeline, rows), counts=[])
-    shards = open_mixed(pipeline, store, hook_point)
     meter = MixingMeter(load_layout(pipeline, store, plan), [shard.n_rows for shard in shards])
     for shard in shards:
         meter.add(read_mixed_ids(store, shard, 0, shard.n_rows))
         if progress is not None:
             progress(shard.n_rows)
     content = make_content(plan, meter.findings(), _hash_sources(pipeline, store, hook_point), hash_after(store, shards))
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, made_from=mixed) as art:
         art.put(CERTIFICATE, encode_certificate(content))
         art.facts |= {key: value for key, value in content.items() if key not in ("format", "version", "findings", "lags")}
         art.facts["p_values"] = {item["name"]: item["p"] for item in content["findings"]}

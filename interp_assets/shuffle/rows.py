@@ -6,6 +6,8 @@ A record is a row id (uint64, little-endian) and the row's bytes. Two kinds of b
   the others and are never taken;
 - `Records`: ranges of split files, record after record.
 
+Both know from which bytes they came: `made_from` combines the digests of the artifacts that were read.
+
 Reads are cut where checksum blocks end, so that nothing is read twice, and a few run at once; each is verified while it is in the
 processor's cache and copied to its own place of the buffer. Records leave through one small chunk that stays in the cache, too.
 Memory: the buffer, `FIXED_BYTES` of pieces in flight and chunks, and while an order is drawn `SORT_BYTES` a row.
@@ -68,9 +70,9 @@ class Segment(NamedTuple):
 class RawRows:
     """Valid rows of activation shards that lie one after the other in `rows`."""
 
-    def __init__(self, rows: NDArray[np.uint8], kept: NDArray[np.int64], row_ids: NDArray[np.uint64]) -> None:
+    def __init__(self, rows: NDArray[np.uint8], kept: NDArray[np.int64], row_ids: NDArray[np.uint64], made_from: str) -> None:
         """Hold `rows [n_all, row_bytes]`, the positions `kept [n_rows]` of the valid ones, and their row ids `[n_rows]`."""
-        self.n_rows = len(kept)
+        self.n_rows, self.made_from = len(kept), made_from
         self.rows, self.kept, self.row_ids = rows, kept, row_ids
         self._taken = np.empty((0, rows.shape[1]), np.uint8)
 
@@ -87,9 +89,9 @@ class RawRows:
 class Records:
     """Records that lie one after the other in `records [n_rows, record_bytes]`."""
 
-    def __init__(self, records: NDArray[np.uint8]) -> None:
+    def __init__(self, records: NDArray[np.uint8], made_from: str) -> None:
         """Hold `records`."""
-        self.n_rows = len(records)
+        self.n_rows, self.made_from = len(records), made_from
         self.records = records
 
     def take(self, order: NDArray[np.int64], out: NDArray[np.uint8]) -> None:

@@ -49,8 +49,12 @@ class Simulation(NamedTuple):
     bytes_moved: int
 
 
-def simulate(plan: PassPlan, row_bytes: int, *, seed: int = 0, sampled_jobs: int = 1, prices: Prices | None = None) -> Simulation:
+def simulate(
+    plan: PassPlan, row_bytes: int, *, seed: int = 0, sampled_jobs: int = 1, sampled_orders: int = 0, prices: Prices | None = None
+) -> Simulation:
     """Count a plan's shuffle: every size of every pass, and for `sampled_jobs` jobs of each distributing pass what they would draw.
+
+    The first `sampled_orders` jobs of pass 1 also draw the order of their rows: 33 bytes a row, 3.3 GB for a job of 100 million rows.
 
     Raises `AssertionError` when anything does not add up, which would be a bug in the plan or in the shuffle.
     """
@@ -60,6 +64,8 @@ def simulate(plan: PassPlan, row_bytes: int, *, seed: int = 0, sampled_jobs: int
     assert sizes.n_buckets == plan.n_buckets, f"{sizes.n_buckets} mixed shards, {plan.n_buckets} planned"
     prices = Prices() if prices is None else prices
     steps = [_simulate_pass(plan, sizes, pass_index, row_bytes, Draws(seed), sampled_jobs, prices) for pass_index in range(1, plan.passes + 1)]
+    for job in range(min(sampled_orders, n_jobs)):
+        check_order(Draws(seed).split_order(1, 0, job, sizes.shard_rows[job]), job)
     return Simulation(sizes, steps, sum(2 * step.n_rows * row_bytes for step in steps))
 
 
@@ -76,8 +82,9 @@ def check_order(order: NDArray[np.int64], shard_index: int) -> None:
     met = np.zeros(len(order), bool)
     met[order] = True
     assert met.all(), "every row of a job is written once"
-    row_ids = order.astype(np.uint64) + np.uint64(shard_index << SHARD_SHIFT)
+    del met
     assert len(order) <= 1 << SHARD_SHIFT, f"{len(order)} rows do not fit the row part of a row id"
+    row_ids = order.astype(np.uint64) + np.uint64(shard_index << SHARD_SHIFT)
     assert ((row_ids >> np.uint64(SHARD_SHIFT)) == shard_index).all(), "a row id leads back to its shard"
 
 

@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 
 from interp_assets.direct import Workspace
 from interp_assets.errors import ArtifactCorruptError, PlanError
-from interp_assets.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact, find_manifest
+from interp_assets.harvest.refs import activation_shard_ref
+from interp_assets.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact
 from interp_assets.pipeline import Pipeline
 from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
 from interp_assets.shuffle.permutation import Draws, JobSplit, split_job
@@ -22,7 +23,7 @@ from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_forma
 from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
 from interp_assets.shuffle.rows import Progress, Records, RowFormat, RowSource, iter_chunks
 from interp_assets.shuffle.sizes import offsets
-from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, load_records, load_shards
+from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, find_current, list_inputs, load_records, load_shards
 from interp_assets.store import Store
 
 _MIN_BLOCK_BYTES: Final = 64 << 10
@@ -50,7 +51,7 @@ def split_shard(
     """
     started = time.monotonic()
     ref = split_shard_ref(pipeline, hook_point, index)
-    manifest = find_manifest(store, ref)
+    manifest = find_current(store, ref, [activation_shard_ref(pipeline, hook_point, index)])
     if manifest is not None:
         return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
     plan = load_shuffle_plan(pipeline, store)
@@ -87,10 +88,10 @@ def split_bucket_job(
     started = time.monotonic()
     pass_index, bucket, job = address
     ref = split_bucket_ref(pipeline, hook_point, pass_index, bucket, job)
-    manifest = find_manifest(store, ref)
+    plan = _middle_plan(pipeline, store, pass_index)
+    manifest = find_current(store, ref, list_inputs(pipeline, hook_point, plan, pass_index, bucket))
     if manifest is not None:
         return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
-    plan = _middle_plan(pipeline, store, pass_index)
     split = draw_split(plan, pass_index, bucket, job, store.url)
     starts = offsets(plan.sizes.job_rows(pass_index, bucket))
     wanted, fmt = InputRange(pass_index, bucket, starts[job], starts[job + 1]), row_format(pipeline, hook_point)
@@ -141,6 +142,7 @@ def _write_split(store: Store, job: _Job, started: float, progress: Progress | N
             "dtype": job.fmt.dtype,
             "ranges": job.split.offsets,
             "multiset_hash": job.rows_hash.encode(),
+            "made_from": job.source.made_from,
         }
         with art.open(SPLIT_ROWS, n_rows=n_rows, dtype="uint8", shape=shape, block_bytes=n_block) as sink:
             for chunk in iter_chunks(job.source, job.split.order, job.fmt.record_bytes):

@@ -130,7 +130,7 @@ def test_other_bytes_under_the_same_id_are_noticed(copied: PipelineConfig) -> No
         ref = token_shard_ref(pipeline, 3)
         old = load_manifest(store, ref)
         files = {entry.name: (read_file(store, ref.path, old, entry.name), entry.n_rows) for entry in old.files}
-        with create_artifact(store, ref) as art:
+        with create_artifact(store, ref, replace=True) as art:
             for name, (data, n_rows) in files.items():
                 art.put(name, data, n_rows=n_rows, block_bytes=1 << 20)  # other blocks: another manifest, another digest
             art.facts |= old.facts

@@ -203,7 +203,7 @@ def test_training_refuses_a_shuffle_without_a_valid_certificate(finished: Finish
     ref = certificate_ref(pipeline, "resid_post.0")
     with dg.DagsterInstance.ephemeral() as instance:
         list(run_road(copied, instance, select=["token_shards"]))
-        with create_artifact(store, ref) as art:
+        with create_artifact(store, ref, replace=True) as art:
             art.put("certificate.json", b"{}")
             art.facts["passed"] = False
         refused = materialize(copied, instance, "sae", "demo")

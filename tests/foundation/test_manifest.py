@@ -33,7 +33,7 @@ def _ref(code: int = 1, kind: str = "example") -> ArtifactRef:
 
 def _publish(store: ObjectStore, data: bytes = DATA, ref: ArtifactRef | None = None) -> Manifest:
     ref = ref or _ref()
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, replace=True) as art:
         art.put("rows.bin", data, n_rows=len(data), block_bytes=1000)
         art.facts = {"loss": 0.1, "n_rows": len(data)}
     return load_manifest(store, ref)
@@ -73,6 +73,22 @@ def test_same_content_has_one_digest_at_any_time(memory_store: ObjectStore) -> N
     second = _publish(memory_store)
     assert first.digest == second.digest
     assert _publish(memory_store, DATA[:-1] + b"x").digest != first.digest
+
+
+def test_what_another_job_has_published_meanwhile_stays(memory_store: ObjectStore) -> None:
+    """Two jobs may make one shard: the slower one must neither delete what the faster one published nor let a reader meet half of it."""
+    first = _publish(memory_store)
+    path = f"{_ref().path}/rows.bin"
+    with create_artifact(memory_store, _ref()) as art:
+        art.facts = dict(first.facts)
+        with art.open("rows.bin", n_rows=first.files[0].n_rows, block_bytes=first.files[0].block_bytes) as sink:
+            sink.write(DATA)
+            assert memory_store.get(path) == DATA, "the published file is there all the time"
+    assert art.manifest == first
+    with pytest.raises(ArtifactRaceError, match="Two writers published"), create_artifact(memory_store, _ref()) as art:
+        art.put("rows.bin", DATA[:-1] + b"x")
+    assert memory_store.get(path) == DATA
+    assert load_manifest(memory_store, _ref()) == first
 
 
 def test_every_flipped_byte_of_a_file_is_found(memory_store: ObjectStore) -> None:
@@ -118,7 +134,7 @@ def test_an_artifact_that_raises_is_not_published(memory_store: ObjectStore) -> 
     """Nothing may look finished that is not."""
 
     def fail() -> None:
-        with create_artifact(memory_store, _ref()) as art:
+        with create_artifact(memory_store, _ref(), replace=True) as art:
             art.put("rows.bin", DATA)
             message = "halfway"
             raise ValueError(message)
@@ -164,7 +180,7 @@ def test_of_two_writers_with_other_bytes_the_second_is_told(memory_store: Object
 
 def test_a_hostile_file_name_is_refused(memory_store: ObjectStore) -> None:
     """A manifest from an untrusted bucket must not read outside its folder."""
-    with create_artifact(memory_store, _ref()) as art, pytest.raises(StoreError, match="is not a path inside a store"):
+    with create_artifact(memory_store, _ref(), replace=True) as art, pytest.raises(StoreError, match="is not a path inside a store"):
         art.put("../../secret", b"")
 
 

@@ -132,3 +132,10 @@ def test_unknown_schemes_are_refused() -> None:
     """A typo in `root` must not become a folder."""
     with pytest.raises(ConfigError, match="No store for 'gs3://x'"):
         open_store("gs3://x")
+
+
+def test_an_endpoint_without_encryption_has_to_be_asked_for() -> None:
+    """A typing error in an address must not send keys and data in the clear."""
+    with pytest.raises(ConfigError, match="The S3 endpoint http://somewhere is not encrypted. Use https, or set AWS_ALLOW_HTTP=true"):
+        open_store("s3://bucket/prefix", s3={"aws_endpoint": "http://somewhere", "aws_region": "r"})
+    open_store("s3://bucket/prefix", s3={"aws_endpoint": "http://somewhere", "aws_region": "r", "aws_allow_http": "true"})

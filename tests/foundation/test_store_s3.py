@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def store(server: S3Server) -> ObjectStore:
     """Open a prefix of its bucket with options, the way `resources/` does."""
-    options = {key.lower(): value for key, value in server.environment.items() if key not in ("AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP")}
+    options = {key.lower(): value for key, value in server.environment.items() if key != "AWS_ENDPOINT_URL"}
     return open_store("s3://test/prefix", s3=options)
 
 

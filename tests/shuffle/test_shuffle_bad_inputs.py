@@ -32,7 +32,7 @@ def test_a_shard_with_fewer_rows_than_its_tokens_is_refused() -> None:
     """A shard cut short would shift every row id behind it."""
     pipeline, store, _ = planned()
     ref = activation_shard_ref(pipeline, HOOK, 1)
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, replace=True) as art:
         save_tensors(art, "rows.safetensors", {"rows": torch.zeros(39, 4)}, n_rows=39)
     message = r"Activation shard 1 of resid_post.0 has 39 rows of \(4,\) x float32; its token shard .* say 40 .*Re-materialize this partition"
     with pytest.raises(ArtifactCorruptError, match=message):
@@ -43,7 +43,7 @@ def test_a_shard_with_fewer_rows_than_its_tokens_is_refused() -> None:
 def test_a_shard_of_another_width_is_refused() -> None:
     """A hook point of another model must not be cut into rows of ours."""
     pipeline, store, _ = planned()
-    with create_artifact(store, activation_shard_ref(pipeline, HOOK, 1)) as art:
+    with create_artifact(store, activation_shard_ref(pipeline, HOOK, 1), replace=True) as art:
         save_tensors(art, "rows.safetensors", {"rows": torch.zeros(40, 5)}, n_rows=40)
     with pytest.raises(ArtifactCorruptError, match=r"has 40 rows of \(5,\) x float32"):
         split_shard(pipeline, store, HOOK, 1)
@@ -103,7 +103,7 @@ def test_a_bucket_is_never_read_past_its_range(ranges: list[int]) -> None:
     pipeline, store, _ = world
     ref = split_shard_ref(pipeline, HOOK, 1)
     data = store.get(f"{ref.path}/rows.bin")
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, replace=True) as art:
         art.put("rows.bin", data, n_rows=40)
         art.facts |= {"ranges": ranges}
     with pytest.raises(ArtifactCorruptError, match="range 1 is missing, out of order or past the end"):
@@ -117,7 +117,7 @@ def test_ranges_that_do_not_fill_the_bucket_are_refused() -> None:
     pipeline, store, _ = world
     ref = split_shard_ref(pipeline, HOOK, 1)
     data = store.get(f"{ref.path}/rows.bin")
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, replace=True) as art:
         art.put("rows.bin", data, n_rows=40)
         art.facts |= {"ranges": [0, 1, 40]}
     with pytest.raises(ArtifactCorruptError, match=r"hold \d+ rows for bucket-00001 of resid_post.0; the plan says 35"):

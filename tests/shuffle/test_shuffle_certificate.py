@@ -196,7 +196,7 @@ def test_a_job_without_its_hash_is_named() -> None:
     gather_bucket(world.pipeline, world.store, HOOK, 0)
     shard = open_mixed(world.pipeline, world.store, HOOK)[0]
     data = read_file(world.store, shard.ref.path, shard.manifest, "rows.safetensors")
-    with create_artifact(world.store, shard.ref) as art:
+    with create_artifact(world.store, shard.ref, replace=True) as art:
         art.put("rows.safetensors", data)
         art.facts |= {"n_rows": 80, "d_in": 4, "dtype": "float32"}
     with pytest.raises(ArtifactCorruptError, match="no readable fact 'source_multiset_hash'"):
@@ -211,7 +211,7 @@ def rewrite(world, choose, *, swap_ids: bool = False) -> None:
     values, ids = rows.numpy()[chosen], row_ids.numpy()[chosen]
     if swap_ids:
         ids[[0, 1]] = ids[[1, 0]]
-    with create_artifact(world.store, shard.ref) as art:
+    with create_artifact(world.store, shard.ref, replace=True) as art:
         save_mixed(art, [as_bytes(values)], iter([ids]), mixed_specs(len(ids), 4, "float32"))
         raw = np.ascontiguousarray(values).view(np.uint8).reshape(len(ids), -1)
         art.facts |= {"source_multiset_hash": shard.manifest.facts["source_multiset_hash"], "multiset_hash": hash_rows(ids, raw).encode()}

@@ -7,21 +7,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shuffle_world import HOOK, make_world, run_shuffle, run_splits
 
-from interp_assets.manifest import file_part, load_manifest
+from interp_assets.harvest.refs import activation_shard_ref
+from interp_assets.manifest import create_artifact, file_part, load_manifest, remove_artifact
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids, read_mixed_rows
 from interp_assets.shuffle.permutation import Draws, shuffle_indices, split_job
 from interp_assets.shuffle.plan import job_bytes, load_shuffle_plan, make_shuffle_plan, row_format
-from interp_assets.shuffle.refs import mixed_shard_ref
+from interp_assets.shuffle.refs import mixed_shard_ref, split_shard_ref
 from interp_assets.shuffle.rows import FIXED_BYTES, Segment, cut_segment
 from interp_assets.shuffle.sizes import ShuffleSizes, offsets, shares
 from interp_assets.shuffle.sources import list_splits, load_manifests
 from interp_assets.shuffle.split import block_bytes, split_bucket, split_shard
 from interp_assets.store import ObjectStore, open_store
+from interp_assets.tensors import save_tensors
 
 
 @pytest.mark.parametrize(
@@ -143,6 +146,36 @@ def test_any_range_of_a_mixed_shard_can_be_read() -> None:
     assert part.rows.tolist() == whole.rows[7:19].tolist()
     assert part.row_ids.tolist() == whole.row_ids[7:19].tolist() == read_mixed_ids(world.store, shard, 7, 19).tolist()
     assert (shard.n_rows, shard.d_in, shard.dtype) == (35, 4, "float32")
+
+
+def test_rows_that_were_made_again_with_other_bytes_are_shuffled_again() -> None:
+    """An id promises equal bytes on one kind of device only; mixing old and new rows would be worse than either."""
+    world = make_world((60, 50), passes=3, fan_out=2)
+    before = [np.concatenate(run_shuffle(world))]
+    pipeline, store, _ = world
+    assert all(gather_bucket(pipeline, store, HOOK, bucket).is_cached for bucket in range(4))
+    ref = activation_shard_ref(pipeline, HOOK, 2)
+    with create_artifact(store, ref, replace=True) as art:
+        save_tensors(art, "rows.safetensors", {"rows": torch.full((50, 4), 7.0)}, n_rows=50)
+    assert split_shard(pipeline, store, HOOK, 1).is_cached
+    assert not split_shard(pipeline, store, HOOK, 2).is_cached
+    assert not any(produced.is_cached for bucket in range(2) for produced in split_bucket(pipeline, store, HOOK, 2, bucket))
+    assert not any(gather_bucket(pipeline, store, HOOK, bucket).is_cached for bucket in range(4))
+    shards = open_mixed(pipeline, store, HOOK)
+    rows, ids = zip(*(read_mixed_rows(store, shard, 0, shard.n_rows) for shard in shards), strict=True)
+    is_new = np.concatenate([part.numpy() for part in ids]) >> np.uint64(40) == 2
+    assert np.array_equal((torch.cat(rows) == 7.0).all(dim=1).numpy(), is_new)
+    assert np.concatenate([part.numpy() for part in ids]).tolist() == before[0].tolist(), "the order depends on the plan alone"
+
+
+def test_mixed_shards_outlive_the_files_they_were_made_from() -> None:
+    """Split files are twice the data; whoever deletes them must not be made to shuffle again."""
+    world = make_world((60, 50), passes=2, fan_out=2)
+    run_shuffle(world)
+    pipeline, store, _ = world
+    for index in pipeline.train_indices:
+        remove_artifact(store, split_shard_ref(pipeline, HOOK, index).path)
+    assert all(gather_bucket(pipeline, store, HOOK, bucket).is_cached for bucket in range(2))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")

@@ -110,7 +110,7 @@ def write_tokens(pipeline: Pipeline, store: ObjectStore, index: int, valid: NDAr
             "n_rows": np.minimum(10, n_rows - first).astype(np.uint64),
         }
     )
-    with create_artifact(store, token_shard_ref(pipeline, index)) as art:
+    with create_artifact(store, token_shard_ref(pipeline, index), replace=True) as art:
         art.put("tokens.parquet", _parquet(frame), n_rows=n_rows)
         art.put("documents.parquet", _parquet(table), n_rows=len(first))
         art.facts |= {"n_rows": n_rows, "n_valid": int(valid.sum()), "n_documents": len(first)}
@@ -129,7 +129,7 @@ def write_activations(pipeline: Pipeline, store: ObjectStore, hook: str, index: 
     """Write an activation shard whose rows name themselves."""
     ids = np.arange(n_rows).astype(np.uint64) + np.uint64(index << 40)
     rows = torch.from_numpy(row_values(hook, ids, pipeline.d_in(hook))).to(getattr(torch, pipeline.config.harvest.dtype))
-    with create_artifact(store, activation_shard_ref(pipeline, hook, index)) as art:
+    with create_artifact(store, activation_shard_ref(pipeline, hook, index), replace=True) as art:
         save_tensors(art, "rows.safetensors", {"rows": rows}, n_rows=n_rows)
         art.facts |= {"n_rows": n_rows, "d_in": pipeline.d_in(hook)}
 
