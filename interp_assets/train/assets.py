@@ -47,7 +47,7 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         names = partition_keys(context)
         _require_certificates(pipeline, store, names)
         progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
-        trained = run_training(pipeline, store, names, progress.advance, s3=dict(world.s3))
+        trained = run_training(pipeline, store, names, progress.advance)
 
         def work(key: str) -> Made:
             item = trained[key]
