@@ -11,8 +11,8 @@ With `keep: all` quantiles and intervals come from all firings. With `keep: cand
 random sample holds all firings) and the intervals are filled from the random sample, so the rare upper ones may stay short. A latent with
 fewer firings than asked for has fewer examples, a dead one has none: nothing is padded.
 
-Cost: one read of the candidates and of the firings' activations, about 50 ns for each; memory for `GROUP_FIRINGS` of them. The format is described in
-docs/formats/feature_examples.md.
+Cost: one read of the candidates and of the firings' activations, about 50 ns for each; memory for `GROUP_FIRINGS` of them and, with
+`distinct_tokens`, the token shards (13 bytes a token). The format is described in docs/formats/feature_examples.md.
 """
 
 import time
