@@ -4,6 +4,7 @@
     features.parquet   one row of statistics per latent, in order of latent (the slices' tables, one after the other)
     list/, words.json  the same statistics as a list reads them: values, orders, rows (`columns.py`)
     search/            inverted index of tokens and logits (`search.py`)
+    map/               decoder directions in two dimensions, in tiles (`map.py`)
     records/NNNNN.bin  the records of 4,096 latents: independent gzip members of JSON
     records/NNNNN.idx  u64 offsets into it, one more than there are records
     vocabulary.json    the text of every token id
@@ -26,12 +27,23 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_made_from, load_manifest, read_file, read_ranges
+from interp_assets.manifest import (
+    ArtifactWriter,
+    Manifest,
+    Produced,
+    create_artifact,
+    find_made_from,
+    find_manifest,
+    load_manifest,
+    read_file,
+    read_ranges,
+)
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.refs import records_ref, slice_bounds
 from interp_assets.web.columns import WORDS, ListWriter, collect_words, encode_words
+from interp_assets.web.map import Layout, embed_directions, write_map
 from interp_assets.web.refs import bundle_ref
 from interp_assets.web.search import write_index
 from interp_assets.web.vocabulary import Vocabulary, encode_vocabulary, make_vocabulary
@@ -54,6 +66,8 @@ class BundleContent(NamedTuple):
     """Called twice: for the words, then for the rows."""
     records: Iterable[bytes]
     vocabulary: Vocabulary
+    layout: Layout | None = None
+    """Where the latents stand on the map; without one there is none."""
 
 
 def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any, *, progress: Callable[[int], None] | None = None) -> Produced:
@@ -74,6 +88,7 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
         lambda: (_read_table(source) for source in sources),
         (member for source in sources for member in _read_records(source)),
         make_vocabulary(tokenizer),
+        _lay_out(pipeline, store, sae_name),
     )
     with create_artifact(store, ref, made_from=inputs) as art:
         write_bundle(art, content, progress=progress)
@@ -96,7 +111,8 @@ def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Calla
         )
     art.put(WORDS, encode_words(words))
     facts = listed.finish()
-    description = {"format": FORMAT, "version": VERSION, **description, **facts._asdict()}
+    description = {"format": FORMAT, "version": VERSION, **description, **facts.described()}
+    description["map"] = write_map(art, content.layout, facts.frequency) if content.layout else None
     art.put("vocabulary.json", encode_vocabulary(content.vocabulary))
     art.put("bundle.json", (json.dumps(description, indent=1) + "\n").encode())
     art.facts |= {
@@ -108,6 +124,15 @@ def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Calla
         "model": description["model"]["name"],
         "hook_point": description["hook_point"],
     }
+
+
+def _lay_out(pipeline: Pipeline, store: Store, sae_name: str) -> Layout | None:
+    """Lay out the decoder directions, where the SAE is still there: a bundle can be made from records alone."""
+    from interp_assets.train.checkpoint import read_sae  # noqa: PLC0415 - torch; the server imports this module for its formats
+
+    ref = sae_ref(pipeline, sae_name)
+    manifest = find_manifest(store, ref)
+    return embed_directions(read_sae(store, ref.path, manifest).W_dec.numpy()) if manifest else None
 
 
 class _Source(NamedTuple):

@@ -67,6 +67,12 @@ class ListFacts(NamedTuple):
     n_live: int
     columns: dict[str, Any]
     distributions: dict[str, dict[str, list[float]]]
+    frequency: NDArray[np.float32]
+    """For the map; not described."""
+
+    def described(self) -> dict[str, Any]:
+        """Return what `bundle.json` holds."""
+        return {"n_live": self.n_live, "columns": self.columns, "distributions": self.distributions}
 
 
 def collect_words(tables: Iterable[pa.Table]) -> pa.Array:
@@ -131,7 +137,8 @@ class ListWriter:
             ordered = alive if name == "latent" else alive[order_by(values[name][alive])]
             self._art.put(f"list/{name}.order", dead.tobytes() + ordered.tobytes(), n_rows=len(live), block_bytes=ORDER_BLOCK)
         columns = {"sortable": ORDERS, "numeric": VALUES}
-        return ListFacts(len(alive), columns, {name: shown for name in _DISTRIBUTED if (shown := _distribute(values[name][live]))})
+        shown = {name: found for name in _DISTRIBUTED if (found := _distribute(values[name][live]))}
+        return ListFacts(len(alive), columns, shown, values["frequency"].astype(np.float32))
 
     def _encode(self, table: pa.Table) -> tuple[list[NDArray[np.int64]], list[NDArray[np.uint32]]]:
         counts, ids = [], []

@@ -22,6 +22,7 @@ from interp_assets.manifest import Produced, create_artifact, find_manifest, mak
 from interp_assets.seeds import stream
 from interp_assets.store import Store
 from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
+from interp_assets.web.map import Layout
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.synthetic import BOS, TABLE, InventedText, Shown, describe_firings, describe_invented, make_synthetic_vocabulary, rounded
 from interp_assets.web.vocabulary import Vocabulary
@@ -65,7 +66,7 @@ def build_scale_bundle(store: Store, *, n_features: int, seed: int = 0, pool: in
     """Write a bundle of `n_features` invented features into `6-web` of `store`; at most `pool` records are made, then they repeat."""
     start = time.perf_counter()
     n_records = min(pool, n_features)
-    identity = {"synthetic": 2, "seed": seed, "n_features": n_features, "pool": n_records}
+    identity = {"synthetic": 3, "seed": seed, "n_features": n_features, "pool": n_records}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=f"synthetic-{n_features}")
     existing = find_manifest(store, ref)
     if existing:
@@ -85,11 +86,19 @@ def build_scale_bundle(store: Store, *, n_features: int, seed: int = 0, pool: in
     }
     words = pa.array(text.vocabulary.tokens, pa.string())
     members = (_make_member(text, seed, latent, n_features) for latent in range(n_records))
-    content = BundleContent(description, lambda: _make_tables(words, seed, n_features), members, text.vocabulary)
+    content = BundleContent(description, lambda: _make_tables(words, seed, n_features), members, text.vocabulary, _invent_layout(seed, n_features))
     with create_artifact(store, ref) as art:
         write_bundle(art, content)
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - start)
+
+
+def _invent_layout(seed: int, n_features: int) -> Layout:
+    """Draw a map of blobs; features of neighbouring numbers are no neighbours."""
+    generator = stream(seed, "scale", "map").generator()
+    centres, sizes = generator.normal(0, 1, (60, 2)), generator.uniform(0.03, 0.3, 60)
+    blob = generator.integers(60, size=n_features)
+    return Layout((centres[blob] + generator.normal(0, 1, (n_features, 2)) * sizes[blob, None]).astype(np.float32), "invented", None)
 
 
 def _make_text(seed: int) -> InventedText:

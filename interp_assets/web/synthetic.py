@@ -21,6 +21,7 @@ from interp_assets.manifest import Produced, create_artifact, find_manifest, mak
 from interp_assets.seeds import stream
 from interp_assets.store import Store
 from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
+from interp_assets.web.map import embed_directions
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.vocabulary import Vocabulary
 
@@ -77,7 +78,7 @@ class InventedText(NamedTuple):
 def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0, n_documents: int = 48) -> Produced:
     """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature."""
     start = time.perf_counter()
-    identity = {"synthetic": 1, "seed": seed, "n_features": n_features, "n_documents": n_documents}
+    identity = {"synthetic": 2, "seed": seed, "n_features": n_features, "n_documents": n_documents}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label="synthetic")
     existing = find_manifest(store, ref)
     if existing:
@@ -85,7 +86,10 @@ def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0,
     text = make_text(seed, n_documents)
     records = [_make_record(text, seed, latent, n_features) for latent in range(n_features)]
     members = (gzip.compress(json.dumps(record, separators=(",", ":")).encode(), mtime=0) for record in records)
-    content = BundleContent(describe_invented(n_features, text), lambda: [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary)
+    layout = embed_directions(stream(seed, "synthetic", "decoder").generator().normal(0, 1, (n_features, 8)).astype(np.float32))
+    content = BundleContent(
+        describe_invented(n_features, text), lambda: [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary, layout
+    )
     with create_artifact(store, ref) as art:
         write_bundle(art, content)
     assert art.manifest

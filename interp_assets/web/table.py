@@ -6,8 +6,9 @@ not grow with the number of features beyond that and one query's columns (at ten
 """
 
 import re
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock, RLock
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
@@ -24,6 +25,7 @@ MAX_FILTERS: Final = 16
 LIVES: Final = ("all", "live", "dead")
 _KEPT_BYTES: Final = 96 << 20
 _READ_BYTES: Final = 8 << 20
+_AHEAD: Final = 4
 _CONDITION: Final = re.compile(r"(\w+)(>=|<=|>|<)(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)")
 _RELATIONS: Final[dict[str, Callable[[Any, Any], Any]]] = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
 
@@ -241,11 +243,22 @@ class FeatureTable:
         """Read a file of one number for each latent, some megabytes at a time."""
         values = np.empty(self.n_features, dtype)
         step = _READ_BYTES // values.itemsize
-        for first in range(0, self.n_features, step):
-            n = min(step, self.n_features - first)
-            part = self._files.read_spans(name, [first * values.itemsize], [n * values.itemsize])[0]
-            values[first : first + n] = np.frombuffer(part, dtype)
+        firsts = range(0, self.n_features, step)
+        spans = [(first * values.itemsize, min(step, self.n_features - first) * values.itemsize) for first in firsts]
+        for first, part in zip(firsts, self._read_ahead(name, spans), strict=True):
+            values[first : first + step] = np.frombuffer(part, dtype)
         return values
+
+    def _read_ahead(self, name: str, spans: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Yield (start, length) ranges of a file in order, `_AHEAD` of them on their way at a time: a bucket answers each after a while."""
+        with ThreadPoolExecutor(_AHEAD) as pool:
+            waiting: deque[Future[list[bytes]]] = deque()
+            for start, length in spans:
+                waiting.append(pool.submit(self._files.read_spans, name, [start], [length]))
+                if len(waiting) == _AHEAD:
+                    yield waiting.popleft().result()[0]
+            while waiting:
+                yield waiting.popleft().result()[0]
 
     def _rows(self, latents: NDArray[np.uint32]) -> list[dict[str, Any]]:
         """Gather rows; each block of the file is read once."""
@@ -289,9 +302,10 @@ class FeatureTable:
 
     def _read_postings(self, spans: Sequence[Span]) -> Iterator[NDArray[np.uint32]]:
         """Yield the postings of rising spans, some megabytes at a time; spans in one block or in neighbouring ones are read together."""
-        for start, inside in join_spans(spans):
-            stop = max(span.stop for span in inside)
-            data = np.frombuffer(self._files.read_spans(POSTINGS, [4 * start], [4 * (stop - start)])[0], "<u4")
+        groups = list(join_spans(spans))
+        parts = self._read_ahead(POSTINGS, [(4 * start, 4 * (inside[-1].stop - start)) for start, inside in groups])
+        for (start, inside), part in zip(groups, parts, strict=True):
+            data = np.frombuffer(part, "<u4")
             yield from (data[span.start - start : span.stop - start] for span in inside)
 
 

@@ -459,3 +459,53 @@ def test_a_text_shows_which_features_fire_on_it(visit: Visit, site: Site) -> Non
     assert visit.page.locator(".found .latent").all_inner_texts() == ["1"]
     visit.page.locator(".found a").first.click()
     visit.page.wait_for_selector("h1:has-text('Feature 1')")
+
+
+def test_the_map_shows_every_live_feature(visit: Visit, site: Site) -> None:
+    """Points by range requests, never more than a million; the keyboard moves, zooms and picks; it says what its axes are worth."""
+    visit.open(site.page("/map"), "canvas")
+    _until(visit, "document.querySelector('canvas').dataset.points === '277'")
+    assert "of the variance" in visit.page.locator("main").inner_text()
+    assert [request for request in visit.requests if request.url.endswith("map/tiles.bin") and "range" in request.headers]
+    canvas = visit.page.locator("canvas")
+    painted = "(c) => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v)"
+    assert canvas.evaluate(painted)
+    canvas.focus()
+    visit.page.keyboard.press("+")
+    for _ in range(60):
+        visit.page.keyboard.press("Enter")
+        if visit.page.locator(".below a").count():
+            break
+        visit.page.keyboard.press("-")
+        visit.page.keyboard.press("ArrowRight")
+    box = canvas.bounding_box()
+    if not visit.page.locator(".below a").count():
+        visit.page.get_by_role("button", name="all").click()
+        for x in range(10, int(box["width"]), 24):
+            canvas.click(position={"x": x, "y": box["height"] * 0.4})
+            if visit.page.locator(".below a").count():
+                break
+    visit.page.locator(".below a").click()
+    visit.page.wait_for_selector("h1:has-text('Feature')")
+    visit.page.set_viewport_size(NARROW)
+    visit.open(site.page("/map"), "canvas")
+    assert _fits(visit)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("path", "selector"), [("", "[role=row] a"), ("/4/with/{name}/9", "table"), ("/try", "textarea"), ("/map", "canvas")])
+def test_every_page_has_contrast_and_names(chromium, site: Site, scheme: str, path: str, selector: str) -> None:
+    """WCAG AA: text stands out, and every control, picture and field has a name that a screen reader says."""
+    visit = Visit(chromium, color_scheme=scheme)
+    visit.open(site.page(path.format(name=site.name)), selector)
+    visit.page.wait_for_timeout(200)
+    assert _lowest_contrast(visit) >= 4.5
+    nameless = """() => [...document.querySelectorAll('a[href], button, input, select, textarea, canvas, [role=img], [tabindex="0"]')]
+        .filter((e) => e.checkVisibility() && !(e.ariaLabel || e.title || e.labels?.length || e.textContent.trim()))
+        .filter((e) => !e.getAttribute('aria-labelledby'))
+        .map((e) => e.outerHTML.slice(0, 120))"""
+    assert visit.page.evaluate(nameless) == []
+    assert visit.page.evaluate("document.documentElement.lang") == "en"
+    assert visit.page.locator("h1").count() == 1
+    visit.context.close()
+    assert visit.complaints == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from interp_assets.errors import ArtifactCorruptError, InputError
-from interp_assets.manifest import create_artifact
+from interp_assets.manifest import create_artifact, remove_artifact
 from interp_assets.store import ObjectStore, open_store
 from interp_assets.web.exports import FORMATS, export_bundle
 from interp_assets.web.opened import OpenBundle, list_bundles
@@ -99,6 +99,7 @@ def test_a_record_of_another_feature_is_refused(memory_store: ObjectStore) -> No
     made = build_synthetic_bundle(memory_store, n_features=3, n_documents=4)
     description = OpenBundle(list_bundles(memory_store)[0]).description
     member = gzip.compress(json.dumps({"version": 1, "latent": 7}).encode(), mtime=0)
+    remove_artifact(memory_store, made.ref.path)
     with create_artifact(memory_store, made.ref) as art:
         art.put("bundle.json", json.dumps(description).encode())
         art.put("records/00000.bin", member * 3)

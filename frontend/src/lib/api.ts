@@ -6,6 +6,7 @@ import { Problem, asProblem } from './problem';
 import { StaticList } from './files';
 import { decodeRecord, locate, readSpan } from './record';
 import { listParameters, type ListState } from './route';
+import { bytesOf, readPoints, readTiles, type Points, type Tile } from './map';
 import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, Site, Tried } from './types';
 import { parseVocabulary, type Vocabulary } from './vocabulary';
 
@@ -183,4 +184,16 @@ export async function tryText(name: string, text: string): Promise<Tried> {
   const site = await getSite();
   if (site.mode === 'static') throw new Problem('Search by example needs a server: this site is files only.', 'Open the bundle with `interp serve` beside its pipeline.');
   return askJson<Tried>(at(name, `/try?${new URLSearchParams({ text })}`));
+}
+
+const tileLists = new Memory<Tile[]>(4);
+const tilePoints = new Memory<Points>(1024);
+
+export function getTiles(name: string): Promise<Tile[]> {
+  return tileLists.get(name, async () => readTiles(await (await ask(fileOf(name, 'map/tiles.idx'))).arrayBuffer()));
+}
+
+export function getPoints(name: string, tile: Tile): Promise<Points> {
+  const { start, stop } = bytesOf(tile);
+  return tilePoints.get(`${name}/${start}`, async () => readPoints(await readRange(fileOf(name, 'map/tiles.bin'), start, stop)));
 }

@@ -45,6 +45,7 @@ export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created'
   coactivation_rows: number | null;
   logits_reason: string | null;
   records: { version: number; per_file: number; n_files: number; repeat: number | null };
+  map: { method: string; variance_share: number | null; n_points: number; n_tiles: number } | null;
   /** What can be sorted by, with the order file of each; what can be filtered, with the type of its values. */
   columns: { sortable: Record<string, string>; numeric: Record<string, string>; labels?: boolean };
   distributions: Record<string, Distribution>;

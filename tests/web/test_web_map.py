@@ -1,0 +1,68 @@
+"""Decoder directions become tiles: every live latent once, coarse tiles a fair sample, axes as the textbook has them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from interp_assets.manifest import create_artifact, make_ref
+from interp_assets.store import open_store
+from interp_assets.web.map import MAX_DEPTH, POINT, TILE, Layout, embed_directions, write_map
+
+
+def _write(layout: Layout, frequency: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
+    store = open_store("memory://map")
+    ref = make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="map")
+    with create_artifact(store, ref) as art:
+        facts = write_map(art, layout, frequency)
+    points = np.frombuffer(store.get(f"{ref.path}/map/tiles.bin"), POINT)
+    return points, np.frombuffer(store.get(f"{ref.path}/map/tiles.idx"), "<u4").reshape(-1, 5), facts
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 12_000), st.integers(0, 2**32), st.booleans())
+def test_every_live_latent_is_in_one_tile_that_holds_its_place(n: int, seed: int, is_clumped: bool) -> None:
+    """A point outside its tile would vanish from some views; one that is there twice would be drawn too strong."""
+    generator = np.random.default_rng(seed)
+    xy = np.zeros((n, 2), np.float32) if is_clumped else generator.normal(0, 1, (n, 2)).astype(np.float32)
+    frequency = np.where(generator.random(n) < 0.9, generator.random(n), 0).astype(np.float32)
+    points, tiles, facts = _write(Layout(xy, "test", None), frequency)
+    assert sorted(points["latent"].tolist()) == np.flatnonzero(frequency > 0).tolist()
+    assert facts["n_points"] == tiles[:, 4].sum() == len(points)
+    for depth, x, y, first, count in tiles.tolist():
+        inside = points[first : first + count]
+        assert (inside["x"].astype(int) * 2**depth // 65536 == x).all()
+        assert (inside["y"].astype(int) * 2**depth // 65536 == y).all()
+        assert 0 < count <= (TILE if depth < MAX_DEPTH else n)
+
+
+def test_the_first_tile_is_a_sample_of_the_whole_map() -> None:
+    """Zoomed out, a map of ten million must look like the map."""
+    n = 60_000
+    left = np.arange(n) < n // 4  # a quarter of the latents, all with low numbers, stands on the left
+    xy = np.stack([np.where(left, 0.0, 1.0), np.linspace(0, 1, n)], 1).astype(np.float32)
+    points, tiles, _ = _write(Layout(xy, "test", None), np.ones(n, np.float32))
+    assert tiles[0].tolist() == [0, 0, 0, 0, TILE]
+    share = (points["x"][:TILE] == 0).mean()
+    assert share == pytest.approx(0.25, abs=0.05)  # five standard deviations
+
+
+def test_axes_are_the_principal_components_of_the_unit_rows() -> None:
+    """Against NumPy's singular values, up to sign; lengths of decoder rows must not matter."""
+    generator = np.random.default_rng(0)
+    W = (generator.normal(0, 1, (3000, 12)) * np.linspace(3, 0.5, 12)).astype(np.float32)
+    unit = W / np.linalg.norm(W, axis=1, keepdims=True)
+    centred = unit - unit.mean(0)
+    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    found = embed_directions(W * generator.uniform(0.1, 9, (3000, 1)).astype(np.float32))
+    for axis in range(2):
+        wanted = centred @ axes[axis]
+        assert abs(np.corrcoef(found.xy[:, axis], wanted)[0, 1]) > 1 - 1e-6
+    assert found.variance_share == pytest.approx((singular[:2] ** 2).sum() / (singular**2).sum(), abs=1e-4)
+    assert embed_directions(W).xy.tobytes() == embed_directions(W).xy.tobytes()
+
+
+def test_one_dimension_has_a_map_too() -> None:
+    """A degenerate SAE is no reason to fail a bundle."""
+    found = embed_directions(np.ones((5, 1), np.float32))
+    assert found.xy.shape == (5, 2)
