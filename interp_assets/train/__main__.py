@@ -18,9 +18,7 @@ import torch.distributed as dist
 from interp_assets.config import load_config
 from interp_assets.errors import InterpError
 from interp_assets.garcon.device import choose_device
-from interp_assets.pipeline import load_pipeline
-from interp_assets.store import open_store
-from interp_assets.train.launch import S3_OPTIONS
+from interp_assets.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.train.loop import Execution, TrainingMetrics, train_saes
 from interp_assets.train.parallel import make_ranks
 
@@ -40,7 +38,7 @@ def main(arguments: list[str]) -> int:
     is_first = rank == 0
     try:
         ranks = make_ranks(rank, int(os.environ["WORLD_SIZE"]), config.execution.latent_processes)
-        store = open_store(config.root, s3=json.loads(os.environ.get(S3_OPTIONS, "{}"))).child(config.name)
+        store = open_pipeline_store(config)
         pipeline = load_pipeline(config, store)
         train_saes(
             pipeline,

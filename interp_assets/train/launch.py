@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -28,8 +28,6 @@ from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.trainer import LogRow
 
-S3_OPTIONS: Final = "INTERP_TRAIN_S3"
-"""Environment variable that carries the S3 client's options to the processes: never a file, never a command line."""
 _GRACE_S: Final = 10.0
 _logger = logging.getLogger(__name__)
 
@@ -40,9 +38,8 @@ def run_training(
     names: Sequence[str],
     progress: Callable[[int], None] | None = None,
     on_metrics: OnMetrics | None = None,
-    s3: Mapping[str, str] | None = None,
 ) -> dict[str, Produced]:
-    """Train the named SAEs with as many processes as `execution.processes` says; `s3` are the options that `store` was opened with.
+    """Train the named SAEs with as many processes as `execution.processes` says; they inherit the environment, and so the credentials.
 
     Raises what `train_saes` raises, and `ConfigError` when the processes can't be arranged as configured.
     """
@@ -57,7 +54,7 @@ def run_training(
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "pipeline.json"
         config.write_text(pipeline.config.model_dump_json(), encoding="utf-8")
-        with _start(config, names, n_processes, dict(s3 or {})) as process:
+        with _start(config, names, n_processes) as process:
             failure = _listen(process, progress, on_metrics)
             status = process.wait()
     if failure is not None:
@@ -79,7 +76,7 @@ def _check_processes(pipeline: Pipeline, names: Sequence[str], n_processes: int,
 
 
 @contextmanager
-def _start(config: Path, names: Sequence[str], n_processes: int, s3: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[subprocess.Popen[str]]:
     """Start torchrun in a process group of its own, and end the whole group when the block ends."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
     threads = max(1, (os.cpu_count() or 1) // n_processes)
@@ -87,7 +84,7 @@ def _start(config: Path, names: Sequence[str], n_processes: int, s3: dict[str, s
         [*command, "-m", "interp_assets.train", str(config), *names],
         stdout=subprocess.PIPE,
         text=True,
-        env={"OMP_NUM_THREADS": str(threads), **os.environ, S3_OPTIONS: json.dumps(s3)},
+        env={"OMP_NUM_THREADS": str(threads), **os.environ},
         start_new_session=True,
     )
     try:
