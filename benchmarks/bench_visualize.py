@@ -203,6 +203,7 @@ def compare_gather(n_latents: int, n_examples: int, n_rows: int) -> None:
     requests = windows.Requests(latents, rows, np.ones(len(rows), np.float32), *bounds)
     blocks = [RowBlock(i, setting.rows[i : i + BLOCK]) for i in range(0, n_rows, BLOCK)]
     ref = candidates_ref(pipeline, "demo", 0, 0)
+    list(windows._encode(pipeline, setting.sae, iter(blocks), tokens, requests.take(np.arange(4)), None))  # noqa: SLF001 - compiles
     with create_artifact(open_store("memory://windows"), ref) as art:
         begun = time.perf_counter()
         ((asked, spikes),) = windows._encode(pipeline, setting.sae, iter(blocks), tokens, requests, None)  # noqa: SLF001

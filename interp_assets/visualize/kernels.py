@@ -28,11 +28,20 @@ _BIN_SHIFT: Final = 21
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a loop at its first call, in native code that releases Python's lock."""
-    plain = inspect.unwrap(function)
+    return _compile(function, reorders=False)
+
+
+def reordered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop whose float sums may be added in the order of the processor's lanes."""
+    return _compile(function, reorders=True)
+
+
+def _compile(function: Callable[..., Any], *, reorders: bool) -> Callable[..., Any]:
+    plain, fast = inspect.unwrap(function), {"reassoc", "contract"} if reorders else False
     try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy")(plain)
+        return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)(plain)
     except RuntimeError:  # nowhere to keep compiled code: a read-only file system
-        return numba.njit(nogil=True, error_model="numpy")(plain)
+        return numba.njit(nogil=True, error_model="numpy", fastmath=fast)(plain)
 
 
 @compiled
@@ -212,3 +221,28 @@ def raise_largest(largest: Any, rows: Any, values: Any, low: Any, high: Any) -> 
             largest[row, parent] = largest[row, child]
             parent = child
         largest[row, parent] = values[i]
+
+
+@reordered
+def multiply_windows(rows: Any, firsts: Any, lengths: Any, columns: Any, products: Any) -> None:
+    """Fill `products [windows, width]` with each row of a window times the window's own column; what lies beyond its length stays.
+
+    `rows [n, d_in]`, `columns [windows, d_in]`; a window is `rows[first : first + length]`. Four rows share each read of the column.
+    """
+    for i in range(len(firsts)):
+        column, first = columns[i], firsts[i]
+        n = lengths[i]
+        for t in range(0, n - n % 4, 4):
+            a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for j in range(rows.shape[1]):
+                w = column[j]
+                a += rows[first + t, j] * w
+                b += rows[first + t + 1, j] * w
+                c += rows[first + t + 2, j] * w
+                d += rows[first + t + 3, j] * w
+            products[i, t], products[i, t + 1], products[i, t + 2], products[i, t + 3] = a, b, c, d
+        for t in range(n - n % 4, n):
+            a = np.float32(0)
+            for j in range(rows.shape[1]):
+                a += rows[first + t, j] * column[j]
+            products[i, t] = a

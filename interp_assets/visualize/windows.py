@@ -15,7 +15,9 @@ Rows that are not valid carry no activation. The format is described in docs/for
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -30,6 +32,7 @@ from interp_assets.manifest import Produced
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.train.sae import Sae
+from interp_assets.visualize import kernels
 from interp_assets.visualize.candidates import FIRINGS
 from interp_assets.visualize.examples import EXAMPLES
 from interp_assets.visualize.firings import ROW_BITS, expand_ranges
@@ -191,11 +194,12 @@ def _encode(
     for first_row, rows in blocks:
         buffer = torch.cat([buffer[max(0, len(buffer) - width) :], (rows.bfloat16() if rounds else rows).float()])
         n_ready = int(np.searchsorted(ends, first_row + len(rows), side="right"))
-        for low in range(n_done, n_ready, GROUP_WINDOWS):
-            part = by_end[low : min(low + GROUP_WINDOWS, n_ready)]
-            dense = _fire(sae, tokens, requests.take(part), buffer, first_row + len(rows) - len(buffer), width, thresholds)
-            windows, offsets = np.nonzero(dense)
-            found.append(Scan(part[windows], offsets, dense[windows, offsets]))
+        fire = partial(_fire, sae, tokens, buffer=buffer, buffer_first=first_row + len(rows) - len(buffer), width=width, thresholds=thresholds)
+        parts = [by_end[low : min(low + GROUP_WINDOWS, n_ready)] for low in range(n_done, n_ready, GROUP_WINDOWS)]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for part, dense in zip(parts, pool.map(lambda part, fire=fire: fire(requests.take(part)), parts), strict=True):
+                windows, offsets = np.nonzero(dense)
+                found.append(Scan(part[windows], offsets, dense[windows, offsets]))
         n_done = n_ready
     windows, offsets, activations = (np.concatenate(columns) for columns in zip(*found, strict=True)) if found else (np.empty(0, np.int64),) * 3
     order = np.argsort(windows, kind="stable")
@@ -211,8 +215,10 @@ def _fire(
     inside = np.arange(width) < asked.lengths[:, None]
     rows = np.where(inside, rows, asked.firsts[:, None])
     latents = torch.from_numpy(asked.latents)
-    columns = sae.W_enc[:, latents].T[:, :, None]
-    pre = torch.bmm(buffer[torch.from_numpy(rows - buffer_first)], columns)[:, :, 0] + sae.b_enc[latents, None]
+    columns = sae.W_enc.T[latents].contiguous().numpy()
+    products = np.zeros(rows.shape, np.float32)
+    kernels.multiply_windows(buffer.numpy(), asked.firsts - buffer_first, asked.lengths, columns, products)
+    pre = torch.from_numpy(products) + sae.b_enc[latents, None]
     limit = sae.threshold[latents, None].clamp_min(0.0) if thresholds is None else thresholds[torch.from_numpy(rows)]
     activations = np.where((pre > limit).numpy() & inside & tokens.valid[rows], pre.numpy(), 0)
     activations[np.arange(len(rows)), asked.rows - asked.firsts] = asked.activations
