@@ -2,6 +2,7 @@
 # make demo SERVE=0    the same, and stop after the build
 # make run CONFIG=my.yaml    the same road with your own model and text
 # make test            the test suite
+# make faults          kill, starve and corrupt a small pipeline in every stage, and see that nothing is lost: minutes
 # make check           linters, types, import rules, stale documents: under a minute
 # make bench           every benchmark at its small size; make bench-shuffle runs one at full size, make bench-shuffle QUICK=1 at its small one
 # make docs            write the generated parts of the documents
@@ -26,7 +27,7 @@ SOURCES := interp_assets resources tests benchmarks examples frontend/build.py h
 export INTERP_SKIP_FRONTEND
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env frontend demo run test check bench docs dev clean
+.PHONY: help env dev-env frontend demo run test faults check audit bench docs dev clean
 
 help:
 	@sed -n '/^# /s/^# //p' Makefile
@@ -86,6 +87,9 @@ dev: $(ENV_STAMP)
 test: $(DEV_STAMP) frontend
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+faults: $(DEV_STAMP)
+	$(BIN)/python -m pytest -m faults -n 0 tests/faults
+
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -93,6 +97,13 @@ check: $(DEV_STAMP)
 	$(BIN)/pyright -p . --pythonpath $(BIN)/python
 	$(BIN)/python docs/build.py --check
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_layering.py
+	@$(MAKE) --no-print-directory audit
+
+# Known vulnerabilities of the pinned packages. Where the registry has no advisories, nothing can be audited, and that is no failure.
+audit: $(DEV_STAMP)
+	@out=$$($(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --progress-spinner off 2>&1); status=$$?; \
+	echo "$$out" | grep -v "WARNING\|could not be audited\|^---\|^Name .*Skip" ; \
+	if [ $$status != 0 ] && echo "$$out" | grep -q "Found .* known vulnerabilit"; then exit 1; fi
 
 bench: $(DEV_STAMP)
 	@for file in benchmarks/bench_*.py; do echo "# $$file" >&2; $(BIN)/python "$$file" --quick || exit 1; done

@@ -16,19 +16,23 @@ Checksums do not belong here: no client verifies a ranged read, so `manifest.py`
 """
 
 import errno
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError
 from obstore.store import LocalStore, MemoryStore, S3Store
 
 from interp_assets.direct import DirectWriter, flush, read_into
 from interp_assets.errors import ConfigError, StoreError, StoreMissingError
 
+T = TypeVar("T")
+READ_ATTEMPTS: Final = 4
 PART_BYTES: Final = 8 << 20
 """Size of one part of a streamed write."""
 
@@ -115,7 +119,7 @@ class ObjectStore:
     def get(self, path: str) -> bytes:
         """Read a whole object. Raises `StoreMissingError` when it is not there."""
         with self._explained("read", path):
-            return bytes(obstore.get(self._backend, self._key(path)).bytes())
+            return read_again(lambda: bytes(obstore.get(self._backend, self._key(path)).bytes()))
 
     def get_range(self, path: str, start: int, n_bytes: int) -> bytes:
         """Read exactly `n_bytes` from `start`. Raises `StoreError` when the object ends earlier."""
@@ -124,7 +128,7 @@ class ObjectStore:
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Read several ranges of one object, concurrently and coalesced. Raises `StoreError` when the object ends earlier."""
         with self._explained("read", path):
-            parts = obstore.get_ranges(self._backend, self._key(path), starts=starts, lengths=lengths)
+            parts = read_again(lambda: obstore.get_ranges(self._backend, self._key(path), starts=starts, lengths=lengths))
         for start, length, part in zip(starts, lengths, parts, strict=True):
             self._check_length(path, start, length, len(part))
         return [bytes(part) for part in parts]
@@ -136,7 +140,7 @@ class ObjectStore:
             if local is not None:
                 n_read, view = read_into(local, start, out), out
             else:
-                (part,) = obstore.get_ranges(self._backend, self._key(path), starts=[start], lengths=[len(out)])
+                (part,) = read_again(lambda: obstore.get_ranges(self._backend, self._key(path), starts=[start], lengths=[len(out)]))
                 n_read, view = len(part), memoryview(part)
         self._check_length(path, start, len(out), n_read)
         return view
@@ -278,12 +282,34 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
         return ObjectStore(LocalStore(str(folder)), str(folder))
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
-        config: Any = s3
-        backend = S3Store(bucket, config=config, client_options={"timeout": "120 seconds", "allow_http": True})
+        config: Any = {key: value for key, value in s3.items() if key != "aws_allow_http"} if s3 else None
+        endpoint = (s3 or {}).get("aws_endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        if str(endpoint).startswith("http://") and not _allows_http(s3):
+            raise ConfigError(f"The S3 endpoint {endpoint} is not encrypted. Use https, or set AWS_ALLOW_HTTP=true for a server on your own network.")
+        backend = S3Store(bucket, config=config, client_options={"timeout": "120 seconds", "allow_http": _allows_http(s3)})
         return ObjectStore(backend, url.rstrip("/"), prefix.strip("/"))
     if scheme == "memory":
         return ObjectStore(MemoryStore(), url)
     raise ConfigError(f"No store for {url!r}: use a folder, s3://bucket/prefix or memory://name.")
+
+
+def read_again(read: Callable[[], T]) -> T:
+    """Return `read()`, tried again after 0.1, 0.2 and 0.4 seconds when a connection broke in the middle of a body.
+
+    The client itself tries again what fails before the first byte; reads change nothing, so they may be repeated.
+    """
+    for attempt in range(READ_ATTEMPTS - 1):
+        try:
+            return read()
+        except GenericError:
+            time.sleep(0.1 * 2**attempt)
+    return read()
+
+
+def _allows_http(s3: dict[str, Any] | None) -> bool:
+    """Say whether an endpoint may be plain HTTP: keys and data would travel in the clear, so somebody has to ask for it."""
+    asked = (s3 or {}).get("aws_allow_http", os.environ.get("AWS_ALLOW_HTTP", ""))
+    return str(asked).lower() in ("true", "1")
 
 
 def check_path(path: str) -> str:

@@ -1,13 +1,16 @@
 """The corpus as assets: the documents that are there, the plan that divides them, and the token shards."""
 
 from dataclasses import asdict
+from functools import partial
 
 import dagster as dg
 
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.refs import TOKEN_SHARD_VERSION
 from interp_assets.corpus.tokens import make_token_shard
-from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, hash_version, made, record
+from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, hash_version, made, partition_keys, record
+from interp_assets.fanout import start_fanout
+from interp_assets.manifest import Produced
 from interp_assets.partitions import EXPERIMENTS, SHARDS, Layout, same, set_partitions, whole
 from interp_assets.pipeline import Pipeline, shard_index
 from interp_assets.progress import Progress
@@ -61,6 +64,13 @@ def _corpus_plan(layout: Layout) -> dg.AssetsDefinition:
     return corpus_plan
 
 
+def make_partition(config_json: str, key: str) -> list[Produced]:
+    """Make one token shard, wherever this runs."""
+    world = World(config_json=config_json)
+    pipeline, store = world.open()
+    return [make_token_shard(pipeline, store, world.tokenizer(), shard_index(key))]
+
+
 def _token_shards(layout: Layout) -> dg.AssetsDefinition:
     @dg.asset(
         partitions_def=layout.shards,
@@ -78,10 +88,11 @@ def _token_shards(layout: Layout) -> dg.AssetsDefinition:
     )
     def token_shards(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
         pipeline, store = world.open()
-        tokenizer = world.tokenizer()
+        fanout = start_fanout(make_partition, world.config_json, partition_keys(context))
+        tokenize = None if fanout else partial(make_token_shard, pipeline, store, world.tokenizer(), progress=progress.advance)
 
         def work(key: str) -> Made:
-            return made([make_token_shard(pipeline, store, tokenizer, shard_index(key), progress.advance)], store.url)
+            return made(fanout.take(key) if fanout else [tokenize(shard_index(key))] if tokenize else [], store.url)
 
         yield from record(context, work, progress)
 

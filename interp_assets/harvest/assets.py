@@ -1,11 +1,16 @@
 """Activations as assets: one forward pass per shard for all hook points, and statistics over the training shards."""
 
+from functools import partial
+
 import dagster as dg
 
-from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, record
+from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
+from interp_assets.fanout import start_fanout
+from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.activations import harvest_shard
 from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION
 from interp_assets.harvest.statistics import merge_statistics
+from interp_assets.manifest import Produced
 from interp_assets.partitions import Layout, every, same
 from interp_assets.pipeline import shard_index
 from interp_assets.plots import plot_norms
@@ -18,6 +23,13 @@ GROUP = "harvest"
 def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
     """Make the assets of this stage."""
     return [_activations(layout), _activation_statistics(layout)]
+
+
+def make_partition(config_json: str, key: str) -> list[Produced]:
+    """Make the activations of one shard, wherever this runs."""
+    world = World(config_json=config_json)
+    pipeline, store = world.open()
+    return list(harvest_shard(pipeline, store, world.model(), shard_index(key)).values())
 
 
 def _activations(layout: Layout) -> dg.AssetsDefinition:
@@ -40,12 +52,16 @@ def _activations(layout: Layout) -> dg.AssetsDefinition:
     )
     def activations(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
         pipeline, store = world.open()
-        model = world.model()
+        n_gpus = float(choose_device(pipeline.config.execution.device).type == "cuda")
+        fanout = start_fanout(make_partition, world.config_json, partition_keys(context), n_gpus=n_gpus)
+
+        harvest = None if fanout else partial(harvest_shard, pipeline, store, world.model(), progress=progress.advance)
 
         def work(key: str) -> Made:
-            shards = harvest_shard(pipeline, store, model, shard_index(key), progress.advance)
-            norms = {f"mean_norm.{hook_point}": float(item.manifest.facts["mean_norm"]) for hook_point, item in shards.items()}
-            return made(list(shards.values()), store.url, **norms)
+            shards = fanout.take(key) if fanout else list(harvest(shard_index(key)).values()) if harvest else []
+            facts = zip(pipeline.config.harvest.hook_points, (item.manifest.facts for item in shards), strict=True)
+            norms = {f"mean_norm.{hook_point}": float(item["mean_norm"]) for hook_point, item in facts}
+            return made(shards, store.url, **norms, **({"node": fanout.where(key)} if fanout else {}))
 
         yield from record(context, work, progress)
 

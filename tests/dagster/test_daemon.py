@@ -1,48 +1,18 @@
 """Dagster's real daemon: text that has been harvested starts one retraining, through to new feature records, whatever restarts come."""
 
-import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
 import pytest
-import yaml
+from daemon_world import daemon, wait_for
 from road_world import make_road_config
 
-from interp_assets.config import PipelineConfig
-from interp_assets.jobs import dagster_home, open_instance, recorded_versions, run_road
+from interp_assets.jobs import open_instance, recorded_versions, run_road
 from interp_assets.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.road import make_road
 
 pytestmark = [pytest.mark.slow]
-
-
-@contextmanager
-def daemon(config: PipelineConfig, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the daemon of a pipeline, as `dagster-daemon run` does."""
-    (folder / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
-    environment = {**os.environ, "INTERP_CONFIG": str(folder / "p.yaml"), "DAGSTER_HOME": str(dagster_home(config)), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "interp_assets.definitions"]
-    with (folder / "daemon.log").open("ab") as log:
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-        try:
-            yield process
-        finally:
-            os.killpg(process.pid, 9)
-            process.wait(20)
-
-
-def wait_for(what: Callable[[], object], timeout_s: float, log: Path) -> None:
-    """Wait until `what()` is true; fail with the daemon's log."""
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < deadline, log.read_text(errors="replace")[-4000:]
-        time.sleep(0.5)
 
 
 def test_enough_new_tokens_start_one_retraining(tiny_world: Path, tmp_path: Path) -> None:

@@ -136,6 +136,6 @@ def test_unknown_schemes_are_refused() -> None:
 
 def test_an_endpoint_without_encryption_has_to_be_asked_for() -> None:
     """A typing error in an address must not send keys and data in the clear."""
-    with pytest.raises(ConfigError, match="The S3 endpoint http://somewhere is not encrypted. Use https, or set AWS_ALLOW_HTTP=true"):
+    with pytest.raises(ConfigError, match=r"The S3 endpoint http://somewhere is not encrypted. Use https, or set AWS_ALLOW_HTTP=true"):
         open_store("s3://bucket/prefix", s3={"aws_endpoint": "http://somewhere", "aws_region": "r"})
     open_store("s3://bucket/prefix", s3={"aws_endpoint": "http://somewhere", "aws_region": "r", "aws_allow_http": "true"})

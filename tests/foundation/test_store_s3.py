@@ -80,6 +80,12 @@ def test_an_artifact_has_the_same_digest_as_on_disk(store: ObjectStore, tmp_path
 
 def test_a_wrong_key_is_an_error_that_names_the_object(server: S3Server) -> None:
     """Refused credentials must not look like a missing object."""
-    options = {"aws_endpoint": server.endpoint, "aws_access_key_id": "test-access", "aws_secret_access_key": "wrong", "aws_region": "us-east-1"}
+    options = {
+        "aws_endpoint": server.endpoint,
+        "aws_access_key_id": "test-access",
+        "aws_secret_access_key": "wrong",
+        "aws_region": "us-east-1",
+        "aws_allow_http": "true",
+    }
     with pytest.raises(StoreError, match=r"Could not read s3://test/x"):
         open_store("s3://test", s3=options).get("x")

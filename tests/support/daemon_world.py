@@ -1,0 +1,37 @@
+"""Dagster's real daemon for tests: started in a session of its own, killed at the end, its log kept."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from interp_assets.config import PipelineConfig
+from interp_assets.jobs import dagster_home
+
+
+@contextmanager
+def daemon(config: PipelineConfig, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the daemon of a pipeline, as `dagster-daemon run` does."""
+    (folder / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    environment = {**os.environ, "INTERP_CONFIG": str(folder / "p.yaml"), "DAGSTER_HOME": str(dagster_home(config)), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "interp_assets.definitions"]
+    with (folder / "daemon.log").open("ab") as log:
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, 9)
+            process.wait(20)
+
+
+def wait_for(what: Callable[[], object], timeout_s: float, log: Path) -> None:
+    """Wait until `what()` is true; fail with the daemon's log."""
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, log.read_text(errors="replace")[-4000:]
+        time.sleep(0.5)
