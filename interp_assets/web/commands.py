@@ -101,13 +101,16 @@ def make_desk(config: PipelineConfig, places: "Sequence[BundlePlace]", notes: Pa
     from interp_assets.web.server import Desk
 
     examples = {}
+    opened = [bundle for bundle in map(open_bundle, places) if isinstance(bundle, OpenBundle)]
+    ours = [bundle for bundle in opened if bundle.description["pipeline"] == config.name]
     try:
-        store = open_pipeline_store(config)
-        pipeline = load_pipeline(config, store)
-        for bundle in map(open_bundle, places):
-            about: dict[str, Any] = bundle.description["sae"] if isinstance(bundle, OpenBundle) else {"name": ""}
-            if any(sae.name == about["name"] and sae_ref(pipeline, sae.name).artifact_id == about["artifact_id"] for sae in config.saes):
-                examples[bundle.name] = _Later(pipeline, store, about["name"])
+        if ours:  # opening a store makes its folder
+            store = open_pipeline_store(config)
+            pipeline = load_pipeline(config, store)
+            for bundle in ours:
+                name, artifact_id = bundle.description["sae"]["name"], bundle.description["sae"]["artifact_id"]
+                if any(sae.name == name and sae_ref(pipeline, name).artifact_id == artifact_id for sae in config.saes):
+                    examples[bundle.name] = _Later(pipeline, store, name)
     except InterpError:
         pass  # no pipeline beside these bundles: the pages say what search by example needs
     return Desk(notes, examples)
