@@ -1,29 +1,42 @@
-"""Training steps of every architecture beside the bare matrix products they need: rows per second and times the floor, in one run.
+"""Training steps of every architecture beside the bare matrix products they need and beside other tools' steps, in one run.
 
-    python benchmarks/bench_train.py                                        small: ends within 45 s on 2 cores
-    python benchmarks/bench_train.py --batch-rows 4096 --d-sae 4096 16384   the sizes of the goals
+    python benchmarks/bench_train.py                                                      small: ends within 45 s on 2 cores
+    python benchmarks/bench_train.py --full --peers .peers/bin/python                     the sizes of the goals, with peers
+
+Peers are no dependencies: they live in an environment of their own, and one that is not installed is skipped and named.
+
+    python -m venv .peers && .peers/bin/pip install torch==2.13.0 sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
+
+`--peers` (or the variable BENCH_PEERS) names its interpreter; `train_peers.py` runs there and is asked for one step at a time, so that
+ours, the floor and the peers alternate and a busy machine slows all of them.
 
 Sketch before code: with B rows, n = d_in and m = d_sae, a dense step is five products of 2 B n m operations each (encode, decode, and
-the gradients of latents, encoder and decoder); that is the floor, measured in the same run with the same data, alternating with ours so
-that a busy machine slows both. A TopK-like step needs one dense product and touches k of m latents otherwise: 0.2 of the floor plus
-scans of the pre-activations. A step of ours is the whole of `Trainer.train_step`: loss, gradients, clip, Adam, dead counters, log. One
-JSON line an architecture:
+the gradients of latents, encoder and decoder); that is the floor, also of Gated, which needs seven when its gates are wide open. A
+TopK-like step needs one dense product and touches k of m latents otherwise: 0.2 of the floor plus scans of the pre-activations. A step
+of ours is the whole of `Trainer.train_step`: loss, gradients, clip, Adam, dead counters, log. One JSON line a case:
 
     name, value, unit      rows per second
     ours, floor            seconds of a step of ours, and of the five products
     ratio_to_floor         ours / floor: times the floor
-    ratio_to_best_peer     null: peers are measured by no run yet
-    auxk_ratio_to_floor    the same with an eighth of all latents dead (TopK family)
+    ratio_to_best_peer     rows per second of ours / of the fastest peer that has the architecture; null without one
+    peers                  times the floor of each peer, or why it has none
+    state                  `start`: initial weights; `sparse`: biases lowered so that few latents fire, as after the start of a training;
+                           `dead`: an eighth of all latents dead, so that AuxK works (TopK family)
 
 Ratios are of one run on one machine; bare rates are not to be compared between runs.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,13 +44,28 @@ from interp_assets.config import Architecture, SaeConfig
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.trainer import Trainer
 
-SPARSE: tuple[Architecture, ...] = ("topk", "batch_topk", "matryoshka_batch_topk")
+PEERS = ("sae_lens", "sparsify", "dictionary_learning")
+SHIFTS: dict[Architecture, float] = {"relu": 0.22, "gated": 2.2, "jump_relu_step": 2.2}
+"""By how much biases are lowered so that about 60 of 4,096 latents fire."""
+Run = Callable[[], float]
 
 
-def make_floor(x: torch.Tensor, d_sae: int) -> Callable[[], None]:
+def timed(run: Callable[[], object]) -> Run:
+    """Return a function that runs and returns the seconds."""
+
+    def measure() -> float:
+        begun = time.perf_counter()
+        run()
+        return time.perf_counter() - begun
+
+    return measure
+
+
+def make_floor(x: torch.Tensor, d_sae: int, dtype: torch.dtype) -> Callable[[], None]:
     """Return the five products of a dense step, into tensors that are there already."""
-    W = torch.randn(d_sae, x.shape[1])
-    latents, x_hat, gradient = torch.empty(len(x), d_sae), torch.empty_like(x), torch.empty_like(W)
+    x = x.to(dtype)
+    W = torch.randn(d_sae, x.shape[1], dtype=dtype)
+    latents, x_hat, gradient = torch.empty(len(x), d_sae, dtype=dtype), torch.empty_like(x), torch.empty_like(W)
 
     def run() -> None:
         torch.mm(x, W.T, out=latents)
@@ -49,13 +77,17 @@ def make_floor(x: torch.Tensor, d_sae: int) -> Callable[[], None]:
     return run
 
 
-def make_step(architecture: Architecture, x: torch.Tensor, d_sae: int, k: int, *, dead_share: float = 0.0) -> Callable[[], None]:
+def make_step(architecture: Architecture, x: torch.Tensor, d_sae: int, k: int, state: str, dtype: str) -> Callable[[], object]:
     """Return one training step of an SAE whose latents stay dead or alive as they are."""
-    n_steps = 1_000_000
-    config = SaeConfig(architecture=architecture, d_sae=d_sae, k=k, batch_rows=len(x), n_rows=n_steps * len(x), dead_after_rows=1 << 60)
+    n_rows = 1_000_000 * len(x)
+    sizes = {"d_sae": d_sae, "k": k, "batch_rows": len(x), "n_rows": n_rows, "dead_after_rows": 1 << 60}
+    config = SaeConfig.model_validate({"architecture": architecture, "product_dtype": dtype, **sizes})
     generator = torch.Generator().manual_seed(0)
-    trainer = Trainer(config, make_weights(config, x, x.shape[1], generator), x.device)
-    dead = torch.rand(d_sae, generator=generator) < dead_share
+    weights = make_weights(config, x, x.shape[1], generator)
+    if state == "sparse":
+        weights["b_enc"] = weights["b_enc"] - SHIFTS[architecture]
+    trainer = Trainer(config, weights, x.device)
+    dead = torch.rand(d_sae, generator=generator) < (1 / 8 if state == "dead" else 0)
 
     def run() -> None:
         trainer.rows_since_fired[dead] = 1 << 60
@@ -64,52 +96,106 @@ def make_step(architecture: Architecture, x: torch.Tensor, d_sae: int, k: int, *
     return run
 
 
-def time_together(runs: list[Callable[[], None]], seconds: float) -> list[float]:
-    """Return the fastest time of each, taken in turns for about `seconds` and at least three times."""
-    best = [float("inf")] * len(runs)
-    for run in runs:
-        run()
+class Peers:
+    """The child process that runs other tools' steps."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        """Talk to a started process."""
+        self._process = process
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send one line and return the answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline() or '{"made": false, "because": "the peers ended", "seconds": Infinity}')
+
+    def make(self, peer: str, architecture: str, x: torch.Tensor, d_sae: int, k: int) -> Run | str:
+        """Return a measured step, or why there is none."""
+        found = self.ask(make={"peer": peer, "architecture": architecture, "d_in": x.shape[1], "d_sae": d_sae, "batch_rows": len(x), "k": k})
+        return (lambda: float(self.ask(run=True)["seconds"])) if found["made"] else str(found["because"])
+
+
+@contextmanager
+def open_peers(python: str) -> Iterator[list[tuple[str, Peers]]]:
+    """Start one child for each peer; none without an interpreter."""
+    processes = []
+    for peer in PEERS if python else ():
+        command = [python, str(Path(__file__).with_name("train_peers.py")), str(torch.get_num_threads())]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        processes.append(
+            (peer, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment))
+        )
+    try:
+        yield [(peer, Peers(process)) for peer, process in processes]
+    finally:
+        for _, process in processes:
+            process.kill()
+            process.wait()
+
+
+def time_together(runs: dict[str, Run], seconds: float) -> dict[str, float]:
+    """Return the fastest time of each, taken in turns for about `seconds` and at least twice."""
+    best = {name: run() for name, run in runs.items()}
     started, n = time.perf_counter(), 0
-    while n < 3 or time.perf_counter() - started < seconds:
-        for i, run in enumerate(runs):
-            begun = time.perf_counter()
-            run()
-            best[i] = min(best[i], time.perf_counter() - begun)
+    while n < 2 or time.perf_counter() - started < seconds:
+        for name, run in runs.items():
+            best[name] = min(best[name], run())
         n += 1
     return best
 
 
+def measure(chosen: argparse.Namespace, d_sae: int, architecture: Architecture, state: str, peers: list[tuple[str, Peers]]) -> dict[str, Any]:
+    """Measure one case."""
+    x = torch.randn(chosen.batch_rows, chosen.d_in, generator=torch.Generator().manual_seed(1))
+    made = {peer: child.make(peer, architecture, x, d_sae, chosen.k) for peer, child in peers} if state == "start" else {}
+    runs: dict[str, Run] = {
+        "floor": timed(make_floor(x, d_sae, torch.float32)),
+        "ours": timed(make_step(architecture, x, d_sae, chosen.k, state, chosen.dtype)),
+    }
+    best = time_together(runs | {peer: run for peer, run in made.items() if not isinstance(run, str)}, chosen.seconds)
+    floor, ours = best["floor"], best["ours"]
+    others = [best[peer] for peer in made if peer in best]
+    return {
+        "name": f"train_{architecture}" + ("" if state == "start" else f"_{state}"),
+        "value": round(len(x) / ours),
+        "unit": "rows/s",
+        "ours": round(ours, 5),
+        "floor": round(floor, 5),
+        "ratio_to_floor": round(ours / floor, 3),
+        "ratio_to_best_peer": round(min(others) / ours, 3) if others else None,
+        "peers": {peer: round(best[peer] / floor, 3) if peer in best else run for peer, run in made.items()} or None,
+        "state": state,
+        "config": {"d_in": chosen.d_in, "d_sae": d_sae, "batch_rows": len(x), "k": chosen.k, "dtype": chosen.dtype},
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="the sizes of the goals: batches of 4096, 4096 and 16384 latents")
     parser.add_argument("--d-in", type=int, default=512)
-    parser.add_argument("--d-sae", type=int, nargs="+", default=[4096])
-    parser.add_argument("--batch-rows", type=int, default=1024)
+    parser.add_argument("--d-sae", type=int, nargs="+")
+    parser.add_argument("--batch-rows", type=int)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per architecture")
+    parser.add_argument("--dtype", default="float32", help="of the products' operands: float32, bfloat16 or float16; the floor stays float32")
+    parser.add_argument("--architectures", nargs="+", default=list(RECIPES))
+    parser.add_argument("--seconds", type=float, default=0.5, help="per case")
+    parser.add_argument("--peers", default=os.environ.get("BENCH_PEERS", ""), help="interpreter of the environment that has the peers")
     chosen = parser.parse_args()
+    chosen.d_sae = chosen.d_sae or ([4096, 16384] if chosen.full else [2048])
+    chosen.batch_rows = chosen.batch_rows or (4096 if chosen.full else 1024)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    x = torch.randn(chosen.batch_rows, chosen.d_in, generator=torch.Generator().manual_seed(1))
-    for d_sae in chosen.d_sae:
-        for architecture in RECIPES:
-            runs = [make_floor(x, d_sae), make_step(architecture, x, d_sae, chosen.k)]
-            if architecture in SPARSE:
-                runs.append(make_step(architecture, x, d_sae, chosen.k, dead_share=1 / 8))
-            floor, ours, *with_dead = time_together(runs, chosen.seconds)
-            line = {
-                "name": f"train_{architecture}",
-                "value": round(len(x) / ours),
-                "unit": "rows/s",
-                "ours": round(ours, 5),
-                "floor": round(floor, 5),
-                "ratio_to_floor": round(ours / floor, 3),
-                "ratio_to_best_peer": None,
-                "auxk_ratio_to_floor": round(with_dead[0] / floor, 3) if with_dead else None,
-                "config": {"d_in": chosen.d_in, "d_sae": d_sae, "batch_rows": len(x), "k": chosen.k, "dtype": "float32"},
-                "hardware": hardware,
-                "commit": commit,
-            }
-            print(json.dumps(line), flush=True)
+    if not chosen.peers:
+        sys.stderr.write("No peers: name an interpreter that has them with --peers or BENCH_PEERS (how to make one stands in the docstring).\n")
+    with open_peers(chosen.peers) as peers:
+        for d_sae in chosen.d_sae:
+            for architecture in chosen.architectures:
+                states = ["start", *(["sparse"] if architecture in SHIFTS else []), *(["dead"] if RECIPES[architecture].is_sparse else [])]
+                for state in states:
+                    line = measure(chosen, d_sae, architecture, state, peers) | {"hardware": hardware, "commit": commit}
+                    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
