@@ -7,7 +7,6 @@ from pathlib import Path
 import dagster as dg
 from daemon_world import daemon, wait_for
 from dagster._core.definitions.partitions.context import partition_loading_context
-from dagster._core.definitions.selector import PartitionsByAssetSelector, PartitionsSelector
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from road_world import Finished, make_road_config
 
@@ -28,10 +27,18 @@ def test_a_backfill_survives_its_daemon(finished: Finished, tiny_world: Path, tm
     with open_instance(config) as instance:
         list(run_road(config, instance, select=["token_shards"]))
         with partition_loading_context(dynamic_partitions_store=instance):
-            selector = PartitionsByAssetSelector(asset_key=dg.AssetKey("activations"), partitions=PartitionsSelector([]))
-            selector = selector._replace(partitions=None)
-            backfill = PartitionBackfill.from_partitions_by_assets(
-                BACKFILL, build_defs(config).resolve_asset_graph(), time.time(), {}, instance, [selector], None, None, None
+            backfill = PartitionBackfill.from_asset_partitions(
+                backfill_id=BACKFILL,
+                asset_graph=build_defs(config).resolve_asset_graph(),
+                partition_names=sorted(expected),
+                asset_selection=[dg.AssetKey("activations")],
+                backfill_timestamp=time.time(),
+                tags={},
+                dynamic_partitions_store=instance,
+                all_partitions=False,
+                title=None,
+                description=None,
+                run_config=None,
             )
         instance.add_backfill(backfill)
         with daemon(config, tmp_path):

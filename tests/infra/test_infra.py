@@ -23,7 +23,9 @@ def test_the_cloudformation_template_is_valid() -> None:
     import sys
 
     template = str(INFRA / "aws" / "template.yaml")
-    result = subprocess.run([str(Path(sys.executable).with_name("cfn-lint")), "--regions", "us-east-1", "--", template], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [str(Path(sys.executable).with_name("cfn-lint")), "--regions", "us-east-1", "--", template], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
