@@ -153,6 +153,7 @@ def time_floor(setting: Setting, pool: ProcessPoolExecutor) -> Timed:
 def time_pool(setting: Setting, pool: ProcessPoolExecutor, work: Callable[[], list[Used]], times: int = 1) -> Timed:
     """Time work that is spread over processes, from cold input; its wall and CPU time count `times`."""
     before = {used.process: used.cpu_s for used in pool.map(report_use, range(16))}
+    os.sync()  # what others have left to write would be written in our time
     if not setting.root.startswith("s3://"):
         drop_cache(Path(setting.root) / "2-activations")
     started = time.perf_counter()
@@ -164,7 +165,7 @@ def time_pool(setting: Setting, pool: ProcessPoolExecutor, work: Callable[[], li
     return Timed(wall_s * times, sum(peaks), sum(cpu) * times, None)
 
 
-def run_all(setting: Setting, processes: list[int], peers: list[str], rounds: int, *, is_quick: bool) -> dict[str, list[Timed]]:
+def run_all(setting: Setting, processes: list[int], peers: list[str], rounds: int, *, outgrown: list[str]) -> dict[str, list[Timed]]:
     """Time every contender on the same rows: floor and ours by turns, then the others, once each."""
     is_local = not setting.root.startswith("s3://")
     write_shards(setting)
@@ -184,10 +185,11 @@ def run_all(setting: Setting, processes: list[int], peers: list[str], rounds: in
             if fits_memory(setting):
                 run("one pass floor: one sequential copy", lambda: time_floor(setting._replace(passes=1), pools[0]))
                 run("one pass ours, 1 process", lambda: time_ours(setting._replace(passes=1), pools[0]))
-    if is_local and not is_quick:
+    if is_local and "read-all" in outgrown:
         run("outgrown: K jobs read all", lambda: time_read_all(setting))
     if is_local:
-        run("outgrown: mixing buffer", lambda: time_buffer(setting))
+        if "buffer" in outgrown:
+            run("outgrown: mixing buffer", lambda: time_buffer(setting))
         if peers:
             clear_payload(setting)
             write_parquet(setting)
@@ -270,6 +272,7 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=3.0, help="memory of all our processes together, and DuckDB's limit")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to run floor and ours with")
     parser.add_argument("--peers", nargs="*", default=["duckdb", "polars", "datasets", "gnu-shuf"], choices=PEERS)
+    parser.add_argument("--no-outgrown", action="store_true", help="leave the outgrown schemes out: K jobs that read all take K times the reads")
     parser.add_argument("--rounds", type=int, default=3, help="how often floor and ours take turns")
     parser.add_argument("--s3", action="store_true", help="keep our artifacts on a real S3 server, started for this run")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder by default")
@@ -289,7 +292,8 @@ def main() -> None:
             root = "s3://test/bench"
         setting = make_setting(options, folder, root)
         peers = [name for name in options.peers if has_peer(name)]
-        print_rows(run_all(setting, options.processes, peers, options.rounds, is_quick=options.quick), setting)
+        outgrown = [] if options.no_outgrown else ["buffer"] if options.quick else ["read-all", "buffer"]
+        print_rows(run_all(setting, options.processes, peers, options.rounds, outgrown=outgrown), setting)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ def fresh(folder: Path) -> Path:
 
 def drop_cache(path: Path) -> None:
     """Ask the kernel to forget the pages of the files below a path, so that reads are cold."""
+    os.sync()
     if not hasattr(os, "posix_fadvise"):
         return
     for file in [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]:

@@ -32,7 +32,7 @@ SORT_BYTES: Final = 32
 """Memory a row, beside the row itself, while its job draws an order: random words, order, the sort's own space."""
 CHUNK_BYTES: Final = 512 << 10
 """Rows gathered and hashed at once: with a copy, they stay in a core's cache."""
-READERS: Final = 4
+READERS: Final = 2
 FIXED_BYTES: Final = 128 << 20
 """What a job may need whatever its size: pieces being read and chunks being sent, half of it in the store client's own buffers."""
 
