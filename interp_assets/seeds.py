@@ -12,7 +12,7 @@ versions, and does not promise the methods of `Generator`.
 """
 
 import hashlib
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,8 @@ class Stream:
 
     def __init__(self, key: bytes) -> None:
         """Open the stream of a 16-byte key."""
-        self._bits = np.random.Philox(_Key(key))
+        seed: Any = _Key(key)  # NumPy asks for an ISeedSequence; its type stub names SeedSequence only
+        self._bits = np.random.Philox(seed)
 
     def words(self, n: int) -> NDArray[np.uint64]:
         """Draw `n` uniform 64-bit words."""
