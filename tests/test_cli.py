@@ -26,11 +26,13 @@ OPTIONS = {
     "backfill": ["--config", "--failed", "--partition", "--select"],
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
+    "export": ["--bundle", "--config", "format_name", "target"],
     "init": ["path"],
     "inspect": ["path"],
+    "labels": [],
     "plan": ["--config", "--memory", "--range", "--row-bytes", "--rows", "--simulate", "--workers"],
     "run": ["--config", "--select"],
-    "serve": ["--config", "--host", "--port", "--token", "path"],
+    "serve": ["--config", "--host", "--notes", "--port", "--token", "path"],
     "verify": ["path"],
 }
 
