@@ -13,6 +13,7 @@ training by an asset check; rows that are lost or doubled are an error. Format: 
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -37,6 +38,9 @@ VERSION: Final = 1
 P_FAIL: Final = 1e-7
 MIN_ROWS: Final = 1000
 
+FindSources = Callable[[list[MixedShard]], tuple[ShufflePlan, MultisetHash]]
+"""From the mixed shards to the plan of the rows that went in, and their hash."""
+
 
 def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Progress | None = None) -> Produced:
     """Certify the mixed shards of a hook point. Reads their row ids only; holds those of one shard.
@@ -44,6 +48,16 @@ def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Progres
     A verdict on the order is the fact `passed`. Raises `CertificateError` when rows were lost, doubled or changed, and
     `ArtifactMissingError` that names every mixed shard or job file which is missing.
     """
+
+    def find_sources(shards: list[MixedShard]) -> tuple[ShufflePlan, MultisetHash]:
+        plan = load_shuffle_plan(pipeline, store)
+        return plan, hash_before(pipeline, store, hook_point, plan, shards)
+
+    return certify_against(pipeline, store, hook_point, find_sources, progress)
+
+
+def certify_against(pipeline: Pipeline, store: Store, hook_point: str, find_sources: FindSources, progress: Progress | None = None) -> Produced:
+    """Certify the mixed shards against the rows that `find_sources` tells of: their shards, and their multiset hash. Raises like `certify`."""
     started = time.monotonic()
     ref = certificate_ref(pipeline, hook_point)
     shards = open_mixed(pipeline, store, hook_point)
@@ -51,8 +65,7 @@ def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Progres
     manifest = find_made_from(store, ref, mixed)
     if manifest is not None:
         return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
-    plan = load_shuffle_plan(pipeline, store)
-    before, after = hash_before(pipeline, store, hook_point, plan, shards), hash_after(store, shards)
+    (plan, before), after = find_sources(shards), hash_after(store, shards)
     meter = MixingMeter(load_layout(pipeline, store, plan), [shard.n_rows for shard in shards])
     for shard in shards:
         meter.add(read_mixed_ids(store, shard, 0, shard.n_rows))
