@@ -73,12 +73,16 @@ class Manifest:
     facts: dict[str, Any] = field(default_factory=dict)
     """Small results that later stages and people read (row counts, losses); they are part of the digest."""
     created: str = ""
+    timed: list[str] = field(default_factory=list)
+    """Names of the files that hold times of a run: verified like all others, but not part of the digest."""
 
     @property
     def digest(self) -> str:
-        """Hash of everything but the time: 32 hexadecimal digits."""
+        """Hash of everything but the times: 32 hexadecimal digits."""
         content = as_plain(self)
         del content["created"]
+        if content.pop("timed", None):
+            content["files"] = [entry for entry in content["files"] if entry["name"] not in self.timed]
         return _hash_json(content)
 
     @property
@@ -128,6 +132,7 @@ class ArtifactWriter:
         """Write below `ref.path`; when the artifact `is_there` already, hash what would be written and compare digests at the end."""
         self._store, self._ref, self._is_there = store, ref, is_there
         self._files: dict[str, FileEntry] = {}
+        self._timed: list[str] = []
         self.facts: dict[str, Any] = {}
         self.manifest: Manifest | None = None
 
@@ -157,10 +162,11 @@ class ArtifactWriter:
             shape=None if shape is None else list(shape),
         )
 
-    def put(self, name: str, data: bytes, *, n_rows: int | None = None, block_bytes: int = BLOCK_BYTES) -> None:
-        """Write one file that is already in memory."""
+    def put(self, name: str, data: bytes, *, n_rows: int | None = None, block_bytes: int = BLOCK_BYTES, is_timed: bool = False) -> None:
+        """Write one file that is already in memory. A file that `is_timed` holds times of this run and is not part of the digest."""
         with self.open(name, n_rows=n_rows, block_bytes=block_bytes) as sink:
             sink.write(data)
+        self._timed += [name] * is_timed
 
     def publish(self, created: datetime) -> Manifest:
         """Write the manifest, last and create-only. Raises `ArtifactRaceError` when other bytes were published meanwhile."""
@@ -172,6 +178,7 @@ class ArtifactWriter:
             files=[self._files[name] for name in sorted(self._files)],
             facts=_plain(self.facts),
             created=created.isoformat(timespec="seconds"),
+            timed=sorted(self._timed),
         )
         path = f"{self._ref.path}/{MANIFEST}"
         if not self._store.put(path, encode_manifest(manifest), create=True):
@@ -262,7 +269,10 @@ def read_manifest(store: Store, path: str) -> Manifest:
 
 def as_plain(manifest: Manifest) -> dict[str, Any]:
     """Return a manifest's fields for JSON, sharing its lists: `dataclasses.asdict` copies every checksum."""
-    return {**vars(manifest), "files": [vars(entry) for entry in manifest.files]}
+    plain = {**vars(manifest), "files": [vars(entry) for entry in manifest.files]}
+    if not manifest.timed:
+        del plain["timed"]
+    return plain
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

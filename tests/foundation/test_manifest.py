@@ -189,3 +189,27 @@ def test_unfinished_files_of_an_earlier_attempt_are_removed(local_store: ObjectS
     local_store.put(f"{_ref().path}/left-over.bin", b"x")
     _publish(local_store)
     assert sorted(Path(item.path).name for item in local_store.list(_ref().path)) == ["manifest.json", "rows.bin"]
+
+
+def test_files_that_hold_times_are_verified_but_not_part_of_the_digest(memory_store: ObjectStore) -> None:
+    """Rates and profiles belong to what they measure; the same inputs must still give the same digest."""
+    digests = []
+    for rate in (b"1.5", b"2.5"):
+        with create_artifact(memory_store, _ref(), replace=True) as art:
+            art.put("rows.bin", DATA)
+            art.put("times.json", rate, is_timed=True)
+        manifest = load_manifest(memory_store, _ref())
+        assert manifest.timed == ["times.json"]
+        assert read_file(memory_store, _ref().path, manifest, "times.json") == rate
+        digests.append(manifest.digest)
+    assert digests[0] == digests[1]
+    with create_artifact(memory_store, _ref(), replace=True) as art:
+        art.put("rows.bin", DATA)
+    assert load_manifest(memory_store, _ref()).digest == digests[0]
+    with create_artifact(memory_store, _ref(), replace=True) as art:
+        art.put("rows.bin", DATA[:-1])
+        art.put("times.json", b"1.5", is_timed=True)
+    assert load_manifest(memory_store, _ref()).digest != digests[0]
+    memory_store.put(f"{_ref().path}/times.json", b"9.5")
+    with pytest.raises(ArtifactCorruptError, match=r"times.json is damaged in block 0"):
+        read_file(memory_store, _ref().path, load_manifest(memory_store, _ref()), "times.json")
