@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from interp_assets.corpus.parquet import ColumnMissingError, iter_row_groups
 from interp_assets.errors import InputError
 
 _SHOWN_PROBLEMS = 20
@@ -174,20 +175,13 @@ def _iter_rows(root: Path, file: str, text_field: str, problems: list[str], *, f
     n_found = 0
     n_problems = len(problems)
     with pq.ParquetFile(where) as parquet:
-        columns = parquet.schema_arrow.names
-        if text_field not in columns:
-            problems.append(f"{where}: has no column {text_field!r}; it has {columns}. Set `corpus.text_field`")
-            return
-        row = 0
-        for group in range(parquet.num_row_groups):
-            n_rows = parquet.metadata.row_group(group).num_rows
-            if row + n_rows > first and row < stop:
-                values = parquet.read_row_group(group, columns=[text_field]).column(text_field).to_pylist()
-                for i in range(max(first, row), min(stop, row + n_rows)):
-                    text = text_of(values[i - row], f"{where}, row {i:,}", text_field, problems)
-                    if text.strip():
-                        n_found += 1
-                        yield FoundDocument(f"{file}:{i}", text, Place(file, i, 0))
-            row += n_rows
+        try:
+            for row, value in iter_row_groups(parquet, text_field, first, stop):
+                text = text_of(value, f"{where}, row {row:,}", text_field, problems)
+                if text.strip():
+                    n_found += 1
+                    yield FoundDocument(f"{file}:{row}", text, Place(file, row, 0))
+        except ColumnMissingError as error:
+            problems.append(f"{where}: has {error}. Set `corpus.text_field`")
     if not n_found and len(problems) == n_problems:
         problems.append(f"{where}: holds no text")

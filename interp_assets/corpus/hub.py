@@ -1,10 +1,11 @@
 """A Hugging Face dataset becomes shards by ranges of its rows, and a shard's documents are streamed from its range.
 
-Nothing is downloaded to plan: the number of rows comes from the dataset's description, or, when it has none, from counting the streamed
-rows up to `max_shards`. A shard's fingerprint is its address: the dataset, the commit that the revision stands for (of a local folder:
-the hash of its files), subset, split and range. Rows without text are skipped when they are read.
+Nothing is downloaded to plan: the number of rows comes from the dataset's description, or, when it has none, from the footers of its Parquet
+files, or from counting the streamed rows up to `max_shards`. A shard's fingerprint is its address: the dataset, the commit that the revision
+stands for (of a local folder: the hash of its files), subset, split and range. Rows without text are skipped when they are read.
 
-Reading range [first, stop) of a stream passes over the rows before it, unless the dataset can skip whole files.
+Of a dataset of Parquet files, which nearly all on the hub are, a shard reads the row groups that hold its range. Of any other kind it streams
+and passes over the rows before its range, so that all shards together read it many times: convert such a dataset to Parquet first.
 """
 
 import hashlib
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import xxhash
-from datasets import IterableDataset, load_dataset, load_dataset_builder
+from datasets import DatasetBuilder, IterableDataset, load_dataset, load_dataset_builder
 from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from interp_assets.config import CorpusConfig
 from interp_assets.corpus.files import text_of
+from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column
 from interp_assets.errors import InputError
 from interp_assets.pipeline import ShardSource
 
@@ -53,19 +55,44 @@ def iter_hub_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tu
     spec = source.spec
     if _local(config) is not None and _resolve_revision(config) != spec["revision"]:
         raise InputError(f"The dataset in {config.path} has changed since it was planned. Plan again: materialize `corpus_plan`.")
-    rows = _open(config, spec["revision"]).skip(spec["first"]).take(spec["stop"] - spec["first"])
     try:
-        for row, values in enumerate(rows, spec["first"]):
+        for row, value in enumerate(_iter_values(config, spec), spec["first"]):
             problems: list[str] = []
-            if config.text_field not in values:
-                raise InputError(_no_column(config, sorted(values)))
-            text = text_of(values[config.text_field], f"{config.path}, row {row:,}", config.text_field, problems)
+            text = text_of(value, f"{config.path}, row {row:,}", config.text_field, problems)
             if problems:
                 raise InputError(f"{problems[0]}.")
             if text.strip():
                 yield f"{_label(config)}/{config.split}:{row}", text
     except _LOAD_ERRORS as error:
         raise InputError(f"Reading {config.path!r} ({source.key}) failed: {_reason(error)}. Try again; finished shards are kept.") from error
+
+
+def _iter_values(config: CorpusConfig, spec: dict[str, Any]) -> Iterator[object]:
+    """Yield what the text column holds in the rows of a shard."""
+    try:
+        if files := _list_parquet(config, spec["revision"]):
+            yield from iter_column(files, spec["revision"], config.text_field, spec["first"], spec["stop"])
+            return
+    except ColumnMissingError as error:
+        raise InputError(_no_column(config, error.columns)) from error
+    for values in _open(config, spec["revision"]).skip(spec["first"]).take(spec["stop"] - spec["first"]):
+        if config.text_field not in values:
+            raise InputError(_no_column(config, sorted(values)))
+        yield values[config.text_field]
+
+
+def _list_parquet(config: CorpusConfig, revision: str) -> list[str]:
+    """List the addresses of a split's Parquet files, in the order of their rows; nothing when the dataset is of another kind."""
+    builder = _describe(config, revision)
+    options = builder.config
+    if builder.name != "parquet" or getattr(options, "filters", None) is not None or not options.data_files:
+        return []
+    return {str(split): list(files) for split, files in options.data_files.items()}.get(config.split, [])
+
+
+def _describe(config: CorpusConfig, revision: str) -> DatasetBuilder:
+    options: dict[str, Any] = {} if _local(config) is not None else {"revision": revision}
+    return load_dataset_builder(config.path, None if config.subset == "default" else config.subset, **options)
 
 
 def _local(config: CorpusConfig) -> Path | None:
@@ -133,12 +160,15 @@ def _no_column(config: CorpusConfig, columns: list[str]) -> str:
 
 
 def _count_rows(config: CorpusConfig, revision: str, dataset: IterableDataset) -> int:
-    if _local(config) is None:
-        subset = None if config.subset == "default" else config.subset
-        splits = load_dataset_builder(config.path, subset, revision=revision).info.splits or {}
-        if config.split in splits and splits[config.split].num_examples:
-            return int(splits[config.split].num_examples)
     limit = config.max_shards * config.documents_per_shard
+    try:
+        splits = _describe(config, revision).info.splits or {}
+        if _local(config) is None and config.split in splits and splits[config.split].num_examples:
+            return int(splits[config.split].num_examples)
+        if files := _list_parquet(config, revision):
+            return count_rows(files, revision, limit)
+    except _LOAD_ERRORS as error:
+        raise InputError(f"Counting the rows of {config.path!r} failed: {_reason(error)}. Try again.") from error
     return sum(1 for _ in itertools.islice(dataset, limit))
 
 

@@ -4,7 +4,7 @@ from interp_assets.manifest import ArtifactRef, make_ref
 from interp_assets.pipeline import Pipeline, shard_key
 
 FOLDER = "1-corpus"
-TOKEN_SHARD_VERSION = 1
+TOKEN_SHARD_VERSION = 2
 """Raise it when the same text would give other token shards."""
 
 

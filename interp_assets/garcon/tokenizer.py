@@ -34,12 +34,17 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-    """Tokenize texts without adding special tokens: one array of token ids for each text."""
+    """Tokenize texts: one array of token ids for each text, none of them special.
+
+    A text that holds the name of a special token, such as `<|endoftext|>` in the source of a tokenizer, becomes the tokens of these characters:
+    else the model would see the text end there.
+    """
     arrays: list[NDArray[np.uint32]] = []
     for first in range(0, len(texts), DOCUMENTS_PER_CALL):
         encoded = tokenizer(
             list(texts[first : first + DOCUMENTS_PER_CALL]),
             add_special_tokens=False,
+            split_special_tokens=True,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,

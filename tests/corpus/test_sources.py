@@ -171,6 +171,45 @@ def test_a_local_dataset_streams_by_ranges(tmp_path: Path) -> None:
         list(iter_documents(config, shards[1]))
 
 
+def test_a_shard_of_a_parquet_dataset_reads_its_own_row_groups_only(tmp_path: Path) -> None:
+    """Passing over the rows before a shard would make all shards together read the data set as often as it has shards."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part in range(3):
+        table = pa.table({"text": [f"part {part}, row {i}" for i in range(10)]})
+        pq.write_table(table, folder / f"train-{part:05}.parquet", row_group_size=4, compression="none", use_dictionary=False)
+    _spoil(folder / "train-00000.parquet", b"part 0, row 0")
+    _spoil(folder / "train-00001.parquet", b"part 1, row 9")
+    config = CorpusConfig(source="huggingface", path=str(folder), documents_per_shard=6)
+    shards = plan_sources(config, 0)
+    assert [(shard.spec["first"], shard.spec["stop"]) for shard in shards] == [(0, 6), (6, 12), (12, 18), (18, 24), (24, 30)]
+    expected = [f"part {row // 10}, row {row % 10}" for row in range(30)]
+    for index in (1, 2, 4):
+        spec = shards[index].spec
+        assert list(iter_documents(config, shards[index])) == [(f"data/train:{row}", expected[row]) for row in range(spec["first"], spec["stop"])]
+    for index in (0, 3):
+        with pytest.raises(InputError, match=r"Reading .* failed"):
+            list(iter_documents(config, shards[index]))
+
+
+def test_a_parquet_file_without_the_column_is_named_when_it_is_read(tmp_path: Path) -> None:
+    """Only the first file is looked at to plan; a later one may differ."""
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"body": ["two"]}), tmp_path / "train-1.parquet")
+    config = CorpusConfig(source="huggingface", path=str(tmp_path), documents_per_shard=1)
+    shards = plan_sources(config, 0)
+    assert [text for _, text in iter_documents(config, shards[0])] == ["one"]
+    with pytest.raises(InputError, match=r"has no column 'text'; it has \['body'\]"):
+        list(iter_documents(config, shards[1]))
+
+
+def _spoil(file: Path, text: bytes) -> None:
+    """Make the page unreadable in which the text lies, by a length before it that reaches beyond the page."""
+    data = file.read_bytes()
+    place = data.index(text)
+    file.write_bytes(data[: place - 4] + b"\xff\xff\xff\x7f" + data[place:])
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"), [({"HF_ENDPOINT": "http://127.0.0.1:9"}, "refused"), ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled")]
 )

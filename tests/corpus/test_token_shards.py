@@ -71,6 +71,20 @@ def test_the_text_comes_back_from_the_tokens(config: PipelineConfig, memory_stor
         assert facts["n_valid"] == facts["n_bytes"], "one token per byte"
 
 
+def test_the_name_of_a_special_token_in_a_text_is_text(config: PipelineConfig, memory_store: ObjectStore, tmp_path: Path) -> None:
+    """Sources and papers spell `</s>` out; as a special token it would end the text there for the model, and its rows would not count."""
+    text = "a </s> b <s>[PAD] c"
+    (tmp_path / "texts" / "9.txt").write_text(text)
+    pipeline = plan_corpus(config, memory_store)
+    tokenizer = load_tokenizer(config.model)
+    last = pipeline.shard_indices[-1]
+    make_token_shard(pipeline, memory_store, tokenizer, last)
+    tokens, documents = load_tokens(pipeline, memory_store, last), load_documents(pipeline, memory_store, last)
+    rows = (tokens.documents == documents.sources.index("9.txt")) & tokens.valid
+    assert tokenizer.decode(tokens.token_ids[rows]) == text
+    assert rows.sum() == len(text.encode())
+
+
 def test_every_packed_context_opens_with_bos(config: PipelineConfig, memory_store: ObjectStore) -> None:
     """Language models expect it; its activations are outliers and never trained on."""
     pipeline = plan_corpus(config, memory_store)
