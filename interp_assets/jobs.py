@@ -26,6 +26,7 @@ from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.progress import AssetReport, Progress
 from interp_assets.road import Stop, find_version, make_road
 from interp_assets.store import Store
+from resources.launcher import PROCESS_TAG, name_process
 
 HOME_VARIABLE: Final = "DAGSTER_HOME"
 POSTGRES_VARIABLE: Final = "INTERP_POSTGRES_URL"
@@ -166,7 +167,7 @@ def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missi
     n_bytes, failed_checks, failed, errors = 0, [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
     for first, last in ranges:
-        tags = {"interp/asset": stop.name, "interp/stage": stop.stage}
+        tags = {"interp/asset": stop.name, "interp/stage": stop.stage, PROCESS_TAG: name_process()}
         if first:
             tags |= {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
         result = job.execute_in_process(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from road_world import Finished, make_road_config
+from road_world import Finished, assert_as_if_nothing_happened, make_road_config
 
 from interp_assets.config import PipelineConfig
 from interp_assets.corpus.plan import plan_corpus
@@ -22,11 +22,10 @@ from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.harvest.activations import harvest_shard
 from interp_assets.jobs import RunError, recorded_versions, run_road
 from interp_assets.manifest import ArtifactWriter, find_manifest, make_ref, remove_artifact
-from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.pipeline import open_pipeline_store
 from interp_assets.progress import Progress
 from interp_assets.road import find_version, make_road
 from interp_assets.seeds import stream
-from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.store import open_store
 from interp_assets.verify import verify_tree
 
@@ -77,19 +76,6 @@ def run_until(config: PipelineConfig, asset: str, delay_s: float, max_file_bytes
         os.kill(child.pid, signal.SIGKILL)
     child.join(60)
     return said
-
-
-def assert_as_if_nothing_happened(config: PipelineConfig, finished: Finished) -> None:
-    """Every partition has the digest of an undisturbed run, every byte its checksum, and the certificate counts every row once."""
-    store = open_pipeline_store(config)
-    pipeline = load_pipeline(config, store)
-    for stop in make_road(config)[1:]:
-        found = {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
-        assert found == recorded_versions(finished.instance, stop), stop.name
-    certificate = find_manifest(store, certificate_ref(pipeline, "resid_post.0"))
-    assert certificate is not None
-    assert certificate.facts["multiset_hash_before"] == certificate.facts["multiset_hash_after"]
-    assert [fault for fault in verify_tree(store) if "belongs to no artifact" not in fault.what] == []
 
 
 def test_a_process_that_is_killed_in_any_stage_loses_and_doubles_nothing(

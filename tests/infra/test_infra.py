@@ -75,7 +75,7 @@ def test_the_settings_are_valid(name: str, tmp_path: Path) -> None:
         import importlib
 
         kind = getattr(importlib.import_module(content[section]["module"]), content[section]["class"])
-        result = process_config(resolve_to_config_type(kind.config_type()), content[section]["config"])
+        result = process_config(resolve_to_config_type(kind.config_type()), content[section].get("config", {}))
         assert result.success or all("environment variable" in str(error.message) for error in result.errors or []), result.errors
 
 

@@ -13,6 +13,17 @@ import yaml
 from interp_assets.config import PipelineConfig
 from interp_assets.jobs import dagster_home
 
+_SETTINGS = Path(__file__).parent.parent.parent / "resources" / "dagster.yaml"
+
+
+def set_up_home(config: PipelineConfig, **changes: dict[str, object]) -> None:
+    """Make the folder of a pipeline's instance with the settings that ship, and sections of them changed: `run_monitoring={...}`."""
+    settings = yaml.safe_load(_SETTINGS.read_text(encoding="utf-8"))
+    for name, values in changes.items():
+        settings[name] = {**settings.get(name, {}), **values}
+    dagster_home(config).mkdir(parents=True)
+    (dagster_home(config) / "dagster.yaml").write_text(yaml.safe_dump(settings))
+
 
 @contextmanager
 def daemon(config: PipelineConfig, folder: Path) -> Iterator[subprocess.Popen[bytes]]:

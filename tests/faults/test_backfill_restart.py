@@ -1,0 +1,81 @@
+"""The daemon is killed in the middle of a backfill, with its code server and its runs: a new one goes on, and nothing is lost or doubled."""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from daemon_world import daemon, set_up_home, wait_for
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from road_world import Finished, assert_as_if_nothing_happened, make_road_config
+
+from interp_assets.definitions import build_defs
+from interp_assets.jobs import open_instance, recorded_versions, run_road
+from interp_assets.road import Stop, make_road
+
+BACKFILL = "restarted"
+
+
+@pytest.mark.filterwarnings("ignore:.*AssetSelection.sources:DeprecationWarning")  # Dagster's own use of it
+def test_a_backfill_survives_its_daemon(finished: Finished, tiny_world: Path, tmp_path: Path, counts: Counter[str]) -> None:
+    """Two assets, shards in runs of one: all dies when some are made and some are under way; the rest comes by itself."""
+    execution = {"device": "cpu", "tokens_per_batch": 512, "rows_per_block": 256, "partitions_per_run": 1}
+    config = make_road_config(tiny_world, tmp_path / "data", execution=execution)
+    set_up_home(config, run_monitoring={"poll_interval_seconds": 2})
+    names = ["activations", "shuffle_pass_1"]
+    stops = [stop for stop in make_road(config) if stop.name in names]
+    expected = {stop.name: recorded_versions(finished.instance, stop) for stop in stops}
+    log = tmp_path / "daemon.log"
+    with open_instance(config) as instance:
+        list(run_road(config, instance, select=["token_shards", "shuffle_plan"]))
+        submit(config, instance, names, sorted(expected["activations"]))
+        with daemon(config, tmp_path):
+            wait_for(lambda: runs_with(instance, dg.DagsterRunStatus.SUCCESS) and runs_with(instance, dg.DagsterRunStatus.STARTED), 120, log)
+        counts["daemons killed in the middle of a backfill, with their runs"] += 1
+        n_killed = len(runs_with(instance, dg.DagsterRunStatus.STARTED))
+        assert n_killed >= 1
+        assert n_made(instance, stops) < sum(len(keys) for keys in expected.values())
+        with daemon(config, tmp_path):
+            wait_for(lambda: (found := instance.get_backfill(BACKFILL)) is not None and found.status in DONE, 240, log)
+        assert {stop.name: recorded_versions(instance, stop) for stop in stops} == expected
+        found = instance.get_backfill(BACKFILL)
+        assert found is not None
+        assert found.status == BulkActionStatus.COMPLETED_SUCCESS
+        assert len(runs_with(instance, dg.DagsterRunStatus.FAILURE)) == n_killed
+        counts["runs killed with their daemon, found dead and run again"] += n_killed
+        list(run_road(config, instance))
+    assert_as_if_nothing_happened(config, finished)
+
+
+DONE = (BulkActionStatus.COMPLETED_SUCCESS, BulkActionStatus.COMPLETED_FAILED, BulkActionStatus.FAILED)
+
+
+def submit(config, instance: dg.DagsterInstance, names: list[str], keys: list[str]) -> None:
+    """Ask for a backfill as Dagster's UI does."""
+    with partition_loading_context(dynamic_partitions_store=instance):
+        backfill = PartitionBackfill.from_asset_partitions(
+            backfill_id=BACKFILL,
+            asset_graph=build_defs(config).resolve_asset_graph(),
+            partition_names=keys,
+            asset_selection=[dg.AssetKey(name) for name in names],
+            backfill_timestamp=time.time(),
+            tags={},
+            dynamic_partitions_store=instance,
+            all_partitions=False,
+            title=None,
+            description=None,
+            run_config=None,
+        )
+    instance.add_backfill(backfill)
+
+
+def runs_with(instance: dg.DagsterInstance, status: dg.DagsterRunStatus) -> list[dg.DagsterRun]:
+    """List the backfill's runs with a status."""
+    return list(instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": BACKFILL}, statuses=[status])))
+
+
+def n_made(instance: dg.DagsterInstance, stops: list[Stop]) -> int:
+    """Count the partitions that are recorded."""
+    return sum(len(recorded_versions(instance, stop)) for stop in stops)
