@@ -45,8 +45,10 @@ class Layout:
     def spread(self) -> dg.BackfillPolicy:
         """Return the backfill policy of work that wants many machines: runs of some partitions each, side by side.
 
-        Everything else is `single_run`: starting a run costs seconds, and in either kind a crash keeps every finished partition. Only assets
-        with one dimension may spread: Dagster reads a piece of a grid as a rectangle, and would run cells that nobody asked for.
+        That is everything by shard, bucket or slice, where a partition is minutes of work at scale and starting a run costs seconds. SAEs are
+        `single_run`: a sweep shares one read of the data, its evaluation one subject model. So are grids: Dagster makes of them one run for
+        each latent slice anyway, and would read a piece of a grid as a rectangle, and run cells that nobody asked for. In either kind a crash
+        keeps every finished partition, because each is recorded when it is done.
         """
         return dg.BackfillPolicy.multi_run(max_partitions_per_run=self.config.execution.partitions_per_run)
 

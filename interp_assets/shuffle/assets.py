@@ -64,7 +64,7 @@ def _first_pass(layout: Layout) -> dg.AssetsDefinition:
         op_tags=layout.in_memory(),
         kinds=layout.kinds("python", "numpy"),
         code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=layout.spread(),
         description=(
             "The rows of one corpus shard, permuted in memory and written as one file with a contiguous range for every bucket. The unit of work is "
             "a corpus shard, so a lost shard is one partition all the way to here. Held-out shards measure and are not shuffled: their partitions "
@@ -105,7 +105,7 @@ def _middle_pass(layout: Layout, pass_index: int) -> dg.AssetsDefinition:
         op_tags=layout.in_memory(),
         kinds=layout.kinds("python", "numpy"),
         code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=layout.spread(),
         description=(
             f"One bucket of pass {pass_index - 1}, gathered from all its jobs, permuted and divided over {fan_out} smaller buckets. The unit of work "
             "is a bucket; several jobs share one when it exceeds the memory of a job."
@@ -138,7 +138,7 @@ def _mixed_shards(layout: Layout) -> dg.AssetsDefinition:
         op_tags=layout.in_memory(),
         kinds=layout.kinds("python", "numpy"),
         code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=layout.spread(),
         description=(
             "One bucket of the shuffled data: its ranges gathered from the files of the pass before and permuted once more, so that all mixed shards "
             "in order are one uniform permutation of the training rows. The unit of work is a bucket. Every row keeps its row id."

@@ -68,7 +68,7 @@ def _feature_examples(layout: Layout, name: str) -> dg.AssetsDefinition:
         retry_policy=RETRIES,
         kinds=layout.kinds("python", "parquet"),
         code_version=code_version(FEATURES_VERSION, layout.config.features),
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=layout.spread(),
         description=(
             f"The dataset examples of {name}, chosen from the candidates of all shards: the strongest, those from each quantile interval, and random "
             "ones. The unit of work is a latent slice. Look at how many latents are dead."
@@ -99,7 +99,7 @@ def _example_activations(layout: Layout, name: str) -> dg.AssetsDefinition:
         op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch", "parquet"),
         code_version=code_version(FEATURES_VERSION, layout.config.features),
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=layout.spread(),
         description=(
             f"How the latents of {name} fire on the tokens around their examples, for the examples that lie in one shard. "
             "The unit of work is a corpus shard. Look at the number of windows."
@@ -131,7 +131,7 @@ def _feature_records(layout: Layout, name: str) -> dg.AssetsDefinition:
         op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch", "json"),
         code_version=code_version(FEATURES_VERSION, layout.config.features),
-        backfill_policy=dg.BackfillPolicy.single_run(),
+        backfill_policy=layout.spread(),
         description=(
             f"What a person sees of each latent of {name}: examples with their tokens coloured, statistics, the words it raises and lowers, its "
             "neighbours. The unit of work is a latent slice. One range request opens one feature."

@@ -174,3 +174,37 @@ def test_the_command_lines_make_the_same_partitions(copied: PipelineConfig, tmp_
         assert rest.stdout.splitlines()[1].split()[:6] == ["activations", "2", "made,", "14", "there", "already"]
         records = instance.fetch_materializations(dg.AssetKey("activations"), limit=100).records
         assert len(records) == N_SHARDS + 3
+
+
+CRASHING = """
+import os, signal, sys, warnings
+warnings.simplefilter("ignore")
+from interp_assets.config import load_config
+from interp_assets.jobs import open_instance, run_road
+from interp_assets.progress import Progress
+class Dying(Progress):
+    n = 0
+    def begin(self, asset, partition, n_units=None):
+        self.n += asset == "activations"
+        if self.n == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+config = load_config(sys.argv[1])
+with open_instance(config) as instance:
+    list(run_road(config, instance, select=["token_shards", "activations"], progress=Dying()))
+"""
+
+
+def test_a_crash_in_a_range_keeps_every_finished_partition(tiny_world: Path, tmp_path: Path) -> None:
+    """One run makes all shards and is killed in the fourth: three are recorded, its run is known to be dead, and only the others are made."""
+    config = make_many(tiny_world, tmp_path)
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    crashed = subprocess.run([sys.executable, "-c", CRASHING, str(tmp_path / "p.yaml")], cwd=tmp_path, capture_output=True, check=False)
+    assert crashed.returncode == -9
+    with open_instance(config) as instance:
+        kept = {f"shard-{i:06d}" for i in range(3)}
+        assert instance.get_materialized_partitions(dg.AssetKey("activations")) == kept
+        assert set(recorded_versions(instance, stop_of(config, "activations"))) == kept
+        (run,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+        assert instance.run_launcher.check_run_worker_health(run).status.value == "FAILED"
+        assert made(list(run_backfill(config, instance, select=["activations"]))) == {"activations": N_SHARDS - 3}
+        assert list(run_backfill(config, instance, select=["token_shards", "activations"])) == []

@@ -58,6 +58,15 @@ def test_work_that_holds_a_model_is_in_the_pool_and_asks_for_a_gpu() -> None:
     assert config not in tags["token_shards"]
 
 
+def test_backfills_spread_what_is_large_and_share_what_is_read_together() -> None:
+    """Shards, buckets and slices go side by side, some in each run; a sweep shares its read, a grid is one run a slice, whatever the number."""
+    graph = build_defs(make_config({"execution": {"partitions_per_run": 7}, "shuffle": {"passes": 3}})).resolve_asset_graph()
+    policies = {key.path[-1]: graph.get(key).backfill_policy for key in graph.executable_asset_keys if graph.get(key).is_partitioned}
+    single = {name for name, policy in policies.items() if policy == dg.BackfillPolicy.single_run()}
+    assert single == {"sae", "sae_evaluation", "feature_candidates"}
+    assert {name for name, policy in policies.items() if policy == dg.BackfillPolicy.multi_run(7)} == set(policies) - single
+
+
 def test_only_a_pipeline_that_takes_in_text_ages() -> None:
     """A finished study is not out of date after a month; a pipeline that retrains is, when nothing has come of it."""
     graph = build_defs(make_config({"retrain": {"after_tokens": 1000}})).resolve_asset_graph()
