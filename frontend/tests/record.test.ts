@@ -1,4 +1,6 @@
 import { describe, expect, test } from 'vitest';
+import golden from '../../tests/golden/packed_record.json';
+import { decodeDecimals, decodeNumbers } from '../src/lib/digits';
 import { decodeRecord, locate, readSpan } from '../src/lib/record';
 
 const pack = (value: unknown): Promise<ArrayBuffer> =>
@@ -25,24 +27,54 @@ describe('where a record lies', () => {
 });
 
 describe('what a record holds', () => {
-  test('a member is unpacked', async () => {
-    await expect(decodeRecord(await pack({ version: 1, latent: 7 }), 7, 'records/00000')).resolves.toMatchObject({ latent: 7 });
+  const { order, packed, record } = golden;
+  const open = async (change: object, latent = 7): Promise<unknown> => decodeRecord(await pack({ ...packed, ...change }), latent, 'records/00000', order);
+
+  test('a packed record becomes the record that Python packed', async () => {
+    await expect(open({})).resolves.toEqual(record);
   });
 
   test('a truncated member is an error that names the file', async () => {
-    const member = await pack({ version: 1, latent: 7, text: 'x'.repeat(1000) });
-    await expect(decodeRecord(member.slice(0, -9), 7, 'records/00003')).rejects.toThrow('records/00003.bin is damaged or truncated');
+    const member = await pack({ ...packed, text: 'x'.repeat(1000) });
+    await expect(decodeRecord(member.slice(0, -9), 7, 'records/00003', order)).rejects.toThrow('records/00003.bin is damaged or truncated');
   });
 
   test("another latent's record is an error, not a page of the wrong feature", async () => {
-    await expect(decodeRecord(await pack({ version: 1, latent: 8 }), 7, 'records/00000')).rejects.toThrow('Index and records disagree');
+    await expect(open({}, 8)).rejects.toThrow('Index and records disagree');
   });
 
-  test('a newer record is refused', async () => {
-    await expect(decodeRecord(await pack({ version: 2, latent: 7 }), 7, 'records/00000')).rejects.toThrow('version 2');
+  test('a newer and an older record are refused, each with its own next step', async () => {
+    await expect(open({ version: 3 })).rejects.toMatchObject({ what: expect.stringContaining('version 3'), todo: expect.stringContaining('Upgrade') });
+    await expect(open({ version: 1 })).rejects.toMatchObject({ what: expect.stringContaining('version 1'), todo: expect.stringContaining('Materialize') });
+  });
+
+  test('columns that disagree are refused', async () => {
+    const { windows, lists } = packed;
+    for (const change of [
+      { windows: { ...windows, tokens: windows.tokens.slice(1) } },
+      { windows: { ...windows, tokens: windows.tokens + '#' } },
+      { windows: { ...windows, tokens: '|'.repeat(windows.tokens.length) } },
+      { windows: { ...windows, activation: '' } },
+      { lists: { ...lists, top: 'z' } },
+      { windows: undefined },
+    ]) {
+      await expect(open(change), JSON.stringify(change)).rejects.toThrow('cannot be read');
+    }
   });
 
   test('JSON that is no record is refused', async () => {
-    await expect(decodeRecord(await pack(['what']), 7, 'records/00000')).rejects.toThrow('no feature record');
+    await expect(decodeRecord(await pack(['what']), 7, 'records/00000', order)).rejects.toThrow('no feature record');
   });
+});
+
+describe('columns of numbers', () => {
+  test('borders between one, two, three, four and eight characters', () => {
+    expect(decodeNumbers('#RS#w~x##|~~}###}~~~~#######')).toEqual([0, 47, 48, 3323, 3324, 44728, 44729, 798299, 798300]);
+  });
+
+  test('a number that is cut off and a foreign character are errors', () => {
+    for (const text of ['T', '{#', '}##', '~######', 'a\\', 'é', ' #', '\x7f']) expect(() => decodeNumbers(text), text).toThrow(RangeError);
+  });
+
+  test('decimals keep their digits', () => expect(decodeDecimals('#S#', 1, 3)).toEqual([99.9, 95.1]));
 });

@@ -4,7 +4,8 @@ import { makeUnits, parseVocabulary, tokenText, visible, visibleAlone, visibleIn
 
 const vocabulary = parseVocabulary({
   format: 'interp-assets/vocabulary',
-  version: 1,
+  version: 2,
+  order: [0, 1, 2, 3, 4, 5, 6],
   tokens: ['<|bos|>', ' def', '\n', '\ufffd', '\ufffd', '\ufffd', '\ufffd'],
   bytes: { 3: 'e286', 4: '92', 5: 'ff', 6: 'f09f' },
   special: [0],
@@ -57,7 +58,7 @@ describe('text', () => {
   test('broken tokens are shown by their bytes', () => expect(tokenText(vocabulary, 4)).toBe('\\x92'));
 
   test('a newer vocabulary is refused with the next step', () => {
-    expect(() => parseVocabulary({ format: 'interp-assets/vocabulary', version: 2, tokens: [] })).toThrow(/version 2/);
+    expect(() => parseVocabulary({ format: 'interp-assets/vocabulary', version: 3, tokens: [] })).toThrow(/version 3/);
     expect(() => parseVocabulary('<html>')).toThrow(/no vocabulary/);
   });
 });

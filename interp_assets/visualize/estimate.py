@@ -26,7 +26,7 @@ CANDIDATE_BYTES: Final = 6.0
 """A candidate in `candidates.parquet`."""
 WINDOW_BYTES: Final = 40.0
 """A window in `windows.parquet`."""
-RECORD_BYTES: Final = 8000.0
+RECORD_BYTES: Final = 7000.0
 """A record, compressed."""
 KEPT_BYTES: Final = 13
 """A candidate in a job's memory."""

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import TokenShard
 from interp_assets.errors import ArtifactCorruptError
+from interp_assets.visualize.digits import round_significant
 from interp_assets.visualize.firings import ROW_BITS
 from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP
 from interp_assets.visualize.tables import LatentTable
 
 SHOWN_RANDOM: Final = 20
 """Random examples in a record."""
-DIGITS: Final = 4
-"""Significant digits of the numbers that people look at."""
 _ROW_MASK: Final = np.uint64((1 << ROW_BITS) - 1)
 
 
@@ -55,15 +54,6 @@ def read_examples(examples: LatentTable, shards: list[DatasetShard], start: int,
     columns = [shown[key].tolist() for key in ("activation", "kind", "interval", "rank")]
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         yield [Example(windows[j], *(column[j] for column in columns)) for j in range(low, high)]
-
-
-def round_significant(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Round to `DIGITS` significant digits, so that JSON shows no more."""
-    exact = np.asarray(values, np.float64)
-    with np.errstate(divide="ignore"):
-        exponent = np.where(exact == 0, 0, np.floor(np.log10(np.abs(exact)))) - (DIGITS - 1)
-    down, up = 10.0 ** np.maximum(exponent, 0), 10.0 ** np.maximum(-exponent, 0)
-    return np.round(exact * up / down) / up * down
 
 
 def _find_shown(latents: NDArray[np.uint32], kinds: NDArray[np.uint8], ranks: NDArray[np.uint32]) -> NDArray[np.bool_]:

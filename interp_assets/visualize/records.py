@@ -2,19 +2,17 @@
 
 1. Compute what needs the weights (logit effects, decoder neighbours) and the sampled firings of all slices (co-activation).
 2. Latent group by latent group, read the examples of the slice and their windows, which lie with the dataset shards.
-3. Write `records.bin`, `records.idx` and `features.parquet`.
+3. Write `records.bin`, `records.idx`, `features.parquet`, and the tokens by frequency, by whose ranks records name them (packing.py).
 
-A record holds its windows' token ids, so one range request opens one feature. Shown are all top examples, all interval examples and the first
+A record holds its windows' tokens, so one range request opens one feature. Shown are all top examples, all interval examples and the first
 `SHOWN_RANDOM` random ones; the others stay in `examples.parquet`. Memory: the token shards (13 bytes a token), the sampled firings of the SAE,
 and one latent group. A gzip member carries no time, so equal inputs give equal bytes. The format is described in docs/formats/feature_record.md.
 """
 
-import gzip
-import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
@@ -34,11 +32,13 @@ from interp_assets.store import Store
 from interp_assets.tensors import load_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import SAMPLE, STATISTICS, in_sample
+from interp_assets.visualize.digits import round_significant
 from interp_assets.visualize.examples import EXAMPLES
 from interp_assets.visualize.lineage import check_sae, create_current, find_current, load_current, sae_digest
 from interp_assets.visualize.logits import LogitEffects, measure_logits, used_token_ids
 from interp_assets.visualize.neighbours import Coactivations, FiringSample, Neighbours, find_coactivations, find_neighbours, make_sample
-from interp_assets.visualize.record_windows import SHOWN_RANDOM, DatasetShard, Example, read_examples, round_significant
+from interp_assets.visualize.packing import ORDER, RECORD_VERSION, TokenOrder, order_tokens, pack_record
+from interp_assets.visualize.record_windows import SHOWN_RANDOM, DatasetShard, Example, read_examples
 from interp_assets.visualize.refs import candidates_ref, examples_ref, records_ref, slice_bounds, windows_ref
 from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP
 from interp_assets.visualize.statistics import LatentStatistics, as_statistics, bin_edges
@@ -48,11 +48,9 @@ from interp_assets.visualize.windows import WINDOWS
 RECORDS: Final = "records.bin"
 INDEX: Final = "records.idx"
 FEATURES: Final = "features.parquet"
-RECORD_VERSION: Final = 1
 COACTIVATION_ROWS: Final = 1 << 17
 """Rows of the whole data set that co-activation is counted on, in the mean."""
 GROUP_LATENTS: Final = 512
-GZIP_LEVEL: Final = 6
 FEATURE_SCHEMA: Final = pa.schema(
     [
         ("latent", pa.uint32()),
@@ -96,6 +94,7 @@ def write_records(
     sample = _load_sample(pipeline, store, name, digest, evidence.n_valid)
     start, stop = slice_bounds(pipeline, name, latent_slice)
     relations = _relate(sae, start, stop, sample, tokenizer, _at(unembedding, pipeline.config.sae(name).hook_point))
+    tokens = TokenOrder(order_tokens((shard.tokens.token_ids for shard in evidence.shards), len(tokenizer)))
     offsets, n_examples = [0], 0
     with create_current(store, ref, digest) as art:
         with art.open(RECORDS, n_rows=stop - start) as sink, create_table(art, FEATURES, FEATURE_SCHEMA) as table, ThreadPoolExecutor() as pool:
@@ -103,12 +102,13 @@ def write_records(
                 last = min(first + GROUP_LATENTS, stop)
                 groups = read_examples(evidence.examples, evidence.shards, first, last)
                 records = [_make_record(evidence, relations, latent, examples) for latent, examples in enumerate(groups, first)]
-                for data in pool.map(_compress, records):
+                for data in pool.map(partial(pack_record, tokens=tokens), records):
                     sink.write(data)
                     offsets.append(offsets[-1] + len(data))
                 n_examples += _append_rows(table, records, evidence, relations)
                 if progress:
                     progress(last - first)
+        art.put(ORDER, tokens.order.astype("<u4").tobytes(), n_rows=len(tokens.order))
         art.put(INDEX, np.array(offsets, "<u8").tobytes(), n_rows=stop - start + 1)
         art.facts |= {
             "start": start,
@@ -250,10 +250,6 @@ def _make_record(evidence: _Evidence, relations: _Relations, latent: int, exampl
         "neighbours": _pairs(relations.neighbours.latents[i], relations.neighbours.cosines[i]),
         "coactivations": _make_coactivations(relations.coactivations, i),
     }
-
-
-def _compress(record: dict[str, Any]) -> bytes:
-    return gzip.compress(json.dumps(record, separators=(",", ":"), allow_nan=False).encode(), GZIP_LEVEL, mtime=0)
 
 
 def _list_windows(examples: list[Example], kind: int, *, by_strength: bool = False) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ from interp_assets.harvest.refs import activation_ids, activation_shard_ref
 from interp_assets.manifest import ArtifactRef, make_ref
 from interp_assets.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.visualize.packing import RECORD_VERSION
 
 FOLDER = "5-features"
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 """Raise it when the same SAE and activations would give other records."""
 
 
@@ -42,7 +43,7 @@ def windows_ref(pipeline: Pipeline, sae: str, index: int) -> ArtifactRef:
 
 def records_ref(pipeline: Pipeline, sae: str, latent_slice: int) -> ArtifactRef:
     """Address pass D's output for one latent slice: what a browser shows."""
-    identity = {**_identity(pipeline), "latent_slice": latent_slice, "model": pipeline.plan.model_fingerprint}
+    identity = {**_identity(pipeline), "latent_slice": latent_slice, "model": pipeline.plan.model_fingerprint, "record": RECORD_VERSION}
     inputs = {**_inputs(pipeline, sae), "evaluation": evaluation_ref(pipeline, sae).artifact_id}
     return make_ref("feature_records", f"{FOLDER}/{sae}/records", identity=identity, inputs=inputs, label=slice_key(latent_slice))
 

@@ -7,7 +7,7 @@
     map/               decoder directions in two dimensions, in tiles (`map.py`)
     records/NNNNN.bin  the records of 4,096 latents: independent gzip members of JSON
     records/NNNNN.idx  u64 offsets into it, one more than there are records
-    vocabulary.json    the text of every token id
+    vocabulary.json    the text of every token id, and the ids by frequency
 
 Steps: copy the slices' gzip members, byte for byte, into files of a fixed number of latents, so that a page finds a record by division
 and not by a table; collect the tables' tokens; join the tables, sort every column, index the tokens. The work is one read and one write of the
@@ -41,6 +41,7 @@ from interp_assets.manifest import (
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.visualize.packing import ORDER, RECORD_VERSION
 from interp_assets.visualize.refs import records_ref, slice_bounds
 from interp_assets.web.columns import WORDS, ListWriter, collect_words, encode_words
 from interp_assets.web.map import Layout, embed_directions, write_map
@@ -49,7 +50,7 @@ from interp_assets.web.search import write_index
 from interp_assets.web.vocabulary import Vocabulary, encode_vocabulary, make_vocabulary
 
 FORMAT: Final = "interp-assets/feature-bundle"
-VERSION: Final = 2
+VERSION: Final = 3
 RECORDS_PER_FILE: Final = 4096
 """Latents per record file; the browser keeps the 32 KiB index of each file it has touched."""
 RECORD_BLOCK_BYTES: Final = 256 << 10
@@ -87,7 +88,7 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
         _describe(pipeline, store, sae_name, [source.manifest for source in sources]),
         lambda: (_read_table(source) for source in sources),
         (member for source in sources for member in _read_records(source)),
-        make_vocabulary(tokenizer),
+        make_vocabulary(tokenizer, _read_order(sources)),
         _lay_out(pipeline, store, sae_name),
     )
     with create_artifact(store, ref, made_from=inputs) as art:
@@ -162,7 +163,7 @@ def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Mani
         "coactivation_rows": slices[0].facts.get("coactivation_rows"),
         "logits_reason": slices[0].facts.get("logits_reason"),
         "features": config.features.model_dump(exclude={"saes", "latent_slices"}),
-        "records": {"version": 1, "per_file": RECORDS_PER_FILE, "n_files": -(-sae.d_sae // RECORDS_PER_FILE), "repeat": None},
+        "records": {"version": RECORD_VERSION, "per_file": RECORDS_PER_FILE, "n_files": -(-sae.d_sae // RECORDS_PER_FILE), "repeat": None},
     }
 
 
@@ -175,6 +176,13 @@ def _read_table(source: _Source) -> pa.Table:
             f"order; it has {table.num_rows:,} rows. Re-materialize this slice of feature_records."
         )
     return table
+
+
+def _read_order(sources: list[_Source]) -> list[int]:
+    """Read the tokens by frequency, which are the same for all slices. Raises `ArtifactCorruptError` when they are not."""
+    if len({tuple(source.manifest.file(ORDER).checksums) for source in sources}) > 1:
+        raise ArtifactCorruptError("The slices of feature_records name tokens by different orders. Materialize all slices of feature_records again.")
+    return np.frombuffer(read_file(sources[0].store, sources[0].path, sources[0].manifest, ORDER), "<u4").tolist()
 
 
 def _read_records(source: _Source) -> Iterator[bytes]:

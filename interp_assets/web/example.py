@@ -22,7 +22,7 @@ from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.sae import Sae
-from interp_assets.visualize.record_windows import round_significant
+from interp_assets.visualize.digits import round_significant
 
 MAX_TEXT: Final = 2000
 """Characters of a text."""

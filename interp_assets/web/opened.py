@@ -4,7 +4,6 @@ A bundle is found by its manifest. One that cannot be used (newer format, damage
 entry explains nothing. Opening reads manifest and description; list, index and records stay where they are and are read by range.
 """
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -14,10 +13,12 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactForeignError, ArtifactMissingError, InputError, InterpError
 from interp_assets.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range, read_ranges
 from interp_assets.store import Store, open_store
+from interp_assets.visualize.packing import unpack_record
 from interp_assets.web.bundle import FORMAT, VERSION, decode_offsets
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.table import FeatureTable
@@ -95,6 +96,10 @@ class OpenBundle:
         """The text of every token id."""
         return decode_vocabulary(read_file(self._store, self._path, self.manifest, "vocabulary.json"), f"{self.where}/vocabulary.json")
 
+    @cached_property
+    def _order(self) -> NDArray[np.uint32]:
+        return np.asarray(self.vocabulary.order, np.uint32)
+
     def read(self, name: str) -> bytes:
         """Read a whole file of the bundle."""
         return read_file(self._store, self._path, self.manifest, name)
@@ -125,11 +130,8 @@ class OpenBundle:
                 yield self._decode(data[start:stop], first + place, name)
 
     def _decode(self, member: bytes, latent: int, name: str) -> dict[str, Any]:
-        try:
-            record = json.loads(gzip.decompress(member))
-            found = record["latent"]
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactCorruptError(f"{self.where}/{name}.bin holds no record of feature {latent} ({error}). Materialize it again.") from error
+        record = unpack_record(member, self._order, f"{self.where}/{name}.bin, feature {latent},")
+        found = record["latent"]
         if found != latent % self.n_records:
             raise ArtifactCorruptError(f"{self.where}/{name}.idx says that feature {latent} lies where feature {found} is. Materialize it again.")
         return {**record, "latent": latent}

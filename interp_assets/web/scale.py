@@ -8,8 +8,6 @@ numbers are not those of its row in the list. The text is drawn from 32,000 pseu
 better than real text does. A few minutes for ten million on two cores, half a gigabyte of memory.
 """
 
-import gzip
-import json
 import time
 from collections.abc import Iterator
 from typing import Any, Final
@@ -21,10 +19,21 @@ from numpy.typing import NDArray
 from interp_assets.manifest import Produced, create_artifact, find_manifest, make_ref
 from interp_assets.seeds import stream
 from interp_assets.store import Store
+from interp_assets.visualize.packing import RECORD_VERSION, TokenOrder, pack_record
 from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
 from interp_assets.web.map import Layout
 from interp_assets.web.refs import FOLDER
-from interp_assets.web.synthetic import BOS, TABLE, InventedText, Shown, describe_firings, describe_invented, make_synthetic_vocabulary, rounded
+from interp_assets.web.synthetic import (
+    BOS,
+    TABLE,
+    InventedText,
+    Shown,
+    describe_firings,
+    describe_invented,
+    make_invented_text,
+    make_synthetic_vocabulary,
+    rounded,
+)
 from interp_assets.web.vocabulary import Vocabulary
 
 POOL: Final = RECORDS_PER_FILE
@@ -66,7 +75,7 @@ def build_scale_bundle(store: Store, *, n_features: int, seed: int = 0, pool: in
     """Write a bundle of `n_features` invented features into `6-web` of `store`; at most `pool` records are made, then they repeat."""
     start = time.perf_counter()
     n_records = min(pool, n_features)
-    identity = {"synthetic": 3, "seed": seed, "n_features": n_features, "pool": n_records}
+    identity = {"synthetic": 4, "seed": seed, "n_features": n_features, "pool": n_records}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=f"synthetic-{n_features}")
     existing = find_manifest(store, ref)
     if existing:
@@ -78,14 +87,15 @@ def build_scale_bundle(store: Store, *, n_features: int, seed: int = 0, pool: in
         "tokens_scanned": _TOKENS_SCANNED,
         "features": {**described["features"], "top_k": SHOWN.top, "n_intervals": SHOWN.intervals, "examples_per_interval": SHOWN.per_interval},
         "records": {
-            "version": 1,
+            "version": RECORD_VERSION,
             "per_file": RECORDS_PER_FILE,
             "n_files": -(-n_records // RECORDS_PER_FILE),
             "repeat": n_records if n_records < n_features else None,
         },
     }
+    tokens = TokenOrder(text.vocabulary.order)
     words = pa.array(text.vocabulary.tokens, pa.string())
-    members = (_make_member(text, seed, latent, n_features) for latent in range(n_records))
+    members = (_make_member(text, tokens, seed, latent, n_features) for latent in range(n_records))
     content = BundleContent(description, lambda: _make_tables(words, seed, n_features), members, text.vocabulary, _invent_layout(seed, n_features))
     with create_artifact(store, ref) as art:
         write_bundle(art, content)
@@ -107,10 +117,10 @@ def _make_text(seed: int) -> InventedText:
     parts = generator.integers(len(_SYLLABLES), size=(N_WORDS, 4))
     lengths, spaced = generator.integers(1, 5, N_WORDS), generator.random(N_WORDS) < 0.6
     words = [" " * bool(spaced[i]) + "".join(_SYLLABLES[part] for part in parts[i, : lengths[i]]) for i in range(N_WORDS)]
-    vocabulary = Vocabulary([*small.tokens, *dict.fromkeys(words)], small.raw, small.special)
+    vocabulary = Vocabulary([*small.tokens, *dict.fromkeys(words)], small.raw, small.special, [])
     ids = _draw_words(generator, len(vocabulary.tokens), _N_DOCUMENTS * _DOCUMENT).reshape(_N_DOCUMENTS, _DOCUMENT)
     ids[:, 0] = BOS
-    return InventedText(vocabulary, ids.reshape(-1).astype(np.int64), _DOCUMENT)
+    return make_invented_text(vocabulary, ids.reshape(-1).astype(np.int64), _DOCUMENT)
 
 
 def _draw_words(generator: np.random.Generator, n_words: int, n: int) -> NDArray[np.uint32]:
@@ -118,7 +128,7 @@ def _draw_words(generator: np.random.Generator, n_words: int, n: int) -> NDArray
     return (np.exp(generator.random(n) * np.log(n_words - 1)).astype(np.uint32)).clip(1, n_words - 1)
 
 
-def _make_member(text: InventedText, seed: int, latent: int, n_features: int) -> bytes:
+def _make_member(text: InventedText, tokens: TokenOrder, seed: int, latent: int, n_features: int) -> bytes:
     generator = stream(seed, "scale", "record", latent).generator()
     activations = np.zeros(len(text.token_ids))
     if generator.random() >= _DEAD:
@@ -127,7 +137,7 @@ def _make_member(text: InventedText, seed: int, latent: int, n_features: int) ->
         rows = rows[text.token_ids[rows] != BOS]
         activations[rows] = np.maximum(rounded(generator.lognormal(0, 0.7, len(rows))), 1e-3)
     record = describe_firings(text, activations, latent, n_features, generator, SHOWN)
-    return gzip.compress(json.dumps(record, separators=(",", ":")).encode(), 6, mtime=0)
+    return pack_record(record, tokens)
 
 
 def _make_tables(words: pa.Array, seed: int, n_features: int) -> Iterator[pa.Table]:

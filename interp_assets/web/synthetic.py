@@ -6,8 +6,6 @@ vocabulary holds what breaks pages: characters split over tokens, new lines, rig
 `bundle.json` says `is_synthetic`, and the pages show it.
 """
 
-import gzip
-import json
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from interp_assets.manifest import Produced, create_artifact, find_manifest, make_ref
 from interp_assets.seeds import stream
 from interp_assets.store import Store
+from interp_assets.visualize.packing import RECORD_VERSION, TokenOrder, order_tokens, pack_record
 from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
 from interp_assets.web.map import embed_directions
 from interp_assets.web.refs import FOLDER
@@ -78,14 +77,15 @@ class InventedText(NamedTuple):
 def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0, n_documents: int = 48) -> Produced:
     """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature."""
     start = time.perf_counter()
-    identity = {"synthetic": 2, "seed": seed, "n_features": n_features, "n_documents": n_documents}
+    identity = {"synthetic": 3, "seed": seed, "n_features": n_features, "n_documents": n_documents}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label="synthetic")
     existing = find_manifest(store, ref)
     if existing:
         return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
     text = make_text(seed, n_documents)
     records = [_make_record(text, seed, latent, n_features) for latent in range(n_features)]
-    members = (gzip.compress(json.dumps(record, separators=(",", ":")).encode(), mtime=0) for record in records)
+    tokens = TokenOrder(text.vocabulary.order)
+    members = (pack_record(record, tokens) for record in records)
     layout = embed_directions(stream(seed, "synthetic", "decoder").generator().normal(0, 1, (n_features, 8)).astype(np.float32))
     content = BundleContent(
         describe_invented(n_features, text), lambda: [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary, layout
@@ -106,7 +106,7 @@ def make_synthetic_vocabulary() -> Vocabulary:
     """Return the invented vocabulary: BOS, words with and without a leading space, punctuation, strange and broken tokens."""
     tokens = ["<|bos|>", *_WORDS, *(f" {word}" for word in _WORDS), *_PLAIN, *_STRANGE]
     raw = {len(tokens) + place: data for place, data in enumerate(_BROKEN)}
-    return Vocabulary([*tokens, *(data.decode(errors="replace") for data in _BROKEN)], raw, [BOS])
+    return Vocabulary([*tokens, *(data.decode(errors="replace") for data in _BROKEN)], raw, [BOS], [])
 
 
 def make_synthetic_table(vocabulary: Vocabulary, records: list[dict[str, Any]]) -> pa.Table:
@@ -149,7 +149,13 @@ def make_text(seed: int, n_documents: int, length: int = 256) -> InventedText:
     for document in range(n_documents):  # characters that span two tokens
         place = int(generator.integers(1, length - 2))
         ids[document, place : place + 2] = joined[document % len(joined)]
-    return InventedText(vocabulary, ids.reshape(-1), length)
+    return make_invented_text(vocabulary, ids.reshape(-1), length)
+
+
+def make_invented_text(vocabulary: Vocabulary, token_ids: NDArray[np.int64], document_length: int) -> InventedText:
+    """Return a text whose vocabulary knows how often each token occurs in it."""
+    order = order_tokens([token_ids], len(vocabulary.tokens)).tolist()
+    return InventedText(vocabulary._replace(order=order), token_ids, document_length)
 
 
 def _make_record(text: InventedText, seed: int, latent: int, n_features: int) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def describe_firings(
     others = [other for other in dict.fromkeys(generator.integers(n_features, size=24).tolist()) if other != latent][:8]
     cosines = sorted(np.round(generator.random(len(others)) ** 2, 3).tolist(), reverse=True)
     return {
-        "version": 1,
+        "version": RECORD_VERSION,
         "latent": latent,
         "is_dead": bool(not len(rows)),
         "statistics": {
@@ -279,7 +285,7 @@ def describe_invented(n_features: int, text: InventedText) -> dict[str, Any]:
         "coactivation_rows": 4096,
         "logits_reason": None,
         "features": {"top_k": 20, "n_random": 200, "window": _WINDOW, "n_intervals": _N_INTERVALS, "examples_per_interval": 4},
-        "records": {"version": 1, "per_file": RECORDS_PER_FILE, "n_files": -(-n_features // RECORDS_PER_FILE), "repeat": None},
+        "records": {"version": RECORD_VERSION, "per_file": RECORDS_PER_FILE, "n_files": -(-n_features // RECORDS_PER_FILE), "repeat": None},
     }
 
 

@@ -13,30 +13,35 @@ description (`tokenizer.backend_tokenizer`), not guessed from the model's name:
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError
 
 FORMAT: Final = "interp-assets/vocabulary"
-VERSION: Final = 1
+VERSION: Final = 2
 _SPACE: Final = "\u2581"
 _BYTE_PIECE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Vocabulary(NamedTuple):
-    """The text of every token id; `raw` has the bytes of those that are not whole characters; `special` are the ids without text."""
+    """The text of every token id; `raw` has the bytes of those that are not whole characters; `special` are the ids without text.
+
+    `order` has the ids by falling frequency in the data set: records name a token by its place there.
+    """
 
     tokens: list[str]
     raw: dict[int, bytes]
     special: list[int]
+    order: list[int]
 
     def text(self, token_id: int) -> str:
         """Return the text of a token, or its number in angle brackets when the vocabulary has no such id."""
         return self.tokens[token_id] if token_id < len(self.tokens) else f"<{token_id}>"
 
 
-def make_vocabulary(tokenizer: Any) -> Vocabulary:
-    """Read the text and the bytes of every token of a Hugging Face tokenizer."""
+def make_vocabulary(tokenizer: Any, order: Sequence[int] = ()) -> Vocabulary:
+    """Read the text and the bytes of every token of a Hugging Face tokenizer; `order` are the ids by frequency."""
     pieces: list[str] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     literal = {int(token_id) for token_id in getattr(tokenizer, "added_tokens_decoder", {})}
     steps = _decoder_steps(tokenizer)
@@ -53,7 +58,7 @@ def make_vocabulary(tokenizer: Any) -> Vocabulary:
             tokens.append(data.decode(errors="replace"))
             raw[token_id] = data
     special = sorted({int(token_id) for token_id in tokenizer.all_special_ids})
-    return Vocabulary(tokens, raw, special)
+    return Vocabulary(tokens, raw, special, list(order))
 
 
 def encode_vocabulary(vocabulary: Vocabulary) -> bytes:
@@ -65,6 +70,7 @@ def encode_vocabulary(vocabulary: Vocabulary) -> bytes:
         "tokens": vocabulary.tokens,
         "bytes": {str(token_id): data.hex() for token_id, data in sorted(vocabulary.raw.items())},
         "special": vocabulary.special,
+        "order": vocabulary.order,
     }
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -74,11 +80,10 @@ def decode_vocabulary(data: bytes, where: str) -> Vocabulary:
     try:
         content = json.loads(data)
         if (content["format"], content["version"]) != (FORMAT, VERSION):
-            raise ArtifactForeignError(
-                f"{where} is {content['format']!r} version {content['version']}; this release reads version {VERSION}. Upgrade interp-assets."
-            )
+            do = "Upgrade interp-assets." if content["version"] > VERSION else "Materialize `feature_browser` again."
+            raise ArtifactForeignError(f"{where} is {content['format']!r} version {content['version']}; this release reads version {VERSION}. {do}")
         raw = {int(token_id): bytes.fromhex(text) for token_id, text in content["bytes"].items()}
-        return Vocabulary(content["tokens"], raw, content["special"])
+        return Vocabulary(content["tokens"], raw, content["special"], content["order"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactCorruptError(f"{where} is no vocabulary ({error}). Materialize the bundle again.") from error
 

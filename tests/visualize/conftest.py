@@ -1,6 +1,5 @@
 """A small world for the feature passes: corpus, activations and SAE made by hand, so that arithmetic is exact and full of ties."""
 
-import gzip
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,6 +28,7 @@ from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
+from interp_assets.visualize.packing import unpack_record
 from interp_assets.visualize.priority import sample_seed
 from interp_assets.visualize.records import write_records
 from interp_assets.visualize.windows import fire_windows
@@ -214,7 +214,8 @@ def read_records():
         path, manifest = produced.ref.path, produced.manifest
         offsets = np.frombuffer(read_file(world.store, path, manifest, "records.idx"), "<u8").tolist()
         data = read_file(world.store, path, manifest, "records.bin")
-        return [json.loads(gzip.decompress(data[low:high])) for low, high in pairwise(offsets)]
+        order = np.frombuffer(read_file(world.store, path, manifest, "tokens.order"), "<u4")
+        return [unpack_record(data[low:high], order, "a record") for low, high in pairwise(offsets)]
 
     return read
 

@@ -1,5 +1,6 @@
 """The format pages of this stage, executed: their tables are the files' columns, their examples what the passes write."""
 
+import gzip
 import io
 import json
 import re
@@ -18,6 +19,7 @@ from interp_assets.tensors import load_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
+from interp_assets.visualize.packing import TokenOrder, pack_record, unpack_record
 from interp_assets.visualize.windows import fire_windows
 
 PAGES = Path(__file__).parents[2] / "docs" / "formats"
@@ -86,10 +88,14 @@ def test_the_pages_of_the_passes_tell_what_the_files_hold(page_world):
 
 def test_the_record_page_shows_a_valid_record_and_the_columns_of_the_table(make_world, run_passes, read_records):
     """The browser is written from this page."""
-    _, tables, blocks = read_page("feature_record.md")
+    text, tables, blocks = read_page("feature_record.md")
     schema = json.loads(Path(interp_assets.visualize.records.__file__).with_name("feature_record.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(blocks[0], schema)
+    order = json.loads(re.search(r"tokens by frequency (\[.*?\])", text)[1])
+    member = pack_record(blocks[0], TokenOrder(order))
+    assert json.loads(gzip.decompress(member)) == blocks[1]
+    assert unpack_record(member, order, "the page") == blocks[0]
     world = make_world()
     produced = run_passes(world)[0]
     table, _ = read_rows(world, produced, "features.parquet")
@@ -97,7 +103,7 @@ def test_the_record_page_shows_a_valid_record_and_the_columns_of_the_table(make_
     record = read_records(world, produced)[0]
     assert list(record) == list(blocks[0])
     assert list(record["examples"]["top"][0]) == list(blocks[0]["examples"]["top"][0])
-    assert [entry.name for entry in produced.manifest.files] == ["features.parquet", "records.bin", "records.idx"]
+    assert [entry.name for entry in produced.manifest.files] == ["features.parquet", "records.bin", "records.idx", "tokens.order"]
 
 
 def test_the_feature_table_agrees_with_the_records(make_world, run_passes, read_records):

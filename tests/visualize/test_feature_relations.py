@@ -10,10 +10,11 @@ from interp_assets.errors import ArtifactCorruptError, NonFiniteError
 from interp_assets.garcon.subject import Unembedding
 from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.store import open_store
+from interp_assets.visualize.digits import round_significant
 from interp_assets.visualize.firings import FIRING_SCHEMA, sort_firings
 from interp_assets.visualize.logits import measure_logits, used_token_ids
 from interp_assets.visualize.neighbours import find_coactivations, find_neighbours, make_sample
-from interp_assets.visualize.record_windows import DatasetShard, read_examples, round_significant
+from interp_assets.visualize.record_windows import DatasetShard, read_examples
 from interp_assets.visualize.records import _at, write_records
 from interp_assets.visualize.statistics import (
     bin_edges,

@@ -311,7 +311,7 @@ def test_hostile_tokens_are_text(visit: Visit, site: Site) -> None:
 def test_several_bundles_have_a_first_page(visit: Visit, site: Site) -> None:
     """One card for each SAE; one that cannot be shown says why."""
     visit.open(f"{site.address}/", "h1:has-text('Feature bundles')")
-    assert "version 99; this release reads version 2" in visit.page.get_by_role("alert").inner_text()
+    assert "version 99; this release reads version 3" in visit.page.get_by_role("alert").inner_text()
     visit.page.locator("a.whole").click()
     visit.page.wait_for_selector("h1:has-text('300 features')")
 

@@ -1,6 +1,5 @@
 """Feature records become a bundle: nothing is lost, nothing depends on how the work was cut, and damage is named."""
 
-import gzip
 import io
 import json
 from dataclasses import replace
@@ -19,22 +18,24 @@ from interp_assets.manifest import create_artifact, read_file
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import ObjectStore, Store, open_store
 from interp_assets.train.refs import evaluation_ref
+from interp_assets.visualize.packing import TokenOrder, pack_record
 from interp_assets.visualize.refs import records_ref, slice_bounds
 from interp_assets.web import bundle as bundle_module
 from interp_assets.web.bundle import build_bundle, decode_offsets
 from interp_assets.web.opened import OpenBundle, find_bundles, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle, make_synthetic_records, make_synthetic_table, make_synthetic_vocabulary
+from interp_assets.web.synthetic import build_synthetic_bundle, make_synthetic_records, make_synthetic_table, make_text
 
 
-def _write_upstream(pipeline: Pipeline, store: Store, *, drop_row: bool = False) -> list[bytes]:
+def _write_upstream(pipeline: Pipeline, store: Store, *, drop_row: bool = False, other_order: int = -1) -> list[bytes]:
     """Write evaluation and record slices as the stages before would; return the gzip members of all latents."""
     d_sae = pipeline.config.sae("demo").d_sae
     with create_artifact(store, evaluation_ref(pipeline, "demo")) as art:
         art.put("metrics.json", b"{}")
         art.facts |= {"l0": 4.0, "fvu": 0.25, "ce_recovered": 0.9, "kl": 0.1, "dead_share": 0.06}
     records = list(make_synthetic_records(n_features=d_sae, n_documents=8))
-    members = [gzip.compress(json.dumps(record).encode(), mtime=0) for record in records]
-    table = make_synthetic_table(make_synthetic_vocabulary(), records)
+    vocabulary = make_text(0, 8).vocabulary
+    members = [pack_record(record, TokenOrder(vocabulary.order)) for record in records]
+    table = make_synthetic_table(vocabulary, records)
     for latent_slice in range(pipeline.config.features.latent_slices):
         first, last = slice_bounds(pipeline, "demo", latent_slice)
         part = table.slice(first, last - first - (1 if drop_row else 0))
@@ -44,6 +45,7 @@ def _write_upstream(pipeline: Pipeline, store: Store, *, drop_row: bool = False)
             art.put("records.bin", b"".join(members[first:last]))
             art.put("records.idx", np.cumsum([0, *map(len, members[first:last])]).astype("<u8").tobytes())
             art.put("features.parquet", sink.getvalue())
+            art.put("tokens.order", np.array(vocabulary.order, "<u4")[:: -1 if latent_slice == other_order else 1].tobytes())
             art.facts |= {"start": first, "stop": last, "n_live": 1, "n_rows": 2040, "logits_reason": None, "coactivation_rows": 100}
     return members
 
@@ -69,6 +71,8 @@ def test_every_record_reaches_the_bundle_byte_for_byte(small_pipeline: Pipeline,
     assert [_read_member(memory_store, bundle, latent) for latent in range(32)] == members
     table = pl.read_parquet(bundle.read("features.parquet"))
     assert table["latent"].to_list() == list(range(32))
+    assert bundle.vocabulary.order == make_text(0, 8).vocabulary.order
+    assert [bundle.record(latent) for latent in (0, 31)] == [record for i, record in enumerate(bundle.records()) if i in (0, 31)]
     assert made.manifest.facts["n_live"] == int((~table["is_dead"]).sum()) == bundle.description["n_live"]
 
 
@@ -125,6 +129,13 @@ def test_a_table_that_lacks_a_latent_is_refused(small_pipeline: Pipeline, memory
     with pytest.raises(ArtifactCorruptError, match=r"features\.parquet should hold latents 0 to 16"):
         build_bundle(small_pipeline, memory_store, "demo", tiny_tokenizer)
     assert list_bundles(memory_store) == []
+
+
+def test_slices_that_name_tokens_differently_are_refused(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+    """Records hold ranks of tokens: another order would show other words, and nobody would notice."""
+    _write_upstream(small_pipeline, memory_store, other_order=1)
+    with pytest.raises(ArtifactCorruptError, match="name tokens by different orders"):
+        build_bundle(small_pipeline, memory_store, "demo", tiny_tokenizer)
 
 
 def test_an_index_that_is_cut_or_falls_is_refused() -> None:

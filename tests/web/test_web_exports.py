@@ -9,6 +9,7 @@ import pytest
 from interp_assets.errors import ArtifactCorruptError, InputError
 from interp_assets.manifest import create_artifact, remove_artifact
 from interp_assets.store import ObjectStore, open_store
+from interp_assets.visualize.packing import TokenOrder, pack_record
 from interp_assets.web.exports import FORMATS, export_bundle
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.synthetic import build_synthetic_bundle
@@ -98,10 +99,13 @@ def test_a_record_of_another_feature_is_refused(memory_store: ObjectStore) -> No
     """Index and records that disagree would show evidence of the wrong feature."""
     made = build_synthetic_bundle(memory_store, n_features=3, n_documents=4)
     description = OpenBundle(list_bundles(memory_store)[0]).description
-    member = gzip.compress(json.dumps({"version": 1, "latent": 7}).encode(), mtime=0)
+    bundle = OpenBundle(list_bundles(memory_store)[0])
+    member = pack_record({**bundle.record(1), "latent": 7}, TokenOrder(bundle.vocabulary.order))
+    vocabulary = bundle.read("vocabulary.json")
     remove_artifact(memory_store, made.ref.path)
     with create_artifact(memory_store, made.ref) as art:
         art.put("bundle.json", json.dumps(description).encode())
+        art.put("vocabulary.json", vocabulary)
         art.put("records/00000.bin", member * 3)
         art.put("records/00000.idx", b"".join((len(member) * i).to_bytes(8, "little") for i in range(4)))
     with pytest.raises(ArtifactCorruptError, match="feature 1 lies where feature 7 is"):

@@ -409,7 +409,7 @@ def test_a_bundle_of_a_newer_version_is_listed_with_the_reason(static: Path, mem
         art.put("bundle.json", json.dumps({"format": "interp-assets/feature-bundle", "version": 99}).encode())
     site = Site(list_bundles(memory_store), static)
     listed = site.get("/api/bundles").json()["bundles"][0]
-    assert "version 99; this release reads version 2. Upgrade" in listed["error"]["what"]
+    assert "version 99; this release reads version 3. Upgrade" in listed["error"]["what"]
     assert "version 99" in _problem(site.get(f"/api/bundles/{site.name}"))["what"]
 
 

@@ -65,7 +65,7 @@ def test_a_hole_in_the_ids_keeps_its_number() -> None:
 )
 def test_a_vocabulary_survives_the_file(tokens: list[str], raw: dict[int, bytes]) -> None:
     """Any text and any bytes come back, quotes, control characters and surrogate pairs included."""
-    vocabulary = Vocabulary(tokens, raw, [0])
+    vocabulary = Vocabulary(tokens, raw, [0], [2, 0, 1])
     assert decode_vocabulary(encode_vocabulary(vocabulary), "here") == vocabulary
 
 
@@ -73,11 +73,11 @@ def test_foreign_and_newer_files_are_refused() -> None:
     """The message names the file and the next step."""
     with pytest.raises(ArtifactCorruptError, match=r"here is no vocabulary.*Materialize the bundle again"):
         decode_vocabulary(b"[]", "here")
-    newer = encode_vocabulary(Vocabulary([], {}, [])).replace(b'"version":1', b'"version":9')
+    newer = encode_vocabulary(Vocabulary([], {}, [], [])).replace(b'"version":2', b'"version":9')
     with pytest.raises(ArtifactForeignError, match=r"version 9.*Upgrade"):
         decode_vocabulary(newer, "here")
 
 
 def test_ids_outside_the_vocabulary_have_a_text() -> None:
     """A model's embedding is often padded beyond its tokenizer."""
-    assert Vocabulary(["a"], {}, []).text(7) == "<7>"
+    assert Vocabulary(["a"], {}, [], []).text(7) == "<7>"

@@ -11,6 +11,7 @@ import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Lab
 import { parseVocabulary, type Vocabulary } from './vocabulary';
 
 const KEPT_RECORDS = 400;
+const BUNDLE_VERSION = 3;
 
 /** Remember promises by key; a failed one is forgotten, so that the next try asks again. */
 class Memory<T> {
@@ -91,8 +92,15 @@ export function getBundle(name: string): Promise<Bundle> {
     if (site.mode === 'server') return askJson<Bundle>(at(name, ''));
     const known = site.bundles.map((item) => item.name);
     if (!known.includes(name)) throw new Problem(`No bundle is called '${name}'. This site has ${known.length}: ${known.slice(0, 10).join(', ')}.`, 'Go back to the list of bundles.');
-    return { ...(await askJson<Bundle>(fileOf(name, 'bundle.json'))), name };
+    return { ...checkBundle(await askJson<Bundle & { format?: string; version?: number }>(fileOf(name, 'bundle.json'))), name };
   });
+}
+
+/** Refuse what `interp serve` would refuse. */
+function checkBundle<T extends { format?: string; version?: number }>(found: T): T {
+  if (found.format === 'interp-assets/feature-bundle' && found.version === BUNDLE_VERSION) return found;
+  const step = (found.version ?? 0) > BUNDLE_VERSION ? 'Upgrade interp-assets, and export the site again.' : 'Materialize `feature_browser` and export the site again.';
+  throw new Problem(`bundle.json is '${found.format}' version ${found.version}; these pages read version ${BUNDLE_VERSION}.`, step);
 }
 
 /** Read bytes [start, stop) of a file. A host without ranges sends the whole file, which is cut here. */
@@ -157,8 +165,8 @@ async function fetchRecord(bundle: Bundle, latent: number): Promise<FeatureRecor
   const path = fileOf(bundle.name, file);
   const index = await indices.get(path, async () => (await ask(`${path}.idx`)).arrayBuffer());
   const { start, stop } = readSpan(index, place, file);
-  const member = await readRange(`${path}.bin`, start, stop);
-  return { ...(await decodeRecord(member, stored, file)), latent };
+  const [member, { order }] = await Promise.all([readRange(`${path}.bin`, start, stop), getVocabulary(bundle.name)]);
+  return { ...(await decodeRecord(member, stored, file, order)), latent };
 }
 
 /** What was imported about a feature. A static host has none. */

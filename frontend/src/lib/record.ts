@@ -3,9 +3,10 @@
  * Every way in which the files may disagree becomes a Problem that names the file.
  */
 import { Problem } from './problem';
+import { unpackRecord, type PackedRecord } from './packing';
 import type { FeatureRecord } from './types';
 
-const RECORD_VERSION = 1;
+const RECORD_VERSION = 2;
 const REBUILD = 'Run `interp verify` on the bundle and materialize `feature_browser` again.';
 
 export interface Span {
@@ -30,26 +31,30 @@ export function readSpan(index: ArrayBuffer, place: number, file: string): Span 
   return { start, stop };
 }
 
-/** Unpack and check one record. */
-export async function decodeRecord(member: ArrayBuffer, latent: number, file: string): Promise<FeatureRecord> {
-  let record: FeatureRecord;
+/** Unpack and check one record; `order` are the token ids by rank. */
+export async function decodeRecord(member: ArrayBuffer, latent: number, file: string, order: ArrayLike<number>): Promise<FeatureRecord> {
+  let record: PackedRecord;
   try {
     const stream = new Blob([member]).stream().pipeThrough(new DecompressionStream('gzip'));
-    record = JSON.parse(await new Response(stream).text()) as FeatureRecord;
+    record = JSON.parse(await new Response(stream).text()) as PackedRecord;
   } catch {
     throw new Problem(`The record of feature ${latent} in ${file}.bin is damaged or truncated.`, REBUILD);
   }
   if (typeof record !== 'object' || record === null || typeof record.version !== 'number') {
     throw new Problem(`What ${file}.bin holds for feature ${latent} is no feature record.`, REBUILD);
   }
-  if (record.version > RECORD_VERSION) {
+  if (record.version !== RECORD_VERSION) {
     throw new Problem(
       `The record of feature ${latent} has version ${record.version}; these pages read version ${RECORD_VERSION}.`,
-      'Upgrade interp-assets, then reload the page.',
+      record.version > RECORD_VERSION ? 'Upgrade interp-assets, then reload the page.' : 'Materialize `feature_records` and `feature_browser` again.',
     );
   }
   if (record.latent !== latent) {
     throw new Problem(`Index and records disagree: feature ${record.latent} lies where ${file}.idx says feature ${latent} is.`, REBUILD);
   }
-  return record;
+  try {
+    return unpackRecord(record, order);
+  } catch (error) {
+    throw new Problem(`The record of feature ${latent} in ${file}.bin cannot be read: ${(error as Error).message}.`, REBUILD);
+  }
 }

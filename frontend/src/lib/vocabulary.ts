@@ -5,13 +5,15 @@
 import { Problem } from './problem';
 import type { Window } from './types';
 
-const VOCABULARY_VERSION = 1;
+const VOCABULARY_VERSION = 2;
 const LONGEST_CHARACTER = 4;
 
 export interface Vocabulary {
   tokens: string[];
   raw: Map<number, Uint8Array>;
   special: Set<number>;
+  /** Token ids by falling frequency in the data set: records name tokens by their place here. */
+  order: number[];
 }
 
 /** What is drawn as one piece: usually one token, several when they share a character. */
@@ -26,15 +28,16 @@ export interface Unit {
 }
 
 export function parseVocabulary(content: unknown): Vocabulary {
-  const file = content as { format?: string; version?: number; tokens?: string[]; bytes?: Record<string, string>; special?: number[] };
+  const file = content as { format?: string; version?: number; tokens?: string[]; bytes?: Record<string, string>; special?: number[]; order?: number[] };
   if (file?.format !== 'interp-assets/vocabulary' || !Array.isArray(file.tokens)) {
     throw new Problem('vocabulary.json is no vocabulary.', 'Materialize `feature_browser` again.');
   }
-  if ((file.version ?? 0) > VOCABULARY_VERSION) {
-    throw new Problem(`vocabulary.json has version ${file.version}; these pages read version ${VOCABULARY_VERSION}.`, 'Upgrade interp-assets.');
+  if (file.version !== VOCABULARY_VERSION || !Array.isArray(file.order)) {
+    const step = (file.version ?? 0) > VOCABULARY_VERSION ? 'Upgrade interp-assets.' : 'Materialize `feature_browser` again.';
+    throw new Problem(`vocabulary.json has version ${file.version}; these pages read version ${VOCABULARY_VERSION}.`, step);
   }
   const raw = new Map(Object.entries(file.bytes ?? {}).map(([id, hex]) => [Number(id), fromHex(hex)]));
-  return { tokens: file.tokens, raw, special: new Set(file.special ?? []) };
+  return { tokens: file.tokens, raw, special: new Set(file.special ?? []), order: file.order };
 }
 
 export function fromHex(hex: string): Uint8Array {

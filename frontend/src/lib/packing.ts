@@ -1,0 +1,107 @@
+/** A packed record becomes a record: columns become windows, as `interp_assets/visualize/packing.py` has it. */
+import { decodeDecimals, decodeNumbers } from './digits';
+import type { FeatureRecord, Logits, Window } from './types';
+
+const PEAK_DIGITS = 4;
+const DIGITS = 3;
+const BIN_SHIFT = 21;
+
+type Pairs = [number[], number[]];
+
+export interface PackedRecord {
+  version: number;
+  latent: number;
+  statistics: Omit<FeatureRecord['statistics'], 'histogram'> & { histogram: { first: number; counts: number[] } };
+  lists: { top: string; intervals: [number, number, string][]; random: string };
+  windows: PackedWindows | null;
+  logits: (Omit<Logits, 'top' | 'bottom'> & { top: Pairs; bottom: Pairs }) | null;
+  logits_reason: string | null;
+  neighbours: Pairs;
+  coactivations: [number[], number[], number[]];
+}
+
+interface PackedWindows {
+  documents: string[];
+  document: string;
+  shard: string;
+  row: string;
+  before: string;
+  after: string;
+  masked: Record<string, number[]>;
+  exponent: number;
+  peak: string;
+  firings: string;
+  gap: string;
+  activation: string;
+  tokens: string;
+}
+
+/** Raises an error of any kind when the columns do not fit each other. `order` are the token ids by rank. */
+export function unpackRecord(packed: PackedRecord, order: ArrayLike<number>): FeatureRecord {
+  const windows = packed.windows ? unpackWindows(packed.windows, order) : [];
+  const listed = (text: string): Window[] =>
+    decodeNumbers(text).map((place) => {
+      const window = windows[place];
+      if (!window) throw new RangeError(`a list names window ${place} of ${windows.length}`);
+      return window;
+    });
+  const { lists, logits, statistics } = packed;
+  return {
+    version: packed.version,
+    latent: packed.latent,
+    is_dead: statistics.count === 0,
+    statistics: { ...statistics, histogram: { edges: edgesOf(statistics.histogram), counts: statistics.histogram.counts } },
+    examples: {
+      top: listed(lists.top),
+      intervals: lists.intervals.map(([low, high, text]) => ({ low, high, examples: listed(text) })),
+      random: listed(lists.random),
+    },
+    logits: logits && { ...logits, top: zip(logits.top), bottom: zip(logits.bottom) },
+    logits_reason: packed.logits_reason,
+    neighbours: zip(packed.neighbours),
+    coactivations: packed.coactivations[0].map((latent, i) => [latent, packed.coactivations[1][i]!, packed.coactivations[2][i]!]),
+  };
+}
+
+function unpackWindows(packed: PackedWindows, order: ArrayLike<number>): Window[] {
+  const [document, shard, row, before, after, firings, gap, ranks] = [
+    packed.document, packed.shard, packed.row, packed.before, packed.after, packed.firings, packed.gap, packed.tokens,
+  ].map(decodeNumbers) as [number[], number[], number[], number[], number[], number[], number[], number[]];
+  const peaks = decodeDecimals(packed.peak, packed.exponent, PEAK_DIGITS);
+  const values = decodeDecimals(packed.activation, packed.exponent, DIGITS);
+  const windows: Window[] = [];
+  let [token, firing, at, line] = [0, 0, 0, 0];
+  for (const [i, peak] of before.entries()) {
+    at += shard[i]!;
+    line = i > 0 && shard[i] === 0 ? line + row[i]! : row[i]!;
+    const length = peak + 1 + after[i]!;
+    const activations: [number, number][] = [[peak, peaks[i]!]];
+    for (let place = 0, end = firing + firings[i]!; firing < end; firing++) {
+      place += gap[firing]!;
+      activations.push([place, values[firing]!]);
+    }
+    const tokens = ranks.slice(token, token + length).map((rank) => order[rank]!);
+    if (tokens.length !== length || tokens.includes(undefined!)) throw new RangeError('windows and tokens disagree');
+    windows.push({
+      row: [at, line],
+      document: packed.documents[document[i]!]!,
+      tokens,
+      peak,
+      activation: peaks[i]!,
+      activations: activations.sort((a, b) => a[0] - b[0]),
+      masked: packed.masked[i] ?? [],
+    });
+    token += length;
+  }
+  if (token !== ranks.length || firing !== values.length) throw new RangeError('windows and columns disagree');
+  return windows;
+}
+
+/** Bins are quarter octaves: a float32's bits, shifted. */
+function edgesOf({ first, counts }: { first: number; counts: number[] }): number[] {
+  if (!counts.length) return [];
+  const bits = Uint32Array.from({ length: counts.length + 1 }, (_, i) => ((first + i) << BIN_SHIFT) >>> 0);
+  return Array.from(new Float32Array(bits.buffer), (edge) => Number(edge.toPrecision(4)));
+}
+
+const zip = ([indices, values]: Pairs): [number, number][] => indices.map((index, i) => [index, values[i]!]);
