@@ -126,6 +126,18 @@ def inspect(path: PathArgument = "data") -> None:
 
 
 @app.command()
+def sweep(
+    config: ConfigOption = None,
+    sort: Annotated[str, typer.Option(help="Column of the table to sort by, for example `l0`.")] = "fvu",
+    csv: Annotated[bool, typer.Option("--csv", help="Write all columns as CSV.")] = False,
+) -> None:
+    """Show all SAEs of a pipeline side by side: configuration, quality on the held-out shards, speed."""
+    from interp_assets.show import print_sweep
+
+    print_sweep(out, _load(config), sort, as_csv=csv)
+
+
+@app.command()
 def verify(path: PathArgument = "data") -> None:
     """Read every block of every artifact below a folder, and name each fault; exit code 1 when there is one."""
     from interp_assets.console import byte_bar, format_bytes, format_count

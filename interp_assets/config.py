@@ -207,12 +207,16 @@ class ExecutionConfig(_Config):
     """Training processes started by torchrun; 1 trains in the asset's own process."""
     latent_processes: Annotated[int, Field(ge=1)] = 1
     """How many of `processes` the latents of an SAE are divided over (latent parallel); the rest share the rows (data parallel)."""
+    checkpoint_steps: Annotated[int, Field(ge=1)] = 500
+    """Steps between two checkpoints of a training, at most two of which are kept."""
+    profile_steps: Annotated[int, Field(ge=0, le=1000)] = 5
+    """Training steps that are profiled, after ten steps of warm-up; costs about a second, changes no number. 0 profiles none."""
     plan: Name = "plan.json"
     """File of the plan in the pipeline's folder; a retraining works under a plan of its own until it is promoted. Leave it."""
     usd_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """What an hour of the machine costs, for the cost that each partition shows. 0 shows none."""
     partitions_per_run: Annotated[int, Field(ge=1)] = 64
-    """Shards that one run of a backfill tokenizes or harvests. Fewer spread over more machines; each run costs seconds to start."""
+    """Partitions that one run of a backfill makes: shards, buckets or slices. Fewer spread over more machines; each run costs seconds to start."""
 
 
 class PipelineConfig(_Config):

@@ -7,13 +7,18 @@ no global figure state, no display.
 import base64
 import io
 import json
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from PIL import Image
 from safetensors.numpy import load as load_arrays
 
 from interp_assets.harvest.statistics import norm_bin_edges
@@ -22,8 +27,14 @@ from interp_assets.store import Store
 
 _SIZE: Final = (5.2, 2.6)
 _DPI: Final = 80
+_PALETTE: Final = 128
 _COLOUR: Final = "#3b6ea8"
 _SECOND: Final = "#c8643c"
+_LARGE: Final = (7.4, 4.4)
+_MAX_NAMES: Final = 24
+"""More lines or points than this are not named: nobody could read it."""
+_CURVES: Final = (("loss", "loss", True), ("l0", "L0", True), ("fvu", "FVU", True), ("dead_share", "dead share", False))
+"""Panels of the learning curves: column, label, and whether a logarithmic axis is used where all values are positive."""
 
 
 def plot_training(store: Store, sae: Produced) -> str:
@@ -40,6 +51,48 @@ def plot_training(store: Store, sae: Produced) -> str:
         second.plot(steps, frame["l0"].to_numpy(), color=_SECOND, linewidth=1)
         second.set_ylabel("L0", color=_SECOND)
     return _as_markdown(figure, "Loss and L0 over the training steps")
+
+
+def plot_curves(store: Store, sweep: Produced) -> str:
+    """Draw loss, L0, FVU and dead share of all SAEs over the rows that they were trained on."""
+    frame = _read_table(store, sweep, "curves.parquet")
+    figure = Figure(figsize=_LARGE, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2).flat
+    colours = _colours(frame["name"].unique(maintain_order=True).to_list())
+    for axes, (column, label, is_log) in zip(panels, _CURVES, strict=True):
+        _dress(axes, "rows", label)
+        for (name,), part in frame.group_by("name", maintain_order=True):
+            axes.plot(part["n_rows"].to_numpy(), part[column].to_numpy(), color=colours[str(name)], linewidth=1, label=str(name))
+        if is_log and _is_positive(frame[column]):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+    _add_legend(figure, colours)
+    return _as_markdown(figure, "Learning curves of all SAEs")
+
+
+def plot_pareto(store: Store, sweep: Produced) -> str:
+    """Draw FVU against L0 on the held-out shards, one point per SAE, and the line of those that no other one beats in both."""
+    frame = _read_table(store, sweep, "sweep.parquet").sort("l0")
+    figure, axes = _make_figure("L0 on held-out rows", "FVU on held-out rows")
+    figure.set_size_inches(*_LARGE)
+    architectures = frame["architecture"].unique(maintain_order=True).sort().to_list()
+    colours = _colours(architectures)
+    best = frame.with_columns(pl.col("fvu").cum_min().shift(1).alias("before")).filter(
+        pl.col("before").is_null() | (pl.col("fvu") < pl.col("before"))
+    )
+    axes.plot(best["l0"].to_numpy(), best["fvu"].to_numpy(), color="#999999", linewidth=1, linestyle="--", zorder=1)
+    for name in architectures:
+        part = frame.filter(pl.col("architecture") == name)
+        axes.scatter(part["l0"].to_numpy(), part["fvu"].to_numpy(), color=colours[name], s=28, zorder=2)
+    if frame.height <= _MAX_NAMES:
+        for row in frame.iter_rows(named=True):
+            axes.annotate(row["name"], (row["l0"], row["fvu"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.margins(x=0.12)
+    _add_legend(figure, colours, marker="o")
+    return _as_markdown(figure, "FVU against L0 of all SAEs")
 
 
 def plot_frequencies(store: Store, evaluation: Produced) -> str:
@@ -80,15 +133,42 @@ def _make_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    _dress(axes, x_label, y_label)
+    return figure, axes
+
+
+def _dress(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, linewidth=0.6)
-    return figure, axes
+
+
+def _colours(names: Sequence[str]) -> dict[str, Any]:
+    """Give each name a colour: ten that are told apart easily, or a ramp where there are more."""
+    spread = colormaps["tab10"].colors if len(names) <= 10 else colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))  # pyright: ignore[reportAttributeAccessIssue]
+    return dict(zip(names, spread, strict=False))
+
+
+def _add_legend(figure: Figure, colours: dict[str, Any], marker: str = "") -> None:
+    if len(colours) > _MAX_NAMES:
+        return
+    lines = [Line2D([], [], color=colour, linewidth=0 if marker else 2, marker=marker) for colour in colours.values()]
+    figure.legend(lines, list(colours), loc="outside lower center", ncols=min(4, len(colours)), fontsize=8, frameon=False)
+
+
+def _is_positive(values: pl.Series) -> bool:
+    smallest, largest = values.min(), values.max()
+    return isinstance(smallest, float) and isinstance(largest, float) and largest > 5 * smallest > 0
+
+
+def _read_table(store: Store, produced: Produced, name: str) -> pl.DataFrame:
+    return pl.read_parquet(io.BytesIO(read_file(store, produced.ref.path, produced.manifest, name)))
 
 
 def _as_markdown(figure: Figure, caption: str) -> str:
-    """Render a figure as an inline image; the same data give the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    """Render a figure as an inline image of few colours, which takes a third of the bytes; the same data give the same bytes."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None})
+    Image.open(drawn).convert("RGB").quantize(_PALETTE).save(buffer, format="png", optimize=True)
     return f"![{caption}](data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()})"

@@ -1,7 +1,7 @@
 """The graph as data: for every asset, in order, its partitions and the artifacts that each partition consists of.
 
     corpus_plan -> token_shards -> activations, activation_statistics -> shuffle_plan -> shuffle_pass_1 .. -> mixed_shards,
-    shuffle_certificate -> sae, sae_evaluation -> for each SAE that is shown: feature_candidates, feature_examples,
+    shuffle_certificate -> sae, sae_evaluation -> sweep, and for each SAE that is shown: feature_candidates, feature_examples,
     example_activations, feature_records, feature_browser
 
 Given the plan, all of it is a pure function of the configuration. It serves whoever asks "what is missing?" (the run loop), "how much
@@ -32,7 +32,7 @@ from interp_assets.shuffle.refs import (
     split_shard_ref,
 )
 from interp_assets.store import Store
-from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.train.refs import evaluation_ref, sae_ref, sweep_ref
 from interp_assets.visualize.refs import (
     candidates_ref,
     examples_ref,
@@ -112,6 +112,7 @@ def make_road(config: PipelineConfig) -> list[Stop]:
             lambda pipeline, _store, key: [evaluation_ref(pipeline, key)],
             lambda pipeline, key: [[sae_ref(pipeline, key)]],
         ),
+        Stop(("sweep",), "train", "none", 0, lambda pipeline, _store, _key: [sweep_ref(pipeline)], _sweep_sources),
     ]
     for sae in config.features.saes:
         road += _features(sae)
@@ -221,6 +222,11 @@ def _mixed_sources(pipeline: Pipeline, _key: str) -> list[list[ArtifactRef]]:
 def _certificate_sources(pipeline: Pipeline, _key: str) -> list[list[ArtifactRef]]:
     buckets = range(n_mixed_shards(pipeline))
     return [[mixed_shard_ref(pipeline, hook_point, bucket) for bucket in buckets] for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _sweep_sources(pipeline: Pipeline, _key: str) -> list[list[ArtifactRef]]:
+    names = [config.name for config in pipeline.config.saes]
+    return [[ref for name in names for ref in (sae_ref(pipeline, name), evaluation_ref(pipeline, name))]]
 
 
 def _per_hook_point(ref: Callable[[Pipeline, str], ArtifactRef]) -> Refs:

@@ -9,9 +9,11 @@ from typing import Any, Final
 import polars as pl
 from rich.console import Console
 
+from interp_assets.config import PipelineConfig
 from interp_assets.console import format_bytes, format_count, print_table
 from interp_assets.errors import InputError
 from interp_assets.manifest import MANIFEST, FileEntry, Manifest, read_file, read_manifest
+from interp_assets.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.store import Store
 from interp_assets.verify import Tree, list_tree, locate
 
@@ -31,6 +33,22 @@ def print_inspection(console: Console, address: str) -> None:
         print_tree(console, store, tree)
     else:
         raise InputError(f"There is no artifact at or below {address}. Artifacts are folders with a {MANIFEST}.")
+
+
+def print_sweep(console: Console, config: PipelineConfig, sort: str, *, as_csv: bool) -> None:
+    """Print the table of all SAEs of a pipeline. Raises `InputError` for a column that it has not."""
+    from interp_assets.train.sweep import load_table, shorten  # noqa: PLC0415 - torch takes seconds to import
+
+    store = open_pipeline_store(config)
+    table = load_table(load_pipeline(config, store), store)
+    if sort not in table.columns:
+        raise InputError(f"The table of SAEs has no column {sort!r}; it has {', '.join(table.columns)}.")
+    table = table.sort(sort)
+    if as_csv:
+        console.print(table.write_csv().rstrip(), soft_wrap=True, markup=False)
+        return
+    shown = shorten(table)
+    print_table(console, shown.columns, ([_cell("-" if value is None else value) for value in row] for row in shown.rows()))
 
 
 def print_tree(console: Console, store: Store, tree: Tree) -> None:

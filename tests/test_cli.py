@@ -33,6 +33,7 @@ OPTIONS = {
     "plan": ["--config", "--memory", "--range", "--row-bytes", "--rows", "--simulate", "--workers"],
     "run": ["--config", "--select"],
     "serve": ["--config", "--host", "--notes", "--port", "--token", "path"],
+    "sweep": ["--config", "--csv", "--sort"],
     "verify": ["path"],
 }
 

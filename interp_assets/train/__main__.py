@@ -19,7 +19,7 @@ from interp_assets.config import load_config
 from interp_assets.errors import InterpError
 from interp_assets.garcon.device import choose_device
 from interp_assets.pipeline import load_pipeline, open_pipeline_store
-from interp_assets.train.loop import Execution, TrainingMetrics, train_saes
+from interp_assets.train.loop import TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import make_ranks
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
             chosen.names,
             (lambda n: _tell("progress", n=n)) if is_first else None,
             _tell_metrics if is_first else None,
-            Execution(ranks=ranks),
+            make_execution(config, ranks),
         )
     except InterpError as error:
         if is_first:

@@ -1,4 +1,4 @@
-"""SAEs as assets: one partition per experiment of the sweep, trained together and measured on the held-out shards."""
+"""SAEs as assets: one partition per experiment of the sweep, trained together, measured on the held-out shards, and compared in one table."""
 
 import dagster as dg
 
@@ -7,14 +7,16 @@ from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_ve
 from interp_assets.manifest import load_manifest
 from interp_assets.partitions import Layout, every, only, same, whole
 from interp_assets.pipeline import Pipeline, shard_key
-from interp_assets.plots import plot_frequencies, plot_training
+from interp_assets.plots import plot_curves, plot_frequencies, plot_pareto, plot_training
 from interp_assets.progress import Progress
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.store import Store
 from interp_assets.train.evaluate import evaluate_sae
 from interp_assets.train.launch import run_training
 from interp_assets.train.loop import training_rows
-from interp_assets.train.refs import EVALUATION_VERSION, TRAIN_VERSION
+from interp_assets.train.refs import EVALUATION_VERSION, SWEEP_VERSION, TRAIN_VERSION
+from interp_assets.train.reports import describe_speed, describe_sweep, make_listener
+from interp_assets.train.sweep import make_sweep
 from resources.world import World
 
 GROUP = "train"
@@ -22,7 +24,7 @@ GROUP = "train"
 
 def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
     """Make the assets of this stage."""
-    return [_sae(layout), _sae_evaluation(layout)]
+    return [_sae(layout), _sae_evaluation(layout), _sweep(layout)]
 
 
 def _sae(layout: Layout) -> dg.AssetsDefinition:
@@ -39,7 +41,8 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         backfill_policy=dg.BackfillPolicy.single_run(),
         description=(
             "A trained sparse autoencoder: weights and configuration in a folder that SAELens opens, and its training curve. The unit of work is an "
-            "experiment; those of one run share one reader and see identical batches. Look at the loss curve, L0 and FVU."
+            "experiment; those of one run share one reader and see identical batches. Look at the loss curve, L0 and FVU, at the profile, and at "
+            "the share of the time that training waited for rows."
         ),
     )
     def sae(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
@@ -47,11 +50,12 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         names = partition_keys(context)
         _require_certificates(pipeline, store, names)
         progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
-        trained = run_training(pipeline, store, names, progress.advance)
+        trained = run_training(pipeline, store, names, progress.advance, make_listener(context.log.info))
 
         def work(key: str) -> Made:
             item = trained[key]
-            return made([item], store.url, training=dg.MetadataValue.md(plot_training(store, item)))
+            shown = {name: dg.MetadataValue.md(text) for name, text in describe_speed(store, item).items()}
+            return made([item], store.url, training=dg.MetadataValue.md(plot_training(store, item)), **shown)
 
         yield from record(context, work, progress)
 
@@ -88,6 +92,32 @@ def _sae_evaluation(layout: Layout) -> dg.AssetsDefinition:
         yield from record(context, work, progress)
 
     return sae_evaluation
+
+
+def _sweep(layout: Layout) -> dg.AssetsDefinition:
+    @dg.asset(
+        deps=[every("sae"), every("sae_evaluation")],
+        group_name=GROUP,
+        owners=OWNERS,
+        retry_policy=RETRIES,
+        kinds=layout.kinds("parquet", "polars"),
+        code_version=code_version(SWEEP_VERSION),
+        description=(
+            "All SAEs of the pipeline in one table: configuration, quality on the held-out shards, speed, and artifact ids of each; polars, DuckDB "
+            "and pandas read it. Look at the Pareto plot of L0 and FVU, and at the learning curves side by side."
+        ),
+    )
+    def sweep(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
+        pipeline, store = world.open()
+
+        def work(_key: str) -> Made:
+            item = make_sweep(pipeline, store)
+            text = {"pareto": plot_pareto(store, item), "learning_curves": plot_curves(store, item), "saes": describe_sweep(store, item)}
+            return made([item], store.url, **{name: dg.MetadataValue.md(value) for name, value in text.items()})
+
+        yield from record(context, work, progress)
+
+    return sweep
 
 
 def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) -> None:

@@ -54,7 +54,7 @@ class _Contexts(NamedTuple):
     is_valid: Tensor
 
 
-class _ModelSums(NamedTuple):
+class ModelSums(NamedTuple):
     """Sums over the measured positions, in nats."""
 
     n: int
@@ -83,7 +83,7 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
         reason = "a crosscoder reconstructs several hook points at once"
     model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, progress)
     with create_artifact(store, ref, made_from=[trained]) as art:
-        _write(art, sums, model_sums, reason)
+        save_evaluation(art, sums, model_sums, reason)
     assert art.manifest is not None
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)
 
@@ -111,7 +111,7 @@ def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig,
 
 def _measure_model(
     pipeline: Pipeline, store: Store, model: SubjectModel, sae: Sae, config: SaeConfig, progress: Callable[[int], None] | None
-) -> _ModelSums:
+) -> ModelSums:
     total = torch.zeros(6, dtype=torch.float64)
     n_left = MODEL_TOKENS
     for batch in _iter_contexts(pipeline, store):
@@ -128,11 +128,11 @@ def _measure_model(
             "Try model.dtype float32, and look at the SAE's training curve."
         )
     n, *sums = total.tolist()
-    return _ModelSums(int(n), *sums)
+    return ModelSums(int(n), *sums)
 
 
 def _measure_contexts(model: SubjectModel, sae: Sae, config: SaeConfig, batch: _Contexts) -> Tensor:
-    """Return the six sums of `_ModelSums` over one batch of contexts."""
+    """Return the six sums of `ModelSums` over one batch of contexts."""
     token_ids, is_valid = batch.token_ids.to(model.device), batch.is_valid.to(model.device)
 
     read: Tensor | None = None
@@ -183,7 +183,8 @@ def _pad(parts: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
-def _write(art: ArtifactWriter, sums: ReconstructionSums, model_sums: _ModelSums | None, reason: str) -> None:
+def save_evaluation(art: ArtifactWriter, sums: ReconstructionSums, model_sums: ModelSums | None, reason: str) -> None:
+    """Write the files and facts of an evaluation; `reason` says why there are no sums of the model."""
     metrics: dict[str, Any] = {
         **sums.saebench(),
         **_model_sections(model_sums),
@@ -216,7 +217,7 @@ def _write(art: ArtifactWriter, sums: ReconstructionSums, model_sums: _ModelSums
     }
 
 
-def _model_sections(sums: _ModelSums | None) -> dict[str, dict[str, float | None]]:
+def _model_sections(sums: ModelSums | None) -> dict[str, dict[str, float | None]]:
     behaviour: dict[str, float | None] = dict.fromkeys(("kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"))
     performance: dict[str, float | None] = dict.fromkeys(("ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"))
     if sums is not None and sums.n:

@@ -23,7 +23,7 @@ from interp_assets.errors import ConfigError, InterpError
 from interp_assets.manifest import Produced, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
-from interp_assets.train.loop import OnMetrics, TrainingMetrics, train_saes
+from interp_assets.train.loop import OnMetrics, TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.trainer import LogRow
@@ -46,7 +46,7 @@ def run_training(
     n_processes, n_slices = pipeline.config.execution.processes, pipeline.config.execution.latent_processes
     _check_processes(pipeline, names, n_processes, n_slices)
     if n_processes == 1:
-        return train_saes(pipeline, store, names, progress, on_metrics)
+        return train_saes(pipeline, store, names, progress, on_metrics, make_execution(pipeline.config))
     if pipeline.config.root.startswith("memory://"):
         raise ConfigError(f"{pipeline.config.root} is this process' memory: several training processes need a folder or a bucket. Set `root`.")
     started_s = time.perf_counter()
@@ -110,7 +110,7 @@ def _listen(process: subprocess.Popen[str], progress: Callable[[int], None] | No
             case "progress" if progress is not None:
                 progress(event["n"])
             case "metrics" if on_metrics is not None:
-                on_metrics(TrainingMetrics(event["name"], LogRow(**event["row"]), event["n_steps"], event["rows_per_s"]))
+                on_metrics(TrainingMetrics(event["name"], LogRow(**event["row"]), event["n_steps"], event["rows_per_s"], event["input_wait_share"]))
             case "error":
                 kind = getattr(errors, event["type"], InterpError)
                 failure = kind(event["message"])

@@ -5,39 +5,38 @@
 3. Fold each finished SAE, calibrate it on the rows that follow its training rows, measure it, publish it, drop its checkpoints.
 
 An SAE's weights depend on its own configuration and the data only, not on the company it is trained in, and are the same bit for bit
-whether or not the training was killed and resumed. Times never enter the artifact: rates go to `on_metrics`.
+whether or not the training was killed and resumed. Times go to `on_metrics` and to files that are outside the artifact's digest.
 """
 
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import polars as pl
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
-from interp_assets.config import SaeConfig
-from interp_assets.errors import InputError, NonFiniteError, PlanError
-from interp_assets.garcon.device import choose_device
-from interp_assets.harvest.statistics import load_statistics
+from interp_assets.config import PipelineConfig, SaeConfig
+from interp_assets.errors import NonFiniteError, PlanError
 from interp_assets.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.seeds import stream
 from interp_assets.shuffle.generations import before, has_grown
-from interp_assets.shuffle.mixed import MixedShard, open_mixed
 from interp_assets.store import Store
 from interp_assets.tensors import save_tensors
-from interp_assets.train.batches import RowOrder, describe_batch, iter_batches, make_row_order
 from interp_assets.train.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
 from interp_assets.train.checkpoint import load_sae, save_sae
 from interp_assets.train.fold import fold_weights
 from interp_assets.train.parallel import ONE_RANK, Ranks
-from interp_assets.train.recipes import RECIPES, Normalization, make_normalization, make_weights
+from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
+from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save_checkpoint
+from interp_assets.train.rows import TrainingData, iter_rows, open_training_data
+from interp_assets.train.times import TIMES, TrainingTimes, WaitClock, describe_times
 from interp_assets.train.trainer import LogRow, Trainer, n_steps
 from interp_assets.train.warm import unfold_weights
 
@@ -53,6 +52,8 @@ class TrainingMetrics(NamedTuple):
     n_steps: int
     rows_per_s: float
     """Rows per second of this SAE's group since it started."""
+    input_wait_share: float
+    """Share of that time in which the group waited for rows."""
 
 
 OnMetrics = Callable[[TrainingMetrics], None]
@@ -66,41 +67,19 @@ class Execution:
     """The ranks that train together."""
     checkpoint_steps: int = 500
     """Steps between two checkpoints."""
-
-
-@dataclass(frozen=True)
-class _Data:
-    """What the SAEs of one group share: rows of the hook points that are encoded, and of those that are reconstructed."""
-
-    shards: dict[str, list[MixedShard]]
-    """By hook point."""
-    order: RowOrder
-    batch_rows: int
-    sources: tuple[str, ...]
-    targets: tuple[str, ...]
-    source: Normalization
-    target: Normalization
-    widths: tuple[int, ...]
-    """Of the hook points that are reconstructed."""
-    device: torch.device
-
-    @property
-    def where(self) -> str:
-        """The first hook point, for messages."""
-        return self.sources[0]
-
-
-class _Rows(NamedTuple):
-    """One batch of raw rows: what is encoded and what is reconstructed."""
-
-    step: int
-    x: Tensor
-    y: Tensor
+    profile_steps: int = 0
+    """Steps that the profiler watches; 0 for none."""
 
 
 class _Member(NamedTuple):
     ref: ArtifactRef
     trainer: Trainer
+    times: TrainingTimes
+
+
+def make_execution(config: PipelineConfig, ranks: Ranks = ONE_RANK) -> Execution:
+    """Take what a configuration says about how a training runs."""
+    return Execution(ranks=ranks, checkpoint_steps=config.execution.checkpoint_steps, profile_steps=config.execution.profile_steps)
 
 
 def train_saes(
@@ -147,40 +126,65 @@ def _train_group(
     execution: Execution,
 ) -> dict[str, Produced]:
     started_s = time.perf_counter()
-    data, ranks = _open_data(pipeline, store, configs[0]), execution.ranks
-    share = ranks.share(data.batch_rows)
+    data, ranks = open_training_data(pipeline, store, configs[0]), execution.ranks
     members = [_open_member(pipeline, store, config, data, ranks) for config in configs]
     for member in members:
         _advance(progress, member.trainer.step * data.batch_rows)
-    first, last = min(member.trainer.step for member in members), max(member.trainer.n_steps for member in members)
-    is_same = data.sources == data.targets
-    for rows in _iter_rows(store, data, range(first, last)):
-        x = data.source.apply(rows.x[share].to(data.device))
-        y = x if is_same else data.target.apply(rows.y[share].to(data.device))
-        for ref, trainer in members:
-            if not trainer.step == rows.step < trainer.n_steps:
-                continue
-            row = _train_step(trainer, x, y, data)
-            _advance(progress, data.batch_rows)
-            if row is not None and on_metrics is not None:
-                rows_per_s = (rows.step + 1 - first) * data.batch_rows / (time.perf_counter() - started_s)
-                on_metrics(TrainingMetrics(trainer.config.name, row, trainer.n_steps, rows_per_s))
-            if trainer.step % execution.checkpoint_steps == 0 and trainer.step < trainer.n_steps:
-                save_checkpoint(store, ref, trainer)
-    for ref, trainer in members:
-        _publish(pipeline, store, ref, trainer, data)
+    profile = _run_steps(store, members, data, progress, on_metrics, execution)
+    for member in members:
+        _publish(pipeline, store, member, data, profile, members)
     ranks.barrier()
     wall_s = time.perf_counter() - started_s
-    return {trainer.config.name: Produced(ref, load_manifest(store, ref), is_cached=False, wall_s=wall_s) for ref, trainer in members}
+    return {member.trainer.config.name: Produced(member.ref, load_manifest(store, member.ref), is_cached=False, wall_s=wall_s) for member in members}
 
 
-def _train_step(trainer: Trainer, x: Tensor, y: Tensor, data: _Data) -> LogRow | None:
+def _run_steps(
+    store: Store,
+    members: list[_Member],
+    data: TrainingData,
+    progress: Callable[[int], None] | None,
+    on_metrics: OnMetrics | None,
+    execution: Execution,
+) -> Profile | None:
+    """Advance all members to their last step, by one read of the data; return what a watched window of steps showed."""
+    steps = range(min(member.trainer.step for member in members), max(member.trainer.n_steps for member in members))
+    share, is_first = execution.ranks.share(data.batch_rows), execution.ranks.rank == 0
+    profiler = StepProfiler(execution.profile_steps if is_first else 0, steps, data.device)
+    profiler.before(steps.start)
+    clock = WaitClock()
+    for rows in clock.each(iter_rows(store, data, steps)):
+        with record_function(NORMALIZE):
+            x, y = data.normalize(rows, share)
+        trained = [member for member in members if member.trainer.step == rows.step < member.trainer.n_steps]
+        own_s: list[float] = []
+        for member in trained:
+            before_s = clock.elapsed_s
+            row = _train_step(member.trainer, x, y, data)
+            own_s.append(clock.elapsed_s - before_s)
+            _advance(progress, data.batch_rows)
+            if row is not None and on_metrics is not None:
+                rows_per_s = (rows.step + 1 - steps.start) * data.batch_rows / clock.elapsed_s
+                on_metrics(TrainingMetrics(member.trainer.config.name, row, member.trainer.n_steps, rows_per_s, clock.wait_s / clock.elapsed_s))
+        wall_s = clock.lap()
+        for member, step_s in zip(trained, own_s, strict=True):
+            member.times.add(wall_s=wall_s, wait_s=clock.last_wait_s, step_s=step_s, n_rows=data.batch_rows)
+        with record_function(CHECKPOINT):
+            for ref, trainer, times in trained:
+                if trainer.step % execution.checkpoint_steps == 0 and trainer.step < trainer.n_steps:
+                    save_checkpoint(store, ref, trainer, times)
+        profiler.after(rows.step)
+        profiler.before(rows.step + 1)
+    return profiler.result
+
+
+def _train_step(trainer: Trainer, x: Tensor, y: Tensor, data: TrainingData) -> LogRow | None:
     """Advance one SAE. Raises `NonFiniteError` that names the rows, `PlanError` that names what to lower when memory runs out."""
     try:
         return trainer.train_step(x, y)
     except NonFiniteError as error:
-        where = describe_batch(data.shards[data.where], data.order, data.batch_rows, trainer.step)
-        raise NonFiniteError(f"{error}, on {where}. Lower learning_rate or sparsity_coefficient, or look at these rows.") from error
+        raise NonFiniteError(
+            f"{error}, on {data.describe(trainer.step)}. Lower learning_rate or sparsity_coefficient, or look at these rows."
+        ) from error
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         raise_if_out_of_memory(error, trainer.config, data.device)
         raise
@@ -197,51 +201,9 @@ def raise_if_out_of_memory(error: Exception, config: SaeConfig, device: torch.de
     ) from error
 
 
-def _iter_rows(store: Store, data: _Data, steps: range) -> Iterator[_Rows]:
-    """Yield aligned batches of all hook points, side by side: the shuffle gave them one order, and batches don't depend on width."""
-    names = list(data.shards)
-    readers = [iter_batches(store, data.shards[name], data.order, data.batch_rows, steps) for name in names]
-    with ExitStack() as stack:
-        for reader in readers:
-            stack.enter_context(closing(reader))
-        for batches in zip(*readers, strict=True):
-            rows = {name: batch.rows for name, batch in zip(names, batches, strict=True)}
-            x = _side_by_side([rows[name] for name in data.sources])
-            y = x if data.sources == data.targets else _side_by_side([rows[name] for name in data.targets])
-            yield _Rows(batches[0].step, x, y)
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _open_data(pipeline: Pipeline, store: Store, config: SaeConfig) -> _Data:
-    hook_points = list(dict.fromkeys((*config.sources, *config.targets)))
-    shards = {name: open_mixed(pipeline, store, name) for name in hook_points}
-    orders = [make_row_order(shards[name], pipeline.config.seed, pipeline.d_in(name), name) for name in hook_points]
-    assert all(order == orders[0] for order in orders), "hook points of one shuffle have the same rows in the same shards"
-    if orders[0].n_rows < config.batch_rows:
-        raise InputError(
-            f"The mixed shards of {config.hook_point} hold {orders[0].n_rows:,} rows, less than one batch of SAE {config.name!r} "
-            f"(batch_rows = {config.batch_rows:,}): a batch would hold rows twice. Lower batch_rows, or give `corpus` more text."
-        )
-    statistics = {name: load_statistics(pipeline, store, name) for name in hook_points}
-    return _Data(
-        shards=shards,
-        order=orders[0],
-        batch_rows=config.batch_rows,
-        sources=config.sources,
-        targets=config.targets,
-        source=make_normalization([statistics[name] for name in config.sources]),
-        target=make_normalization([statistics[name] for name in config.targets]),
-        widths=tuple(pipeline.d_in(name) for name in config.targets),
-        device=choose_device(pipeline.config.execution.device),
-    )
-
-
-def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: _Data, ranks: Ranks) -> _Member:
+def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: TrainingData, ranks: Ranks) -> _Member:
     ref = sae_ref(pipeline, config.name)
-    (sample,) = _iter_rows(store, data, range(1))
+    (sample,) = iter_rows(store, data, range(1))
     generator = torch.Generator().manual_seed(stream(pipeline.config.seed, "train", "weights", config.seed).torch_seed())
     weights = make_weights(config, data.source.apply(sample.x), sum(data.widths), generator)
     if has_grown(pipeline):
@@ -250,16 +212,17 @@ def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: _Dat
     checkpoint = load_checkpoint(store, ref)
     if checkpoint is not None:
         trainer.restore(checkpoint.tensors, checkpoint.step, checkpoint.log)
-    return _Member(ref, trainer)
+    return _Member(ref, trainer, TrainingTimes() if checkpoint is None else checkpoint.times)
 
 
-def _publish(pipeline: Pipeline, store: Store, ref: ArtifactRef, trainer: Trainer, data: _Data) -> None:
+def _publish(pipeline: Pipeline, store: Store, member: _Member, data: TrainingData, profile: Profile | None, members: list[_Member]) -> None:
+    ref, trainer, times = member
     config, weights = trainer.config, trainer.whole_weights()
     if trainer.ranks.rank != 0:
         return
     n_blocks = max(1, min(CALIBRATION_ROWS, data.order.n_rows) // data.batch_rows)
     steps = range(trainer.n_steps, trainer.n_steps + n_blocks)
-    blocks = [rows._replace(x=rows.x.to(data.device), y=rows.y.to(data.device)) for rows in _iter_rows(store, data, steps)]
+    blocks = [rows._replace(x=rows.x.to(data.device), y=rows.y.to(data.device)) for rows in iter_rows(store, data, steps)]
     x, y = [block.x for block in blocks], [block.y for block in blocks]
     sae = fold_weights(config, weights, data.source, data.target, data.widths).to(data.device)
     if RECIPES[config.architecture].is_calibrated:
@@ -270,6 +233,9 @@ def _publish(pipeline: Pipeline, store: Store, ref: ArtifactRef, trainer: Traine
         table = io.BytesIO()
         pl.DataFrame(trainer.log, schema=list(LogRow._fields), orient="row").write_parquet(table)
         art.put(TRAINING, table.getvalue(), n_rows=len(trainer.log))
+        art.put(TIMES, describe_times(times, trainer.ranks, data.device, len(members)), is_timed=True)
+        if profile is not None:
+            save_profile(art, profile, first=members[0].ref.path, is_first=member is members[0])
         frequency = measures.n_fired.double() / measures.n_rows
         save_tensors(art, FREQUENCY, {"firing_frequency": frequency, "n_rows": torch.tensor([measures.n_rows])})
         art.facts |= {

@@ -1,7 +1,7 @@
-"""Where SAEs and their evaluations lie."""
+"""Where SAEs, their evaluations and the table of all of them lie."""
 
 from interp_assets.harvest.refs import activation_ids, statistics_ref
-from interp_assets.manifest import ArtifactRef, make_ref
+from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
 from interp_assets.pipeline import Pipeline
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.refs import mixed_ids
@@ -12,6 +12,9 @@ TRAIN_VERSION = 2
 
 EVALUATION_VERSION = 2
 """Raise it when the same SAE would be measured otherwise."""
+
+SWEEP_VERSION = 1
+"""Raise it when the table of the same SAEs would hold something else."""
 
 
 def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
@@ -36,3 +39,10 @@ def evaluation_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
         suffix = "" if hook_point == config.hook_point else f".{hook_point}"
         inputs[f"held_out{suffix}"] = activation_ids(pipeline, hook_point, pipeline.held_out_indices)
     return make_ref("sae_evaluation", FOLDER, identity={"code": EVALUATION_VERSION}, inputs=inputs, label=f"{name}.evaluation")
+
+
+def sweep_ref(pipeline: Pipeline) -> ArtifactRef:
+    """Address the table of all SAEs of the pipeline."""
+    names = [config.name for config in pipeline.config.saes]
+    inputs = {"evaluations": combine_ids([evaluation_ref(pipeline, name).artifact_id for name in names])}
+    return make_ref("sweep", FOLDER, identity={"code": SWEEP_VERSION, "saes": names}, inputs=inputs, label="sweep")

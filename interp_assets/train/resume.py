@@ -1,9 +1,9 @@
 """The state of an SAE in training becomes a checkpoint artifact, and the newest valid one comes back.
 
 Checkpoints of `4-sae/<name>-<id>` lie beside it, in `4-sae/<name>-<id>.checkpoints/step-<n>-<id>`: `state.safetensors` (weights,
-moments, dead counters) and `log.json` (the steps logged so far). Like every artifact they appear whole or not at all. A checkpoint's id
-contains the SAE's id, so one of another configuration is never taken for this one's. The newest `KEPT` stay while training runs; none
-stays once the SAE is published.
+moments, dead counters), `log.json` (the steps logged so far) and `times.json` (how long they took). Like every artifact they appear
+whole or not at all. A checkpoint's id contains the SAE's id, so one of another configuration is never taken for this one's. The newest
+`KEPT` stay while training runs; none stays once the SAE is published.
 """
 
 import json
@@ -16,6 +16,7 @@ from interp_assets.errors import ArtifactError
 from interp_assets.manifest import ArtifactRef, create_artifact, find_manifest, make_ref, read_file, remove_artifact
 from interp_assets.store import Store
 from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.train.times import TIMES, TrainingTimes, parse_times
 from interp_assets.train.trainer import LogRow, Trainer
 
 KEPT: Final = 2
@@ -30,6 +31,7 @@ class Checkpoint(NamedTuple):
     step: int
     tensors: dict[str, Tensor]
     log: list[LogRow]
+    times: TrainingTimes
 
 
 def checkpoint_ref(sae: ArtifactRef, step: int) -> ArtifactRef:
@@ -37,7 +39,7 @@ def checkpoint_ref(sae: ArtifactRef, step: int) -> ArtifactRef:
     return make_ref("sae_checkpoint", _folder(sae), identity={"step": step}, inputs={"sae": sae.artifact_id}, label=f"step-{step:08d}")
 
 
-def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer) -> None:
+def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer, times: TrainingTimes) -> None:
     """Publish a trainer's state and remove all but the newest checkpoints. Every rank must call it; the first one writes."""
     state = trainer.state()
     if trainer.ranks.rank != 0:
@@ -45,6 +47,7 @@ def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer) -> None:
     with create_artifact(store, checkpoint_ref(sae, trainer.step)) as art:
         save_tensors(art, STATE, state)
         art.put(LOG, json.dumps(trainer.log).encode())
+        art.put(TIMES, times.encode(), is_timed=True)
     for step in _steps(store, sae)[:-KEPT]:
         remove_artifact(store, checkpoint_ref(sae, step).path)
 
@@ -58,7 +61,8 @@ def load_checkpoint(store: Store, sae: ArtifactRef) -> Checkpoint | None:
             if manifest is None:
                 continue
             log = [LogRow(*row) for row in json.loads(read_file(store, ref.path, manifest, LOG))]
-            return Checkpoint(step, load_tensors(store, ref.path, manifest, STATE), log)
+            times = parse_times(read_file(store, ref.path, manifest, TIMES))
+            return Checkpoint(step, load_tensors(store, ref.path, manifest, STATE), log, times)
         except ArtifactError as error:
             _logger.warning("Checkpoint %s/%s is passed over: %s", store.url, ref.path, error)
     return None

@@ -13,12 +13,14 @@ from typing import Final, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.profiler import record_function
 
 from interp_assets.config import SaeConfig
 from interp_assets.errors import NonFiniteError
 from interp_assets.train.kernels import Scratch
 from interp_assets.train.losses import REPLICATED, LossContext, StepLoss, Weights
 from interp_assets.train.parallel import ONE_RANK, Ranks
+from interp_assets.train.profile import COLLECTIVE, LOSS, UPDATE
 from interp_assets.train.recipes import (
     GRADIENT_CLIP,
     RECIPES,
@@ -88,14 +90,17 @@ class Trainer:
         Raises `NonFiniteError` when the global loss is not finite; weights are then those before the step.
         """
         y = x if y is None else y
-        result = self.recipe.loss(self.weights, x, y, self._context())
-        totals = self._totals(result, y)
+        with record_function(LOSS):
+            result = self.recipe.loss(self.weights, x, y, self._context())
+            totals = self._totals(result, y)
         if not math.isfinite(totals[0]):
             raise NonFiniteError(f"The loss of SAE {self.config.name!r} is {totals[0]} at step {self.step}")
-        for name, weight in self.weights.items():
-            weight.grad = self.ranks.sum_replicas(result.gradients[name])
-        n_fired = self.ranks.sum_replicas(result.n_fired)
-        learning_rate, gradient_norm = self._update()
+        with record_function(COLLECTIVE):
+            for name, weight in self.weights.items():
+                weight.grad = self.ranks.sum_replicas(result.gradients[name])
+            n_fired = self.ranks.sum_replicas(result.n_fired)
+        with record_function(UPDATE):
+            learning_rate, gradient_norm = self._update()
         self.rows_since_fired = torch.where(n_fired > 0, 0, self.rows_since_fired + self.config.batch_rows)
         self.step += 1
         return self._log(totals, learning_rate, gradient_norm)

@@ -49,6 +49,7 @@ EXPECTED: list[tuple[str, str | None, dict[str, list[str]]]] = [
     ("shuffle_certificate", None, {"activations": SHARD_KEYS, "mixed_shards": ["bucket-00000", "bucket-00001"], "shuffle_plan": []}),
     ("sae", "other", {"mixed_shards": ["bucket-00000", "bucket-00001"], "activation_statistics": [], "shuffle_certificate": []}),
     ("sae_evaluation", "other", {"sae": ["other"], "activations": [SHARD_KEYS[0]], "activation_statistics": []}),
+    ("sweep", None, {"sae": ["demo", "other"], "sae_evaluation": ["demo", "other"]}),
     (
         FEATURES + "feature_candidates",
         "slice-001|shard-000002",

@@ -93,7 +93,8 @@ def test_events_say_what_people_ask(finished: Finished) -> None:
         metadata = event.asset_materialization.metadata
         assert {"rows", "bytes", "seconds", "digest", "reused"} <= set(metadata), stop.name
     plotted = {"activation_statistics": "norms.resid_post.0", "shuffle_certificate": "mixing.resid_post.0", "sae": "training"}
-    for name, key in {**plotted, "sae_evaluation": "firing_frequency"}.items():
+    pictures = [*plotted.items(), ("sae_evaluation", "firing_frequency"), ("sweep", "pareto"), ("sweep", "learning_curves")]
+    for name, key in pictures:
         event = finished.instance.get_latest_materialization_event(dg.AssetKey(name))
         assert event is not None
         assert event.asset_materialization is not None

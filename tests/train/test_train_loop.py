@@ -151,7 +151,9 @@ def test_the_artifact_holds_its_files_and_facts(make_planted) -> None:
     planted = make_planted([{"name": "a", **TINY}])
     manifest = train(planted.pipeline, planted.store)
     ref = sae_ref(planted.pipeline, "a")
-    assert [entry.name for entry in manifest.files] == ["cfg.json", "firing_frequency.safetensors", "sae_weights.safetensors", "training.parquet"]
+    names = ["cfg.json", "firing_frequency.safetensors", "sae_weights.safetensors", "times.json", "training.parquet"]
+    assert [entry.name for entry in manifest.files] == names
+    assert manifest.timed == ["times.json"]
     log = pl.read_parquet(io.BytesIO(read_file(planted.store, ref.path, manifest, "training.parquet")))
     assert log["step"].to_list() == list(range(1, 21))
     assert log["n_rows"].to_list()[-1] == 2000
@@ -183,6 +185,7 @@ def test_metrics_are_heard_while_training(make_planted) -> None:
     train(planted.pipeline, planted.store, on_metrics=heard.append)
     assert [item.row.step for item in heard] == list(range(1, 21))
     assert heard[-1].rows_per_s > 0
+    assert 0 <= heard[-1].input_wait_share < 1
     assert (heard[0].name, heard[0].n_steps) == ("a", 20)
 
 

@@ -1,0 +1,200 @@
+"""All SAEs of a pipeline become one table: configuration, quality, speed and artifact ids of each, and one of their learning curves.
+
+`sweep.parquet` has one row per experiment that is trained and measured, in the order of the configuration; `curves.parquet` has the logged
+steps of all of them. An SAE that is not there yet is named in the facts as missing, and comes in when the sweep is made again: the
+artifact remembers the digests of what it was made from.
+
+Speeds are times: they come from `times.json` of each SAE, and the table is outside the digest like that file. What the digest covers
+instead is the fact `table_digest`, the hash of all columns but those. Columns: `docs/formats/sweep.md`.
+"""
+
+import hashlib
+import io
+import json
+import time
+from typing import Any, Final, NamedTuple
+
+import polars as pl
+
+from interp_assets.config import SaeConfig
+from interp_assets.errors import ArtifactMissingError
+from interp_assets.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, load_manifest, read_file
+from interp_assets.pipeline import Pipeline
+from interp_assets.store import Store
+from interp_assets.train.evaluate import METRICS
+from interp_assets.train.loop import TRAINING
+from interp_assets.train.refs import evaluation_ref, sae_ref, sweep_ref
+from interp_assets.train.times import find_times
+from interp_assets.train.trainer import LogRow
+
+TABLE: Final = "sweep.parquet"
+CURVES: Final = "curves.parquet"
+
+_TEXT, _COUNT, _NUMBER = pl.String(), pl.Int64(), pl.Float64()
+CONFIGURATION: Final[dict[str, pl.DataType]] = {
+    "name": _TEXT,
+    "architecture": _TEXT,
+    "kind": _TEXT,
+    "task": _TEXT,
+    "hook_points": _TEXT,
+    "target_hook_points": _TEXT,
+    "d_in": _COUNT,
+    "d_out": _COUNT,
+    "d_sae": _COUNT,
+    "k": _COUNT,
+    "sparsity_coefficient": _NUMBER,
+    "learning_rate": _NUMBER,
+    "batch_rows": _COUNT,
+    "n_rows": _COUNT,
+    "dead_after_rows": _COUNT,
+    "seed": _COUNT,
+    "product_dtype": _TEXT,
+}
+TRAINED: Final[dict[str, pl.DataType]] = dict.fromkeys(("train_loss", "train_l0", "train_fvu", "train_dead_share"), _NUMBER)
+HELD_OUT: Final[dict[str, pl.DataType]] = dict.fromkeys(("l0", "fvu", "median_row_fvu", "ce_recovered", "kl", "dead_share"), _NUMBER)
+_SAEBENCH: Final[dict[str, tuple[str, ...]]] = {
+    "reconstruction_quality": ("explained_variance", "mse", "cossim"),
+    "shrinkage": ("l2_ratio", "relative_reconstruction_bias"),
+    "misc": ("average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim", "freq_over_1_percent", "freq_over_10_percent"),
+}
+SPEED: Final[dict[str, pl.DataType]] = {
+    "rows_per_s": _NUMBER,
+    "step_rows_per_s": _NUMBER,
+    "wall_s": _NUMBER,
+    "input_wait_share": _NUMBER,
+    "peak_memory_bytes": _COUNT,
+    "peak_device_bytes": _COUNT,
+    "n_together": _COUNT,
+    "processes": _COUNT,
+    "latent_processes": _COUNT,
+    "device": _TEXT,
+}
+"""The columns that are times, or tell on what they were taken: outside the digest."""
+IDS: Final[dict[str, pl.DataType]] = dict.fromkeys(
+    ("mixed_shards_id", "sae_id", "sae_digest", "sae_path", "evaluation_id", "evaluation_digest", "evaluation_path"), _TEXT
+)
+SCHEMA: Final[dict[str, pl.DataType]] = {
+    **CONFIGURATION,
+    **TRAINED,
+    **HELD_OUT,
+    **{name: _NUMBER for names in _SAEBENCH.values() for name in names},
+    **SPEED,
+    **IDS,
+}
+"""Every column of the table and its type, in order."""
+
+
+SHOWN: Final = (
+    "name",
+    "architecture",
+    "d_sae",
+    "k",
+    "learning_rate",
+    "seed",
+    "l0",
+    "fvu",
+    "ce_recovered",
+    "kl",
+    "dead_share",
+    "rows_per_s",
+    "wall_s",
+)
+"""Columns of the sweep that a person sees first."""
+MAX_SHOWN: Final = 60
+"""Rows of the table that a person is shown at once."""
+
+
+class _Experiment(NamedTuple):
+    config: SaeConfig
+    trained: Manifest
+    measured: Manifest
+
+
+def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
+    """Collect what is known of every SAE of the pipeline. Raises `ArtifactMissingError` when none is trained and measured yet."""
+    started_s = time.perf_counter()
+    ref = sweep_ref(pipeline)
+    experiments = _find_experiments(pipeline, store)
+    made_from = [manifest for item in experiments for manifest in (item.trained, item.measured)]
+    manifest = find_made_from(store, ref, made_from) if experiments else None
+    if manifest is not None:
+        return Produced(ref, manifest, is_cached=True, wall_s=0.0)
+    names = [config.name for config in pipeline.config.saes]
+    if not experiments:
+        raise ArtifactMissingError(f"None of the SAEs {names} is trained and measured yet. Materialize `sae` and `sae_evaluation` first.")
+    table = pl.DataFrame([_describe(pipeline, store, item) for item in experiments], schema=SCHEMA, orient="row")
+    curves = pl.concat([_read_curve(pipeline, store, item) for item in experiments])
+    with create_artifact(store, ref, made_from=made_from) as art:
+        art.put(TABLE, _as_parquet(table), n_rows=table.height, is_timed=True)
+        art.put(CURVES, _as_parquet(curves), n_rows=curves.height)
+        art.facts |= {
+            "n_rows": table.height,
+            "missing": [name for name in names if name not in set(table["name"])],
+            "table_digest": hashlib.blake2b(_as_parquet(table.drop(*SPEED)), digest_size=16).hexdigest(),
+        }
+    assert art.manifest is not None
+    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)
+
+
+def load_table(pipeline: Pipeline, store: Store) -> pl.DataFrame:
+    """Read the pipeline's table of SAEs. Raises `ArtifactMissingError` before it is made."""
+    ref = sweep_ref(pipeline)
+    return read_table(store, ref.path, load_manifest(store, ref), TABLE)
+
+
+def read_table(store: Store, path: str, manifest: Manifest, name: str) -> pl.DataFrame:
+    """Read one of the two tables of the sweep at `path`."""
+    return pl.read_parquet(io.BytesIO(read_file(store, path, manifest, name)))
+
+
+def shorten(table: pl.DataFrame) -> pl.DataFrame:
+    """Keep of a sweep's table what a person reads first: a few columns, numbers of four digits."""
+    return table.head(MAX_SHOWN).select(
+        pl.col(name).round_sig_figs(4) if table.schema[name] == pl.Float64() else pl.col(name) for name in SHOWN if name in table.columns
+    )
+
+
+def _find_experiments(pipeline: Pipeline, store: Store) -> list[_Experiment]:
+    found: list[_Experiment] = []
+    for config in pipeline.config.saes:
+        trained = find_manifest(store, sae_ref(pipeline, config.name))
+        measured = find_made_from(store, evaluation_ref(pipeline, config.name), [trained]) if trained else None
+        if trained is not None and measured is not None:
+            found.append(_Experiment(config, trained, measured))
+    return found
+
+
+def _describe(pipeline: Pipeline, store: Store, item: _Experiment) -> dict[str, Any]:
+    config, trained, measured = item
+    sae, evaluation = sae_ref(pipeline, config.name), evaluation_ref(pipeline, config.name)
+    metrics = json.loads(read_file(store, evaluation.path, measured, METRICS))
+    facts, times = trained.facts, find_times(store, sae.path, trained)
+    row: dict[str, Any] = {
+        **{name: value for name, value in config.model_dump().items() if name in CONFIGURATION},
+        **{name: facts[name] for name in ("kind", "d_in", "d_out", "n_rows")},
+        "hook_points": ",".join(config.sources),
+        "target_hook_points": ",".join(config.targets),
+        **{name: facts[name.removeprefix("train_")] for name in TRAINED},
+        **{name: measured.facts[name] for name in HELD_OUT},
+        **{name: metrics[section][name] for section, names in _SAEBENCH.items() for name in names},
+        **{name: times.get(name) for name in SPEED},
+        "mixed_shards_id": trained.inputs["mixed_shards"],
+        "sae_id": sae.artifact_id,
+        "sae_digest": trained.digest,
+        "sae_path": sae.path,
+        "evaluation_id": evaluation.artifact_id,
+        "evaluation_digest": measured.digest,
+        "evaluation_path": evaluation.path,
+    }
+    return {name: row[name] for name in SCHEMA}
+
+
+def _read_curve(pipeline: Pipeline, store: Store, item: _Experiment) -> pl.DataFrame:
+    curve = read_table(store, sae_ref(pipeline, item.config.name).path, item.trained, TRAINING)
+    return curve.select(pl.lit(item.config.name).alias("name"), *LogRow._fields)
+
+
+def _as_parquet(frame: pl.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    return buffer.getvalue()
