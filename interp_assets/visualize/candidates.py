@@ -36,8 +36,9 @@ from interp_assets.tensors import read_spans, save_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, Scan
 from interp_assets.visualize.firings import FIRING_SCHEMA, ROW_BITS, Firings, empty_firings, merge_firings, sort_firings
+from interp_assets.visualize.kernels import rank_firings
 from interp_assets.visualize.lineage import check_sae, create_current, find_current, sae_digest
-from interp_assets.visualize.priority import latent_keys, priorities, row_keys, sample_seed
+from interp_assets.visualize.priority import latent_keys, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref, slice_bounds
 from interp_assets.visualize.selection import Limits, n_kept_top, select_firings
 from interp_assets.visualize.spill import SPILL_BYTES, RunStore
@@ -181,10 +182,12 @@ class Job:
             with self._lock:
                 self._runs.add(tile, run)
         merged = merge_firings([self._kept[tile].firings, run]) if len(self._kept[tile].kinds) else run
-        keys = np.repeat(latent_keys(np.arange(first, last, dtype=np.uint64), self._seed), np.diff(merged.offsets))
+        keys, priorities = latent_keys(np.arange(first, last, dtype=np.uint64), self._seed), np.empty(len(merged.row_ids), np.uint64)
+        rank_firings(merged.offsets, merged.row_ids, keys, self._row_keys, priorities)
         documents = self._tokens.documents[merged.row_ids] if self._one_per_document else None
-        kinds = select_firings(merged, priorities(keys, self._row_keys[merged.row_ids]), documents, self._limits)
-        self._kept[tile] = _Kept(merged.take(kinds > 0), kinds[kinds > 0])
+        kinds = select_firings(merged, priorities, documents, self._limits)
+        is_kept = kinds > 0
+        self._kept[tile] = _Kept(merged.take(is_kept), kinds[is_kept])
         return tile
 
 

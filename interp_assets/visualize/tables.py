@@ -1,7 +1,7 @@
 """Parquet tables sorted by latent, streamed into artifacts and read back by ranges of latents.
 
 Encodings follow the data: latents and row ids are sorted, so their differences are packed; the bytes of activations are split into
-streams; zstd does the rest: 3 to 5 bytes per firing. A row group holds about a million rows, and its smallest and largest latent stand
+streams; zstd does the rest: 3 to 5 bytes per firing. A row group holds about 260,000 rows, and its smallest and largest latent stand
 in the file's footer, so one latent slice reads few groups. Every byte read is verified (manifest.py).
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from interp_assets.manifest import ArtifactWriter, Manifest, read_range
 from interp_assets.store import ByteSink, Store
 
-GROUP_ROWS: Final = 1 << 20
+GROUP_ROWS: Final = 1 << 18
 _BLOCK_BYTES: Final = 1 << 20
 """Bytes per checksum: row groups are a few MiB, so smaller blocks than usual waste less of a read."""
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
 from interp_assets.visualize.firings import Firings, expand_ranges, merge_firings, sort_firings
+from interp_assets.visualize.kernels import rank_firings
 from interp_assets.visualize.priority import latent_keys, mix, priorities, row_keys, sample_seed
 from interp_assets.visualize.selection import RANDOM, TOP, Limits, select_firings, smallest_per_segment, smallest_priorities
 
@@ -33,6 +34,15 @@ def keep(firings, limits, documents):
     """Reduce firings to what is kept of them."""
     kinds = select_firings(firings, priorities_of(firings), documents, limits)
     return firings.take(kinds > 0), kinds[kinds > 0]
+
+
+def test_the_compiled_priorities_are_the_plain_ones():
+    """Pass A ranks firings in compiled code, later passes in plain: one bit of difference would draw another sample."""
+    rng = np.random.default_rng(0)
+    firings = sort_firings(7, 5, rng.integers(0, 5, 999).astype(np.uint16), np.sort(rng.integers(0, 4000, 999)), np.ones(999, np.float32))
+    keys, ranked = row_keys(np.arange(4000, dtype=np.uint64), SEED), np.empty(999, np.uint64)
+    rank_firings(firings.offsets, firings.row_ids, latent_keys(np.arange(7, 12, dtype=np.uint64), SEED), keys, ranked)
+    assert ranked.tolist() == priorities_of(firings).tolist()
 
 
 def test_the_finaliser_is_splitmix64():
