@@ -2,21 +2,25 @@
 
 `execution.processes` decides. The processes find the same configuration in a temporary file and the plan in the store; rank 0's JSON
 lines (`__main__.py`) come back as progress, metrics and errors. They run in a process group of their own, which ends with this call,
-whatever happens: an interrupted run leaves no worker behind.
+whatever happens: an interrupted run leaves no worker behind. Their standard error is passed on as it comes; when one of them dies, torchrun ends
+the others, and its last words there say which one it was and of what.
 """
 
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from interp_assets import errors
 from interp_assets.errors import ConfigError, InterpError
@@ -29,6 +33,9 @@ from interp_assets.train.refs import sae_ref
 from interp_assets.train.trainer import LogRow
 
 _GRACE_S: Final = 10.0
+_KEPT_LINES: Final = 400
+_SUMMARY: Final = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.MULTILINE)
+"""A process in torchrun's summary of failures; the last one is the first that it saw fail."""
 _logger = logging.getLogger(__name__)
 
 
@@ -55,12 +62,14 @@ def run_training(
         config = Path(folder) / "pipeline.json"
         config.write_text(pipeline.config.model_dump_json(), encoding="utf-8")
         with _start(config, names, n_processes) as process:
+            last_words = _pass_on(process)
             failure = _listen(process, progress, on_metrics)
             status = process.wait()
+            last_words.thread.join(_GRACE_S)
     if failure is not None:
         raise failure
     if status:
-        raise InterpError(f"The training processes ended with status {status}; their messages are above, in this process' standard error.")
+        raise InterpError(explain_death("".join(last_words.lines), status))
     wall_s = time.perf_counter() - started_s
     refs = {name: sae_ref(pipeline, name) for name in names}
     return {name: Produced(ref, load_manifest(store, ref), name in cached, 0.0 if name in cached else wall_s) for name, ref in refs.items()}
@@ -83,7 +92,9 @@ def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[sub
     process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
         [*command, "-m", "interp_assets.train", str(config), *names],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         env={"OMP_NUM_THREADS": str(threads), **os.environ},
         start_new_session=True,
     )
@@ -97,8 +108,49 @@ def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[sub
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+class _LastWords(NamedTuple):
+    lines: deque[str]
+    thread: threading.Thread
+
+
+def _pass_on(process: subprocess.Popen[str]) -> _LastWords:
+    """Write the processes' standard error to this one's, as it comes, and keep its end."""
+    lines: deque[str] = deque(maxlen=_KEPT_LINES)
+
+    def read() -> None:
+        for line in process.stderr or ():
+            lines.append(line)
+            sys.stderr.write(line)
+
+    thread = threading.Thread(target=read, name="standard error of training", daemon=True)
+    thread.start()
+    return _LastWords(lines, thread)
+
+
+def explain_death(last_words: str, status: int) -> str:
+    """Say which training process died first, and of what, from the summary that torchrun leaves.
+
+    Processes that torchrun ended because of the first one are not named; nor, when one was killed, those that failed because their peer was gone.
+    """
+    found = [(int(rank), int(code), int(pid)) for rank, code, pid in _SUMMARY.findall(last_words)]
+    killed = [item for item in found if item[1] < 0 and item[1] != -signal.SIGTERM]
+    again = "Materialize again: training goes on from its last checkpoint."
+    if killed:
+        rank, code, pid = killed[0]
+        name = signal.Signals(-code).name
+        memory = ""
+        if -code == signal.SIGKILL:
+            memory = " The system does that when memory runs out: lower batch_rows or d_sae, or train fewer SAEs in one run."
+        return f"The training process of rank {rank} (pid {pid}) was killed by {name}, and the others were ended.{memory} {again}"
+    if found:
+        rank, code, pid = found[-1]
+        return f"The training process of rank {rank} (pid {pid}) ended with status {code}; its message is above, in the log's standard error. {again}"
+    return f"The training processes ended with status {status}; their messages are above, in the log's standard error. {again}"
 
 
 def _listen(process: subprocess.Popen[str], progress: Callable[[int], None] | None, on_metrics: OnMetrics | None) -> InterpError | None:

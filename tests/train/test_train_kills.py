@@ -1,0 +1,108 @@
+"""A process of a training is killed at some step: the launcher says so, and what is resumed ends in the same bytes."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from interp_assets.errors import InterpError
+from interp_assets.pipeline import Pipeline, open_pipeline_store, save_plan
+from interp_assets.store import Store
+from interp_assets.train.launch import explain_death, run_training
+
+TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 2400, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 300}
+SAES = [{"name": name, "architecture": name, **TINY} for name in ("topk", "batch_topk", "gated", "jump_relu_tanh")]
+NAMES = [sae["name"] for sae in SAES]
+CHECKPOINT_STEPS = 5
+
+SUMMARY = """
+Failures:
+[1]:
+  time      : 2026-11-22_13:00:00
+  host      : somewhere
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 700)
+  error_file: <N/A>
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-22_13:00:00
+  host      : somewhere
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 701)
+  error_file: <N/A>
+"""
+
+
+def make_grid(make_planted, root: Path, n: int, n_slices: int) -> tuple[Pipeline, Store]:
+    """Plan the sweep under a root of its own, for `n` processes that divide the latents `n_slices` times."""
+    planted = make_planted(SAES, root=str(root))
+    changes = {"processes": n, "latent_processes": n_slices, "checkpoint_steps": CHECKPOINT_STEPS, "profile_steps": 0}
+    execution = planted.pipeline.config.execution.model_copy(update=changes)
+    pipeline = Pipeline(planted.pipeline.config.model_copy(update={"execution": execution}), planted.pipeline.plan)
+    store = open_pipeline_store(pipeline.config)
+    save_plan(store, pipeline.plan)
+    return pipeline, store
+
+
+def find_rank(rank: int) -> int:
+    """Return the pid of a rank among the descendants of this process."""
+    parents: dict[int, int] = {}
+    ranks: dict[int, str] = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            ranks[int(folder.name)] = dict(item.partition("=")[::2] for item in (folder / "environ").read_text().split("\0")).get("RANK", "")
+        except (ValueError, OSError):
+            continue
+    (pid,) = [pid for pid, value in ranks.items() if value == str(rank) and is_below(pid, parents)]
+    return pid
+
+
+def is_below(pid: int, parents: dict[int, int]) -> bool:
+    """Tell whether a process descends from this one."""
+    while pid in parents:
+        pid = parents[pid]
+        if pid == os.getpid():
+            return True
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in Linux' /proc")
+@pytest.mark.parametrize(("n", "n_slices"), [(2, 2), (4, 2)])
+def test_a_killed_grid_resumes_to_the_bytes_of_an_uninterrupted_one(make_planted, tmp_path: Path, n: int, n_slices: int) -> None:
+    """SIGKILL of a random rank at a random step, of latent-parallel and 2 x 2 training: weights, logs and facts of every SAE."""
+    pipeline, store = make_grid(make_planted, tmp_path / "whole", n, n_slices)
+    expected = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES).items()}
+    pipeline, store = make_grid(make_planted, tmp_path / "killed", n, n_slices)
+    draw = np.random.default_rng()
+    victim, step = int(draw.integers(n)), int(draw.integers(CHECKPOINT_STEPS + 2, TINY["n_rows"] // TINY["batch_rows"]))
+    n_left = step * len(SAES)
+
+    def kill(_n: int) -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left == 0:
+            os.kill(find_rank(victim), signal.SIGKILL)
+
+    where = f"rank {victim} of {n}, step {step}"
+    with pytest.raises(InterpError, match=rf"of rank {victim} \(pid \d+\) was killed by SIGKILL.*goes on from its last checkpoint"):
+        run_training(pipeline, store, NAMES, kill)
+    seen: list[int] = []
+    found = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES, seen.append).items()}
+    assert found == expected, where
+    assert seen[0] >= CHECKPOINT_STEPS * TINY["batch_rows"], f"{where}: nothing was resumed"
+
+
+def test_the_first_process_that_died_is_named_with_its_signal() -> None:
+    """The others fail too, because their peer is gone: their tracebacks are not the cause."""
+    text = explain_death(SUMMARY.format(code=-9), 1)
+    assert text.startswith("The training process of rank 1 (pid 701) was killed by SIGKILL, and the others were ended.")
+    assert "memory runs out: lower batch_rows or d_sae" in text
+    assert "of rank 1 (pid 701) was killed by SIGSEGV, and the others were ended. Materialize" in explain_death(SUMMARY.format(code=-11), 1)
+    assert "of rank 1 (pid 701) ended with status 1; its message is above" in explain_death(SUMMARY.format(code=1), 1)
+    assert "ended with status 7; their messages are above" in explain_death("nothing of use", 7)
