@@ -55,7 +55,8 @@ def find_rank(rank: int) -> int:
     for folder in Path("/proc").iterdir():
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            ranks[int(folder.name)] = dict(item.partition("=")[::2] for item in (folder / "environ").read_text().split("\0")).get("RANK", "")
+            variables = (folder / "environ").read_text().split("\0")
+            ranks[int(folder.name)] = next((item.removeprefix("RANK=") for item in variables if item.startswith("RANK=")), "")
         except (ValueError, OSError):
             continue
     (pid,) = [pid for pid, value in ranks.items() if value == str(rank) and is_below(pid, parents)]
