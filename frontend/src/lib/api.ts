@@ -159,6 +159,11 @@ export function getRecord(bundle: Bundle, latent: number): Promise<FeatureRecord
   return records.get(`${bundle.name}/${latent}`, () => fetchRecord(bundle, latent));
 }
 
+/** Ask for a record that will probably be wanted next; what is wrong with it is told when it is opened. */
+export function prefetchRecord(bundle: Bundle, latent: number): void {
+  getRecord(bundle, latent).catch(() => undefined);
+}
+
 async function fetchRecord(bundle: Bundle, latent: number): Promise<FeatureRecord> {
   const stored = bundle.records.repeat ? latent % bundle.records.repeat : latent; // invented bundles repeat their records
   const { file, place } = locate(stored, bundle.records.per_file);
