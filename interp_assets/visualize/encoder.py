@@ -55,9 +55,11 @@ class Scan(NamedTuple):
     """Counted from the block's first row."""
     activations: NDArray[np.float32]
 
-    def take(self, mask: NDArray[np.bool_]) -> "Scan":
-        """Return the firings where `mask` is true."""
-        return Scan(self.tile, self.latents[mask], self.rows[mask], self.activations[mask])
+    def above(self, row_thresholds: NDArray[np.float32]) -> "Scan":
+        """Return the firings that exceed their row's threshold."""
+        latents, rows, activations = np.empty_like(self.latents), np.empty_like(self.rows), np.empty_like(self.activations)
+        n = kernels.keep_above(self.latents, self.rows, self.activations, row_thresholds, (latents, rows, activations))
+        return Scan(self.tile, latents[:n].copy(), rows[:n].copy(), activations[:n].copy())
 
 
 class TopKScan(NamedTuple):
@@ -141,18 +143,17 @@ class Encoder:
         widths = [np.where(np.isinf(tile.threshold), tile.threshold, -np.inf).astype(np.float32) for tile in self._tiles]
         largest = self._seed_largest(block, k + 1)
         scans: list[Scan] = []
-        n_round = max(4, 2 * self._n_threads)
-        rounds = [range(1), *(range(i, min(i + n_round, self.n_tiles)) for i in range(1, self.n_tiles, n_round))]
-        for tiles in rounds:
+        while len(scans) < self.n_tiles:
+            tiles = range(len(scans), min(len(scans) + self._n_threads * (1 if len(scans) < 2 * self._n_threads else 2), self.n_tiles))
             found = self._scan_tiles(tiles, block, largest[:, 0].copy(), widths)
-            if tiles.start > 0:
-                self._raise_largest(largest, found)
+            self._raise_largest(largest, [scan for scan in found if scan.tile > 0])
             scans += found
-        lowest = np.sort(largest[:n_rows], axis=1)[:, :2] if k > 0 else largest[:n_rows, [0, 0]]
-        thresholds = np.maximum((lowest[:, 0] + lowest[:, 1]) / np.float32(2), np.float32(0))
+        root, children = largest[:n_rows, 0], largest[:n_rows, 1:3]
+        second = children.min(axis=1) if k > 0 else root
+        thresholds = np.maximum((root + second) / np.float32(2), np.float32(0))
         limits = np.full(len(block), np.inf, np.float32)
         limits[:n_rows] = row_limits(is_valid, thresholds)
-        return TopKScan(list(self._pool.map(lambda scan: scan.take(scan.activations > limits[scan.rows]), scans)), thresholds)
+        return TopKScan(list(self._pool.map(lambda scan: scan.above(limits), scans)), thresholds)
 
     def _seed_largest(self, block: Tensor, n: int) -> NDArray[np.float32]:
         """Return the `n` largest pre-activations of each row in the first tile, ascending, which is a heap with its smallest at the root."""

@@ -94,6 +94,17 @@ def _flag_largest(product: Any, bias: Any, threshold: Any, row_threshold: Any, f
 
 
 @compiled
+def keep_above(latents: Any, rows: Any, activations: Any, row_threshold: Any, columns: Any) -> Any:
+    """Copy the firings that exceed their row's threshold to `columns`, each as long as there are firings; return how many."""
+    kept_latents, kept_rows, kept_activations = columns
+    n = 0
+    for i in range(len(rows)):
+        kept_latents[n], kept_rows[n], kept_activations[n] = latents[i], rows[i], activations[i]
+        n += activations[i] > row_threshold[rows[i]]
+    return n
+
+
+@compiled
 def sort_by_latent(latents: Any, row_ids: Any, activations: Any, offsets: Any, sorted_rows: Any, sorted_activations: Any) -> None:
     """Counting sort: fill `offsets [L + 1]` (zeros before) and the sorted columns; firings of a latent keep their order."""
     for i in range(len(latents)):
