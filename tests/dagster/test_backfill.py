@@ -11,39 +11,25 @@ import dagster as dg
 import pytest
 import yaml
 from road_world import Finished, make_road_config
+from sixteen_shards import BAD, N_SHARDS, damage, make_sixteen, open_finished
 
 from interp_assets.backfill import BackfillReport, find_failed, run_backfill
 from interp_assets.config import PipelineConfig
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.definitions import build_defs
 from interp_assets.errors import ConfigError
-from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.jobs import RunError, dagster_home, open_instance, recorded_versions, run_road
-from interp_assets.manifest import create_artifact, load_manifest, read_file, remove_artifact
-from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.manifest import create_artifact, load_manifest, read_file
 from interp_assets.road import Stop, make_road
-from interp_assets.store import Store
-
-N_SHARDS = 16
-BAD = ("shard-000003", "shard-000008", "shard-000013")
 
 
 @pytest.fixture(scope="module")
 def many(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     """Return a finished pipeline of 16 shards. Tests copy it."""
     folder = tmp_path_factory.mktemp("many")
-    config = make_many(tiny_world, folder)
+    config = make_sixteen(tiny_world, folder)
     with dg.DagsterInstance.ephemeral() as instance:
         yield Finished(config, instance, list(run_road(config, instance)))
-
-
-def make_many(world: Path, folder: Path) -> PipelineConfig:
-    """Return a configuration of 16 small shards, one file each."""
-    texts = folder / "texts"
-    texts.mkdir()
-    for i in range(N_SHARDS):
-        (texts / f"{i:02d}.txt").write_text(" ".join(f"word{(i * 37 + j * j) % 101}" for j in range(20 + i)))
-    return make_road_config(world, folder / "data", corpus={"path": str(texts), "shard_bytes": 1})
 
 
 @pytest.fixture
@@ -51,12 +37,6 @@ def copied(many: Finished, tmp_path: Path, tiny_world: Path) -> PipelineConfig:
     """Return a configuration on a copy of the finished artifacts, to be damaged."""
     shutil.copytree(many.config.root, tmp_path / "data")
     return make_road_config(tiny_world, tmp_path / "data", corpus={"path": many.config.corpus.path, "shard_bytes": 1})
-
-
-def open_finished(config: PipelineConfig) -> tuple[Pipeline, Store]:
-    """Open store and plan of a pipeline that has been run."""
-    store = open_pipeline_store(config)
-    return load_pipeline(config, store), store
 
 
 def stop_of(config: PipelineConfig, name: str) -> Stop:
@@ -67,19 +47,6 @@ def stop_of(config: PipelineConfig, name: str) -> Stop:
 def made(reports: list[BackfillReport]) -> dict[str, int]:
     """Return how many partitions of each asset were made."""
     return {item.report.name: item.report.n_made for item in reports}
-
-
-def damage(config: PipelineConfig) -> dict[Path, bytes]:
-    """Remove the activations of the bad shards and flip a byte in their tokens; return the good bytes by file."""
-    pipeline, store = open_finished(config)
-    good = {}
-    for key in BAD:
-        index = int(key[-6:])
-        remove_artifact(store, activation_shard_ref(pipeline, "resid_post.0", index).path)
-        path = Path(config.root) / config.name / token_shard_ref(pipeline, index).path / "tokens.parquet"
-        good[path] = path.read_bytes()
-        path.write_bytes(good[path][:-50] + bytes([good[path][-50] ^ 1]) + good[path][-49:])
-    return good
 
 
 def test_three_of_sixteen_fail_and_only_these_are_made_again(copied: PipelineConfig) -> None:
@@ -196,7 +163,7 @@ with open_instance(config) as instance:
 
 def test_a_crash_in_a_range_keeps_every_finished_partition(tiny_world: Path, tmp_path: Path) -> None:
     """One run makes all shards and is killed in the fourth: three are recorded, its run is known to be dead, and only the others are made."""
-    config = make_many(tiny_world, tmp_path)
+    config = make_sixteen(tiny_world, tmp_path)
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
     crashed = subprocess.run([sys.executable, "-c", CRASHING, str(tmp_path / "p.yaml")], cwd=tmp_path, capture_output=True, check=False)
     assert crashed.returncode == -9

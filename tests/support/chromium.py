@@ -1,6 +1,9 @@
 """One page of a real browser for tests, with everything that it complained about."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -16,6 +19,19 @@ def skip_or_fail(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"{reason}; CI must run the browser tests")
     pytest.skip(reason)
+
+
+@contextmanager
+def run_chromium() -> Iterator:
+    """Run Chromium; skip the test where there is none."""
+    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if path is None:
+        skip_or_fail("there is no Chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 class Visit:

@@ -1,23 +1,16 @@
 """Chromium for the tests that need one."""
 
-import shutil
 from collections.abc import Iterator
 
 import pytest
-from chromium import FLAGS, Visit, skip_or_fail
+from chromium import Visit, run_chromium
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator:
     """Start Chromium."""
-    path = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-    if path is None:
-        skip_or_fail("there is no Chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+    with run_chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
