@@ -5,6 +5,7 @@ Errors of the `InterpError` family are one paragraph; `--debug` shows the traceb
 torch and Dagster take seconds and `interp --help` should not.
 """
 
+import os
 import socket
 import sys
 import traceback
@@ -195,6 +196,7 @@ def explain(debug: Annotated[bool, typer.Option("--debug", help="Show the full t
 def main() -> None:
     """Run the command line; errors become one paragraph and an exit code. `--debug` may stand anywhere."""
     is_debug = "--debug" in sys.argv
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin on the cores that compiled loops use
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])
     except InterpError as error:

@@ -1,13 +1,15 @@
 """Losses of architectures whose every latent may fire: ReLU and JumpReLU, forward and backward in one go over blocks of rows.
 
-Five dense products a block, and one small rule per architecture for what lies between them:
+Five dense products a block, and one small rule per architecture for what lies between them (`elementwise.py`):
 
     pre = x W_enc + b          latents = rule(pre)          error = latents W_dec + b_dec - y
     grad W_dec += latents^T error           grad pre = rule'(error W_dec^T)          grad W_enc += grad pre^T x
 
-`rule.offset` is added to the encoder's bias, so that a JumpReLU rule is handed `pre - threshold` without a pass over the block. Masks are
-made by `threshold_backward` (gradient where above 0) and `hardtanh_backward` (gradient inside a rectangle): one pass each, where
-comparisons and `torch.where` take several.
+The threshold is subtracted from the encoder's bias, so that `pre` is what exceeds it. How much of this is dense depends on the block:
+
+    few latents are within reach of a gradient     one product, all else by pairs
+    few fire, more get a gradient                  three products; decoding and the decoder's gradient by pairs
+    many fire                                      five products
 
 The straight-through gradients of JumpReLU (K = 1/width inside the rectangle around the threshold, else 0; g = gradient of a latent,
 s = gradient of its firing count):
@@ -18,19 +20,22 @@ s = gradient of its firing count):
 The rectangle is around the pre-activation, never the activation. Thresholds stay in float32.
 """
 
-from typing import Final, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from interp_assets.train.elementwise import Slopes, fire, pull, sum_squares
 from interp_assets.train.kernels import (
     Pairs,
+    add_by_latent,
+    count_true,
     decode_pairs,
     find_few,
     nonzero,
     product,
     sampled_product,
-    sum_by_latent,
     sum_values,
     take_pairs,
 )
@@ -42,14 +47,10 @@ from interp_assets.train.losses import (
     add_norm_gradient,
     add_offset_gradients,
     add_offsets,
-    count_fired,
-    keep_above,
     latent_norms,
     make_gradients,
     reconstruct,
     row_blocks,
-    row_parts,
-    sum_rows,
 )
 
 JUMP_WIDTH: Final = 2.0
@@ -59,46 +60,6 @@ PRE_ACTIVATION_COEFFICIENT: Final = 3e-6
 """Weight of the loss that pulls silent latents back (Anthropic, January 2025)."""
 STEP_WIDTH: Final = 0.001
 """Width of the rectangle for rows of squared norm 1 (Rajamanoharan et al. 2024): times sqrt(d_in) here."""
-
-
-@runtime_checkable
-class Rule(Protocol):
-    """What an architecture does between the dense products; made anew for each step, because it also sums over the step's blocks."""
-
-    offset: Tensor | None
-    """Subtracted from the encoder's bias."""
-    error_scale: float
-    """Factor of the squared error in the loss."""
-    loss: Tensor
-    """Sparsity loss."""
-    auxiliary: Tensor
-    n_fired: Tensor
-    reach: float | None
-    """What lies this far below the offset, or further, has neither value nor gradient; None when too much lies above."""
-
-    def encode_first(self, x: Tensor, W_enc_T: Tensor, bias: Tensor) -> Tensor | None:
-        """Encode the whole batch before anything is decoded, if the rule needs to see it; else None."""
-        ...
-
-    def activate(self, pre: Tensor, latents: Tensor, buffer: Tensor) -> None:
-        """Turn pre-activations (less the offset) into latents, and count; `buffer` is free."""
-        ...
-
-    def backward(self, pre: Tensor, latents: Tensor, grad: Tensor, buffer: Tensor) -> None:
-        """Turn the gradient of the latents into that of the pre-activations, in place."""
-        ...
-
-    def activate_pairs(self, above: Tensor, pairs: Pairs) -> Tensor:
-        """Do the same for the pairs within reach alone."""
-        ...
-
-    def backward_pairs(self, above: Tensor, grad: Tensor, pairs: Pairs) -> Tensor:
-        """Do the same for the pairs within reach alone."""
-        ...
-
-    def finish(self, gradients: Weights) -> None:
-        """Add the gradients of what was summed over the blocks."""
-        ...
 
 
 def relu_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> StepLoss:
@@ -126,153 +87,190 @@ def jump_relu_step_loss(weights: Weights, x: Tensor, y: Tensor, context: LossCon
     return _dense_loss(weights, x, y, context, _StepJump(weights, y, context))
 
 
-class _Found(NamedTuple):
-    pairs: Pairs
-    above: Tensor
-    """Pre-activations of the pairs, less the offset."""
+class _Block(NamedTuple):
+    """Encoded rows."""
+
+    rows: slice
+    pre: Tensor
+    """Pre-activations less the thresholds; they last until the next block."""
+    near: Pairs | None
+    """All that is within reach, or, for a rule without one, all that fires; None when it is much."""
 
 
-def _dense_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, rule: Rule) -> StepLoss:
-    scratch, dtype = context.scratch, context.dtype
-    gradients, W_enc_T = make_gradients(weights, scratch), weights["W_enc_T"].to(dtype)
-    bias = weights["b_enc"] if rule.offset is None else weights["b_enc"] - rule.offset
-    encoded = rule.encode_first(x, W_enc_T, bias)
-    squared_error, scale = x.new_zeros((), dtype=torch.float64), 2 * rule.error_scale / context.n_rows
-    cast, n_latents = {**weights, "W_dec": weights["W_dec"].to(dtype)}, len(bias)
-    parts = list(row_parts(len(x), n_latents))
-    buffer = scratch.take("buffer", (parts[0].stop, n_latents), x)
-    for rows in row_blocks(len(x), n_latents):
-        shape = (rows.stop - rows.start, n_latents)
-        if encoded is None:  # noqa: SIM108 - one line would not fit
-            pre = product(x[rows], W_enc_T.T, scratch.take("pre", shape, x), bias=bias, dtype=dtype)
-        else:
-            pre = encoded[rows]
-        pairs = None if rule.reach is None else find_few(pre, -rule.reach, int(FEW * pre.numel()))
-        if pairs is not None:
-            squared_error += _add_pairs(weights, gradients, x[rows], y[rows], context, rule, _Found(pairs, take_pairs(pre, pairs)))
-            continue
-        latents = scratch.take("latents", shape, x)
-        for part in row_parts(*shape):
-            rule.activate(pre[part], latents[part], buffer[: part.stop - part.start])
-        error = reconstruct(cast, x[rows], latents, context, "error").sub_(y[rows])
-        squared_error += error.square().sum()
-        error.mul_(scale)
-        product(latents.T, error, gradients["W_dec"], is_added=True, dtype=dtype)
-        add_offset_gradients(weights, gradients, x[rows], error)
-        grad = product(error, cast["W_dec"].T, scratch.take("gradient", shape, x), dtype=dtype)
-        for part in row_parts(*shape):
-            rule.backward(pre[part], latents[part], grad[part], buffer[: part.stop - part.start])
-            gradients["b_enc"].add_(sum_rows(grad[part]))
-        product(grad.T, x[rows], gradients["W_enc_T"], is_added=True, dtype=dtype)
+class _Encoder(NamedTuple):
+    """What encodes a batch by blocks."""
+
+    x: Tensor
+    W_enc_T: Tensor
+    bias: Tensor
+    context: LossContext
+
+    def encode(self, rows: slice, out: Tensor, level: float) -> _Block:
+        """Encode some rows, and find what lies above `level`."""
+        pre = product(self.x[rows], self.W_enc_T.T, out, bias=self.bias, dtype=self.context.dtype)
+        return _Block(rows, pre, find_few(pre, level, int(FEW * pre.numel())))
+
+
+def _dense_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule") -> StepLoss:
+    gradients = make_gradients(weights, context.scratch)
+    encoder = _Encoder(x, weights["W_enc_T"].to(context.dtype), weights["b_enc"] - rule.threshold, context)
+    squared_error, cast = x.new_zeros((), dtype=torch.float64), {**weights, "W_dec": weights["W_dec"].to(context.dtype)}
+    for block in rule.iter_blocks(encoder):
+        add = _add_dense if rule.reach is None or block.near is None else _add_pairs
+        squared_error += add(cast, gradients, x[block.rows], y[block.rows], context, rule, block)
     rule.finish(gradients)
     squared_error = squared_error.float() / context.ranks.n_slices
     loss = squared_error * (rule.error_scale / context.n_rows) + rule.loss + rule.auxiliary
     return StepLoss(loss, squared_error, rule.loss, rule.auxiliary, rule.n_fired.long(), gradients)
 
 
-def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, rule: Rule, found: _Found) -> Tensor:
+def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule", block: _Block) -> Tensor:
+    """Add the gradients of a block in which many latents get one; return its squared error. By pairs is what fires, where that is little."""
+    scratch, dtype, pre, pairs = context.scratch, context.dtype, block.pre, block.near
+    shape = (len(x), pre.shape[1])
+    if pairs is None:
+        latents = scratch.take("latents", shape, x)
+        rule.activate(pre, latents)
+        error = reconstruct(weights, x, latents, context, "error").sub_(y)
+    else:
+        latents = rule.activate_pairs(take_pairs(pre, pairs), pairs)
+        error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(latents, rule.W_dec, pairs))).sub_(y)
+    squared_error = sum_squares(error)
+    error.mul_(2 * rule.error_scale / context.n_rows)
+    if pairs is None:
+        product(latents.T, error, gradients["W_dec"], is_added=True, dtype=dtype)
+    else:
+        add_by_latent(gradients["W_dec"], error, pairs.bags, latents, pairs)
+    add_offset_gradients(weights, gradients, x, error)
+    grad = product(error, weights["W_dec"].T, scratch.take("gradient", shape, x), dtype=dtype)
+    rule.add_penalty(grad, latents, pairs)
+    gradients["b_enc"].add_(rule.backward(pre, grad))
+    product(grad.T, x, gradients["W_enc_T"], is_added=True, dtype=dtype)
+    return squared_error
+
+
+def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule", block: _Block) -> Tensor:
     """Add the gradients of a block in which few latents are within reach; return its squared error."""
-    pairs = found.pairs
-    values = rule.activate_pairs(found.above, pairs)
-    error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(values, weights["W_dec"], pairs))).sub_(y)
-    squared_error = error.square().sum()
+    pairs = block.near
+    assert pairs is not None
+    above = take_pairs(block.pre, pairs)
+    values = rule.activate_pairs(above, pairs)
+    error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(values, rule.W_dec, pairs))).sub_(y)
+    squared_error = sum_squares(error)
     error.mul_(2 * rule.error_scale / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)
-    gradients["W_dec"].add_(sum_by_latent(error, pairs.bags, values, pairs))
-    grad = rule.backward_pairs(found.above, sampled_product(error, weights["W_dec"], pairs), pairs)
-    gradients["W_enc_T"].add_(sum_by_latent(x, pairs.bags, grad, pairs))
+    add_by_latent(gradients["W_dec"], error, pairs.bags, values, pairs)
+    grad = rule.backward_pairs(above, sampled_product(error, rule.W_dec, pairs), pairs)
+    add_by_latent(gradients["W_enc_T"], x, pairs.bags, grad, pairs)
     gradients["b_enc"].add_(sum_values(grad, pairs))
     return squared_error
 
 
-class _Relu:
-    """Gradient where the latent is above 0, with lambda |d_i| added."""
+class _Rule:
+    """What an architecture does between the products; made anew for each step, because it also sums over the step's blocks.
 
-    offset: Tensor | None = None
-    reach: float | None = 0.0
+    This one fires where a pre-activation exceeds the threshold and sends the gradient back the same way.
+    """
+
     error_scale = 1.0
+    """Factor of the squared error in the loss."""
+    reach: float | None = 0.0
+    """What lies this far below the threshold, or further, has neither value nor gradient; None when that is little."""
 
-    def __init__(self, weights: Weights, context: LossContext) -> None:
-        self.weights, self.widths = weights, context.widths
-        norms = latent_norms(weights["W_dec"], context.widths)
-        self.slope = context.coefficient / context.n_rows
-        self.penalty = norms * self.slope
-        self.sums, self.n_fired = torch.zeros_like(norms), torch.zeros_like(norms)
-        self.loss = self.auxiliary = norms.new_zeros(())
+    def __init__(self, weights: Weights, context: LossContext, slopes: Slopes | None = None) -> None:
+        self.weights, self.context, self.W_dec = weights, context, weights["W_dec"]
+        zeros = torch.zeros_like(weights["b_enc"])
+        self.slopes = slopes or Slopes(zeros, zeros, zeros, zeros.new_zeros(()), 0.0, reaches_encoder=False)
+        self.threshold = self.slopes.threshold
+        self.sums, self.n_fired, self.through, self.pre, self.n_rows = zeros, zeros, zeros, zeros, 0
+        """Sums over rows: of latents, firings, what goes through the rectangle, and pre-activations less thresholds; their number."""
+        self.loss = self.auxiliary = zeros.new_zeros(())
+        """The sparsity loss and, logged apart, the loss on silence."""
 
-    def encode_first(self, x: Tensor, W_enc_T: Tensor, bias: Tensor) -> None:  # noqa: ARG002 - it does not look ahead
-        return None
+    def iter_blocks(self, encoder: _Encoder) -> Iterator[_Block]:
+        """Encode block by block, all into one buffer."""
+        for rows in row_blocks(len(encoder.x), len(encoder.bias)):
+            out = self.context.scratch.take("pre", (rows.stop - rows.start, len(encoder.bias)), encoder.x)
+            yield encoder.encode(rows, out, -(self.reach or 0.0))
 
-    def activate(self, pre: Tensor, latents: Tensor, buffer: Tensor) -> None:
-        torch.clamp(pre, min=0.0, out=latents)
-        self.sums += sum_rows(latents)
-        self.n_fired += count_fired(latents, buffer)
-
-    def backward(self, pre: Tensor, latents: Tensor, grad: Tensor, buffer: Tensor) -> None:  # noqa: ARG002 - other rules need them
-        keep_above(grad.add_(self.penalty), latents)
+    def activate(self, pre: Tensor, latents: Tensor) -> None:
+        """Turn a block of pre-activations into latents, and count."""
+        fired = fire(pre, self.threshold, latents)
+        self.sums, self.n_fired = self.sums + fired.latents, self.n_fired + fired.n_fired
 
     def activate_pairs(self, above: Tensor, pairs: Pairs) -> Tensor:
-        self.sums += sum_values(above, pairs)
-        self.n_fired += pairs.counts
-        return above
+        """Do the same for pairs alone; `above` is their pre-activation less the threshold."""
+        fires = (above > 0).to(above.dtype)
+        values = (above + self.threshold[pairs.latents]).mul_(fires)
+        self.sums, self.n_fired = self.sums + sum_values(values, pairs), self.n_fired + sum_values(fires, pairs)
+        return values
 
-    def backward_pairs(self, above: Tensor, grad: Tensor, pairs: Pairs) -> Tensor:  # noqa: ARG002 - all within reach fire
-        return grad.add_(self.penalty[pairs.latents])
+    def add_penalty(self, grad: Tensor, latents: Tensor, pairs: Pairs | None) -> None:
+        """Add to the gradient of a block's latents what no slope can say; `latents` are the block's, or those of the pairs."""
+
+    def backward(self, pre: Tensor, grad: Tensor) -> Tensor:
+        """Turn the gradient of the latents into that of the pre-activations, in place; return its sum over the rows."""
+        pulled = pull(pre, grad, self.slopes)
+        self.through, self.pre, self.n_rows = self.through + pulled.through, self.pre + pulled.pre, self.n_rows + len(pre)
+        return pulled.grad
+
+    def backward_pairs(self, above: Tensor, grad: Tensor, pairs: Pairs) -> Tensor:
+        """Do the same for pairs alone, which are all that is within reach."""
+        slopes = self.slopes
+        grad = grad.add_(slopes.rise[pairs.latents])
+        if not slopes.width:
+            return grad
+        through = torch.addcmul(slopes.grad_n_fired, grad, self.threshold[pairs.latents])
+        through = torch.where(above.abs() < slopes.width / 2, through, 0.0).div_(slopes.width)
+        self.through = self.through + sum_values(through, pairs)
+        grad = torch.where(above > 0, grad, 0.0)
+        return grad.add_(through) if slopes.reaches_encoder else grad
+
+    def finish(self, gradients: Weights) -> None:
+        """Add the gradients of what was summed over the blocks, and set the losses."""
+
+
+class _Relu(_Rule):
+    """Gradient where the latent is above 0, with lambda |d_i| added."""
+
+    def __init__(self, weights: Weights, context: LossContext) -> None:
+        super().__init__(weights, context)
+        self.slope = context.coefficient / context.n_rows
+        self.penalty = latent_norms(weights["W_dec"], context.widths) * self.slope
+        self.slopes = self.slopes._replace(rise=self.penalty)
 
     def finish(self, gradients: Weights) -> None:
         self.loss = self.sums @ self.penalty
-        add_norm_gradient(gradients["W_dec"], self.weights["W_dec"], self.widths, self.sums * self.slope)
+        add_norm_gradient(gradients["W_dec"], self.weights["W_dec"], self.context.widths, self.sums * self.slope)
 
 
-class _Jump:
-    """What the JumpReLU rules share: the threshold, its rectangle and its gradient."""
+class _Jump(_Rule):
+    """What the JumpReLU rules share: the threshold, its rectangle and its gradient; and the loss that pulls silent latents back.
 
-    error_scale = 1.0
+    The sum of relu(threshold - pre) is that of the latents less their thresholds, less that of all values: no pass of its own.
+    """
+
     reach: float | None = None
 
     def __init__(self, weights: Weights, context: LossContext, width: float, *, reaches_encoder: bool) -> None:
-        self.weights, self.context, self.width, self.reaches_encoder = weights, context, width, reaches_encoder
-        self.threshold = weights["log_threshold"].exp()
-        self.offset: Tensor | None = self.threshold
-        self.grad_threshold = torch.zeros_like(self.threshold)
-        self.n_fired = torch.zeros_like(self.threshold)
-        self.grad_n_fired = self.threshold.new_zeros(())
-        """Gradient of every latent's firing count."""
-        self.loss = self.auxiliary = self.threshold.new_zeros(())
+        threshold = weights["log_threshold"].exp()
+        zeros = torch.zeros_like(threshold)
+        super().__init__(weights, context, Slopes(zeros, zeros, threshold, zeros.new_zeros(()), width, reaches_encoder))
 
-    def encode_first(self, x: Tensor, W_enc_T: Tensor, bias: Tensor) -> Tensor | None:  # noqa: ARG002 - only one rule looks ahead
-        return None
+    def pull_silent(self, norms: Tensor, scale: float) -> None:
+        """Weigh the loss on silence by `norms`, and by `scale` for each row."""
+        self.silence_scale, self.push = scale, norms * scale
+        self.slopes = self.slopes._replace(drop=-self.push)
 
-    def activate(self, pre: Tensor, latents: Tensor, buffer: Tensor) -> None:
-        keep_above(torch.add(pre, self.threshold, out=latents), pre)
-        self.n_fired += count_fired(latents, buffer)
-
-    def backward(self, pre: Tensor, latents: Tensor, grad: Tensor, buffer: Tensor) -> None:  # noqa: ARG002 - a subclass needs the latents
-        torch.addcmul(self.grad_n_fired, grad, self.threshold, out=buffer)
-        torch.ops.aten.hardtanh_backward.grad_input(buffer, pre, -self.width / 2, self.width / 2, grad_input=buffer)
-        self.grad_threshold -= sum_rows(buffer) / self.width
-        self.mask(pre, grad)
-        if self.reaches_encoder:
-            grad.add_(buffer, alpha=1 / self.width)
-
-    def mask(self, pre: Tensor, grad: Tensor) -> None:
-        """Keep the gradient of latents that fire."""
-        keep_above(grad, pre)
-
-    def activate_pairs(self, above: Tensor, pairs: Pairs) -> Tensor:
-        fires = (above > 0).to(above.dtype)
-        self.n_fired += sum_values(fires, pairs)
-        return (above + self.threshold[pairs.latents]).mul_(fires)
-
-    def backward_pairs(self, above: Tensor, grad: Tensor, pairs: Pairs) -> Tensor:
-        through = torch.addcmul(self.grad_n_fired, grad, self.threshold[pairs.latents])
-        through = torch.where(above.abs() < self.width / 2, through, 0.0).div_(self.width)
-        self.grad_threshold -= sum_values(through, pairs)
-        grad = torch.where(above > 0, grad, 0.0)
-        return grad.add_(through) if self.reaches_encoder else grad
+    def finish_silence(self) -> Tensor:
+        """Set the loss on silence and its gradient to the thresholds; return that of the norms."""
+        silence = self.sums - self.threshold * self.n_fired - self.pre
+        self.auxiliary = silence @ self.push
+        self.through = self.through - self.push * (self.n_rows - self.n_fired)
+        return silence * self.silence_scale
 
     def finish(self, gradients: Weights) -> None:
-        gradients["log_threshold"].add_(self.grad_threshold * self.threshold)
+        gradients["log_threshold"].sub_(self.through * self.threshold)
 
 
 class _TargetJump(_Jump):
@@ -281,44 +279,23 @@ class _TargetJump(_Jump):
     def __init__(self, weights: Weights, y: Tensor, context: LossContext) -> None:
         super().__init__(weights, context, JUMP_WIDTH, reaches_encoder=True)
         self.error_scale = 1 / y.shape[1]
-        self.slope = PRE_ACTIVATION_COEFFICIENT / (context.n_rows * y.shape[1])
-        self.dead = context.is_dead.nonzero().view(-1)
-        self.push = latent_norms(weights["W_dec"][self.dead], context.widths) * self.slope
-        self.silence = torch.zeros_like(self.push)
+        self.is_dead = context.is_dead.to(y.dtype)
+        self.pull_silent(latent_norms(weights["W_dec"], context.widths) * self.is_dead, PRE_ACTIVATION_COEFFICIENT / (context.n_rows * y.shape[1]))
 
-    def encode_first(self, x: Tensor, W_enc_T: Tensor, bias: Tensor) -> Tensor:
-        """Count the whole batch's firings: the gradient of each depends on L0. The value of the loss is spread evenly over ranks."""
-        context = self.context
-        encoded = context.scratch.take("encoded", (len(x), len(bias)), x)
-        for rows in row_blocks(*encoded.shape):
-            pre = product(x[rows], W_enc_T.T, encoded[rows], bias=bias, dtype=context.dtype)
-            for part in row_parts(*pre.shape):
-                buffer = context.scratch.take("buffer", tuple(pre[part].shape), pre)
-                self.n_fired += sum_rows(torch.sign(pre[part], out=buffer).relu_())
-        n_fired = context.ranks.sum(self.n_fired.double().sum())
+    def iter_blocks(self, encoder: _Encoder) -> Iterator[_Block]:
+        """Encode the whole batch first: the gradient of each firing depends on L0. The loss is spread evenly over ranks."""
+        context, shape = self.context, (len(encoder.x), len(encoder.bias))
+        encoded = context.scratch.take("encoded", shape, encoder.x)
+        blocks = [encoder.encode(rows, encoded[rows], 0.0) for rows in row_blocks(*shape)]
+        n_own = sum(count_true(block.pre > 0) if block.near is None else len(block.near.latents) for block in blocks)
+        n_fired = context.ranks.sum(torch.tensor(float(n_own), dtype=torch.float64, device=encoder.x.device))
         miss = n_fired / (context.n_rows * context.k) - 1
         self.loss = (context.coefficient * miss.square() / context.ranks.size).float()
-        self.grad_n_fired = (2 * context.coefficient * miss / (context.n_rows * context.k)).float()
-        return encoded
-
-    def activate(self, pre: Tensor, latents: Tensor, buffer: Tensor) -> None:  # noqa: ARG002 - counted already
-        keep_above(torch.add(pre, self.threshold, out=latents), pre)
-
-    def backward(self, pre: Tensor, latents: Tensor, grad: Tensor, buffer: Tensor) -> None:
-        super().backward(pre, latents, grad, buffer)
-        if len(self.dead):
-            below = pre[:, self.dead].neg_().relu_()
-            self.silence += below.sum(0)
-            push = below.sign_().mul_(self.push)
-            grad[:, self.dead] -= push
-            self.grad_threshold[self.dead] += push.sum(0)
+        self.slopes = self.slopes._replace(grad_n_fired=(2 * context.coefficient * miss / (context.n_rows * context.k)).float())
+        return iter(blocks)
 
     def finish(self, gradients: Weights) -> None:
-        self.auxiliary = self.silence @ self.push
-        if len(self.dead):
-            scale = torch.zeros_like(self.threshold)
-            scale[self.dead] = self.silence * self.slope
-            add_norm_gradient(gradients["W_dec"], self.weights["W_dec"], self.context.widths, scale)
+        add_norm_gradient(gradients["W_dec"], self.weights["W_dec"], self.context.widths, self.finish_silence() * self.is_dead)
         super().finish(gradients)
 
 
@@ -328,41 +305,31 @@ class _TanhJump(_Jump):
     def __init__(self, weights: Weights, context: LossContext) -> None:
         super().__init__(weights, context, JUMP_WIDTH, reaches_encoder=True)
         norms = latent_norms(weights["W_dec"], context.widths)
+        self.pull_silent(norms, PRE_ACTIVATION_COEFFICIENT / context.n_rows)
         self.slope = context.coefficient / context.n_rows
-        self.push = norms * (PRE_ACTIVATION_COEFFICIENT / context.n_rows)
         self.steepness, self.rise = norms * TANH_SCALE, norms * (TANH_SCALE * self.slope)
-        self.grad_norms, self.latents, self.pre, self.n_rows = torch.zeros_like(norms), torch.zeros_like(norms), torch.zeros_like(norms), 0
+        self.slopes = self.slopes._replace(rise=self.rise)
+        self.grad_norms = torch.zeros_like(norms)
 
-    def activate(self, pre: Tensor, latents: Tensor, buffer: Tensor) -> None:
-        super().activate(pre, latents, buffer)
-        self.latents += sum_rows(latents)
-        self.pre += sum_rows(pre)
-        self.n_rows += len(pre)
+    def add_penalty(self, grad: Tensor, latents: Tensor, pairs: Pairs | None) -> None:
+        """Take back what the slope adds too much where a latent fires: tanh is 0, and its slope the rise, everywhere else.
 
-    def backward(self, pre: Tensor, latents: Tensor, grad: Tensor, buffer: Tensor) -> None:
-        # d tanh(c f n) = (1 - tanh^2) (c n df + c f dn), and tanh is 0 where a latent is silent: most of the block needs no tanh.
-        places = nonzero(latents > 0)
-        column, f = places % latents.shape[1], latents.view(-1)[places]
+        d tanh(c f n) = (1 - tanh^2) (c n df + c f dn).
+        """
+        if pairs is None:
+            places = nonzero(latents > 0)
+            column, f = places % latents.shape[1], latents.view(-1)[places]
+        else:
+            column, f, places = pairs.latents, latents, pairs.bags * grad.shape[1] + pairs.latents
         tanh = (f * self.steepness[column]).tanh_()
-        self.loss += tanh.sum() * self.slope
+        self.loss = self.loss + tanh.sum() * self.slope
         squared = tanh.square_()
         self.grad_norms.index_add_(0, column, (1 - squared).mul_(f))
-        grad.add_(self.rise)
         flat = grad.view(-1)
         flat[places] = flat[places] - squared * self.rise[column]
-        super().backward(pre, latents, grad, buffer)
-
-    def mask(self, pre: Tensor, grad: Tensor) -> None:
-        """Keep the gradient of latents that fire; push the others up to their thresholds."""
-        keep_above(grad.add_(self.push), pre)
-        grad.sub_(self.push)
 
     def finish(self, gradients: Weights) -> None:
-        # The sum of relu(threshold - pre) is that of the latents less their thresholds, less that of all values: no pass of its own.
-        silence = self.latents - self.threshold * self.n_fired - self.pre
-        self.auxiliary = silence @ self.push
-        self.grad_threshold += self.push * (self.n_rows - self.n_fired)
-        scale = self.grad_norms * (TANH_SCALE * self.slope) + silence * (PRE_ACTIVATION_COEFFICIENT / self.context.n_rows)
+        scale = self.grad_norms * (TANH_SCALE * self.slope) + self.finish_silence()
         add_norm_gradient(gradients["W_dec"], self.weights["W_dec"], self.context.widths, scale)
         super().finish(gradients)
 
@@ -373,8 +340,8 @@ class _StepJump(_Jump):
     def __init__(self, weights: Weights, y: Tensor, context: LossContext) -> None:
         super().__init__(weights, context, STEP_WIDTH * weights["W_enc_T"].shape[1] ** 0.5, reaches_encoder=False)
         self.error_scale = 1 / y.shape[1]
-        self.reach: float | None = self.width / 2
-        self.grad_n_fired += context.coefficient / context.n_rows
+        self.reach = self.slopes.width / 2
+        self.slopes = self.slopes._replace(grad_n_fired=self.slopes.grad_n_fired + context.coefficient / context.n_rows)
 
     def finish(self, gradients: Weights) -> None:
         self.loss = self.n_fired.sum() * (self.context.coefficient / self.context.n_rows)

@@ -11,22 +11,25 @@ pairs, with k/S of the dense arithmetic:
     grad W_dec    sum over the pairs of a latent of value * grad_x_hat[r]                   bags of gradient rows, by latent
     grad W_enc    sum over the pairs of a latent of grad_value * x[b]                       bags of input rows, by latent
 
-Bags are `embedding_bag`, which sums each bag in order on one thread: bit-exact whatever the number of threads. Measured on 2 cores
-(B 4096, D 256, S 4096, 32 active): dense decode 98 ms, bags 8 ms; autograd through `embedding_bag` 158 ms, the three products
-above 40 ms. Ordering the pairs by latent is a 16-bit radix sort in NumPy, 0.8 ms; torch's stable sort took 110-290 ms.
+On the CPU these are compiled loops (`loops.py`), elsewhere `embedding_bag`. Either sums each bag in order on one thread: bit-exact whatever
+the number of threads. Measured on 2 cores (B 4096, D 512, S 4096, 32 active): a dense product 57 ms, each of the four loops 5. Ordering the
+pairs by latent is a 16-bit radix sort in NumPy, 0.8 ms; torch's stable sort took 110-290 ms.
 
 Fresh memory costs more than arithmetic: filling a new tensor of 64 MB takes 31 ms (page faults), multiplying one that is there 4 ms.
 So large intermediate tensors live in a `Scratch` and are written in place.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from interp_assets.train.loops import count_above, dot_bags, dot_bags_twice, is_native, over_bags, over_rows, sum_bags, sum_bags_twice, take_above
 
 
 class Pairs(NamedTuple):
@@ -82,20 +85,59 @@ def split_bags(pairs: Pairs, ends: list[int]) -> Pairs:
     return pairs._replace(bags=bag_N, bag_starts=_starts(bag_N, len(pairs.bag_starts) * len(ends)), n_groups=len(ends))
 
 
-def decode_pairs(value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs) -> Float[Tensor, "R D"]:
-    """Sum the decoder rows of each bag's pairs, weighted by their values."""
+def decode_pairs(value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch | None = None) -> Float[Tensor, "R D"]:
+    """Sum the decoder rows of each bag's pairs, weighted by their values; with `scratch`, into its buffer `decoded` where that is possible."""
+    if is_native(value_N, W_dec_SD):
+        shape = len(pairs.bag_starts), W_dec_SD.shape[1]
+        x_hat = W_dec_SD.new_zeros(shape) if scratch is None else scratch.take("decoded", shape, W_dec_SD).zero_()
+        over_bags(sum_bags, _ends(pairs.bag_starts, pairs), *_arrays(pairs.latents, value_N, W_dec_SD, x_hat))
+        return x_hat
     return _sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N)
 
 
+def decode_pairs_twice(
+    values: tuple[Float[Tensor, " N"], Float[Tensor, " N"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs
+) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]:
+    """Decode two values of each pair."""
+    if is_native(*values, W_dec_SD):
+        x_hats = [W_dec_SD.new_zeros(len(pairs.bag_starts), W_dec_SD.shape[1]) for _ in values]
+        index, W_dec = _arrays(pairs.latents, W_dec_SD)
+        over_bags(sum_bags_twice, _ends(pairs.bag_starts, pairs), index, tuple(_arrays(*values)), W_dec, tuple(_arrays(*x_hats)))
+        return x_hats[0], x_hats[1]
+    return decode_pairs(values[0], W_dec_SD, pairs), decode_pairs(values[1], W_dec_SD, pairs)
+
+
 def sampled_product(grad_RD: Float[Tensor, "R D"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs) -> Float[Tensor, " N"]:
-    """Multiply each pair's gradient row and decoder row: what `embedding_bag` calls the gradient of its weights (20 ms; sampled_addmm 36 ms)."""
+    """Multiply each pair's gradient row and decoder row: what `embedding_bag` calls the gradient of its weights."""
+    if is_native(grad_RD, W_dec_SD):
+        out = grad_RD.new_empty(len(pairs.latents))
+        over_bags(dot_bags, _ends(pairs.bag_starts, pairs), *_arrays(pairs.latents, W_dec_SD, grad_RD, out))
+        return out
     product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
     return product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0)
 
 
-def sum_by_latent(table_D: Float[Tensor, "rows D"], row_N: Int64[Tensor, " N"], weight_N: Float[Tensor, " N"], pairs: Pairs) -> Float[Tensor, "S D"]:
-    """Sum for every latent the weighted rows of `table` that its pairs name: the gradient of a decoder or an encoder."""
-    return _sum_bags(table_D, row_N[pairs.by_latent], pairs.latent_starts, weight_N[pairs.by_latent])
+def sampled_product_twice(
+    grads: tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Multiply each pair's decoder row with both of its gradient rows."""
+    if is_native(*grads, W_dec_SD):
+        outs = [W_dec_SD.new_empty(len(pairs.latents)) for _ in grads]
+        index, W_dec = _arrays(pairs.latents, W_dec_SD)
+        over_bags(dot_bags_twice, _ends(pairs.bag_starts, pairs), index, W_dec, tuple(_arrays(*grads)), tuple(_arrays(*outs)))
+        return outs[0], outs[1]
+    return sampled_product(grads[0], W_dec_SD, pairs), sampled_product(grads[1], W_dec_SD, pairs)
+
+
+def add_by_latent(
+    gradient_SD: Float[Tensor, "S D"], table_D: Float[Tensor, "rows D"], row_N: Int64[Tensor, " N"], weight_N: Float[Tensor, " N"], pairs: Pairs
+) -> None:
+    """Add for every latent the weighted rows of `table` that its pairs name: the gradient of a decoder or an encoder."""
+    rows, weights = row_N[pairs.by_latent], weight_N[pairs.by_latent]
+    if is_native(gradient_SD, table_D, weight_N):
+        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), *_arrays(rows, weights, table_D, gradient_SD))
+    else:
+        gradient_SD.add_(_sum_bags(table_D, rows, pairs.latent_starts, weights))
 
 
 def sum_values(value_N: Float[Tensor, " N"], pairs: Pairs) -> Float[Tensor, " S"]:
@@ -108,12 +150,39 @@ def find_few(values: Float[Tensor, "rows S"], above: float, limit: int) -> Pairs
     sample = values[: -(-len(values) // 16)] > above
     if count_true(sample) * values.numel() > 2 * limit * sample.numel():
         return None
-    mask = values > above
-    if count_true(mask) >= limit:
+    least = np.nextafter(np.float32(above), np.float32(np.inf)) if values.dtype == torch.float32 else np.nextafter(above, np.inf)
+    found = find_above(values, float(least), limit)
+    if found is None:
         return None
-    places = nonzero(mask)
     n_rows, d_sae = values.shape
-    return make_pairs(places // d_sae, places % d_sae, n_rows, d_sae)
+    return make_pairs(found.places // d_sae, found.places % d_sae, n_rows, d_sae)
+
+
+class Found(NamedTuple):
+    """Flat places `row * S + latent`, in order, and the values there."""
+
+    places: Int64[Tensor, " N"]
+    values: Float[Tensor, " N"]
+
+
+def find_above(values: Float[Tensor, "rows S"], bound: Float[Tensor, "rows 1"] | float, limit: int | None = None) -> Found | None:
+    """Return what is at least `bound`, one for all or one a row; None when that is `limit` or more."""
+    if not is_native(values):
+        mask = values >= bound
+        if limit is not None and count_true(mask) >= limit:
+            return None
+        places = nonzero(mask)
+        return Found(places, values.reshape(-1)[places])
+    bounds = bound.reshape(-1).numpy() if isinstance(bound, Tensor) else np.full(len(values), bound, np.float32)
+    counts = np.zeros(len(values), np.int64)
+    over_rows(count_above, len(values), (0, 0), values.numpy(), bounds, counts)
+    ends = counts.cumsum()
+    n = int(ends[-1]) if len(ends) else 0
+    if limit is not None and n >= limit:
+        return None
+    columns = np.empty(n, np.int64), np.empty(n, np.float32)
+    over_rows(take_above, len(values), (0, 0), values.numpy(), bounds, ends - counts, columns)
+    return Found(torch.from_numpy(columns[0]), torch.from_numpy(columns[1]))
 
 
 def take_pairs(values: Float[Tensor, "rows S"], pairs: Pairs) -> Float[Tensor, " N"]:
@@ -144,6 +213,15 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, is
         return out.add_(rounded)
     out.copy_(rounded)
     return out if bias is None else out.add_(bias)
+
+
+def _ends(starts: Tensor, pairs: Pairs) -> NDArray[np.int64]:
+    """Return the places where bags start, and that where the last one ends."""
+    return np.append(starts.numpy(), len(pairs.latents))
+
+
+def _arrays(*values: Tensor) -> list[NDArray[Any]]:
+    return [value.numpy() for value in values]
 
 
 def _sum_bags(table: Tensor, index_N: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[sub
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={"OMP_NUM_THREADS": str(threads), **os.environ},
+        env={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         start_new_session=True,
     )
     try:

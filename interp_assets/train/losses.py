@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from interp_assets.train.elementwise import sum_rows
 from interp_assets.train.kernels import Scratch, product
 from interp_assets.train.parallel import Ranks
 
@@ -41,8 +42,6 @@ REPLICATED: Final = ("b_dec", "W_skip")
 """Weights that every latent slice holds whole; of all others it holds its own latents."""
 _BLOCK_VALUES: Final = 1 << 25
 """Pre-activations of a block of rows (128 MiB): enough for fast products and few additions to the gradients."""
-_PART_VALUES: Final = 1 << 22
-"""Pre-activations on which elementwise work is done at once (16 MiB): few enough to stay in the cache from one operation to the next."""
 
 
 class LossContext(NamedTuple):
@@ -87,27 +86,6 @@ def row_blocks(n_rows: int, n_latents: int) -> Iterator[slice]:
     """Cut the rows of a batch into blocks of about `_BLOCK_VALUES` pre-activations."""
     n = max(64, _BLOCK_VALUES // n_latents)
     return (slice(start, min(start + n, n_rows)) for start in range(0, n_rows, n))
-
-
-def row_parts(n_rows: int, n_latents: int) -> Iterator[slice]:
-    """Cut the rows of a block into parts of about `_PART_VALUES` pre-activations."""
-    n = max(16, _PART_VALUES // n_latents)
-    return (slice(start, min(start + n, n_rows)) for start in range(0, n_rows, n))
-
-
-def sum_rows(values: Float[Tensor, "rows latents"]) -> Float[Tensor, " latents"]:
-    """Add the rows, as a product with ones: twice as fast as `sum(0)`."""
-    return torch.mv(values.T, values.new_ones(len(values)))
-
-
-def count_fired(latents: Float[Tensor, "rows latents"], buffer: Tensor) -> Float[Tensor, " latents"]:
-    """Count the rows on which each latent is above 0; none may be below. Counting booleans by column takes five times as long."""
-    return sum_rows(torch.sign(latents, out=buffer))
-
-
-def keep_above(grad: Tensor, level: Tensor) -> Tensor:
-    """Set `grad` to 0, in place, where `level` is not above 0."""
-    return torch.ops.aten.threshold_backward.grad_input(grad, level, 0.0, grad_input=grad)
 
 
 def latent_norms(W_dec: Float[Tensor, "latents d_out"], widths: tuple[int, ...]) -> Float[Tensor, " latents"]:

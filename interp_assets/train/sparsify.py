@@ -17,14 +17,15 @@ and only the candidates are sorted. On the CPU the scans are NumPy's. Measured o
 the flat batch and 115 by row; NumPy's partition of whole rows 90; group maxima and candidates about 20.
 """
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from interp_assets.train.kernels import nonzero
+from interp_assets.train.kernels import find_above
+from interp_assets.train.loops import is_native, over_rows, pick_rows
 from interp_assets.train.parallel import ONE_RANK, Ranks
 
 _SAMPLE_ROWS: Final = 64
@@ -46,6 +47,8 @@ def pick_per_row(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: i
     n_rows, n = pre.shape
     if k >= n_total:
         return candidates_above(pre, 0.0)
+    if ranks.n_slices == 1 and is_native(pre) and (active := _pick_rows(pre, k)) is not None:
+        return active
     candidates = candidates_above(pre, _row_bounds(pre, k) if k < n else 0.0)
     rows = candidates.places // max(1, n)
     counts = torch.bincount(rows, minlength=n_rows)
@@ -56,6 +59,17 @@ def pick_per_row(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: i
     if ranks.n_slices > 1:
         largest_k = _largest_of_rows(ranks.gather_slices(largest_k, dim=1), k)
     return _keep(candidates, candidates.values >= largest_k.amin(1)[rows])
+
+
+def row_levels(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: int) -> Float[Tensor, "batch 1"]:
+    """Return what a value of each row must reach to be among its `k` largest positive ones; with latent slices, those of all `n_total`."""
+    tiny = torch.finfo(pre.dtype).tiny
+    if k >= n_total:
+        return pre.new_full((len(pre), 1), tiny)
+    if ranks.n_slices == 1:
+        return _nth_of_rows(pre, k).clamp_(min=tiny)
+    own = torch.nn.functional.pad(_largest_of_rows(pre, k), (0, max(0, k - pre.shape[1])))
+    return _nth_of_rows(ranks.gather_slices(own, dim=1), k).clamp_(min=tiny)
 
 
 def pick_per_batch(pre: Float[Tensor, "batch n"], n_active: int) -> Active:
@@ -81,8 +95,9 @@ def guess_bound(sample: Float[Tensor, "rows n"], share: float) -> float:
 def candidates_above(pre: Float[Tensor, "batch n"], bound: Float[Tensor, "batch 1"] | float) -> Active:
     """Return all values that are positive and at least `bound`, one for all or one a row."""
     tiny = torch.finfo(pre.dtype).tiny
-    places = nonzero(pre >= (bound.clamp(min=tiny) if isinstance(bound, Tensor) else max(bound, tiny)))
-    return Active(places, pre.reshape(-1)[places])
+    found = find_above(pre, bound.clamp(min=tiny) if isinstance(bound, Tensor) else max(bound, tiny))
+    assert found is not None
+    return Active(*found)
 
 
 def keep_largest(candidates: Active, n_active: int, ranks: Ranks) -> Active:
@@ -102,18 +117,50 @@ def largest(values: Float[Tensor, " n"], n: int) -> Float[Tensor, " m"]:
     return values.topk(n, sorted=False).values
 
 
-def _row_bounds(pre: Tensor, k: int) -> Tensor:
-    """Return for each row a value that at least `k` of its values reach: the k-th largest maximum of disjoint groups."""
-    n = pre.shape[1]
+def _pick_rows(pre: Tensor, k: int) -> Active | None:
+    """Pick by the compiled loop; None where so many values tie with a threshold that they don't fit."""
+    places, values = np.empty((len(pre), k), np.int64), np.empty((len(pre), k), np.float32)
+    counts = np.empty(len(pre), np.int64)
+    over_rows(pick_rows, len(pre), (0, 0), pre.numpy(), pre.shape[1] // _group_size(pre.shape[1], k), places, values, counts)
+    if (counts < 0).any():
+        return None
+    if (counts < k).any():
+        is_there = np.arange(k) < counts[:, None]
+        places, values = places[is_there], values[is_there]
+    return Active(torch.from_numpy(places.reshape(-1)), torch.from_numpy(values.reshape(-1)))
+
+
+def _group_size(n: int, k: int) -> int:
+    """Return a power of two that makes of `n` values at least `_GROUPS_PER_ACTIVE` groups for each of `k`, or 1 where there are too few."""
     group = 1
     while n // (2 * group) >= _GROUPS_PER_ACTIVE * k:
         group *= 2
-    width = n // group
+    return group
+
+
+def _row_bounds(pre: Tensor, k: int) -> Tensor:
+    """Return for each row a value that at least `k` of its values reach: the k-th largest maximum of disjoint groups."""
+    group = _group_size(pre.shape[1], k)
+    width = pre.shape[1] // group
     maxima = pre[:, : width * group]
     while group > 1:
         group //= 2
         maxima = torch.maximum(maxima[:, : width * group], maxima[:, width * group :])
     return _largest_of_rows(maxima, k).amin(1, keepdim=True)
+
+
+def _nth_of_rows(values: Tensor, k: int) -> Tensor:
+    """Return the k-th largest of each row, as a column."""
+    if values.device.type != "cpu":
+        return values.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    nth = torch.empty(len(values), 1, dtype=values.dtype)
+    over_rows(_partition, len(values), (0, 0), values.numpy(), k, nth.numpy())
+    return nth
+
+
+def _partition(values: Any, k: Any, nth: Any, _: Any, first: Any, last: Any) -> None:
+    place = values.shape[1] - k
+    nth[first:last, 0] = np.partition(values[first:last], place, axis=1)[:, place]
 
 
 def _largest_of_rows(values: Tensor, k: int) -> Tensor:

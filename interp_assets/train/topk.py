@@ -20,18 +20,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_assets.train.kernels import Pairs, decode_pairs, make_pairs, product, sampled_product, split_bags, sum_by_latent, sum_values
+from interp_assets.train.elementwise import keep_above, sum_rows, sum_squares
+from interp_assets.train.kernels import Pairs, add_by_latent, decode_pairs, make_pairs, product, sampled_product, split_bags, sum_values
 from interp_assets.train.losses import (
-    REPLICATED,
     LossContext,
     StepLoss,
     Weights,
     add_offset_gradients,
     add_offsets,
     latent_norms,
+    make_gradients,
     row_blocks,
 )
-from interp_assets.train.sparsify import Active, candidates_above, guess_bound, keep_largest, pick_per_row, sample_rows
+from interp_assets.train.sparsify import Active, candidates_above, guess_bound, keep_largest, pick_per_row, row_levels, sample_rows
 
 AUXK_COEFFICIENT: Final = 1 / 32
 _DENSE_AUXK_FACTOR: Final = 6
@@ -80,28 +81,27 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
     n_dead = int(ranks.sum_slices(torch.tensor([len(dead)], device=x.device)))
     if n_dead == 0:
         return error.new_zeros(())
-    moments = ranks.sum(torch.cat([error.sum(0), error.square().sum()[None]])) / ranks.n_slices
+    moments = ranks.sum(torch.cat([error.sum(0), sum_squares(error)[None]])) / ranks.n_slices
     variance = moments[-1] - (moments[:-1] / context.n_rows).square().sum() * context.n_rows
     scale = torch.where(variance > 0, 1 / variance, 0.0)
     W_enc_T, W_dec = weights["W_enc_T"][dead], weights["W_dec"][dead]
     n_active = min(auxk_count(x.shape[1]), n_dead)
     pre = product(x, W_enc_T.T, context.scratch.take("dead", (len(x), len(dead)), x), bias=weights["b_enc"][dead], dtype=context.dtype)
-    active = pick_per_row(pre, n_active, ranks, n_dead)
     if len(dead) > _DENSE_AUXK_FACTOR * n_active:
+        active = pick_per_row(pre, n_active, ranks, n_dead)
         pairs = make_pairs(active.places // len(dead), active.places % len(dead), len(x), len(dead))
         missed = ranks.sum_slices(decode_pairs(active.values, W_dec, pairs)).sub_(error)
-        loss = missed.square().sum() * scale / ranks.n_slices
+        loss = sum_squares(missed) * scale / ranks.n_slices
         missed.mul_(2 * AUXK_COEFFICIENT * scale)
-        found = _pair_gradients({"W_dec": W_dec}, x, missed, active.values, pairs)
+        found = {"W_dec": torch.zeros_like(W_dec), "W_enc_T": torch.zeros_like(W_enc_T), "b_enc": x.new_zeros(len(dead))}
+        _pair_gradients({"W_dec": W_dec}, x, missed, active.values, pairs, found)
     else:
-        mask = context.scratch.take("dead_mask", tuple(pre.shape), x).zero_()
-        mask.view(-1)[active.places] = 1.0
-        latents = pre.mul_(mask)
-        missed = ranks.sum_slices(latents @ W_dec).sub_(error)
-        loss = missed.square().sum() * scale / ranks.n_slices
+        latents = pre.mul_(pre >= row_levels(pre, n_active, ranks, n_dead))
+        missed = ranks.sum_slices(product(latents, W_dec, context.scratch.take("missed", tuple(error.shape), error))).sub_(error)
+        loss = sum_squares(missed) * scale / ranks.n_slices
         missed.mul_(2 * AUXK_COEFFICIENT * scale)
-        grad = torch.mm(missed, W_dec.T).mul_(mask)
-        found = {"W_dec": latents.T @ missed, "W_enc_T": grad.T @ x, "b_enc": grad.sum(0)}
+        grad = keep_above(product(missed, W_dec.T, context.scratch.take("dead_gradient", tuple(pre.shape), x)), latents)
+        found = {"W_dec": latents.T @ missed, "W_enc_T": grad.T @ x, "b_enc": sum_rows(grad)}
     for name, gradient in found.items():
         gradients[name].index_add_(0, dead, gradient)
     return loss
@@ -147,9 +147,9 @@ def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, ac
     """Return loss and gradients of the active pairs; `ends` are those of a Matryoshka SAE's groups in this slice."""
     n_latents, (n_rows, d_out), scratch = len(weights["b_enc"]), y.shape, context.scratch
     pairs = make_pairs(active.places // n_latents, active.places % n_latents, n_rows, n_latents)
-    gradients: Weights = {name: torch.zeros_like(weights[name]) for name in REPLICATED if name in weights}
+    gradients = make_gradients(weights, scratch)
     bags = split_bags(pairs, ends) if ends else pairs
-    parts = context.ranks.sum_slices(decode_pairs(active.values, weights["W_dec"], bags))
+    parts = context.ranks.sum_slices(decode_pairs(active.values, weights["W_dec"], bags, scratch))
     scale = 2 / (context.n_rows * d_out * (len(ends) + 1 if ends else 1))
     if ends:
         errors = _prefix_errors(weights, x, y, parts.view(n_rows, len(ends), d_out))
@@ -157,10 +157,10 @@ def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, ac
         add_offset_gradients(weights, gradients, x, errors.total.mul_(scale))
     else:
         error = add_offsets(weights, x, parts).sub_(y)
-        squared = error.square().sum()[None]
+        squared = sum_squares(error)[None]
         grad = torch.mul(error, scale, out=scratch.take("grad", tuple(error.shape), error))
         add_offset_gradients(weights, gradients, x, grad)
-    gradients |= _pair_gradients(weights, x, grad, active.values, bags)
+    _pair_gradients(weights, x, grad, active.values, bags, gradients)
     auxk = add_auxk(weights, gradients, x, error.neg_(), context)
     squared = squared / context.ranks.n_slices
     loss = squared.mean() / (context.n_rows * d_out) + AUXK_COEFFICIENT * auxk
@@ -179,24 +179,22 @@ class _PrefixErrors(NamedTuple):
 def _prefix_errors(weights: Weights, x: Tensor, y: Tensor, parts: Float[Tensor, "batch groups d_out"]) -> _PrefixErrors:
     """Turn each group's part of the reconstruction, in place, into the sum of the errors of the prefixes that contain it."""
     empty = add_offsets(weights, x, torch.zeros_like(y)).sub_(y)
-    squared = [empty.square().sum()]
+    squared = [sum_squares(empty)]
     for group in range(parts.shape[1]):
         parts[:, group].add_(parts[:, group - 1] if group else empty)
-        squared.append(parts[:, group].square().sum())
+        squared.append(sum_squares(parts[:, group]))
     whole = parts[:, -1].clone()
     for group in reversed(range(parts.shape[1] - 1)):
         parts[:, group].add_(parts[:, group + 1])
     return _PrefixErrors(whole, torch.stack(squared), empty.add_(parts[:, 0]))
 
 
-def _pair_gradients(weights: Weights, x: Tensor, grad: Float[Tensor, "bags d_out"], values: Tensor, pairs: Pairs) -> Weights:
-    """Return the gradients of decoder, encoder and its bias, given that of each bag's reconstruction."""
+def _pair_gradients(weights: Weights, x: Tensor, grad: Float[Tensor, "bags d_out"], values: Tensor, pairs: Pairs, gradients: Weights) -> None:
+    """Add the gradients of decoder, encoder and its bias, given that of each bag's reconstruction."""
     grad_values = sampled_product(grad, weights["W_dec"], pairs)
-    return {
-        "W_dec": sum_by_latent(grad, pairs.bags, values, pairs),
-        "W_enc_T": sum_by_latent(x, pairs.rows, grad_values, pairs),
-        "b_enc": sum_values(grad_values, pairs),
-    }
+    add_by_latent(gradients["W_dec"], grad, pairs.bags, values, pairs)
+    add_by_latent(gradients["W_enc_T"], x, pairs.rows, grad_values, pairs)
+    gradients["b_enc"].add_(sum_values(grad_values, pairs))
 
 
 def _shift(active: Active, start: int) -> Active:

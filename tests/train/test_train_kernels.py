@@ -7,13 +7,15 @@ from torch import Tensor
 
 from interp_assets.train.kernels import (
     Scratch,
+    add_by_latent,
     decode_pairs,
+    decode_pairs_twice,
     find_few,
     make_pairs,
     product,
     sampled_product,
+    sampled_product_twice,
     split_bags,
-    sum_by_latent,
     sum_values,
     take_pairs,
 )
@@ -33,23 +35,58 @@ def draw_mask(share: float, seed: int = 3) -> Tensor:
     return mask
 
 
-@settings(max_examples=20, deadline=None)
-@given(share=st.sampled_from([0.0, 0.05, 0.3, 1.0]), seed=st.integers(0, 1000))
-def test_pairs_give_the_values_and_gradients_of_the_dense_formula(share: float, seed: int) -> None:
-    """Rows without an active latent, latents that never fire and empty batches are where sparse code breaks."""
+@settings(max_examples=40, deadline=None)
+@given(
+    share=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    threads=st.integers(1, 3),
+)
+def test_pairs_give_the_values_and_gradients_of_the_dense_formula(share: float, seed: int, dtype: torch.dtype, threads: int) -> None:
+    """Rows without an active latent, latents that never fire and empty batches are where sparse code breaks.
+
+    float32 takes the compiled loops, on one thread or several; float64 takes torch's bags, as other devices do.
+    """
     x, W_enc_T, b_enc, W_dec = draw(BATCH, D_IN, seed=0).detach(), draw(D_SAE, D_IN, seed=1), draw(D_SAE, seed=2), draw(D_SAE, D_IN, seed=4)
-    mask, grad = draw_mask(share, seed), draw(BATCH, D_IN, seed=5).detach()
+    mask, grad, other = draw_mask(share, seed), draw(BATCH, D_IN, seed=5).detach(), draw(BATCH, D_IN, seed=6).detach()
     pre = x @ W_enc_T.T + b_enc
     expected = (pre * mask) @ W_dec
     (expected * grad).sum().backward()
+    assert W_dec.grad is not None
+    assert W_enc_T.grad is not None
+    assert b_enc.grad is not None
     rows, latents = mask.nonzero(as_tuple=True)
-    pairs, values = make_pairs(rows, latents, BATCH, D_SAE), pre.detach()[mask]
-    torch.testing.assert_close(decode_pairs(values, W_dec.detach(), pairs), expected.detach())
-    torch.testing.assert_close(take_pairs(pre.detach(), pairs), values)
-    grad_values = sampled_product(grad, W_dec.detach(), pairs)
-    torch.testing.assert_close(sum_by_latent(grad, pairs.bags, values, pairs), W_dec.grad)
-    torch.testing.assert_close(sum_by_latent(x, pairs.rows, grad_values, pairs), W_enc_T.grad)
-    torch.testing.assert_close(sum_values(grad_values, pairs), b_enc.grad)
+    pairs, values, W = make_pairs(rows, latents, BATCH, D_SAE), pre.detach()[mask].to(dtype), W_dec.detach().to(dtype)
+    torch.set_num_threads(threads)
+    expected, grad, other, x = expected.detach().to(dtype), grad.to(dtype), other.to(dtype), x.to(dtype)
+    torch.testing.assert_close(decode_pairs(values, W, pairs), expected)
+    torch.testing.assert_close(torch.stack(decode_pairs_twice((values, 2 * values), W, pairs)), torch.stack([expected, 2 * expected]))
+    torch.testing.assert_close(take_pairs(pre.detach().to(dtype), pairs), values)
+    grad_values = sampled_product(grad, W, pairs)
+    twice = sampled_product_twice((other, grad), W, pairs)
+    torch.testing.assert_close(torch.stack(twice), torch.stack([sampled_product(other, W, pairs), grad_values]))
+    found = torch.ones_like(W)
+    add_by_latent(found, grad, pairs.bags, values, pairs)
+    torch.testing.assert_close(found, W_dec.grad.to(dtype) + 1)
+    found = torch.zeros_like(W)
+    add_by_latent(found, x, pairs.rows, grad_values, pairs)
+    torch.testing.assert_close(found, W_enc_T.grad.to(dtype))
+    torch.testing.assert_close(sum_values(grad_values, pairs), b_enc.grad.to(dtype))
+
+
+def test_sums_of_pairs_do_not_depend_on_the_number_of_threads() -> None:
+    """Two machines must train the same SAE bit for bit: each bag is summed in order by one thread."""
+    mask = torch.rand(40, 30, generator=torch.Generator().manual_seed(0)) < 0.3
+    rows, latents = mask.nonzero(as_tuple=True)
+    pairs, values, W_dec = make_pairs(rows, latents, 40, 30), draw(len(rows), seed=1).detach().float(), draw(30, 65, seed=2).detach().float()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        x_hat, gradient = decode_pairs(values, W_dec, pairs), torch.zeros_like(W_dec)
+        add_by_latent(gradient, x_hat, pairs.bags, values, pairs)
+        found.append((x_hat, gradient, sampled_product(x_hat, W_dec, pairs)))
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
 def test_split_bags_decode_each_group_apart() -> None:

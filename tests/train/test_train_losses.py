@@ -9,7 +9,7 @@ from torch import Tensor
 from interp_assets.config import Architecture
 from interp_assets.train.dense import JUMP_WIDTH, PRE_ACTIVATION_COEFFICIENT, STEP_WIDTH, TANH_SCALE
 from interp_assets.train.kernels import Scratch
-from interp_assets.train.losses import LossContext, StepLoss, Weights
+from interp_assets.train.losses import FEW, LossContext, StepLoss, Weights
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES
 from interp_assets.train.topk import AUXK_COEFFICIENT, add_auxk, auxk_count, group_ends
@@ -161,6 +161,23 @@ def test_few_active_latents_give_the_same_by_pairs(architecture: Architecture) -
     x = draw(BATCH, D_IN, seed=9) * 2
     found = check(architecture, x, x, make_context(), shift=18.0)
     assert 0 < int(found.n_fired.sum()) < BATCH * D_SAE / 24
+
+
+@pytest.mark.parametrize("dead", [[], [1, 5]])
+@pytest.mark.parametrize("architecture", ["jump_relu", "jump_relu_tanh"])
+def test_few_firings_under_a_wide_rectangle_are_decoded_by_pairs(architecture: Architecture, dead: list[int]) -> None:
+    """Where little fires but much gets a gradient, two of five products are by pairs: same numbers."""
+    x = draw(BATCH, D_IN, seed=9) * 2
+    found = check(architecture, x, x, make_context(dead=dead), shift=14.0)
+    assert 0 < int(found.n_fired.sum()) < FEW * BATCH * D_SAE
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jump_relu", "jump_relu_tanh", "jump_relu_step"])
+def test_many_and_few_firings_may_take_turns(architecture: Architecture) -> None:
+    """A training passes from dense to sparse states and, when the coefficient is low, back: buffers of one must not leak into the other."""
+    x, context = draw(BATCH, D_IN, seed=9) * 2, make_context(dead=[1, 5])
+    for shift in (0.0, 14.0, 1.0, 18.0, 0.0):
+        check(architecture, x, x, context, shift=shift)
 
 
 @pytest.mark.parametrize("with_skip", [False, True])
