@@ -1,7 +1,9 @@
 """Training steps of every architecture beside the bare matrix products they need and beside other tools' steps, in one run.
 
-    python benchmarks/bench_train.py                                                      small: ends within 45 s on 2 cores
-    python benchmarks/bench_train.py --full --peers .peers/bin/python                     the sizes of the goals, with peers
+    make bench-train QUICK=1                                                              small: ends within 45 s on 2 cores
+    make bench-train BENCH_ARGS="--peers .peers/bin/python"                               the sizes of the goals, with peers: minutes
+    python benchmarks/bench_train.py --architectures relu --d-sae 4096 --append results.jsonl       one of them, for short slots
+    python benchmarks/bench_train.py --d-sae 4096 --trained states/                       whole trainings, see `train_states.py`
 
 Peers are no dependencies: they live in an environment of their own, and one that is not installed is skipped and named.
 
@@ -20,8 +22,12 @@ of ours is the whole of `Trainer.train_step`: loss, gradients, clip, Adam, dead 
     ratio_to_floor         ours / floor: times the floor
     ratio_to_best_peer     rows per second of ours / of the fastest peer that has the architecture; null without one
     peers                  times the floor of each peer, or why it has none
+    ratio_to_sae_lens      the same against SAELens alone
     state                  `start`: initial weights; `sparse`: biases lowered so that few latents fire, as after the start of a training;
-                           `dead`: an eighth of all latents dead, so that AuxK works (TopK family)
+                           `dead`: an eighth of all latents dead, so that AuxK works (TopK family); `training`: the mean over the steps of
+                           a real training, from the states it passed through, given in `states` as step: times the floor
+
+OpenMP's idle threads sleep here, as under our command line: the floor and the peers, one thread pool each, don't mind.
 
 Ratios are of one run on one machine; bare rates are not to be compared between runs.
 """
@@ -35,10 +41,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
+
 import torch
+from safetensors import safe_open
+from train_states import Planted, make_config
 
 from interp_assets.config import Architecture, SaeConfig
 from interp_assets.train.recipes import RECIPES, make_weights
@@ -96,6 +107,33 @@ def make_step(architecture: Architecture, x: torch.Tensor, d_sae: int, k: int, s
     return run
 
 
+def load_states(folder: Path, architecture: Architecture, x: torch.Tensor, d_sae: int, k: int, dtype: str) -> dict[int, Callable[[], object]]:
+    """Return one training step from each saved state of a training, by the step it was saved before; the last is that after its end."""
+    runs: dict[int, Callable[[], object]] = {}
+    for path in sorted(folder.glob(f"{architecture}_{d_sae}_*.safetensors")):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        n_steps = int(metadata["n_steps"])
+        config = make_config(architecture, d_sae=d_sae, k=k, batch_rows=len(x), n_steps=n_steps, dtype=dtype)
+        weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
+        runs[int(metadata["step"])] = make_run(Trainer(config, weights, x.device), min(int(metadata["step"]), n_steps - 1), tensors["is_dead"], x)
+    if not runs:
+        raise SystemExit(f"{folder} has no states of {architecture} with {d_sae} latents. Make them with benchmarks/train_states.py.")
+    return runs
+
+
+def make_run(trainer: Trainer, step: int, is_dead: torch.Tensor, x: torch.Tensor) -> Callable[[], None]:
+    """Return one step from a state that stays as it is, but for what so few steps change."""
+
+    def run() -> None:
+        trainer.step = step
+        trainer.rows_since_fired[is_dead] = 1 << 60
+        trainer.train_step(x)
+
+    return run
+
+
 class Peers:
     """The child process that runs other tools' steps."""
 
@@ -146,17 +184,67 @@ def time_together(runs: dict[str, Run], seconds: float) -> dict[str, float]:
     return best
 
 
-def measure(chosen: argparse.Namespace, d_sae: int, architecture: Architecture, state: str, peers: list[tuple[str, Peers]]) -> dict[str, Any]:
+def measure_training(
+    chosen: argparse.Namespace, d_sae: int, architecture: Architecture, dtype: str, peers: list[tuple[str, Peers]]
+) -> dict[str, Any]:
+    """Measure the states of a training, and weigh each by the steps it stands for."""
+    x = Planted(chosen.d_in, 2 * chosen.batch_rows).rows[: chosen.batch_rows].clone()
+    found, best_peers, floors = {}, {}, []
+    for step, run in load_states(Path(chosen.trained), architecture, x, d_sae, chosen.k, dtype).items():
+        runs = {"floor": timed(make_floor(x, d_sae, torch.float32)), "ours": timed(run)}
+        if not found:
+            made = {peer: child.make(peer, architecture, x, d_sae, chosen.k) for peer, child in peers}
+            runs |= {peer: step_of for peer, step_of in made.items() if not isinstance(step_of, str)}
+        best = time_together(runs, chosen.seconds)
+        found[step] = best["ours"] / best["floor"]
+        floors.append(best["floor"])
+        best_peers |= {peer: best[peer] / best["floor"] for peer in best if peer not in ("floor", "ours")}
+    steps = sorted(found)
+    area = sum((found[low] + found[high]) / 2 * (high - low) for low, high in pairwise(steps))
+    mean, floor = area / (steps[-1] - steps[0]), min(floors)
+    return {
+        "name": f"train_{architecture}_training",
+        "value": round(len(x) / (mean * floor)),
+        "unit": "rows/s",
+        "ours": round(mean * floor, 5),
+        "floor": round(floor, 5),
+        "ratio_to_floor": round(mean, 3),
+        **compare(mean, best_peers),
+        "peers": {peer: round(value, 3) for peer, value in best_peers.items()} or None,
+        "state": "training",
+        "states": {str(step): round(value, 3) for step, value in found.items()},
+        "config": describe(chosen, d_sae, dtype) | {"n_steps": steps[-1]},
+    }
+
+
+def compare(ours: float, peers: dict[str, float]) -> dict[str, float | None]:
+    """Return the ratios of speeds, given times of the same unit."""
+    return {
+        "ratio_to_best_peer": round(min(peers.values()) / ours, 3) if peers else None,
+        "ratio_to_sae_lens": round(peers["sae_lens"] / ours, 3) if "sae_lens" in peers else None,
+    }
+
+
+def describe(chosen: argparse.Namespace, d_sae: int, dtype: str) -> dict[str, Any]:
+    """Return the sizes of a case."""
+    return {"d_in": chosen.d_in, "d_sae": d_sae, "batch_rows": chosen.batch_rows, "k": chosen.k, "dtype": dtype}
+
+
+def measure(
+    chosen: argparse.Namespace, d_sae: int, architecture: Architecture, state: str, dtype: str, peers: list[tuple[str, Peers]]
+) -> dict[str, Any]:
     """Measure one case."""
+    if state == "training":
+        return measure_training(chosen, d_sae, architecture, dtype, peers)
     x = torch.randn(chosen.batch_rows, chosen.d_in, generator=torch.Generator().manual_seed(1))
-    made = {peer: child.make(peer, architecture, x, d_sae, chosen.k) for peer, child in peers} if state == "start" else {}
+    made = {peer: child.make(peer, architecture, x, d_sae, chosen.k) for peer, child in peers} if state == "start" and dtype == "float32" else {}
     runs: dict[str, Run] = {
         "floor": timed(make_floor(x, d_sae, torch.float32)),
-        "ours": timed(make_step(architecture, x, d_sae, chosen.k, state, chosen.dtype)),
+        "ours": timed(make_step(architecture, x, d_sae, chosen.k, state, dtype)),
     }
     best = time_together(runs | {peer: run for peer, run in made.items() if not isinstance(run, str)}, chosen.seconds)
     floor, ours = best["floor"], best["ours"]
-    others = [best[peer] for peer in made if peer in best]
+    others = {peer: best[peer] for peer in made if peer in best}
     return {
         "name": f"train_{architecture}" + ("" if state == "start" else f"_{state}"),
         "value": round(len(x) / ours),
@@ -164,38 +252,53 @@ def measure(chosen: argparse.Namespace, d_sae: int, architecture: Architecture, 
         "ours": round(ours, 5),
         "floor": round(floor, 5),
         "ratio_to_floor": round(ours / floor, 3),
-        "ratio_to_best_peer": round(min(others) / ours, 3) if others else None,
+        **compare(ours, others),
         "peers": {peer: round(best[peer] / floor, 3) if peer in best else run for peer, run in made.items()} or None,
         "state": state,
-        "config": {"d_in": chosen.d_in, "d_sae": d_sae, "batch_rows": len(x), "k": chosen.k, "dtype": chosen.dtype},
+        "config": describe(chosen, d_sae, dtype),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="the sizes of the goals: batches of 4096, 4096 and 16384 latents")
+    parser.add_argument("--quick", action="store_true", help="batches of 1024 and 2048 latents instead of 4096, and 4096 and 16384")
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--d-sae", type=int, nargs="+")
     parser.add_argument("--batch-rows", type=int)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--dtype", default="float32", help="of the products' operands: float32, bfloat16 or float16; the floor stays float32")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32"], help="of the products' operands: float32, bfloat16 or float16; the floor stays float32"
+    )
     parser.add_argument("--architectures", nargs="+", default=list(RECIPES))
     parser.add_argument("--seconds", type=float, default=0.5, help="per case")
     parser.add_argument("--peers", default=os.environ.get("BENCH_PEERS", ""), help="interpreter of the environment that has the peers")
+    parser.add_argument("--states", nargs="+", default=["start", "sparse", "dead"], help="those of them that an architecture has")
+    parser.add_argument("--trained", default="", help="time whole trainings instead, from the states in this folder (train_states.py)")
+    parser.add_argument("--append", default="", help="also append the lines to this file")
     chosen = parser.parse_args()
-    chosen.d_sae = chosen.d_sae or ([4096, 16384] if chosen.full else [2048])
-    chosen.batch_rows = chosen.batch_rows or (4096 if chosen.full else 1024)
+    chosen.d_sae = chosen.d_sae or ([2048] if chosen.quick else [4096, 16384])
+    chosen.batch_rows = chosen.batch_rows or (1024 if chosen.quick else 4096)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if not chosen.peers:
         sys.stderr.write("No peers: name an interpreter that has them with --peers or BENCH_PEERS (how to make one stands in the docstring).\n")
     with open_peers(chosen.peers) as peers:
-        for d_sae in chosen.d_sae:
-            for architecture in chosen.architectures:
-                states = ["start", *(["sparse"] if architecture in SHIFTS else []), *(["dead"] if RECIPES[architecture].is_sparse else [])]
-                for state in states:
-                    line = measure(chosen, d_sae, architecture, state, peers) | {"hardware": hardware, "commit": commit}
-                    print(json.dumps(line), flush=True)
+        cases: list[tuple[int, Architecture, str]] = list(product(chosen.d_sae, chosen.architectures, chosen.dtypes))
+        for d_sae, architecture, dtype in cases:
+            for state in choose_states(chosen, architecture):
+                line = measure(chosen, d_sae, architecture, state, dtype, peers) | {"hardware": hardware, "commit": commit}
+                print(json.dumps(line), flush=True)
+                if chosen.append:
+                    with Path(chosen.append).open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+
+
+def choose_states(chosen: argparse.Namespace, architecture: Architecture) -> list[str]:
+    """Return the states in which an architecture is timed."""
+    if chosen.trained:
+        return ["training"]
+    has = {"start": True, "sparse": architecture in SHIFTS, "dead": RECIPES[architecture].is_sparse}
+    return [state for state in chosen.states if has[state]]
 
 
 if __name__ == "__main__":

@@ -20,15 +20,12 @@ Step = Callable[[], None]
 
 
 def make_sae_lens(architecture: str, x: torch.Tensor, d_sae: int, k: int) -> Step:
-    """Return a step of SAELens' `SAETrainer`. TopK uses sparse activations, its fastest setting, where its release can run them on this device."""
-    if architecture == "topk":
-        try:
-            run = _make_sae_lens("topk_sparse", x, d_sae, k)
-            run()
-        except NotImplementedError:
-            return _make_sae_lens("topk", x, d_sae, k)
-        return run
-    return _make_sae_lens(architecture, x, d_sae, k)
+    """Return a step of SAELens' `SAETrainer`. TopK uses sparse activations, its fastest setting.
+
+    Their backward is not implemented together with rescaling by decoder norms (its default, a product of a sparse and a dense tensor), so
+    this is switched off with them.
+    """
+    return _make_sae_lens("topk_sparse" if architecture == "topk" else architecture, x, d_sae, k)
 
 
 def _make_sae_lens(architecture: str, x: torch.Tensor, d_sae: int, k: int) -> Step:
@@ -40,8 +37,7 @@ def _make_sae_lens(architecture: str, x: torch.Tensor, d_sae: int, k: int) -> St
     configs = {
         "relu": lambda: sae_lens.StandardTrainingSAEConfig(**size, l1_coefficient=5.0),
         "gated": lambda: sae_lens.GatedTrainingSAEConfig(**size, l1_coefficient=5.0),
-        "topk": lambda: sae_lens.TopKTrainingSAEConfig(**size, k=k, use_sparse_activations=False),
-        "topk_sparse": lambda: sae_lens.TopKTrainingSAEConfig(**size, k=k, use_sparse_activations=True),
+        "topk_sparse": lambda: sae_lens.TopKTrainingSAEConfig(**size, k=k, use_sparse_activations=True, rescale_acts_by_decoder_norm=False),
         "batch_topk": lambda: sae_lens.BatchTopKTrainingSAEConfig(**size, k=k),
         "matryoshka_batch_topk": lambda: sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(
             **size, k=k, matryoshka_widths=[d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
