@@ -26,7 +26,7 @@ OPTIONS = {
     "backfill": ["--config", "--failed", "--partition", "--select"],
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
-    "export": ["--bundle", "--config", "format_name", "target"],
+    "export": ["--bundle", "--config", "--sae", "format_name", "target"],
     "init": ["path"],
     "inspect": ["path"],
     "labels": [],

@@ -1,4 +1,4 @@
-"""`interp export` and `interp labels import`: bundles become other tools' files or a static site, and labels reach a bundle."""
+"""`interp export` and `interp labels import`: bundles and SAEs become other tools' files, bundles a static site, and labels reach a bundle."""
 
 # ruff: noqa: PLC0415 - as in cli.py: imports happen inside the commands, because `interp --help` should not take seconds
 
@@ -24,6 +24,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 labels_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Labels of features: import them beside a bundle.")
 SITE: Final = "site"
+SAE_FORMATS: Final = ("saelens", "sparsify", "dictionary_learning")
+"""What `train/exchange_files.py` writes; named here, because importing it takes seconds."""
 
 BundleOption = Annotated[
     str | None, typer.Option("--bundle", "-b", help="A bundle, or a folder above one; a path or s3:// address. Default: the pipeline's.")
@@ -32,20 +34,30 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A pip
 
 
 def export(
-    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="site, neuronpedia, saedashboard or attribution-graph.")],
+    format_name: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="Of a bundle: site, neuronpedia, saedashboard or attribution-graph. Of an SAE: saelens, sparsify or dictionary_learning.",
+        ),
+    ],
     target: Annotated[str, typer.Argument(metavar="TO", help="Folder or s3:// address to write into.")],
     bundle: BundleOption = None,
     config: ConfigOption = None,
+    sae: Annotated[str | None, typer.Option(help="Name of the SAE, for a format of SAEs. Default: the pipeline's only one.")] = None,
 ) -> None:
-    """Write a bundle as another tool reads it, or as a site for any static host."""
+    """Write a bundle or an SAE as another tool reads it, or a bundle as a site for any static host."""
     from interp_assets.console import byte_bar, format_bytes, format_count
     from interp_assets.store import open_store
     from interp_assets.web.exports import FORMATS, export_bundle
     from interp_assets.web.opened import OpenBundle
     from interp_assets.web.site import export_site
 
+    if format_name in SAE_FORMATS:
+        _export_sae(format_name, target, config, sae)
+        return
     if format_name not in (SITE, *FORMATS):
-        raise InputError(f"No export format is called {format_name!r}; there are {', '.join([SITE, *sorted(FORMATS)])}.")
+        raise InputError(f"No export format is called {format_name!r}; there are {', '.join([SITE, *sorted(FORMATS), *SAE_FORMATS])}.")
     places = _find(bundle, config)
     if format_name == SITE:
         total = sum(OpenBundle(place).manifest.n_bytes for place in places)
@@ -62,6 +74,21 @@ def export(
     dead = f"; {format_count(done.n_dead, 'dead feature')} left out" if done.n_dead else ""
     counted = f"{format_count(done.n_features, 'feature')} in {format_count(done.n_files, 'file')}, {format_bytes(done.n_bytes)}"
     out.print(f"{counted}, in {target}{dead}.", soft_wrap=True, markup=False)
+
+
+def _export_sae(format_name: str, target: str, config_path: Path | None, name: str | None) -> None:
+    from interp_assets.console import format_bytes
+    from interp_assets.pipeline import load_pipeline, open_pipeline_store
+    from interp_assets.store import open_store
+    from interp_assets.train.exchange_files import export_sae
+
+    config = demo_config() if config_path is None else load_config(config_path)
+    names = [item.name for item in config.saes]
+    if name is None and len(names) > 1:
+        raise InputError(f"There are {len(names)} SAEs: {', '.join(names)}. Name one with --sae.")
+    store = open_pipeline_store(config)
+    done = export_sae(load_pipeline(config, store), store, name or names[0], format_name, open_store(target))
+    out.print(f"SAE {name or names[0]}: {', '.join(done.files)}, {format_bytes(done.n_bytes)}, in {target}.", soft_wrap=True, markup=False)
 
 
 @labels_app.callback()

@@ -45,7 +45,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_planted() -> MakePlanted:
     """Return a maker of planted data: `make_planted([sae fields, ...], n_rows=..., d_in=..., n_directions=...)`."""
     return _make_planted
