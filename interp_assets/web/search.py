@@ -3,15 +3,18 @@
 Full-text search breaks text into words and drops the rest; tokens are pieces of words, spaces and punctuation. So the index knows no text, only
 numbers: `words.json` numbers every distinct token, and for each word and each kind of evidence there is the rising list of the latents that have it.
 
-    search/postings.bin    u32 latents: for word 0 its peaks, its raised, its lowered, then word 1, ...
-    search/postings.idx    u64: where each of these 3 * n_words lists starts, and one more
+    search/postings.bin    lists of latents: for word 0 its peaks, its raised, its lowered, then word 1, ...
+    search/postings.idx    u64: where each of these 3 * n_words lists starts and how wide its numbers are, and one more
+
+A list holds the steps from one latent to the next in numbers of 1, 2 or 4 bytes, whichever makes it shortest; the largest number of its width steps
+so far without naming a latent. Frequent words take a byte a latent, and a list is read with one running sum (`mark_latents`).
 
 A query is cut at spaces; each part selects all tokens that contain it (letter case ignored), and a feature must match every part. To
 find tokens by their own spaces, a part may be quoted: `" in"` finds ` in`, ` int`, ` import`... A part may name its column: `raised:def`.
 A single ASCII letter or digit would select half of all tokens, so it finds only the token that is that character, with or without spaces.
 
 Why not SQLite's FTS5, which `labels.py` uses for sentences: it wants a whole local file, so not a bucket and not a static host, and it takes seconds
-for the union of some hundred frequent tokens (docs/decisions/0006). Cost: 4 bytes a posting, some 100 bytes a feature; build 1 us a feature.
+for the union of some hundred frequent tokens (docs/decisions/0006). Cost: 1 to 2 bytes a posting, some 40 bytes a feature.
 """
 
 import re
@@ -35,20 +38,24 @@ OFFSETS: Final = "search/postings.idx"
 POSTING_BLOCK: Final = 64 << 10
 MAX_QUERY: Final = 200
 """Characters of a query."""
-MAX_POSTINGS: Final = 1 << 27
-"""Postings that one search may read: 512 MB, some seconds."""
+MAX_BYTES: Final = 256 << 20
+"""Bytes of lists that one search may read: some seconds."""
 _PART: Final = re.compile(r'(?:(\w+):)?(?:"([^"]*)"|(\S+))')
 _GATHERED: Final = 4 << 20
 """Postings gathered at once while the index is written."""
-_READ: Final = 2 << 20
-"""Postings of one read: 8 MB."""
+_READ: Final = 4 << 20
+"""Bytes of one read, unless a single list is longer."""
+_AT_ONCE: Final = 1 << 19
+"""Numbers of a list that are summed at once."""
+WIDTHS: Final = (1, 2, 4)
 
 
 class Span(NamedTuple):
-    """Postings [start, stop)."""
+    """Bytes [start, stop) of the postings: one list, in numbers of `width` bytes."""
 
     start: int
     stop: int
+    width: int
 
 
 class _Run(NamedTuple):
@@ -65,14 +72,46 @@ def write_index(art: ArtifactWriter, features: Iterable[WordIds], n_words: int) 
         totals = np.zeros(3 * n_words, np.int64)
         for run in runs:
             totals += run.counts
-        offsets = np.concatenate([[0], np.cumsum(totals)])
+        counted = np.concatenate([[0], np.cumsum(totals)])
+        entries, n_bytes = [], 0
         with art.open(POSTINGS, block_bytes=POSTING_BLOCK) as sink:
             first = 0
             while first < len(totals):
-                last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _GATHERED, side="right")) - 1)
-                sink.write(_gather(spill, runs, first, last).tobytes())
+                last = max(first + 1, int(np.searchsorted(counted, counted[first] + _GATHERED, side="right")) - 1)
+                gathered = _gather(spill, runs, first, last)
+                for latents in np.split(gathered, counted[first + 1 : last] - counted[first]):
+                    data, width = encode_latents(latents)
+                    entries.append(n_bytes << 2 | WIDTHS.index(width))
+                    n_bytes += len(data)
+                    sink.write(data)
                 first = last
-    art.put(OFFSETS, offsets.astype("<u8").tobytes(), block_bytes=POSTING_BLOCK)
+    art.put(OFFSETS, np.array([*entries, n_bytes << 2], "<u8").tobytes(), block_bytes=POSTING_BLOCK)
+
+
+def encode_latents(latents: NDArray[np.uint32]) -> tuple[bytes, int]:
+    """Return a rising list as its shortest bytes, and the width of their numbers."""
+    steps = np.diff(latents.astype(np.int64), prepend=0)
+    lengths = {width: width * (len(steps) + int((steps // _limit(width)).sum())) for width in WIDTHS}
+    width = min(WIDTHS, key=lambda width: (lengths[width], width))
+    far = steps // _limit(width)
+    numbers = np.full(len(steps) + int(far.sum()), _limit(width), f"<u{width}")
+    numbers[np.cumsum(far + 1) - 1] = steps % _limit(width)
+    return numbers.tobytes(), width
+
+
+def mark_latents(data: bytes | memoryview, width: int, mask: NDArray[np.bool_]) -> None:
+    """Set the latents of a list in `mask`."""
+    numbers = np.frombuffer(data, f"<u{width}")
+    at = 0
+    for start in range(0, len(numbers), _AT_ONCE):
+        part = numbers[start : start + _AT_ONCE]
+        places = np.cumsum(part, dtype=np.int64) + at
+        at = int(places[-1])
+        mask[places if width == WIDTHS[-1] else places[part != _limit(width)]] = True
+
+
+def _limit(width: int) -> int:
+    return (1 << 8 * width) - 1
 
 
 def _spill(spill: IO[bytes], found: WordIds, n_words: int) -> _Run:
@@ -112,10 +151,10 @@ def _gather(spill: IO[bytes], runs: Sequence[_Run], first: int, last: int) -> ND
 class Index:
     """The words and lists of one bundle; postings are read when they are needed."""
 
-    def __init__(self, words: Sequence[str], offsets: NDArray[np.int64], read: Callable[[Sequence[Span]], Iterable[NDArray[np.uint32]]]) -> None:
-        """`offsets` has 3 entries a word and one more; `read` returns postings of several spans."""
+    def __init__(self, words: Sequence[str], entries: NDArray[np.int64], read: Callable[[Sequence[Span]], Iterable[memoryview]]) -> None:
+        """`entries` are those of `postings.idx`, 3 for each word and one more; `read` returns the bytes of several spans."""
         self._folded = [word.casefold() for word in words]
-        self._offsets, self._read = offsets, read
+        self._offsets, self._widths, self._read = entries >> 2, entries & 3, read
 
     def search(self, query: str, n_features: int, labelled: Callable[[str], Iterable[NDArray[np.uint32]]] | None = None) -> NDArray[np.bool_] | None:
         """Mark the latents that match `query`; None when it is empty. `labelled` finds latents by a piece of a label.
@@ -128,14 +167,14 @@ class Index:
         if not parts:
             return None
         plans = [[] if column == LABEL else self._plan(column, text) for column, text in parts]
-        n_postings = sum(span.stop - span.start for plan in plans for span in plan)
-        if n_postings > MAX_POSTINGS:
-            raise InputError(f"{query!r} would read {n_postings:,} entries of the index, at most {MAX_POSTINGS:,} are read. Use longer pieces.")
+        n_bytes = sum(span.stop - span.start for plan in plans for span in plan)
+        if n_bytes > MAX_BYTES:
+            raise InputError(f"{query!r} would read {n_bytes:,} bytes of the index, at most {MAX_BYTES:,} are read. Use longer pieces.")
         found = np.ones(n_features, bool)
         for (column, text), plan in zip(parts, plans, strict=True):
             mask = np.zeros(n_features, bool)
-            for latents in self._read(plan):
-                mask[latents] = True
+            for span, data in zip(plan, self._read(plan), strict=True):
+                mark_latents(data, span.width, mask)
             if labelled and column in ("", LABEL):
                 for latents in labelled(text):
                     mask[latents] = True
@@ -143,7 +182,7 @@ class Index:
         return found
 
     def _plan(self, column: str, text: str) -> list[Span]:
-        """Return the postings of one part, neighbouring lists joined."""
+        """Return the lists of one part, in the order of the file."""
         folded = text.casefold()
         if is_single(folded):
             words = [number for number, word in enumerate(self._folded) if word.strip() == folded]
@@ -151,30 +190,23 @@ class Index:
             words = [number for number, word in enumerate(self._folded) if folded in word]
         spans: list[Span] = []
         for number in words:
-            lists = [3 * number + COLUMNS.index(column)] if column else [3 * number, 3 * number + 1, 3 * number + 2]
-            start, stop = int(self._offsets[lists[0]]), int(self._offsets[lists[-1] + 1])
-            if spans and spans[-1].stop == start:
-                spans[-1] = Span(spans[-1].start, stop)
-            elif stop > start:
-                spans.append(Span(start, stop))
+            for place in [3 * number + COLUMNS.index(column)] if column else range(3 * number, 3 * number + 3):
+                start, stop = int(self._offsets[place]), int(self._offsets[place + 1])
+                if stop > start:
+                    spans.append(Span(start, stop, WIDTHS[int(self._widths[place])]))
         return spans
 
 
 def join_spans(spans: Iterable[Span]) -> Iterator[tuple[int, list[Span]]]:
-    """Group rising spans that one read serves: gaps below a block, `_READ` postings at most. Yield where each read starts, and its spans."""
+    """Group rising spans that one read serves: gaps below a block, `_READ` bytes at most. Yield where each read starts, and its spans."""
     group: list[Span] = []
-    for span in (piece for whole in spans for piece in _cut(whole)):
-        if group and (span.start - group[-1].stop > POSTING_BLOCK // 4 or span.stop - group[0].start > _READ):
+    for span in spans:
+        if group and (span.start - group[-1].stop > POSTING_BLOCK or span.stop - group[0].start > _READ):
             yield group[0].start, group
             group = []
         group.append(span)
     if group:
         yield group[0].start, group
-
-
-def _cut(span: Span) -> Iterator[Span]:
-    for start in range(span.start, span.stop, _READ):
-        yield Span(start, min(start + _READ, span.stop))
 
 
 def is_single(folded: str) -> bool:

@@ -77,7 +77,7 @@ class InventedText(NamedTuple):
 def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0, n_documents: int = 48) -> Produced:
     """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature."""
     start = time.perf_counter()
-    identity = {"synthetic": 3, "seed": seed, "n_features": n_features, "n_documents": n_documents}
+    identity = {"synthetic": 4, "seed": seed, "n_features": n_features, "n_documents": n_documents}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label="synthetic")
     existing = find_manifest(store, ref)
     if existing:

@@ -24,8 +24,8 @@ MAX_ROWS: Final = 500
 MAX_FILTERS: Final = 16
 LIVES: Final = ("all", "live", "dead")
 _KEPT_BYTES: Final = 96 << 20
-_READ_BYTES: Final = 8 << 20
-_AHEAD: Final = 4
+_READ_BYTES: Final = 4 << 20
+_AHEAD: Final = 8
 _CONDITION: Final = re.compile(r"(\w+)(>=|<=|>|<)(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)")
 _RELATIONS: Final[dict[str, Callable[[Any, Any], Any]]] = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
 
@@ -296,16 +296,16 @@ class FeatureTable:
         words = self.words()
         with self._words_lock:
             if self._index is None:
-                offsets = np.frombuffer(self._files.read(OFFSETS), "<u8").astype(np.int64)
-                self._index = Index(words, offsets, self._read_postings)
+                entries = np.frombuffer(self._files.read(OFFSETS), "<u8").astype(np.int64)
+                self._index = Index(words, entries, self._read_postings)
             return self._index
 
-    def _read_postings(self, spans: Sequence[Span]) -> Iterator[NDArray[np.uint32]]:
-        """Yield the postings of rising spans, some megabytes at a time; spans in one block or in neighbouring ones are read together."""
+    def _read_postings(self, spans: Sequence[Span]) -> Iterator[memoryview]:
+        """Yield the bytes of rising spans, some megabytes at a time; spans in one block or in neighbouring ones are read together."""
         groups = list(join_spans(spans))
-        parts = self._read_ahead(POSTINGS, [(4 * start, 4 * (inside[-1].stop - start)) for start, inside in groups])
+        parts = self._read_ahead(POSTINGS, [(start, inside[-1].stop - start) for start, inside in groups])
         for (start, inside), part in zip(groups, parts, strict=True):
-            data = np.frombuffer(part, "<u4")
+            data = memoryview(part)
             yield from (data[span.start - start : span.stop - start] for span in inside)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +82,17 @@ def _type(dtype: np.dtype) -> str:
 
 def test_the_lists_of_the_index_lie_where_the_page_says(bundle: OpenBundle) -> None:
     """List 3 w + c holds the latents that have word w in column c."""
-    offsets = np.frombuffer(bundle.read("search/postings.idx"), "<u8")
-    postings = np.frombuffer(bundle.read("search/postings.bin"), "<u4")
+    entries = np.frombuffer(bundle.read("search/postings.idx"), "<u8").tolist()
+    postings = bundle.read("search/postings.bin")
     words = json.loads(bundle.read("words.json"))["words"]
     table = pl.read_parquet(bundle.read("features.parquet")).to_dicts()
-    assert len(offsets) == 3 * len(words) + 1
+    assert len(entries) == 3 * len(words) + 1
     for column, name in enumerate(("top_tokens", "top_logits", "bottom_logits")):
         assert f"`{COLUMNS[column]}`" in PAGE
         for number, word in enumerate(words):
-            start, stop = int(offsets[3 * number + column]), int(offsets[3 * number + column + 1])
-            assert postings[start:stop].tolist() == [row["latent"] for row in table if word in row[name]]
+            entry, stop = entries[3 * number + column], entries[3 * number + column + 1] >> 2
+            latent, latents = 0, []
+            for step, *_ in struct.iter_unpack("<" + "BHI"[entry & 3], postings[entry >> 2 : stop]):
+                latent += step
+                latents += [latent] if step != (255, 65535, None)[entry & 3] else []
+            assert latents == [row["latent"] for row in table if word in row[name]]

@@ -10,7 +10,7 @@ from interp_assets.errors import InputError
 from interp_assets.store import open_store
 from interp_assets.web.columns import order_by
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.search import Span, join_spans
+from interp_assets.web.search import Span, encode_latents, join_spans, mark_latents
 from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.table import FeatureTable, Query
 
@@ -72,31 +72,46 @@ def test_floats_are_ordered_through_their_bits(values: list[float]) -> None:
     assert [values[i] for i in order] == sorted(values)
 
 
-@given(st.lists(st.tuples(st.integers(0, 50_000), st.integers(1, 3_000_000)), max_size=20))
-def test_joined_reads_cover_the_same_postings(gaps: list[tuple[int, int]]) -> None:
-    """Whatever is read together, every posting of every span comes once and in order, and no read is large."""
+@given(st.lists(st.tuples(st.integers(0, 200_000), st.integers(1, 6_000_000)), max_size=20))
+def test_joined_reads_cover_the_same_lists(gaps: list[tuple[int, int]]) -> None:
+    """Whatever is read together, every list comes once and in order, and no read is larger than 4 MiB or a single list."""
     spans, at = [], 0
     for gap, length in gaps:
-        spans.append(Span(at + gap, at + gap + length))
+        spans.append(Span(at + gap, at + gap + length, 1))
         at += gap + length
-    covered = []
-    for start, inside in join_spans(spans):
-        assert inside[-1].stop - start <= 2 << 20
-        covered += inside
-    flat = [(span.start, span.stop) for span in covered]
-    merged: list[list[int]] = []
-    for start, stop in flat:
-        if merged and merged[-1][1] == start:
-            merged[-1][1] = stop
-        else:
-            merged.append([start, stop])
-    wanted: list[list[int]] = []
-    for span in spans:
-        if wanted and wanted[-1][1] == span.start:
-            wanted[-1][1] = span.stop
-        else:
-            wanted.append([span.start, span.stop])
-    assert merged == wanted
+    groups = list(join_spans(spans))
+    assert [span for _, inside in groups for span in inside] == spans
+    assert all(len(inside) == 1 or inside[-1].stop - start <= 4 << 20 for start, inside in groups)
+    assert all(start == inside[0].start for start, inside in groups)
+
+
+@given(
+    st.one_of(
+        st.sets(st.integers(0, 3000)), st.sets(st.integers(0, 1_999_999)), st.sets(st.sampled_from([0, 254, 255, 256, 510, 65535, 131070, 1_999_999]))
+    ),
+    st.integers(1, 50),
+)
+def test_lists_of_latents_survive_their_steps(latents: set[int], repeat: int) -> None:
+    """Steps at the borders of a width, the first latent and empty lists, however many numbers are summed at once."""
+    wanted = np.zeros(2_000_000 + 50_000, bool)
+    wanted[list(latents)] = True
+    wanted[2_000_000 : 2_000_000 + 1000 * repeat] = True
+    data, width = encode_latents(np.flatnonzero(wanted).astype(np.uint32))
+    found = np.zeros_like(wanted)
+    mark_latents(data, width, found)
+    assert (found == wanted).all()
+    assert len(data) <= 4 * wanted.sum()
+
+
+def test_a_list_takes_the_width_that_makes_it_shortest() -> None:
+    """A byte a latent for a frequent word, never more than four for a rare one."""
+    for step, width, n_bytes in ((3, 1, 1000), (700, 2, 2000), (300_000, 4, 4000)):
+        data, found = encode_latents(np.arange(1000, dtype=np.uint32) * step)
+        assert (found, len(data)) == (width, n_bytes)
+    long = np.arange(1 << 20, dtype=np.uint32) * 2
+    mask = np.zeros(1 << 22, bool)
+    mark_latents(*encode_latents(long), mask)
+    assert np.flatnonzero(mask).tolist() == long.tolist()
 
 
 def test_filters_are_conjunctions(table: FeatureTable, frame: pl.DataFrame) -> None:

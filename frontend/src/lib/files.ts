@@ -11,8 +11,10 @@ const ROW_BYTES = 76;
 const NO_WORD = 0xffffffff;
 const SHOWN_WORDS = 4;
 const NEAR_ROWS = 256;
-const NEAR_POSTINGS = 16384;
-const MAX_POSTINGS = 1 << 24;
+const NEAR_BYTES = 1 << 16;
+const READ_BYTES = 4 << 20;
+const MAX_BYTES = 64 << 20;
+const WIDTHS = [1, 2, 4] as const;
 const KEPT = 4;
 const SEARCHED = ['peaks', 'raised', 'lowered'];
 const CONDITION = /^(\w+)(>=|<=|>|<)(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)$/;
@@ -21,15 +23,17 @@ const CHANGE = 'Change the query.';
 export type ReadFile = (file: string) => Promise<Response>;
 export type ReadRange = (file: string, start: number, stop: number) => Promise<ArrayBuffer>;
 
+/** Bytes [start, stop) of the postings: one list, in numbers of `width` bytes. */
 interface Span {
   start: number;
   stop: number;
+  width: number;
 }
 
 export class StaticList {
   private readonly kept = new Map<string, Promise<Uint32Array>>();
   private words?: Promise<string[]>;
-  private offsets?: Promise<number[]>;
+  private entries?: Promise<number[]>;
 
   constructor(
     private readonly bundle: Bundle,
@@ -131,19 +135,19 @@ export class StaticList {
   }
 
   private async applySearch(text: string, mask: Uint8Array): Promise<void> {
-    const [words, offsets] = await Promise.all([this.allWords(), this.allOffsets()]);
+    const [words, entries] = await Promise.all([this.allWords(), this.allEntries()]);
     const folded = words.map((word) => word.toLowerCase());
-    const plans = parseQuery(text).map(([column, piece]) => joinSpans(planSpans(folded, offsets, column, piece)));
+    const plans = parseQuery(text).map(([column, piece]) => joinSpans(planSpans(folded, entries, column, piece)));
     const total = plans.flat().reduce((sum, { start, stop }) => sum + stop - start, 0);
-    if (total > MAX_POSTINGS) {
-      throw new Problem(`This search would read ${Math.round(total / 250_000)} MB of the index from a host without a server.`, 'Use longer pieces, or open the bundle with `interp serve`.');
+    if (total > MAX_BYTES) {
+      throw new Problem(`This search would read ${Math.round(total / 1e6)} MB of the index from a host without a server.`, 'Use longer pieces, or open the bundle with `interp serve`.');
     }
     for (const spans of plans) {
       const found = new Uint8Array(mask.length);
       await Promise.all(
         spans.map(async ({ start, stop, inside }) => {
-          const latents = new Uint32Array(await this.range('search/postings.bin', 4 * start, 4 * stop));
-          for (const span of inside) for (let i = span.start - start; i < span.stop - start; i++) found[latents[i]!] = 1;
+          const data = await this.range('search/postings.bin', start, stop);
+          for (const span of inside) markLatents(data.slice(span.start - start, span.stop - start), span.width, found);
         }),
       );
       for (let i = 0; i < mask.length; i++) mask[i]! &= found[i]!;
@@ -166,9 +170,9 @@ export class StaticList {
     return this.words;
   }
 
-  private allOffsets(): Promise<number[]> {
-    this.offsets ??= this.file('search/postings.idx').then(async (response) => Array.from(new BigUint64Array(await response.arrayBuffer()), Number));
-    return this.offsets;
+  private allEntries(): Promise<number[]> {
+    this.entries ??= this.file('search/postings.idx').then(async (response) => Array.from(new BigUint64Array(await response.arrayBuffer()), Number));
+    return this.entries;
   }
 }
 
@@ -191,30 +195,44 @@ export function parseQuery(query: string): [string, string][] {
   return parts.filter(([, text]) => text !== '');
 }
 
-function planSpans(folded: string[], offsets: number[], column: string, piece: string): Span[] {
+function planSpans(folded: string[], entries: number[], column: string, piece: string): Span[] {
   const text = piece.toLowerCase();
   const isSingle = /^[a-z0-9]$/.test(text);
   const spans: Span[] = [];
   folded.forEach((word, number) => {
     if (!(isSingle ? word.trim() === text : word.includes(text))) return;
-    const first = column ? 3 * number + SEARCHED.indexOf(column) : 3 * number;
-    const [start, stop] = [offsets[first]!, offsets[column ? first + 1 : first + 3]!];
-    if (stop > start) spans.push({ start, stop });
+    const places = column ? [3 * number + SEARCHED.indexOf(column)] : [3 * number, 3 * number + 1, 3 * number + 2];
+    for (const place of places) {
+      const entry = entries[place]!; // where the list starts, times four, and which width
+      const [start, stop] = [Math.floor(entry / 4), Math.floor(entries[place + 1]! / 4)];
+      if (stop > start) spans.push({ start, stop, width: WIDTHS[entry % 4]! });
+    }
   });
   return spans;
 }
 
 /** Spans that lie near each other are read together. */
-function joinSpans(spans: Span[]): (Span & { inside: Span[] })[] {
-  const joined: (Span & { inside: Span[] })[] = [];
+function joinSpans(spans: Span[]): { start: number; stop: number; inside: Span[] }[] {
+  const joined: { start: number; stop: number; inside: Span[] }[] = [];
   for (const span of spans) {
     const last = joined.at(-1);
-    if (last && span.start - last.stop < NEAR_POSTINGS) {
+    if (last && span.start - last.stop < NEAR_BYTES && span.stop - last.start < READ_BYTES) {
       last.stop = span.stop;
       last.inside.push(span);
-    } else joined.push({ ...span, inside: [span] });
+    } else joined.push({ start: span.start, stop: span.stop, inside: [span] });
   }
   return joined;
+}
+
+/** A list holds steps from one latent to the next; the largest number of its width steps so far without naming one. */
+export function markLatents(data: ArrayBuffer, width: number, found: Uint8Array): void {
+  const numbers = width === 1 ? new Uint8Array(data) : width === 2 ? new Uint16Array(data) : new Uint32Array(data);
+  const limit = 2 ** (8 * width) - 1;
+  let latent = 0;
+  for (const number of numbers) {
+    latent += number;
+    if (number !== limit) found[latent] = 1;
+  }
 }
 
 export function readRow(data: DataView, at: number, latent: number, words: string[]): FeatureRow {
