@@ -1,0 +1,200 @@
+"""The demo's activations become SAEs of ours and of SAELens, trained on the same rows with the same recipe: FVU, L0 and recovered loss side by side.
+
+    python benchmarks/quality_train.py --peers .peers/bin/python --append results.jsonl          see `bench_train.py` for the environment
+
+Both sides get the same normalised rows in the same batches, the same initial weights, learning rates and coefficients, Adam constants
+and clipping, float32. What SAELens trained is brought into our parametrisation, folded by our code, calibrated where the artifact fires
+by a threshold, and measured by our evaluation on the held-out shards; so only the training steps differ. One JSON line a case: `ratio`
+is ours / SAELens for FVU, L0 and recovered cross entropy.
+
+Some of our recipes take the mean of the squared error over dimensions; SAELens, which takes the sum, is given the mean there. Where the
+recipes differ and cannot be made the same, `difference` says how. Everywhere: SAELens does not keep decoder rows at norm 1 (its TopK family
+selects by activation times norm instead, and so is the same function).
+"""
+
+# ruff: noqa: SLF001 - a measurement without an artifact
+# pyright: reportPrivateUsage=false
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from interp_assets.config import Architecture, PipelineConfig, SaeConfig, demo_config, load_config
+from interp_assets.garcon.subject import load_subject_model
+from interp_assets.harvest.statistics import load_statistics
+from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.shuffle.mixed import open_mixed
+from interp_assets.train import evaluate
+from interp_assets.train.batches import iter_batches, make_row_order
+from interp_assets.train.calibrate import calibrate_threshold
+from interp_assets.train.dense import STEP_WIDTH
+from interp_assets.train.fold import fold_weights
+from interp_assets.train.losses import Weights
+from interp_assets.train.recipes import DECAY_SHARE, RECIPES, WARMUP_SHARE, make_normalization, make_weights
+from interp_assets.train.trainer import Trainer
+
+COEFFICIENTS: Final[dict[Architecture, float]] = {"relu": 2.0, "gated": 0.7, "jump_relu_tanh": 1.0, "jump_relu_step": 2e-3}
+DIFFERENCES: Final[dict[Architecture, str]] = {
+    "gated": "SAELens weighs the penalty by decoder norms and trains the decoder by the gates' reconstruction too; the paper freezes it there",
+    "topk": "AuxK is off on both sides",
+    "batch_topk": "AuxK is off on both sides; one threshold, calibrated on the same rows, on both",
+    "jump_relu_tanh": "our loss on silence is on all latents, theirs on dead ones",
+}
+_NEVER: Final = 1 << 60
+_SHOWN: Final = ("d_sae", "k", "batch_rows", "n_rows", "learning_rate", "sparsity_coefficient")
+
+
+def make_case(chosen: argparse.Namespace, architecture: Architecture) -> SaeConfig:
+    """Return the configuration that both sides follow."""
+    return SaeConfig.model_validate(
+        {
+            "architecture": architecture,
+            "d_sae": chosen.d_sae,
+            "k": chosen.k,
+            "batch_rows": chosen.batch_rows,
+            "n_rows": chosen.steps * chosen.batch_rows,
+            "learning_rate": chosen.learning_rate,
+            "sparsity_coefficient": COEFFICIENTS.get(architecture, 0.0),
+            "dead_after_rows": _NEVER,
+        }
+    )
+
+
+def train_ours(config: SaeConfig, weights: Weights, rows: Tensor) -> Weights:
+    """Train on the rows in order."""
+    trainer = Trainer(config, weights, torch.device("cpu"))
+    for x in rows.split(config.batch_rows):
+        trainer.train_step(x)
+    return trainer.whole_weights()
+
+
+def train_theirs(python: str, config: SaeConfig, weights: Weights, rows: Path, d_in: int) -> Weights:
+    """Train by SAELens in its own environment, from the same weights, and bring the result into our parametrisation."""
+    recipe = RECIPES[config.architecture]
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({name: value.contiguous() for name, value in weights.items()}, f"{folder}/start.safetensors")
+        request = {
+            "rows": str(rows),
+            "start": f"{folder}/start.safetensors",
+            "end": f"{folder}/end.safetensors",
+            "architecture": config.architecture,
+            "d_in": d_in,
+            "betas": recipe.betas,
+            "epsilon": recipe.epsilon,
+            "coefficient_warmup": recipe.coefficient_warmup,
+            "learning_rate_warmup": WARMUP_SHARE,
+            "learning_rate_decay": DECAY_SHARE,
+            "step_width": STEP_WIDTH * d_in**0.5,
+            "is_mean": recipe.is_sparse or config.architecture == "jump_relu_step",
+            "threads": torch.get_num_threads(),
+            **config.model_dump(include={"d_sae", "k", "batch_rows", "n_rows", "learning_rate", "sparsity_coefficient"}),
+        }
+        script = str(Path(__file__).with_name("quality_peer.py"))
+        subprocess.run([python, script, json.dumps(request)], check=True)
+        found = load_file(request["end"])
+    norm = found["W_dec"].norm(dim=1).clamp(min=1e-12)
+    return from_sae_lens(config.architecture, found, norm)
+
+
+def from_sae_lens(architecture: Architecture, found: dict[str, Tensor], norm: Tensor) -> Weights:
+    """Rename SAELens' tensors; where we keep decoder rows at norm 1, move their norms to the encoder, which changes no output."""
+    weights: Weights = {"W_enc_T": found["W_enc"].T, "W_dec": found["W_dec"], "b_dec": found["b_dec"]}
+    if architecture == "gated":
+        return weights | {"b_enc": found["b_gate"], "b_mag": found["b_mag"], "r_mag": found["r_mag"]}
+    weights["b_enc"] = found["b_enc"]
+    if "log_threshold" in found:
+        weights["log_threshold"] = found["log_threshold"]
+    if RECIPES[architecture].is_sparse:
+        weights |= {"W_enc_T": weights["W_enc_T"] * norm[:, None], "b_enc": weights["b_enc"] * norm, "W_dec": weights["W_dec"] / norm[:, None]}
+    return weights
+
+
+class Bench:
+    """The pipeline, its rows, and what measures an SAE on its held-out shards."""
+
+    def __init__(self, config: PipelineConfig, chosen: argparse.Namespace) -> None:
+        """Read as many training rows as the steps need, and some to calibrate by."""
+        self.store = open_pipeline_store(config)
+        self.pipeline = load_pipeline(config, self.store)
+        self.hook_point = config.saes[0].hook_point
+        self.d_in = self.pipeline.d_in(self.hook_point)
+        self.normalization = make_normalization([load_statistics(self.pipeline, self.store, self.hook_point)])
+        shards = open_mixed(self.pipeline, self.store, self.hook_point)
+        order = make_row_order(shards, config.seed, self.d_in, self.hook_point)
+        batches = iter_batches(self.store, shards, order, chosen.batch_rows, range(chosen.steps + 8))
+        raw = [batch.rows for batch in islice(batches, chosen.steps + 8)]
+        self.rows = torch.cat([self.normalization.apply(rows) for rows in raw[: chosen.steps]])
+        self.calibration = raw[chosen.steps :]
+        self.model = load_subject_model(config.model, config.execution)
+
+    def measure(self, config: SaeConfig, weights: Weights) -> dict[str, float]:
+        """Fold, calibrate and measure."""
+        sae = fold_weights(config, weights, self.normalization, self.normalization, (self.d_in,))
+        if RECIPES[config.architecture].is_calibrated:
+            sae = calibrate_threshold(sae, self.calibration, config.k)
+        sums = evaluate._measure_rows(self.pipeline, self.store, sae, config, None)
+        losses = evaluate._measure_model(self.pipeline, self.store, self.model, sae, config, None)
+        recovered = (losses.ce_zero - losses.ce_sae) / (losses.ce_zero - losses.ce_clean)
+        return {"fvu": sums.fvu, "l0": sums.l0, "ce_recovered": recovered, "dead_share": sums.dead_share}
+
+
+def compare(bench: Bench, chosen: argparse.Namespace, architecture: Architecture, rows: Path) -> dict[str, Any]:
+    """Train and measure one architecture on both sides."""
+    config = make_case(chosen, architecture)
+    start = make_weights(config, bench.rows[:4096], bench.d_in, torch.Generator().manual_seed(chosen.seed))
+    ours = bench.measure(config, train_ours(config, start, bench.rows))
+    theirs = bench.measure(config, train_theirs(chosen.peers, config, start, rows, bench.d_in))
+    return {
+        "name": f"quality_{architecture}",
+        "value": round(ours["fvu"] / theirs["fvu"], 4),
+        "unit": "FVU of ours / of SAELens",
+        "ours": {name: round(value, 5) for name, value in ours.items()},
+        "sae_lens": {name: round(value, 5) for name, value in theirs.items()},
+        "ratio": {name: round(ours[name] / theirs[name], 4) for name in ("fvu", "l0", "ce_recovered")},
+        "difference": DIFFERENCES.get(architecture, ""),
+        "config": {"d_in": bench.d_in, "hook_point": bench.hook_point, "seed": chosen.seed, **config.model_dump(include=set(_SHOWN))},
+    }
+
+
+def main() -> None:
+    """Compare every chosen architecture."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peers", required=True, help="interpreter of the environment that has sae-lens")
+    parser.add_argument("--config", help="a pipeline whose shards are mixed; the demo by default (interp run)")
+    parser.add_argument("--architectures", nargs="+", default=["relu", "gated", "topk", "batch_topk", "jump_relu_tanh", "jump_relu_step"])
+    parser.add_argument("--d-sae", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-rows", type=int, default=2048)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--append", default="", help="also append the lines to this file")
+    chosen = parser.parse_args()
+    bench = Bench(load_config(Path(chosen.config)) if chosen.config else demo_config(), chosen)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.safetensors"
+        save_file({"rows": bench.rows}, rows)
+        for architecture in chosen.architectures:
+            line = compare(bench, chosen, architecture, rows) | {
+                "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
+                "commit": commit,
+            }
+            sys.stdout.write(json.dumps(line) + "\n")
+            sys.stdout.flush()
+            if chosen.append:
+                with Path(chosen.append).open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
