@@ -93,7 +93,7 @@ def write_records(
     evidence = _load_evidence(pipeline, store, name, latent_slice, digest)
     sample = _load_sample(pipeline, store, name, digest, evidence.n_valid)
     start, stop = slice_bounds(pipeline, name, latent_slice)
-    relations = _relate(sae, start, stop, sample, tokenizer, _at(unembedding, pipeline.config.sae(name).hook_point))
+    relations = _relate(sae, start, stop, sample, tokenizer, _at(unembedding, pipeline.config.sae(name).targets[0]))
     tokens = TokenOrder(order_tokens((shard.tokens.token_ids for shard in evidence.shards), len(tokenizer)))
     offsets, n_examples = [0], 0
     with create_current(store, ref, digest) as art:
@@ -200,8 +200,8 @@ def _at(unembedding: Unembedding, hook_point: str) -> Unembedding:
 
 def _relate(sae: Sae, start: int, stop: int, sample: FiringSample, tokenizer: PreTrainedTokenizerBase, unembedding: Unembedding) -> _Relations:
     reason, effects = unembedding.reason or None, None
-    if unembedding.matrix is not None and unembedding.matrix.shape[0] != sae.d_in:
-        reason = f"the hook point has {sae.d_in} dimensions, the residual stream {unembedding.matrix.shape[0]}"
+    if unembedding.matrix is not None and unembedding.matrix.shape[0] != sae.d_out:
+        reason = f"the hook point has {sae.d_out} dimensions, the residual stream {unembedding.matrix.shape[0]}"
     elif unembedding.matrix is not None:
         used = used_token_ids(tokenizer, unembedding.matrix.shape[1])
         effects = measure_logits(sae.W_dec[start:stop], unembedding.matrix, used)
