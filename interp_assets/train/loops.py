@@ -253,6 +253,36 @@ def dot_bags_twice(index: Any, table: Any, grads: Any, outs: Any, starts: Any, f
 
 
 @_compiled
+def sum_prefixes(parts: Any, empty: Any, whole: Any, sums: Any, first: Any, last: Any) -> None:
+    """Turn groups' parts into sums of the errors of the prefixes that contain them, as `topk._prefix_errors` says. Sums: squared errors."""
+    n_groups, squared = parts.shape[1], sums[0]
+    for row in range(first, last):
+        error = empty[row]
+        total = np.float32(0)
+        for j in range(len(error)):
+            total += error[j] * error[j]
+        squared[0] += total
+        for group in range(n_groups):
+            part, total = parts[row, group], np.float32(0)
+            for j in range(len(part)):
+                part[j] += error[j]
+            for j in range(len(part)):
+                total += part[j] * part[j]
+            squared[group + 1] += total
+            error = part
+        result = whole[row]
+        for j in range(len(error)):
+            result[j] = error[j]
+        for back in range(n_groups - 1):
+            part, later = parts[row, n_groups - 2 - back], parts[row, n_groups - 1 - back]
+            for j in range(len(part)):
+                part[j] += later[j]
+        start, part = empty[row], parts[row, 0]
+        for j in range(len(part)):
+            start[j] += part[j]
+
+
+@_compiled
 def count_above(values: Any, bounds: Any, counts: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001 - it sums nothing
     """Count in each row what is at least the row's bound."""
     for row in range(first, last):

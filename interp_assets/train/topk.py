@@ -22,6 +22,7 @@ from torch import Tensor
 
 from interp_assets.train.elementwise import keep_above, sum_rows, sum_squares
 from interp_assets.train.kernels import Pairs, add_by_latent, decode_pairs, make_pairs, product, sampled_product, split_bags, sum_values
+from interp_assets.train.loops import is_native, over_rows, sum_prefixes
 from interp_assets.train.losses import (
     LossContext,
     StepLoss,
@@ -179,11 +180,15 @@ class _PrefixErrors(NamedTuple):
 def _prefix_errors(weights: Weights, x: Tensor, y: Tensor, parts: Float[Tensor, "batch groups d_out"]) -> _PrefixErrors:
     """Turn each group's part of the reconstruction, in place, into the sum of the errors of the prefixes that contain it."""
     empty = add_offsets(weights, x, torch.zeros_like(y)).sub_(y)
+    whole = torch.empty_like(empty)
+    if is_native(parts, empty):
+        squared = over_rows(sum_prefixes, len(parts), (1, parts.shape[1] + 1), parts.numpy(), empty.numpy(), whole.numpy())
+        return _PrefixErrors(whole, torch.from_numpy(squared[0]), empty)
     squared = [sum_squares(empty)]
     for group in range(parts.shape[1]):
         parts[:, group].add_(parts[:, group - 1] if group else empty)
         squared.append(sum_squares(parts[:, group]))
-    whole = parts[:, -1].clone()
+    whole.copy_(parts[:, -1])
     for group in reversed(range(parts.shape[1] - 1)):
         parts[:, group].add_(parts[:, group + 1])
     return _PrefixErrors(whole, torch.stack(squared), empty.add_(parts[:, 0]))
