@@ -194,6 +194,7 @@ def save_evaluation(art: ArtifactWriter, sums: ReconstructionSums, model_sums: M
         },
         "fvu": sums.fvu,
         "median_row_fvu": sums.median_row_fvu,
+        "l0_percentiles": sums.l0_percentiles(),
         "firing_frequency_histogram": sums.frequency_histogram(),
         "no_model_metrics_because": reason or None,
     }
@@ -201,8 +202,7 @@ def save_evaluation(art: ArtifactWriter, sums: ReconstructionSums, model_sums: M
     table = io.BytesIO()
     columns = {
         "latent": pl.Series(range(len(sums.n_fired)), dtype=pl.UInt32),
-        "firing_frequency": pl.Series((sums.n_fired.double() / sums.n_rows).numpy()),
-        "max_activation": pl.Series(sums.maximum.numpy()),
+        **{name: pl.Series(value.numpy()) for name, value in sums.latent_columns().items()},
     }
     pl.DataFrame(columns).write_parquet(table)
     art.put(LATENTS, table.getvalue(), n_rows=len(sums.n_fired))

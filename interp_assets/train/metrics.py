@@ -5,6 +5,7 @@ SAEBench averages over its batches what is a ratio of data-set sums (its explain
 own sums are used here; `explained_variance` is 1 - FVU and `explained_variance_legacy` the mean over rows of 1 - error^2 / deviation^2.
 """
 
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -18,6 +19,7 @@ from interp_assets.train.sae import Sae
 _BLOCK_LATENTS: Final = 2048
 _LOG_BINS: Final = np.arange(-9.0, 0.25, 0.25)
 """Edges of the histogram of log10 firing frequency."""
+_PERCENTILES: Final = (5, 25, 50, 75, 95)
 
 
 class ReconstructionSums:
@@ -30,6 +32,7 @@ class ReconstructionSums:
         self._sums: dict[str, float] = {}
         self._row_sum = torch.zeros(sae.d_out, dtype=torch.float64)
         self._row_fvu: list[Tensor] = []
+        self._row_l0: list[Tensor] = []
         self.n_fired = torch.zeros(sae.d_sae, dtype=torch.int64)
         self.maximum = torch.zeros(sae.d_sae)
 
@@ -61,7 +64,9 @@ class ReconstructionSums:
         self.n_rows += len(x)
         self._row_sum += y.double().sum(0).cpu()
         self._row_fvu.append(row_fvu.cpu())
-        self.n_fired += (latents > 0).sum(0).cpu()
+        fires = latents > 0
+        self.n_fired += fires.sum(0).cpu()
+        self._row_l0.append(fires.sum(1).cpu())
         self.maximum = torch.maximum(self.maximum, latents.amax(0).cpu())
 
     @property
@@ -108,11 +113,40 @@ class ReconstructionSums:
                 "freq_over_10_percent": float((frequency > 0.1).mean()),
                 "normalized_freq_over_1_percent": _share_of_firings(frequency, 0.01),
                 "normalized_freq_over_10_percent": _share_of_firings(frequency, 0.1),
-                "average_max_encoder_cosine_sim": float(max_cosines(self._sae.W_enc.T).mean()),
-                "average_max_decoder_cosine_sim": float(max_cosines(self._sae.W_dec).mean()),
+                "average_max_encoder_cosine_sim": float(self._max_encoder_cosine.mean()),
+                "average_max_decoder_cosine_sim": float(self._max_decoder_cosine.mean()),
                 "frac_alive": 1 - self.dead_share,
             },
         }
+
+    def l0_percentiles(self) -> dict[str, int]:
+        """Return how many latents fire on a row, at some percentiles of the rows."""
+        counts = torch.cat(self._row_l0).sort().values
+        return {f"p{share}": int(counts[min(len(counts) - 1, len(counts) * share // 100)]) for share in _PERCENTILES}
+
+    def latent_columns(self) -> dict[str, Tensor]:
+        """Return what is known of each latent: one value each, in SAEBench's names where it has one (its feature density is ours)."""
+        encoder, decoder = self._sae.W_enc.T, self._sae.W_dec
+        # transcoders read and write different spaces: the cosine of the two directions means nothing there
+        cosine = torch.cosine_similarity(encoder, decoder, dim=1) if encoder.shape == decoder.shape else torch.full_like(self._sae.b_enc, torch.nan)
+        return {
+            "firing_frequency": self.n_fired.double() / self.n_rows,
+            "max_activation": self.maximum,
+            "encoder_bias": self._sae.b_enc.cpu(),
+            "encoder_norm": encoder.norm(dim=1).cpu(),
+            "encoder_decoder_cosine_sim": cosine.cpu(),
+            "max_encoder_cosine_sim": self._max_encoder_cosine.cpu(),
+            "max_decoder_cosine_sim": self._max_decoder_cosine.cpu(),
+            "threshold": self._sae.threshold.cpu(),
+        }
+
+    @cached_property
+    def _max_encoder_cosine(self) -> Tensor:
+        return max_cosines(self._sae.W_enc.T)
+
+    @cached_property
+    def _max_decoder_cosine(self) -> Tensor:
+        return max_cosines(self._sae.W_dec)
 
     def frequency_histogram(self) -> dict[str, Any]:
         """Return the histogram over latents of log10 firing frequency; dead latents are in no bin."""

@@ -10,7 +10,7 @@ FOLDER = "4-sae"
 TRAIN_VERSION = 3
 """Raise it when the same rows would give other weights."""
 
-EVALUATION_VERSION = 2
+EVALUATION_VERSION = 3
 """Raise it when the same SAE would be measured otherwise."""
 
 SWEEP_VERSION = 1

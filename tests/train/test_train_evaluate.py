@@ -3,7 +3,8 @@
 import io
 import json
 import math
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -29,6 +30,7 @@ from interp_assets.train.metrics import max_cosines
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae
 
+TARGET = "mlp_out.1"
 HOOK, D_IN, D_SAE, VOCABULARY, CONTEXT = "resid_post.0", 8, 24, 30, 12
 LENGTHS = (12, 12, 5, 1)
 
@@ -42,6 +44,12 @@ class World(NamedTuple):
     token_ids: np.ndarray
     valid: np.ndarray
     rows: torch.Tensor
+    target_rows: torch.Tensor | None = None
+
+
+def capture(model: SubjectModel, token_ids: np.ndarray, hook_point: str) -> torch.Tensor:
+    """Return the activations of all positions, one context at a time."""
+    return torch.cat([model.capture(torch.from_numpy(part.astype("int64"))[None], None, [hook_point])[hook_point][0] for part in split(token_ids)])
 
 
 def make_model(*, is_causal: bool = True) -> SubjectModel:
@@ -54,21 +62,23 @@ def make_model(*, is_causal: bool = True) -> SubjectModel:
     )
 
 
-def make_world(*, is_causal: bool = True, all_valid: bool = True) -> World:
-    """Publish one held-out shard of ragged contexts, an SAE and statistics."""
+def make_world(*, is_causal: bool = True, all_valid: bool = True, **task: Any) -> World:
+    """Publish one held-out shard of ragged contexts, an SAE and statistics; `task` are fields of the SAE's configuration."""
+    hook_points = [HOOK, TARGET] if task else [HOOK]
     pipeline = Pipeline(
         make_config(
             {
                 "corpus": {"context_length": CONTEXT},
-                "harvest": {"hook_points": [HOOK], "dtype": "float32"},
-                "saes": [{"name": "demo", "hook_point": HOOK, "d_sae": D_SAE, "k": 4, "architecture": "jump_relu"}],
+                "harvest": {"hook_points": hook_points, "dtype": "float32"},
+                "saes": [{"name": "demo", "hook_point": HOOK, "d_sae": D_SAE, "k": 4, "architecture": "jump_relu", **task}],
+                "features": {"saes": []},
             }
         ),
         PipelinePlan(
             shards=[ShardSource(index=i, fingerprint=str(i), n_documents=1, n_bytes=1, spec={}) for i in range(2)],
             tokenizer_fingerprint="t",
             model_fingerprint="m",
-            hook_widths={HOOK: D_IN},
+            hook_widths=dict.fromkeys(hook_points, D_IN),
             vocabulary_size=VOCABULARY,
             max_context=CONTEXT,
         ),
@@ -81,28 +91,33 @@ def make_world(*, is_causal: bool = True, all_valid: bool = True) -> World:
     pq.write_table(pa.table({"token_id": token_ids, "context": contexts, "document": contexts, "valid": valid}), table)
     with create_artifact(store, token_shard_ref(pipeline, 0)) as art:
         art.put("tokens.parquet", table.getvalue())
-    rows = torch.cat([model.capture(torch.from_numpy(part.astype("int64"))[None], None, [HOOK])[HOOK][0] for part in split(token_ids)])
-    with create_artifact(store, activation_shard_ref(pipeline, HOOK, 0)) as art:
-        save_tensors(art, "rows.safetensors", {"rows": rows})
-    exact = rows.double()
-    statistics = ActivationStatistics(
-        len(rows), exact.sum(0), exact.square().sum(0), float(exact.norm(dim=1).sum()), torch.zeros(64, dtype=torch.int64)
-    )
-    with create_artifact(store, statistics_ref(pipeline, HOOK)) as art:
-        save_tensors(art, STATISTICS, as_tensors(statistics))
+    captured = {name: capture(model, token_ids, name) for name in hook_points}
+    for name, rows in captured.items():
+        with create_artifact(store, activation_shard_ref(pipeline, name, 0)) as art:
+            save_tensors(art, "rows.safetensors", {"rows": rows})
+        exact = rows.double()
+        statistics = ActivationStatistics(
+            len(rows), exact.sum(0), exact.square().sum(0), float(exact.norm(dim=1).sum()), torch.zeros(64, dtype=torch.int64)
+        )
+        with create_artifact(store, statistics_ref(pipeline, name)) as art:
+            save_tensors(art, STATISTICS, as_tensors(statistics))
+    width = sum(captured[name].shape[1] for name in pipeline.config.sae("demo").sources)
+    b_dec = torch.cat([captured[name].mean(0) for name in pipeline.config.sae("demo").targets])
+    scale = float(captured[HOOK].std()) or 1.0  # of a random network: without it nothing would fire
     draw = torch.Generator().manual_seed(1)
     sae = Sae(
         kind="jump_relu",
-        W_enc=torch.randn(D_IN, D_SAE, generator=draw),
+        W_enc=torch.randn(width, D_SAE, generator=draw) / scale,
         b_enc=torch.randn(D_SAE, generator=draw) * 0.1 - 1,
-        W_dec=torch.nn.functional.normalize(torch.randn(D_SAE, D_IN, generator=draw), dim=1),
-        b_dec=rows.mean(0),
+        W_dec=torch.nn.functional.normalize(torch.randn(D_SAE, len(b_dec), generator=draw), dim=1) * 0.3 * scale,
+        b_dec=b_dec,
         threshold=torch.rand(D_SAE, generator=draw) * 0.1,
         k=0,
+        W_skip=torch.randn(width, len(b_dec), generator=draw) * 0.1 if task.get("task") == "skip_transcoder" else None,
     )
     with create_artifact(store, sae_ref(pipeline, "demo")) as art:
         save_sae(art, sae, pipeline, pipeline.config.sae("demo"), l0=1.0)
-    return World(pipeline, store, model, token_ids, valid, rows)
+    return World(pipeline, store, model, token_ids, valid, captured[HOOK], captured.get(TARGET))
 
 
 def split(values):
@@ -137,9 +152,138 @@ def test_row_metrics_equal_their_formulas() -> None:
     assert metrics["shrinkage"]["relative_reconstruction_bias"] == pytest.approx(bias, rel=1e-4)
     assert sum(metrics["firing_frequency_histogram"]["counts"]) + metrics["firing_frequency_histogram"]["n_dead"] == D_SAE
     table = pl.read_parquet(io.BytesIO(read_file(world.store, produced.ref.path, produced.manifest, "latents.parquet")))
-    assert table.schema == {"latent": pl.UInt32, "firing_frequency": pl.Float64, "max_activation": pl.Float32}
+    floats = ("max_activation", "encoder_bias", "encoder_norm", "encoder_decoder_cosine_sim", "max_encoder_cosine_sim", "max_decoder_cosine_sim")
+    assert table.schema == {"latent": pl.UInt32, "firing_frequency": pl.Float64, **dict.fromkeys((*floats, "threshold"), pl.Float32)}
     np.testing.assert_allclose(table["firing_frequency"].to_numpy(), (latents > 0).double().mean(0).numpy())
     np.testing.assert_allclose(table["max_activation"].to_numpy(), latents.amax(0).numpy(), rtol=1e-6)
+
+
+CORE: dict[str, set[str]] = {
+    "model_behavior_preservation": {"kl_div_score", "kl_div_with_ablation", "kl_div_with_sae"},
+    "model_performance_preservation": {"ce_loss_score", "ce_loss_with_ablation", "ce_loss_with_sae", "ce_loss_without_sae"},
+    "reconstruction_quality": {"explained_variance", "explained_variance_legacy", "mse", "cossim"},
+    "shrinkage": {"l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias"},
+    "sparsity": {"l0", "l1"},
+    "token_stats": {"total_tokens_eval_reconstruction", "total_tokens_eval_sparsity_variance"},
+    "misc": {
+        *("freq_over_1_percent", "freq_over_10_percent", "normalized_freq_over_1_percent", "normalized_freq_over_10_percent"),
+        *("average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim", "frac_alive"),
+    },
+}
+"""The sections and keys of SAEBench's core output."""
+
+
+def test_every_core_metric_equals_a_plain_reference() -> None:
+    """Row by row and latent by latent in Python, in SAEBench's core key names, none missing."""
+    world = make_world()
+    produced = evaluate_sae(world.pipeline, world.store, world.model, "demo")
+    metrics, sae = read_metrics(world, produced), load_sae(world.pipeline, world.store, "demo")
+    assert {name: set(metrics[name]) for name in CORE} == CORE
+    assert 1 < metrics["sparsity"]["l0"] < D_SAE / 2, "the world must not be trivial"
+    x = world.rows[torch.from_numpy(world.valid)].double()
+    latents = torch.stack([row * (row > sae.threshold) * (row > 0) for row in sae.pre_activations(x)]).double()
+    x_hat = latents @ sae.W_dec.double() + sae.b_dec.double()
+    n, counts = len(x), [int((row > 0).sum()) for row in latents]
+    errors = [float((a - b) @ (a - b)) for a, b in zip(x, x_hat, strict=True)]
+    mean = world.rows.double().mean(0)
+    frequency = [sum(float(latents[row, latent]) > 0 for row in range(n)) / n for latent in range(D_SAE)]
+
+    def max_cosine(vectors: torch.Tensor) -> list[float]:
+        return [max(float(torch.cosine_similarity(a, b, dim=0)) for j, b in enumerate(vectors) if j != i) for i, a in enumerate(vectors)]
+
+    def average(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    expected = {
+        "reconstruction_quality": {
+            "explained_variance": 1 - sum(errors) / float((x - x.mean(0)).square().sum()),
+            "explained_variance_legacy": 1 - average([error / float((row - mean) @ (row - mean)) for error, row in zip(errors, x, strict=True)]),
+            "mse": average(errors) / D_IN,
+            "cossim": average([float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(x, x_hat, strict=True)]),
+        },
+        "shrinkage": {
+            "l2_norm_in": average([float(row.norm()) for row in x]),
+            "l2_norm_out": average([float(row.norm()) for row in x_hat]),
+            "l2_ratio": average([float(b.norm() / a.norm()) for a, b in zip(x, x_hat, strict=True)]),
+            "relative_reconstruction_bias": sum(float(b @ b) for b in x_hat) / sum(float(a @ b) for a, b in zip(x, x_hat, strict=True)),
+        },
+        "sparsity": {"l0": average(counts), "l1": average([float(row.sum()) for row in latents])},
+        "misc": {
+            "freq_over_1_percent": average([share > 0.01 for share in frequency]),
+            "freq_over_10_percent": average([share > 0.1 for share in frequency]),
+            "normalized_freq_over_1_percent": sum(share for share in frequency if share > 0.01) / sum(frequency),
+            "normalized_freq_over_10_percent": sum(share for share in frequency if share > 0.1) / sum(frequency),
+            "average_max_encoder_cosine_sim": average(max_cosine(sae.W_enc.T)),
+            "average_max_decoder_cosine_sim": average(max_cosine(sae.W_dec)),
+            "frac_alive": average([share > 0 for share in frequency]),
+        },
+    }
+    for section, values in expected.items():
+        assert metrics[section] == pytest.approx(values, rel=1e-4), section
+    ordered = sorted(counts)
+    assert metrics["l0_percentiles"] == {f"p{share}": ordered[min(n - 1, n * share // 100)] for share in (5, 25, 50, 75, 95)}
+    histogram = metrics["firing_frequency_histogram"]
+    edges = histogram["log10_edges"]
+    for (low, high), count in zip(pairwise(edges), histogram["counts"], strict=True):
+        is_last = high == edges[-1]
+        assert count == sum(share > 0 and (low <= math.log10(share) < high or (is_last and share == 1)) for share in frequency)
+    table = pl.read_parquet(io.BytesIO(read_file(world.store, produced.ref.path, produced.manifest, "latents.parquet")))
+    np.testing.assert_allclose(table["encoder_norm"], [float(column.norm()) for column in sae.W_enc.T], rtol=1e-5)
+    cosines = [float(torch.cosine_similarity(sae.W_enc[:, i], sae.W_dec[i], dim=0)) for i in range(D_SAE)]
+    np.testing.assert_allclose(table["encoder_decoder_cosine_sim"], cosines, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(table["max_decoder_cosine_sim"], max_cosine(sae.W_dec), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(table["encoder_bias"], sae.b_enc, rtol=1e-6)
+    np.testing.assert_allclose(table["threshold"], sae.threshold, rtol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["transcoder", "skip_transcoder"])
+def test_a_transcoder_is_measured_where_it_writes(task: str) -> None:
+    """FVU against the rows of the target; what it makes of the untouched input is put in the target's place, and zeros there are the baseline."""
+    world = make_world(task=task, target_hook_point=TARGET)
+    produced = evaluate_sae(world.pipeline, world.store, world.model, "demo")
+    sae, valid = load_sae(world.pipeline, world.store, "demo"), torch.from_numpy(world.valid)
+    assert (sae.W_skip is not None) == (task == "skip_transcoder")
+    assert world.target_rows is not None
+    x, y = world.rows[valid], world.target_rows[valid]
+    y_hat = sae.encode(x) @ sae.W_dec + sae.b_dec + (0 if sae.W_skip is None else x @ sae.W_skip)
+    facts, metrics = produced.manifest.facts, read_metrics(world, produced)
+    assert facts["fvu"] == pytest.approx(float((y - y_hat).square().sum() / (y - y.mean(0)).square().sum()), rel=1e-4)
+    assert metrics["shrinkage"]["l2_norm_in"] == pytest.approx(float(y.norm(dim=1).mean()), rel=1e-4)
+    sums, n = np.zeros(3), 0
+    for ids, kept in zip(split(world.token_ids), split(world.valid), strict=True):
+        tokens, is_kept = torch.from_numpy(ids.astype("int64"))[None], torch.from_numpy(kept)[None, :, None]
+        read = world.model.capture(tokens, None, [HOOK])[HOOK][0]
+        put = sae.reconstruct(read, sae.encode(read))[None]
+        logits = [
+            world.model.logits(tokens, None),
+            world.model.logits_with_patch(tokens, None, TARGET, lambda rows, put=put, is_kept=is_kept: torch.where(is_kept, put, rows)),
+            world.model.logits_with_patch(tokens, None, TARGET, lambda rows, is_kept=is_kept: torch.where(is_kept, 0.0, rows)),
+        ]
+        for position in np.flatnonzero(kept[:-1]).tolist():
+            sums += [-float(value[0, position].log_softmax(0)[int(ids[position + 1])]) for value in logits]
+            n += 1
+    ce_clean, ce_sae, ce_zero = sums / n
+    performance = metrics["model_performance_preservation"]
+    assert performance["ce_loss_without_sae"] == pytest.approx(ce_clean, rel=1e-5)
+    assert performance["ce_loss_with_sae"] == pytest.approx(ce_sae, rel=1e-5)
+    assert performance["ce_loss_with_ablation"] == pytest.approx(ce_zero, rel=1e-5)
+    assert abs(ce_sae - ce_clean) > 1e-6
+    assert facts["ce_recovered"] == pytest.approx((ce_zero - ce_sae) / (ce_zero - ce_clean), rel=2e-2)
+
+
+def test_a_crosscoder_is_measured_on_all_its_hook_points_side_by_side() -> None:
+    """FVU of the joined rows; the model cannot be asked, because there is no one place to put it."""
+    world = make_world(task="crosscoder", more_hook_points=[TARGET])
+    produced = evaluate_sae(world.pipeline, world.store, world.model, "demo")
+    sae, valid = load_sae(world.pipeline, world.store, "demo"), torch.from_numpy(world.valid)
+    assert world.target_rows is not None
+    x = torch.cat([world.rows[valid], world.target_rows[valid]], dim=1)
+    x_hat = sae.decode(sae.encode(x))
+    facts, metrics = produced.manifest.facts, read_metrics(world, produced)
+    assert facts["fvu"] == pytest.approx(float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()), rel=1e-4)
+    assert facts["l0"] == pytest.approx(float((sae.encode(x) > 0).sum(1).double().mean()))
+    assert (facts["ce_recovered"], facts["kl"]) == (None, None)
+    assert metrics["no_model_metrics_because"] == "a crosscoder reconstructs several hook points at once"
 
 
 def test_model_metrics_equal_one_context_at_a_time() -> None:
