@@ -3,6 +3,7 @@
     python benchmarks/bench_browser.py                                   small: 20,000 features, ends within 45 s on 2 cores
     python benchmarks/bench_browser.py --features 10000000 --root /data  the size of the goals; the bundle is made once (2 minutes, 3 GB) and kept
     python benchmarks/bench_browser.py --features 10000000 --root /data --s3    the same files from SeaweedFS on this machine
+    python benchmarks/bench_browser.py --features 10000000 --root /data --static    the same files from a plain file server with ranges
 
 Sketch before code: a page of an unfiltered list is 0.4 kB of an order and 100 rows of 76 bytes. A filter reads its column and the order, 80 MB at
 ten million, 20 ms at memory speed, and gathers a mask through the order, 50 ms. A search reads 4 bytes a posting. So everything below 2 s that is
@@ -25,11 +26,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +41,10 @@ import duckdb
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from interp_assets.store import open_store
+from interp_assets.web.files import parse_range
 from interp_assets.web.opened import OpenBundle, find_bundles
 from interp_assets.web.scale import build_scale_bundle
+from interp_assets.web.server import STATIC, summarize
 from interp_assets.web.table import Query
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -114,6 +120,48 @@ def _wait_for(address: str) -> None:
     raise RuntimeError(message)
 
 
+class RangeFiles(SimpleHTTPRequestHandler):
+    """What any static host does: files, and single ranges of them, over connections that stay open."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """Answer a range, or the whole file."""
+        path = Path(self.translate_path(self.path))
+        if "Range" not in self.headers or not path.is_file():
+            super().do_GET()
+            return
+        span = parse_range(self.headers["Range"], path.stat().st_size)
+        assert span
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {span.start}-{span.start + span.n_bytes - 1}/{path.stat().st_size}")
+        self.send_header("Content-Length", str(span.n_bytes))
+        self.end_headers()
+        with path.open("rb") as file:
+            file.seek(span.start)
+            self.wfile.write(file.read(span.n_bytes))
+
+    def log_message(self, *_: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - nothing is said, whatever is given
+        """Say nothing."""
+
+
+@contextmanager
+def serving_files(site: Path, url: str) -> Iterator[str]:
+    """Lay out a site as `interp export site` does, with links instead of copies, and serve it as files."""
+    shutil.copytree(STATIC, site)
+    (site / "bundles").mkdir()
+    places = find_bundles(url)
+    for place in places:
+        (site / "bundles" / place.name).symlink_to(Path(url, place.path).resolve())
+    (site / "site.json").write_text(json.dumps({"mode": "static", "bundles": [summarize(OpenBundle(place)) for place in places]}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeFiles, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+
+
 class Visit:
     """One browser context, empty at first; it counts what was asked for."""
 
@@ -141,14 +189,15 @@ class Visit:
         return time.perf_counter() - start
 
 
-def measure_pages(browser: Browser, server: Server, name: str, repeat: int) -> list[Line]:
+def measure_pages(browser: Browser, address: str, name: str, repeat: int, searches: Sequence[str] = SEARCHES) -> list[Line]:
     """Visit the pages as people do, every time with an empty cache."""
-    found: dict[str, list[float]] = {key: [] for key in ("paint", "sort", "filter_sort", "open", "open_requests", "open_bytes", "deep_link")}
-    found |= {f"search {text}": [] for text in SEARCHES}
+    keys = ("paint", "sort", "filter_sort", "open", "open_whole", "open_requests", "open_bytes", "deep_link", "map", "map_points")
+    found: dict[str, list[float]] = {key: [] for key in keys}
+    found |= {f"search {text}": [] for text in searches}
     for visit_number in range(repeat):
         visit = Visit(browser)
         page = visit.page
-        base = f"{server.address}/#/{name}"
+        base = f"{address}/#/{name}"
         has_row = f"document.querySelector('{ROW}') !== null"
         found["paint"].append(visit.timed(lambda page=page, base=base: page.goto(base, wait_until="commit"), has_row))
         _settle(visit)
@@ -164,7 +213,7 @@ def measure_pages(browser: Browser, server: Server, name: str, repeat: int) -> l
         bound = 1 + visit_number / 7  # another query every time: nothing is kept by the server
         found["sort"].append(shows(f"#/{name}?sort=max&desc=1"))
         found["filter_sort"].append(shows(f"#/{name}?sort=mean&desc=1&filter=max%3E%3D{bound:.3f}&filter=frequency%3C0.01"))
-        for text in SEARCHES:
+        for text in searches:
             found[f"search {text}"].append(shows(f"#/{name}?q={text.replace(' ', '+')}&filter=max%3E%3D{bound / 100:.4f}"))
         _settle(visit)
         visit.ranges.clear()
@@ -174,23 +223,33 @@ def measure_pages(browser: Browser, server: Server, name: str, repeat: int) -> l
             f"document.querySelector('h1')?.textContent.includes('{latent}') && document.querySelector('[data-item] .peak, .gist') !== null",
         )
         found["open"].append(seconds)
+        found["open_whole"].append(seconds + visit.timed(lambda: None, "document.querySelector('.column.context section') !== null"))
         found["open_requests"].append(len(visit.ranges))
         found["open_bytes"].append(sum(int(request.response().header_value("content-length")) for request in visit.ranges) / 1024)
         visit.close()
         visit = Visit(browser)
-        address = f"{server.address}/#/{name}/{9_000 + visit_number}"
+        drawn = "Number(document.querySelector('canvas')?.dataset.points) > 0"
+        found["map"].append(visit.timed(lambda visit=visit, base=base: visit.page.goto(f"{base}/map", wait_until="commit"), drawn))
+        _settle(visit)
+        found["map_points"].append(float(visit.page.locator("canvas").get_attribute("data-points") or 0))
+        visit.close()
+        visit = Visit(browser)
+        target = f"{base}/{9_000 + visit_number}"
         shown = "document.querySelector('[data-item] .peak, .gist') !== null"
-        found["deep_link"].append(visit.timed(lambda visit=visit, address=address: visit.page.goto(address, wait_until="commit"), shown))
+        found["deep_link"].append(visit.timed(lambda visit=visit, target=target: visit.page.goto(target, wait_until="commit"), shown))
         visit.close()
     return [
         Line("first list paint", found["paint"], "s", 1),
         Line("sort by max, falling", found["sort"], "s", 2),
         Line("two filters and sort by mean", found["filter_sort"], "s", 2),
-        *(Line(f"search {text!r} with one filter", found[f"search {text}"], "s", 3) for text in SEARCHES),
-        Line("open a feature", found["open"], "s", 0.1),
+        *(Line(f"search {text!r} with one filter", found[f"search {text}"], "s", 3) for text in searches),
+        Line("open a feature: title, numbers, strongest examples", found["open"], "s", 0.1),
+        Line("open a feature: everything", found["open_whole"], "s"),
         Line("range requests of opening a feature", found["open_requests"], "requests", 1),
         Line("bytes of opening a feature", found["open_bytes"], "KiB", 64),
         Line("open a feature by its address, from nothing", found["deep_link"], "s"),
+        Line("first points of the map, from nothing", found["map"], "s"),
+        Line("points of the whole map on the screen", found["map_points"], "points", 1_000_000),
     ]
 
 
@@ -253,22 +312,31 @@ def main() -> int:
     parser.add_argument("--root", type=Path, help="where the bundle is kept; default: a temporary folder")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--s3", action="store_true", help="serve the same files from SeaweedFS")
+    parser.add_argument("--static", action="store_true", help="serve the same files from a plain file server with ranges, without `interp serve`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.root or Path(temporary)) / f"features-{options.features}"
         start = time.perf_counter()
         made = build_scale_bundle(open_store(str(folder)), n_features=options.features, pool=512 if options.features < 1_000_000 else 4096)
-        context = {"features": options.features, "from": "s3" if options.s3 else "folder", "cores": os.cpu_count()}
+        name, source = made.ref.path.rsplit("/", 1)[-1], "s3" if options.s3 else "static" if options.static else "folder"
+        context = {"features": options.features, "from": source, "cores": os.cpu_count()}
         if not made.is_cached:
             Line("make the invented bundle", [time.perf_counter() - start], "s").show(context)
         environment, url, s3 = {}, str(folder), None
+        if options.static:
+            with sync_playwright() as driver, serving_files(Path(temporary) / "site", url) as address:
+                browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+                for line in measure_pages(browser, address, name, options.repeat, SEARCHES[:2]):
+                    line.show(context)
+                browser.close()
+            return 0
         if options.s3:
             s3, url = _upload(folder, made.ref.path, Path(temporary))
             environment = s3.environment
         try:
             with sync_playwright() as driver, serving(url, environment) as server:
                 browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-                for line in measure_pages(browser, server, made.ref.path.rsplit("/", 1)[-1], options.repeat):
+                for line in measure_pages(browser, server.address, name, options.repeat):
                     line.show(context)
                 browser.close()
                 Line("resident memory of the server, largest", [server.rss_mb()], "MB", 500).show(context)

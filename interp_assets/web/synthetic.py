@@ -74,11 +74,11 @@ class InventedText(NamedTuple):
     document_length: int
 
 
-def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0, n_documents: int = 48) -> Produced:
+def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0, n_documents: int = 48, sae: str = "synthetic") -> Produced:
     """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature."""
     start = time.perf_counter()
-    identity = {"synthetic": 4, "seed": seed, "n_features": n_features, "n_documents": n_documents}
-    ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label="synthetic")
+    identity = {"synthetic": 4, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae}
+    ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=sae)
     existing = find_manifest(store, ref)
     if existing:
         return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
@@ -88,7 +88,7 @@ def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0,
     members = (pack_record(record, tokens) for record in records)
     layout = embed_directions(stream(seed, "synthetic", "decoder").generator().normal(0, 1, (n_features, 8)).astype(np.float32))
     content = BundleContent(
-        describe_invented(n_features, text), lambda: [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary, layout
+        describe_invented(n_features, text, sae), lambda: [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary, layout
     )
     with create_artifact(store, ref) as art:
         write_bundle(art, content)
@@ -269,7 +269,7 @@ def _logits(effects: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def describe_invented(n_features: int, text: InventedText) -> dict[str, Any]:
+def describe_invented(n_features: int, text: InventedText, sae: str = "synthetic") -> dict[str, Any]:
     """Return the description of an invented bundle."""
     return {
         "is_synthetic": True,
@@ -278,7 +278,7 @@ def describe_invented(n_features: int, text: InventedText) -> dict[str, Any]:
         "hook_point": "resid_post.2",
         "d_in": 64,
         "d_sae": n_features,
-        "sae": {"name": "synthetic", "artifact_id": "0" * 32, "config": {"architecture": "batch_topk", "d_sae": n_features, "k": 8}},
+        "sae": {"name": sae, "artifact_id": "0" * 32, "config": {"architecture": "batch_topk", "d_sae": n_features, "k": 8}},
         "evaluation": {"l0": 8.0, "fvu": 0.21, "ce_recovered": 0.93, "kl": 0.04, "dead_share": round(1 / 13, 4)},
         "corpus": {"source": "invented", "n_shards": 4},
         "tokens_scanned": int((text.token_ids != BOS).sum()),

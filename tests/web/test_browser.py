@@ -53,12 +53,13 @@ class Fixed:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Serve an invented bundle of 300 features and one of a newer version, with the pages built from these sources."""
+    """Serve an invented bundle of 300 features, one of 40 of another SAE, and one of a newer version, with the pages built from these sources."""
     built = subprocess.run([sys.executable, str(REPOSITORY / "frontend" / "build.py")], check=False, capture_output=True, text=True)
     if built.returncode:
         skip_or_fail(f"the pages cannot be built: {built.stderr.strip()}")
     store = open_store(str(tmp_path_factory.mktemp("served")))
     build_synthetic_bundle(store, n_features=300)
+    build_synthetic_bundle(store, n_features=40, seed=1, sae="second")
     with create_artifact(store, make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="newer")) as art:
         art.put("bundle.json", json.dumps({"format": "interp-assets/feature-bundle", "version": 99}).encode())
     places = list_bundles(store)
@@ -312,7 +313,8 @@ def test_several_bundles_have_a_first_page(visit: Visit, site: Site) -> None:
     """One card for each SAE; one that cannot be shown says why."""
     visit.open(f"{site.address}/", "h1:has-text('Feature bundles')")
     assert "version 99; this release reads version 3" in visit.page.get_by_role("alert").inner_text()
-    visit.page.locator("a.whole").click()
+    assert visit.page.locator("a.whole").count() == 2
+    visit.page.locator(f"a.whole[href*='{site.name}']").click()
     visit.page.wait_for_selector("h1:has-text('300 features')")
 
 
@@ -417,6 +419,22 @@ def test_two_features_stand_side_by_side(visit: Visit, site: Site) -> None:
     visit.page.wait_for_selector("h1:has-text('Two features')")
 
 
+def test_features_of_two_saes_stand_side_by_side(visit: Visit, site: Site) -> None:
+    """The same question asked of two SAEs: what each fires on, and nothing that was not measured."""
+    second = next(place.name for place in list_bundles(site.store) if place.name.startswith("second"))
+    visit.open(site.page("/3"), "h1:has-text('Feature 3')")
+    visit.page.get_by_label("Compare with feature").fill(f"{second}/3")
+    visit.page.keyboard.press("Enter")
+    visit.page.wait_for_selector("h1:has-text('Two features')")
+    rows = dict(row.split("\t", 1) for row in visit.page.locator("table").inner_text().splitlines() if "\t" in row)
+    assert rows["SAE"].split("\t") == ["synthetic", "second"]
+    assert rows["decoder cosine"].startswith("of two SAEs: not measured")
+    for i, name in enumerate((site.name, second)):
+        record = OpenBundle(next(place for place in list_bundles(site.store) if place.name == name)).record(3)
+        assert rows["firings"].split("\t")[i] == f"{record['statistics']['count']:,}"
+    assert visit.page.get_by_role("list", name="Top activations").count() == 2
+
+
 @pytest.mark.parametrize(
     ("path", "selector"), [("/1", "h1:has-text('Feature 1')"), ("?sort=max&desc=1", "[role=row] a"), ("/1/with/{name}/2", "table")]
 )
@@ -493,11 +511,21 @@ def test_the_map_shows_every_live_feature(visit: Visit, site: Site) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("path", "selector"), [("", "[role=row] a"), ("/4/with/{name}/9", "table"), ("/try", "textarea"), ("/map", "canvas")])
-def test_every_page_has_contrast_and_names(chromium, site: Site, scheme: str, path: str, selector: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "selector"),
+    [
+        (None, "h1:has-text('Feature bundles')"),
+        ("", "[role=row] a"),
+        ("/4", ".evidence section h2"),
+        ("/4/with/{name}/9", "table"),
+        ("/try", "textarea"),
+        ("/map", "canvas"),
+    ],
+)
+def test_every_page_has_contrast_and_names(chromium, site: Site, scheme: str, path: str | None, selector: str) -> None:
     """WCAG AA: text stands out, and every control, picture and field has a name that a screen reader says."""
     visit = Visit(chromium, color_scheme=scheme)
-    visit.open(site.page(path.format(name=site.name)), selector)
+    visit.open(f"{site.address}/" if path is None else site.page(path.format(name=site.name)), selector)
     visit.page.wait_for_timeout(200)
     assert _lowest_contrast(visit) >= 4.5
     nameless = """() => [...document.querySelectorAll('a[href], button, input, select, textarea, canvas, [role=img], [tabindex="0"]')]
