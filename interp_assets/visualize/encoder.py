@@ -98,7 +98,7 @@ class Encoder:
         self._pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
         self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
         self._n_threads = n_threads
-        self._block = torch.empty((0, sae.d_in), device=device)
+        self._blocks = [torch.empty((0, sae.d_in), device=device)] * 2
         self._row_limit = _LARGEST / max(1.0, sae.d_in * largest["W_enc"])
 
     def tile_bounds(self, tile: int) -> tuple[int, int]:
@@ -107,14 +107,15 @@ class Encoder:
         return first, min(first + TILE, self.stop)
 
     def prepare(self, rows: Float[Tensor, "n d_in"], n_block: int, where: str) -> Float[Tensor, "block d_in"]:
-        """Return a block of `n_block` rows on the device, padded with zeros to a multiple of `GROUP`. The next call overwrites it.
+        """Return a block of `n_block` rows on the device, padded with zeros to a multiple of `GROUP`.
 
-        Raises `NonFiniteError`, naming `where`.
+        The call after the next overwrites it, so one block can be scanned while the next is prepared. Raises `NonFiniteError`, naming `where`.
         """
         shape = (-(-n_block // GROUP) * GROUP, rows.shape[1])
-        if self._block.shape != shape:
-            self._block = torch.empty(shape, device=self._device)
-        block = self._block
+        self._blocks.reverse()
+        if self._blocks[0].shape != shape:
+            self._blocks[0] = torch.empty(shape, device=self._device)
+        block = self._blocks[0]
         block[: len(rows)].copy_(rows)
         block[len(rows) :].zero_()
         low, high = (float(value) for value in torch.aminmax(block))
@@ -127,12 +128,21 @@ class Encoder:
 
     def scan(self, block: Float[Tensor, "block d_in"], row_thresholds: NDArray[np.float32]) -> list[Scan]:
         """Return the firings of each tile on a block of rows, given what a pre-activation of each row must exceed."""
+        return self.begin_scan(block, row_thresholds)()
+
+    def begin_scan(self, block: Float[Tensor, "block d_in"], row_thresholds: NDArray[np.float32]) -> Callable[[], list[Scan]]:
+        """Begin what `scan` does and return what waits for it: with the next block begun before, no thread waits for another at a block's end."""
         limits = np.full(len(block), np.inf, np.float32)
         limits[: len(row_thresholds)] = row_thresholds
+        thresholds = [tile.threshold for tile in self._tiles]
+        if self._is_compiled:
+            futures = [self._pool.submit(self._scan_compiled, i, block, limits, threshold) for i, threshold in enumerate(thresholds)]
+            return lambda: [future.result() for future in futures]
         if self._fused is not None:
-            found = self._fused.scan(block, [tile.threshold for tile in self._tiles], limits)
-            return [Scan(i, *columns) for i, columns in enumerate(found)]
-        return self._scan_tiles(range(self.n_tiles), block, limits, [tile.threshold for tile in self._tiles])
+            scans = [Scan(i, *columns) for i, columns in enumerate(self._fused.scan(block, thresholds, limits))]
+        else:
+            scans = self._scan_tiles(range(self.n_tiles), block, limits, thresholds)
+        return lambda: scans
 
     def scan_topk(self, block: Float[Tensor, "block d_in"], is_valid: NDArray[np.bool_]) -> TopKScan:
         """Return the firings of a `topk` SAE on the valid rows of a block, and all rows' thresholds. Needs the columns of all latents."""

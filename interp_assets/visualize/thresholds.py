@@ -8,7 +8,7 @@ and publish equal bytes. Pass C reads the same thresholds, so windows and candid
 The artifact `row_thresholds` holds `thresholds.safetensors`: `threshold` float32, one for each row of the shard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -85,14 +85,20 @@ def _find_thresholds(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset) 
 def _iter_blocks(pipeline: Pipeline, store: Store, data: Dataset, encoder: Encoder, limits: NDArray[np.float32] | None) -> Iterator[BlockFirings]:
     """Yield the firings above the rows' limits, or with no limits those of a `topk` SAE."""
     hook_point, n_block = pipeline.config.sae(data.name).hook_point, pipeline.config.execution.rows_per_block
+    begun: list[tuple[int, int, Callable[[], list[Scan]]]] = []
     for first_row, rows in iter_row_blocks(pipeline, store, hook_point, data.shard, n_block):
         block = encoder.prepare(rows, n_block, f"Activation shard {data.shard} at {hook_point}, from row {first_row:,}")
         here = slice(first_row, first_row + len(rows))
-        if limits is not None:
-            yield BlockFirings(first_row, len(rows), encoder.scan(block, limits[here]), None)
-        else:
+        if limits is None:
             found = encoder.scan_topk(block, data.is_valid[here])
             yield BlockFirings(first_row, len(rows), found.scans, found.thresholds)
+            continue
+        begun.append((first_row, len(rows), encoder.begin_scan(block, limits[here])))
+        if len(begun) > 1:
+            earlier_row, n_rows, finish = begun.pop(0)
+            yield BlockFirings(earlier_row, n_rows, finish(), None)
+    for earlier_row, n_rows, finish in begun:
+        yield BlockFirings(earlier_row, n_rows, finish(), None)
 
 
 def _publish(pipeline: Pipeline, store: Store, data: Dataset, thresholds: list[NDArray[np.float32]]) -> None:

@@ -70,6 +70,24 @@ def expect(sae, rows, is_valid):
 
 
 @pytest.mark.parametrize("path", ["auto", "plain"])
+def test_a_block_can_be_begun_while_another_is_scanned(path):
+    """Pass A prepares and begins the next block before it takes the firings of the last: neither may see the other's rows."""
+    sae, (rows, is_valid) = make_sae("relu"), make_rows()
+    encoder, n_block, begun, found = Encoder(sae, 0, sae.d_sae, CPU, path=path), 50, [], {}
+    for first in range(0, len(rows), n_block):
+        block = encoder.prepare(rows[first : first + n_block], n_block, "here")
+        begun.append((first, encoder.begin_scan(block, row_limits(is_valid[first : first + n_block], -np.inf))))
+        if len(begun) > 1 or first + n_block >= len(rows):
+            for earlier, finish in begun[:-1] if first + n_block < len(rows) else begun:
+                for scan in finish():
+                    low, _ = encoder.tile_bounds(scan.tile)
+                    places = zip((scan.latents + low).tolist(), (scan.rows + earlier).tolist(), strict=True)
+                    found |= dict(zip(places, scan.activations.tolist(), strict=True))
+            begun = begun[-1:]
+    assert found == expect(sae, rows, is_valid)
+
+
+@pytest.mark.parametrize("path", ["auto", "plain"])
 @pytest.mark.parametrize("kind", ["relu", "jump_relu", "topk"])
 def test_every_path_finds_the_firings_of_a_dense_encode(kind, path):
     """The compiled loops look at peaks of rows only; a firing they overlook would be missing for ever."""
