@@ -3,7 +3,7 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m interp_assets.train pipeline.yaml demo other
 
 Lines on standard output are objects with the key `event`: `progress` (`n` rows), `metrics` (a logged step) and, when a training fails,
-`error` (`type`, `message`). Nothing here knows Dagster: `launch.py` reads the lines and hands them on.
+`error` (`type`, `message`), from any rank. Nothing here knows Dagster: `launch.py` reads the lines and hands them on.
 """
 
 import argparse
@@ -48,9 +48,8 @@ def main(arguments: list[str]) -> int:
             _tell_metrics if is_first else None,
             make_execution(config, ranks),
         )
-    except InterpError as error:
-        if is_first:
-            _tell("error", type=type(error).__name__, message=str(error))
+    except InterpError as error:  # told by every rank: memory may run out on one of them alone
+        _tell("error", type=type(error).__name__, message=str(error))
         return 1
     finally:
         dist.destroy_process_group()

@@ -163,7 +163,7 @@ def _listen(process: subprocess.Popen[str], progress: Callable[[int], None] | No
                 progress(event["n"])
             case "metrics" if on_metrics is not None:
                 on_metrics(TrainingMetrics(event["name"], LogRow(**event["row"]), event["n_steps"], event["rows_per_s"], event["input_wait_share"]))
-            case "error":
+            case "error" if failure is None:
                 kind = getattr(errors, event["type"], InterpError)
                 failure = kind(event["message"])
             case None:

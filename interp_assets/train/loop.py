@@ -10,7 +10,8 @@ whether or not the training was killed and resumed. Times go to `on_metrics` and
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -180,13 +181,21 @@ def _run_steps(
 def _train_step(trainer: Trainer, x: Tensor, y: Tensor, data: TrainingData) -> LogRow | None:
     """Advance one SAE. Raises `NonFiniteError` that names the rows, `PlanError` that names what to lower when memory runs out."""
     try:
-        return trainer.train_step(x, y)
+        with _explained_memory(trainer.config, data.device):
+            return trainer.train_step(x, y)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{error}, on {data.describe(trainer.step)}. Lower learning_rate or sparsity_coefficient, or look at these rows."
         ) from error
+
+
+@contextmanager
+def _explained_memory(config: SaeConfig, device: torch.device) -> Iterator[None]:
+    """Turn memory that runs out inside the block into a `PlanError` that names what to lower."""
+    try:
+        yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        raise_if_out_of_memory(error, trainer.config, data.device)
+        raise_if_out_of_memory(error, config, device)
         raise
 
 
@@ -205,10 +214,11 @@ def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: Trai
     ref = sae_ref(pipeline, config.name)
     (sample,) = iter_rows(store, data, range(1))
     generator = torch.Generator().manual_seed(stream(pipeline.config.seed, "train", "weights", config.seed).torch_seed())
-    weights = make_weights(config, data.source.apply(sample.x), sum(data.widths), generator)
-    if has_grown(pipeline):
-        weights = unfold_weights(config, load_sae(before(pipeline), store, config.name), data.source, data.target)
-    trainer = Trainer(config, weights, data.device, ranks, data.widths)
+    with _explained_memory(config, data.device):
+        weights = make_weights(config, data.source.apply(sample.x), sum(data.widths), generator)
+        if has_grown(pipeline):
+            weights = unfold_weights(config, load_sae(before(pipeline), store, config.name), data.source, data.target)
+        trainer = Trainer(config, weights, data.device, ranks, data.widths)
     checkpoint = load_checkpoint(store, ref)
     if checkpoint is not None:
         trainer.restore(checkpoint.tensors, checkpoint.step, checkpoint.log)

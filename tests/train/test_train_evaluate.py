@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -191,7 +192,7 @@ def test_every_core_metric_equals_a_plain_reference() -> None:
     def max_cosine(vectors: torch.Tensor) -> list[float]:
         return [max(float(torch.cosine_similarity(a, b, dim=0)) for j, b in enumerate(vectors) if j != i) for i, a in enumerate(vectors)]
 
-    def average(values: list[float]) -> float:
+    def average(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
     expected = {

@@ -242,6 +242,13 @@ def test_memory_that_runs_out_names_the_knobs(error: Exception) -> None:
     raise_if_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), config, torch.device("cpu"))
 
 
+def test_an_sae_that_no_memory_holds_is_refused_with_the_knobs(make_planted) -> None:
+    """A real allocation that the system refuses, while the weights are made: before the first step."""
+    planted = make_planted([{"name": "a", **TINY, "d_sae": 1 << 44}])
+    with pytest.raises(PlanError, match=r"ran out while SAE 'a' was trained \(d_sae 17,592,186,044,416.*Lower batch_rows first"):
+        train(planted.pipeline, planted.store)
+
+
 def test_a_checkpoint_of_another_configuration_is_passed_over(make_planted) -> None:
     """Somebody copies a folder: weights of another learning rate must not be taken for this one's."""
     saes = [{"name": "a", **TINY}, {"name": "b", **TINY, "learning_rate": 1e-3}]
