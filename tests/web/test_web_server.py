@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from interp_assets.store import ObjectStore, Store, open_store
 from interp_assets.web.files import parse_range
 from interp_assets.web.guard import MAX_QUERY_BYTES, SECURITY_HEADERS
 from interp_assets.web.opened import BundlePlace, list_bundles
-from interp_assets.web.server import check_bind, make_app
+from interp_assets.web.server import check_bind, make_app, return_large_memory
 from interp_assets.web.synthetic import build_synthetic_bundle
 
 HOST = "http://127.0.0.1:8420"
@@ -440,6 +441,11 @@ def test_a_damaged_search_index_is_explained(static: Path, memory_store: ObjectS
     response = site.get(f"/api/bundles/{place.name}/features?q=def")
     assert response.status_code == 502
     assert "search/postings.bin" in _problem(response)["what"]
+
+
+def test_the_allocator_takes_the_limit_where_it_can() -> None:
+    """Without it, a server's memory grows with the number of threads that ever held a column."""
+    assert return_large_memory() == (platform.libc_ver()[0] == "glibc")
 
 
 def test_without_built_pages_the_server_says_how_to_build_them(store: ObjectStore, tmp_path: Path) -> None:
