@@ -119,6 +119,19 @@ def plan(
 
 
 @app.command()
+def costs(config: ConfigOption = None) -> None:
+    """Show what was expected of each asset's partitions and what they took: bytes, requests, seconds, dollars."""
+    from interp_assets.forecast import print_costs
+    from interp_assets.jobs import open_instance, recorded_costs
+    from interp_assets.road import make_road
+
+    warnings.simplefilter("ignore")
+    loaded = _load(config)
+    with open_instance(loaded) as instance:
+        print_costs(out, loaded, {stop.name: recorded_costs(instance, stop) for stop in make_road(loaded)})
+
+
+@app.command()
 def inspect(path: PathArgument = "data") -> None:
     """Show an artifact's manifest and the heads of its tables, or count the artifacts below a folder."""
     from interp_assets.show import print_inspection

@@ -25,6 +25,7 @@ import interp_assets.visualize.assets
 import interp_assets.visualize.checks
 import interp_assets.web.assets
 from interp_assets.config import PipelineConfig, demo_config, load_config
+from interp_assets.costs import make_estimator
 from interp_assets.errors import ConfigError
 from interp_assets.partitions import make_layout
 from interp_assets.progress import Progress
@@ -36,7 +37,8 @@ EXECUTOR_VARIABLE = "INTERP_EXECUTOR"
 
 def build_defs(config: PipelineConfig | None = None, *, progress: Progress | None = None) -> dg.Definitions:
     """Make the definitions of a pipeline (default: the demo); `progress` hears how in-process runs go."""
-    config = config or demo_config()
+    config, progress = config or demo_config(), progress or Progress()
+    progress.estimator = make_estimator(config)
     layout = make_layout(config)
     stages = (
         interp_assets.corpus.assets,
@@ -61,13 +63,13 @@ def build_defs(config: PipelineConfig | None = None, *, progress: Progress | Non
             assets=_with_freshness(config, [asset for stage in stages for asset in stage.make_assets(layout)]),
             asset_checks=[check for stage in checked for check in stage.make_checks(layout)],
             sensors=[interp_assets.corpus.sensors.make_sensor(layout), *interp_assets.retraining.make_sensors(layout)],
-            resources={"world": World.make(config), "progress": progress or Progress()},
+            resources={"world": World.make(config), "progress": progress},
             executor=make_executor(os.environ.get(EXECUTOR_VARIABLE, "in_process")),
         )
 
 
 def make_executor(name: str) -> dg.ExecutorDefinition:
-    """Return the executor of a deployment: `in_process`, or `kubernetes`, which gives every step a pod with what its asset asks for.
+    """Return the executor of a deployment: `in_process`, or `kubernetes` or `ray`, which give every step a pod or job with what its asset asks for.
 
     In one process is the default, because importing torch again for every step and check costs seconds. Raises `ConfigError`.
     """
@@ -77,7 +79,11 @@ def make_executor(name: str) -> dg.ExecutorDefinition:
         from dagster_k8s import k8s_job_executor  # noqa: PLC0415 - takes seconds, and only clusters have it
 
         return k8s_job_executor
-    raise ConfigError(f"{EXECUTOR_VARIABLE} is {name!r}; it is 'in_process' or 'kubernetes'.")
+    if name == "ray":
+        from dagster_ray import ray_executor  # noqa: PLC0415 - as above
+
+        return ray_executor
+    raise ConfigError(f"{EXECUTOR_VARIABLE} is {name!r}; it is 'in_process', 'kubernetes' or 'ray'.")
 
 
 def _with_freshness(config: PipelineConfig, assets: list[Any]) -> list[Any]:

@@ -14,6 +14,7 @@ Point 2 uses three names that Dagster keeps private (its version is pinned); `te
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -26,6 +27,7 @@ from pydantic import BaseModel
 from interp_assets.errors import ConfigError, InterpError, StoreError
 from interp_assets.manifest import Produced, data_version
 from interp_assets.progress import Progress
+from interp_assets.traffic import METER
 
 OWNERS: Final = ["team:interpretability"]
 GPU_POOL: Final = "gpu"
@@ -57,6 +59,7 @@ def record(
     keys = partition_keys(context)
     for key in keys:
         progress.begin("/".join(context.asset_key.path), key)
+        before, begun = METER.total(), time.monotonic()
         try:
             made = work(key)
         except InterpError as error:
@@ -67,7 +70,8 @@ def record(
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
         progress.end()
-        yield _event(context, key, _with_cost(context, made), tags)
+        table = progress.cost(context.asset_key.path, key, METER.total().since(before), time.monotonic() - begun)
+        yield _event(context, key, _with_cost(made, table), tags)
     if failed:
         raise _failure(failed, len(keys)) from next(iter(failed.values()))
     yield dg.MaterializeResult(metadata={SUPPRESS_EVENT: True})
@@ -126,13 +130,13 @@ def _where(produced: Sequence[Produced], url: str) -> dict[str, Any]:
     return {"artifacts": dg.MetadataValue.table([dg.TableRecord(row) for row in rows]), "root": dg.MetadataValue.path(url)}
 
 
-def _with_cost(context: dg.AssetExecutionContext, made: Made) -> Made:
-    """Add what a partition cost, where the configuration says what an hour costs."""
-    world = getattr(context.resources, "world", None)
-    usd_per_hour = world.config.execution.usd_per_hour if world is not None else 0.0
-    if not usd_per_hour or made.metadata.get("reused", True):
+def _with_cost(made: Made, table: list[dict[str, Any]] | None) -> Made:
+    """Add what a partition that was made took, beside what it was expected to; in dollars where the configuration says what an hour costs."""
+    if table is None or made.metadata.get("reused", True):
         return made
-    return made._replace(metadata={**made.metadata, "usd": round(made.metadata["seconds"] / 3600 * usd_per_hour, 6)})
+    usd = {row["what"]: row["actual"] for row in table}["USD"]
+    more: dict[str, Any] = {"usd": usd} if usd else {}
+    return made._replace(metadata={**made.metadata, **more, "cost": dg.MetadataValue.table([dg.TableRecord(row) for row in table])})
 
 
 def _event(context: dg.AssetExecutionContext, key: str, made: Made, tags: Mapping[str, str]) -> dg.AssetMaterialization:

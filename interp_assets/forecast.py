@@ -1,12 +1,14 @@
-"""What `interp plan` prints: what a pipeline will make, before anything is made."""
+"""What `interp plan` prints: what a pipeline will make, before anything is made; and `interp costs`: what it took, beside that."""
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from rich.console import Console
 
 from interp_assets.config import PipelineConfig
 from interp_assets.console import format_bytes, format_count, print_table
 from interp_assets.corpus.plan import plan_corpus
+from interp_assets.costs import Cost, add_up
 from interp_assets.errors import ArtifactMissingError
 from interp_assets.pipeline import Pipeline, open_pipeline_store
 from interp_assets.quote import print_plans
@@ -42,6 +44,29 @@ def print_plan(console: Console, config: PipelineConfig) -> None:
         if n_partitions > MAX_PARTITIONS:
             advice = "Dagster becomes slow. Raise corpus.shard_bytes or lower features.latent_slices."
             console.print(f"\n{name} has {n_partitions:,} partitions; above {MAX_PARTITIONS:,} {advice}", soft_wrap=True)
+
+
+def print_costs(console: Console, config: PipelineConfig, tables: Mapping[str, list[list[dict[str, Any]]]]) -> None:
+    """Print, for each asset, what its partitions were expected to take and what they took. `tables`: by asset, one for each partition."""
+    sums = {name: add_up(found) for name, found in tables.items() if found}
+    if not sums:
+        console.print("Nothing was made under this history. `interp run` makes what is missing, and records it.", soft_wrap=True)
+        return
+    rows = [(name, len(tables[name]), *_beside(*both)) for name, both in sums.items()]
+    total = [Cost(*(sum(values) for values in zip(*side, strict=True))) for side in zip(*sums.values(), strict=True)]
+    rows.append(("together", sum(len(found) for found in tables.values()), *_beside(*total)))
+    console.print(f"Pipeline {config.name}: expected / taken by the partitions that were made", soft_wrap=True, markup=False)
+    print_table(console, ["asset", "made", "read", "written", "requests", "seconds", "USD"], rows)
+
+
+def _beside(estimated: Cost, actual: Cost) -> tuple[str, ...]:
+    """Return both columns of each unit as one cell."""
+    shows = [_show_bytes, _show_bytes, "{:,.0f}".format, "{:,.1f}".format, "{:,.4f}".format]
+    return tuple(f"{show(before)} / {show(after)}" for show, before, after in zip(shows, estimated, actual, strict=True))
+
+
+def _show_bytes(n_bytes: float) -> str:
+    return format_bytes(int(n_bytes))
 
 
 def _print_shuffle(console: Console, pipeline: Pipeline, store: Store) -> None:

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
@@ -22,6 +22,7 @@ from interp_assets.config import PipelineConfig
 from interp_assets.definitions import build_defs
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.manifest import Manifest
+from interp_assets.partitions import claim_history
 from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.progress import AssetReport, Progress
 from interp_assets.road import Stop, find_version, make_road
@@ -32,6 +33,7 @@ HOME_VARIABLE: Final = "DAGSTER_HOME"
 POSTGRES_VARIABLE: Final = "INTERP_POSTGRES_URL"
 _RESOURCES: Final = Path(__file__).parent.parent / "resources"
 _VERSION_TAG: Final = "dagster/data_version"
+_PAGE_EVENTS: Final = 1000
 _QUIET: Final = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -66,7 +68,7 @@ def dagster_home(config: PipelineConfig) -> Path:
 def open_instance(config: PipelineConfig) -> DagsterInstance:
     """Open the persistent instance of a pipeline; a new one gets the settings of `resources/dagster.yaml`, or those of production.
 
-    Production is Postgres and logs in S3: with `INTERP_POSTGRES_URL` set. Raises `ConfigError`.
+    Production is Postgres and logs in S3: with `INTERP_POSTGRES_URL` set. Raises `ConfigError`, also when the history is another pipeline's.
     """
     home = dagster_home(config)
     try:
@@ -75,7 +77,13 @@ def open_instance(config: PipelineConfig) -> DagsterInstance:
             shutil.copyfile(_RESOURCES / ("dagster.production.yaml" if os.environ.get(POSTGRES_VARIABLE) else "dagster.yaml"), home / "dagster.yaml")
     except OSError as error:
         raise ConfigError(f"Dagster's folder {home} cannot be made: {error.strerror}. Name another one in {HOME_VARIABLE}.") from error
-    return DagsterInstance.from_config(str(home))
+    instance = DagsterInstance.from_config(str(home))
+    try:
+        claim_history(instance, config.name)
+    except ConfigError:
+        instance.dispose()
+        raise
+    return instance
 
 
 def run_road(
@@ -118,6 +126,20 @@ def recorded_versions(instance: DagsterInstance, stop: Stop) -> dict[str, str]:
         return {"": tags[_VERSION_TAG]} if tags and _VERSION_TAG in tags else {}
     found = instance.event_log_storage.get_latest_tags_by_partition(key, DagsterEventType.ASSET_MATERIALIZATION, [_VERSION_TAG])
     return {partition: tags[_VERSION_TAG] for partition, tags in found.items() if _VERSION_TAG in tags}
+
+
+def recorded_costs(instance: DagsterInstance, stop: Stop) -> list[list[dict[str, Any]]]:
+    """Return, for every partition of an asset that was made, the table of what it was expected to take and what it took the last time."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    has_more, cursor = True, None
+    while has_more:
+        records, cursor, has_more = instance.fetch_materializations(dg.AssetKey(list(stop.key)), limit=_PAGE_EVENTS, cursor=cursor)
+        for record in records:
+            event = record.asset_materialization
+            table = event.metadata.get("cost") if event else None
+            if event and isinstance(table, dg.TableMetadataValue):
+                found.setdefault(event.partition or "", [dict(row.data) for row in table.records])
+    return list(found.values())
 
 
 def make_ranges(missing: Sequence[str], keys: Sequence[str]) -> list[tuple[str, str]]:

@@ -17,9 +17,12 @@ from typing import Any, Final
 import dagster as dg
 
 from interp_assets.config import PipelineConfig
+from interp_assets.errors import ConfigError
 from interp_assets.shuffle.refs import bucket_key
 from interp_assets.visualize.refs import slice_key
 
+PIPELINE: Final = "pipeline"
+"""Set of one key: the name of the pipeline that a history belongs to."""
 SHARDS: Final = "shards"
 EXPERIMENTS: Final = "experiments"
 SHARD_DIMENSION: Final = "shard"
@@ -53,13 +56,13 @@ class Layout:
         return dg.BackfillPolicy.multi_run(max_partitions_per_run=self.config.execution.partitions_per_run)
 
     def on_gpu(self) -> dict[str, Any]:
-        """Return the tags of work that wants an accelerator: what a step's pod asks for where Dagster runs on Kubernetes."""
+        """Return the tags of work that wants an accelerator: what a step's pod or Ray job asks for."""
         resources = {"requests": {"cpu": "4", "memory": "32Gi"}, "limits": {"nvidia.com/gpu": "1", "memory": "32Gi"}}
         pod = {
             "node_selector": {"interp-assets/accelerator": "gpu"},
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         }
-        return {"dagster-k8s/config": {"container_config": {"resources": resources}, "pod_spec_config": pod}}
+        return {"dagster-k8s/config": {"container_config": {"resources": resources}, "pod_spec_config": pod}, "dagster-ray/config": {"num_gpus": 1}}
 
     def in_memory(self) -> dict[str, Any]:
         """Return the tags of a shuffle job: the memory that the configuration allows its rows, and what a process needs besides."""
@@ -115,6 +118,22 @@ def parent_bucket(key: Key, n_parents: int, fan_out: int) -> dg.AssetDep:
     """Depend on the bucket that the own buckets are divided from: parent b has the children b * fan_out and following."""
     children = {bucket_key(b): [bucket_key(b * fan_out + child) for child in range(fan_out)] for b in range(n_parents)}
     return dg.AssetDep(_asset_key(key), partition_mapping=dg.StaticPartitionMapping(children))
+
+
+def claim_history(instance: dg.DagsterInstance, pipeline: str) -> None:
+    """Note whose history this is, the first time; raise `ConfigError` when it is another pipeline's.
+
+    Asset keys and partition sets are the same in all pipelines, so two of them in one database would take each other's partitions for
+    their own. The note lies in the database itself, because machines share it and folders are each machine's own.
+    """
+    owners = instance.get_dynamic_partitions(PIPELINE)
+    if owners and pipeline not in owners:
+        raise ConfigError(
+            f"This Dagster history is that of the pipeline {owners[0]!r}, and {pipeline!r} would mix its partitions with it. Give each pipeline a "
+            "history of its own: another folder in DAGSTER_HOME (unset, each has one), or another database in INTERP_POSTGRES_URL."
+        )
+    if not owners:
+        instance.add_dynamic_partitions(PIPELINE, [pipeline])
 
 
 def set_partitions(instance: dg.DagsterInstance, name: str, keys: Sequence[str]) -> None:

@@ -1,14 +1,25 @@
 """Who hears how the work goes: nobody by default, the command line's bars when a person watches."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+from interp_assets.traffic import Traffic
+
+Estimator = Callable[[Sequence[str], str, Traffic, float], list[dict[str, Any]] | None]
+"""From asset, partition, traffic and seconds to a table of what was expected and what it took; None where nothing is expected."""
 Advance = Callable[[int], None]
 """What a stage calls with the units of work that it has done since the last call."""
 
 
 class Progress:
     """Hears of partitions and of work inside them. This one ignores it all; `console.Bars` draws."""
+
+    estimator: Estimator | None = None
+    """Knows what partitions should cost. Given by the definitions, because it sees all stages, and a stage sees only those before it."""
+
+    def cost(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float) -> list[dict[str, Any]] | None:
+        """Return what a partition took beside what it was expected to take, if that is known."""
+        return self.estimator(asset, partition, traffic, seconds) if self.estimator else None
 
     def plan(self, n_partitions: int) -> None:
         """Hear how many partitions a run has, finished ones included."""

@@ -30,6 +30,7 @@ from obstore.store import LocalStore, MemoryStore, S3Store
 
 from interp_assets.direct import DirectWriter, flush, read_into
 from interp_assets.errors import ConfigError, StoreError, StoreMissingError
+from interp_assets.traffic import METER, count_ranges, count_upload
 
 T = TypeVar("T")
 READ_ATTEMPTS: Final = 4
@@ -119,7 +120,9 @@ class ObjectStore:
     def get(self, path: str) -> bytes:
         """Read a whole object. Raises `StoreMissingError` when it is not there."""
         with self._explained("read", path):
-            return read_again(lambda: bytes(obstore.get(self._backend, self._key(path)).bytes()))
+            data = read_again(lambda: bytes(obstore.get(self._backend, self._key(path)).bytes()))
+        METER.read(len(data))
+        return data
 
     def get_range(self, path: str, start: int, n_bytes: int) -> bytes:
         """Read exactly `n_bytes` from `start`. Raises `StoreError` when the object ends earlier."""
@@ -129,6 +132,7 @@ class ObjectStore:
         """Read several ranges of one object, concurrently and coalesced. Raises `StoreError` when the object ends earlier."""
         with self._explained("read", path):
             parts = read_again(lambda: obstore.get_ranges(self._backend, self._key(path), starts=starts, lengths=lengths))
+        METER.read(sum(map(len, parts)), count_ranges(starts, lengths))
         for start, length, part in zip(starts, lengths, parts, strict=True):
             self._check_length(path, start, length, len(part))
         return [bytes(part) for part in parts]
@@ -142,11 +146,13 @@ class ObjectStore:
             else:
                 (part,) = read_again(lambda: obstore.get_ranges(self._backend, self._key(path), starts=[start], lengths=[len(out)]))
                 n_read, view = len(part), memoryview(part)
+        METER.read(n_read)
         self._check_length(path, start, len(out), n_read)
         return view
 
     def put(self, path: str, data: bytes, *, create: bool = False) -> bool:
         """Write a whole object atomically; with `create`, answer False and change nothing when it exists already."""
+        METER.written(len(data))
         with self._explained("write", path):
             try:
                 obstore.put(self._backend, self._key(path), data, mode="create" if create else "overwrite")
@@ -167,28 +173,33 @@ class ObjectStore:
             writer = obstore.open_writer(self._backend, self._key(path), buffer_size=PART_BYTES, max_concurrency=4)
         writer.__enter__()
         try:
-            yield _Sink(writer, self, path)
+            sink = _Sink(writer, self, path)
+            yield sink
         except BaseException:
             writer.__exit__(*sys.exc_info())
             raise
         with self._explained("write", path):
             writer.__exit__(None, None, None)
             self._sync(path)
+        METER.written(sink.n_bytes, count_upload(sink.n_bytes, PART_BYTES))
 
     @contextmanager
     def _open_direct(self, local: Path, path: str) -> Iterator[ByteSink]:
         with self._explained("write", path):
             writer = DirectWriter(local)
         try:
-            yield _Sink(writer, self, path)
+            sink = _Sink(writer, self, path)
+            yield sink
             with self._explained("write", path):
                 writer.close()
+            METER.written(sink.n_bytes, count_upload(sink.n_bytes, PART_BYTES))
         except BaseException:
             writer.abort()
             raise
 
     def size(self, path: str) -> int | None:
         """Return the size in bytes, or None when there is no such object."""
+        METER.read(0)
         try:
             with self._explained("look up", path):
                 return int(obstore.head(self._backend, self._key(path))["size"])
@@ -200,6 +211,7 @@ class ObjectStore:
         n_skip = len(self._prefix) + 1 if self._prefix else 0
         with self._explained("list", prefix):
             for batch in obstore.list(self._backend, self._key(prefix) or None, chunk_size=1000):
+                METER.written(0)
                 for item in batch:
                     yield ObjectInfo(item["path"][n_skip:], int(item["size"]))
 
@@ -258,12 +270,14 @@ class _Sink:
     def __init__(self, writer: Any, store: ObjectStore, path: str) -> None:
         self._writer, self._store, self._path = writer, store, path
         self._copies = isinstance(writer, DirectWriter)
+        self.n_bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
         if not self._copies and isinstance(data, memoryview) and not data.readonly:
             data = bytes(data)  # obstore keeps a reference until the part is sent; the caller may fill its buffer again
         with self._store._explained("write", self._path):  # noqa: SLF001 - the sink is part of the store
             self._writer.write(data)
+        self.n_bytes += data.nbytes if isinstance(data, memoryview) else len(data)
 
 
 def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:

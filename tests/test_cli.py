@@ -24,6 +24,7 @@ from interp_assets.verify import Fault, list_tree, verify_tree
 
 OPTIONS = {
     "backfill": ["--config", "--failed", "--partition", "--select"],
+    "costs": ["--config"],
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
     "export": ["--bundle", "--config", "--sae", "format_name", "target"],

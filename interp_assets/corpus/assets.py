@@ -11,7 +11,7 @@ from interp_assets.corpus.tokens import make_token_shard
 from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, hash_version, made, partition_keys, record
 from interp_assets.fanout import start_fanout
 from interp_assets.manifest import Produced
-from interp_assets.partitions import EXPERIMENTS, SHARDS, Layout, same, set_partitions, whole
+from interp_assets.partitions import EXPERIMENTS, SHARDS, Layout, claim_history, same, set_partitions, whole
 from interp_assets.pipeline import Pipeline, shard_index
 from interp_assets.progress import Progress
 from resources.world import World
@@ -52,6 +52,7 @@ def _corpus_plan(layout: Layout) -> dg.AssetsDefinition:
         ),
     )
     def corpus_plan(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
+        claim_history(context.instance, world.config.name)
         pipeline = plan_corpus(world.config, world.store())
         set_partitions(context.instance, SHARDS, [shard.key for shard in pipeline.plan.shards])
         set_partitions(context.instance, EXPERIMENTS, [sae.name for sae in pipeline.config.saes])

@@ -57,7 +57,8 @@ def test_what_a_pod_asks_for_is_what_dagster_k8s_reads() -> None:
     assert UserDefinedDagsterK8sConfig.from_dict({"container_config": values["containerConfig"], "job_spec_config": values["jobSpecConfig"]})
 
 
-@pytest.mark.parametrize("name", ["dagster.yaml", "dagster.production.yaml", "dagster.ecs.yaml"])
+@pytest.mark.parametrize("name", ["dagster.yaml", "dagster.production.yaml", "dagster.ecs.yaml", "dagster.ray.yaml"])
+@pytest.mark.filterwarnings("ignore")
 def test_the_settings_are_valid(name: str, tmp_path: Path) -> None:
     """Dagster's own schema of `dagster.yaml`, and the configuration schemas of its launcher and log manager."""
     from dagster import DagsterInstance  # noqa: F401 - loads the plugins' types
