@@ -356,7 +356,7 @@ def test_a_model_whose_loss_is_not_finite_is_refused() -> None:
     """JSON has no NaN, and a table of results must not have one."""
     world = make_world()
     with torch.no_grad():
-        world.model.net.get_output_embeddings().weight[0, 0] = float("inf")
+        world.model.net.get_output_embeddings().weight[0, 0] = float("inf")  # pyright: ignore[reportOptionalMemberAccess]
     with pytest.raises(NonFiniteError, match=r"not finite .* resid_post.0"):
         evaluate_sae(world.pipeline, world.store, world.model, "demo")
 
