@@ -28,7 +28,8 @@ from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, Art
 from interp_assets.store import ByteSink, Store, check_path
 
 FORMAT: Final = "interp-assets/manifest"
-VERSION: Final = 1
+VERSIONS: Final = (1, 2)
+"""Versions that are read. 2 may have `timed` files, and is written only where there are any."""
 MANIFEST: Final = "manifest.json"
 BLOCK_BYTES: Final = 4 << 20
 """Default bytes per checksum: what one verified ranged read costs at least."""
@@ -132,7 +133,7 @@ class ArtifactWriter:
         """Write below `ref.path`; when the artifact `is_there` already, hash what would be written and compare digests at the end."""
         self._store, self._ref, self._is_there = store, ref, is_there
         self._files: dict[str, FileEntry] = {}
-        self._timed: list[str] = []
+        self._timed: dict[str, bytes] = {}
         self.facts: dict[str, Any] = {}
         self.manifest: Manifest | None = None
 
@@ -163,10 +164,21 @@ class ArtifactWriter:
         )
 
     def put(self, name: str, data: bytes, *, n_rows: int | None = None, block_bytes: int = BLOCK_BYTES, is_timed: bool = False) -> None:
-        """Write one file that is already in memory. A file that `is_timed` holds times of this run and is not part of the digest."""
+        """Write one file that is already in memory. A file that `is_timed` holds times of this run and is not part of the digest.
+
+        Such a file waits in memory for `publish`, because two writers of one artifact have different ones.
+        """
+        if is_timed:
+            hashing = _HashingSink(block_bytes)
+            hashing.target = _NullSink()
+            hashing.write(data)
+            self._files[name] = FileEntry(
+                name=check_path(name), n_bytes=len(data), block_bytes=block_bytes, checksums=hashing.finish(), n_rows=n_rows
+            )
+            self._timed[name] = data
+            return
         with self.open(name, n_rows=n_rows, block_bytes=block_bytes) as sink:
             sink.write(data)
-        self._timed += [name] * is_timed
 
     def publish(self, created: datetime) -> Manifest:
         """Write the manifest, last and create-only. Raises `ArtifactRaceError` when other bytes were published meanwhile."""
@@ -181,15 +193,40 @@ class ArtifactWriter:
             timed=sorted(self._timed),
         )
         path = f"{self._ref.path}/{MANIFEST}"
-        if not self._store.put(path, encode_manifest(manifest), create=True):
-            winner = load_manifest(self._store, self._ref)
-            if winner.digest != manifest.digest:
-                raise ArtifactRaceError(
-                    f"Two writers published {self._store.url}/{self._ref.path} with different bytes (digest {winner.digest} is there, "
-                    f"ours is {manifest.digest}). Run `interp verify` on it; if it fails, delete the folder and materialize it once."
-                )
+        if not self._timed or not self._is_published():
+            self._put_timed()
+            if self._store.put(path, encode_manifest(manifest), create=True):
+                return manifest
+        winner = load_manifest(self._store, self._ref)
+        if winner.digest != manifest.digest:
+            raise ArtifactRaceError(
+                f"Two writers published {self._store.url}/{self._ref.path} with different bytes (digest {winner.digest} is there, "
+                f"ours is {manifest.digest}). Run `interp verify` on it; if it fails, delete the folder and materialize it once."
+            )
+        if self._is_there or self._are_whole(winner):
             return winner
+        self._put_timed()  # ours were written over the winner's: the manifest has to be ours as well
+        self._store.put(path, encode_manifest(manifest))
         return manifest
+
+    def _is_published(self) -> bool:
+        try:
+            load_manifest(self._store, self._ref)
+        except (ArtifactMissingError, ArtifactCorruptError):
+            return False
+        return True
+
+    def _put_timed(self) -> None:
+        for name, data in self._timed.items():
+            self._store.put(f"{self._ref.path}/{name}", data)
+
+    def _are_whole(self, winner: Manifest) -> bool:
+        try:
+            for name in winner.timed:
+                read_file(self._store, self._ref.path, winner, name)
+        except ArtifactCorruptError:
+            return False
+        return True
 
 
 @contextmanager
@@ -277,7 +314,8 @@ def as_plain(manifest: Manifest) -> dict[str, Any]:
 
 def encode_manifest(manifest: Manifest) -> bytes:
     """Serialise a manifest canonically, sealed with a checksum of itself."""
-    content = {"format": FORMAT, "version": VERSION, "digest": manifest.digest, **as_plain(manifest)}
+    version = VERSIONS[-1] if manifest.timed else VERSIONS[0]
+    content = {"format": FORMAT, "version": version, "digest": manifest.digest, **as_plain(manifest)}
     return _json({**content, "seal": _hash_json(content)}, indent=1)
 
 
@@ -288,9 +326,9 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         found = (content["format"], content["version"])
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactCorruptError(f"{where} is not a manifest (truncated or damaged). Re-materialize its partition.") from error
-    if found != (FORMAT, VERSION):
+    if found[0] != FORMAT or found[1] not in VERSIONS:
         raise ArtifactForeignError(
-            f"{where} is {found[0]!r} version {found[1]!r}; this release reads {FORMAT!r} version {VERSION}. Upgrade interp-assets."
+            f"{where} is {found[0]!r} version {found[1]!r}; this release reads {FORMAT!r} versions {VERSIONS}. Upgrade interp-assets."
         )
     try:
         seal = content.pop("seal")

@@ -1,5 +1,6 @@
 """Manifests make artifacts exist, and find every changed byte."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -164,8 +165,8 @@ def test_a_foreign_artifact_is_refused(memory_store: ObjectStore) -> None:
 
 def test_a_newer_version_is_refused(memory_store: ObjectStore) -> None:
     """An old release must not misread a new format."""
-    data = encode_manifest(_publish(memory_store)).replace(b'"version": 1', b'"version": 2')
-    with pytest.raises(ArtifactForeignError, match=r"version 2; this release reads .* version 1. Upgrade"):
+    data = encode_manifest(_publish(memory_store)).replace(b'"version": 1', b'"version": 3')
+    with pytest.raises(ArtifactForeignError, match=r"version 3; this release reads .* versions \(1, 2\)\. Upgrade"):
         decode_manifest(data, "here")
 
 
@@ -213,3 +214,38 @@ def test_files_that_hold_times_are_verified_but_not_part_of_the_digest(memory_st
     memory_store.put(f"{_ref().path}/times.json", b"9.5")
     with pytest.raises(ArtifactCorruptError, match=r"times.json is damaged in block 0"):
         read_file(memory_store, _ref().path, load_manifest(memory_store, _ref()), "times.json")
+
+
+@pytest.mark.parametrize("order", ["one after the other", "while the first was writing", "over the first's times"])
+def test_two_writers_with_different_times_leave_a_whole_artifact(order: str, local_store: ObjectStore) -> None:
+    """Times of two runs differ: the file of one beside the manifest of the other would make a finished SAE look damaged."""
+    writers = [create_artifact(local_store, _ref()) for _ in range(2)]
+    arts = [writer.__enter__() for writer in writers]
+    for art, times in zip(arts, (b"1.25", b"2.5, and a longer trace"), strict=True):
+        art.put("rows.bin", DATA)
+        art.put("times.json", times, is_timed=True)
+    writers[0].__exit__(None, None, None)
+    if order == "while the first was writing":
+        local_store.delete([f"{_ref().path}/manifest.json"])
+        arts[1]._put_timed()
+        arts[0].publish(datetime.now(UTC))
+    elif order == "over the first's times":
+        arts[1]._put_timed()
+    writers[1].__exit__(None, None, None)
+    manifest = find_manifest(local_store, _ref())
+    assert manifest is not None
+    assert arts[0].manifest is not None
+    assert manifest.digest == arts[0].manifest.digest
+    expected = b"2.5, and a longer trace" if order == "over the first's times" else b"1.25"
+    assert read_file(local_store, _ref().path, manifest, "times.json") == expected
+    assert arts[1].manifest == manifest
+
+
+def test_a_manifest_says_version_2_only_where_it_has_timed_files(memory_store: ObjectStore) -> None:
+    """An older release must say "upgrade" about what it cannot read, and go on reading all the rest."""
+    found = []
+    for is_timed in (False, True):
+        with create_artifact(memory_store, _ref(), replace=True) as art:
+            art.put("times.json", b"1.5", is_timed=is_timed)
+        found.append(json.loads(memory_store.get(f"{_ref().path}/manifest.json"))["version"])
+    assert found == [1, 2]
