@@ -45,6 +45,8 @@ _GATHERED: Final = 4 << 20
 """Postings gathered at once while the index is written."""
 _READ: Final = 4 << 20
 """Bytes of one read, unless a single list is longer."""
+_GAP: Final = 4 * POSTING_BLOCK
+"""Bytes that are read in vain rather than asked around: a request to a bucket costs as much as they do."""
 _AT_ONCE: Final = 1 << 19
 """Numbers of a list that are summed at once."""
 WIDTHS: Final = (1, 2, 4)
@@ -198,10 +200,10 @@ class Index:
 
 
 def join_spans(spans: Iterable[Span]) -> Iterator[tuple[int, list[Span]]]:
-    """Group rising spans that one read serves: gaps below a block, `_READ` bytes at most. Yield where each read starts, and its spans."""
+    """Group rising spans that one read serves: gaps up to `_GAP`, `_READ` bytes at most. Yield where each read starts, and its spans."""
     group: list[Span] = []
     for span in spans:
-        if group and (span.start - group[-1].stop > POSTING_BLOCK or span.stop - group[0].start > _READ):
+        if group and (span.start - group[-1].stop > _GAP or span.stop - group[0].start > _READ):
             yield group[0].start, group
             group = []
         group.append(span)
