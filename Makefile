@@ -2,7 +2,7 @@
 # make demo SERVE=0    the same, and stop after the build
 # make run CONFIG=my.yaml    the same road with your own model and text
 # make test            the test suite
-# make faults          kill, starve and corrupt a small pipeline in every stage, and see that nothing is lost: minutes
+# make faults          kill, starve and corrupt a small pipeline in every stage, and see that nothing is lost; follow the runbook: minutes
 # make check           linters, types, import rules, stale documents: under a minute
 # make bench           every benchmark at its small size; make bench-shuffle runs one at full size, make bench-shuffle QUICK=1 at its small one
 # make docs            write the generated parts of the documents
@@ -88,7 +88,7 @@ test: $(DEV_STAMP) frontend
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 faults: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m faults -n 0 tests/faults
+	$(BIN)/python -m pytest -m faults -n 0 --durations=0 --durations-min=5 tests/faults tests/dagster
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .

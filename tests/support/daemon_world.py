@@ -46,3 +46,11 @@ def wait_for(what: Callable[[], object], timeout_s: float, log: Path) -> None:
     while not what():
         assert time.monotonic() < deadline, log.read_text(errors="replace")[-4000:]
         time.sleep(0.5)
+
+
+def start_sensor(config: PipelineConfig, folder: Path, name: str) -> None:
+    """Switch a sensor on, as `dagster sensor start` does."""
+    environment = {**os.environ, "INTERP_CONFIG": str(folder / "p.yaml"), "DAGSTER_HOME": str(dagster_home(config)), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "dagster", "sensor", "start", name, "-m", "interp_assets.definitions"]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
