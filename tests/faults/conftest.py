@@ -19,6 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/faults/" in str(item.path):
             item.add_marker(pytest.mark.faults)
+            item.add_marker(pytest.mark.timeout(900))  # each starts many processes that import torch
             item.add_marker(pytest.mark.filterwarnings("ignore::dagster.BetaWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))  # sockets that the proxy reset
 
