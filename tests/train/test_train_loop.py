@@ -17,7 +17,7 @@ from interp_assets.tensors import load_tensors
 from interp_assets.train.batches import make_row_order
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.loop import Execution, raise_if_out_of_memory, train_saes, training_rows
-from interp_assets.train.recipes import RECIPES
+from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.resume import checkpoint_ref
 from interp_assets.train.topk import auxk_count
@@ -282,3 +282,22 @@ def test_the_manifest_can_be_loaded_by_reference(make_planted) -> None:
     planted = make_planted([{"name": "a", **TINY}])
     manifest = train(planted.pipeline, planted.store)
     assert load_manifest(planted.store, sae_ref(planted.pipeline, "a")).digest == manifest.digest
+
+
+def test_thresholds_move_by_less_than_bfloat16_could_hold() -> None:
+    """Kept in bfloat16 they would stay where they are for ever: a step of Adam is smaller than its rounding."""
+    sae = {"name": "demo", "architecture": "jump_relu", "d_sae": 16, "k": 2, "batch_rows": 50, "n_rows": 5000, "product_dtype": "bfloat16"}
+    config = make_config({"saes": [sae]}).saes[0]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 8, generator=generator)
+    trainer = Trainer(config, make_weights(config, x, 8, generator), torch.device("cpu"))
+    before = trainer.weights["log_threshold"].clone()
+    for _ in range(3):
+        trainer.train_step(x)
+    after = trainer.weights["log_threshold"]
+    assert {value.dtype for value in trainer.weights.values()} == {torch.float32}
+    assert {value.dtype for state in trainer.optimizer.state.values() for name, value in state.items() if name != "step"} == {torch.float32}
+    moved = after != before
+    assert bool(moved.any())
+    assert bool(((after - before).abs() < before.abs() * 2**-8)[moved].all())
+    assert torch.equal(after.bfloat16()[moved], before.bfloat16()[moved])
