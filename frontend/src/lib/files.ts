@@ -16,6 +16,7 @@ const READ_BYTES = 4 << 20;
 const MAX_BYTES = 64 << 20;
 const WIDTHS = [1, 2, 4] as const;
 const KEPT = 4;
+const MAX_PLACED = 1 << 18;
 const SEARCHED = ['peaks', 'raised', 'lowered'];
 const CONDITION = /^(\w+)(>=|<=|>|<)(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)$/;
 const CHANGE = 'Change the query.';
@@ -56,7 +57,9 @@ export class StaticList {
     return { n_features: this.bundle.d_sae, n_matches: matches, offset, rows: await this.rows([...latents]) };
   }
 
+  /** A whole order is read only for a list that was reduced, or a short one: 40 MB for "next" would be too much at ten million. */
   async place(state: ListState, latent: number): Promise<Place> {
+    if (isPlain(state) && this.bundle.d_sae > MAX_PLACED) return { position: null, n_matches: this.span(state).length, previous: null, next: null };
     const order = await this.order(state);
     const position = order.indexOf(latent);
     if (position < 0) return { position: null, n_matches: order.length, previous: null, next: null };
