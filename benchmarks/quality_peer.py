@@ -58,12 +58,13 @@ def main() -> None:
         "b_mag": "b_mag",
         "r_mag": "r_mag",
     }
-    names["log_threshold"] = "log_threshold"
     with torch.no_grad():
         sae.W_enc.copy_(start["W_enc_T"].T)
         for ours, theirs in names.items():
             if ours in start:
                 getattr(sae, theirs).copy_(start[ours])
+        if "log_threshold" in start:
+            sae.threshold.copy_(start["log_threshold"].exp())
     if request["is_mean"]:
         sae.mse_loss_fn = lambda x_hat, x: (x_hat - x).square() / request["d_in"]
     trainer = SAETrainer(

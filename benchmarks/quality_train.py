@@ -47,7 +47,8 @@ DIFFERENCES: Final[dict[Architecture, str]] = {
     "gated": "SAELens weighs the penalty by decoder norms and trains the decoder by the gates' reconstruction too; the paper freezes it there",
     "topk": "AuxK is off on both sides",
     "batch_topk": "AuxK is off on both sides; one threshold, calibrated on the same rows, on both",
-    "jump_relu_tanh": "our loss on silence is on all latents, theirs on dead ones",
+    "jump_relu_step": "ours trains the logarithm of the threshold, theirs the threshold",
+    "jump_relu_tanh": "ours trains the logarithm of the threshold, theirs the threshold; our loss on silence is on all latents, theirs on dead ones",
 }
 _NEVER: Final = 1 << 60
 _SHOWN: Final = ("d_sae", "k", "batch_rows", "n_rows", "learning_rate", "sparsity_coefficient")
@@ -111,8 +112,8 @@ def from_sae_lens(architecture: Architecture, found: dict[str, Tensor], norm: Te
     if architecture == "gated":
         return weights | {"b_enc": found["b_gate"], "b_mag": found["b_mag"], "r_mag": found["r_mag"]}
     weights["b_enc"] = found["b_enc"]
-    if "log_threshold" in found:
-        weights["log_threshold"] = found["log_threshold"]
+    if "threshold" in found:
+        weights["log_threshold"] = found["threshold"].clamp(min=torch.finfo(torch.float32).tiny).log()
     if RECIPES[architecture].is_sparse:
         weights |= {"W_enc_T": weights["W_enc_T"] * norm[:, None], "b_enc": weights["b_enc"] * norm, "W_dec": weights["W_dec"] / norm[:, None]}
     return weights
