@@ -51,14 +51,24 @@ describe('what a record holds', () => {
   test('columns that disagree are refused', async () => {
     const { windows, lists } = packed;
     for (const change of [
-      { windows: { ...windows, tokens: windows.tokens.slice(1) } },
-      { windows: { ...windows, tokens: windows.tokens + '#' } },
       { windows: { ...windows, tokens: '|'.repeat(windows.tokens.length) } },
-      { windows: { ...windows, activation: '' } },
+      { windows: { ...windows, document: '$$%' } },
+      { windows: { ...windows, masked: [[0]] } },
+      { neighbours: [packed.neighbours[0], [0.5]] },
+      { coactivations: [[33, 12], [0.5, 0.21], [3, 2, 1]] },
+      { logits: { ...packed.logits, top: [[7], [3.21, 2.5]] } },
       { lists: { ...lists, top: 'z' } },
       { windows: undefined },
     ]) {
       await expect(open(change), JSON.stringify(change)).rejects.toThrow('cannot be read');
+    }
+  });
+
+  const columns = Object.entries(packed.windows).filter((entry): entry is [string, string] => typeof entry[1] === 'string');
+  test.each(columns)('column %s, too short or too long, is refused', async (name, column) => {
+    expect(columns).toHaveLength(10);
+    for (const other of [column.slice(0, -1), column + '#']) {
+      await expect(open({ windows: { ...packed.windows, [name]: other } }), other).rejects.toThrow('cannot be read');
     }
   });
 

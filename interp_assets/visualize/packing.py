@@ -15,6 +15,7 @@ The layout is described in docs/formats/feature_record.md; frontend/src/lib/pack
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Final
@@ -102,7 +103,7 @@ def unpack_record(member: bytes, order: Sequence[int] | NDArray[Any], where: str
             do = "Upgrade interp-assets." if version > RECORD_VERSION else "Materialize `feature_records` and `feature_browser` again."
             raise ArtifactForeignError(f"{where} has version {version}; this release reads version {RECORD_VERSION}. {do}")
         return _unpack(packed, order)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ArtifactCorruptError(f"{where} is no feature record ({error!r}). Materialize it again.") from error
 
 
@@ -183,6 +184,7 @@ def _unpack_windows(packed: dict[str, Any], order: Sequence[int] | NDArray[Any])
     columns = {name: decode_numbers(packed[name]) for name in names}
     peaks = decode_decimals(packed["peak"], packed["exponent"], PEAK_DIGITS)
     values = decode_decimals(packed["activation"], packed["exponent"], DIGITS)
+    _check_lengths(columns, len(peaks), len(values))
     tokens = np.asarray(order)[columns["tokens"]].tolist() if columns["tokens"] else []
     shards = list(accumulate(columns["shard"]))
     windows: list[dict[str, Any]] = []
@@ -204,10 +206,19 @@ def _unpack_windows(packed: dict[str, Any], order: Sequence[int] | NDArray[Any])
             }
         )
         token, firing = token + length, firing + n_beside
-    if token != len(tokens) or firing != len(values):
-        message = f"its windows have {token} tokens and {firing} firings, its columns {len(tokens)} and {len(values)}"
-        raise ValueError(message)
     return windows
+
+
+def _check_lengths(columns: dict[str, list[int]], n_peaks: int, n_values: int) -> None:
+    """Raise `ValueError` unless every column has one number a window, a firing or a token."""
+    n_firings, n_tokens = sum(columns["firings"]), sum(columns["before"]) + sum(columns["after"]) + n_peaks
+    expected = dict.fromkeys(("document", "shard", "row", "before", "after", "firings"), n_peaks) | {"gap": n_firings, "tokens": n_tokens}
+    wrong = [f"{len(columns[name])} of {name}, not {n}" for name, n in expected.items() if len(columns[name]) != n]
+    if n_values != n_firings:
+        wrong.append(f"{n_values} of activation, not {n_firings}")
+    if wrong:
+        message = f"for {n_peaks} windows its columns have {'; '.join(wrong)}"
+        raise ValueError(message)
 
 
 def _unpack_histogram(packed: dict[str, Any]) -> dict[str, list[Any]]:

@@ -86,12 +86,15 @@ def _damage(change):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda packed: packed["windows"].update(tokens=packed["windows"]["tokens"][:-1]),
-        lambda packed: packed["windows"].update(tokens=packed["windows"]["tokens"] + "#"),
         lambda packed: packed["windows"].update(tokens="|" * 40),
+        lambda packed: packed["windows"].update(document="$$%"),
         lambda packed: packed["windows"].update(gap=""),
         lambda packed: packed["windows"].update(activation=packed["windows"]["activation"] * 2),
         lambda packed: packed["lists"].update(top="z"),
+        lambda packed: packed["neighbours"][1].pop(),
+        lambda packed: packed["coactivations"][2].append(1),
+        lambda packed: packed["windows"].update(masked=[[0]]),
+        lambda packed: packed["statistics"]["histogram"].update(first=1 << 40),
         lambda packed: packed.pop("windows"),
     ],
 )
@@ -99,6 +102,32 @@ def test_columns_that_disagree_are_refused(change):
     """Text shifted by one token would look like evidence."""
     with pytest.raises(ArtifactCorruptError, match=r"feature 7 is no feature record.*Materialize it again"):
         unpack_record(_damage(change), GOLDEN["order"], "feature 7")
+
+
+COLUMNS = [name for name, column in GOLDEN["packed"]["windows"].items() if isinstance(column, str)]
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("change", [lambda column: column[:-1], lambda column: column + "#"])
+def test_a_column_that_is_too_short_or_too_long_is_refused(name, change):
+    """One number more in any column, and nobody could say to which window the others belong."""
+    assert len(COLUMNS) == 10
+    with pytest.raises(ArtifactCorruptError, match="feature 7 is no feature record"):
+        unpack_record(_damage(lambda packed: packed["windows"].update({name: change(packed["windows"][name])})), GOLDEN["order"], "feature 7")
+
+
+def test_no_flipped_or_missing_byte_of_a_member_gets_past():
+    """A disk that errs in the middle of a member is damage like any other. What the header says of time and system, nobody reads."""
+    member = _damage(lambda packed: None)
+    damaged = [member[:place] + bytes([member[place] ^ 0x10]) + member[place + 1 :] for place in range(len(member))]
+    n_refused = 0
+    for cut_or_changed in [*damaged, *(member[:place] for place in range(len(member)))]:
+        try:
+            assert unpack_record(cut_or_changed, GOLDEN["order"], "feature 7") == GOLDEN["record"]
+        except ArtifactCorruptError as error:
+            assert "feature 7 is no feature record" in str(error)
+            n_refused += 1
+    assert n_refused > 2 * len(member) - 16
 
 
 @pytest.mark.parametrize(("version", "step"), [(1, "Materialize `feature_records` and `feature_browser` again"), (3, "Upgrade interp-assets")])

@@ -56,10 +56,10 @@ export function unpackRecord(packed: PackedRecord, order: ArrayLike<number>): Fe
       intervals: lists.intervals.map(([low, high, text]) => ({ low, high, examples: listed(text) })),
       random: listed(lists.random),
     },
-    logits: logits && { ...logits, top: zip(logits.top), bottom: zip(logits.bottom) },
+    logits: logits && { ...logits, top: turn<[number, number]>(logits.top), bottom: turn<[number, number]>(logits.bottom) },
     logits_reason: packed.logits_reason,
-    neighbours: zip(packed.neighbours),
-    coactivations: packed.coactivations[0].map((latent, i) => [latent, packed.coactivations[1][i]!, packed.coactivations[2][i]!]),
+    neighbours: turn<[number, number]>(packed.neighbours),
+    coactivations: turn<[number, number, number]>(packed.coactivations),
   };
 }
 
@@ -69,6 +69,10 @@ function unpackWindows(packed: PackedWindows, order: ArrayLike<number>): Window[
   ].map(decodeNumbers) as [number[], number[], number[], number[], number[], number[], number[], number[]];
   const peaks = decodeDecimals(packed.peak, packed.exponent, PEAK_DIGITS);
   const values = decodeDecimals(packed.activation, packed.exponent, DIGITS);
+  checkLengths([document, shard, row, before, after, firings], peaks.length);
+  checkLengths([gap, values], sum(firings));
+  checkLengths([ranks], sum(before) + sum(after) + peaks.length);
+  if (Array.isArray(packed.masked)) throw new TypeError('its masked places name no windows');
   const windows: Window[] = [];
   let [token, firing, at, line] = [0, 0, 0, 0];
   for (const [i, peak] of before.entries()) {
@@ -81,10 +85,11 @@ function unpackWindows(packed: PackedWindows, order: ArrayLike<number>): Window[
       activations.push([place, values[firing]!]);
     }
     const tokens = ranks.slice(token, token + length).map((rank) => order[rank]!);
-    if (tokens.length !== length || tokens.includes(undefined!)) throw new RangeError('windows and tokens disagree');
+    const name = packed.documents[document[i]!];
+    if (name === undefined || tokens.includes(undefined!)) throw new RangeError(`window ${i} names a document or a token that is not there`);
     windows.push({
       row: [at, line],
-      document: packed.documents[document[i]!]!,
+      document: name,
       tokens,
       peak,
       activation: peaks[i]!,
@@ -93,7 +98,6 @@ function unpackWindows(packed: PackedWindows, order: ArrayLike<number>): Window[
     });
     token += length;
   }
-  if (token !== ranks.length || firing !== values.length) throw new RangeError('windows and columns disagree');
   return windows;
 }
 
@@ -104,4 +108,15 @@ function edgesOf({ first, counts }: { first: number; counts: number[] }): number
   return Array.from(new Float32Array(bits.buffer), (edge) => Number(edge.toPrecision(4)));
 }
 
-const zip = ([indices, values]: Pairs): [number, number][] => indices.map((index, i) => [index, values[i]!]);
+/** Columns become rows. */
+function turn<Row extends number[]>(columns: { [Place in keyof Row]: number[] }): Row[] {
+  const [first] = columns as number[][];
+  checkLengths(columns as number[][], first!.length);
+  return first!.map((_, i) => columns.map((column) => column[i]) as number[] as Row);
+}
+
+function checkLengths(columns: number[][], expected: number): void {
+  if (columns.some(({ length }) => length !== expected)) throw new RangeError(`its columns have ${columns.map(({ length }) => length).join(', ')} numbers, not ${expected}`);
+}
+
+const sum = (numbers: number[]): number => numbers.reduce((total, number) => total + number, 0);
