@@ -124,8 +124,7 @@ def test_no_flipped_or_missing_byte_of_a_member_gets_past():
     for cut_or_changed in [*damaged, *(member[:place] for place in range(len(member)))]:
         try:
             assert unpack_record(cut_or_changed, GOLDEN["order"], "feature 7") == GOLDEN["record"]
-        except ArtifactCorruptError as error:
-            assert "feature 7 is no feature record" in str(error)
+        except ArtifactCorruptError:
             n_refused += 1
     assert n_refused > 2 * len(member) - 16
 
