@@ -22,11 +22,14 @@ from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 
 from interp_assets.config import PipelineConfig
 from interp_assets.definitions import build_defs
-from interp_assets.errors import ConfigError
+from interp_assets.errors import ArtifactError, ConfigError
 from interp_assets.jobs import find_missing, run_stop, select_stops
+from interp_assets.manifest import remove_artifact
 from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.progress import AssetReport, Progress
 from interp_assets.road import Stop, make_road
+from interp_assets.store import Store
+from interp_assets.verify import verify_artifact
 
 
 class BackfillReport(NamedTuple):
@@ -52,7 +55,8 @@ def run_backfill(
 ) -> Iterator[BackfillReport]:
     """Make what is due, asset by asset, and report each asset that had something to do.
 
-    `select` limits it to the named assets. `partitions` names partitions to make, whatever their state; the others are left alone.
+    `select` limits it to the named assets. `partitions` names partitions to make, whatever their state; the others are left alone. Of these
+    every byte is read first, and what is damaged is removed: a file of the right size counts as whole otherwise.
     `only_failed` makes failed partitions and what comes after them. The plan is taken as it is: new text is the business of `interp run`.
     Raises `ArtifactMissingError` without a plan, `ConfigError` for an unknown asset or partition.
     """
@@ -77,6 +81,8 @@ def run_backfill(
         ready = [key for key in keys if key in due and key not in set(waiting)]
         if not due:
             continue
+        if partitions:
+            _remove_damaged(stop, pipeline, store, ready)
         progress.plan(len(ready))
         outcome = run_stop(job, instance, stop, ready, keys)
         touched |= {(stop.name, key) for key in ready}
@@ -105,6 +111,18 @@ def _last_run(instance: DagsterInstance, asset: dg.AssetKey) -> str | None:
     filters = dg.EventRecordsFilter(event_type=DagsterEventType.ASSET_MATERIALIZATION_PLANNED, asset_key=asset)
     records = instance.event_log_storage.get_event_records(filters, limit=1)
     return records[0].run_id if records else None
+
+
+def _remove_damaged(stop: Stop, pipeline: Pipeline, store: Store, keys: Sequence[str]) -> None:
+    for key in keys:
+        try:
+            paths = [ref.path for ref in stop.refs(pipeline, store, key)]
+        except ArtifactError:
+            continue  # upstream is not there: the run says so
+        for path in paths:
+            objects = list(store.list(path))
+            if objects and next(verify_artifact(store, path, objects), None):
+                remove_artifact(store, path)
 
 
 def _check_partitions(road: Sequence[Stop], pipeline: Pipeline, partitions: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def backfill(
     config: ConfigOption = None,
     failed: Annotated[bool, typer.Option("--failed", help="Only partitions whose latest run failed, and what comes after them.")] = False,
     select: Annotated[list[str] | None, typer.Option(help="Only this asset; may be given several times.")] = None,
-    partition: Annotated[list[str] | None, typer.Option(help="Only this partition, whatever its state; may be given several times.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="Only this partition, whatever its state; damaged files are found.")] = None,
 ) -> None:
     """Make what has failed, is missing or was made from other bytes, as far as possible; exit code 1 when something failed again."""
     from interp_assets.backfill import run_backfill
@@ -159,6 +159,8 @@ def verify(path: PathArgument = "data") -> None:
 
     place = locate(path)
     tree = list_tree(place.store, place.path)
+    if not tree.artifacts:
+        raise InputError(f"There is no artifact below {path}, so nothing was verified. Name an artifact's folder, or any folder above artifacts.")
     with byte_bar(err, "verifying", tree.n_bytes) as advance:
         faults = verify_tree(place.store, place.path, advance)
     for fault in faults:

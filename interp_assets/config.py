@@ -6,6 +6,7 @@ the old ones. *Execution* fields decide only how the work is done (`ExecutionCon
 A configuration never changes after it is made, and no value means "choose for me".
 """
 
+import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -210,7 +211,7 @@ class ExecutionConfig(_Config):
     checkpoint_steps: Annotated[int, Field(ge=1)] = 500
     """Steps between two checkpoints of a training, at most two of which are kept."""
     profile_steps: Annotated[int, Field(ge=0, le=1000)] = 5
-    """Training steps that are profiled, after ten steps of warm-up; costs about a second, changes no number. 0 profiles none."""
+    """Training steps that are profiled, after ten steps of warm-up; costs about a second, which no rate counts. 0 profiles none."""
     plan: Name = "plan.json"
     """File of the plan in the pipeline's folder; a retraining works under a plan of its own until it is promoted. Leave it."""
     usd_per_hour: Annotated[float, Field(ge=0)] = 0.0
@@ -315,10 +316,28 @@ def make_config(content: dict[str, Any], where: str = "the configuration") -> Pi
     try:
         return PipelineConfig.model_validate(content)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(str(part) for part in item['loc']) or 'pipeline'}: {item['msg']} (got {item['input']!r:.80})" for item in error.errors()
-        ]
+        lines = [_explain(dict(item)) for item in error.errors()]
         raise ConfigError(f"{where} has {len(lines)} wrong field(s):\n" + "\n".join(lines)) from error
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """Say of one error of pydantic which field is wrong, what it holds and what is allowed."""
+    path = [part for part in item["loc"] if isinstance(part, str)]
+    where = ".".join(str(part) for part in item["loc"]) or "pipeline"
+    if item["type"] == "extra_forbidden":
+        model = _model_at(path[:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), model.model_fields, n=1) if model else []
+        return f"  {where}: there is no such field{f'; did you mean {near[0]!r}?' if near else ''} (got {item['input']!r:.80})"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"  {where}: {message}" + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r:.80})")
+
+
+def _model_at(path: list[str]) -> type[BaseModel] | None:
+    """Return the section of a configuration that a path of names leads to; None where it leads to none."""
+    sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
+    sections["saes"] = SaeConfig
+    found = sections.get(path[0]) if path else PipelineConfig
+    return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 
 
 def demo_config() -> PipelineConfig:

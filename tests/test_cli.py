@@ -138,6 +138,15 @@ def test_verify_passes_what_is_whole(artifacts: Path) -> None:
     assert "every block agrees with its manifest" in result.stdout
 
 
+def test_verify_of_a_folder_without_artifacts_is_an_error(tmp_path: Path) -> None:
+    """All whole, 0 artifacts, about a mistyped path, or a line for each file of somebody's text, would mislead."""
+    (tmp_path / "my.txt").write_text("text")
+    result = invoke("verify", str(tmp_path))
+    assert result.exit_code == 1
+    assert "There is no artifact below" in str(result.exception)
+    assert "my.txt" not in result.stdout
+
+
 def test_verify_names_every_fault(artifacts: Path) -> None:
     """One flipped byte in any file of any artifact is found and named, and all faults are listed, not the first."""
     first, second = folder_of(artifacts, 0), folder_of(artifacts, 1)

@@ -66,6 +66,20 @@ def test_three_of_sixteen_fail_and_only_these_are_made_again(copied: PipelineCon
         assert list(run_backfill(copied, instance)) == []
 
 
+def test_a_named_partition_with_a_flipped_byte_is_made_again(copied: PipelineConfig) -> None:
+    """A file of the right size counts as done wherever nothing is read; who names a partition wants its bytes."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(run_road(copied, instance))
+        (rows,) = Path(copied.root).glob("*/2-activations/*/shard-000002-*/rows.safetensors")
+        good = rows.read_bytes()
+        rows.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        assert list(run_backfill(copied, instance)) == []
+        reports = list(run_backfill(copied, instance, select=["activations"], partitions=["shard-000002"]))
+        assert made(reports) == {"activations": 1}
+        assert rows.read_bytes() == good
+        assert list(run_backfill(copied, instance)) == []
+
+
 def test_a_run_says_which_shards_failed_and_a_backfill_finishes_the_road(many: Finished, tiny_world: Path, tmp_path: Path) -> None:
     """The first run of a pipeline meets three bad shards: a backfill makes them and all that was waiting for them."""
     shutil.copytree(Path(many.config.root) / many.config.name / "1-corpus", tmp_path / "data" / many.config.name / "1-corpus")

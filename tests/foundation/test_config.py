@@ -1,6 +1,7 @@
 """A configuration is checked before any work, and names what is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -81,3 +82,21 @@ def test_every_field_has_a_sentence() -> None:
         for name, field in getattr(model, "model_fields", {}).items():
             if name not in ("corpus", "model", "harvest", "shuffle", "saes", "features", "retrain", "execution"):
                 assert field.description, f"{model.__name__}.{name} has no sentence"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"saes": [{"d_sea": 1024}]}, r"saes\.0\.d_sea: there is no such field; did you mean 'd_sae'\? \(got 1024\)"),
+        ({"corpsu": {}}, r"corpsu: there is no such field; did you mean 'corpus'\?"),
+        ({"corpus": {"nothing_like_it": 1}}, r"corpus\.nothing_like_it: there is no such field \(got 1\)"),
+        (
+            {"saes": [{"hook_point": "resid_post.9"}]},
+            r"pipeline: SAE 'demo' reads 'resid_post\.9', but harvest\.hook_points are \['resid_post\.2'\]$",
+        ),
+    ],
+)
+def test_a_wrong_field_is_said_in_our_words(content: dict[str, Any], message: str) -> None:
+    """A typing slip is the commonest error of all; pydantic's own words and the whole configuration after it do not help."""
+    with pytest.raises(ConfigError, match=message):
+        make_config(content)
