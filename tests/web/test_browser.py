@@ -6,6 +6,7 @@ Without Chromium the tests are skipped with the reason, except where `CI` is set
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -198,6 +199,60 @@ def test_stepping_follows_the_list(visit: Visit, site: Site) -> None:
         visit.page.wait_for_selector(f"h1:has-text('Feature {latent}')")
 
 
+PLACE = re.compile(r"/place\?")
+"""What is asked to learn which features stand before and after one."""
+
+
+class HeldPlaces:
+    """Holds back what a page asks for its place in the list, until `answer`."""
+
+    def __init__(self, visit: Visit) -> None:
+        self._visit, self._held, self._is_open = visit, [], False
+        visit.page.route(PLACE, self._hold)
+
+    def _hold(self, route) -> None:
+        if self._is_open:
+            route.continue_()
+        else:
+            self._held.append(route)
+
+    def answer(self, latent: int) -> None:
+        """Let the requests go on; return when the page of `latent` has its place, and has asked for what it asks for next."""
+        self._is_open = True
+        with self._visit.page.expect_request(re.compile(rf"/labels\?latent={latent}$")):
+            for route in self._held:
+                route.continue_()
+
+
+def test_a_step_is_forgotten_with_the_page_it_was_asked_on(visit: Visit, site: Site) -> None:
+    """Whoever pressed j and then chose a neighbour must not be carried away from it a moment later."""
+    places = HeldPlaces(visit)
+    with visit.page.expect_request(PLACE):
+        visit.open(site.page("/40"), "h1:has-text('Feature 40')")
+    visit.page.keyboard.press("j")
+    link = visit.page.locator("section:has(h2:text-is('Nearest decoder rows')) a").first
+    chosen = int(link.get_attribute("href").partition("?")[0].rpartition("/")[2])
+    with visit.page.expect_request(lambda request: PLACE.search(request.url) and f"latent={chosen}" in request.url):
+        link.click()
+    places.answer(chosen)
+    assert visit.page.evaluate("location.hash.split('?')[0]") == f"#/{site.name}/{chosen}"
+    assert _heading(visit) == f"Feature {chosen}"
+
+
+def test_a_click_before_the_place_is_known_steps_when_it_is(visit: Visit, site: Site) -> None:
+    """Until the list answers, Next must neither lead to the page itself nor lose a click."""
+    visit.open(site.page("/40"), "nav.step a[href][title='Next (j)']")
+    places = HeldPlaces(visit)
+    with visit.page.expect_request(PLACE):
+        visit.page.keyboard.press("j")
+        visit.page.wait_for_selector("h1:has-text('Feature 41')")
+    following = visit.page.get_by_title("Next (j)")
+    assert following.get_attribute("href") is None
+    following.click()
+    places.answer(41)
+    visit.page.wait_for_selector("h1:has-text('Feature 42')")
+
+
 def test_a_drag_over_a_distribution_filters_the_list(visit: Visit, site: Site) -> None:
     """The overview is the filter."""
     visit.open(site.page(), "[role=row] a")
@@ -359,6 +414,16 @@ def test_a_damaged_record_is_never_blank(unhappy_visit: Visit, site: Site, answe
     page.unroute("**/*.bin")
     page.get_by_role("button", name="Try again").click()
     page.wait_for_selector("h1:has-text('Feature 5')")
+
+
+def test_one_can_step_over_a_damaged_record(unhappy_visit: Visit, site: Site) -> None:
+    """One bad byte must not end a walk through the list."""
+    page = unhappy_visit.page
+    page.route("**/*.bin", lambda route: route.fulfill(status=206, body=b"\x1f\x8b broken"))
+    unhappy_visit.open(site.page("/5"), "[role=alert]")
+    page.unroute("**/*.bin")
+    page.keyboard.press("j")
+    page.wait_for_selector("h1:has-text('Feature 6')")
 
 
 def test_a_server_that_has_gone_is_told(unhappy_visit: Visit, site: Site) -> None:
