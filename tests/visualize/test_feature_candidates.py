@@ -1,6 +1,7 @@
 """Pass A: every firing, exact statistics, bounded state, and refusals."""
 
 import io
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from interp_assets.config import make_config
 from interp_assets.corpus.tokens import load_tokens
-from interp_assets.errors import ArtifactMissingError, InputError, NonFiniteError
+from interp_assets.errors import ArtifactForeignError, ArtifactMissingError, InputError, NonFiniteError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.manifest import create_artifact, read_file, remove_artifact
+from interp_assets.pipeline import Pipeline
 from interp_assets.tensors import load_tensors
 from interp_assets.train.checkpoint import save_sae
 from interp_assets.train.refs import sae_ref
@@ -135,6 +138,21 @@ def test_an_sae_of_another_size_is_refused(make_world):
     wide = replace(world.sae, W_enc=torch.zeros(9, 24), W_dec=torch.zeros(24, 9), b_dec=torch.zeros(9))
     with pytest.raises(InputError, match=r"SAE 'demo' is 9 x 24 .* say 8 x 24.*Train it again"):
         find_candidates(world.pipeline, world.store, wide, "demo", 0, 0)
+
+
+def test_an_sae_of_another_hook_point_of_the_same_width_is_refused(make_world):
+    """Widths cannot tell two layers apart, the artifact can: one that was put in another's place would show features that are none."""
+    world, other_point = make_world("relu", sizes=(150,)), "resid_post.1"
+    content = json.loads(world.pipeline.config.model_dump_json())
+    content["harvest"]["hook_points"] = ["resid_post.0", other_point]
+    content["saes"][0]["hook_point"] = other_point
+    plan = replace(world.pipeline.plan, hook_widths={"resid_post.0": 8, other_point: 8})
+    other = Pipeline(make_config(content), plan)
+    mine, theirs = sae_ref(other, "demo"), sae_ref(world.pipeline, "demo")
+    for item in list(world.store.list(theirs.path)):
+        world.store.put(f"{mine.path}/{item.path.removeprefix(theirs.path + '/')}", world.store.get(item.path))
+    with pytest.raises(ArtifactForeignError, match=f"holds sae {theirs.artifact_id}, expected sae {mine.artifact_id}"):
+        find_candidates(other, world.store, world.sae, "demo", 0, 0)
 
 
 def test_activations_that_do_not_fit_their_tokens_are_refused(make_world):
