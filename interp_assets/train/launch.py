@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -61,15 +61,14 @@ def run_training(
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "pipeline.json"
         config.write_text(pipeline.config.model_dump_json(), encoding="utf-8")
-        with _start(config, names, n_processes) as process:
-            last_words = _pass_on(process)
+        with start_group(*_command(config, names, n_processes)) as (process, last_words):
             failure = _listen(process, progress, on_metrics)
             status = process.wait()
             last_words.thread.join(_GRACE_S)
     if failure is not None:
         raise failure
     if status:
-        raise InterpError(explain_death("".join(last_words.lines), status))
+        raise InterpError(explain_death(last_words.text(), status))
     wall_s = time.perf_counter() - started_s
     refs = {name: sae_ref(pipeline, name) for name in names}
     return {name: Produced(ref, load_manifest(store, ref), name in cached, 0.0 if name in cached else wall_s) for name, ref in refs.items()}
@@ -84,22 +83,35 @@ def _check_processes(pipeline: Pipeline, names: Sequence[str], n_processes: int,
         ranks.latents(config.d_sae)
 
 
-@contextmanager
-def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[subprocess.Popen[str]]:
-    """Start torchrun in a process group of its own, and end the whole group when the block ends."""
+def _command(config: Path, names: Sequence[str], n_processes: int) -> tuple[list[str], dict[str, str]]:
+    """Return the command line and environment of the training processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
     threads = max(1, (os.cpu_count() or 1) // n_processes)
+    variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    return [*command, "-m", "interp_assets.train", str(config), *names], variables
+
+
+class LastWords(NamedTuple):
+    """The end of what processes wrote to standard error."""
+
+    lines: deque[str]
+    thread: threading.Thread
+    """Reads on until the last process that holds the pipe is gone, which may be after the one that was started."""
+
+    def text(self) -> str:
+        """Return what was read so far."""
+        return "".join(self.lines.copy())
+
+
+@contextmanager
+def start_group(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[tuple[subprocess.Popen[str], LastWords]]:
+    """Start a command in a process group of its own, and end the whole group when the block ends."""
     process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        [*command, "-m", "interp_assets.train", str(config), *names],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-        start_new_session=True,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=variables, start_new_session=True
     )
+    last_words = _pass_on(process)
     try:
-        yield process
+        yield process, last_words
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
@@ -108,28 +120,24 @@ def _start(config: Path, names: Sequence[str], n_processes: int) -> Iterator[sub
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
-class _LastWords(NamedTuple):
-    lines: deque[str]
-    thread: threading.Thread
-
-
-def _pass_on(process: subprocess.Popen[str]) -> _LastWords:
-    """Write the processes' standard error to this one's, as it comes, and keep its end."""
+def _pass_on(process: subprocess.Popen[str]) -> LastWords:
+    """Write the processes' standard error to this one's, as it comes, and keep its end; the thread that reads it closes it."""
     lines: deque[str] = deque(maxlen=_KEPT_LINES)
 
     def read() -> None:
-        for line in process.stderr or ():
-            lines.append(line)
-            sys.stderr.write(line)
+        assert process.stderr is not None
+        with process.stderr as stream:
+            for line in stream:
+                lines.append(line)
+                sys.stderr.write(line)
 
     thread = threading.Thread(target=read, name="standard error of training", daemon=True)
     thread.start()
-    return _LastWords(lines, thread)
+    return LastWords(lines, thread)
 
 
 def explain_death(last_words: str, status: int) -> str:
@@ -142,7 +150,7 @@ def explain_death(last_words: str, status: int) -> str:
     again = "Materialize again: training goes on from its last checkpoint."
     if killed:
         rank, code, pid = killed[0]
-        name = signal.Signals(-code).name
+        name = _signal_name(-code)
         memory = ""
         if -code == signal.SIGKILL:
             memory = " The system does that when memory runs out: lower batch_rows or d_sae, or train fewer SAEs in one run."
@@ -151,6 +159,14 @@ def explain_death(last_words: str, status: int) -> str:
         rank, code, pid = found[-1]
         return f"The training process of rank {rank} (pid {pid}) ended with status {code}; its message is above, in the log's standard error. {again}"
     return f"The training processes ended with status {status}; their messages are above, in the log's standard error. {again}"
+
+
+def _signal_name(number: int) -> str:
+    """Name a signal; those of real time have no name in Python."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _listen(process: subprocess.Popen[str], progress: Callable[[int], None] | None, on_metrics: OnMetrics | None) -> InterpError | None:

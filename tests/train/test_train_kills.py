@@ -1,7 +1,9 @@
 """A process of a training is killed at some step: the launcher says so, and what is resumed ends in the same bytes."""
 
 import os
+import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from interp_assets.errors import InterpError
 from interp_assets.pipeline import Pipeline, open_pipeline_store, save_plan
 from interp_assets.store import Store
-from interp_assets.train.launch import explain_death, run_training
+from interp_assets.train.launch import explain_death, run_training, start_group
 
 TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 2400, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 300}
 SAES = [{"name": name, "architecture": name, **TINY} for name in ("topk", "batch_topk", "gated", "jump_relu_tanh")]
@@ -74,14 +76,15 @@ def is_below(pid: int, parents: dict[int, int]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in Linux' /proc")
-@pytest.mark.parametrize(("n", "n_slices"), [(2, 2), (4, 2)])
-def test_a_killed_grid_resumes_to_the_bytes_of_an_uninterrupted_one(make_planted, tmp_path: Path, n: int, n_slices: int) -> None:
-    """SIGKILL of a random rank at a random step, of latent-parallel and 2 x 2 training: weights, logs and facts of every SAE."""
+@pytest.mark.parametrize(("n", "n_slices", "drawn"), [(2, 2, 1), (4, 2, 2)])
+def test_a_killed_grid_resumes_to_the_bytes_of_an_uninterrupted_one(make_planted, tmp_path: Path, n: int, n_slices: int, drawn: int) -> None:
+    """SIGKILL of a drawn rank at a drawn step, not one of the last, of latent-parallel and 2 x 2 training: weights, logs, facts of every SAE."""
     pipeline, store = make_grid(make_planted, tmp_path / "whole", n, n_slices)
     expected = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES).items()}
     pipeline, store = make_grid(make_planted, tmp_path / "killed", n, n_slices)
-    draw = np.random.default_rng()
-    victim, step = int(draw.integers(n)), int(draw.integers(CHECKPOINT_STEPS + 2, TINY["n_rows"] // TINY["batch_rows"]))
+    draw = np.random.default_rng(drawn)
+    victim, step = int(draw.integers(n)), int(draw.integers(CHECKPOINT_STEPS + 2, TINY["n_rows"] // TINY["batch_rows"] - 3))
+    where = f"rank {victim} of {n}, step {step}, drawn by seed {drawn}"
     n_left = step * len(SAES)
 
     def kill(_n: int) -> None:
@@ -90,9 +93,10 @@ def test_a_killed_grid_resumes_to_the_bytes_of_an_uninterrupted_one(make_planted
         if n_left == 0:
             os.kill(find_rank(victim), signal.SIGKILL)
 
-    where = f"rank {victim} of {n}, step {step}"
-    with pytest.raises(InterpError, match=rf"of rank {victim} \(pid \d+\) was killed by SIGKILL.*goes on from its last checkpoint"):
+    with pytest.raises(InterpError) as failure:
         run_training(pipeline, store, NAMES, kill)
+    expected_text = rf"of rank {victim} \(pid \d+\) was killed by SIGKILL.*goes on from its last checkpoint"
+    assert re.search(expected_text, str(failure.value)), f"{where}: {failure.value}"
     seen: list[int] = []
     found = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES, seen.append).items()}
     assert found == expected, where
@@ -106,4 +110,22 @@ def test_the_first_process_that_died_is_named_with_its_signal() -> None:
     assert "memory runs out: lower batch_rows or d_sae" in text
     assert "of rank 1 (pid 701) was killed by SIGSEGV, and the others were ended. Materialize" in explain_death(SUMMARY.format(code=-11), 1)
     assert "of rank 1 (pid 701) ended with status 1; its message is above" in explain_death(SUMMARY.format(code=1), 1)
+    assert "was killed by signal 40, and the others were ended. Materialize" in explain_death(SUMMARY.format(code=-40), 1)
     assert "ended with status 7; their messages are above" in explain_death("nothing of use", 7)
+
+
+def test_a_group_ends_though_a_process_that_left_it_holds_its_standard_error() -> None:
+    """A worker in a session of its own outlives torchrun: closing what a thread still reads would wait for that worker."""
+    script = "import subprocess, sys; p = subprocess.Popen(['sleep', '60'], start_new_session=True, stdout=-3); print(p.pid, file=sys.stderr)"
+    with start_group([sys.executable, "-c", script], os.environ) as (process, last_words):
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+        assert process.wait() == 0
+        while not last_words.text():
+            last_words.thread.join(0.01)
+    try:
+        assert last_words.thread.is_alive()
+    finally:
+        os.kill(int(last_words.text()), signal.SIGKILL)
+    last_words.thread.join(60)
+    assert not last_words.thread.is_alive()
