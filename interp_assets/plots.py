@@ -8,6 +8,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any, Final
 
 import numpy as np
@@ -30,9 +31,14 @@ _DPI: Final = 80
 _PALETTE: Final = 128
 _COLOUR: Final = "#3b6ea8"
 _SECOND: Final = "#c8643c"
+_GREY: Final = "#999999"
+_MARKERS: Final = "os^Dvp"
+_DASHES: Final = ((4, 2), (1, 1.5), (4, 1.5, 1, 1.5), ())
 _LARGE: Final = (7.4, 4.4)
 _MAX_NAMES: Final = 24
 """More lines or points than this are not named: nobody could read it."""
+COMPARED: Final = ("hook_points", "target_hook_points", "task")
+"""SAEs that agree in these columns do the same thing: their L0 and FVU can be compared."""
 _CURVES: Final = (("loss", "loss", True), ("l0", "L0", True), ("fvu", "FVU", True), ("dead_share", "dead share", False))
 """Panels of the learning curves: column, label, and whether a logarithmic axis is used where all values are positive."""
 
@@ -69,30 +75,36 @@ def plot_curves(store: Store, sweep: Produced) -> str:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-    _add_legend(figure, colours)
+    _add_legend(figure, [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in colours.items()])
     return _as_markdown(figure, "Learning curves of all SAEs")
 
 
 def plot_pareto(store: Store, sweep: Produced) -> str:
-    """Draw FVU against L0 on the held-out shards, one point per SAE, and the line of those that no other one beats in both."""
-    frame = _read_table(store, sweep, "sweep.parquet").sort("l0")
+    """Draw FVU against L0 on the held-out shards, one point per SAE, and a line of the best among those that do the same."""
+    frame = _read_table(store, sweep, "sweep.parquet")
     figure, axes = _make_figure("L0 on held-out rows", "FVU on held-out rows")
     figure.set_size_inches(*_LARGE)
     architectures = frame["architecture"].unique(maintain_order=True).sort().to_list()
     colours = _colours(architectures)
-    best = frame.with_columns(pl.col("fvu").cum_min().shift(1).alias("before")).filter(
-        pl.col("before").is_null() | (pl.col("fvu") < pl.col("before"))
-    )
-    axes.plot(best["l0"].to_numpy(), best["fvu"].to_numpy(), color="#999999", linewidth=1, linestyle="--", zorder=1)
-    for name in architectures:
-        part = frame.filter(pl.col("architecture") == name)
-        axes.scatter(part["l0"].to_numpy(), part["fvu"].to_numpy(), color=colours[name], s=28, zorder=2)
+    marked = [Line2D([], [], color=colours[name], linewidth=0, marker="o", label=name) for name in architectures]
+    groups = frame.sort(*COMPARED).group_by(COMPARED, maintain_order=True)
+    for (key, part), marker, dash in zip(groups, cycle(_MARKERS), cycle(_DASHES)):
+        best = find_best(part)
+        axes.plot(best["l0"].to_numpy(), best["fvu"].to_numpy(), color=_GREY, linewidth=1, linestyle=(0, dash), zorder=1)
+        axes.scatter(part["l0"].to_numpy(), part["fvu"].to_numpy(), c=[colours[name] for name in part["architecture"]], marker=marker, s=28, zorder=2)
+        marked.append(Line2D([], [], color=_GREY, linewidth=1, linestyle=(0, dash), marker=marker, label=_describe_group(*map(str, key))))
     if frame.height <= _MAX_NAMES:
         for row in frame.iter_rows(named=True):
             axes.annotate(row["name"], (row["l0"], row["fvu"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.margins(x=0.12)
-    _add_legend(figure, colours, marker="o")
+    _add_legend(figure, marked)
     return _as_markdown(figure, "FVU against L0 of all SAEs")
+
+
+def find_best(table: pl.DataFrame) -> pl.DataFrame:
+    """Return the SAEs of which no other one that does the same is as sparse and more exact, or sparser and as exact; by task, then by L0."""
+    before = pl.col("fvu").cum_min().shift(1).over(*COMPARED)
+    return table.sort(*COMPARED, "l0", "fvu", maintain_order=True).filter(before.is_null() | (pl.col("fvu") < before))
 
 
 def plot_frequencies(store: Store, evaluation: Produced) -> str:
@@ -150,11 +162,14 @@ def _colours(names: Sequence[str]) -> dict[str, Any]:
     return dict(zip(names, spread, strict=False))
 
 
-def _add_legend(figure: Figure, colours: dict[str, Any], marker: str = "") -> None:
-    if len(colours) > _MAX_NAMES:
-        return
-    lines = [Line2D([], [], color=colour, linewidth=0 if marker else 2, marker=marker) for colour in colours.values()]
-    figure.legend(lines, list(colours), loc="outside lower center", ncols=min(4, len(colours)), fontsize=8, frameon=False)
+def _describe_group(sources: str, targets: str, task: str) -> str:
+    """Name what some SAEs of a sweep do alike."""
+    return f"{task} {sources}" if sources == targets else f"{task} {sources} to {targets}"
+
+
+def _add_legend(figure: Figure, lines: list[Line2D]) -> None:
+    if len(lines) <= _MAX_NAMES:
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(4, len(lines)), fontsize=8, frameon=False)
 
 
 def _is_positive(values: pl.Series) -> bool:

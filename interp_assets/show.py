@@ -36,11 +36,13 @@ def print_inspection(console: Console, address: str) -> None:
 
 
 def print_sweep(console: Console, config: PipelineConfig, sort: str, *, as_csv: bool) -> None:
-    """Print the table of all SAEs of a pipeline. Raises `InputError` for a column that it has not."""
-    from interp_assets.train.sweep import load_table, shorten  # noqa: PLC0415 - torch takes seconds to import
+    """Print the table of all SAEs of a pipeline, and where it lies. Raises `InputError` for a column that it has not."""
+    from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - torch takes seconds to import
+    from interp_assets.train.sweep import TABLE, load_table, shorten  # noqa: PLC0415
 
     store = open_pipeline_store(config)
-    table = load_table(load_pipeline(config, store), store)
+    pipeline = load_pipeline(config, store)
+    table = load_table(pipeline, store)
     if sort not in table.columns:
         raise InputError(f"The table of SAEs has no column {sort!r}; it has {', '.join(table.columns)}.")
     table = table.sort(sort)
@@ -49,6 +51,7 @@ def print_sweep(console: Console, config: PipelineConfig, sort: str, *, as_csv: 
         return
     shown = shorten(table)
     print_table(console, shown.columns, ([_cell("-" if value is None else value) for value in row] for row in shown.rows()))
+    console.print(f"{store.url}/{sweep_ref(pipeline).path}/{TABLE}", soft_wrap=True, markup=False, highlight=False)
 
 
 def print_tree(console: Console, store: Store, tree: Tree) -> None:

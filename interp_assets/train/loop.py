@@ -11,7 +11,7 @@ whether or not the training was killed and resumed. Times go to `on_metrics` and
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -37,7 +37,7 @@ from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save_checkpoint
 from interp_assets.train.rows import TrainingData, iter_rows, open_training_data
-from interp_assets.train.times import TIMES, TrainingTimes, WaitClock, describe_times
+from interp_assets.train.times import TIMES, TrainingTimes, WaitClock, describe_times, forget_peaks
 from interp_assets.train.trainer import LogRow, Trainer, n_steps
 from interp_assets.train.warm import unfold_weights
 
@@ -128,6 +128,7 @@ def _train_group(
 ) -> dict[str, Produced]:
     started_s = time.perf_counter()
     data, ranks = open_training_data(pipeline, store, configs[0]), execution.ranks
+    forget_peaks(data.device)
     members = [_open_member(pipeline, store, config, data, ranks) for config in configs]
     for member in members:
         _advance(progress, member.trainer.step * data.batch_rows)
@@ -150,31 +151,35 @@ def _run_steps(
     """Advance all members to their last step, by one read of the data; return what a watched window of steps showed."""
     steps = range(min(member.trainer.step for member in members), max(member.trainer.n_steps for member in members))
     share, is_first = execution.ranks.share(data.batch_rows), execution.ranks.rank == 0
-    profiler = StepProfiler(execution.profile_steps if is_first else 0, steps, data.device)
-    profiler.before(steps.start)
-    clock = WaitClock()
-    for rows in clock.each(iter_rows(store, data, steps)):
-        with record_function(NORMALIZE):
-            x, y = data.normalize(rows, share)
-        trained = [member for member in members if member.trainer.step == rows.step < member.trainer.n_steps]
-        own_s: list[float] = []
-        for member in trained:
-            before_s = clock.elapsed_s
-            row = _train_step(member.trainer, x, y, data)
-            own_s.append(clock.elapsed_s - before_s)
-            _advance(progress, data.batch_rows)
-            if row is not None and on_metrics is not None:
-                rows_per_s = (rows.step + 1 - steps.start) * data.batch_rows / clock.elapsed_s
-                on_metrics(TrainingMetrics(member.trainer.config.name, row, member.trainer.n_steps, rows_per_s, clock.wait_s / clock.elapsed_s))
-        wall_s = clock.lap()
-        for member, step_s in zip(trained, own_s, strict=True):
-            member.times.add(wall_s=wall_s, wait_s=clock.last_wait_s, step_s=step_s, n_rows=data.batch_rows)
-        with record_function(CHECKPOINT):
-            for ref, trainer, times in trained:
-                if trainer.step % execution.checkpoint_steps == 0 and trainer.step < trainer.n_steps:
-                    save_checkpoint(store, ref, trainer, times)
-        profiler.after(rows.step)
-        profiler.before(rows.step + 1)
+    watched = execution.profile_steps if is_first else 0
+    with closing(StepProfiler(watched, steps, data.device)) as profiler:
+        profiler.before(steps.start)
+        clock = WaitClock()
+        first_steps = {member.trainer.step for member in members}
+        for rows in clock.each(iter_rows(store, data, steps)):
+            with record_function(NORMALIZE):
+                x, y = data.normalize(rows, share)
+            trained = [member for member in members if member.trainer.step == rows.step < member.trainer.n_steps]
+            own_s: list[float] = []
+            for member in trained:
+                before_s = clock.elapsed_s
+                row = _train_step(member.trainer, x, y, data)
+                own_s.append(clock.elapsed_s - before_s)
+                _advance(progress, data.batch_rows)
+                if row is not None and on_metrics is not None:
+                    rows_per_s = (rows.step + 1 - steps.start) * data.batch_rows / clock.elapsed_s
+                    wait_share = clock.wait_s / clock.elapsed_s
+                    on_metrics(TrainingMetrics(member.trainer.config.name, row, member.trainer.n_steps, rows_per_s, wait_share))
+            wall_s, is_rated = clock.lap(), rows.step not in first_steps and rows.step not in profiler.window
+            for member, step_s in zip(trained, own_s, strict=True):
+                member.times.add(wall_s=wall_s, wait_s=clock.last_wait_s, step_s=step_s, n_rows=data.batch_rows, is_rated=is_rated)
+            with record_function(CHECKPOINT):
+                for ref, trainer, times in trained:
+                    if trainer.step % execution.checkpoint_steps == 0 and trainer.step < trainer.n_steps:
+                        save_checkpoint(store, ref, trainer, times)
+            with clock.stopped():
+                profiler.after(rows.step)
+                profiler.before(rows.step + 1)
     return profiler.result
 
 

@@ -12,8 +12,12 @@ Watching changes no number: weights are the same bit for bit, which a test holds
 
 import gzip
 import json
+import os
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -33,6 +37,8 @@ CHECKPOINT: Final = "checkpoint"
 PHASES: Final = (WAIT, NORMALIZE, LOSS, COLLECTIVE, UPDATE, CHECKPOINT)
 """Names of the ranges; they do not overlap."""
 
+_STANDARD_ERROR: Final = 2
+_REMARKS: Final = (b"Memory block of unknown size was allocated before the profiling started", b"SyncActivityProfilerHandler")
 _WARM_UP_STEPS: Final = 10
 _N_OPERATIONS: Final = 15
 _OUTSIDE: Final = "outside torch (NumPy, Numba, Python)"
@@ -77,8 +83,9 @@ class StepProfiler:
     def __init__(self, n_steps: int, steps: range, device: torch.device) -> None:
         """Plan the window inside `steps`: late enough to be warm, early enough to be whole."""
         n_steps = min(n_steps, len(steps))
-        self._first = min(steps.start + _WARM_UP_STEPS, steps.stop - n_steps)
-        self._stop = self._first + n_steps
+        first = min(steps.start + _WARM_UP_STEPS, steps.stop - n_steps)
+        self.window = range(first, first + n_steps)
+        """The steps that are watched."""
         self._device = device
         self._profiler: profile | None = None
         self._started_s = 0.0
@@ -86,23 +93,56 @@ class StepProfiler:
 
     def before(self, step: int) -> None:
         """Start to watch when the window begins: to be called before the rows of `step` are waited for."""
-        if step != self._first or self._first == self._stop:
+        if step not in self.window[:1]:
             return
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._device.type == "cuda" else [])]
         self._profiler = profile(activities=activities, profile_memory=True, acc_events=True)
-        self._profiler.start()
+        with _unheard():
+            unknown = torch.empty(1)
+            self._profiler.start()
+            del unknown
         self._started_s = time.perf_counter()
 
     def after(self, step: int) -> None:
         """Stop when the window ends: to be called after `step`."""
-        if self._profiler is None or step + 1 != self._stop:
+        if self._profiler is None or step + 1 != self.window.stop:
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         wall_s = time.perf_counter() - self._started_s
         self._profiler.stop()
-        self.result = _summarize(self._profiler, wall_s, range(self._first, self._stop), self._device)
+        self.result = _summarize(self._profiler, wall_s, self.window, self._device)
         self._profiler = None
+
+    def close(self) -> None:
+        """Stop also when an error ended the loop inside the window: torch has one profiler, and the next training needs it."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Drop torch's two remarks about a profiler that starts; write what else comes to standard error meanwhile when the block ends.
+
+    The profiler names itself on standard error unless `KINETO_LOG_LEVEL` says not to. The first memory that is freed inside the window and
+    was taken before gets a warning from C++, every thousandth gets another; both are no fault: the caller frees some inside the block.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    sys.stderr.flush()
+    kept = os.dup(_STANDARD_ERROR)
+    try:
+        with tempfile.TemporaryFile() as heard:
+            os.dup2(heard.fileno(), _STANDARD_ERROR)
+            try:
+                yield
+            finally:
+                os.dup2(kept, _STANDARD_ERROR)
+                heard.seek(0)
+                lines = [line for line in heard if not any(remark in line for remark in _REMARKS)]
+                os.write(_STANDARD_ERROR, b"".join(lines))
+    finally:
+        os.close(kept)
 
 
 def group_of(operation: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from interp_assets.manifest import Produced, read_file
+from interp_assets.plots import COMPARED
 from interp_assets.store import Store
 from interp_assets.train.loop import OnMetrics, TrainingMetrics
 from interp_assets.train.profile import PROFILE
@@ -31,8 +32,8 @@ def describe_speed(store: Store, sae: Produced) -> dict[str, str]:
 
 
 def describe_sweep(store: Store, sweep: Produced) -> str:
-    """Return the table of all SAEs, best FVU first, as Markdown."""
-    table = read_table(store, sweep.ref.path, sweep.manifest, TABLE).sort("fvu")
+    """Return the table of all SAEs as Markdown: those that do the same together, best FVU first."""
+    table = read_table(store, sweep.ref.path, sweep.manifest, TABLE).sort(*COMPARED, "fvu")
     text = markdown_table(SHOWN, shorten(table).rows())
     missing = sweep.manifest.facts["missing"]
     more = [f"{table.height - MAX_SHOWN:,} more are in {TABLE}."] if table.height > MAX_SHOWN else []
@@ -66,13 +67,16 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> 
 def _speed(times: dict[str, Any]) -> str:
     together = f", {times['n_together']} SAEs in one pass" if times["n_together"] > 1 else ""
     processes = f", {times['processes']} processes" if times["processes"] > 1 else ""
+    rates: list[list[object]] = []
+    if times["rows_per_s"] is not None:
+        rates.append(["rows/s", round(times["rows_per_s"])])
+        rates.append(["rows/s of its own steps", round(times["step_rows_per_s"])])
+        rates.append(["waiting for rows", f"{times['input_wait_share']:.1%}"])
     return markdown_table(
         ["", ""],
         [
-            ["rows/s", round(times["rows_per_s"])],
-            ["rows/s of its own steps", round(times["step_rows_per_s"])],
-            ["waiting for rows", f"{times['input_wait_share']:.1%}"],
-            ["peak memory of the process", f"{times['peak_memory_bytes'] / 1e9:.2f} GB"],
+            *rates,
+            ["peak memory of the process in this run", f"{times['peak_memory_bytes'] / 1e9:.2f} GB"],
             *([["peak memory of the device", f"{times['peak_device_bytes'] / 1e9:.2f} GB"]] if times["peak_device_bytes"] is not None else []),
             ["on", f"{times['device']}, {times['threads']} threads{processes}{together}"],
         ],

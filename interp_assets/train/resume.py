@@ -2,8 +2,8 @@
 
 Checkpoints of `4-sae/<name>-<id>` lie beside it, in `4-sae/<name>-<id>.checkpoints/step-<n>-<id>`: `state.safetensors` (weights,
 moments, dead counters), `log.json` (the steps logged so far) and `times.json` (how long they took). Like every artifact they appear
-whole or not at all. A checkpoint's id contains the SAE's id, so one of another configuration is never taken for this one's. The newest
-`KEPT` stay while training runs; none stays once the SAE is published.
+whole or not at all; one that lost its times alone is still good. A checkpoint's id contains the SAE's id, so one of another configuration
+is never taken for this one's. The newest `KEPT` stay while training runs; none stays once the SAE is published.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
-from interp_assets.errors import ArtifactError
-from interp_assets.manifest import ArtifactRef, create_artifact, find_manifest, make_ref, read_file, remove_artifact
+from interp_assets.errors import ArtifactError, ArtifactMissingError
+from interp_assets.manifest import ArtifactRef, Manifest, create_artifact, load_manifest, make_ref, read_file, remove_artifact
 from interp_assets.store import Store
 from interp_assets.tensors import load_tensors, save_tensors
 from interp_assets.train.times import TIMES, TrainingTimes, parse_times
@@ -53,16 +53,15 @@ def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer, times: Tra
 
 
 def load_checkpoint(store: Store, sae: ArtifactRef) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole, or None. A damaged one is reported and passed over."""
+    """Read the newest checkpoint with whole weights and log, or None. A damaged one is reported and passed over; times may be lost."""
     for step in reversed(_steps(store, sae)):
         ref = checkpoint_ref(sae, step)
         try:
-            manifest = find_manifest(store, ref)
-            if manifest is None:
-                continue
+            manifest = load_manifest(store, ref)
             log = [LogRow(*row) for row in json.loads(read_file(store, ref.path, manifest, LOG))]
-            times = parse_times(read_file(store, ref.path, manifest, TIMES))
-            return Checkpoint(step, load_tensors(store, ref.path, manifest, STATE), log, times)
+            return Checkpoint(step, load_tensors(store, ref.path, manifest, STATE), log, _load_times(store, ref, manifest))
+        except ArtifactMissingError:
+            continue
         except ArtifactError as error:
             _logger.warning("Checkpoint %s/%s is passed over: %s", store.url, ref.path, error)
     return None
@@ -72,6 +71,15 @@ def remove_checkpoints(store: Store, sae: ArtifactRef) -> None:
     """Delete all checkpoints of an SAE."""
     for step in _steps(store, sae):
         remove_artifact(store, checkpoint_ref(sae, step).path)
+
+
+def _load_times(store: Store, ref: ArtifactRef, manifest: Manifest) -> TrainingTimes:
+    """Read how long the steps before a checkpoint took; start again from zero where that is lost, because weights are worth more."""
+    try:
+        return parse_times(read_file(store, ref.path, manifest, TIMES))
+    except (ArtifactError, ValueError) as error:
+        _logger.warning("The times of checkpoint %s/%s are lost, its weights are used: %s", store.url, ref.path, error)
+        return TrainingTimes()
 
 
 def _folder(sae: ArtifactRef) -> str:

@@ -86,9 +86,12 @@ SCHEMA: Final[dict[str, pl.DataType]] = {
 
 SHOWN: Final = (
     "name",
+    "hook_points",
+    "task",
     "architecture",
     "d_sae",
     "k",
+    "sparsity_coefficient",
     "learning_rate",
     "seed",
     "l0",

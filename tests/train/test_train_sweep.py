@@ -14,7 +14,7 @@ from interp_assets.cli import app
 from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.manifest import Produced, create_artifact, load_manifest, read_file
 from interp_assets.pipeline import save_plan
-from interp_assets.plots import plot_curves, plot_pareto
+from interp_assets.plots import find_best, plot_curves, plot_pareto
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.evaluate import save_evaluation
 from interp_assets.train.loop import train_saes
@@ -25,21 +25,23 @@ from interp_assets.train.sweep import SCHEMA, SPEED, load_table, make_sweep
 
 TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 1000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
 SAES = [{"name": "a", **TINY}, {"name": "b", **TINY, "architecture": "relu", "seed": 3}, {"name": "c", **TINY, "k": 4}]
+HOOK, OTHER = "resid_post.0", "mlp_out.0"
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "sweep.md"
 
 
-def measure(planted, name: str) -> None:
+def measure(planted, name: str, hook_point: str = HOOK) -> None:
     """Publish an evaluation of a trained SAE, on the rows of the planted data."""
-    sums = ReconstructionSums(load_sae(planted.pipeline, planted.store, name), planted.rows.double().mean(0))
-    sums.add(planted.rows)
+    rows = planted.rows if hook_point == HOOK else planted.rows[:, : planted.rows.shape[1] // 2]
+    sums = ReconstructionSums(load_sae(planted.pipeline, planted.store, name), rows.double().mean(0))
+    sums.add(rows)
     trained = load_manifest(planted.store, sae_ref(planted.pipeline, name))
     with create_artifact(planted.store, evaluation_ref(planted.pipeline, name), made_from=[trained]) as art:
         save_evaluation(art, sums, None, "this is a test")
 
 
-def make_all(make_planted, names: list[str], **kwargs):
+def make_all(make_planted, names: list[str], *, saes: list[dict[str, Any]] = SAES, **kwargs):
     """Train and measure the named SAEs, and make the sweep."""
-    planted = make_planted(SAES, **kwargs)
+    planted = make_planted(saes, **kwargs)
     train_saes(planted.pipeline, planted.store, names)
     for name in names:
         measure(planted, name)
@@ -77,20 +79,24 @@ def test_the_table_has_what_the_artifacts_say(make_planted) -> None:
 
 
 def test_polars_and_duckdb_read_the_table_where_it_lies(make_planted, tmp_path: Path) -> None:
-    """The queries of the page, word for word, without our code."""
-    planted, item = make_all(make_planted, ["a", "b", "c"], root=str(tmp_path))
-    folder = planted.store.local_path(item.ref.path)
-    queries = re.findall(r"```sql\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(queries) == 2
-    for query in queries:
-        place = re.search(r"'data/[^']*/(\w+\.parquet)'", query)
-        assert place is not None
-        assert duckdb.execute(query.replace(place.group(0), f"'{folder}/{place.group(1)}'")).fetchall()
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    best = pl.read_parquet(f"{folder}/sweep.parquet").sort("fvu").select("name", "architecture", "l0", "fvu", "ce_recovered")
-    assert "pl.read_parquet(" in code
-    assert '.sort("fvu").select("name", "architecture", "l0", "fvu", "ce_recovered")' in code
-    assert best.height == 3
+    """The page's blocks, word for word but for the path, without our code; an older sweep beside it adds no SAE a second time."""
+    root = tmp_path / "data"
+    planted, older = make_all(make_planted, ["a"], saes=SAES[:1], root=str(root))
+    planted, item = make_all(make_planted, ["a", "b", "c"], root=str(root))
+    assert older.ref.path != item.ref.path
+    assert len(list(root.rglob("sweep.parquet"))) == 2
+    page, folder = PAGE.read_text(encoding="utf-8"), planted.store.local_path(item.ref.path)
+    assert folder is not None
+    page, n_paths = re.subn(r"data/pystdlib/4-sae/sweep-[0-9a-f]{12}(?=/)", str(folder), page)
+    assert (n_paths, page.count("data/pystdlib")) == (3, 0)
+    rows = [duckdb.execute(query).fetchall() for query in re.findall(r"```sql\n(.*?)```", page, re.DOTALL)]
+    assert [row[0] for row in rows[0]] == load_table(planted.pipeline, planted.store).sort("fvu")["name"].to_list()
+    curves = pl.read_parquet(io.BytesIO(read_bytes(planted, item, "curves.parquet")))
+    assert [row[:2] for row in rows[1]] == curves.sort("name", "n_rows").select("name", "n_rows").rows()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["best"]["name"].to_list() == [row[0] for row in rows[0]]
 
 
 def test_the_same_saes_give_the_same_digest_whatever_the_clock_said(make_planted) -> None:
@@ -147,6 +153,40 @@ def test_pictures_and_table_are_small_enough_for_dagsters_database(make_planted)
     assert [line.split("|")[1].strip() for line in lines[2:]] == fvu["name"].to_list()
 
 
+def test_only_saes_that_do_the_same_are_compared() -> None:
+    """A transcoder's FVU says nothing about an SAE's; and of two SAEs at one L0 the worse is not among the best."""
+    columns = ("name", "hook_points", "target_hook_points", "task", "l0", "fvu")
+    rows = [
+        ("even", "x", "x", "sae", 9.0, 0.3),
+        ("even but worse", "x", "x", "sae", 9.0, 0.4),
+        ("sparse", "x", "x", "sae", 4.0, 0.5),
+        ("dense for nothing", "x", "x", "sae", 20.0, 0.3),
+        ("elsewhere", "y", "y", "sae", 9.0, 0.9),
+        ("transcoder", "x", "y", "transcoder", 30.0, 0.8),
+    ]
+    for order in (rows, rows[::-1]):
+        table = pl.DataFrame(order, schema=columns, orient="row")
+        assert find_best(table)["name"].to_list() == ["sparse", "even", "transcoder", "elsewhere"]
+
+
+def test_the_best_are_listed_by_what_they_do(make_planted) -> None:
+    """A reader sees the hook point, the task and the coefficient beside the numbers, and no SAE among those of another hook point."""
+    saes = [*SAES, {"name": "d", **TINY, "hook_point": OTHER}, {"name": "e", **TINY, "architecture": "relu", "sparsity_coefficient": 0.125}]
+    planted, item = make_all(make_planted, ["a", "b", "c"], saes=saes)
+    train_saes(planted.pipeline, planted.store, ["d", "e"])
+    measure(planted, "d", OTHER)
+    measure(planted, "e")
+    item = make_sweep(planted.pipeline, planted.store)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in describe_sweep(planted.store, item).splitlines()]
+    head, body = lines[0], lines[2:]
+    assert [line[head.index("hook_points")] for line in body] == [OTHER, HOOK, HOOK, HOOK, HOOK]
+    assert {line[head.index("task")] for line in body} == {"sae"}
+    assert [line[head.index("sparsity_coefficient")] for line in body if line[0] == "e"] == ["0.125"]
+    fvu = [float(line[head.index("fvu")]) for line in body[1:]]
+    assert fvu == sorted(fvu)
+    assert plot_pareto(planted.store, item).startswith("![")
+
+
 def test_the_command_prints_the_table(make_planted, tmp_path: Path) -> None:
     """Sorted as asked; every column as CSV; and a column that there is not names those that there are."""
     planted, _ = make_all(make_planted, ["a", "b", "c"], root=str(tmp_path / "data"))
@@ -155,8 +195,9 @@ def test_the_command_prints_the_table(make_planted, tmp_path: Path) -> None:
     config.write_text(planted.pipeline.config.model_dump_json())
     table = load_table(planted.pipeline, planted.store)
     shown = CliRunner().invoke(app, ["sweep", "--config", str(config), "--sort", "l0"], catch_exceptions=False).stdout.splitlines()
-    assert shown[0].split()[:4] == ["name", "architecture", "d_sae", "k"]
-    assert [line.split()[0] for line in shown[1:]] == table.sort("l0")["name"].to_list()
+    assert shown[0].split()[:7] == ["name", "hook_points", "task", "architecture", "d_sae", "k", "sparsity_coefficient"]
+    assert [line.split()[0] for line in shown[1:-1]] == table.sort("l0")["name"].to_list()
+    assert pl.read_parquet(shown[-1].removeprefix("file://")).equals(table)
     csv = CliRunner().invoke(app, ["sweep", "--config", str(config), "--csv"], catch_exceptions=False).stdout
     assert pl.read_csv(io.StringIO(csv)).columns == table.columns
     with pytest.raises(InputError, match=r"no column 'quality'; it has name, architecture, kind"):
