@@ -16,11 +16,13 @@ imports torch and the graph (about 4 s of CPU). So partitions should share runs,
 
 One JSON line a case: `value` is seconds a partition, from the first run's creation to the last one's end; `wait_s` what came before that,
 from the start of the daemon (it looks for new backfills every 30 s); `ratio_to_floor` beside one run in this process.
+`config`, `hardware` and `commit` say what was run, and on what.
 """
 
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -163,14 +165,18 @@ def main() -> None:
     parser.add_argument("--partitions", type=int, default=16)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    n_cores = len(os.sched_getaffinity(0))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    where = {
+        "config": {"partitions": args.partitions, "storage": "SQLite", "dagster": dg.__version__},
+        "hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores", "commit": commit,
+    }  # fmt: skip
 
     def report(name: str, measure: Callable[[], tuple[float, float]], floor: float | None, peer: float | None = None) -> float:
         value, wait_s = measure()
         line = {
             "name": f"orchestration {name}", "value": round(value, 4), "unit": "s/partition", "ours": round(value, 4),
             "ratio_to_floor": round(value / floor, 2) if floor else 1.0, "ratio_to_best_peer": round(value / peer, 3) if peer else None,
-            "wait_s": round(wait_s, 1), "cores": n_cores,
+            "wait_s": round(wait_s, 1), **where,
         }  # fmt: skip
         print(json.dumps(line), flush=True)
         return value

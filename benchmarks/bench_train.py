@@ -187,7 +187,11 @@ def time_together(runs: dict[str, Run], seconds: float) -> dict[str, float]:
 def measure_training(
     chosen: argparse.Namespace, d_sae: int, architecture: Architecture, dtype: str, peers: list[tuple[str, Peers]]
 ) -> dict[str, Any]:
-    """Measure the states of a training, and weigh each by the steps it stands for."""
+    """Measure the states of a training, and weigh each by the steps it stands for.
+
+    Peers are timed beside the first state only, and compared with the mean of ours over all: exact for those whose steps take the same
+    time whatever fires, as steps of dense products do; peers that become faster or slower in a training are not followed.
+    """
     x = Planted(chosen.d_in, 2 * chosen.batch_rows).rows[: chosen.batch_rows].clone()
     found, best_peers, floors = {}, {}, []
     for step, run in load_states(Path(chosen.trained), architecture, x, d_sae, chosen.k, dtype).items():
