@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_assets.train.loops import close_rows, fire_rows, is_native, open_rows, over_rows, pull_rows
+from interp_assets.train.loops import as_arrays, close_rows, fire_rows, is_native, open_rows, over_rows, pull_rows
 
 Block = Float[Tensor, "rows latents"]
 Column = Float[Tensor, " latents"]
@@ -100,7 +100,7 @@ def keep_above(grad: Block, level: Block) -> Block:
 def fire(pre: Block, offset: Column, latents: Block) -> Fired:
     """Write the latents of a block."""
     if is_native(pre, latents):
-        return Fired(*_from(over_rows(fire_rows, len(pre), (2, pre.shape[1]), *_arrays(pre, offset, latents))))
+        return Fired(*_from(over_rows(fire_rows, len(pre), (2, pre.shape[1]), *as_arrays(pre, offset, latents))))
     keep_above(torch.add(pre, offset, out=latents), pre)
     return Fired(sum_rows(latents), (pre > 0).sum(0).to(pre.dtype))
 
@@ -111,7 +111,7 @@ def pull(pre: Block, grad: Block, slopes: Slopes) -> Pulled:
     if is_native(pre, grad):
         scalars = np.array([float(slopes.grad_n_fired), slopes.width / 2, share, slopes.reaches_encoder], np.float32)
         columns = torch.stack([slopes.rise, slopes.drop, slopes.threshold])
-        return Pulled(*_from(over_rows(pull_rows, len(pre), (3, pre.shape[1]), *_arrays(pre, grad, columns), scalars)))
+        return Pulled(*_from(over_rows(pull_rows, len(pre), (3, pre.shape[1]), *as_arrays(pre, grad, columns), scalars)))
     grad.add_(slopes.rise)
     through = torch.where(pre.abs() < slopes.width / 2, (slopes.grad_n_fired + grad * slopes.threshold) * share, 0.0)
     keep_above(grad.sub_(slopes.drop), pre).add_(slopes.drop)
@@ -123,7 +123,7 @@ def pull(pre: Block, grad: Block, slopes: Slopes) -> Pulled:
 def open_gates(gate: Block, gates: Gates, opened: Block, latents: Block) -> Opened:
     """Write the open gates and the latents of a block of a gated SAE; `gate` holds the gates' bias."""
     if is_native(gate, opened, latents):
-        return Opened(*_from(over_rows(open_rows, len(gate), (2, gate.shape[1]), *_arrays(gate, torch.stack(gates), opened, latents))))
+        return Opened(*_from(over_rows(open_rows, len(gate), (2, gate.shape[1]), *as_arrays(gate, torch.stack(gates), opened, latents))))
     torch.clamp(gate, min=0.0, out=opened)
     torch.addcmul(gates.bias_magnitude, gate - gates.bias, gates.gain, out=latents).relu_()
     keep_above(latents, gate)
@@ -134,7 +134,7 @@ def close_gates(gate: Block, gates: Gates, grads: tuple[Block, Block], latents: 
     """Turn the gradients of latents and open gates, the first in place, into that of the projection; the second is used up."""
     grad, grad_gate = grads
     if is_native(gate, grad, grad_gate, latents):
-        g, columns, first, second, f = _arrays(gate, torch.stack(gates), grad, grad_gate, latents)
+        g, columns, first, second, f = as_arrays(gate, torch.stack(gates), grad, grad_gate, latents)
         return Closed(*_from(over_rows(close_rows, len(gate), (3, gate.shape[1]), g, columns, (first, second), f, np.float32(penalty))))
     magnitude = torch.where(latents > 0, grad, 0.0)
     bias_magnitude = sum_rows(magnitude)
@@ -143,10 +143,6 @@ def close_gates(gate: Block, gates: Gates, grads: tuple[Block, Block], latents: 
     opened = torch.where(gate > 0, grad_gate + penalty, 0.0)
     torch.add(magnitude, opened, out=grad)
     return Closed(bias_magnitude, log_gain, sum_rows(opened))
-
-
-def _arrays(*values: Tensor) -> list[np.ndarray]:
-    return [value.numpy() for value in values]
 
 
 def _from(sums: np.ndarray) -> Tensor:

@@ -20,7 +20,7 @@ So large intermediate tensors live in a `Scratch` and are written in place.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from interp_assets.train.loops import count_above, dot_bags, dot_bags_twice, is_native, over_bags, over_rows, sum_bags, sum_bags_twice, take_above
+from interp_assets.train.loops import (
+    as_arrays,
+    count_above,
+    dot_bags,
+    dot_bags_twice,
+    is_native,
+    over_bags,
+    over_rows,
+    sum_bags,
+    sum_bags_twice,
+    take_above,
+)
 
 
 class Pairs(NamedTuple):
@@ -90,7 +101,7 @@ def decode_pairs(value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], p
     if is_native(value_N, W_dec_SD):
         shape = len(pairs.bag_starts), W_dec_SD.shape[1]
         x_hat = W_dec_SD.new_zeros(shape) if scratch is None else scratch.take("decoded", shape, W_dec_SD).zero_()
-        over_bags(sum_bags, _ends(pairs.bag_starts, pairs), *_arrays(pairs.latents, value_N, W_dec_SD, x_hat))
+        over_bags(sum_bags, _ends(pairs.bag_starts, pairs), *as_arrays(pairs.latents, value_N, W_dec_SD, x_hat))
         return x_hat
     return _sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N)
 
@@ -101,8 +112,8 @@ def decode_pairs_twice(
     """Decode two values of each pair."""
     if is_native(*values, W_dec_SD):
         x_hats = [W_dec_SD.new_zeros(len(pairs.bag_starts), W_dec_SD.shape[1]) for _ in values]
-        index, W_dec = _arrays(pairs.latents, W_dec_SD)
-        over_bags(sum_bags_twice, _ends(pairs.bag_starts, pairs), index, tuple(_arrays(*values)), W_dec, tuple(_arrays(*x_hats)))
+        index, W_dec = as_arrays(pairs.latents, W_dec_SD)
+        over_bags(sum_bags_twice, _ends(pairs.bag_starts, pairs), index, tuple(as_arrays(*values)), W_dec, tuple(as_arrays(*x_hats)))
         return x_hats[0], x_hats[1]
     return decode_pairs(values[0], W_dec_SD, pairs), decode_pairs(values[1], W_dec_SD, pairs)
 
@@ -111,7 +122,7 @@ def sampled_product(grad_RD: Float[Tensor, "R D"], W_dec_SD: Float[Tensor, "S D"
     """Multiply each pair's gradient row and decoder row: what `embedding_bag` calls the gradient of its weights."""
     if is_native(grad_RD, W_dec_SD):
         out = grad_RD.new_empty(len(pairs.latents))
-        over_bags(dot_bags, _ends(pairs.bag_starts, pairs), *_arrays(pairs.latents, W_dec_SD, grad_RD, out))
+        over_bags(dot_bags, _ends(pairs.bag_starts, pairs), *as_arrays(pairs.latents, W_dec_SD, grad_RD, out))
         return out
     product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
     return product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0)
@@ -123,8 +134,8 @@ def sampled_product_twice(
     """Multiply each pair's decoder row with both of its gradient rows."""
     if is_native(*grads, W_dec_SD):
         outs = [W_dec_SD.new_empty(len(pairs.latents)) for _ in grads]
-        index, W_dec = _arrays(pairs.latents, W_dec_SD)
-        over_bags(dot_bags_twice, _ends(pairs.bag_starts, pairs), index, W_dec, tuple(_arrays(*grads)), tuple(_arrays(*outs)))
+        index, W_dec = as_arrays(pairs.latents, W_dec_SD)
+        over_bags(dot_bags_twice, _ends(pairs.bag_starts, pairs), index, W_dec, tuple(as_arrays(*grads)), tuple(as_arrays(*outs)))
         return outs[0], outs[1]
     return sampled_product(grads[0], W_dec_SD, pairs), sampled_product(grads[1], W_dec_SD, pairs)
 
@@ -135,7 +146,7 @@ def add_by_latent(
     """Add for every latent the weighted rows of `table` that its pairs name: the gradient of a decoder or an encoder."""
     rows, weights = row_N[pairs.by_latent], weight_N[pairs.by_latent]
     if is_native(gradient_SD, table_D, weight_N):
-        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), *_arrays(rows, weights, table_D, gradient_SD))
+        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), *as_arrays(rows, weights, table_D, gradient_SD))
     else:
         gradient_SD.add_(_sum_bags(table_D, rows, pairs.latent_starts, weights))
 
@@ -218,10 +229,6 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, is
 def _ends(starts: Tensor, pairs: Pairs) -> NDArray[np.int64]:
     """Return the places where bags start, and that where the last one ends."""
     return np.append(starts.numpy(), len(pairs.latents))
-
-
-def _arrays(*values: Tensor) -> list[NDArray[Any]]:
-    return [value.numpy() for value in values]
 
 
 def _sum_bags(table: Tensor, index_N: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:

@@ -11,34 +11,30 @@ for milliseconds after each product of torch's; with OMP_WAIT_POLICY=PASSIVE, as
 they compute is defined by the torch forms in `elementwise.py` and `sparsify.py`, which other devices use and the tests compare them with.
 """
 
-import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Final
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from interp_assets.compiled import reordered
+
 _STRIP: Final = 4096
 """Columns of a row that a loop works on at once: a few arrays of 16 KiB, in the second-level cache."""
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a loop; sums may be added in the order of the processor's lanes, and products into sums without rounding between."""
-    plain, freedom = inspect.unwrap(function), {"reassoc", "contract"}
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=freedom)(plain)
-    except RuntimeError:  # nowhere to keep compiled code: a read-only file system
-        return numba.njit(nogil=True, error_model="numpy", fastmath=freedom)(plain)
 
 
 def is_native(*values: Tensor) -> bool:
     """Tell whether the loops can work on these tensors."""
     return all(value.device.type == "cpu" and value.dtype == torch.float32 and value.is_contiguous() for value in values)
+
+
+def as_arrays(*values: Tensor) -> list[NDArray[Any]]:
+    """View tensors on the CPU as the arrays that the loops take."""
+    return [value.numpy() for value in values]
 
 
 def over_rows(loop: Callable[..., Any], n_rows: int, shape: tuple[int, int], *arguments: Any) -> NDArray[np.float32]:
@@ -72,7 +68,7 @@ def _pool(n_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix="rows")
 
 
-@_compiled
+@reordered
 def fire_rows(pre: Any, offset: Any, latents: Any, sums: Any, first: Any, last: Any) -> None:
     """Write `pre + offset` where `pre` is above 0, else 0. Sums: latents, firings."""
     for start in range(0, pre.shape[1], _STRIP):
@@ -88,7 +84,7 @@ def fire_rows(pre: Any, offset: Any, latents: Any, sums: Any, first: Any, last: 
                 count[c] += np.float32(1) if p[c] > 0 else np.float32(0)
 
 
-@_compiled
+@reordered
 def pull_rows(pre: Any, grad: Any, slopes: Any, scalars: Any, sums: Any, first: Any, last: Any) -> None:
     """Turn gradients of latents into those of pre-activations, in place, as `elementwise.pull` says. Sums: gradient, through, pre."""
     grad_n_fired, half, share, to_encoder = scalars[0], scalars[1], scalars[2], scalars[3]
@@ -117,7 +113,7 @@ def pull_rows(pre: Any, grad: Any, slopes: Any, scalars: Any, sums: Any, first: 
                 total[c] += g[c]
 
 
-@_compiled
+@reordered
 def open_rows(gate: Any, parameters: Any, opened: Any, latents: Any, sums: Any, first: Any, last: Any) -> None:
     """Write the open gates and the gated magnitudes. Sums: firings, open gates."""
     for start in range(0, gate.shape[1], _STRIP):
@@ -137,7 +133,7 @@ def open_rows(gate: Any, parameters: Any, opened: Any, latents: Any, sums: Any, 
                 total[c] += o[c]
 
 
-@_compiled
+@reordered
 def close_rows(gate: Any, parameters: Any, grads: Any, latents: Any, penalty: Any, sums: Any, first: Any, last: Any) -> None:
     """Add up, in the first of `grads`, the gradients of both uses of the projection. Sums: of the magnitude's bias, its gain, the gate's bias."""
     magnitude = np.zeros(_STRIP, np.float32)
@@ -164,7 +160,7 @@ def close_rows(gate: Any, parameters: Any, grads: Any, latents: Any, penalty: An
                 g[c] = magnitude[c] + q[c]
 
 
-@_compiled
+@reordered
 def sum_bags(index: Any, weights: Any, table: Any, out: Any, starts: Any, first: Any, last: Any) -> None:
     """Add to each bag's row of `out` the weighted rows of `table` that it names, in order."""
     for bag in range(first, last):
@@ -183,7 +179,7 @@ def sum_bags(index: Any, weights: Any, table: Any, out: Any, starts: Any, first:
             i += 1
 
 
-@_compiled
+@reordered
 def sum_bags_twice(index: Any, weights: Any, table: Any, outs: Any, starts: Any, first: Any, last: Any) -> None:
     """Do the same for two weights of each pair, reading the table once."""
     weights_0, weights_1 = weights[0], weights[1]
@@ -204,7 +200,7 @@ def sum_bags_twice(index: Any, weights: Any, table: Any, outs: Any, starts: Any,
                 q[j] += x * a[j]
 
 
-@_compiled
+@reordered
 def dot_bags(index: Any, table: Any, grad: Any, out: Any, starts: Any, first: Any, last: Any) -> None:
     """Write the product of each pair's row of `table` with its bag's row of `grad`."""
     for bag in range(first, last):
@@ -228,7 +224,7 @@ def dot_bags(index: Any, table: Any, grad: Any, out: Any, starts: Any, first: An
             i += 1
 
 
-@_compiled
+@reordered
 def dot_bags_twice(index: Any, table: Any, grads: Any, outs: Any, starts: Any, first: Any, last: Any) -> None:
     """Do the same for two gradients, reading the table once."""
     for bag in range(first, last):
@@ -252,7 +248,7 @@ def dot_bags_twice(index: Any, table: Any, grads: Any, outs: Any, starts: Any, f
             outs[0][i], outs[1][i] = v, x
 
 
-@_compiled
+@reordered
 def sum_prefixes(parts: Any, empty: Any, whole: Any, sums: Any, first: Any, last: Any) -> None:
     """Turn groups' parts into sums of the errors of the prefixes that contain them, as `topk._prefix_errors` says. Sums: squared errors."""
     n_groups, squared = parts.shape[1], sums[0]
@@ -282,7 +278,7 @@ def sum_prefixes(parts: Any, empty: Any, whole: Any, sums: Any, first: Any, last
             start[j] += part[j]
 
 
-@_compiled
+@reordered
 def count_above(values: Any, bounds: Any, counts: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001 - it sums nothing
     """Count in each row what is at least the row's bound."""
     for row in range(first, last):
@@ -292,7 +288,7 @@ def count_above(values: Any, bounds: Any, counts: Any, sums: Any, first: Any, la
         counts[row] = n
 
 
-@_compiled
+@reordered
 def take_above(values: Any, bounds: Any, starts: Any, columns: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001 - it sums nothing
     """Write flat places (first of `columns`) and values of what is at least its row's bound, row by row from `starts`."""
     places, found = columns
@@ -311,7 +307,7 @@ def take_above(values: Any, bounds: Any, starts: Any, columns: Any, sums: Any, f
                     at += 1
 
 
-@_compiled
+@reordered
 def pick_rows(pre: Any, width: Any, places: Any, values: Any, counts: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001
     """Write flat places (in order) and values of each row's k largest that are positive; `counts` is -1 where ties don't fit.
 
@@ -358,7 +354,7 @@ def pick_rows(pre: Any, width: Any, places: Any, values: Any, counts: Any, sums:
         counts[row] = kept
 
 
-@_compiled
+@reordered
 def _nth_largest(values: Any, n: Any, heap: Any) -> Any:
     """Return the len(heap)-th largest of the first `n` values, of which there are at least as many; the heap's root is the smallest it holds."""
     k = len(heap)

@@ -13,8 +13,10 @@ Each rule first finds a lower bound that leaves few candidates, in one vectorise
     per row      the k-th largest of the maxima of 8k strided groups: 34 candidates on average for k = 32
     per batch    the same quantile of a few strided rows, with a margin; should too few values pass, the scan is repeated with bound 0
 
-and only the candidates are sorted. On the CPU the scans are NumPy's. Measured on 16.8M pre-activations, 2 cores: `torch.topk` 475 ms over
-the flat batch and 115 by row; NumPy's partition of whole rows 90; group maxima and candidates about 20.
+and only the candidates are compared further. On the CPU the scans are compiled loops (`loops.py`): `pick_rows` does the whole row rule, with
+a heap for the k-th largest; the batch rule counts and takes what reaches its bound, and NumPy partitions the candidates. Measured on 16.8M
+pre-activations, 2 cores: `torch.topk` 475 ms over the flat batch and 115 by row; NumPy's partition of whole rows 90; group maxima and
+candidates about 20, before they were compiled.
 """
 
 from typing import Any, Final, NamedTuple

@@ -12,12 +12,11 @@ replaced took 60 ns a firing. Measured and rejected: a test of every element or 
 14 times slower), torch's maximum over 8 rows and then a look at these (0.15 to 0.22).
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any, Final
 
-import numba
 import numpy as np
+
+from interp_assets.compiled import compiled, reordered
 
 TILE: Final = 512
 """Latents whose firings are kept together: a multiple of `STRIP`."""
@@ -27,24 +26,6 @@ GROUP: Final = 8
 """Rows that are looked at together."""
 N_BINS: Final = 64
 _BIN_SHIFT: Final = 21
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a loop at its first call, in native code that releases Python's lock."""
-    return _compile(function, reorders=False)
-
-
-def reordered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a loop whose float sums may be added in the order of the processor's lanes."""
-    return _compile(function, reorders=True)
-
-
-def _compile(function: Callable[..., Any], *, reorders: bool) -> Callable[..., Any]:
-    plain, fast = inspect.unwrap(function), {"reassoc", "contract"} if reorders else False
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=fast)(plain)
-    except RuntimeError:  # nowhere to keep compiled code: a read-only file system
-        return numba.njit(nogil=True, error_model="numpy", fastmath=fast)(plain)
 
 
 @compiled
