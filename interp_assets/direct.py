@@ -27,6 +27,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from interp_assets.process_names import is_alive
+
 ALIGNMENT: Final = 4096
 PIECE_BYTES: Final = 8 << 20
 """One direct write."""
@@ -236,18 +238,8 @@ def remove_remains(path: Path) -> None:
     """Remove what killed writers of `path` left behind on this machine: a file of many gigabytes that no listing shows."""
     for item in path.parent.glob(f"{glob.escape(path.name)}#*"):
         match = re.fullmatch(r"(\d{4})(\d{10})\d{6}", item.name.rpartition("#")[2])
-        if match is not None and int(match[1]) == _HOST and not _is_alive(int(match[2])):
+        if match is not None and int(match[1]) == _HOST and not is_alive(int(match[2])):
             item.unlink(missing_ok=True)
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def flush(path: Path) -> None:

@@ -24,10 +24,11 @@ from interp_assets.errors import ConfigError, InterpError
 from interp_assets.manifest import Manifest
 from interp_assets.partitions import claim_history
 from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.process_names import name_process
 from interp_assets.progress import AssetReport, Progress
 from interp_assets.road import Stop, find_version, make_road
 from interp_assets.store import Store
-from resources.launcher import PROCESS_TAG, name_process
+from resources.launcher import PROCESS_TAG
 
 HOME_VARIABLE: Final = "DAGSTER_HOME"
 POSTGRES_VARIABLE: Final = "INTERP_POSTGRES_URL"

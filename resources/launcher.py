@@ -5,15 +5,16 @@ stay "started" for ever, hold their places in the queue and in the pools, and a 
 what is known of a run:
 
     launched by a code server     the server that started it is asked for the runs it has; one that does not answer has none
-    run by `interp`               the tag `interp/process` names machine and process id; on this machine the process table answers
+    run by `interp`               the tag `interp/process` names its process (interp_assets/process_names.py); this machine's process table answers
+
+Dagster asks every `poll_interval_seconds`, and only about runs that have started: one that was killed while it started is not asked about,
+it fails after `start_timeout_seconds`. Runs of `interp` fail and are not tried again: Dagster does not know how to start them.
 
 A code server that was killed alone may leave a run behind that goes on: it is then run twice. That is safe, because artifacts are
 published once and whole. Launchers of clusters (Kubernetes, ECS, Ray) have checks of their own and do not need this.
 """
 
 import json
-import os
-import socket
 from typing import Any, Final
 
 import grpc
@@ -25,12 +26,9 @@ from dagster._grpc.client import DagsterGrpcClient
 from dagster._grpc.types import GetCurrentRunsResult
 from dagster._serdes import deserialize_value
 
+from interp_assets.process_names import may_run
+
 PROCESS_TAG: Final = "interp/process"
-
-
-def name_process() -> str:
-    """Return `<machine>:<process id>` of this process, for the tags of runs that it executes itself."""
-    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 class LocalRunLauncher(DefaultRunLauncher):
@@ -48,9 +46,9 @@ class LocalRunLauncher(DefaultRunLauncher):
             if runs is None or run.run_id in runs:
                 return CheckRunHealthResult(WorkerStatus.RUNNING)
             return CheckRunHealthResult(WorkerStatus.FAILED, "The code server that started this run is gone, or does not have it any more.")
-        machine, _, process_id = run.tags.get(PROCESS_TAG, "").rpartition(":")
-        if machine == socket.gethostname() and not _is_alive(int(process_id)):
-            return CheckRunHealthResult(WorkerStatus.FAILED, f"The process {process_id} that executed this run is gone.")
+        name = run.tags.get(PROCESS_TAG, "")
+        if not may_run(name):
+            return CheckRunHealthResult(WorkerStatus.FAILED, f"The process that executed this run is gone ({name}).")
         return CheckRunHealthResult(WorkerStatus.RUNNING)
 
 
@@ -62,13 +60,3 @@ def _runs_of(address: dict[str, Any]) -> list[str] | None:
     except DagsterUserCodeUnreachableError as error:
         is_gone = isinstance(error.__cause__, grpc.RpcError) and error.__cause__.code() == grpc.StatusCode.UNAVAILABLE
         return [] if is_gone else None
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -1,7 +1,6 @@
 """A run whose process is gone is found out, so that it fails, frees its place and is tried again; one that lives, or may live, is left alone."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,8 @@ from dagster._grpc.server import GrpcServerProcess
 from road_world import Finished, make_road_config
 
 from interp_assets.jobs import open_instance
-from resources.launcher import PROCESS_TAG, LocalRunLauncher, name_process
+from interp_assets.process_names import name_process
+from resources.launcher import PROCESS_TAG, LocalRunLauncher
 
 
 def health(tags: dict[str, str]) -> WorkerStatus:
@@ -24,11 +24,10 @@ def health(tags: dict[str, str]) -> WorkerStatus:
 
 def test_a_run_of_a_process_that_is_gone_has_failed() -> None:
     """After a power cut, `interp run` is in the list of runs as started, and would hold one of two places in the queue for ever."""
-    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
-    machine = name_process().rpartition(":")[0]
-    assert health({PROCESS_TAG: f"{machine}:{child.stdout.strip()}"}) == WorkerStatus.FAILED
+    source = "from interp_assets.process_names import name_process; print(name_process())"
+    child = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert health({PROCESS_TAG: child.stdout.strip()}) == WorkerStatus.FAILED
     assert health({PROCESS_TAG: name_process()}) == WorkerStatus.RUNNING
-    assert health({PROCESS_TAG: f"{machine}:1"}) == WorkerStatus.RUNNING  # another user's process is a process
 
 
 def test_a_run_that_nothing_is_known_of_is_left_alone() -> None:
@@ -62,4 +61,4 @@ def test_the_shipped_settings_use_it_and_runs_say_whose_they_are(finished: Finis
     with open_instance(make_road_config(tiny_world, tmp_path / "data")) as instance:
         assert isinstance(instance.run_launcher, LocalRunLauncher)
         assert instance.run_launcher.supports_check_run_worker_health
-    assert {run.tags[PROCESS_TAG] for run in finished.instance.get_runs()} == {f"{name_process().rpartition(':')[0]}:{os.getpid()}"}
+    assert {run.tags[PROCESS_TAG] for run in finished.instance.get_runs()} == {name_process()}
