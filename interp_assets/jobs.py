@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from interp_assets.config import PipelineConfig
 from interp_assets.definitions import build_defs
@@ -175,6 +176,16 @@ def explain_failure(name: str, result: dg.ExecuteInProcessResult) -> RunError:
     return RunError(f"{name} failed, and Dagster does not say why. Look at the run in its UI (`interp dev`).")
 
 
+def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    for event in result.all_events:
+        error = event.step_failure_data.error if event.event_type == DagsterEventType.STEP_FAILURE else None
+        while error is not None:
+            if error.cls_name in (DagsterExecutionInterruptedError.__name__, KeyboardInterrupt.__name__):
+                return True
+            error = error.cause
+    return False
+
+
 def select_stops(road: list[Stop], select: Sequence[str]) -> list[Stop]:
     """Keep the named assets and `corpus_plan`; all of them when none is named. Raises `ConfigError` for a name that there is not."""
     wanted = set(select)
@@ -185,7 +196,10 @@ def select_stops(road: list[Stop], select: Sequence[str]) -> list[Stop]:
 
 
 def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missing: list[str], keys: list[str]) -> Outcome:
-    """Run the missing partitions of one asset, one Dagster run a contiguous range; a range that fails does not stop the others."""
+    """Run the missing partitions of one asset, one Dagster run a contiguous range; a range that fails does not stop the others.
+
+    Raises `KeyboardInterrupt` when a run was interrupted: Dagster records that as a failure, and a person wants all of it to stop.
+    """
     started = time.monotonic()
     n_bytes, failed_checks, failed, errors = 0, [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
@@ -198,6 +212,8 @@ def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missi
         )
         events = result.asset_materializations_for_node(_node_name(stop))
         if not result.success:
+            if _was_interrupted(result):
+                raise KeyboardInterrupt
             errors.append(explain_failure(stop.name, result))
             failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
         n_bytes += sum(_bytes_of(event) for event in events)

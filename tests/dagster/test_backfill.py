@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from interp_assets.definitions import build_defs
 from interp_assets.errors import ConfigError
 from interp_assets.jobs import RunError, dagster_home, open_instance, recorded_versions, run_road
 from interp_assets.manifest import create_artifact, load_manifest, read_file
+from interp_assets.progress import Progress
 from interp_assets.road import Stop, make_road
 
 
@@ -64,6 +66,27 @@ def test_three_of_sixteen_fail_and_only_these_are_made_again(copied: PipelineCon
         assert made(list(run_backfill(copied, instance, only_failed=True))) == {"activations": 3}
         assert {stop.name: recorded_versions(instance, stop) for stop in make_road(copied)} == versions
         assert list(run_backfill(copied, instance)) == []
+
+
+def test_ctrl_c_stops_a_run_in_the_middle_of_a_partition_and_keeps_finished_ones(many: Finished, tiny_world: Path, tmp_path: Path) -> None:
+    """Dagster hears an interrupt between two events of a step and takes it for a failure; a person wants the command to end now."""
+    config = make_road_config(tiny_world, tmp_path / "data", corpus={"path": many.config.corpus.path, "shard_bytes": 1})
+    begun: list[tuple[str, str]] = []
+
+    class Interrupting(Progress):
+        def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
+            begun.append((asset, partition))
+
+        def advance(self, n: int) -> None:
+            if begun[-1] == ("activations", "shard-000004"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_road(config, instance, progress=Interrupting()))
+        assert begun[-1] == ("activations", "shard-000004")
+        assert sorted(recorded_versions(instance, stop_of(config, "activations"))) == [f"shard-{i:06d}" for i in range(4)]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_named_partition_with_a_flipped_byte_is_made_again(copied: PipelineConfig) -> None:
