@@ -26,6 +26,8 @@ app.add_typer(labels_app, name="labels")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+_INTERRUPTED = 130
+
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline's YAML file. Default: the demo pipeline.")]
 PathArgument = Annotated[str, typer.Argument(help="An artifact's folder, or any folder above artifacts; a path or s3:// address.")]
 PortOption = Annotated[int, typer.Option(help="Port of the feature browser; the next free one is taken when it is in use.")]
@@ -219,9 +221,10 @@ def main() -> None:
             err.print(getattr(error, "trace", "") or traceback.format_exc(), markup=False, soft_wrap=True)
         err.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("\nInterrupted. Finished partitions are kept; the same command goes on from there.", soft_wrap=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
+            err.print("\nInterrupted. Finished partitions are kept; the same command goes on from there.", soft_wrap=True)
+        raise
     except Exception as error:  # noqa: BLE001 - the last resort: a person gets a sentence, a developer --debug
         if is_debug:
             err.print(traceback.format_exc(), markup=False, soft_wrap=True)

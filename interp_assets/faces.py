@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 import dagster as dg
 from dagster._core.definitions.partitions.utils import get_tags_from_multi_partition_key
 from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION as SUPPRESS_EVENT
-from dagster._core.errors import raise_execution_interrupts
+from dagster._core.errors import DagsterExecutionInterruptedError, raise_execution_interrupts
 from dagster._core.execution.plan.execute_step import _build_data_version_tags, _get_code_version, _get_input_provenance_data
 from pydantic import BaseModel
 
@@ -64,6 +64,9 @@ def record(
         try:
             with raise_execution_interrupts():  # Dagster defers Ctrl-C between the events of a step, which may be hours apart
                 made = work(key)
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt) as error:  # a retry policy would take it for a failure and begin again
+            progress.end()
+            raise dg.Failure("Interrupted. Finished partitions are kept.", allow_retries=False) from error
         except InterpError as error:
             progress.end()
             failed[key] = error

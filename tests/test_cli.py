@@ -325,3 +325,19 @@ def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None
     assert "token_shards shard 4 0" in lines
     assert "features/demo/feature_candidates latent slice x shard 8 0" in lines
     assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == []
+
+
+def test_an_interrupt_says_what_is_kept() -> None:
+    """Ctrl-C in a run of hours must not look like a crash, nor leave a doubt about what is lost."""
+    program = (
+        "import sys\n"
+        "from interp_assets import cli\n"
+        "@cli.app.command()\n"
+        "def stop() -> None:\n"
+        "    raise KeyboardInterrupt\n"
+        "sys.argv = ['interp', 'stop']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.strip() == "Interrupted. Finished partitions are kept; the same command goes on from there."
