@@ -311,9 +311,11 @@ def main() -> int:
     parser.add_argument("--features", type=int, default=20_000)
     parser.add_argument("--root", type=Path, help="where the bundle is kept; default: a temporary folder")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one visit")
     parser.add_argument("--s3", action="store_true", help="serve the same files from SeaweedFS")
     parser.add_argument("--static", action="store_true", help="serve the same files from a plain file server with ranges, without `interp serve`")
     options = parser.parse_args()
+    options.repeat = 1 if options.quick else options.repeat
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.root or Path(temporary)) / f"features-{options.features}"
         start = time.perf_counter()
