@@ -50,3 +50,34 @@ class Visit:
     def open(self, address: str, wait_for: str) -> None:
         self.page.goto(address)
         self.page.wait_for_selector(wait_for)
+
+
+def lowest_contrast(visit: Visit) -> float:
+    """Return the lowest contrast of text with its ground over the page (WCAG 2.2, 1.4.3), colours painted by the browser itself."""
+    return visit.page.evaluate(
+        """() => {
+        const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+        const paint = (...colours) => {
+            canvas.clearRect(0, 0, 1, 1);
+            for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
+            return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((v) => v / 255);
+        };
+        const light = (rgb) => {
+            const [r, g, b] = rgb.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        let lowest = 21;
+        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        while (walker.nextNode()) {
+            const element = walker.currentNode.parentElement;
+            if (!walker.currentNode.data.trim() || element.closest('svg, .hidden, .masked, .repeat, [aria-disabled=true]')) continue;
+            const grounds = [];
+            for (let at = element; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor);
+            const ground = paint('#fff', ...grounds);
+            const ink = paint('#fff', ...grounds, getComputedStyle(element).color);
+            const [high, low] = [light(ink), light(ground)].sort((a, b) => b - a);
+            lowest = Math.min(lowest, (high + 0.05) / (low + 0.05));
+        }
+        return lowest;
+    }"""
+    )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import uvicorn
-from chromium import Visit, skip_or_fail
+from chromium import Visit, lowest_contrast, skip_or_fail
 
 from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.store import ObjectStore, open_store
@@ -298,7 +298,7 @@ def test_pages_follow_the_system_and_the_choice(chromium, site: Site, scheme: st
     visit = Visit(chromium, color_scheme=scheme)
     visit.open(site.page("/1"), "h1:has-text('Feature 1')")
     assert visit.page.evaluate("document.documentElement.dataset.theme") == scheme
-    assert _lowest_contrast(visit) >= 4.5
+    assert lowest_contrast(visit) >= 4.5
     visit.page.keyboard.press("t")
     visit.page.reload()
     visit.page.wait_for_selector("h1:has-text('Feature 1')")
@@ -306,37 +306,6 @@ def test_pages_follow_the_system_and_the_choice(chromium, site: Site, scheme: st
     assert visit.page.evaluate("document.documentElement.dataset.theme") == other
     visit.context.close()
     assert visit.complaints == []
-
-
-def _lowest_contrast(visit: Visit) -> float:
-    """Return the lowest contrast of text with its ground over the page (WCAG 2.2, 1.4.3), colours painted by the browser itself."""
-    return visit.page.evaluate(
-        """() => {
-        const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-        const paint = (...colours) => {
-            canvas.clearRect(0, 0, 1, 1);
-            for (const colour of colours) { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); }
-            return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((v) => v / 255);
-        };
-        const light = (rgb) => {
-            const [r, g, b] = rgb.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
-            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-        };
-        let lowest = 21;
-        const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-        while (walker.nextNode()) {
-            const element = walker.currentNode.parentElement;
-            if (!walker.currentNode.data.trim() || element.closest('svg, .hidden, .masked, .repeat, [aria-disabled=true]')) continue;
-            const grounds = [];
-            for (let at = element; at; at = at.parentElement) grounds.unshift(getComputedStyle(at).backgroundColor);
-            const ground = paint('#fff', ...grounds);
-            const ink = paint('#fff', ...grounds, getComputedStyle(element).color);
-            const [high, low] = [light(ink), light(ground)].sort((a, b) => b - a);
-            lowest = Math.min(lowest, (high + 0.05) / (low + 0.05));
-        }
-        return lowest;
-    }"""
-    )
 
 
 def test_pages_fit_a_telephone(visit: Visit, site: Site) -> None:
@@ -592,7 +561,7 @@ def test_every_page_has_contrast_and_names(chromium, site: Site, scheme: str, pa
     visit = Visit(chromium, color_scheme=scheme)
     visit.open(f"{site.address}/" if path is None else site.page(path.format(name=site.name)), selector)
     visit.page.wait_for_timeout(200)
-    assert _lowest_contrast(visit) >= 4.5
+    assert lowest_contrast(visit) >= 4.5
     nameless = """() => [...document.querySelectorAll('a[href], button, input, select, textarea, canvas, [role=img], [tabindex="0"]')]
         .filter((e) => e.checkVisibility() && !(e.ariaLabel || e.title || e.labels?.length || e.textContent.trim()))
         .filter((e) => !e.getAttribute('aria-labelledby'))
