@@ -23,6 +23,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 ENV_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
+# In a terminal pip shows what it does and its bars; into a file or a pipe it says nothing but errors, and each stage is one line of ours.
+PIP_INSTALL = $(PIP) install $$([ -t 1 ] || echo -q) $(PIP_ARGS) -c constraints.txt
+STARTED = started=$$(date +%s)
+DONE = echo "    done in $$(( $$(date +%s) - started )) s"
 SOURCES := interp_assets resources tests benchmarks examples frontend/build.py hatch_build.py
 export INTERP_SKIP_FRONTEND
 
@@ -53,14 +57,17 @@ $(BIN)/python:
 
 # PyTorch first and alone: it is the one big download, and its wheel differs from machine to machine.
 $(ENV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing packages (the first time takes minutes)"
-	@$(PIP) install -q $(PIP_ARGS) -c constraints.txt "$(TORCH)"
-	@INTERP_SKIP_FRONTEND=1 $(PIP) install -q $(PIP_ARGS) -c constraints.txt -e .
+	@echo "Installing into $(VENV); the first time takes minutes, most of them for downloads that pip keeps for the next time"
+	@echo "[1/2] PyTorch: $(TORCH), the one big download"
+	@$(STARTED); $(PIP_INSTALL) "$(TORCH)" && $(DONE)
+	@echo "[2/2] interp-assets and the packages that it stands on, Dagster and transformers among them"
+	@$(STARTED); INTERP_SKIP_FRONTEND=1 $(PIP_INSTALL) -e . && $(DONE)
 	@touch $@
+	@echo "Installed: $$($(BIN)/interp --version). Use it as $(BIN)/interp, or as interp after: source $(BIN)/activate"
 
 $(DEV_STAMP): $(ENV_STAMP)
-	@echo "Installing development packages"
-	@INTERP_SKIP_FRONTEND=1 $(PIP) install -q $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	@echo "Installing what development needs besides: test tools, linters, the tools that we compare with"
+	@$(STARTED); INTERP_SKIP_FRONTEND=1 $(PIP_INSTALL) -e ".[dev]" && $(DONE)
 	@touch $@
 
 env: $(ENV_STAMP)

@@ -55,6 +55,7 @@ def build(*, force: bool = False, static: Path = STATIC) -> str:
         return "unchanged"
     node = find_node()
     _install_packages(node)
+    _say("building the pages")
     _run([node.node, str(HERE / "node_modules" / "vite" / "bin" / "vite.js"), "build", "--outDir", str(static), "--emptyOutDir"], node, "vite build")
     (static / STAMP).write_text(json.dumps({"sources": wanted}) + "\n", encoding="utf-8")
     return f"built into {static}"
@@ -94,6 +95,7 @@ def find_node() -> Node:
     if found:
         return found
     target = str(_own_folder().parent)
+    _say(f"no Node in reach, so {NODE_PACKAGE} is installed into {_own_folder().parent}")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target", target, NODE_PACKAGE]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     found = _packaged_node(_own_folder())
@@ -143,8 +145,15 @@ def _install_packages(node: Node) -> None:
     stamp = HERE / "node_modules" / ".lock-hash"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == lock:
         return
+    _say("installing the packages that the build needs (npm ci)")
     _run([*node.npm, "ci", "--no-audit", "--no-fund", "--loglevel=error"], node, "npm ci")
     stamp.write_text(lock, encoding="utf-8")
+
+
+def _say(what: str) -> None:
+    """Say what takes a while; into the log of whoever builds a wheel, too."""
+    sys.stdout.write(f"front end: {what}\n")
+    sys.stdout.flush()
 
 
 def _run(command: list[str], node: Node, what: str) -> None:

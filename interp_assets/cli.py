@@ -6,10 +6,12 @@ torch and Dagster take seconds and `interp --help` should not.
 """
 
 import os
+import platform
 import socket
 import sys
 import traceback
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -205,8 +207,17 @@ def dev(config: ConfigOption = None, dagster_port: Annotated[int, typer.Option(h
         dagster.wait()
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        out.print(f"interp-assets {metadata.version('interp-assets')}, Python {platform.python_version()}", soft_wrap=True)
+        raise typer.Exit
+
+
 @app.callback()
-def explain(debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False) -> None:
+def explain(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and go.", callback=_show_version, is_eager=True)] = False,
+) -> None:
     """From text to the features of a language model: token shards, activations, an exact shuffle, sparse autoencoders, a browser."""
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,14 @@ def test_the_options_are_the_ones_people_have_in_their_scripts() -> None:
     commands = get_command(cli.app).commands  # type: ignore[attr-defined]
     found = {name: sorted(next(iter(p.opts)) for p in command.params if p.name != "help") for name, command in commands.items()}
     assert found == OPTIONS
+
+
+def test_the_version_can_be_asked_for(tmp_path: Path) -> None:
+    """The first line of every report of a fault."""
+    done = interp("--version", cwd=tmp_path)
+    assert done.returncode == 0
+    assert re.fullmatch(r"interp-assets \d+\.\d+\.\d+\S*, Python 3\.\d+\.\d+\S*\n", done.stdout), done.stdout
+    assert not done.stderr
 
 
 def test_every_command_and_option_explains_itself() -> None:
