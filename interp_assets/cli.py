@@ -31,6 +31,7 @@ err = Console(stderr=True, highlight=False)
 _INTERRUPTED = 130
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline's YAML file. Default: the demo pipeline.")]
+ReadAgain = Annotated[bool, typer.Option("--read-again", help="Plan from all text and weights, also of files that look unchanged.")]
 PathArgument = Annotated[str, typer.Argument(help="An artifact's folder, or any folder above artifacts; a path or s3:// address.")]
 PortOption = Annotated[int, typer.Option(help="Port of the feature browser; the next free one is taken when it is in use.")]
 
@@ -52,9 +53,10 @@ def demo(
 def run(
     config: ConfigOption = None,
     select: Annotated[list[str] | None, typer.Option(help="Only this asset, for example `activations`; may be given several times.")] = None,
+    read_again: ReadAgain = False,
 ) -> None:
     """Materialize what is missing of a pipeline, from text to the feature browser's bundle."""
-    _run(_load(config), select or [])
+    _run(_load(config, read_again=read_again), select or [])
 
 
 @app.command()
@@ -168,7 +170,7 @@ def verify(path: PathArgument = "data") -> None:
     with byte_bar(err, "verifying", tree.n_bytes) as advance:
         faults = verify_tree(place.store, place.path, advance)
     for fault in faults:
-        out.print(f"{place.store.url}/{fault.path}: {fault.what}", soft_wrap=True, markup=False)
+        out.print(f"{place.store.url}/{fault.path} {fault.what}", soft_wrap=True, markup=False)
     summary = f"{format_count(len(tree.artifacts), 'artifact')}, {format_bytes(tree.n_bytes)}"
     if faults:
         out.print(f"{summary}: {format_count(len(faults), 'fault')}.")
@@ -207,10 +209,11 @@ def dev(config: ConfigOption = None, dagster_port: Annotated[int, typer.Option(h
         dagster.wait()
 
 
-def _show_version(is_asked: bool) -> None:
+def _show_version(is_asked: bool) -> bool:
     if is_asked:
         out.print(f"interp-assets {metadata.version('interp-assets')}, Python {platform.python_version()}", soft_wrap=True)
         raise typer.Exit
+    return is_asked
 
 
 @app.callback()
@@ -243,8 +246,9 @@ def main() -> None:
         sys.exit(3)
 
 
-def _load(path: Path | None) -> PipelineConfig:
-    return demo_config() if path is None else load_config(path)
+def _load(path: Path | None, *, read_again: bool = False) -> PipelineConfig:
+    config = demo_config() if path is None else load_config(path)
+    return config.model_copy(update={"execution": config.execution.model_copy(update={"read_again": True})}) if read_again else config
 
 
 def _run(config: PipelineConfig, select: list[str]) -> None:

@@ -17,6 +17,7 @@ Checksums do not belong here: no client verifies a ranged read, so `manifest.py`
 
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ T = TypeVar("T")
 READ_ATTEMPTS: Final = 4
 PART_BYTES: Final = 8 << 20
 """Size of one part of a streamed write."""
+_FULL_BUCKET: Final = re.compile(r"quota|storage_?cap|storage_?full|insufficient_?storage|status code: 507|no writable volumes", re.IGNORECASE)
+"""What servers say when there is no room: Ceph `QuotaExceeded`, MinIO `XMinioStorageFull`, B2 `storage_cap_exceeded`, WebDAV-like 507."""
 
 
 class ObjectInfo(NamedTuple):
@@ -335,8 +338,16 @@ def check_path(path: str) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Reduce an error of the storage library to its first line, with the next step where it is known."""
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    """Reduce an error of the storage library to its first line and what the server said, with the next step where it is known."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    text = re.sub(r",? after \d+ retries, max_retries: \d+, retry_timeout: \S+|: *<.*", "", lines[0])
+    said = re.search(r"<Code>([^<]{1,100})</Code>\s*(?:<Message>([^<]{1,300})</Message>)?", str(error))
+    if said is not None and said[1] not in text:
+        text = f"{text}: {': '.join(part.rstrip('.') for part in said.groups() if part)}"
     if any(f"os error {code}" in text or getattr(error, "errno", None) == code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
         return f"{text}. Free some space and run the same command again: finished shards are kept."
+    if _FULL_BUCKET.search(text):
+        return f"{text}. The bucket is full or over its quota. Make room, then run the same command again: finished shards are kept."
+    if re.search(r"status code: 5\d\d", text):
+        return f"{text}. The store is overloaded, or full, or broken: look at its own log. Then run the same command again: finished shards are kept."
     return text

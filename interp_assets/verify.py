@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong: the object's path in the store, and what and what to do in one sentence."""
+    """One thing that is wrong: the object's path in the store, and a predicate of it: what it is or does, and what to do."""
 
     path: str
     what: str
@@ -87,7 +87,7 @@ def verify_artifact(store: Store, path: str, objects: list[ObjectInfo], progress
     try:
         manifest = read_manifest(store, path)
     except InterpError as error:
-        yield Fault(f"{path}/{MANIFEST}", str(error))
+        yield _explain(store, f"{path}/{MANIFEST}", error)
         return
     yield from _verify_id(path, manifest)
     sizes = {item.path.removeprefix(f"{path}/"): item.n_bytes for item in objects}
@@ -120,11 +120,16 @@ def _verify_file(
         try:
             read_range(store, path, manifest, entry.name, start, stop - start)
         except InterpError as error:
-            yield Fault(where, str(error))
+            yield _explain(store, where, error)
             if n_bytes != entry.n_bytes:
                 return
         if progress is not None:
             progress(stop - start)
+
+
+def _explain(store: Store, path: str, error: InterpError) -> Fault:
+    """Make a fault of an error, whose message may begin with the object's address."""
+    return Fault(path, str(error).removeprefix(f"{store.url}/{path} ") if str(error).startswith(f"{store.url}/{path} ") else f"fails: {error}")
 
 
 def _parents(path: str) -> Iterator[str]:

@@ -3,6 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -139,3 +143,58 @@ def test_an_endpoint_without_encryption_has_to_be_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"The S3 endpoint http://somewhere is not encrypted. Use https, or set AWS_ALLOW_HTTP=true"):
         open_store("s3://bucket/prefix", s3={"aws_endpoint": "http://somewhere", "aws_region": "r"})
     open_store("s3://bucket/prefix", s3={"aws_endpoint": "http://somewhere", "aws_region": "r", "aws_allow_http": "true"})
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (
+            507,
+            "<Error><Code>XMinioStorageFull</Code><Message>Storage backend has reached its minimum.</Message></Error>",
+            "is full",
+        ),
+        (403, "<Error><Code>QuotaExceeded</Code></Error>", "is full"),
+        (403, "<Error><Code>storage_cap_exceeded</Code><Message>Cap exceeded</Message></Error>", "is full"),
+        (500, "<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>", "look at its own log"),
+        (403, "<Error><Code>AccessDenied</Code><Message>No.</Message></Error>", ""),
+    ],
+)
+def test_a_bucket_that_refuses_says_which_and_what_to_do(status: int, body: str, expected: str) -> None:
+    """Servers say "full" in different words, and the client's own text hides all of them behind its retries."""
+    with refuse(status, body) as endpoint:
+        options = {"aws_endpoint": endpoint, "aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region": "r", "aws_allow_http": True}
+        store = open_store("s3://bucket/folder", s3=options)
+        with pytest.raises(StoreError) as caught:
+            store.put("x", b"1")
+    said, code = str(caught.value), body.partition("<Code>")[2].partition("<")[0]
+    assert said.startswith("Could not write s3://bucket/folder/x: ")
+    assert code in said
+    assert "max_retries" not in said
+    assert "<" not in said
+    assert expected in said
+    assert ("finished shards are kept." in said) is bool(expected)
+
+
+@contextmanager
+def refuse(status: int, body: str) -> Iterator[str]:
+    """Serve nothing but refusals; yield the endpoint."""
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_args: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
