@@ -7,9 +7,10 @@ and clipping, float32. What SAELens trained is brought into our parametrisation,
 by a threshold, and measured by our evaluation on the held-out shards; so only the training steps differ. One JSON line a case: `ratio`
 is ours / SAELens for FVU, L0 and recovered cross entropy.
 
-Some of our recipes take the mean of the squared error over dimensions; SAELens, which takes the sum, is given the mean there. Where the
-recipes differ and cannot be made the same, `difference` says how. Everywhere: SAELens does not keep decoder rows at norm 1 (its TopK family
-selects by activation times norm instead, and so is the same function).
+Some of our recipes take the mean of the squared error over dimensions; SAELens, which takes the sum, is given the mean there. Where its
+recipe is another one than ours, `quality_peer.py` gives its classes the paper's, and `as_shipped` shows beside it what SAELens reaches with
+its own; `difference` says what the two are. Its TopK family does not keep decoder rows at norm 1: it selects by activation times norm, and so
+is the same function.
 """
 
 # ruff: noqa: SLF001 - a measurement without an artifact
@@ -40,16 +41,18 @@ from interp_assets.train.dense import STEP_WIDTH
 from interp_assets.train.fold import fold_weights
 from interp_assets.train.losses import Weights
 from interp_assets.train.recipes import DECAY_SHARE, RECIPES, WARMUP_SHARE, make_normalization, make_weights
+from interp_assets.train.topk import GROUP_SHARES, group_ends
 from interp_assets.train.trainer import Trainer
 
-COEFFICIENTS: Final[dict[Architecture, float]] = {"relu": 2.0, "gated": 0.7, "jump_relu_tanh": 1.0, "jump_relu_step": 2e-3}
+COEFFICIENTS: Final[dict[Architecture, float]] = {"relu": 5.0, "gated": 3.0, "jump_relu_tanh": 3.0, "jump_relu_step": 5e-3}
 DIFFERENCES: Final[dict[Architecture, str]] = {
-    "gated": "SAELens weighs the penalty by decoder norms and trains the decoder by the gates' reconstruction too; the paper freezes it there",
-    "topk": "AuxK is off on both sides",
-    "batch_topk": "AuxK is off on both sides; one threshold, calibrated on the same rows, on both",
-    "jump_relu_step": "ours trains the logarithm of the threshold, theirs the threshold",
-    "jump_relu_tanh": "ours trains the logarithm of the threshold, theirs the threshold; our loss on silence is on all latents, theirs on dead ones",
+    "gated": "as shipped, SAELens weighs the penalty by decoder norms, keeps none, and trains the decoder by the gates' reconstruction too",
+    "matryoshka_batch_topk": "as shipped, SAELens takes the sum over prefixes, without the empty one, for their mean with it",
+    "jump_relu_step": "as shipped, SAELens trains the threshold and not its logarithm, and keeps no decoder norms",
+    "jump_relu_tanh": "as shipped, SAELens trains the threshold and not its logarithm, and only dead latents have the loss on silence",
 }
+"""Of architectures whose recipe in SAELens is another one. AuxK is off on both sides of the TopK family: SAELens' is not divided by a variance."""
+ARCHITECTURES: Final = ("relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu_tanh", "jump_relu_step")
 _NEVER: Final = 1 << 60
 _SHOWN: Final = ("d_sae", "k", "batch_rows", "n_rows", "learning_rate", "sparsity_coefficient")
 
@@ -78,8 +81,9 @@ def train_ours(config: SaeConfig, weights: Weights, rows: Tensor) -> Weights:
     return trainer.whole_weights()
 
 
-def train_theirs(python: str, config: SaeConfig, weights: Weights, rows: Path, d_in: int) -> Weights:
+def train_theirs(python: str, config: SaeConfig, weights: Weights, rows: Path, *, is_same_recipe: bool) -> Weights:
     """Train by SAELens in its own environment, from the same weights, and bring the result into our parametrisation."""
+    d_in = weights["W_enc_T"].shape[1]
     recipe = RECIPES[config.architecture]
     with tempfile.TemporaryDirectory() as folder:
         save_file({name: value.contiguous() for name, value in weights.items()}, f"{folder}/start.safetensors")
@@ -95,7 +99,10 @@ def train_theirs(python: str, config: SaeConfig, weights: Weights, rows: Path, d
             "learning_rate_warmup": WARMUP_SHARE,
             "learning_rate_decay": DECAY_SHARE,
             "step_width": STEP_WIDTH * d_in**0.5,
-            "is_mean": recipe.is_sparse or config.architecture == "jump_relu_step",
+            "error_parts": _error_parts(config.architecture, d_in, is_same_recipe=is_same_recipe),
+            "is_unit_norm": recipe.is_unit_norm and not recipe.is_sparse,
+            "is_same_recipe": is_same_recipe,
+            "group_ends": group_ends(config.d_sae),
             "threads": torch.get_num_threads(),
             **config.model_dump(include={"d_sae", "k", "batch_rows", "n_rows", "learning_rate", "sparsity_coefficient"}),
         }
@@ -104,6 +111,13 @@ def train_theirs(python: str, config: SaeConfig, weights: Weights, rows: Path, d
         found = load_file(request["end"])
     norm = found["W_dec"].norm(dim=1).clamp(min=1e-12)
     return from_sae_lens(config.architecture, found, norm)
+
+
+def _error_parts(architecture: Architecture, d_in: int, *, is_same_recipe: bool) -> int:
+    """Return what SAELens' squared errors, summed over dimensions and over the prefixes of a Matryoshka SAE, are divided by."""
+    if not (RECIPES[architecture].is_sparse or architecture == "jump_relu_step"):
+        return 1
+    return d_in * (len(GROUP_SHARES) + 1 if architecture == "matryoshka_batch_topk" and is_same_recipe else 1)
 
 
 def from_sae_lens(architecture: Architecture, found: dict[str, Tensor], norm: Tensor) -> Weights:
@@ -153,17 +167,27 @@ def compare(bench: Bench, chosen: argparse.Namespace, architecture: Architecture
     config = make_case(chosen, architecture)
     start = make_weights(config, bench.rows[:4096], bench.d_in, torch.Generator().manual_seed(chosen.seed))
     ours = bench.measure(config, train_ours(config, start, bench.rows))
-    theirs = bench.measure(config, train_theirs(chosen.peers, config, start, rows, bench.d_in))
+
+    def measure_theirs(*, is_same_recipe: bool) -> dict[str, float]:
+        return bench.measure(config, train_theirs(chosen.peers, config, start, rows, is_same_recipe=is_same_recipe))
+
+    theirs = measure_theirs(is_same_recipe=True)
+    shipped = measure_theirs(is_same_recipe=False) if architecture in DIFFERENCES and chosen.as_shipped else {}
     return {
         "name": f"quality_{architecture}",
         "value": round(ours["fvu"] / theirs["fvu"], 4),
         "unit": "FVU of ours / of SAELens",
-        "ours": {name: round(value, 5) for name, value in ours.items()},
-        "sae_lens": {name: round(value, 5) for name, value in theirs.items()},
+        "ours": _rounded(ours),
+        "sae_lens": _rounded(theirs),
+        "as_shipped": _rounded(shipped),
         "ratio": {name: round(ours[name] / theirs[name], 4) for name in ("fvu", "l0", "ce_recovered")},
         "difference": DIFFERENCES.get(architecture, ""),
         "config": {"d_in": bench.d_in, "hook_point": bench.hook_point, "seed": chosen.seed, **config.model_dump(include=set(_SHOWN))},
     }
+
+
+def _rounded(measures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in measures.items()}
 
 
 def main() -> None:
@@ -171,7 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--peers", required=True, help="interpreter of the environment that has sae-lens")
     parser.add_argument("--config", help="a pipeline whose shards are mixed; the demo by default (interp run)")
-    parser.add_argument("--architectures", nargs="+", default=["relu", "gated", "topk", "batch_topk", "jump_relu_tanh", "jump_relu_step"])
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--as-shipped", action=argparse.BooleanOptionalAction, default=True, help="also train SAELens' own recipe")
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--steps", type=int, default=400)
