@@ -212,6 +212,8 @@ class ExecutionConfig(_Config):
     """Steps between two checkpoints of a training, at most two of which are kept."""
     profile_steps: Annotated[int, Field(ge=0, le=1000)] = 5
     """Training steps that are profiled, after ten steps of warm-up; costs about a second, which no rate counts. 0 profiles none."""
+    read_again: bool = False
+    """Plan from all text and weights, not from notes of files that have not changed since they were read (`interp run --read-again`)."""
     plan: Name = "plan.json"
     """File of the plan in the pipeline's folder; a retraining works under a plan of its own until it is promoted. Leave it."""
     usd_per_hour: Annotated[float, Field(ge=0)] = 0.0

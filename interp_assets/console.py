@@ -59,6 +59,10 @@ class Bars(Progress):
         name = " ".join(part for part in (asset, partition) if part)
         self._rich.reset(self._partition, description=name, total=self._n_expected, note="", visible=True)
 
+    def tell(self, sentence: str) -> None:
+        """Print a sentence above the bars."""
+        self._rich.console.print(f"  {sentence}", soft_wrap=True, markup=False)
+
     def advance(self, n: int) -> None:
         """Show units of work."""
         self._n_units += n

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from interp_assets.config import PipelineConfig
 from interp_assets.console import format_bytes, format_count, print_table
-from interp_assets.corpus.plan import plan_corpus
+from interp_assets.corpus.plan import describe_empty, plan_corpus
 from interp_assets.costs import Cost, add_up
 from interp_assets.errors import ArtifactMissingError
 from interp_assets.pipeline import Pipeline, open_pipeline_store
@@ -34,6 +34,8 @@ def print_plan(console: Console, config: PipelineConfig) -> None:
     held_out = format_count(len(pipeline.held_out_indices), "shard")
     console.print(f"Pipeline {config.name} in {config.root}", soft_wrap=True, markup=False)
     console.print(f"  {format_count(len(shards), 'corpus shard')}: {text}; {held_out} held out", soft_wrap=True)
+    if sentence := describe_empty(pipeline.plan):
+        console.print(f"  {sentence}", soft_wrap=True, markup=False)
     for hook_point, width in pipeline.plan.hook_widths.items():
         console.print(f"  {config.model.name} at {hook_point}: {width:,} values a row in {config.harvest.dtype}", soft_wrap=True, markup=False)
     _print_shuffle(console, pipeline, store)

@@ -53,6 +53,10 @@ class PipelinePlan:
     max_context: int
     generations: list[int] = field(default_factory=list)
     """For each generation of training shards, the first shard index after it (`shuffle/generations.py`); empty: all shards are one."""
+    n_empty_files: int = 0
+    """Files that were skipped because they hold no text."""
+    empty_files: list[str] = field(default_factory=list)
+    """The names of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,10 @@ def open_pipeline_store(config: PipelineConfig) -> Store:
 
 def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
     """Replace the pipeline's plan; answer False when it was the same already."""
-    data = (json.dumps({"format": "interp-assets/plan", "version": 1, **asdict(plan)}, sort_keys=True, indent=1) + "\n").encode()
+    content = asdict(plan)
+    if not plan.n_empty_files:  # as releases wrote it that did not count them
+        del content["n_empty_files"], content["empty_files"]
+    data = (json.dumps({"format": "interp-assets/plan", "version": 1, **content}, sort_keys=True, indent=1) + "\n").encode()
     try:
         if store.get(name) == data:
             return False

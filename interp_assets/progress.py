@@ -30,6 +30,9 @@ class Progress:
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Hear that work on one partition starts (`""` without partitions), and how many units it has, if that is known."""
 
+    def tell(self, sentence: str) -> None:
+        """Hear something that a person should read."""
+
     def advance(self, n: int) -> None:
         """Hear that `n` more units of the current partition are done."""
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import dagster as dg
 
-from interp_assets.corpus.plan import plan_corpus
+from interp_assets.corpus.plan import describe_empty, plan_corpus
 from interp_assets.corpus.refs import TOKEN_SHARD_VERSION
 from interp_assets.corpus.tokens import make_token_shard
 from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, hash_version, made, partition_keys, record
@@ -54,6 +54,9 @@ def _corpus_plan(layout: Layout) -> dg.AssetsDefinition:
     def corpus_plan(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
         claim_history(context.instance, world.config.name)
         pipeline = plan_corpus(world.config, world.store())
+        if sentence := describe_empty(pipeline.plan):
+            context.log.info(sentence)
+            progress.tell(sentence)
         set_partitions(context.instance, SHARDS, [shard.key for shard in pipeline.plan.shards])
         set_partitions(context.instance, EXPERIMENTS, [sae.name for sae in pipeline.config.saes])
         for shard in pipeline.plan.shards:
@@ -103,7 +106,7 @@ def _token_shards(layout: Layout) -> dg.AssetsDefinition:
 def _describe(pipeline: Pipeline) -> Made:
     """Show the plan. Its data version leaves the shards out: their own fingerprints are the versions of `documents`."""
     plan = asdict(pipeline.plan)
-    shards, generations = plan.pop("shards"), plan.pop("generations")
+    shards, generations, n_empty, _ = (plan.pop(name) for name in ("shards", "generations", "n_empty_files", "empty_files"))
     metadata = {
         "shards": len(shards),
         "held_out_shards": len(pipeline.held_out_indices),
@@ -111,6 +114,8 @@ def _describe(pipeline: Pipeline) -> Made:
         "text_bytes": sum(shard["n_bytes"] for shard in shards),
         "plan": dg.MetadataValue.json(plan),
     }
+    if n_empty:
+        metadata["empty_files"] = describe_empty(pipeline.plan)
     if generations:
         metadata |= {"generations": dg.MetadataValue.json(generations), "pending_shards": len(pipeline.pending_indices)}
     return Made(hash_version({**plan, "corpus": pipeline.config.corpus.model_dump()}), metadata)

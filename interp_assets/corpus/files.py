@@ -2,12 +2,13 @@
 
 A `.jsonl` or `.jsonl.gz` file holds one document per line, a `.parquet` file one per row, any other file is one document of UTF-8 text.
 Files are taken in order of path, so that files which land later, under later names, come after those that are planned already; names
-that start with a dot are left out. Rows without text are skipped; what cannot be text is a problem, and problems are collected over all
-files before they are raised.
+that start with a dot are left out. Rows without text, and files without any, yield nothing; what cannot be text is a problem, and
+problems are collected by the caller, so that all are raised at once.
 """
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,6 @@ import pyarrow.parquet as pq
 
 from interp_assets.corpus.parquet import ColumnMissingError, iter_row_groups
 from interp_assets.errors import InputError
-
-_SHOWN_PROBLEMS = 20
 
 
 class FoundDocument(NamedTuple):
@@ -37,24 +36,48 @@ class Place(NamedTuple):
     offset: int
 
 
-def iter_folder(path: str, text_field: str) -> Iterator[FoundDocument]:
-    """Yield every document below `path` (a file or a folder).
+def list_files(path: str) -> tuple[Path, list[str]]:
+    """List the files of a corpus in order, relative to the folder that is returned with them. Raises `InputError` when there are none."""
+    root, where = _list_root(path)
+    if where.is_file():
+        return root, [where.name]
+    files = sorted(_iter_names(where, ""))
+    if not files:
+        raise InputError(f"The folder {where} holds no files. Put text, JSONL or Parquet files there, or point `corpus.path` elsewhere.")
+    return root, files
 
-    Raises `InputError` after the last one when some could not be read, with a line for each: empty or binary file, wrong JSON, missing column.
-    """
-    root, files = _list_files(path)
-    problems: list[str] = []
-    for file in files:
-        try:
-            yield from _iter_file(root, file, text_field, problems)
-        except (OSError, EOFError, pa.ArrowException) as error:
-            problems.append(f"{root / file}: cannot be read: {error}")
-    if problems:
-        shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
-        rest = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        raise InputError(
-            f"{len(problems)} document(s) under {path} cannot be used; fix them, move them away, or point `corpus.path` elsewhere:\n{shown}{rest}"
-        )
+
+def _iter_names(folder: Path, prefix: str) -> Iterator[str]:
+    """Yield what lies below a folder, without what starts with a dot and without following links to folders."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _iter_names(folder / entry.name, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name
+
+
+def iter_file(root: Path, file: str, text_field: str, problems: list[str]) -> Iterator[FoundDocument]:
+    """Yield the documents of one file; what cannot be text becomes a line in `problems`. Raises what the file system and formats raise."""
+    if not (root / file).stat().st_size:
+        return
+    if is_lines(file):
+        yield from _iter_lines(root, file, text_field, problems)
+    elif file.endswith(".parquet"):
+        yield from _iter_rows(root, file, text_field, problems)
+    else:
+        text = _decode((root / file).read_bytes(), root / file, problems)
+        if text:
+            yield FoundDocument(file, text, Place(file, 0, 0))
+
+
+def name_document(file: str, row: int) -> str:
+    """Return the name of a document: the file's, with the line from 1 or the row from 0 where a file holds many."""
+    if is_lines(file):
+        return f"{file}:{row + 1}"
+    return f"{file}:{row}" if file.endswith(".parquet") else file
 
 
 def iter_part(path: str, part: dict[str, Any], text_field: str) -> Iterator[tuple[str, str]]:
@@ -62,12 +85,12 @@ def iter_part(path: str, part: dict[str, Any], text_field: str) -> Iterator[tupl
     root, _ = _list_root(path)
     file = root / part["file"]
     problems: list[str] = []
-    if _is_lines(file):
+    if is_lines(file.name):
         found = _iter_lines(root, part["file"], text_field, problems, first=part["first"], offset=part["offset"], stop=part["stop"])
     elif file.suffix == ".parquet":
         found = _iter_rows(root, part["file"], text_field, problems, first=part["first"], stop=part["stop"])
     else:
-        found = _iter_file(root, part["file"], text_field, problems)
+        found = iter_file(root, part["file"], text_field, problems)
     try:
         for document in found:
             yield document.source, document.text
@@ -84,36 +107,14 @@ def _list_root(path: str) -> tuple[Path, Path]:
     return (where.parent, where) if where.is_file() else (where, where)
 
 
-def _list_files(path: str) -> tuple[Path, list[str]]:
-    root, where = _list_root(path)
-    if where.is_file():
-        return root, [where.name]
-    relative = (found.relative_to(root) for found in where.rglob("*") if found.is_file())
-    files = sorted(file.as_posix() for file in relative if not any(part.startswith(".") for part in file.parts))
-    if not files:
-        raise InputError(f"The folder {where} holds no files. Put text, JSONL or Parquet files there, or point `corpus.path` elsewhere.")
-    return root, files
-
-
-def _is_lines(file: Path) -> bool:
-    return file.name.endswith((".jsonl", ".jsonl.gz", ".ndjson"))
-
-
-def _iter_file(root: Path, file: str, text_field: str, problems: list[str]) -> Iterator[FoundDocument]:
-    if _is_lines(root / file):
-        yield from _iter_lines(root, file, text_field, problems)
-    elif file.endswith(".parquet"):
-        yield from _iter_rows(root, file, text_field, problems)
-    else:
-        text = _decode((root / file).read_bytes(), root / file, problems)
-        if text:
-            yield FoundDocument(file, text, Place(file, 0, 0))
+def is_lines(file: str) -> bool:
+    """Tell whether each line of a file is a document."""
+    return file.endswith((".jsonl", ".jsonl.gz", ".ndjson"))
 
 
 def _decode(data: bytes, where: Path, problems: list[str]) -> str:
-    """Return the text of a file; a problem and nothing when it has none or is binary."""
+    """Return the text of a file, nothing when it is blank; a problem and nothing when it is binary."""
     if not data.strip():
-        problems.append(f"{where}: is empty")
         return ""
     nul = data.find(b"\0")
     if nul >= 0:
@@ -131,8 +132,6 @@ def _iter_lines(
 ) -> Iterator[FoundDocument]:
     """Yield the documents of lines [first, stop); `offset` is where line `first` begins in the (decompressed) file."""
     where = root / file
-    n_found = 0
-    n_problems = len(problems)
     with gzip.open(where) if file.endswith(".gz") else where.open("rb") as lines:
         lines.seek(offset)
         for row in range(first, stop):
@@ -141,11 +140,8 @@ def _iter_lines(
                 break
             text = _text_of_line(line, f"{where}, line {row + 1:,}", text_field, problems) if line.strip() else ""
             if text.strip():
-                n_found += 1
-                yield FoundDocument(f"{file}:{row + 1}", text, Place(file, row, offset))
+                yield FoundDocument(name_document(file, row), text, Place(file, row, offset))
             offset += len(line)
-    if not n_found and len(problems) == n_problems:
-        problems.append(f"{where}: holds no text")
 
 
 def _text_of_line(line: bytes, where: str, text_field: str, problems: list[str]) -> str:
@@ -172,16 +168,11 @@ def text_of(value: object, where: str, text_field: str, problems: list[str]) -> 
 def _iter_rows(root: Path, file: str, text_field: str, problems: list[str], *, first: int = 0, stop: int = 1 << 62) -> Iterator[FoundDocument]:
     """Yield the documents of rows [first, stop) of a Parquet file, reading only the row groups that hold them."""
     where = root / file
-    n_found = 0
-    n_problems = len(problems)
     with pq.ParquetFile(where) as parquet:
         try:
             for row, value in iter_row_groups(parquet, text_field, first, stop):
                 text = text_of(value, f"{where}, row {row:,}", text_field, problems)
                 if text.strip():
-                    n_found += 1
-                    yield FoundDocument(f"{file}:{row}", text, Place(file, row, 0))
+                    yield FoundDocument(name_document(file, row), text, Place(file, row, 0))
         except ColumnMissingError as error:
             problems.append(f"{where}: has {error}. Set `corpus.text_field`")
-    if not n_found and len(problems) == n_problems:
-        problems.append(f"{where}: holds no text")

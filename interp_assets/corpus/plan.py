@@ -2,17 +2,21 @@
 
 Everything that every stage must agree on before it starts is decided here, and what can be refused cheaply is refused here: text that is
 no text, a hook point that does not exist, a context longer than the model's, a tokenizer that is another model's. The model is built on
-the `meta` device, without its weights, so planning for a large model costs no memory; its local weights are read once for their hash.
+the `meta` device, without its weights, so planning for a large model costs no memory. Local text and weights are read once; files that
+have not changed since are known (`seen.py`).
 """
 
 from interp_assets.config import PipelineConfig
-from interp_assets.corpus.sources import plan_sources
+from interp_assets.corpus.sources import survey_sources
 from interp_assets.errors import ArtifactError, InputError
 from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer
 from interp_assets.garcon.subject import SubjectModel, make_meta_model
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource, load_pipeline, save_plan
+from interp_assets.seen import open_seen
 from interp_assets.store import Store
+
+_SHOWN_FILES = 20
 
 
 def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
@@ -24,15 +28,19 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
     subject = make_meta_model(config.model)
     widths = {hook_point: subject.d_in(hook_point) for hook_point in config.harvest.hook_points}
     _check_model(config, subject)
-    shards = plan_sources(config.corpus, config.seed, [shard.n_documents for shard in old.shards] if old else ())
+    with open_seen(read_again=config.execution.read_again) as seen:
+        shards, empty = survey_sources(config.corpus, config.seed, [shard.n_documents for shard in old.shards] if old else (), seen)
+        model_fingerprint = fingerprint_model(config.model, seen)
     plan = PipelinePlan(
         shards=shards,
         tokenizer_fingerprint=fingerprint_tokenizer(config.model),
-        model_fingerprint=fingerprint_model(config.model),
+        model_fingerprint=model_fingerprint,
         hook_widths=widths,
         vocabulary_size=subject.vocabulary_size,
         max_context=subject.max_context,
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
+        n_empty_files=len(empty),
+        empty_files=empty[:_SHOWN_FILES],
     )
     save_plan(store, plan, config.execution.plan)
     return Pipeline(config, plan)
@@ -45,6 +53,16 @@ def carry_generations(old: PipelinePlan | None, shards: list[ShardSource]) -> li
     kept = old.generations or [len(old.shards)]
     is_same = [shard.fingerprint for shard in shards[: kept[-1]]] == [shard.fingerprint for shard in old.shards[: kept[-1]]]
     return kept if is_same else [len(shards)]
+
+
+def describe_empty(plan: PipelinePlan) -> str:
+    """Say which files were skipped because they hold no text; nothing when there are none."""
+    if not plan.n_empty_files:
+        return ""
+    shown = plan.empty_files[:5]
+    rest = plan.n_empty_files - len(shown)
+    noun = "empty file" if plan.n_empty_files == 1 else "empty files"
+    return f"{plan.n_empty_files:,} {noun} skipped: {', '.join(shown)}" + (f" and {rest:,} more" if rest else "")
 
 
 def _find_grown(config: PipelineConfig, store: Store) -> PipelinePlan | None:

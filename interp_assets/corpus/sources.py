@@ -14,22 +14,30 @@ from pathlib import Path
 from sysconfig import get_path
 from typing import Any, NamedTuple
 
-import xxhash
-
 from interp_assets.config import CorpusConfig
-from interp_assets.corpus.files import iter_folder, iter_part
+from interp_assets.corpus.files import iter_part
 from interp_assets.corpus.hub import iter_hub_documents, plan_hub
 from interp_assets.corpus.stdlib import iter_stdlib_documents
+from interp_assets.corpus.survey import iter_measured, measure
 from interp_assets.errors import ConfigError, InputError
 from interp_assets.pipeline import ShardSource
 from interp_assets.seeds import stream
+from interp_assets.seen import SeenFiles
+
+
+class Survey(NamedTuple):
+    """The shards of a corpus, and the names of files that were skipped because they hold no text."""
+
+    shards: list[ShardSource]
+    empty_files: list[str]
 
 
 class _Document(NamedTuple):
-    """One document while planning: name, text and where it lies."""
+    """One document while planning: name, bytes and digest of its text, and where it lies."""
 
     source: str
-    text: str
+    n_bytes: int
+    digest: bytes
     place: dict[str, Any]
 
 
@@ -42,12 +50,11 @@ class ContentHash:
         self.n_documents = 0
         self.n_bytes = 0
 
-    def add(self, source: str, text: str) -> None:
-        """Add one document."""
-        data = text.encode()
-        self._hash.update(f"{source}\0{len(data)}\0{xxhash.xxh3_128_hexdigest(data)}\n".encode())
+    def add(self, source: str, n_bytes: int, digest: bytes) -> None:
+        """Add one document by the bytes and the digest of its text."""
+        self._hash.update(f"{source}\0{n_bytes}\0{digest.hex()}\n".encode())
         self.n_documents += 1
-        self.n_bytes += len(data)
+        self.n_bytes += n_bytes
 
     @property
     def fingerprint(self) -> str:
@@ -56,25 +63,32 @@ class ContentHash:
 
 
 def plan_sources(config: CorpusConfig, seed: int, closed: Sequence[int] = ()) -> list[ShardSource]:
-    """Divide the corpus into shards. Reads local text once, and of a dataset on the hub only its description.
+    """Divide the corpus into shards, reading all of it. Arguments and errors as for `survey_sources`."""
+    with SeenFiles(None) as seen:
+        return survey_sources(config, seed, closed, seen).shards
+
+
+def survey_sources(config: CorpusConfig, seed: int, closed: Sequence[int], seen: SeenFiles) -> Survey:
+    """Divide the corpus into shards. Reads of local text what `seen` does not know, and of a dataset on the hub only its description.
 
     `closed` holds the number of documents of the first shards, which are cut as they were, even if the last of them has room for more.
-    Raises `InputError` for text that cannot be used, all problems at once, and `ConfigError` when no shard is left to train on.
+    Raises `InputError` for text that cannot be used, all problems at once, or for none, and `ConfigError` when no shard is left to train on.
     """
+    empty: list[str] = []
     if config.source == "huggingface":
         shards = plan_hub(config)
     elif config.source == "files":
-        shards = list(_cut(_file_documents(config), config, closed))
+        shards = list(_cut(_file_documents(config, seen, empty), config, closed))
     else:
         shards = list(_cut(_stdlib_documents(seed), config, closed))
     if not shards:
-        raise InputError(f"The corpus ({config.source} {config.path!r}) has no documents.")
+        raise InputError(f"The corpus ({config.source} {config.path!r}) has no documents.{_advise(empty)}")
     if len(shards) <= config.held_out_shards:
         raise ConfigError(
             f"corpus.held_out_shards is {config.held_out_shards}, but there are only {len(shards)} shard(s), so none is left to train on. "
             "Lower corpus.shard_bytes (or documents_per_shard), or add text."
         )
-    return shards
+    return Survey(shards, empty)
 
 
 def iter_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[str, str]]:
@@ -87,12 +101,13 @@ def iter_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[
         return
     content = ContentHash()
     for name, text in _iter_local(config, source):
-        content.add(name, text)
+        content.add(name, *measure(text))
         yield name, text
     if content.fingerprint != source.fingerprint:
         raise InputError(
             f"The text of {source.key} has changed since it was planned (fingerprint {content.fingerprint}, planned {source.fingerprint}). "
-            "Plan again: materialize `corpus_plan`, or `interp run`."
+            "Plan again: materialize `corpus_plan`, or `interp run`. If that does not help, the times of the files do not tell that they have "
+            "changed: `interp run --read-again`."
         )
 
 
@@ -116,12 +131,20 @@ def _stdlib_documents(seed: int) -> Iterator[_Document]:
         iter_stdlib_documents(with_tests=False), key=lambda document: hashlib.blake2b(document[0].encode(), key=key, digest_size=16).digest()
     )
     for name, text in documents:
-        yield _Document(name, text, {"file": name})
+        yield _Document(name, *measure(text), {"file": name})
 
 
-def _file_documents(config: CorpusConfig) -> Iterator[_Document]:
-    for found in iter_folder(config.path, config.text_field):
-        yield _Document(found.source, found.text, found.place._asdict())
+def _file_documents(config: CorpusConfig, seen: SeenFiles, empty: list[str]) -> Iterator[_Document]:
+    for found in iter_measured(config.path, config.text_field, seen, empty):
+        yield _Document(found.source, found.n_bytes, found.digest, found.place._asdict())
+
+
+def _advise(empty: list[str]) -> str:
+    """Say why there are none, when all files are empty."""
+    if not empty:
+        return ""
+    noun = "file there is" if len(empty) == 1 else "files there are"
+    return f" The {len(empty):,} {noun} without text; put text there, or point `corpus.path` elsewhere."
 
 
 def _cut(documents: Iterator[_Document], config: CorpusConfig, closed: Sequence[int]) -> Iterator[ShardSource]:
@@ -131,7 +154,7 @@ def _cut(documents: Iterator[_Document], config: CorpusConfig, closed: Sequence[
     for document in documents:
         if n_shards == config.max_shards:
             continue
-        content.add(document.source, document.text)
+        content.add(document.source, document.n_bytes, document.digest)
         places.append(document.place)
         is_full = content.n_documents == closed[n_shards] if n_shards < len(closed) else content.n_bytes >= config.shard_bytes
         if is_full:

@@ -6,6 +6,7 @@ is identified by its bytes, what is on the hub by the commit that the revision s
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from interp_assets.config import ModelConfig
 from interp_assets.errors import InputError
+from interp_assets.seen import SeenFiles
 
 BUILTIN: Final = "builtin:"
 _WEIGHT_FILES: Final = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -70,13 +72,16 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
     return config
 
 
-def fingerprint_model(model: ModelConfig) -> str:
-    """Identify the weights and the configuration: a hash of the local files, or the commit on the hub. Reads local weights once."""
+def fingerprint_model(model: ModelConfig, seen: SeenFiles | None = None) -> str:
+    """Identify the weights and the configuration: a hash of the local files, or the commit on the hub.
+
+    Reads all local weights, but for files that `seen` knows and that have not changed.
+    """
     place = locate_model(model)
     if place.folder is None:
         return _commit(model)
     patterns = (*_WEIGHT_FILES, "*.py") if model.trust_remote_code else _WEIGHT_FILES
-    return hash_files(place.folder, patterns)
+    return hash_files(place.folder, patterns, seen)
 
 
 def fingerprint_tokenizer(model: ModelConfig) -> str:
@@ -85,16 +90,22 @@ def fingerprint_tokenizer(model: ModelConfig) -> str:
     return _commit(model) if place.folder is None else hash_files(place.folder, _TOKENIZER_FILES)
 
 
-def hash_files(folder: Path, patterns: Sequence[str]) -> str:
-    """Hash names and contents of the files of `folder` that match `patterns`, in order of name."""
+def hash_files(folder: Path, patterns: Sequence[str], seen: SeenFiles | None = None) -> str:
+    """Hash names and contents of the files of `folder` that match `patterns`, in order of name. `seen` spares reading unchanged ones."""
     total = hashlib.blake2b(digest_size=16)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        content = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                content.update(block)
-        total.update(f"{path.name}\0{path.stat().st_size}\0{content.hexdigest()}\n".encode())
+        read = partial(_digest, path)
+        digest = seen.answer(path, "xxh3-128", read) if seen else read()
+        total.update(f"{path.name}\0{path.stat().st_size}\0{digest.hex()}\n".encode())
     return total.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    content = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            content.update(block)
+    return content.digest()
 
 
 def next_step(model: ModelConfig) -> str:

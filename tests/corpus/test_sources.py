@@ -13,8 +13,9 @@ import pytest
 from datasets import Dataset
 
 from interp_assets.config import CorpusConfig
-from interp_assets.corpus.sources import iter_documents, plan_sources
+from interp_assets.corpus.sources import iter_documents, plan_sources, survey_sources
 from interp_assets.errors import ConfigError, InputError
+from interp_assets.seen import SeenFiles
 
 
 def _config(path: Path, **fields: object) -> CorpusConfig:
@@ -99,28 +100,46 @@ def test_fingerprints_do_not_depend_on_the_folders_place(texts: Path, tmp_path: 
     assert plan_sources(_config(moved), 0) == before
 
 
+def test_files_without_text_are_skipped_and_named(texts: Path) -> None:
+    """An empty `__init__.py` is what every folder of sources holds: it must not refuse the corpus, nor move the shards of the others."""
+    before = plan_sources(_config(texts), 0)
+    (texts / "__init__.py").touch()
+    (texts / "blank.txt").write_text(" \n")
+    (texts / "null.jsonl").write_text('{"text": ""}\n{"text": null}\n\n')
+    (texts / "zero.jsonl.gz").touch()
+    (texts / "zero.parquet").touch()
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), texts / "rows.parquet")
+    found = survey_sources(_config(texts), 0, (), SeenFiles(None))
+    assert found.shards == before
+    assert found.empty_files == ["__init__.py", "blank.txt", "null.jsonl", "rows.parquet", "zero.jsonl.gz", "zero.parquet"]
+
+
+def test_nothing_but_empty_files_is_an_error(tmp_path: Path) -> None:
+    """An empty corpus must not become an empty pipeline, and the message says why it is one."""
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "b.txt").touch()
+    with pytest.raises(InputError, match=r"has no documents\. The 2 files there are without text"):
+        plan_sources(_config(tmp_path), 0)
+
+
 def test_all_bad_files_are_named_at_once(texts: Path) -> None:
     """One file per attempt would take the user all day."""
-    (texts / "empty.txt").write_text(" \n")
     (texts / "image.png").write_bytes(b"\x89PNG\0\0")
     (texts / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (texts / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n[1]\n{"body": 1, "title": 2}\n{"text": 7}\n')
-    (texts / "blank.jsonl").write_text('{"text": ""}\n')
     pq.write_table(pa.table({"body": ["x"]}), texts / "columns.parquet")
     (texts / "false.parquet").write_text("not parquet")
     with pytest.raises(InputError) as caught:
         plan_sources(_config(texts), 0)
     message = str(caught.value)
     for part in (
-        "10 document(s) under",
-        "empty.txt: is empty",
+        "8 document(s) under",
         "image.png: is binary, not text (a NUL byte at offset 4)",
         "latin.txt: is not UTF-8 text (byte 0xe9 at offset 3)",
         "broken.jsonl, line 2: is not JSON",
         "broken.jsonl, line 3: has no 'text'; it has list",
         "broken.jsonl, line 4: has no 'text'; it has ['body', 'title']. Set `corpus.text_field`",
         "broken.jsonl, line 5: 'text' holds a int, not text",
-        "blank.jsonl: holds no text",
         "columns.parquet: has no column 'text'; it has ['body']",
         "false.parquet: cannot be read",
     ):
