@@ -23,11 +23,11 @@ from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 from interp_assets.config import PipelineConfig
 from interp_assets.definitions import build_defs
 from interp_assets.errors import ArtifactError, ConfigError
-from interp_assets.jobs import find_missing, run_stop, select_stops
+from interp_assets.jobs import find_missing, run_stop
 from interp_assets.manifest import remove_artifact
 from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.progress import AssetReport, Progress
-from interp_assets.road import Stop, make_road
+from interp_assets.road import Stop, make_road, select_stops
 from interp_assets.store import Store
 from interp_assets.verify import verify_artifact
 

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from interp_assets.config import PipelineConfig, demo_config, load_config
-from interp_assets.errors import InputError, InterpError
+from interp_assets.errors import InputError, InterpError, has_no_room
 from interp_assets.web.commands import export, labels_app, make_desk
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -67,11 +67,12 @@ def backfill(
     partition: Annotated[list[str] | None, typer.Option(help="Only this partition, whatever its state; damaged files are found.")] = None,
 ) -> None:
     """Make what has failed, is missing or was made from other bytes, as far as possible; exit code 1 when something failed again."""
+    pipeline = _load(config)
+    _check_names(pipeline, select or [])
     from interp_assets.backfill import run_backfill
     from interp_assets.console import Bars, print_report, print_total
     from interp_assets.jobs import open_instance
 
-    pipeline = _load(config)
     warnings.simplefilter("ignore")  # as in `run`
     out.print(f"Pipeline {pipeline.name} in {pipeline.root}", soft_wrap=True, markup=False)
     reports = []
@@ -242,6 +243,11 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the last resort: a person gets a sentence, a developer --debug
         if is_debug:
             err.print(traceback.format_exc(), markup=False, soft_wrap=True)
+        if has_no_room(error):
+            reason = str(error.__cause__ or error).splitlines()[0]
+            text = f"Error: A disk is full, that of Dagster's history or of temporary files: {reason}. "
+            err.print(f"{text}Free some space and run the same command again: finished shards are kept.", style="red", markup=False, soft_wrap=True)
+            sys.exit(1)
         err.print(f"A bug in interp-assets: {type(error).__name__}: {error}. Please report it with what --debug shows.", style="red", markup=False)
         sys.exit(3)
 
@@ -251,7 +257,16 @@ def _load(path: Path | None, *, read_again: bool = False) -> PipelineConfig:
     return config.model_copy(update={"execution": config.execution.model_copy(update={"read_again": True})}) if read_again else config
 
 
+def _check_names(config: PipelineConfig, select: list[str]) -> None:
+    """Refuse names of assets that there are not, before the libraries are loaded that would make them."""
+    if select:
+        from interp_assets.road import make_road, select_stops
+
+        select_stops(make_road(config), select)
+
+
 def _run(config: PipelineConfig, select: list[str]) -> None:
+    _check_names(config, select)
     from interp_assets.console import Bars, print_report, print_total
     from interp_assets.jobs import open_instance, run_road
 

@@ -17,6 +17,12 @@
 A message says what, where, what was expected and found, and the next step.
 """
 
+import errno
+from typing import Final
+
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What an operating system says of a full disk, a used up quota, a file that may not grow."""
+
 
 class InterpError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -68,3 +74,12 @@ class PlanError(InterpError):
 
 class CertificateError(InterpError):
     """A shuffle lost, doubled or failed to mix rows."""
+
+
+def has_no_room(error: BaseException | None) -> bool:
+    """Say whether a full disk is behind an error: an `OSError`, or SQLite's own words for one, anywhere in the chain of its causes."""
+    while error is not None:
+        if getattr(error, "errno", None) in NO_ROOM or "database or disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

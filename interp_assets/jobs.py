@@ -27,7 +27,7 @@ from interp_assets.partitions import claim_history
 from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.process_names import name_process
 from interp_assets.progress import AssetReport, Progress
-from interp_assets.road import Stop, find_version, make_road
+from interp_assets.road import Stop, find_version, make_road, select_stops
 from interp_assets.store import Store
 from resources.launcher import PROCESS_TAG
 
@@ -184,15 +184,6 @@ def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
                 return True
             error = error.cause
     return False
-
-
-def select_stops(road: list[Stop], select: Sequence[str]) -> list[Stop]:
-    """Keep the named assets and `corpus_plan`; all of them when none is named. Raises `ConfigError` for a name that there is not."""
-    wanted = set(select)
-    known = {stop.name for stop in road}
-    if unknown := sorted(wanted - known):
-        raise ConfigError(f"There is no asset {', '.join(map(repr, unknown))}; this pipeline has {', '.join(sorted(known))}.")
-    return [stop for stop in road if not wanted or stop.name in wanted or (stop.axis == "none" and stop.name == "corpus_plan")]
 
 
 def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missing: list[str], keys: list[str]) -> Outcome:

@@ -9,12 +9,12 @@ will there be?" (`interp plan`) and "does the asset graph say the same?" (a test
 here: the `assets.py` of each stage says so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from interp_assets.config import PipelineConfig
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.errors import ArtifactError
+from interp_assets.errors import ArtifactError, ConfigError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.manifest import ArtifactRef, Manifest, data_version, find_made_from, load_manifest
 from interp_assets.pipeline import Pipeline, shard_index, shard_key
@@ -117,6 +117,15 @@ def make_road(config: PipelineConfig) -> list[Stop]:
     for sae in config.features.saes:
         road += _features(sae)
     return road
+
+
+def select_stops(road: list[Stop], select: Sequence[str]) -> list[Stop]:
+    """Keep the named assets and `corpus_plan`; all of them when none is named. Raises `ConfigError` for a name that there is not."""
+    wanted = set(select)
+    known = {stop.name for stop in road}
+    if unknown := sorted(wanted - known):
+        raise ConfigError(f"There is no asset {', '.join(map(repr, unknown))}; this pipeline has {', '.join(sorted(known))}.")
+    return [stop for stop in road if not wanted or stop.name in wanted or (stop.axis == "none" and stop.name == "corpus_plan")]
 
 
 def find_version(stop: Stop, pipeline: Pipeline, store: Store, key: str, known: dict[str, Manifest] | None = None) -> str | None:

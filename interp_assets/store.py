@@ -15,7 +15,6 @@ Checksums do not belong here: no client verifies a ranged read, so `manifest.py`
 `resources/` passes them in, the AWS ones as obstore's own environment variables.
 """
 
-import errno
 import os
 import re
 import sys
@@ -30,7 +29,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError
 from obstore.store import LocalStore, MemoryStore, S3Store
 
 from interp_assets.direct import DirectWriter, flush, read_into
-from interp_assets.errors import ConfigError, StoreError, StoreMissingError
+from interp_assets.errors import NO_ROOM, ConfigError, StoreError, StoreMissingError
 from interp_assets.traffic import METER, count_ranges, count_upload
 
 T = TypeVar("T")
@@ -344,7 +343,7 @@ def _reason(error: BaseException) -> str:
     said = re.search(r"<Code>([^<]{1,100})</Code>\s*(?:<Message>([^<]{1,300})</Message>)?", str(error))
     if said is not None and said[1] not in text:
         text = f"{text}: {': '.join(part.rstrip('.') for part in said.groups() if part)}"
-    if any(f"os error {code}" in text or getattr(error, "errno", None) == code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+    if any(f"os error {code}" in text or getattr(error, "errno", None) == code for code in NO_ROOM):
         return f"{text}. Free some space and run the same command again: finished shards are kept."
     if _FULL_BUCKET.search(text):
         return f"{text}. The bucket is full or over its quota. Make room, then run the same command again: finished shards are kept."

@@ -1,9 +1,11 @@
 """What people type and read: options, texts, exit codes."""
 
+import errno
 import io
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from interp_assets import cli
 from interp_assets.config import PipelineConfig, demo_config, load_config
-from interp_assets.errors import InputError
+from interp_assets.errors import InputError, has_no_room
 from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.progress import AssetReport
 from interp_assets.starter import make_starter
@@ -351,3 +353,28 @@ def test_an_interrupt_says_what_is_kept() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 130
     assert done.stderr.strip() == "Interrupted. Finished partitions are kept; the same command goes on from there."
+
+
+def test_a_misspelled_asset_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Dagster, torch and the definitions take 15 seconds and more to load; a typing mistake should not."""
+    program = (
+        "import sys\n"
+        "from interp_assets.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code, 'dagster' in sys.modules, 'transformers' in sys.modules)\n"
+    )
+    for command in ("backfill", "run"):
+        done = subprocess.run([sys.executable, "-c", program, command, "--select", "nope"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "There is no asset 'nope'; this pipeline has activation_statistics, activations, " in done.stderr
+        assert done.stdout == "1 False False\n"
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_for_dagsters_history_is_no_bug_of_ours() -> None:
+    """The history lies beside the data: SQLite is often the first to find no room, and says it inside other errors."""
+    error = RuntimeError("an event was not stored")
+    error.__cause__ = sqlite3.OperationalError("database or disk is full")
+    assert has_no_room(error)
+    assert has_no_room(OSError(errno.ENOSPC, "No space left on device"))
+    assert not has_no_room(OSError(errno.ENOENT, "No such file"))
+    assert not has_no_room(RuntimeError("something else"))
