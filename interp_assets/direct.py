@@ -14,9 +14,8 @@ import glob
 import itertools
 import mmap
 import os
-import platform
 import re
-import zlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.process_names import is_alive
+from interp_assets.process_names import NUMBER_DIGITS, may_run_number, number_process
 
 ALIGNMENT: Final = 4096
 PIECE_BYTES: Final = 8 << 20
@@ -36,7 +35,8 @@ _N_PIECES: Final = 3
 """Pieces of a writer: one being filled, the others on their way."""
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _COUNTER: Final = itertools.count()
-_HOST: Final = zlib.crc32(platform.node().encode()) % 10_000
+_FORGOTTEN_S: Final = 7 * 24 * 3600
+"""A file that nobody has written to for so long has no writer, on whatever machine it was."""
 
 
 class PiecePool:
@@ -138,7 +138,7 @@ class DirectWriter:
     def __init__(self, path: Path) -> None:
         """Write to `path`; its folder is made when the first piece is full or the file is closed."""
         self._path = path
-        self._temporary = path.with_name(f"{path.name}#{_HOST:04d}{os.getpid():010d}{next(_COUNTER):06d}")
+        self._temporary = path.with_name(f"{path.name}#{number_process()}{next(_COUNTER) % 10**6:06d}")
         self._descriptor = -1
         self._free: SimpleQueue[mmap.mmap] = SimpleQueue()
         self._n_borrowed = self._n_filled = self._n_written = 0
@@ -235,11 +235,16 @@ class DirectWriter:
 
 
 def remove_remains(path: Path) -> None:
-    """Remove what killed writers of `path` left behind on this machine: a file of many gigabytes that no listing shows."""
+    """Remove what writers of `path` that were killed left behind: a file of many gigabytes that no listing shows.
+
+    The file's name holds its writer's number, so that a process which now has the same id, here or on another machine of a shared disk, is
+    not taken for it. Of another machine's writer only time tells.
+    """
     for item in path.parent.glob(f"{glob.escape(path.name)}#*"):
-        match = re.fullmatch(r"(\d{4})(\d{10})\d{6}", item.name.rpartition("#")[2])
-        if match is not None and int(match[1]) == _HOST and not is_alive(int(match[2])):
-            item.unlink(missing_ok=True)
+        match = re.fullmatch(rf"(\d{{{NUMBER_DIGITS}}})\d{{6}}", item.name.rpartition("#")[2])
+        with suppress(FileNotFoundError):  # another writer of the same file does the same
+            if (match is not None and not may_run_number(match[1])) or time.time() - item.stat().st_mtime > _FORGOTTEN_S:
+                item.unlink()
 
 
 def flush(path: Path) -> None:

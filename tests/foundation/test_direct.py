@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interp_assets.direct import ALIGNMENT, PIECE_BYTES, PIECES, DirectWriter, Workspace, allocate, read_into
+from interp_assets.direct import ALIGNMENT, PIECE_BYTES, PIECES, DirectWriter, Workspace, allocate, read_into, remove_remains
+from interp_assets.process_names import number_process
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,22 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path, data: 
     assert len(list(tmp_path.glob("x#*"))) == 1, "the working writer's"
     working.close()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_another_machine_left_is_removed_when_a_week_has_passed(tmp_path: Path) -> None:
+    """On a shared disk nobody can ask for its writer; a process here with the same id says nothing about it."""
+    own = number_process()
+    stranger = f"{(int(own[:5]) + 1) % 10**5:05d}{own[5:]}"
+    of_yesterday = f"{own[:5]}{(int(own[5:11]) + 1) % 10**6:06d}{own[11:]}"
+    for name in (f"x#{own}000000", f"x#{stranger}000000", f"x#{of_yesterday}000000"):
+        (tmp_path / name).write_bytes(b"part")
+    remove_remains(tmp_path / "x")
+    assert {path.name for path in tmp_path.iterdir()} == {f"x#{own}000000", f"x#{stranger}000000"}, (
+        "this process runs; this machine's last boot is over"
+    )
+    os.utime(tmp_path / f"x#{stranger}000000", (time.time() - 8 * 24 * 3600,) * 2)
+    remove_remains(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == [f"x#{own}000000"]
 
 
 def test_a_workspace_lends_the_same_memory_again() -> None:

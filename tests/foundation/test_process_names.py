@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from interp_assets.process_names import may_run, name_process
+from interp_assets.process_names import NUMBER_DIGITS, may_run, may_run_number, name_process, number_process
 
 NAME = name_process()
 FIELDS = ("machine", "process_id", "started", "boot", "namespace")
@@ -52,6 +52,20 @@ def test_what_cannot_be_known_is_believed_to_run() -> None:
     assert may_run(changed(process_id="none"))
     assert may_run(changed(started="", boot="", namespace=""))
     assert may_run(f"{NAME.split(':')[0]}:{os.getpid()}")  # a name of before names had more parts
+
+
+def test_a_number_tells_the_same_as_a_name() -> None:
+    """Names of files that are being written may hold digits only, or listings would show them."""
+    number = number_process()
+    assert number.isdecimal()
+    assert len(number) == NUMBER_DIGITS == 46
+    assert may_run_number(number)
+    source = "from interp_assets.process_names import number_process; print(number_process())"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert not may_run_number(done.stdout.strip())
+    assert may_run_number("9" * NUMBER_DIGITS)
+    if Path("/proc/self/stat").exists():
+        assert not may_run_number(f"{int(number) + 1:0{NUMBER_DIGITS}d}"), "the same id, started a moment later"
 
 
 def first_started() -> int:
