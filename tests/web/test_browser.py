@@ -313,6 +313,9 @@ def test_pages_fit_a_telephone(visit: Visit, site: Site) -> None:
     visit.page.set_viewport_size(NARROW)
     visit.open(site.page(), "[role=row] a")
     assert _fits(visit)
+    for name in ("frequency", "max"):  # each number stands below the name of its column
+        head, cell = (visit.page.locator(f".{where} .{name}").first.bounding_box() for where in ("columns", "row"))
+        assert abs(head["x"] + head["width"] - cell["x"] - cell["width"]) <= 12
     visit.page.locator(".row .latent a").nth(2).click()
     visit.page.wait_for_selector("h1:has-text('Feature 2')")
     assert _fits(visit)
