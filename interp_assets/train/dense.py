@@ -29,6 +29,7 @@ from torch import Tensor
 from interp_assets.train.elementwise import Slopes, fire, pull, sum_squares
 from interp_assets.train.kernels import (
     Pairs,
+    Table,
     add_by_latent,
     count_true,
     decode_pairs,
@@ -134,13 +135,13 @@ def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
         error = reconstruct(weights, x, latents, context, "error").sub_(y)
     else:
         latents = rule.activate_pairs(take_pairs(pre, pairs), pairs)
-        error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(latents, rule.W_dec, pairs))).sub_(y)
+        error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(latents, rule.W_dec, pairs, scratch))).sub_(y)
     squared_error = sum_squares(error)
     error.mul_(2 * rule.error_scale / context.n_rows)
     if pairs is None:
         product(latents.T, error, gradients["W_dec"], is_added=True, dtype=dtype)
     else:
-        add_by_latent(gradients["W_dec"], error, pairs.bags, latents, pairs)
+        add_by_latent(gradients["W_dec"], Table(error, pairs.bags), latents, pairs, scratch)
     add_offset_gradients(weights, gradients, x, error)
     grad = product(error, weights["W_dec"].T, scratch.take("gradient", shape, x), dtype=dtype)
     rule.add_penalty(grad, latents, pairs)
@@ -151,17 +152,17 @@ def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
 
 def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule", block: _Block) -> Tensor:
     """Add the gradients of a block in which few latents are within reach; return its squared error."""
-    pairs = block.near
+    pairs, scratch = block.near, context.scratch
     assert pairs is not None
     above = take_pairs(block.pre, pairs)
     values = rule.activate_pairs(above, pairs)
-    error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(values, rule.W_dec, pairs))).sub_(y)
+    error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(values, rule.W_dec, pairs, scratch))).sub_(y)
     squared_error = sum_squares(error)
     error.mul_(2 * rule.error_scale / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)
-    add_by_latent(gradients["W_dec"], error, pairs.bags, values, pairs)
-    grad = rule.backward_pairs(above, sampled_product(error, rule.W_dec, pairs), pairs)
-    add_by_latent(gradients["W_enc_T"], x, pairs.bags, grad, pairs)
+    add_by_latent(gradients["W_dec"], Table(error, pairs.bags), values, pairs, scratch)
+    grad = rule.backward_pairs(above, sampled_product(error, rule.W_dec, pairs, scratch), pairs)
+    add_by_latent(gradients["W_enc_T"], Table(x, pairs.bags), grad, pairs, scratch)
     gradients["b_enc"].add_(sum_values(grad, pairs))
     return squared_error
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from interp_assets.train.elementwise import Gates, close_gates, open_gates, sum_squares
 from interp_assets.train.kernels import (
     Pairs,
+    Table,
     add_by_latent,
     decode_pairs_twice,
     find_few,
@@ -98,23 +99,23 @@ def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
 
 def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, opened: _Opened) -> _Block:
     """Add the gradients of a block in which few gates are open."""
-    pairs, gates, W_dec = opened.pairs, opened.gates, weights["W_dec"]
+    pairs, gates, W_dec, scratch = opened.pairs, opened.gates, weights["W_dec"], context.scratch
     gain = weights["r_mag"].exp()[pairs.latents]
     projection = gates - weights["b_enc"][pairs.latents]
     values = torch.addcmul(weights["b_mag"][pairs.latents], projection, gain).relu_()
     fires = values.sign()
-    x_hat, gate_x_hat = decode_pairs_twice((values, gates), W_dec, pairs)
+    x_hat, gate_x_hat = decode_pairs_twice((values, gates), W_dec, pairs, scratch)
     error = add_offsets(weights, x, context.ranks.sum_slices(x_hat)).sub_(y)
     gate_error = add_offsets(weights, x, context.ranks.sum_slices(gate_x_hat)).sub_(y)
     sums = torch.stack([sum_squares(error), sum_squares(gate_error), gates.sum()])
     error.mul_(2 / context.n_rows)
     gate_error.mul_(2 / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)
-    add_by_latent(gradients["W_dec"], error, pairs.bags, values, pairs)
-    grad, grad_gate = sampled_product_twice((error, gate_error), W_dec, pairs)
+    add_by_latent(gradients["W_dec"], Table(error, pairs.bags), values, pairs, scratch)
+    grad, grad_gate = sampled_product_twice((error, gate_error), W_dec, pairs, scratch)
     gradients["b_mag"].add_(sum_values(grad.mul_(fires), pairs))
     grad.mul_(gain)
     gradients["r_mag"].add_(sum_values(grad * projection, pairs))
     gradients["b_enc"].add_(sum_values(grad_gate.add_(context.coefficient / context.n_rows), pairs))
-    add_by_latent(gradients["W_enc_T"], x, pairs.bags, grad.add_(grad_gate), pairs)
+    add_by_latent(gradients["W_enc_T"], Table(x, pairs.bags), grad.add_(grad_gate), pairs, scratch)
     return _Block(sums, sum_values(fires, pairs))

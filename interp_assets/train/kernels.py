@@ -11,9 +11,8 @@ pairs, with k/S of the dense arithmetic:
     grad W_dec    sum over the pairs of a latent of value * grad_x_hat[r]                   bags of gradient rows, by latent
     grad W_enc    sum over the pairs of a latent of grad_value * x[b]                       bags of input rows, by latent
 
-On the CPU these are compiled loops (`loops.py`), elsewhere `embedding_bag`. Either sums each bag in order on one thread: bit-exact whatever
-the number of threads. Measured on 2 cores (B 4096, D 512, S 4096, 32 active): a dense product 57 ms, each of the four loops 5. Ordering the
-pairs by latent is a 16-bit radix sort in NumPy, 0.8 ms; torch's stable sort took 110-290 ms.
+On the CPU these are compiled loops (`bags.py`; D a multiple of 32), elsewhere `embedding_bag`. Either sums each bag in order on one thread:
+bit-exact whatever the number of threads. Pairs are ordered by latent by counting (torch's stable sort took 110-290 ms for 131,072 pairs).
 
 Fresh memory costs more than arithmetic: filling a new tensor of 64 MB takes 31 ms (page faults), multiplying one that is there 4 ms.
 So large intermediate tensors live in a `Scratch` and are written in place.
@@ -29,16 +28,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from interp_assets.train.bags import dot_bags, dot_bags_twice, is_packable, pack, sum_bags, sum_bags_twice
 from interp_assets.train.loops import (
     as_arrays,
     count_above,
-    dot_bags,
-    dot_bags_twice,
     is_native,
+    order_latents,
     over_bags,
+    over_parts,
     over_rows,
-    sum_bags,
-    sum_bags_twice,
+    split_places,
+    sum_latents,
     take_above,
 )
 
@@ -84,9 +84,21 @@ class Scratch:
         return buffer[:n].view(shape)
 
 
-def make_pairs(row_N: Int64[Tensor, " N"], latent_N: Int64[Tensor, " N"], n_rows: int, d_sae: int) -> Pairs:
-    """Index pairs that are given in order of row."""
-    return Pairs(row_N, latent_N, _starts(row_N, n_rows), _order_by(latent_N, d_sae), torch.bincount(latent_N, minlength=d_sae))
+def make_pairs(place_N: Int64[Tensor, " N"], n_rows: int, d_sae: int) -> Pairs:
+    """Index the pairs of flat places `row * d_sae + latent`, which are in order."""
+    if place_N.device.type != "cpu":
+        row_N, latent_N = place_N // d_sae, place_N % d_sae
+        return Pairs(row_N, latent_N, _starts(row_N, n_rows), latent_N.argsort(stable=True), torch.bincount(latent_N, minlength=d_sae))
+    places, n_parts = place_N.numpy(), torch.get_num_threads()
+    row_N, latent_N, by_latent = (np.empty(len(places), np.int64) for _ in range(3))
+    counts = np.zeros((n_parts, d_sae), np.int64)
+    over_parts(split_places, len(places), [(places, d_sae, row_N, latent_N, counts[i]) for i in range(n_parts)])
+    total = counts.sum(0)
+    starts = total.cumsum() - total + counts.cumsum(0) - counts
+    over_parts(order_latents, len(places), [(latent_N, starts[i], by_latent) for i in range(n_parts)])
+    row_starts = np.searchsorted(row_N, np.arange(n_rows))
+    bags, latents, bag_starts, order, n = (torch.from_numpy(values) for values in (row_N, latent_N, row_starts, by_latent, total))
+    return Pairs(bags, latents, bag_starts, order, n)
 
 
 def split_bags(pairs: Pairs, ends: list[int]) -> Pairs:
@@ -96,63 +108,77 @@ def split_bags(pairs: Pairs, ends: list[int]) -> Pairs:
     return pairs._replace(bags=bag_N, bag_starts=_starts(bag_N, len(pairs.bag_starts) * len(ends)), n_groups=len(ends))
 
 
-def decode_pairs(value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch | None = None) -> Float[Tensor, "R D"]:
-    """Sum the decoder rows of each bag's pairs, weighted by their values; with `scratch`, into its buffer `decoded` where that is possible."""
-    if is_native(value_N, W_dec_SD):
-        shape = len(pairs.bag_starts), W_dec_SD.shape[1]
-        x_hat = W_dec_SD.new_zeros(shape) if scratch is None else scratch.take("decoded", shape, W_dec_SD).zero_()
-        over_bags(sum_bags, _ends(pairs.bag_starts, pairs), *as_arrays(pairs.latents, value_N, W_dec_SD, x_hat))
+def decode_pairs(value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch) -> Float[Tensor, "R D"]:
+    """Sum the decoder rows of each bag's pairs, weighted by their values; where that is possible into the buffer `decoded`."""
+    if is_native(value_N, W_dec_SD) and is_packable(W_dec_SD):
+        x_hat = scratch.take("decoded", (len(pairs.bag_starts), W_dec_SD.shape[1]), W_dec_SD).zero_()
+        index, values, out = as_arrays(pairs.latents, value_N, x_hat)
+        over_bags(sum_bags, _ends(pairs.bag_starts, pairs), index, values, _pack(W_dec_SD, scratch), out)
         return x_hat
     return _sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N)
 
 
 def decode_pairs_twice(
-    values: tuple[Float[Tensor, " N"], Float[Tensor, " N"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs
+    values: tuple[Float[Tensor, " N"], Float[Tensor, " N"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch
 ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]:
     """Decode two values of each pair."""
-    if is_native(*values, W_dec_SD):
-        x_hats = [W_dec_SD.new_zeros(len(pairs.bag_starts), W_dec_SD.shape[1]) for _ in values]
-        index, W_dec = as_arrays(pairs.latents, W_dec_SD)
-        over_bags(sum_bags_twice, _ends(pairs.bag_starts, pairs), index, tuple(as_arrays(*values)), W_dec, tuple(as_arrays(*x_hats)))
+    if is_native(*values, W_dec_SD) and is_packable(W_dec_SD):
+        shape = len(pairs.bag_starts), W_dec_SD.shape[1]
+        x_hats = [scratch.take(name, shape, W_dec_SD).zero_() for name in ("decoded", "decoded twice")]
+        strips = _pack(W_dec_SD, scratch)
+        over_bags(sum_bags_twice, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), tuple(as_arrays(*values)), strips, tuple(as_arrays(*x_hats)))
         return x_hats[0], x_hats[1]
-    return decode_pairs(values[0], W_dec_SD, pairs), decode_pairs(values[1], W_dec_SD, pairs)
+    return decode_pairs(values[0], W_dec_SD, pairs, scratch), decode_pairs(values[1], W_dec_SD, pairs, scratch)
 
 
-def sampled_product(grad_RD: Float[Tensor, "R D"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs) -> Float[Tensor, " N"]:
+def sampled_product(grad_RD: Float[Tensor, "R D"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch) -> Float[Tensor, " N"]:
     """Multiply each pair's gradient row and decoder row: what `embedding_bag` calls the gradient of its weights."""
-    if is_native(grad_RD, W_dec_SD):
-        out = grad_RD.new_empty(len(pairs.latents))
-        over_bags(dot_bags, _ends(pairs.bag_starts, pairs), *as_arrays(pairs.latents, W_dec_SD, grad_RD, out))
+    if is_native(grad_RD, W_dec_SD) and is_packable(W_dec_SD):
+        out = grad_RD.new_zeros(len(pairs.latents))
+        index, grad, found = as_arrays(pairs.latents, grad_RD, out)
+        over_bags(dot_bags, _ends(pairs.bag_starts, pairs), index, _pack(W_dec_SD, scratch), grad, found)
         return out
     product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
     return product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0)
 
 
 def sampled_product_twice(
-    grads: tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs
+    grads: tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Multiply each pair's decoder row with both of its gradient rows."""
-    if is_native(*grads, W_dec_SD):
-        outs = [W_dec_SD.new_empty(len(pairs.latents)) for _ in grads]
-        index, W_dec = as_arrays(pairs.latents, W_dec_SD)
-        over_bags(dot_bags_twice, _ends(pairs.bag_starts, pairs), index, W_dec, tuple(as_arrays(*grads)), tuple(as_arrays(*outs)))
+    if is_native(*grads, W_dec_SD) and is_packable(W_dec_SD):
+        outs = [W_dec_SD.new_zeros(len(pairs.latents)) for _ in grads]
+        strips = _pack(W_dec_SD, scratch)
+        over_bags(dot_bags_twice, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), strips, tuple(as_arrays(*grads)), tuple(as_arrays(*outs)))
         return outs[0], outs[1]
-    return sampled_product(grads[0], W_dec_SD, pairs), sampled_product(grads[1], W_dec_SD, pairs)
+    return sampled_product(grads[0], W_dec_SD, pairs, scratch), sampled_product(grads[1], W_dec_SD, pairs, scratch)
 
 
-def add_by_latent(
-    gradient_SD: Float[Tensor, "S D"], table_D: Float[Tensor, "rows D"], row_N: Int64[Tensor, " N"], weight_N: Float[Tensor, " N"], pairs: Pairs
-) -> None:
-    """Add for every latent the weighted rows of `table` that its pairs name: the gradient of a decoder or an encoder."""
-    rows, weights = row_N[pairs.by_latent], weight_N[pairs.by_latent]
-    if is_native(gradient_SD, table_D, weight_N):
-        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), *as_arrays(rows, weights, table_D, gradient_SD))
+class Table(NamedTuple):
+    """Rows that latents gather: those of the batch, or the gradients of their reconstructions."""
+
+    values: Float[Tensor, "rows D"]
+    rows: Int64[Tensor, " N"]
+    """Row of each pair."""
+
+
+def add_by_latent(gradient_SD: Float[Tensor, "S D"], table: Table, weight_N: Float[Tensor, " N"], pairs: Pairs, scratch: Scratch) -> None:
+    """Add for every latent the weighted rows that its pairs name: the gradient of a decoder or an encoder."""
+    rows, weights = table.rows[pairs.by_latent], weight_N[pairs.by_latent]
+    if is_native(gradient_SD, table.values, weight_N) and is_packable(gradient_SD):
+        strips = _pack(table.values, scratch)
+        index, factors, out = as_arrays(rows, weights, gradient_SD)
+        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, factors, strips, out)
     else:
-        gradient_SD.add_(_sum_bags(table_D, rows, pairs.latent_starts, weights))
+        gradient_SD.add_(_sum_bags(table.values, rows, pairs.latent_starts, weights))
 
 
 def sum_values(value_N: Float[Tensor, " N"], pairs: Pairs) -> Float[Tensor, " S"]:
     """Sum values by latent."""
+    if is_native(value_N):
+        sums = torch.empty(len(pairs.counts))
+        over_bags(sum_latents, _ends(pairs.latent_starts, pairs), *as_arrays(value_N, pairs.by_latent, sums))
+        return sums
     return torch.segment_reduce(value_N[pairs.by_latent], "sum", lengths=pairs.counts)
 
 
@@ -165,8 +191,7 @@ def find_few(values: Float[Tensor, "rows S"], above: float, limit: int) -> Pairs
     found = find_above(values, float(least), limit)
     if found is None:
         return None
-    n_rows, d_sae = values.shape
-    return make_pairs(found.places // d_sae, found.places % d_sae, n_rows, d_sae)
+    return make_pairs(found.places, *values.shape)
 
 
 class Found(NamedTuple):
@@ -231,6 +256,10 @@ def _ends(starts: Tensor, pairs: Pairs) -> NDArray[np.int64]:
     return np.append(starts.numpy(), len(pairs.latents))
 
 
+def _pack(table: Tensor, scratch: Scratch) -> NDArray[np.float32]:
+    return pack(table, scratch.take("strips", tuple(table.shape), table))
+
+
 def _sum_bags(table: Tensor, index_N: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:
     return embedding_bag(index_N, table, first, mode="sum", per_sample_weights=weight_N)
 
@@ -238,14 +267,3 @@ def _sum_bags(table: Tensor, index_N: Tensor, first: Tensor, weight_N: Tensor) -
 def _starts(key_N: Tensor, n_keys: int) -> Tensor:
     counts = torch.bincount(key_N, minlength=n_keys)
     return counts.cumsum(0) - counts
-
-
-def _order_by(key_N: Tensor, n_keys: int) -> Tensor:
-    """Return the stable order of integer keys below `n_keys`; on the CPU by radix passes over 16-bit digits."""
-    if key_N.device.type != "cpu":
-        return key_N.argsort(stable=True)
-    keys = key_N.numpy()
-    order = np.argsort(keys.astype(np.uint16), kind="stable")
-    if n_keys > 1 << 16:
-        order = order[np.argsort((keys >> 16).astype(np.uint16)[order], kind="stable")]
-    return torch.from_numpy(order)

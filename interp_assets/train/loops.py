@@ -1,9 +1,8 @@
-"""Loops of a training step, compiled: fire and pull back a block of pre-activations, pick the largest of each row, sum and multiply pairs.
+"""Loops of a training step, compiled: fire and pull back a block of pre-activations, pick the largest of each row, put pairs in order.
 
 Rows of a block lie in order; a row's values stay in the first-level cache from one small loop to the next, and each small loop touches
 few enough arrays to become vector instructions. Sums by column (firings, gradients of biases) are kept beside. What torch does in seven
-to thirteen passes at the speed of memory takes one here. The loops over pairs are memory's too: 37 ns a pair of 512 dimensions and loop
-on 2 cores, 2 KiB; torch's bags take 40 with 4,096 latents and 105 with 16,384.
+to thirteen passes at the speed of memory takes one here. The loops that sum and multiply the rows that pairs name: `bags.py`.
 
 Numba compiles a loop at its first call (about a second; kept on disk where the disk can be written). Loops hold no lock, so `over_rows`
 runs them on as many Python threads as torch has; parts and the order of their sums depend on that number only. (OpenMP's idle threads spin
@@ -11,7 +10,7 @@ for milliseconds after each product of torch's; with OMP_WAIT_POLICY=PASSIVE, as
 they compute is defined by the torch forms in `elementwise.py` and `sparsify.py`, which other devices use and the tests compare them with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Final
@@ -52,6 +51,12 @@ def over_bags(loop: Callable[..., Any], starts: NDArray[np.int64], *arguments: A
     edges = [*np.searchsorted(starts, [starts[-1] * i // n for i in range(n)]).tolist(), len(starts) - 1]
     edges[0] = 0
     _call([(loop, *arguments, starts, edges[i], edges[i + 1]) for i in range(n) if edges[i] < edges[i + 1]])
+
+
+def over_parts(loop: Callable[..., Any], n: int, arguments: Sequence[tuple[Any, ...]]) -> None:
+    """Call `loop(*arguments[i], first, last)` for equal parts of `n` things, one part for each member of `arguments`."""
+    edges = [n * i // len(arguments) for i in range(len(arguments) + 1)]
+    _call([(loop, *arguments[i], edges[i], edges[i + 1]) for i in range(len(arguments)) if edges[i] < edges[i + 1]])
 
 
 def _call(calls: list[tuple[Any, ...]]) -> None:
@@ -161,91 +166,34 @@ def close_rows(gate: Any, parameters: Any, grads: Any, latents: Any, penalty: An
 
 
 @reordered
-def sum_bags(index: Any, weights: Any, table: Any, out: Any, starts: Any, first: Any, last: Any) -> None:
-    """Add to each bag's row of `out` the weighted rows of `table` that it names, in order."""
-    for bag in range(first, last):
-        o = out[bag]
-        i, end = starts[bag], starts[bag + 1]
-        while i + 4 <= end:
-            a, b, c, d = table[index[i]], table[index[i + 1]], table[index[i + 2]], table[index[i + 3]]
-            v, w, x, y = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-            for j in range(len(o)):
-                o[j] += v * a[j] + w * b[j] + x * c[j] + y * d[j]
-            i += 4
-        while i < end:
-            a, v = table[index[i]], weights[i]
-            for j in range(len(o)):
-                o[j] += v * a[j]
-            i += 1
+def split_places(places: Any, n_latents: Any, bags: Any, latents: Any, counts: Any, first: Any, last: Any) -> None:
+    """Write row and latent of flat places, which come in order, and count the latents."""
+    bag = places[first] // n_latents
+    for i in range(first, last):
+        while places[i] >= (bag + 1) * n_latents:
+            bag += 1
+        latent = places[i] - bag * n_latents
+        bags[i], latents[i] = bag, latent
+        counts[latent] += 1
 
 
 @reordered
-def sum_bags_twice(index: Any, weights: Any, table: Any, outs: Any, starts: Any, first: Any, last: Any) -> None:
-    """Do the same for two weights of each pair, reading the table once."""
-    weights_0, weights_1 = weights[0], weights[1]
-    for bag in range(first, last):
-        o, q = outs[0][bag], outs[1][bag]
-        i, end = starts[bag], starts[bag + 1]
-        while i + 2 <= end:
-            a, b = table[index[i]], table[index[i + 1]]
-            v, w, x, y = weights_0[i], weights_0[i + 1], weights_1[i], weights_1[i + 1]
-            for j in range(len(o)):
-                o[j] += v * a[j] + w * b[j]
-                q[j] += x * a[j] + y * b[j]
-            i += 2
-        if i < end:
-            a, v, x = table[index[i]], weights_0[i], weights_1[i]
-            for j in range(len(o)):
-                o[j] += v * a[j]
-                q[j] += x * a[j]
+def order_latents(latents: Any, starts: Any, by_latent: Any, first: Any, last: Any) -> None:
+    """Write the places of pairs in order of their latents, from `starts` on."""
+    for i in range(first, last):
+        latent = latents[i]
+        by_latent[starts[latent]] = i
+        starts[latent] += 1
 
 
 @reordered
-def dot_bags(index: Any, table: Any, grad: Any, out: Any, starts: Any, first: Any, last: Any) -> None:
-    """Write the product of each pair's row of `table` with its bag's row of `grad`."""
-    for bag in range(first, last):
-        g = grad[bag]
-        i, end = starts[bag], starts[bag + 1]
-        while i + 4 <= end:
-            a, b, c, d = table[index[i]], table[index[i + 1]], table[index[i + 2]], table[index[i + 3]]
-            v, w, x, y = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for j in range(len(g)):
-                v += a[j] * g[j]
-                w += b[j] * g[j]
-                x += c[j] * g[j]
-                y += d[j] * g[j]
-            out[i], out[i + 1], out[i + 2], out[i + 3] = v, w, x, y
-            i += 4
-        while i < end:
-            a, v = table[index[i]], np.float32(0)
-            for j in range(len(g)):
-                v += a[j] * g[j]
-            out[i] = v
-            i += 1
-
-
-@reordered
-def dot_bags_twice(index: Any, table: Any, grads: Any, outs: Any, starts: Any, first: Any, last: Any) -> None:
-    """Do the same for two gradients, reading the table once."""
-    for bag in range(first, last):
-        g, h = grads[0][bag], grads[1][bag]
-        i, end = starts[bag], starts[bag + 1]
-        while i + 2 <= end:
-            a, b = table[index[i]], table[index[i + 1]]
-            v, w, x, y = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for j in range(len(g)):
-                v += a[j] * g[j]
-                w += b[j] * g[j]
-                x += a[j] * h[j]
-                y += b[j] * h[j]
-            outs[0][i], outs[0][i + 1], outs[1][i], outs[1][i + 1] = v, w, x, y
-            i += 2
-        if i < end:
-            a, v, x = table[index[i]], np.float32(0), np.float32(0)
-            for j in range(len(g)):
-                v += a[j] * g[j]
-                x += a[j] * h[j]
-            outs[0][i], outs[1][i] = v, x
+def sum_latents(values: Any, by_latent: Any, sums: Any, starts: Any, first: Any, last: Any) -> None:
+    """Sum the values of each latent's pairs."""
+    for latent in range(first, last):
+        total = np.float32(0)
+        for i in range(starts[latent], starts[latent + 1]):
+            total += values[by_latent[i]]
+        sums[latent] = total
 
 
 @reordered

@@ -21,7 +21,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_assets.train.elementwise import keep_above, sum_rows, sum_squares
-from interp_assets.train.kernels import Pairs, add_by_latent, decode_pairs, make_pairs, product, sampled_product, split_bags, sum_values
+from interp_assets.train.kernels import (
+    Pairs,
+    Scratch,
+    Table,
+    add_by_latent,
+    decode_pairs,
+    make_pairs,
+    product,
+    sampled_product,
+    split_bags,
+    sum_values,
+)
 from interp_assets.train.loops import is_native, over_rows, sum_prefixes
 from interp_assets.train.losses import (
     LossContext,
@@ -90,12 +101,12 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
     pre = product(x, W_enc_T.T, context.scratch.take("dead", (len(x), len(dead)), x), bias=weights["b_enc"][dead], dtype=context.dtype)
     if len(dead) > _DENSE_AUXK_FACTOR * n_active:
         active = pick_per_row(pre, n_active, ranks, n_dead)
-        pairs = make_pairs(active.places // len(dead), active.places % len(dead), len(x), len(dead))
-        missed = ranks.sum_slices(decode_pairs(active.values, W_dec, pairs)).sub_(error)
+        pairs = make_pairs(active.places, len(x), len(dead))
+        missed = ranks.sum_slices(decode_pairs(active.values, W_dec, pairs, context.scratch)).sub_(error)
         loss = sum_squares(missed) * scale / ranks.n_slices
         missed.mul_(2 * AUXK_COEFFICIENT * scale)
         found = {"W_dec": torch.zeros_like(W_dec), "W_enc_T": torch.zeros_like(W_enc_T), "b_enc": x.new_zeros(len(dead))}
-        _pair_gradients({"W_dec": W_dec}, x, missed, active.values, pairs, found)
+        _pair_gradients({"W_dec": W_dec}, x, missed, active.values, pairs, found, context.scratch)
     else:
         latents = pre.mul_(pre >= row_levels(pre, n_active, ranks, n_dead))
         missed = ranks.sum_slices(product(latents, W_dec, context.scratch.take("missed", tuple(error.shape), error))).sub_(error)
@@ -147,7 +158,7 @@ def _unscale(active: Active, factor: Tensor | None) -> Active:
 def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, active: Active, ends: list[int]) -> StepLoss:
     """Return loss and gradients of the active pairs; `ends` are those of a Matryoshka SAE's groups in this slice."""
     n_latents, (n_rows, d_out), scratch = len(weights["b_enc"]), y.shape, context.scratch
-    pairs = make_pairs(active.places // n_latents, active.places % n_latents, n_rows, n_latents)
+    pairs = make_pairs(active.places, n_rows, n_latents)
     gradients = make_gradients(weights, scratch)
     bags = split_bags(pairs, ends) if ends else pairs
     parts = context.ranks.sum_slices(decode_pairs(active.values, weights["W_dec"], bags, scratch))
@@ -161,7 +172,7 @@ def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, ac
         squared = sum_squares(error)[None]
         grad = torch.mul(error, scale, out=scratch.take("grad", tuple(error.shape), error))
         add_offset_gradients(weights, gradients, x, grad)
-    _pair_gradients(weights, x, grad, active.values, bags, gradients)
+    _pair_gradients(weights, x, grad, active.values, bags, gradients, scratch)
     auxk = add_auxk(weights, gradients, x, error.neg_(), context)
     squared = squared / context.ranks.n_slices
     loss = squared.mean() / (context.n_rows * d_out) + AUXK_COEFFICIENT * auxk
@@ -194,11 +205,13 @@ def _prefix_errors(weights: Weights, x: Tensor, y: Tensor, parts: Float[Tensor, 
     return _PrefixErrors(whole, torch.stack(squared), empty.add_(parts[:, 0]))
 
 
-def _pair_gradients(weights: Weights, x: Tensor, grad: Float[Tensor, "bags d_out"], values: Tensor, pairs: Pairs, gradients: Weights) -> None:
+def _pair_gradients(
+    weights: Weights, x: Tensor, grad: Float[Tensor, "bags d_out"], values: Tensor, pairs: Pairs, gradients: Weights, scratch: Scratch
+) -> None:
     """Add the gradients of decoder, encoder and its bias, given that of each bag's reconstruction."""
-    grad_values = sampled_product(grad, weights["W_dec"], pairs)
-    add_by_latent(gradients["W_dec"], grad, pairs.bags, values, pairs)
-    add_by_latent(gradients["W_enc_T"], x, pairs.rows, grad_values, pairs)
+    grad_values = sampled_product(grad, weights["W_dec"], pairs, scratch)
+    add_by_latent(gradients["W_dec"], Table(grad, pairs.bags), values, pairs, scratch)
+    add_by_latent(gradients["W_enc_T"], Table(x, pairs.rows), grad_values, pairs, scratch)
     gradients["b_enc"].add_(sum_values(grad_values, pairs))
 
 
