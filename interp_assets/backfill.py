@@ -84,6 +84,7 @@ def run_backfill(
         if partitions:
             _remove_damaged(stop, pipeline, store, ready)
         progress.plan(len(ready))
+        progress.expect(stop.name, len(ready))
         outcome = run_stop(job, instance, stop, ready, keys)
         touched |= {(stop.name, key) for key in ready}
         broken |= {(stop.name, key) for key in [*outcome.failed, *waiting]}

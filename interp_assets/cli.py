@@ -70,14 +70,15 @@ def backfill(
     pipeline = _load(config)
     _check_names(pipeline, select or [])
     from interp_assets.backfill import run_backfill
-    from interp_assets.console import Bars, print_report, print_total
+    from interp_assets.console import print_report, print_total
     from interp_assets.jobs import open_instance
+    from interp_assets.lines import watch
 
     warnings.simplefilter("ignore")  # as in `run`
     out.print(f"Pipeline {pipeline.name} in {pipeline.root}", soft_wrap=True, markup=False)
     reports = []
-    with open_instance(pipeline) as instance, Bars(out) as bars:
-        for item in run_backfill(pipeline, instance, select=select or [], partitions=partition or [], only_failed=failed, progress=bars):
+    with open_instance(pipeline) as instance, watch(out) as progress:
+        for item in run_backfill(pipeline, instance, select=select or [], partitions=partition or [], only_failed=failed, progress=progress):
             reports.append(item)
             print_report(out, item.report)
             if item.failed or item.waiting:
@@ -267,14 +268,15 @@ def _check_names(config: PipelineConfig, select: list[str]) -> None:
 
 def _run(config: PipelineConfig, select: list[str]) -> None:
     _check_names(config, select)
-    from interp_assets.console import Bars, print_report, print_total
+    from interp_assets.console import print_report, print_total
     from interp_assets.jobs import open_instance, run_road
+    from interp_assets.lines import watch
 
     warnings.simplefilter("ignore")  # Dagster's notes about beta features; the tests run with warnings as errors
     out.print(f"Pipeline {config.name} in {config.root}", soft_wrap=True, markup=False)
     reports = []
-    with open_instance(config) as instance, Bars(out) as bars:
-        for report in run_road(config, instance, select=select, progress=bars):
+    with open_instance(config) as instance, watch(out) as progress:
+        for report in run_road(config, instance, select=select, progress=progress):
             reports.append(report)
             print_report(out, report)
     print_total(out, reports)

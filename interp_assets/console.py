@@ -1,6 +1,6 @@
 """What people see in a terminal: progress bars, tables and errors, drawn with rich.
 
-Bars are drawn on a terminal only; elsewhere (a log file, a pipe) each finished asset is one line. Nothing here decides anything.
+Bars are drawn on a terminal only; elsewhere (a log file, a pipe) there are lines (`lines.py`). Nothing here decides anything.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

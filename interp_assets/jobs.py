@@ -108,6 +108,7 @@ def run_road(
         keys = stop.partition_keys(pipeline)
         missing = find_missing(stop, pipeline, store, instance)
         progress.skip(len(keys) - len(missing))
+        progress.expect(stop.name, len(missing))
         yield _report(run_stop(job, instance, stop, missing, keys))
 
 

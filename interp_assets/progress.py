@@ -27,6 +27,9 @@ class Progress:
     def skip(self, n_partitions: int) -> None:
         """Hear that partitions are there already."""
 
+    def expect(self, asset: str, n_partitions: int) -> None:
+        """Hear how many partitions of an asset are made next."""
+
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Hear that work on one partition starts (`""` without partitions), and how many units it has, if that is known."""
 
