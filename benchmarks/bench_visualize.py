@@ -44,7 +44,7 @@ from interp_assets.tensors import save_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import windows
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, Job
-from interp_assets.visualize.encoder import TILE, Encoder, Scan, row_limits
+from interp_assets.visualize.encoder import TILE, Encoder, Scan, TopKScan, row_limits
 from interp_assets.visualize.estimate import H200, Workload, estimate
 from interp_assets.visualize.gather import Gatherer, rows_of_windows
 from interp_assets.visualize.priority import latent_keys, row_keys, sample_seed
@@ -117,22 +117,18 @@ def run_ours(setting: Setting, keep: str) -> Manifest:
     pipeline, tokens = make_job(setting, keep)
     encoder = Encoder(setting.sae, 0, setting.sae.d_sae, torch.device("cpu"), dtype=setting.dtype)
     job = Job(pipeline, encoder, tokens, 0, histogram_origin(math.sqrt(D_IN), setting.sae.W_enc))
-    begun: list[tuple[int, Callable[[], list[Scan]]]] = []  # as in thresholds.py
-    for first in range(0, len(setting.rows), BLOCK):
-        rows = setting.rows[first : first + BLOCK]
-        block, is_valid = encoder.prepare(rows, BLOCK, "the benchmark"), tokens.valid[first : first + len(rows)]
-        if setting.sae.kind == "topk":
-            for scan in encoder.scan_topk(block, is_valid).scans:
-                job.add(scan, first)
-            continue
-        begun.append((first, encoder.begin_scan(block, row_limits(is_valid, -np.inf))))
-        if len(begun) > 1:
-            earlier, finish = begun.pop(0)
-            for scan in finish():
-                job.add(scan, earlier)
-    for earlier, finish in begun:
-        for scan in finish():
-            job.add(scan, earlier)
+    begun: list[tuple[int, Callable[[], list[Scan] | TopKScan]]] = []  # as in thresholds.py
+    for first in range(0, len(setting.rows) + BLOCK, BLOCK):
+        if first < len(setting.rows):
+            rows = setting.rows[first : first + BLOCK]
+            block, is_valid = encoder.prepare(rows, BLOCK, "the benchmark"), tokens.valid[first : first + len(rows)]
+            is_topk = setting.sae.kind == "topk"
+            begun.append((first, encoder.begin_scan_topk(block, is_valid) if is_topk else encoder.begin_scan(block, row_limits(is_valid, -np.inf))))
+        if len(begun) > 1 or first + BLOCK >= len(setting.rows):
+            for earlier, finish in [begun.pop(0)] if begun else []:
+                found = finish()
+                for scan in found.scans if isinstance(found, TopKScan) else found:
+                    job.add(scan, earlier)
     with create_artifact(open_store("memory://bench"), candidates_ref(pipeline, "demo", 0, 0)) as art:
         job.write(art)
     assert art.manifest

@@ -11,8 +11,8 @@ A latent fires where its pre-activation exceeds both thresholds, its own (`relu`
 - the row's is minus infinity, or plus infinity where the row is not valid;
 - for `topk` it is the midpoint between the row's k-th and (k+1)-th largest pre-activation over *all* latents. The midpoint rather than the
   k-th value, because a pre-activation recomputed in another order differs in its last bits: that flips 1% of all firings at the k-th
-  value, none at the midpoint. `scan_topk` finds it and the firings in one pass: the (k+1)-th largest so far is a lower bound that rises
-  tile by tile, so about k (1 + ln n_tiles) pre-activations a row are kept until the bound is final.
+  value, none at the midpoint. On a CPU, `scan_topk` finds it and the firings in one pass: the (k+1)-th largest so far is a bound that rises
+  (rising.py). Elsewhere the thresholds are found first, by torch's top-k over some tiles at a time, and then what exceeds them.
 
 With `dtype` bfloat16, rows and columns are rounded to it; products and sums are float32, on every device. A CPU multiplies the rounded
 values as float32, because torch's bfloat16 product on a CPU rounds its result as well: 48% of rows then tie at k.
@@ -22,9 +22,10 @@ of products cannot overflow.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
+from threading import Lock
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -37,10 +38,15 @@ from interp_assets.errors import NonFiniteError
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import fused, kernels
 from interp_assets.visualize.kernels import GROUP, STRIP, TILE
+from interp_assets.visualize.rising import Guess, RisingBounds, certain, find_thresholds, guess
 
 MOST_ROWS: Final = 4096
 """Rows of one matrix product. Product and scan take 1.03 times the product alone at 4,096 x 128, 1.08 at 2,048 x 512, 1.10 at 4,096 x 192."""
 _LARGEST: Final = 1e37
+_TILES_AT_ONCE: Final = 16
+_ROWS_AGAIN: Final = 64
+"""Rows whose bound was a wrong guess are scanned so many at a time, always as many."""
+_MOST_FAILURES: Final = 0.01
 Path = Literal["auto", "plain", "fused"]
 """How to scan: compiled loops on a CPU, the fused kernel on CUDA, else torch alone (`plain`)."""
 
@@ -94,6 +100,9 @@ class Encoder:
         how = (self._round, device, self._native)
         self._tiles = [_make_tile(sae, first, min(first + TILE, stop), *how, is_compiled=self._is_compiled) for first in tiles]
         self._fused = fused.Columns([tile.W() for tile in self._tiles], [tile.b for tile in self._tiles]) if path == "fused" else None
+        self.guess = guess(sae.k, self.n_tiles)
+        """How the next block's bounds are found, for `topk`."""
+        self._no_thresholds = [np.where(np.isinf(tile.threshold), tile.threshold, -np.inf).astype(np.float32) for tile in self._tiles]
         n_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
         self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
@@ -141,63 +150,82 @@ class Encoder:
         if self._fused is not None:
             scans = [Scan(i, *columns) for i, columns in enumerate(self._fused.scan(block, thresholds, limits))]
         else:
-            scans = self._scan_tiles(range(self.n_tiles), block, limits, thresholds)
+            rows = torch.from_numpy(limits).to(self._device)
+            tiles = zip(self._tiles, thresholds, strict=True)
+            scans = [_scan_plainly(i, block, tile, torch.from_numpy(own).to(self._device), rows) for i, (tile, own) in enumerate(tiles)]
         return lambda: scans
 
     def scan_topk(self, block: Float[Tensor, "block d_in"], is_valid: NDArray[np.bool_]) -> TopKScan:
         """Return the firings of a `topk` SAE on the valid rows of a block, and all rows' thresholds. Needs the columns of all latents."""
+        return self.begin_scan_topk(block, is_valid)()
+
+    def begin_scan_topk(self, block: Float[Tensor, "block d_in"], is_valid: NDArray[np.bool_]) -> Callable[[], TopKScan]:
+        """Begin what `scan_topk` does and return what waits for it."""
         k, d_sae, n_rows = self._sae.k, self._sae.d_sae, len(is_valid)
         assert (self.start, self.stop) == (0, d_sae)
-        if k >= d_sae:
-            return TopKScan(self.scan(block, row_limits(is_valid, 0.0)), np.zeros(n_rows, np.float32))
-        widths = [np.where(np.isinf(tile.threshold), tile.threshold, -np.inf).astype(np.float32) for tile in self._tiles]
-        largest = self._seed_largest(block, k + 1)
-        scans: list[Scan] = []
-        while len(scans) < self.n_tiles:
-            tiles = range(len(scans), min(len(scans) + self._n_threads * (1 if len(scans) < 2 * self._n_threads else 2), self.n_tiles))
-            found = self._scan_tiles(tiles, block, largest[:, 0].copy(), widths)
-            self._raise_largest(largest, [scan for scan in found if scan.tile > 0])
-            scans += found
-        root, children = largest[:n_rows, 0], largest[:n_rows, 1:3]
-        second = children.min(axis=1) if k > 0 else root
-        thresholds = np.maximum((root + second) / np.float32(2), np.float32(0))
+        if k >= d_sae or not self._is_compiled:
+            thresholds = np.zeros(n_rows, np.float32) if k >= d_sae else self._find_thresholds(block)[:n_rows]
+            finish_scan = self.begin_scan(block, row_limits(is_valid, thresholds))
+            return lambda: TopKScan(finish_scan(), thresholds)
+        bounds = RisingBounds(len(block), n_rows, self.guess, self._n_threads)
+        result, lock = Future[tuple[TopKScan, int]](), Lock()
+        scans: dict[int, Scan] = {}
+
+        def work(i: int) -> None:
+            if i >= bounds.how.n_tiles:
+                bounds.has_begun.wait()
+            try:
+                scan = self._scan_compiled(i, block, bounds, self._no_thresholds[i])
+            except BaseException:
+                bounds.has_begun.set()
+                raise
+            with lock:
+                scans[i] = scan
+                is_last = len(scans) == self.n_tiles
+            if is_last:  # so that nobody waits for the slowest: the other threads are in the next block
+                result.set_result(self._choose_topk(block, is_valid, bounds, [scans[j] for j in range(self.n_tiles)]))
+
+        futures = [self._pool.submit(work, i) for i in range(self.n_tiles)]
+
+        def finish() -> TopKScan:
+            for future in futures:
+                future.result()
+            found, n_failed = result.result()
+            if n_failed > n_rows * _MOST_FAILURES:  # latents are in an order: guess more carefully
+                self.guess = Guess(self.guess.n_tiles, 2 * self.guess.n_kept) if 2 * self.guess.n_kept <= k else certain(k, self.n_tiles)
+            return found
+
+        return finish
+
+    def _choose_topk(self, block: Tensor, is_valid: NDArray[np.bool_], bounds: RisingBounds, scans: list[Scan]) -> tuple[TopKScan, int]:
+        """Find the thresholds of a block's rows and the firings above them; rows whose bound was too high are scanned again, and counted."""
+        k, n_rows = self._sae.k, len(is_valid)
+        thresholds, is_unknown = find_thresholds(bounds, n_rows, k, [scan.rows for scan in scans], [scan.activations for scan in scans])
         limits = np.full(len(block), np.inf, np.float32)
-        limits[:n_rows] = row_limits(is_valid, thresholds)
-        return TopKScan(list(self._pool.map(lambda scan: scan.above(limits), scans)), thresholds)
+        limits[:n_rows] = row_limits(is_valid & ~is_unknown, thresholds)
+        scans, failed = [scan.above(limits) for scan in scans], np.flatnonzero(is_unknown)
+        for first in range(0, len(failed), _ROWS_AGAIN):
+            rows = failed[first : first + _ROWS_AGAIN]
+            again = torch.zeros((_ROWS_AGAIN, block.shape[1]), dtype=block.dtype)
+            again[: len(rows)] = block[torch.from_numpy(rows)]
+            sure = RisingBounds(_ROWS_AGAIN, len(rows), certain(k, self.n_tiles), 1)
+            more = [self._scan_compiled(i, again, sure, self._no_thresholds[i]) for i in range(self.n_tiles)]
+            found, _ = self._choose_topk(again, is_valid[rows], sure, more)
+            thresholds[rows] = found.thresholds
+            scans = [_insert(scan, other, rows) for scan, other in zip(scans, found.scans, strict=True)]
+        return TopKScan(scans, thresholds), len(failed)
 
-    def _seed_largest(self, block: Tensor, n: int) -> NDArray[np.float32]:
-        """Return the `n` largest pre-activations of each row in the first tile, ascending, which is a heap with its smallest at the root."""
-        tile, largest = self._tiles[0], np.full((len(block), n), -np.inf, np.float32)
-        pre = (_multiply(block, tile.W()) + tile.b)[:, : tile.width].cpu().numpy()
-        n_known = min(n, tile.width)
+    def _find_thresholds(self, block: Tensor) -> NDArray[np.float32]:
+        """Return each row's midpoint between its k-th and next largest pre-activation, at least 0, with a few tiles in memory at a time."""
+        largest = torch.empty((len(block), 0), device=self._device)
+        for first in range(0, self.n_tiles, _TILES_AT_ONCE):
+            tiles = self._tiles[first : first + _TILES_AT_ONCE]
+            pre = torch.cat([(_multiply(block, tile.W()) + tile.b)[:, : tile.width] for tile in tiles] + [largest], dim=1)
+            largest = pre.topk(min(self._sae.k + 1, pre.shape[1]), dim=1).values
+        return ((largest[:, -1] + largest[:, -2 if self._sae.k else -1]) / 2).clamp_min(0).cpu().numpy()
 
-        def work(low: int, high: int) -> None:
-            best = np.partition(pre[low:high], tile.width - n_known, axis=1)[:, tile.width - n_known :]
-            largest[low:high, n - n_known :] = np.sort(best, axis=1)
-
-        self._by_rows(work, len(block))
-        return largest
-
-    def _raise_largest(self, largest: NDArray[np.float32], scans: Sequence[Scan]) -> None:
-        def work(low: int, high: int) -> None:
-            for scan in scans:
-                kernels.raise_largest(largest, scan.rows, scan.activations, low, high)
-
-        self._by_rows(work, len(largest))
-
-    def _by_rows(self, work: Callable[[int, int], None], n_rows: int) -> None:
-        """Give each thread its own range of rows."""
-        edges = np.linspace(0, n_rows, self._n_threads + 1).astype(np.int64).tolist()
-        list(self._pool.map(work, edges[:-1], edges[1:]))
-
-    def _scan_tiles(self, tiles: range, block: Tensor, limits: NDArray[np.float32], thresholds: list[NDArray[np.float32]]) -> list[Scan]:
-        if not self._is_compiled:
-            rows = torch.from_numpy(limits).to(self._device)
-            return [_scan_plainly(i, block, self._tiles[i], torch.from_numpy(thresholds[i]).to(self._device), rows) for i in tiles]
-        return list(self._pool.map(lambda i: self._scan_compiled(i, block, limits, thresholds[i]), tiles))
-
-    def _scan_compiled(self, i: int, block: Tensor, limits: NDArray[np.float32], threshold: NDArray[np.float32]) -> Scan:
-        """Multiply and scan one tile with one thread."""
+    def _scan_compiled(self, i: int, block: Tensor, limits: NDArray[np.float32] | RisingBounds, threshold: NDArray[np.float32]) -> Scan:
+        """Multiply and scan one tile with one thread, given what rows must exceed, or bounds that it raises."""
         try:
             scratch = self._scratch.get_nowait()
         except Empty:
@@ -209,12 +237,17 @@ class Encoder:
                 rows = block[first : first + MOST_ROWS]
                 product = scratch.product[: len(rows)]
                 torch.mm(rows, strip, out=product)
-                strip_limits, row_limits = (tile.bias[here], threshold[here]), limits[first : first + len(rows)]
-                arguments = (product.numpy().reshape(-1), strip_limits, row_limits, (here.start, first), scratch.flags)
+                flat, strip_limits, is_known = product.numpy().reshape(-1), (tile.bias[here], threshold[here]), True
+                row_limits = (limits.values if isinstance(limits, RisingBounds) else limits)[first : first + len(rows)]
+                if isinstance(limits, RisingBounds) and i < limits.how.n_tiles:
+                    is_known = limits.fill(flat, *strip_limits, first)
+                arguments = (flat, strip_limits, row_limits, (here.start, first), scratch.flags)
                 n_found = kernels.append_firings(*arguments, scratch.columns, n)
-                if n_found > len(scratch.columns[0]):
+                if n_found > len(scratch.columns[0]) - GROUP:
                     scratch.grow(n_found)
                     n_found = kernels.append_firings(*arguments, scratch.columns, n)
+                if isinstance(limits, RisingBounds) and not is_known:
+                    limits.fold(scratch.columns[1][n:n_found], scratch.columns[2][n:n_found])
                 n = n_found
         latents, rows, activations = scratch.columns
         scan = Scan(i, latents[:n].copy(), rows[:n].copy(), activations[:n].copy())
@@ -228,6 +261,14 @@ class Encoder:
 def row_limits(is_valid: NDArray[np.bool_], thresholds: NDArray[np.float32] | float) -> NDArray[np.float32]:
     """Return what pre-activations of each row must exceed: the row's threshold, or infinity where the row is not valid."""
     return np.where(is_valid, thresholds, np.inf).astype(np.float32)
+
+
+def _insert(scan: Scan, other: Scan, places: NDArray[np.int64]) -> Scan:
+    """Add firings of rows that stand at `places` in the block, each latent's in order of row."""
+    rows = np.concatenate([scan.rows, places[other.rows].astype(np.uint32)])
+    latents, activations = np.concatenate([scan.latents, other.latents]), np.concatenate([scan.activations, other.activations])
+    order = np.argsort(rows, kind="stable")
+    return Scan(scan.tile, latents[order], rows[order], activations[order])
 
 
 class _Tile(NamedTuple):

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.rows import iter_row_blocks
@@ -85,20 +86,32 @@ def _find_thresholds(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset) 
 def _iter_blocks(pipeline: Pipeline, store: Store, data: Dataset, encoder: Encoder, limits: NDArray[np.float32] | None) -> Iterator[BlockFirings]:
     """Yield the firings above the rows' limits, or with no limits those of a `topk` SAE."""
     hook_point, n_block = pipeline.config.sae(data.name).hook_point, pipeline.config.execution.rows_per_block
-    begun: list[tuple[int, int, Callable[[], list[Scan]]]] = []
+    begun: list[Callable[[], BlockFirings]] = []
     for first_row, rows in iter_row_blocks(pipeline, store, hook_point, data.shard, n_block):
         block = encoder.prepare(rows, n_block, f"Activation shard {data.shard} at {hook_point}, from row {first_row:,}")
         here = slice(first_row, first_row + len(rows))
-        if limits is None:
-            found = encoder.scan_topk(block, data.is_valid[here])
-            yield BlockFirings(first_row, len(rows), found.scans, found.thresholds)
-            continue
-        begun.append((first_row, len(rows), encoder.begin_scan(block, limits[here])))
+        begun.append(_begin(encoder, block, here, data.is_valid[here], None if limits is None else limits[here]))
         if len(begun) > 1:
-            earlier_row, n_rows, finish = begun.pop(0)
-            yield BlockFirings(earlier_row, n_rows, finish(), None)
-    for earlier_row, n_rows, finish in begun:
-        yield BlockFirings(earlier_row, n_rows, finish(), None)
+            yield begun.pop(0)()
+    for finish in begun:
+        yield finish()
+
+
+def _begin(
+    encoder: Encoder, block: Tensor, here: slice, is_valid: NDArray[np.bool_], limits: NDArray[np.float32] | None
+) -> Callable[[], BlockFirings]:
+    """Begin to scan one block, and return what waits for its firings."""
+    n_rows = here.stop - here.start
+    if limits is not None:
+        finish_scan = encoder.begin_scan(block, limits)
+        return lambda: BlockFirings(here.start, n_rows, finish_scan(), None)
+    finish_topk = encoder.begin_scan_topk(block, is_valid)
+
+    def finish() -> BlockFirings:
+        found = finish_topk()
+        return BlockFirings(here.start, n_rows, found.scans, found.thresholds)
+
+    return finish
 
 
 def _publish(pipeline: Pipeline, store: Store, data: Dataset, thresholds: list[NDArray[np.float32]]) -> None:

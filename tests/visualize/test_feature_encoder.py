@@ -12,6 +12,7 @@ import torch
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, row_limits
 from interp_assets.visualize.kernels import TILE
+from interp_assets.visualize.rising import Guess, certain, guess
 
 CPU = torch.device("cpu")
 
@@ -105,6 +106,54 @@ def test_topk_holds_for_any_k(k):
     found, thresholds = find(sae, rows, is_valid)
     assert found == expect(sae, rows, is_valid)
     assert thresholds == sae.threshold_for(sae.pre_activations(rows))[:, 0].tolist()
+
+
+def make_normal_topk(n_tiles, k, order=0.0):
+    """Make a `topk` SAE of normal weights and 200 rows; with `order` its first latents are the largest on every row."""
+    generator = torch.Generator().manual_seed(5)
+    d_sae = n_tiles * TILE - 30
+    W = torch.randn(24, d_sae, generator=generator)
+    bias = torch.where(torch.arange(d_sae) < d_sae // 8, order, 0.0)
+    sae = Sae(kind="topk", W_enc=W, b_enc=bias, W_dec=W.T, b_dec=torch.zeros(24), threshold=torch.zeros(d_sae), k=k)
+    return sae, torch.randn(200, 24, generator=generator), np.arange(200) % 7 > 0
+
+
+@pytest.mark.parametrize("order", [0.0, 100.0, -100.0])
+def test_topk_holds_where_bounds_are_guessed(order):
+    """With many tiles the bound of a row is a guess from an eighth of the latents: wrong for few rows, for all of them, or far too low."""
+    sae, rows, is_valid = make_normal_topk(16, 32, order)
+    assert guess(32, 16) == Guess(2, 16)
+    found, thresholds = find(sae, rows, is_valid, n_block=40)
+    expected = expect(sae, rows, is_valid)
+    assert found.keys() == expected.keys()
+    assert max(abs(found[place] - expected[place]) for place in found) < 1e-3
+    np.testing.assert_allclose(thresholds, sae.threshold_for(sae.pre_activations(rows))[:, 0].numpy(), atol=1e-4)
+
+
+def test_a_guess_that_fails_too_often_is_made_more_carefully():
+    """Latents sorted by how often they fire would have every row scanned twice, block after block."""
+    sae, rows, is_valid = make_normal_topk(16, 32, order=100.0)
+    encoder, guesses = Encoder(sae, 0, sae.d_sae, CPU), []
+    for first in range(0, 160, 40):
+        encoder.scan_topk(encoder.prepare(rows[first : first + 40], 40, "here"), is_valid[first : first + 40])
+        guesses.append(encoder.guess)
+    assert guesses == [Guess(2, 32), certain(32, 16), certain(32, 16), certain(32, 16)]
+
+
+def test_the_firings_of_a_guess_do_not_depend_on_who_comes_first():
+    """Threads race for the bounds; what is returned must be the same bytes every time, rows that were scanned again included."""
+    sae, rows, is_valid = make_normal_topk(16, 32)
+    sae.b_enc[: TILE // 2] += 2.0
+    runs = [find(sae, rows, is_valid, n_block=200) for _ in range(5)]
+    assert all(run == runs[0] for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("k", "n_tiles", "expected"), [(32, 15, certain(32, 15)), (0, 64, certain(0, 64)), (4000, 16, certain(4000, 16)), (64, 128, Guess(16, 24))]
+)
+def test_a_guess_needs_many_tiles_and_few_kept(k, n_tiles, expected):
+    """Where an eighth of the latents cannot tell, the bound is the certain one."""
+    assert guess(k, n_tiles) == expected
 
 
 def test_dense_firing_outgrows_the_first_columns():
