@@ -102,6 +102,31 @@ def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path
     out.print(f"Wrote {path}. Change model, text and hook points, then: interp run --config {path}", soft_wrap=True)
 
 
+@app.command("import")
+def import_sae(
+    folder: Annotated[str, typer.Argument(help="Folder or s3:// address that SAELens, sparsify or dictionary_learning wrote, or of Gemma Scope.")],
+    config: ConfigOption = None,
+    name: Annotated[str, typer.Option(help="Name of the SAE in the pipeline. Default: made of the folder's.")] = "",
+    hook_point: Annotated[str, typer.Option(help="One of harvest.hook_points. Default: the one that the folder tells.")] = "",
+    target_hook_point: Annotated[str, typer.Option(help="What a transcoder reconstructs. Default: the one that the folder tells.")] = "",
+    add: Annotated[bool, typer.Option("--add", help="Put the entry into the configuration's file.")] = False,
+) -> None:
+    """Check an SAE that another tool trained against a pipeline, and write the entry by which the pipeline takes it in."""
+    from interp_assets.importing import Place, add_entry, make_entry, plan_import, print_import
+
+    if add and config is None:
+        raise InputError("--add puts the entry into a file: name it with --config (`interp init` writes one).")
+    found = plan_import(_load(config), Place(folder, name, hook_point, target_hook_point))
+    print_import(err, found)
+    out.print(make_entry(found.entry).rstrip(), soft_wrap=True, markup=False)
+    shown = f"To browse its features, put {found.entry.name!r} into features.saes too."
+    if add and config is not None:
+        add_entry(config, found.entry)
+        err.print(f"Added to {config}. {shown} Then: interp run --config {config}", soft_wrap=True, markup=False)
+    else:
+        err.print(f"Put this item into `saes` of the configuration (or --add). {shown} Then: interp run", soft_wrap=True, markup=False)
+
+
 @app.command()
 def plan(
     config: ConfigOption = None,

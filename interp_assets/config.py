@@ -136,6 +136,21 @@ class SaeConfig(_Config):
     """Seed of the initial weights; the order of the data depends on the pipeline's seed only."""
     product_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that the operands of matrix products are rounded to; weights, thresholds and optimizer stay float32."""
+    imported: str = ""
+    """Execution: folder or `s3://` address of an SAE that another tool trained; it is taken from there. `interp import` writes the whole entry."""
+    imported_digest: str = ""
+    """`imported`: the digest of its files, which is what identifies it. The fields of training, from `sparsity_coefficient` on, are then unused."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the bytes of this SAE: its recipe, or of an imported one its digest and place."""
+        return self._dump({"task", "hook_point", "target_hook_point", "imported_digest"})
+
+    def described(self) -> dict[str, Any]:
+        """Return what readers want to know of this SAE: its recipe, or of an imported one what has a meaning."""
+        return self._dump({"name", "architecture", "task", "hook_point", "target_hook_point", "d_sae", "imported_digest"})
+
+    def _dump(self, of_imported: set[str]) -> dict[str, Any]:
+        return self.model_dump(include=of_imported) if self.imported else self.model_dump(exclude={"imported", "imported_digest"})
 
     @property
     def is_transcoder(self) -> bool:
@@ -284,6 +299,12 @@ def _check_task(sae: SaeConfig, hook_points: list[str]) -> None:
         message = (
             f"SAE {sae.name!r} is of task {sae.task!r} with target_hook_point {sae.target_hook_point!r} and more_hook_points "
             f"{list(sae.more_hook_points)}: transcoders have a target, crosscoders have more hook points, others neither"
+        )
+        raise ValueError(message)
+    if bool(sae.imported) != bool(sae.imported_digest) or (sae.imported and sae.task == "crosscoder"):
+        message = (
+            f"SAE {sae.name!r} has imported {sae.imported!r}, imported_digest {sae.imported_digest!r} and task {sae.task!r}: an imported SAE "
+            "has both fields and is no crosscoder. `interp import` writes the entry"
         )
         raise ValueError(message)
     if len(set(sae.sources)) != len(sae.sources):

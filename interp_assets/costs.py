@@ -18,6 +18,7 @@ from interp_assets.errors import InterpError
 from interp_assets.manifest import find_manifest
 from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store, shard_index
 from interp_assets.progress import Estimator
+from interp_assets.rates import note_rate, rates_path
 from interp_assets.road import Stop, make_road
 from interp_assets.shuffle.estimate import Prices
 from interp_assets.shuffle.rows import RowFormat
@@ -97,11 +98,18 @@ def make_estimator(config: PipelineConfig) -> Estimator:
             return None
         store = open_pipeline_store(config)
         try:
-            return tabulate(estimate_cost(stop, load_pipeline(config, store), store, partition), measure_cost(config, traffic, seconds))
+            estimated = estimate_cost(stop, load_pipeline(config, store), store, partition)
+            note_rate(rates_path(), rate_kind(stop, config), estimated.seconds, seconds)
+            return tabulate(estimated, measure_cost(config, traffic, seconds))
         except InterpError:
             return None  # the plan or the tokens went away meanwhile; the partition's own event matters more
 
     return compare
+
+
+def rate_kind(stop: Stop, config: PipelineConfig) -> str:
+    """Name the kind of work, for what is known of this machine: the asset, and the model where that decides how long a row takes."""
+    return f"{stop.key[-1]} {config.model.name}" if stop.name in ("activations", "sae_evaluation") else stop.key[-1]
 
 
 def add_up(tables: Iterable[Sequence[Mapping[str, Any]]]) -> tuple[Cost, Cost]:
@@ -118,7 +126,7 @@ def _work(stop: Stop, pipeline: Pipeline, store: Store, key: str, machine: Machi
     if stop.stage == "visualize":
         return _feature_work(stop, pipeline, store, machine)
     if stop.axis == "shard" and stop.name != "shuffle_pass_1":
-        n_rows = _rows(pipeline, store, shard_index(key))
+        n_rows = rows_of(pipeline, store, shard_index(key))
         if stop.name == "token_shards":
             n_bytes = pipeline.source(shard_index(key)).n_bytes
             return _Work(0, n_rows * TOKEN_BYTES, 2, 2, n_bytes / TEXT_BYTES_PER_S)
@@ -128,9 +136,9 @@ def _work(stop: Stop, pipeline: Pipeline, store: Store, key: str, machine: Machi
     n_train = len(pipeline.train_indices)
     if stop.name == "shuffle_pass_1":
         index = shard_index(key)
-        n_bytes = _rows(pipeline, store, index) * shuffled if index in pipeline.train_indices else 0
+        n_bytes = rows_of(pipeline, store, index) * shuffled if index in pipeline.train_indices else 0
         return _Work(n_bytes, n_bytes, 3, 1 if n_bytes else 0)
-    data_bytes = sum(_rows(pipeline, store, index) for index in pipeline.train_indices) * shuffled
+    data_bytes = sum(rows_of(pipeline, store, index) for index in pipeline.train_indices) * shuffled
     if stop.axis == "bucket":
         n_bytes = data_bytes / stop.n_buckets
         return _Work(n_bytes, n_bytes, 2 * n_train, 1)
@@ -148,11 +156,13 @@ def _work(stop: Stop, pipeline: Pipeline, store: Store, key: str, machine: Machi
 def _sae_work(stop: Stop, pipeline: Pipeline, store: Store, key: str, machine: Machine) -> _Work:
     sae = pipeline.config.sae(key)
     d_in, weights_bytes = pipeline.d_in(sae.hook_point), 8.0 * pipeline.d_in(sae.hook_point) * sae.d_sae
+    if stop.name == "sae" and sae.imported:
+        return _Work(weights_bytes, weights_bytes, 4, 4)
     if stop.name == "sae":
         record_bytes = _format(pipeline, sae.hook_point).record_bytes
         busy_s = TRAIN_PRODUCTS * 2.0 * sae.n_rows * d_in * sae.d_sae / machine.flops
         return _Work(sae.n_rows * record_bytes, weights_bytes, 4, 4, busy_s)
-    n_rows = sum(_rows(pipeline, store, index) for index in pipeline.held_out_indices)
+    n_rows = sum(rows_of(pipeline, store, index) for index in pipeline.held_out_indices)
     read_bytes = n_rows * (_format(pipeline, sae.hook_point).row_bytes + TOKEN_BYTES) + weights_bytes
     return _Work(read_bytes, 0, 4 * len(pipeline.held_out_indices), 2, 3 * n_rows / HARVEST_ROWS_PER_S)
 
@@ -161,7 +171,7 @@ def _feature_work(stop: Stop, pipeline: Pipeline, store: Store, machine: Machine
     config, sae = pipeline.config, pipeline.config.sae(stop.key[1])
     n_shards, n_slices = len(pipeline.shard_indices), config.features.latent_slices
     work = Workload(
-        n_rows=max(1, sum(_rows(pipeline, store, index) for index in pipeline.shard_indices)),
+        n_rows=max(1, sum(rows_of(pipeline, store, index) for index in pipeline.shard_indices)),
         n_shards=n_shards,
         d_in=pipeline.d_in(sae.hook_point),
         d_sae=sae.d_sae,
@@ -178,7 +188,7 @@ def _feature_work(stop: Stop, pipeline: Pipeline, store: Store, machine: Machine
     return _Work(cost.read_bytes / cost.jobs, cost.written_bytes / cost.jobs, 2 * n_inputs, 2, busy_s)
 
 
-def _rows(pipeline: Pipeline, store: Store, index: int) -> int:
+def rows_of(pipeline: Pipeline, store: Store, index: int) -> int:
     """Return the rows of a shard, counted where its tokens are there."""
 
     def count() -> int:

@@ -31,6 +31,7 @@ OPTIONS = {
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
     "export": ["--bundle", "--config", "--sae", "format_name", "target"],
+    "import": ["--add", "--config", "--hook-point", "--name", "--target-hook-point", "folder"],
     "init": ["path"],
     "inspect": ["path"],
     "labels": [],

@@ -42,7 +42,7 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         description=(
             "A trained sparse autoencoder: weights and configuration in a folder that SAELens opens, and its training curve. The unit of work is an "
             "experiment; those of one run share one reader and see identical batches. Look at the loss curve, L0 and FVU, at the profile, and at "
-            "the share of the time that training waited for rows."
+            "the share of the time that training waited for rows. An experiment with `imported` is read from another tool's folder instead."
         ),
     )
     def sae(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
@@ -50,14 +50,18 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         names = partition_keys(context)
         _require_certificates(pipeline, store, names)
         progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
+        before, begun = METER.total(), time.monotonic()
         trained = run_training(pipeline, store, names, progress.advance, make_listener(context.log.info))
+        shared = Shared(METER.total().since(before), time.monotonic() - begun)
 
         def work(key: str) -> Made:
             item = trained[key]
             shown = {name: dg.MetadataValue.md(text) for name, text in describe_speed(store, item).items()}
-            return made([item], store.url, training=dg.MetadataValue.md(plot_training(store, item)), **shown)
+            if not pipeline.config.sae(key).imported:
+                shown["training"] = dg.MetadataValue.md(plot_training(store, item))
+            return made([item], store.url, **shown)
 
-        yield from record(context, work, progress)
+        yield from record(context, work, progress, shared)
 
     return sae
 
@@ -122,7 +126,7 @@ def _sweep(layout: Layout) -> dg.AssetsDefinition:
 
 def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) -> None:
     """Refuse to train on rows whose shuffle is not proven. Raises `CertificateError`."""
-    configs = [pipeline.config.sae(name) for name in names]
+    configs = [config for config in (pipeline.config.sae(name) for name in names) if not config.imported]
     for hook_point in sorted({hook_point for config in configs for hook_point in (*config.sources, *config.targets)}):
         certificate = load_manifest(store, certificate_ref(pipeline, hook_point))
         if not certificate.facts["passed"]:

@@ -34,6 +34,8 @@ from interp_assets.train.sae import Sae, SaeKind
 
 WEIGHTS: Final = "sae_weights.safetensors"
 CONFIG: Final = "cfg.json"
+FREQUENCY: Final = "firing_frequency.safetensors"
+"""How often each latent fired on the calibration rows; of an imported SAE where its tool says so."""
 _ARCHITECTURES: Final[dict[SaeKind, str]] = {"relu": "standard", "jump_relu": "jumprelu", "topk": "topk"}
 _KINDS: Final[dict[str, SaeKind]] = {
     **{name: kind for kind, name in _ARCHITECTURES.items()},
@@ -47,7 +49,7 @@ _KINDS: Final[dict[str, SaeKind]] = {
 _HOOK_SUFFIXES: Final = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
 
 
-def save_sae(art: ArtifactWriter, sae: Sae, pipeline: Pipeline, config: SaeConfig, *, l0: float) -> None:
+def save_sae(art: ArtifactWriter, sae: Sae, pipeline: Pipeline, config: SaeConfig, *, l0: float | None) -> None:
     """Write an SAE's two exchange files into its artifact; `l0` goes into the metadata for readers of other tools."""
     tensors = {"W_dec": sae.W_dec, "W_enc": sae.W_enc, "b_dec": sae.b_dec, "b_enc": sae.b_enc}
     if sae.kind == "jump_relu":
@@ -98,7 +100,7 @@ def _architecture(sae: Sae, config: SaeConfig) -> str:
     return f"{'' if sae.kind == 'relu' else name + '_'}{config.task}"
 
 
-def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, l0: float) -> dict[str, Any]:
+def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, l0: float | None) -> dict[str, Any]:
     corpus, model = pipeline.config.corpus, pipeline.config.model
     cfg: dict[str, Any] = {
         "architecture": _architecture(sae, config),

@@ -8,8 +8,15 @@ their encoders see x - b_dec, which moves between the biases: bias = b_enc + b_d
                            relu, jump_relu     JumpReluAutoEncoder: W_enc, b_enc, W_dec, b_dec, threshold
 
 BatchTopK, Matryoshka and Gated are `jump_relu` here, with their calibrated thresholds. Neither of the two can reconstruct rows of another
-width. From SAELens come what others write, too: encoders that see x - b_dec, gates, and TopK that compares activations times decoder norms,
-which moves into the encoder. Files and folders: `exchange_files.py`.
+width. Read is more than is written:
+
+    SAELens                standard, topk, jumprelu, gated and transcoders, of releases before 6.0 too: encoders that see x - b_dec, gates, and
+                           TopK that compares activations times decoder norms, which move into the encoder
+    dictionary_learning    AutoEncoder (whose decoder norms its loader moves into the encoder, and so do we), AutoEncoderNew, GatedAutoEncoder,
+                           AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE, JumpReluAutoEncoder
+    Gemma Scope            jump_relu: W_enc, b_enc, W_dec, b_dec, threshold
+
+What cannot be the same function here is refused, not approximated. Files and folders: `exchange_files.py`.
 """
 
 from collections.abc import Mapping
@@ -34,6 +41,31 @@ _SAELENS_KINDS: Final[dict[str, SaeKind]] = {
     "topk_skip_transcoder": "topk",
 }
 """The last two are ours: SAELens does not have them."""
+_IDLE_SCALINGS: Final = ("none", "expected_average_only_in", "covariance_whitening", None)
+"""Values of `normalize_activations` that do nothing when SAELens runs a saved SAE."""
+
+
+_SHAPES: Final[dict[str, tuple[str, ...]]] = {
+    "W_enc": ("d_in", "d_sae"),
+    "W_dec": ("d_sae", "d_out"),
+    "b_dec": ("d_out",),
+    **dict.fromkeys(("b_enc", "b_gate", "b_mag", "r_mag", "threshold", "encoder.bias", "gate_bias", "mag_bias"), ("d_sae",)),
+    **dict.fromkeys(("bias", "decoder_bias", "decoder.bias"), ("d_out",)),
+    "encoder.weight": ("d_sae", "d_in"),
+    "decoder.weight": ("d_out", "d_sae"),
+    "W_skip": ("d_out", "d_in"),
+}
+"""Shapes by name, whichever the tool; `W_skip` where there is one."""
+_DICTIONARIES: Final[dict[str, tuple[str, ...]]] = {
+    "AutoEncoder": ("encoder.weight", "encoder.bias", "decoder.weight", "bias"),
+    "AutoEncoderNew": ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"),
+    "GatedAutoEncoder": ("encoder.weight", "gate_bias", "mag_bias", "r_mag", "decoder.weight", "decoder_bias"),
+    "AutoEncoderTopK": ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec"),
+    "BatchTopKSAE": ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec"),
+    "MatryoshkaBatchTopKSAE": ("W_enc", "b_enc", "W_dec", "b_dec"),
+    "JumpReluAutoEncoder": ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"),
+}
+"""The tensors of dictionary_learning's classes that are read."""
 
 
 class Exchange(NamedTuple):
@@ -68,14 +100,16 @@ def to_sparsify(sae: Sae) -> Exchange:
 
 
 def from_sparsify(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sae:
-    """Read what sparsify wrote. Raises `InputError` for an activation that is not TopK, or a tensor that is missing."""
+    """Read what sparsify wrote. Raises `InputError` for an activation that is not TopK, or a key or tensor that is missing or of another shape."""
     if config.get("activation", "topk") != "topk":
         raise InputError(f"This sparsify SAE has the activation {config['activation']!r}; only 'topk' is read.")
     _require(tensors, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), "sparsify")
-    W_enc, b_dec = tensors["encoder.weight"].T, tensors["b_dec"]
-    b_enc = tensors["encoder.bias"] if config.get("transcode", False) else tensors["encoder.bias"] - b_dec @ W_enc
-    skip = tensors.get("W_skip")
-    return _make("topk", {"W_enc": W_enc, "b_enc": b_enc, "W_dec": tensors["W_dec"], "b_dec": b_dec}, None, int(config["k"]), skip)
+    W_enc, b_dec = tensors["encoder.weight"].double().T, tensors["b_dec"].double()
+    b_enc = tensors["encoder.bias"].double()
+    if not config.get("transcode", False):
+        b_enc = b_enc - b_dec @ W_enc
+    k = int(need(config, "k", "cfg.json", "sparsify"))
+    return _make("topk", {"W_enc": W_enc, "b_enc": b_enc, "W_dec": tensors["W_dec"], "b_dec": b_dec}, None, k, tensors.get("W_skip"))
 
 
 def to_dictionary_learning(sae: Sae) -> Exchange:
@@ -101,50 +135,120 @@ def to_dictionary_learning(sae: Sae) -> Exchange:
 
 
 def from_dictionary_learning(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sae:
-    """Read what dictionary_learning holds. Raises `InputError` for a class that is not known here, or a tensor that is missing."""
-    kind = config["trainer"]["dict_class"]
+    """Read what dictionary_learning holds. Raises `InputError` for a class that is not known here, or a key or tensor that is missing."""
+    trainer = need(config, "trainer", "config.json", "dictionary_learning")
+    kind = str(need(trainer, "dict_class", "config.json (trainer)", "dictionary_learning"))
+    if kind not in _DICTIONARIES:
+        raise InputError(f"This dictionary_learning SAE is a {kind}; {', '.join(_DICTIONARIES)} are read.")
+    _require(tensors, _DICTIONARIES[kind], "dictionary_learning")
+    exact = {name: value.double() for name, value in tensors.items()}
+    W_enc, W_dec = (exact["W_enc"], exact["W_dec"]) if "W_enc" in exact else (exact["encoder.weight"].T, exact["decoder.weight"].T)
+    b_dec = next(exact[name] for name in ("b_dec", "bias", "decoder_bias", "decoder.bias") if name in exact)
+    if kind == "GatedAutoEncoder":
+        gates = _Gates(exact["gate_bias"], exact["mag_bias"], exact["r_mag"])
+        return _make_gated(W_enc, gates, W_dec, b_dec, b_dec)
+    b_enc = exact["b_enc"] if "b_enc" in exact else exact["encoder.bias"]
+    if kind not in ("AutoEncoderNew", "JumpReluAutoEncoder"):
+        b_enc = b_enc - b_dec @ W_enc
+    if kind == "AutoEncoder":
+        norm = W_dec.norm(dim=1)
+        norm = torch.where(norm > 0, norm, 1.0)
+        W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm[:, None]
+    weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     if kind == "JumpReluAutoEncoder":
-        _require(tensors, ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"), "dictionary_learning")
-        return _make("jump_relu", tensors, tensors["threshold"].clamp(min=0), 0, None)
-    if kind not in ("AutoEncoderTopK", "BatchTopKSAE"):
-        raise InputError(f"This dictionary_learning SAE is a {kind}; AutoEncoderTopK, BatchTopKSAE and JumpReluAutoEncoder are read.")
-    _require(tensors, ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec"), "dictionary_learning")
-    W_enc, b_dec = tensors["encoder.weight"].T, tensors["b_dec"]
-    weights = {"W_enc": W_enc, "b_enc": tensors["encoder.bias"] - b_dec @ W_enc, "W_dec": tensors["decoder.weight"].T, "b_dec": b_dec}
-    if kind == "BatchTopKSAE":
-        return _make("jump_relu", weights, torch.full_like(weights["b_enc"], max(0.0, float(tensors["threshold"]))), 0, None)
-    return _make("topk", weights, None, int(tensors["k"]), None)
+        return _make("jump_relu", weights, exact["threshold"].clamp(min=0), 0, None)
+    if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        threshold = float(need(tensors, "threshold", "ae.pt", "dictionary_learning"))
+        return _make("jump_relu", weights, torch.full_like(b_enc, max(0.0, threshold)), 0, None)
+    if kind == "AutoEncoderTopK":
+        return _make("topk", weights, None, int(need(tensors, "k", "ae.pt", "dictionary_learning")), None)
+    return _make("relu", weights, None, 0, None)
 
 
 def from_saelens(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sae:
     """Read what SAELens saved for inference, whoever trained it. Raises `InputError` for an architecture or a scaling that is not known here."""
+    config = modern_saelens(config)
     architecture = config["architecture"]
     if architecture not in _SAELENS_KINDS:
         raise InputError(f"This SAELens SAE is of architecture {architecture!r}; {sorted(_SAELENS_KINDS)} are read.")
     scaling, reshaping = config.get("normalize_activations", "none"), config.get("reshape_activations", "none")
-    if scaling == "layer_norm" or reshaping not in ("none", None):
+    if scaling not in _IDLE_SCALINGS or reshaping not in ("none", None):
         raise InputError(
             f"This SAELens SAE changes its input (normalize_activations {scaling!r}, reshape_activations {reshaping!r}); 'none' is read, and what "
             "does nothing at inference. Fold the scale into the weights with SAELens' own fold_activation_norm_scaling_factor first."
         )
+    factor = tensors.get("scaling_factor", torch.ones(()))
+    if not torch.equal(factor, torch.ones_like(factor)):
+        raise InputError("This SAELens SAE has a scaling_factor of its latents, which SAELens itself no longer reads. Fold it into W_dec first.")
     is_gated = architecture == "gated"
     biases = ("b_gate", "b_mag", "r_mag") if is_gated else ("b_enc",)
     kind = _SAELENS_KINDS[architecture]
     _require(tensors, ("W_enc", *biases, "W_dec", "b_dec", *(("threshold",) if kind == "jump_relu" and not is_gated else ())), "SAELens")
-    W_enc, W_dec, b_dec = tensors["W_enc"].double(), tensors["W_dec"].double(), tensors["b_dec"].double()
-    threshold: Tensor | None = tensors["threshold"].double().clamp(min=0) if "threshold" in tensors else None
+    exact = {name: value.double() for name, value in tensors.items()}
+    W_enc, W_dec, b_dec = exact["W_enc"], exact["W_dec"], exact["b_dec"]
+    is_centred = config.get("apply_b_dec_to_input", "transcoder" not in architecture)
     if is_gated:
-        gain, b_gate, b_enc = tensors["r_mag"].double().exp(), tensors["b_gate"].double(), tensors["b_mag"].double()
-        W_enc, threshold = W_enc * gain, (b_enc - gain * b_gate).clamp(min=0)
-    else:
-        b_enc = tensors["b_enc"].double()
-    if config.get("apply_b_dec_to_input", "transcoder" not in architecture):
-        b_enc = b_enc - b_dec @ W_enc
+        gates = _Gates(exact["b_gate"], exact["b_mag"], exact["r_mag"])
+        return _make_gated(W_enc, gates, W_dec, b_dec, b_dec if is_centred else torch.zeros_like(b_dec))
+    b_enc = exact["b_enc"] - b_dec @ W_enc if is_centred else exact["b_enc"]
     if config.get("rescale_acts_by_decoder_norm", False):
         norm = W_dec.norm(dim=1)
         W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm[:, None]
     weights = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    return _make(kind, weights, threshold, int(config.get("k", 0)) if kind == "topk" else 0, tensors.get("W_skip"))
+    threshold = exact["threshold"].clamp(min=0) if kind == "jump_relu" else None
+    k = int(need(config, "k", "cfg.json", "SAELens")) if kind == "topk" else 0
+    return _make(kind, weights, threshold, k, tensors.get("W_skip"))
+
+
+def from_gemma_scope(tensors: Mapping[str, Tensor]) -> Sae:
+    """Read the arrays of one of Gemma Scope's JumpReLU SAEs. Raises `InputError` when one is missing or of another shape."""
+    _require(tensors, ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"), "Gemma Scope")
+    return _make("jump_relu", tensors, tensors["threshold"].clamp(min=0), 0, None)
+
+
+def modern_saelens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring a configuration that SAELens wrote before 6.0 to the keys of today; return one of today as it is.
+
+    Raises `InputError` for an activation function that today's SAELens does not have.
+    """
+    if "metadata" in config and "architecture" in config:
+        return dict(config)
+    old = {"apply_b_dec_to_input": True, **config}
+    old["architecture"] = config.get("architecture") or "standard"
+    activation = config.get("activation_fn_str", config.get("activation_fn", "relu"))
+    if activation == "topk":
+        old |= {"architecture": "topk", "k": need(config.get("activation_fn_kwargs", {}), "k", "cfg.json (activation_fn_kwargs)", "SAELens")}
+    elif activation != "relu":
+        raise InputError(f"This SAELens SAE has the activation function {activation!r}; relu and topk are read.")
+    scaling = config.get("normalize_activations") or "none"
+    old["normalize_activations"] = "expected_average_only_in" if scaling is True else scaling
+    hook_name = config.get("hook_name", config.get("hook_point", ""))
+    old.setdefault("reshape_activations", "hook_z" if "hook_z" in str(hook_name) else "none")
+    old["metadata"] = {**{name: config[name] for name in ("model_name", "dataset_path", "context_size") if name in config}, "hook_name": hook_name}
+    return old
+
+
+def need(content: Mapping[str, Any], key: str, where: str, tool: str) -> Any:
+    """Return the value of a key that a format cannot do without. Raises `InputError` that names file, key and what there is."""
+    if key not in content:
+        raise InputError(f"{where} of this {tool} SAE has no {key!r}; it has {sorted(content)}. Copy or save it again.")
+    return content[key]
+
+
+class _Gates(NamedTuple):
+    """A gate opens where p + bias > 0; behind it is p e^log_gain + magnitude_bias."""
+
+    bias: Tensor
+    magnitude_bias: Tensor
+    log_gain: Tensor
+
+
+def _make_gated(W_enc: Tensor, gates: _Gates, W_dec: Tensor, b_dec: Tensor, centre: Tensor) -> Sae:
+    """Turn tied gates into thresholds (2404.16014, section 3); the encoder sees x - centre."""
+    gain = gates.log_gain.exp()
+    threshold = (gates.magnitude_bias - gain * gates.bias).clamp(min=0)
+    weights = {"W_enc": W_enc * gain, "b_enc": gates.magnitude_bias - centre @ (W_enc * gain), "W_dec": W_dec, "b_dec": b_dec}
+    return _make("jump_relu", weights, threshold, 0, None)
 
 
 def _require_one_width(sae: Sae, tool: str) -> None:
@@ -162,9 +266,23 @@ def _make(kind: Any, weights: Mapping[str, Tensor], threshold: Tensor | None, k:
 
 
 def _require(tensors: Mapping[str, Tensor], names: tuple[str, ...], tool: str) -> None:
+    """Raise `InputError` when a tensor is missing, has a shape that does not go with the others, or holds what is no number."""
     missing = [name for name in names if name not in tensors]
     if missing:
         raise InputError(f"These are not the tensors of a {tool} SAE: {missing} missing, found {sorted(tensors)}.")
+    sizes: dict[str, int] = {}
+    for name in (*names, *(["W_skip"] if "W_skip" in tensors else [])):
+        value, axes = tensors[name], _SHAPES[name]
+        for axis, size in zip(axes, value.shape, strict=False):
+            sizes.setdefault(axis, size)
+        expected = tuple(sizes.get(axis, -1) for axis in axes)
+        if tuple(value.shape) != expected:
+            raise InputError(
+                f"The tensor {name} of this {tool} SAE has the shape {list(value.shape)}; with the tensors before it, it should be "
+                f"[{', '.join(axes)}] = {list(expected)}. Copy or save it again."
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"The tensor {name} of this {tool} SAE holds NaN or infinity. Take another checkpoint of that training.")
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

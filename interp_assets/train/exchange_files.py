@@ -3,15 +3,23 @@
     saelens               cfg.json, sae_weights.safetensors, sparsity.safetensors (log10 firing frequency)
     sparsify              cfg.json, sae.safetensors
     dictionary_learning   config.json, ae.pt
+    gemma_scope           params.npz; read only
 
 `ae.pt` is that tool's own choice, a zip of tensors with a pickled table of contents. It is read with torch's `weights_only`, which rebuilds tensors
 and nothing else, so a stranger's file cannot run code; nothing of ours is ever stored that way. What each format can hold: `exchange.py`.
+
+Besides weights a folder tells where they come from, each tool in its own words: model, data, and the hook point, which is translated to ours
+where it has a name (`blocks.20.hook_resid_post`, a folder called `layers.20`, `resid_post_layer_20`: all are `resid_post.20`).
 """
 
+import hashlib
 import io
 import json
+import re
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -24,15 +32,69 @@ from interp_assets.manifest import load_manifest, read_file
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.tensors import load_tensors
-from interp_assets.train.checkpoint import CONFIG, WEIGHTS, read_sae
-from interp_assets.train.exchange import from_dictionary_learning, from_saelens, from_sparsify, to_dictionary_learning, to_sparsify
-from interp_assets.train.loop import FREQUENCY
+from interp_assets.train.checkpoint import CONFIG, FREQUENCY, WEIGHTS, read_sae
+from interp_assets.train.exchange import (
+    from_dictionary_learning,
+    from_gemma_scope,
+    from_saelens,
+    from_sparsify,
+    modern_saelens,
+    to_dictionary_learning,
+    to_sparsify,
+)
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae
 
 SAE_FORMATS: Final = ("saelens", "sparsify", "dictionary_learning")
 _NEVER: Final = 1e-10
 """What SAELens writes for the frequency of a latent that never fires."""
+_NEVER_LOG: Final = -9.99
+
+
+_FOLDERS: Final = {
+    "saelens": ("cfg.json", "sae_weights.safetensors"),
+    "sparsify": ("cfg.json", "sae.safetensors"),
+    "dictionary_learning": ("config.json", "ae.pt"),
+    "gemma_scope": ("params.npz",),
+}
+"""By what a folder is known; what else lies in it does not matter."""
+_LAYER_KINDS: Final = {None: "resid_post", "mlp": "mlp_out", "attn": "attn_out", "self_attn": "attn_out", "attention": "attn_out"}
+_HOOKS: Final = (
+    re.compile(r"(?:^|\.)blocks\.(?P<layer>\d+)\.hook_(?P<kind>resid_pre|resid_mid|resid_post|mlp_out|attn_out)$"),
+    re.compile(r"^(?P<kind>resid_pre|resid_post|mlp_out|attn_out)_layer_(?P<layer>\d+)$"),
+    re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<module>mlp|attn|self_attn|attention))?$"),
+)
+"""What tools call hook points: TransformerLens' names, dictionary_learning's, and modules, of which the output is meant."""
+
+
+class Origin(NamedTuple):
+    """What a folder tells of its SAE besides the weights; empty where it does not."""
+
+    tool: str
+    architecture: str
+    """In the tool's words."""
+    hook: str
+    """Likewise."""
+    hook_point: str
+    """The same in ours, where it has a name."""
+    target_hook_point: str
+    model: str
+    dataset: str
+    context_length: int | None
+    l0: float | None
+    dtype: str
+    """Of the stored weights; read they become float32."""
+
+
+class Foreign(NamedTuple):
+    """An SAE that somebody else's tool wrote."""
+
+    sae: Sae
+    origin: Origin
+    digest: str
+    """Of configuration and weights, byte by byte."""
+    firing_frequency: Tensor | None
+    """Share of the rows on which each latent fired, where the tool stored it: `[d_sae]`."""
 
 
 class ExportedSae(NamedTuple):
@@ -53,7 +115,8 @@ def export_sae(pipeline: Pipeline, store: Store, name: str, format_name: str, ou
     manifest = load_manifest(store, ref)
     sae = read_sae(store, ref.path, manifest)
     if format_name == "saelens":
-        frequency = load_tensors(store, ref.path, manifest, FREQUENCY)["firing_frequency"]
+        is_counted = any(entry.name == FREQUENCY for entry in manifest.files)
+        frequency = load_tensors(store, ref.path, manifest, FREQUENCY)["firing_frequency"] if is_counted else None
         files = _saelens_files(sae, read_file(store, ref.path, manifest, CONFIG), read_file(store, ref.path, manifest, WEIGHTS), frequency)
     elif format_name == "sparsify":
         exchange = to_sparsify(sae)
@@ -69,26 +132,126 @@ def export_sae(pipeline: Pipeline, store: Store, name: str, format_name: str, ou
 
 def read_exchange(folder: Store) -> Sae:
     """Read the SAE in a folder that SAELens, sparsify or dictionary_learning wrote, or `export_sae`. Raises `InputError`, naming what is wrong."""
+    return read_foreign(folder).sae
+
+
+def read_foreign(folder: Store) -> Foreign:
+    """Read such an SAE and all that the folder tells of it. Raises `InputError`, naming folder, file and what is wrong."""
     found = {item.path for item in folder.list("")}
+    tool = next((tool for tool, files in _FOLDERS.items() if found.issuperset(files)), None)
+    if tool is None:
+        inner = sorted({path.rpartition("/")[0] for path in found if path.rpartition("/")[2] in {files[-1] for files in _FOLDERS.values()}})
+        hint = f" It is in folders below: name one of {inner[:8]}." if inner else ""
+        raise InputError(
+            f"{folder.url} holds no SAE: expected cfg.json and sae_weights.safetensors (SAELens), cfg.json and sae.safetensors (sparsify), "
+            f"config.json and ae.pt (dictionary_learning), or params.npz (Gemma Scope); found {sorted(found)[:8]}.{hint}"
+        )
+    files = {name: folder.get(name) for name in _FOLDERS[tool]}
     try:
-        if {"cfg.json", "sae_weights.safetensors"} <= found:
-            return from_saelens(json.loads(folder.get("cfg.json")), load_safetensors(folder.get("sae_weights.safetensors")))
-        if {"cfg.json", "sae.safetensors"} <= found:
-            return from_sparsify(json.loads(folder.get("cfg.json")), load_safetensors(folder.get("sae.safetensors")))
-        if {"config.json", "ae.pt"} <= found:
-            return from_dictionary_learning(json.loads(folder.get("config.json")), _load_torch_file(folder.get("ae.pt"), folder.url))
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"The SAE in {folder.url} cannot be read ({type(error).__name__}: {error}). Copy it again.") from error
-    raise InputError(
-        f"{folder.url} holds no SAE: expected cfg.json and sae_weights.safetensors (SAELens), cfg.json and sae.safetensors (sparsify), or "
-        f"config.json and ae.pt (dictionary_learning); found {sorted(found)[:8]}."
-    )
+        config = _read_config(*next(iter(files.items()))) if tool != "gemma_scope" else {}
+        tensors = _read_tensors(tool, next(reversed(files.values())))
+        return Foreign(_convert(tool, config, tensors), _describe(tool, config, tensors, folder.url), _digest(files), _read_frequency(folder, found))
+    except InputError as error:
+        raise InputError(f"The SAE in {folder.url} cannot be used: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"The SAE in {folder.url} cannot be read ({', '.join(files)}: {type(error).__name__}: {error}). Copy it again.") from error
 
 
-def _saelens_files(sae: Sae, cfg: bytes, weights: bytes, frequency: Tensor) -> dict[str, bytes]:
-    """Return an artifact's own files, and the firing frequencies as SAELens keeps them."""
+def _convert(tool: str, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Sae:
+    match tool:
+        case "saelens":
+            return from_saelens(config, tensors)
+        case "sparsify":
+            return from_sparsify(config, tensors)
+        case "dictionary_learning":
+            return from_dictionary_learning(config, tensors)
+        case _:
+            return from_gemma_scope(tensors)
+
+
+def _read_config(name: str, data: bytes) -> dict[str, Any]:
+    config = json.loads(data)
+    if not isinstance(config, dict):
+        raise InputError(f"{name} holds a {type(config).__name__}, expected keys and values.")
+    return config
+
+
+def _read_tensors(tool: str, data: bytes) -> dict[str, Tensor]:
+    if tool == "dictionary_learning":
+        return _load_torch_file(data)
+    if tool == "gemma_scope":
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {re.sub("^w_", "W_", name): torch.from_numpy(arrays[name]) for name in arrays.files}
+    return load_safetensors(data)
+
+
+def _describe(tool: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], url: str) -> Origin:
+    """Collect what each tool tells, in its own keys."""
+    dtype = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values() if value.is_floating_point() and value.ndim}))
+    last = url.rstrip("/").rpartition("/")[2]
+    match tool:
+        case "saelens":
+            modern = modern_saelens(config)
+            told: Mapping[str, Any] = modern["metadata"]
+            hook = str(told.get("hook_name") or "")
+            return Origin(
+                tool=tool,
+                architecture=str(told.get("training_architecture") or modern["architecture"]),
+                hook=hook,
+                hook_point=str(told.get("hook_point") or translate_hook(hook)),
+                target_hook_point=str(told.get("target_hook_point") or translate_hook(str(told.get("hook_name_out") or ""))),
+                model=str(told.get("model_name") or ""),
+                dataset=str(told.get("dataset_path") or ""),
+                context_length=told.get("context_size"),
+                l0=told.get("l0"),
+                dtype=dtype,
+            )
+        case "dictionary_learning":
+            trainer = config["trainer"]
+            hook, model = str(trainer.get("submodule_name") or ""), str(trainer.get("lm_name") or "")
+            length = config.get("buffer", {}).get("ctx_len")
+            return Origin(tool, str(trainer["dict_class"]), hook, translate_hook(hook), "", model, "", length, trainer.get("k"), dtype)
+        case "sparsify":
+            hook = last if translate_hook(last) else ""
+            task = "transcoder" if config.get("transcode") else "topk"
+            return Origin(tool, task, hook, "" if config.get("transcode") else translate_hook(hook), "", "", "", None, config.get("k"), dtype)
+        case _:
+            place = re.search(r"-res(?:-all)?/.*?layer_(\d+)/", url + "/")
+            l0 = re.search(r"average_l0_(\d+)$", last)
+            hook_point = f"resid_post.{place[1]}" if place else ""
+            return Origin(tool, "jumprelu", "", hook_point, "", "", "", None, float(l0[1]) if l0 else None, dtype)
+
+
+def translate_hook(name: str) -> str:
+    """Return our name of what another tool calls a hook point; empty when it has none."""
+    for pattern in _HOOKS:
+        if found := pattern.search(name):
+            parts = found.groupdict()
+            return f"{parts.get('kind') or _LAYER_KINDS[parts.get('module')]}.{parts['layer']}"
+    return ""
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for name, data in sorted(files.items()):
+        state.update(f"{name}:{len(data)}\n".encode())
+        state.update(data)
+    return state.hexdigest()
+
+
+def _read_frequency(folder: Store, found: set[str]) -> Tensor | None:
+    if "sparsity.safetensors" not in found:
+        return None
+    stored = load_safetensors(folder.get("sparsity.safetensors")).get("sparsity")
+    return None if stored is None else torch.where(stored <= _NEVER_LOG, 0.0, 10.0 ** stored.double())
+
+
+def _saelens_files(sae: Sae, cfg: bytes, weights: bytes, frequency: Tensor | None) -> dict[str, bytes]:
+    """Return an artifact's own files, and the firing frequencies, where they are known, as SAELens keeps them."""
     if sae.kind == "topk" and json.loads(cfg)["architecture"] != "topk":
         raise InputError("SAELens has no TopK transcoders. Export this one as sparsify, or train it as batch_topk.")
+    if frequency is None:
+        return {"cfg.json": cfg, "sae_weights.safetensors": weights}
     sparsity = frequency.clamp(min=_NEVER).log10().float().contiguous()
     return {"cfg.json": cfg, "sae_weights.safetensors": weights, "sparsity.safetensors": save_safetensors({"sparsity": sparsity})}
 
@@ -105,13 +268,13 @@ def _torch_file(tensors: dict[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def _load_torch_file(data: bytes, where: str) -> dict[str, Tensor]:
+def _load_torch_file(data: bytes) -> dict[str, Tensor]:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{where}/ae.pt is no file of tensors alone ({type(error).__name__}), and anything else is not loaded.") from error
+        raise InputError(f"ae.pt is no file of tensors alone ({type(error).__name__}), and anything else is not loaded.") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{where}/ae.pt holds a {type(content).__name__}, expected a state dict of tensors.")
+        raise InputError(f"ae.pt holds a {type(content).__name__}, expected a state dict of tensors.")
     return content
 
 

@@ -27,6 +27,7 @@ from interp_assets.errors import ConfigError, InterpError
 from interp_assets.manifest import Produced, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
+from interp_assets.train.imported import import_sae
 from interp_assets.train.loop import OnMetrics, TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import sae_ref
@@ -48,8 +49,18 @@ def run_training(
 ) -> dict[str, Produced]:
     """Train the named SAEs with as many processes as `execution.processes` says; they inherit the environment, and so the credentials.
 
-    Raises what `train_saes` raises, and `ConfigError` when the processes can't be arranged as configured.
+    Imported ones are read from their folders instead. Raises what `train_saes` and `import_sae` raise, and `ConfigError` when the processes
+    can't be arranged as configured.
     """
+    imported = {name: import_sae(pipeline, store, name) for name in names if pipeline.config.sae(name).imported}
+    trained = [name for name in names if name not in imported]
+    made = imported | (_train(pipeline, store, trained, progress, on_metrics) if trained else {})
+    return {name: made[name] for name in names}
+
+
+def _train(
+    pipeline: Pipeline, store: Store, names: Sequence[str], progress: Callable[[int], None] | None, on_metrics: OnMetrics | None
+) -> dict[str, Produced]:
     n_processes, n_slices = pipeline.config.execution.processes, pipeline.config.execution.latent_processes
     _check_processes(pipeline, names, n_processes, n_slices)
     if n_processes == 1:

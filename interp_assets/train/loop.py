@@ -29,7 +29,7 @@ from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.store import Store
 from interp_assets.tensors import save_tensors
 from interp_assets.train.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
-from interp_assets.train.checkpoint import load_sae, save_sae
+from interp_assets.train.checkpoint import FREQUENCY, load_sae, save_sae
 from interp_assets.train.fold import fold_weights
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
@@ -42,7 +42,6 @@ from interp_assets.train.trainer import LogRow, Trainer, n_steps
 from interp_assets.train.warm import unfold_weights
 
 TRAINING: Final = "training.parquet"
-FREQUENCY: Final = "firing_frequency.safetensors"
 
 
 class TrainingMetrics(NamedTuple):
@@ -113,9 +112,9 @@ def train_saes(
 
 
 def training_rows(pipeline: Pipeline, names: Sequence[str]) -> int:
-    """Return how far `progress` will advance in all."""
+    """Return how far `progress` will advance in all; imported SAEs take no rows."""
     configs = [pipeline.config.sae(name) for name in names]
-    return sum(n_steps(config) * config.batch_rows for config in configs)
+    return sum(n_steps(config) * config.batch_rows for config in configs if not config.imported)
 
 
 def _train_group(

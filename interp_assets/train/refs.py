@@ -10,6 +10,9 @@ FOLDER = "4-sae"
 TRAIN_VERSION = 4
 """Raise it when the same rows would give other weights."""
 
+IMPORT_VERSION = 1
+"""Raise it when the same folder would give other weights."""
+
 EVALUATION_VERSION = 3
 """Raise it when the same SAE would be measured otherwise."""
 
@@ -18,9 +21,11 @@ SWEEP_VERSION = 1
 
 
 def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
-    """Address a trained SAE. In a pipeline that has grown it starts from the SAE before."""
+    """Address a trained SAE, or an imported one. In a pipeline that has grown a trained one starts from the SAE before."""
     config = pipeline.config.sae(name)
-    identity = {"code": TRAIN_VERSION, "seed": pipeline.config.seed, "sae": config.model_dump()}
+    if config.imported:
+        return make_ref("sae", FOLDER, identity={"code": IMPORT_VERSION, "sae": config.identity()}, inputs={}, label=name)
+    identity = {"code": TRAIN_VERSION, "seed": pipeline.config.seed, "sae": config.identity()}
     inputs: dict[str, str] = {}
     for hook_point in dict.fromkeys((*config.sources, *config.targets)):
         suffix = "" if hook_point == config.hook_point else f".{hook_point}"

@@ -107,6 +107,12 @@ MAX_SHOWN: Final = 60
 """Rows of the table that a person is shown at once."""
 
 
+_NO_CURVES: Final = pl.DataFrame(
+    schema={"name": _TEXT, **{name: _COUNT if kind is int else _NUMBER for name, kind in LogRow.__annotations__.items()}}
+)
+"""Imported SAEs have none."""
+
+
 class _Experiment(NamedTuple):
     config: SaeConfig
     trained: Manifest
@@ -126,7 +132,7 @@ def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
     if not experiments:
         raise ArtifactMissingError(f"None of the SAEs {names} is trained and measured yet. Materialize `sae` and `sae_evaluation` first.")
     table = pl.DataFrame([_describe(pipeline, store, item) for item in experiments], schema=SCHEMA, orient="row")
-    curves = pl.concat([_read_curve(pipeline, store, item) for item in experiments])
+    curves = pl.concat([_NO_CURVES, *(_read_curve(pipeline, store, item) for item in experiments if not item.config.imported)])
     with create_artifact(store, ref, made_from=made_from) as art:
         art.put(TABLE, _as_parquet(table), n_rows=table.height, is_timed=True)
         art.put(CURVES, _as_parquet(curves), n_rows=curves.height)
@@ -173,15 +179,16 @@ def _describe(pipeline: Pipeline, store: Store, item: _Experiment) -> dict[str, 
     metrics = json.loads(read_file(store, evaluation.path, measured, METRICS))
     facts, times = trained.facts, find_times(store, sae.path, trained)
     row: dict[str, Any] = {
-        **{name: value for name, value in config.model_dump().items() if name in CONFIGURATION},
+        **dict.fromkeys(CONFIGURATION),  # an imported SAE has no recipe
+        **{name: value for name, value in config.described().items() if name in CONFIGURATION},
         **{name: facts[name] for name in ("kind", "d_in", "d_out", "n_rows")},
         "hook_points": ",".join(config.sources),
         "target_hook_points": ",".join(config.targets),
-        **{name: facts[name.removeprefix("train_")] for name in TRAINED},
+        **{name: facts.get(name.removeprefix("train_")) for name in TRAINED},
         **{name: measured.facts[name] for name in HELD_OUT},
         **{name: metrics[section][name] for section, names in _SAEBENCH.items() for name in names},
         **{name: times.get(name) for name in SPEED},
-        "mixed_shards_id": trained.inputs["mixed_shards"],
+        "mixed_shards_id": trained.inputs.get("mixed_shards"),
         "sae_id": sae.artifact_id,
         "sae_digest": trained.digest,
         "sae_path": sae.path,

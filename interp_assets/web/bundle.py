@@ -156,7 +156,7 @@ def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Mani
         "hook_point": sae.hook_point,
         "d_in": pipeline.d_in(sae.hook_point),
         "d_sae": sae.d_sae,
-        "sae": {"name": sae_name, "artifact_id": sae_ref(pipeline, sae_name).artifact_id, "config": sae.model_dump()},
+        "sae": {"name": sae_name, "artifact_id": sae_ref(pipeline, sae_name).artifact_id, "config": sae.described()},
         "evaluation": {key: quality.get(key) for key in _EVALUATED},
         "corpus": {"source": config.corpus.source, "n_shards": len(pipeline.plan.shards)},
         "tokens_scanned": slices[0].facts["n_rows"],

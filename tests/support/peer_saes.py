@@ -66,16 +66,18 @@ def save(tool: str, folder: str, what: str, d_in: int) -> Any:
         randomize(coder)
         coder.save_to_disk(folder)
         return coder
-    from dictionary_learning.dictionary import JumpReluAutoEncoder
+    from dictionary_learning import dictionary
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
 
-    classes = {"AutoEncoderTopK": AutoEncoderTopK, "BatchTopKSAE": BatchTopKSAE, "JumpReluAutoEncoder": JumpReluAutoEncoder}
-    coder = classes[what](d_in, 40, *([4] if what != "JumpReluAutoEncoder" else []))
+    sparse = {"AutoEncoderTopK": AutoEncoderTopK, "BatchTopKSAE": BatchTopKSAE, "MatryoshkaBatchTopKSAE": MatryoshkaBatchTopKSAE}
+    sizes: list[Any] = [4, *([[8, 32]] if what.startswith("Matryoshka") else [])]
+    coder = sparse[what](d_in, 40, *sizes) if what in sparse else getattr(dictionary, what)(d_in, 40)
     randomize(coder)
     torch.save(coder.state_dict(), f"{folder}/ae.pt")
     (Path(folder) / "config.json").write_text(json.dumps({"trainer": {"dict_class": what, "k": 4}}))
-    return coder
+    return load(tool, folder)
 
 
 def make_saelens(what: str, d_in: int) -> Any:

@@ -80,8 +80,8 @@ def test_what_a_format_cannot_hold_is_refused() -> None:
         to_sparsify(make_sae("jump_relu"))
     with pytest.raises(InputError, match="no skip transcoders"):
         to_dictionary_learning(make_sae("topk", with_skip=True))
-    with pytest.raises(InputError, match="is a GatedAutoEncoder"):
-        from_dictionary_learning({"trainer": {"dict_class": "GatedAutoEncoder"}}, {})
+    with pytest.raises(InputError, match=r"is a IdentityDict; AutoEncoder, .* are read"):
+        from_dictionary_learning({"trainer": {"dict_class": "IdentityDict"}}, {})
     with pytest.raises(InputError, match=r"\['encoder.weight', 'encoder.bias', 'W_dec', 'b_dec'\] missing"):
         from_sparsify({"k": 3}, {})
     with pytest.raises(InputError, match="has the activation 'groupmax'"):

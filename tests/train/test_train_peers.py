@@ -50,6 +50,7 @@ SAVED: list[tuple[str, str]] = [
     *(("saelens", what) for what in ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")),
     *(("sparsify", what) for what in ("sae", "transcoder", "skip_transcoder")),
     *(("dictionary_learning", what) for what in ("AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder")),
+    *(("dictionary_learning", what) for what in ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "MatryoshkaBatchTopKSAE")),
 ]
 PACKAGES = ("sae_lens", "sparsify", "dictionary_learning")
 
@@ -230,5 +231,5 @@ def test_a_folder_that_is_no_sae_says_what_was_expected(tmp_path: Path) -> None:
         read_exchange(store)
     store.put("cfg.json", b'{"architecture": "temporal", "d_in": 4, "d_sae": 8, "dtype": "float32"}')
     store.put("sae_weights.safetensors", b"")
-    with pytest.raises(InputError, match=r"cannot be read \(SafetensorError"):
+    with pytest.raises(InputError, match=r"cannot be read \(cfg.json, sae_weights.safetensors: SafetensorError.*Copy it again"):
         read_exchange(store)
