@@ -77,9 +77,12 @@ class CertificateError(InterpError):
 
 
 def has_no_room(error: BaseException | None) -> bool:
-    """Say whether a full disk is behind an error: an `OSError`, or SQLite's own words for one, anywhere in the chain of its causes."""
+    """Say whether a full disk is behind an error: an `OSError`, or SQLite's own words for one, anywhere in the chain of its causes.
+
+    SQLite says "disk I/O error" when it finds no room for its log, and when the disk fails.
+    """
     while error is not None:
-        if getattr(error, "errno", None) in NO_ROOM or "database or disk is full" in str(error):
+        if getattr(error, "errno", None) in NO_ROOM or any(words in str(error) for words in ("database or disk is full", "disk I/O error")):
             return True
         error = error.__cause__ or error.__context__
     return False

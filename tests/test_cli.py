@@ -35,7 +35,7 @@ OPTIONS = {
     "init": ["path"],
     "inspect": ["path"],
     "labels": [],
-    "plan": ["--config", "--memory", "--range", "--row-bytes", "--rows", "--simulate", "--workers"],
+    "plan": ["--config", "--memory", "--range", "--read-again", "--row-bytes", "--rows", "--simulate", "--workers"],
     "run": ["--config", "--read-again", "--select"],
     "serve": ["--config", "--host", "--notes", "--port", "--token", "path"],
     "sweep": ["--config", "--csv", "--sort"],
@@ -329,14 +329,24 @@ def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None
     write_texts(tmp_path / "texts", n_files=4, n_chars=900)
     config = make_tiny_config(tmp_path / "model", tmp_path / "texts", root=str(tmp_path / "data"), corpus={"shard_bytes": 900})
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
-    result = invoke("plan", "--config", str(tmp_path / "p.yaml"))
+    (tmp_path / "texts" / "__init__.py").touch()
+    result = invoke("plan", "--config", str(tmp_path / "p.yaml"), "--workers", "3")
     assert result.exit_code == 0, result.stdout
     lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert max(len(line) for line in result.stdout.splitlines() if str(tmp_path) not in line) <= 100
     assert lines[1].startswith("4 corpus shards: 4 documents, ")
     assert lines[1].endswith("of text; 1 shard held out")
-    assert any(line.startswith("shuffle of ") and line.endswith("(estimated from the text): 2 passes, 8 mixed shards") for line in lines)
-    assert "token_shards shard 4 0" in lines
-    assert "features/demo/feature_candidates latent slice x shard 8 0" in lines
+    assert lines[2] == "1 empty file skipped: __init__.py"
+    assert any(line.startswith("Shuffle of ") and line.endswith("(estimated from the text): 2 passes, 8 mixed shards") for line in lines)
+    rows = {line.partition(" of ")[0].rpartition(" ")[0]: line for line in lines if " of " in line}
+    assert rows["token_shards"].startswith("token_shards 4 of 4 ")
+    assert rows["shuffle_pass_1"].startswith("shuffle_pass_1 3 of 3 ")  # the held-out shard has no share
+    assert rows["demo feature_candidates"].startswith("demo feature_candidates 8 of 8 ")
+    sae = config.saes[0]
+    assert f"1 of 1 {sae.n_rows:,} " in rows["sae"]
+    assert "Time with 3 jobs at once (--workers), each of two cores; assumed:\n  300 GFLOP/s" in result.stdout
+    assert any(line.startswith("as configured 2 ") for line in lines)
+    assert " free, which is enough." in result.stdout
     assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == []
 
 
@@ -376,6 +386,7 @@ def test_a_disk_that_is_full_for_dagsters_history_is_no_bug_of_ours() -> None:
     error = RuntimeError("an event was not stored")
     error.__cause__ = sqlite3.OperationalError("database or disk is full")
     assert has_no_room(error)
+    assert has_no_room(sqlite3.OperationalError("disk I/O error"))
     assert has_no_room(OSError(errno.ENOSPC, "No space left on device"))
     assert not has_no_room(OSError(errno.ENOENT, "No such file"))
     assert not has_no_room(RuntimeError("something else"))

@@ -1,42 +1,63 @@
 """What the fault suite shares: a tiny pipeline, the digests that it must end in, and a count of what was done to it."""
 
-from collections import Counter
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from fault_tally import CASES, Tally
 from road_world import Finished, make_road_config
 from tiny_models import save_model, write_texts
 
 from interp_assets.jobs import run_road
 
-COUNTS: Counter[str] = Counter()
+TALLY = Tally()
+REPORT_VARIABLE = "FAULTS_REPORT"
+"""A file to write the counts to, one JSON object a line."""
+CASE_S, DAEMON_CASE_S = 300, 480
+"""A case that takes longer has failed. Alone on two cores the slowest takes a fifth of it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of it is `faults`, and Dagster may warn about its beta features."""
+    """All of it is `faults`, bounded in time, and Dagster may warn about its beta features."""
     for item in items:
         if "/faults/" in str(item.path):
             item.add_marker(pytest.mark.faults)
-            item.add_marker(pytest.mark.timeout(900))  # each starts many processes that import torch
+            item.add_marker(pytest.mark.timeout(DAEMON_CASE_S if "daemon" in item.name else CASE_S))
             item.add_marker(pytest.mark.filterwarnings("ignore::dagster.BetaWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"))  # sockets that the proxy reset
 
 
 @pytest.fixture(scope="session")
-def counts() -> Counter[str]:
+def tally() -> Tally:
     """Return the counts that the summary reports."""
-    return COUNTS
+    return TALLY
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start the clock."""
+    TALLY.seconds = time.monotonic()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Count the cases that passed."""
+    if report.when == "call" and report.passed and "faults/" in report.nodeid:
+        TALLY.outcomes[CASES] += 1
 
 
 @pytest.hookimpl
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Report how many faults of each kind were met, and how they ended."""
-    if COUNTS:
-        terminalreporter.write_sep("=", "faults")
-        for name, n in sorted(COUNTS.items()):
-            terminalreporter.write_line(f"{n:>6}  {name}")
+    if not TALLY.outcomes[CASES]:
+        return
+    TALLY.seconds = time.monotonic() - TALLY.seconds
+    terminalreporter.write_sep("=", "faults")
+    for n, name in TALLY.lines():
+        terminalreporter.write_line(f"{n:>8,}  {name}")
+    if path := os.environ.get(REPORT_VARIABLE):
+        TALLY.write(Path(path))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The daemon is killed in the middle of a backfill, with its code server and its runs: a new one goes on, and nothing is lost or doubled."""
 
 import time
-from collections import Counter
 from pathlib import Path
 
 import dagster as dg
@@ -9,6 +8,7 @@ import pytest
 from daemon_world import daemon, set_up_home, wait_for
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from fault_tally import Tally
 from road_world import Finished, assert_as_if_nothing_happened, make_road_config
 
 from interp_assets.definitions import build_defs
@@ -19,7 +19,7 @@ BACKFILL = "restarted"
 
 
 @pytest.mark.filterwarnings("ignore:.*AssetSelection.sources:DeprecationWarning")  # Dagster's own use of it
-def test_a_backfill_survives_its_daemon(finished: Finished, tiny_world: Path, tmp_path: Path, counts: Counter[str]) -> None:
+def test_a_backfill_survives_its_daemon(finished: Finished, tiny_world: Path, tmp_path: Path, tally: Tally) -> None:
     """Two assets, shards in runs of one: all dies when some are made and some are under way; the rest comes by itself."""
     execution = {"device": "cpu", "tokens_per_batch": 512, "rows_per_block": 256, "partitions_per_run": 1}
     config = make_road_config(tiny_world, tmp_path / "data", execution=execution)
@@ -33,7 +33,7 @@ def test_a_backfill_survives_its_daemon(finished: Finished, tiny_world: Path, tm
         submit(config, instance, names, sorted(expected["activations"]))
         with daemon(config, tmp_path):
             wait_for(lambda: runs_with(instance, dg.DagsterRunStatus.SUCCESS) and runs_with(instance, dg.DagsterRunStatus.STARTED), 120, log)
-        counts["daemons killed in the middle of a backfill, with their runs"] += 1
+        tally.fault("daemons killed in the middle of a backfill")
         n_killed = len(runs_with(instance, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING))  # these fail when they should have started
         assert n_killed >= 1
         assert n_made(instance, stops) < sum(len(keys) for keys in expected.values())
@@ -44,9 +44,9 @@ def test_a_backfill_survives_its_daemon(finished: Finished, tiny_world: Path, tm
         assert found is not None
         assert found.status == BulkActionStatus.COMPLETED_SUCCESS
         assert len(runs_with(instance, dg.DagsterRunStatus.FAILURE)) == n_killed
-        counts["runs killed with their daemon, found dead and run again"] += n_killed
+        tally.fault("runs killed with their daemon, found dead and run again", n_killed)
         list(run_road(config, instance))
-    assert_as_if_nothing_happened(config, finished)
+    tally.right(assert_as_if_nothing_happened(config, finished))
 
 
 DONE = (BulkActionStatus.COMPLETED_SUCCESS, BulkActionStatus.COMPLETED_FAILED, BulkActionStatus.FAILED)

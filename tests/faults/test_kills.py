@@ -5,14 +5,15 @@ import os
 import resource
 import signal
 import threading
-from collections import Counter
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import dagster as dg
 import pytest
+from fault_tally import RIGHT, Tally
 from road_world import Finished, assert_as_if_nothing_happened, make_road_config
+from s3_server import start_s3_server
 
 from interp_assets.config import PipelineConfig
 from interp_assets.corpus.plan import plan_corpus
@@ -32,6 +33,8 @@ from interp_assets.verify import verify_tree
 FORK = mp.get_context("forkserver")
 FORK.set_forkserver_preload(["interp_assets.jobs", "road_world"])
 MAX_DELAY_S = 0.15
+SEED = int(os.environ.get("FAULT_SEED", "0"))
+"""Of the moments; another one is another run of the suite."""
 
 
 class _Telling(Progress):
@@ -44,8 +47,9 @@ class _Telling(Progress):
         self._pipe.send(asset)
 
 
-def _run(config: PipelineConfig, pipe: Connection, max_file_bytes: int) -> None:
+def _run(config: PipelineConfig, pipe: Connection, max_file_bytes: int, environment: dict[str, str]) -> None:
     """Run the road in a child."""
+    os.environ.update(environment)
     if max_file_bytes:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
@@ -57,10 +61,10 @@ def _run(config: PipelineConfig, pipe: Connection, max_file_bytes: int) -> None:
     pipe.send("end")
 
 
-def run_until(config: PipelineConfig, asset: str, delay_s: float, max_file_bytes: int = 0) -> str:
+def run_until(config: PipelineConfig, asset: str, delay_s: float, max_file_bytes: int = 0, environment: dict[str, str] | None = None) -> str:
     """Run the road in a child and kill it `delay_s` after `asset` begins; return the last thing it said."""
     ours, theirs = FORK.Pipe(duplex=False)
-    child = FORK.Process(target=_run, args=(config, theirs, max_file_bytes))
+    child = FORK.Process(target=_run, args=(config, theirs, max_file_bytes, environment or {}))
     child.start()
     theirs.close()
     said = ""
@@ -78,33 +82,51 @@ def run_until(config: PipelineConfig, asset: str, delay_s: float, max_file_bytes
     return said
 
 
-def test_a_process_that_is_killed_in_any_stage_loses_and_doubles_nothing(
-    finished: Finished, tiny_world: Path, tmp_path: Path, counts: Counter[str]
-) -> None:
+def test_a_process_that_is_killed_in_any_stage_loses_and_doubles_nothing(finished: Finished, tiny_world: Path, tmp_path: Path, tally: Tally) -> None:
     """One store, a SIGKILL at a random moment of every asset, in order; then the road to its end."""
     config = make_road_config(tiny_world, tmp_path / "data")
-    draws = stream(int(os.environ.get("FAULT_SEED", "0")), "faults", "kills")
-    for stop in make_road(config):
-        if run_until(config, stop.name, draws.uniform() * MAX_DELAY_S) == stop.name:
-            counts["processes killed, at a random moment of every asset"] += 1
-    assert counts["processes killed, at a random moment of every asset"] >= len(make_road(config)) - 1
+    draws = stream(SEED, "faults", "kills")
+    n_killed = sum(run_until(config, stop.name, draws.uniform() * MAX_DELAY_S) == stop.name for stop in make_road(config))
+    assert n_killed >= len(make_road(config)) - 1
+    tally.fault("processes killed at a random moment of every asset", n_killed)
     assert run_until(config, "never", 0.0) == "end"
-    assert_as_if_nothing_happened(config, finished)
+    tally.right(assert_as_if_nothing_happened(config, finished))
 
 
-def test_a_full_disk_is_an_error_and_the_next_run_goes_on(finished: Finished, tiny_world: Path, tmp_path: Path, counts: Counter[str]) -> None:
+@pytest.mark.s3
+def test_a_process_that_is_killed_while_it_writes_to_a_bucket_leaves_no_half_of_anything(
+    finished: Finished, tiny_world: Path, tmp_path: Path, tally: Tally
+) -> None:
+    """Four large writers, on S3: uploads are abandoned in the middle, and what lies there is whole or not there."""
+    server = start_s3_server(tmp_path / "s3")
+    try:
+        options = {key.lower(): value for key, value in server.environment.items() if key != "AWS_ENDPOINT_URL"}
+        config = make_road_config(tiny_world, tmp_path / "data").model_copy(update={"root": "s3://test/killed"})
+        draws = stream(SEED, "faults", "kills", "s3")
+        assets = ("activations", "mixed_shards", "sae", "features/demo/feature_candidates")
+        for asset in assets:
+            assert run_until(config, asset, draws.uniform() * MAX_DELAY_S, environment=server.environment) == asset
+        tally.fault("processes killed while they wrote to a bucket", len(assets))
+        assert run_until(config, "never", 0.0, environment=server.environment) == "end"
+        store = open_store(f"s3://test/killed/{config.name}", s3=options)
+        tally.right(assert_as_if_nothing_happened(config, finished, store))
+    finally:
+        server.stop()
+
+
+def test_a_full_disk_is_an_error_and_the_next_run_goes_on(finished: Finished, tiny_world: Path, tmp_path: Path, tally: Tally) -> None:
     """Files may grow to 12 kB only, as on a full disk: the message says what to do; with room again the bytes are the same."""
     config = make_road_config(tiny_world, tmp_path / "data")
     said = run_until(config, "never", 0.0, max_file_bytes=12_000)
     assert said.startswith("error: ")
     assert "Could not write" in said
     assert "Free some space and run the same command again" in said
-    counts["runs with a full disk"] += 1
+    tally.fault("runs whose files may not grow")
     assert run_until(config, "never", 0.0) == "end"
-    assert_as_if_nothing_happened(config, finished)
+    tally.right(assert_as_if_nothing_happened(config, finished), n_refused=1)
 
 
-def test_writers_of_one_shard_make_one_artifact(finished: Finished, tiny_world: Path, tmp_path: Path, counts: Counter[str]) -> None:
+def test_writers_of_one_shard_make_one_artifact(finished: Finished, tiny_world: Path, tmp_path: Path, tally: Tally) -> None:
     """A run that was thought dead and the one that replaced it: both finish, one manifest stands, its bytes are right."""
     config = make_road_config(tiny_world, tmp_path / "data")
     store = open_pipeline_store(config)
@@ -128,7 +150,7 @@ def test_writers_of_one_shard_make_one_artifact(finished: Finished, tiny_world: 
         for thread in threads:
             thread.join()
         work(models[0])
-        counts["shards written by three writers at once"] += len(pipeline.shard_indices) * 2
+        tally.fault("shards written by three writers at once", len(pipeline.shard_indices) * 2)
         made: set[str] = set()
         for stop in make_road(config)[1:3]:
             found = {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
@@ -138,10 +160,11 @@ def test_writers_of_one_shard_make_one_artifact(finished: Finished, tiny_world: 
         for path in made if round_ < 5 else ():
             remove_artifact(store, path)
     assert verify_tree(store) == []
+    tally.outcomes[RIGHT] += 1
 
 
 @pytest.mark.parametrize("year", [1970, 2106])
-def test_a_wrong_clock_changes_no_digest(year: int, tmp_path: Path, counts: Counter[str]) -> None:
+def test_a_wrong_clock_changes_no_digest(year: int, tmp_path: Path, tally: Tally) -> None:
     """Machines disagree about the time: an artifact from 1970 or 2106 is the same artifact."""
     ref = make_ref("example", "1-stage", identity={}, inputs={}, label="shard-000000")
     digests = set()
@@ -154,4 +177,5 @@ def test_a_wrong_clock_changes_no_digest(year: int, tmp_path: Path, counts: Coun
         assert found is not None
         digests.add(found.digest)
     assert len(digests) == 1
-    counts["artifacts published with a wrong clock"] += 1
+    tally.fault("artifacts published with a wrong clock")
+    tally.outcomes[RIGHT] += 1

@@ -1,12 +1,12 @@
 """An S3 server that refuses, resets, truncates, stalls and flips bytes: right bytes or a clear error, and never a wrong artifact."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fault_proxy import Action, FaultProxy, Rule
-from road_world import Finished, make_road_config
+from fault_tally import Tally
+from road_world import Finished, RowCount, assert_as_if_nothing_happened, make_road_config
 from s3_server import S3Server, start_s3_server
 
 from interp_assets.config import PipelineConfig
@@ -16,8 +16,6 @@ from interp_assets.errors import ArtifactCorruptError, InterpError
 from interp_assets.garcon.subject import load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.harvest.activations import harvest_shard
-from interp_assets.jobs import recorded_versions
-from interp_assets.road import find_version, make_road
 from interp_assets.seeds import stream
 from interp_assets.shuffle.certificate import certify
 from interp_assets.shuffle.gather import gather_bucket
@@ -29,6 +27,13 @@ pytestmark = [pytest.mark.s3]
 POINT = "resid_post.0"
 NAMES = ("token_shards", "activations", "shuffle_plan", "shuffle_pass_1", "mixed_shards", "shuffle_certificate")
 SOMETIMES = 0.08
+WORDS: dict[Action, str] = {
+    "refuse": "refused with 503",
+    "reset_request": "reset in the middle of the request",
+    "reset_answer": "reset in the middle of the answer",
+    "truncate": "answer cut short",
+    "slow": "slow answer",
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +66,14 @@ def walk(config: PipelineConfig, store: Store) -> None:
     certify(pipeline, store, POINT)
 
 
-def assert_right(config: PipelineConfig, store: Store, finished: Finished) -> None:
+def look(config: PipelineConfig, store: Store, finished: Finished) -> RowCount:
     """Every partition has the digest that it has without faults."""
-    pipeline = plan_corpus(config, store)
-    for stop in make_road(config):
-        if stop.name in NAMES:
-            found = {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
-            assert found == recorded_versions(finished.instance, stop), stop.name
+    return assert_as_if_nothing_happened(config, finished, store, NAMES)
 
 
 @pytest.mark.parametrize("action", ["refuse", "reset_request", "reset_answer", "truncate", "slow"])
 def test_a_bad_network_costs_time_and_no_row(
-    action: Action, proxy: tuple[FaultProxy, S3Server], finished: Finished, tiny_world: Path, tmp_path: Path, counts: Counter[str]
+    action: Action, proxy: tuple[FaultProxy, S3Server], finished: Finished, tiny_world: Path, tmp_path: Path, tally: Tally
 ) -> None:
     """One request in twelve fails, all the way: either the client tries again, or the run says so and the next one goes on."""
     faults, server = proxy
@@ -86,7 +87,6 @@ def test_a_bad_network_costs_time_and_no_row(
         try:
             walk(config, store)
         except InterpError as error:
-            counts[f"S3: runs that ended in a clear error ({action})"] += 1
             said.append(str(error))
             continue
         break
@@ -95,12 +95,12 @@ def test_a_bad_network_costs_time_and_no_row(
     assert all("s3://test" in text for text in said), said
     faults.rules = []
     assert rule.hits >= 5
-    counts[f"S3: requests met by {action}"] += rule.hits
-    assert_right(config, open_bucket(server, server.endpoint, action), finished)
+    tally.fault(f"requests to a bucket: {WORDS[action]}", rule.hits)
+    tally.right(look(config, open_bucket(server, server.endpoint, action), finished), n_refused=len(said))
 
 
 def test_a_flipped_byte_in_a_range_is_found(
-    proxy: tuple[FaultProxy, S3Server], finished: Finished, tiny_world: Path, tmp_path: Path, counts: Counter[str]
+    proxy: tuple[FaultProxy, S3Server], finished: Finished, tiny_world: Path, tmp_path: Path, tally: Tally
 ) -> None:
     """No client notices it: our block checksums do, nothing is published from it, and the next run is right."""
     faults, server = proxy
@@ -117,8 +117,8 @@ def test_a_flipped_byte_in_a_range_is_found(
             n_found += "is damaged in block" in str(error)
         faults.rules = []
         assert rule.hits == 1
-        counts["S3: bytes flipped in a ranged read, all found"] += rule.hits
+        tally.fault("bytes flipped in a ranged read", rule.hits)
         if nth % 20 == 0:
             walk(config, open_bucket(server, server.endpoint, f"corrupt-{nth}"))
-            assert_right(config, open_bucket(server, server.endpoint, f"corrupt-{nth}"), finished)
+            tally.right(look(config, open_bucket(server, server.endpoint, f"corrupt-{nth}"), finished), n_refused=1)
     assert n_found == 10

@@ -1,19 +1,26 @@
 """A tiny pipeline with several shards, buckets, experiments and slices, and what its finished road is."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import dagster as dg
+import numpy as np
 from tiny_models import make_tiny_config
 
 from interp_assets.config import PipelineConfig
+from interp_assets.corpus.tokens import load_tokens
 from interp_assets.jobs import recorded_versions
 from interp_assets.manifest import find_manifest
-from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.progress import AssetReport
 from interp_assets.road import find_version, make_road
+from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids
 from interp_assets.shuffle.refs import certificate_ref
+from interp_assets.store import Store
 from interp_assets.verify import verify_tree
+
+POINT = "resid_post.0"
 
 
 class Finished(NamedTuple):
@@ -40,14 +47,36 @@ def make_road_config(world: Path, root: Path, **changes: object) -> PipelineConf
     return make_tiny_config(world / "model", world / "texts", **{**sections, **changes})
 
 
-def assert_as_if_nothing_happened(config: PipelineConfig, finished: Finished) -> None:
-    """Every partition has the digest of an undisturbed run, every byte its checksum, and the certificate counts every row once."""
-    store = open_pipeline_store(config)
+class RowCount(NamedTuple):
+    """Rows that there should be, and what has become of them in the mixed shards."""
+
+    n_rows: int
+    n_lost: int
+    n_doubled: int
+
+
+def assert_as_if_nothing_happened(config: PipelineConfig, finished: Finished, store: Store | None = None, names: Sequence[str] = ()) -> RowCount:
+    """Every partition has the digest of an undisturbed run, every byte its checksum, and the certificate counts every row once.
+
+    `names` limits it to some assets, certificate included. Returns the count of rows, made by comparing row ids.
+    """
+    store = store or open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     for stop in make_road(config)[1:]:
-        found = {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
-        assert found == recorded_versions(finished.instance, stop), stop.name
-    certificate = find_manifest(store, certificate_ref(pipeline, "resid_post.0"))
+        if not names or stop.name in names:
+            found = {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
+            assert found == recorded_versions(finished.instance, stop), stop.name
+    certificate = find_manifest(store, certificate_ref(pipeline, POINT))
     assert certificate is not None
     assert certificate.facts["multiset_hash_before"] == certificate.facts["multiset_hash_after"]
     assert [fault for fault in verify_tree(store) if "belongs to no artifact" not in fault.what] == []
+    return count_rows(pipeline, store)
+
+
+def count_rows(pipeline: Pipeline, store: Store) -> RowCount:
+    """Compare the row ids of all mixed shards with those of the training shards' valid tokens."""
+    valid = {index: np.flatnonzero(load_tokens(pipeline, store, index).valid).astype(np.uint64) for index in pipeline.train_indices}
+    expected = np.concatenate([rows + (np.uint64(index) << np.uint64(40)) for index, rows in valid.items()])
+    found = np.concatenate([read_mixed_ids(store, shard, 0, shard.n_rows) for shard in open_mixed(pipeline, store, POINT)])
+    assert np.setdiff1d(found, expected).size == 0
+    return RowCount(expected.size, np.setdiff1d(expected, found).size, found.size - np.unique(found).size)

@@ -21,6 +21,9 @@ class S3Server(NamedTuple):
 
     process: subprocess.Popen[bytes]
     endpoint: str
+    master: str
+    filer: str
+    log: Path
 
     @property
     def environment(self) -> dict[str, str]:
@@ -33,6 +36,13 @@ class S3Server(NamedTuple):
             "AWS_REGION": "us-east-1",
             "AWS_ALLOW_HTTP": "true",
         }
+
+    def shell(self, *commands: str) -> str:
+        """Type commands of the server's administrator; return what it says."""
+        weed = [str(Path(sys.executable).with_name("weed")), "shell", f"-master={self.master}", f"-filer={self.filer}"]
+        text = "\n".join(["lock", *commands, "unlock", ""])
+        done = subprocess.run(weed, input=text, capture_output=True, text=True, check=False, timeout=60, cwd=self.log.parent)
+        return done.stdout + done.stderr
 
     def stop(self) -> None:
         """Kill it: an orderly end takes half a minute."""
@@ -61,7 +71,7 @@ def start_s3_server(folder: Path, buckets: tuple[str, ...] = ("test",), timeout_
     with log.open("wb") as sink:
         environment = {**os.environ, "GOMEMLIMIT": "600MiB"}
         process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True)
-    server = S3Server(process, f"http://127.0.0.1:{s3}")
+    server = S3Server(process, f"http://127.0.0.1:{s3}", f"127.0.0.1:{master}", f"127.0.0.1:{filer}", log)
     deadline = time.monotonic() + timeout_s
     while not _answers(server.endpoint):
         if process.poll() is not None or time.monotonic() > deadline:
