@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+from numba.core import event
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,3 +28,25 @@ def _compile(function: Callable[..., Any], *, reorders: bool) -> Callable[..., A
         return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=freedom)(plain)
     except RuntimeError:  # nowhere to keep compiled code: a read-only file system
         return numba.njit(nogil=True, error_model="numpy", fastmath=freedom)(plain)
+
+
+class _Compilations(event.Listener):
+    """Hears of each loop that is compiled, not of one that is read from disk."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def on_start(self, event: event.Event) -> None:  # noqa: ARG002 - the base class' signature
+        self.n += 1
+
+    def on_end(self, event: event.Event) -> None:
+        """Nothing."""
+
+
+_compilations = _Compilations()
+event.register("numba:compile", _compilations)
+
+
+def n_compilations() -> int:
+    """Return how many loops this process has compiled: a second each, which no rate should count."""
+    return _compilations.n

@@ -4,13 +4,19 @@
 
 Lines on standard output are objects with the key `event`: `progress` (`n` rows), `metrics` (a logged step) and, when a training fails,
 `error` (`type`, `message`), from any rank. Nothing here knows Dagster: `launch.py` reads the lines and hands them on.
+
+Started by `launch.py`, a process ends when its launcher is gone, however that went: the launcher never writes to standard input, which torchrun
+passes on to every rank, so what can be read there is its end. Where torchrun itself is killed, the kernel ends its ranks (Linux, prctl(2)).
 """
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
-from typing import Any
+import threading
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -19,8 +25,11 @@ from interp_assets.config import load_config
 from interp_assets.errors import InterpError
 from interp_assets.garcon.device import choose_device
 from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.train.launch import ATTACHED
 from interp_assets.train.loop import TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import make_ranks
+
+_PR_SET_PDEATHSIG: Final = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -29,6 +38,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("config", help="the pipeline's YAML or JSON file")
     parser.add_argument("names", nargs="+", help="names of the SAEs to train")
     chosen = parser.parse_args(arguments)
+    if os.environ.get(ATTACHED):
+        _end_with_launcher()
     rank = int(os.environ["RANK"])
     config = load_config(chosen.config)
     is_cuda = choose_device(config.execution.device).type == "cuda"
@@ -54,6 +65,18 @@ def main(arguments: list[str]) -> int:
     finally:
         dist.destroy_process_group()
     return 0
+
+
+def _end_with_launcher() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)  # the threads that train are inside torch, and would not hear of it
+
+    threading.Thread(target=wait, name="waits for the launcher's end", daemon=True).start()
 
 
 def _tell_metrics(metrics: TrainingMetrics) -> None:

@@ -2,8 +2,9 @@
 
 `execution.processes` decides. The processes find the same configuration in a temporary file and the plan in the store; rank 0's JSON
 lines (`__main__.py`) come back as progress, metrics and errors. They run in a process group of their own, which ends with this call,
-whatever happens: an interrupted run leaves no worker behind. Their standard error is passed on as it comes; when one of them dies, torchrun ends
-the others, and its last words there say which one it was and of what.
+whatever happens: an interrupted run leaves no worker behind. One that is killed without a word (SIGKILL) leaves none either: it holds the
+other end of their standard input, and they end when that closes. Their standard error is passed on as it comes; when one of them dies,
+torchrun ends the others, and its last words there say which one it was and of what.
 """
 
 import json
@@ -34,6 +35,8 @@ from interp_assets.train.refs import sae_ref
 from interp_assets.train.trainer import LogRow
 
 _GRACE_S: Final = 10.0
+ATTACHED: Final = "INTERP_TRAINING_ATTACHED"
+"""Environment variable that tells training processes to end when their standard input does."""
 _KEPT_LINES: Final = 400
 _SUMMARY: Final = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.MULTILINE)
 """A process in torchrun's summary of failures; the last one is the first that it saw fail."""
@@ -98,7 +101,7 @@ def _command(config: Path, names: Sequence[str], n_processes: int) -> tuple[list
     """Return the command line and environment of the training processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
     threads = max(1, (os.cpu_count() or 1) // n_processes)
-    variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ, ATTACHED: "1"}
     return [*command, "-m", "interp_assets.train", str(config), *names], variables
 
 
@@ -116,9 +119,10 @@ class LastWords(NamedTuple):
 
 @contextmanager
 def start_group(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[tuple[subprocess.Popen[str], LastWords]]:
-    """Start a command in a process group of its own, and end the whole group when the block ends."""
+    """Start a command in a process group of its own, and end the whole group when the block ends; its standard input ends with this process."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=variables, start_new_session=True
+        command, **pipes, text=True, errors="replace", env=variables, start_new_session=True
     )
     last_words = _pass_on(process)
     try:
@@ -131,8 +135,9 @@ def start_group(command: Sequence[str], variables: Mapping[str, str]) -> Iterato
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
 
 
 def _pass_on(process: subprocess.Popen[str]) -> LastWords:

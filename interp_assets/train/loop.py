@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from interp_assets.compiled import n_compilations
 from interp_assets.config import PipelineConfig, SaeConfig
 from interp_assets.errors import NonFiniteError, PlanError
 from interp_assets.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest
@@ -50,10 +51,10 @@ class TrainingMetrics(NamedTuple):
     name: str
     row: LogRow
     n_steps: int
-    rows_per_s: float
-    """Rows per second of this SAE's group since it started."""
-    input_wait_share: float
-    """Share of that time in which the group waited for rows."""
+    rows_per_s: float | None
+    """Rows per second of this SAE's group in its ordinary steps so far (`times.py`); None before the first of them."""
+    input_wait_share: float | None
+    """Share of their time in which the group waited for rows."""
 
 
 OnMetrics = Callable[[TrainingMetrics], None]
@@ -153,23 +154,25 @@ def _run_steps(
     watched = execution.profile_steps if is_first else 0
     with closing(StepProfiler(watched, steps, data.device)) as profiler:
         profiler.before(steps.start)
-        clock = WaitClock()
+        clock, together = WaitClock(), TrainingTimes()
         first_steps = {member.trainer.step for member in members}
         for rows in clock.each(iter_rows(store, data, steps)):
             with record_function(NORMALIZE):
                 x, y = data.normalize(rows, share)
             trained = [member for member in members if member.trainer.step == rows.step < member.trainer.n_steps]
             own_s: list[float] = []
+            n_compiled = n_compilations()
             for member in trained:
                 before_s = clock.elapsed_s
                 row = _train_step(member.trainer, x, y, data)
                 own_s.append(clock.elapsed_s - before_s)
                 _advance(progress, data.batch_rows)
                 if row is not None and on_metrics is not None:
-                    rows_per_s = (rows.step + 1 - steps.start) * data.batch_rows / clock.elapsed_s
-                    wait_share = clock.wait_s / clock.elapsed_s
-                    on_metrics(TrainingMetrics(member.trainer.config.name, row, member.trainer.n_steps, rows_per_s, wait_share))
-            wall_s, is_rated = clock.lap(), rows.step not in first_steps and rows.step not in profiler.window
+                    rates = together.rows_per_s, together.input_wait_share
+                    on_metrics(TrainingMetrics(member.trainer.config.name, row, member.trainer.n_steps, *rates))
+            is_rated = rows.step not in first_steps and rows.step not in profiler.window and n_compilations() == n_compiled
+            wall_s = clock.lap()
+            together.add(wall_s=wall_s, wait_s=clock.last_wait_s, step_s=sum(own_s), n_rows=data.batch_rows, is_rated=is_rated)
             for member, step_s in zip(trained, own_s, strict=True):
                 member.times.add(wall_s=wall_s, wait_s=clock.last_wait_s, step_s=step_s, n_rows=data.batch_rows, is_rated=is_rated)
             with record_function(CHECKPOINT):

@@ -50,9 +50,12 @@ def make_listener(log: Callable[[str], Any]) -> OnMetrics:
         if tenths.get(metrics.name) == tenth:
             return
         tenths[metrics.name] = tenth
+        rate = ""
+        if metrics.rows_per_s is not None and metrics.input_wait_share is not None:
+            rate = f"; {metrics.rows_per_s:,.0f} rows/s, {metrics.input_wait_share:.1%} of the time waiting for rows"
         log(
             f"{metrics.name}: step {row.step:,} of {metrics.n_steps:,}: loss {row.loss:.4g}, L0 {row.l0:.1f}, FVU {row.fvu:.3f}, "
-            f"dead {row.dead_share:.1%}; {metrics.rows_per_s:,.0f} rows/s, {metrics.input_wait_share:.1%} of the time waiting for rows"
+            f"dead {row.dead_share:.1%}{rate}"
         )
 
     return listen

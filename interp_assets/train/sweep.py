@@ -18,7 +18,7 @@ import polars as pl
 
 from interp_assets.config import SaeConfig
 from interp_assets.errors import ArtifactMissingError
-from interp_assets.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, load_manifest, read_file
+from interp_assets.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
 from interp_assets.train.evaluate import METRICS
@@ -148,7 +148,13 @@ def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
 def load_table(pipeline: Pipeline, store: Store) -> pl.DataFrame:
     """Read the pipeline's table of SAEs. Raises `ArtifactMissingError` before it is made."""
     ref = sweep_ref(pipeline)
-    return read_table(store, ref.path, load_manifest(store, ref), TABLE)
+    manifest = find_manifest(store, ref)
+    if manifest is None:
+        raise ArtifactMissingError(
+            f"Pipeline {pipeline.config.name!r} has no table of its SAEs yet ({store.url}/{ref.path}). `interp run` makes it, or for no more than "
+            "that: interp run --select sae --select sae_evaluation --select sweep"
+        )
+    return read_table(store, ref.path, manifest, TABLE)
 
 
 def read_table(store: Store, path: str, manifest: Manifest, name: str) -> pl.DataFrame:

@@ -34,7 +34,7 @@ _STATUS: Final = Path("/proc/self/status")
 class TrainingTimes:
     """Where the time of one SAE's training went, in seconds, as the first rank saw it.
 
-    Rates are made of the ordinary steps only: not of a process' first one, which compiles, nor of those that a profiler watches.
+    Rates are made of the ordinary steps only: not of a process' first one, nor of those that compile a loop or that a profiler watches.
     """
 
     wall_s: float = 0.0
@@ -59,6 +59,11 @@ class TrainingTimes:
             self.rated_rows += n_rows
             self.wait_s += wait_s
             self.step_s += step_s
+
+    @property
+    def rows_per_s(self) -> float | None:
+        """Rows per second of the ordinary steps; None when there was no such step."""
+        return self.rated_rows / self.rated_s if self.rated_s else None
 
     @property
     def input_wait_share(self) -> float | None:
@@ -117,7 +122,7 @@ def describe_times(times: TrainingTimes, ranks: Ranks, device: torch.device, n_t
     return _json(
         {
             **asdict(times),
-            "rows_per_s": times.rated_rows / times.rated_s if times.rated_s else None,
+            "rows_per_s": times.rows_per_s,
             "step_rows_per_s": times.rated_rows / times.step_s if times.step_s else None,
             "input_wait_share": times.input_wait_share,
             "peak_memory_bytes": peak_memory_bytes(),

@@ -3,7 +3,9 @@
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,47 @@ def is_below(pid: int, parents: dict[int, int]) -> bool:
         if pid == os.getpid():
             return True
     return False
+
+
+LAUNCHER = """
+import sys
+from interp_assets.config import load_config
+from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.train.launch import run_training
+config = load_config(sys.argv[1])
+store = open_pipeline_store(config)
+seen = []
+run_training(load_pipeline(config, store), store, ["topk"], lambda n: seen or print("trains", flush=True) or seen.append(n))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in Linux' /proc")
+def test_no_rank_outlives_a_launcher_that_is_killed(make_planted, tmp_path: Path) -> None:
+    """Memory that runs out, or a lost container, kills the asset's process without a word: ranks would hold the device, and publish later."""
+    pipeline, _ = make_grid(make_planted, tmp_path / "data", 2, 2)
+    endless = pipeline.config.sae("topk").model_copy(update={"n_rows": 100_000_000})
+    path = tmp_path / "pipeline.json"
+    path.write_text(pipeline.config.model_copy(update={"saes": [endless]}).model_dump_json())
+    with subprocess.Popen([sys.executable, "-c", LAUNCHER, str(path)], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline() == "trains\n"
+        ranks = [find_rank(0), find_rank(1)]
+        launcher.kill()
+    deadline = time.monotonic() + 60
+    while (left := [pid for pid in ranks if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process is there and no zombie, which nobody may have waited for yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow

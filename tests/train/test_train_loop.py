@@ -184,6 +184,7 @@ def test_metrics_are_heard_while_training(make_planted) -> None:
     heard = []
     train(planted.pipeline, planted.store, on_metrics=heard.append)
     assert [item.row.step for item in heard] == list(range(1, 21))
+    assert (heard[0].rows_per_s, heard[0].input_wait_share) == (None, None)
     assert heard[-1].rows_per_s > 0
     assert 0 <= heard[-1].input_wait_share < 1
     assert (heard[0].name, heard[0].n_steps) == ("a", 20)
