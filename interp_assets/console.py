@@ -115,12 +115,13 @@ def print_total(console: Console, reports: Sequence[AssetReport]) -> None:
     )
 
 
-def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table as wide as it is; numbers stand at the right."""
+def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right_from: int | None = None) -> None:
+    """Print a table as wide as it is; numbers stand at the right, and so does all from column `right_from` on."""
     content = [list(row) for row in rows]
     texts = [list(columns), *([_cell(value) for value in row] for row in content)]
     widths = [max(cell_len(row[i]) for row in texts) for i in range(len(columns))]
-    is_number = [bool(content) and all(isinstance(row[i], int | float) for row in content) for i in range(len(columns))]
+    first_right = len(columns) if right_from is None else right_from
+    is_number = [i >= first_right or (bool(content) and all(isinstance(row[i], int | float) for row in content)) for i in range(len(columns))]
     for n_line, row in enumerate(texts):
         padding = [" " * (width - cell_len(cell)) for width, cell in zip(widths, row, strict=True)]
         cells = [pad + cell if right else cell + pad for pad, cell, right in zip(padding, row, is_number, strict=True)]

@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from interp_assets.errors import ConfigError, InterpError, StoreError
 from interp_assets.manifest import Produced, data_version
 from interp_assets.progress import Progress
-from interp_assets.traffic import METER
+from interp_assets.traffic import METER, Traffic
 
 OWNERS: Final = ["team:interpretability"]
 GPU_POOL: Final = "gpu"
@@ -48,12 +48,20 @@ class Made(NamedTuple):
     metadata: dict[str, Any]
 
 
+class Shared(NamedTuple):
+    """What was done for all partitions of a run at once, before each is recorded."""
+
+    traffic: Traffic
+    seconds: float
+
+
 def record(
-    context: dg.AssetExecutionContext, work: Callable[[str], Made], progress: Progress
+    context: dg.AssetExecutionContext, work: Callable[[str], Made], progress: Progress, shared: Shared | None = None
 ) -> Iterator[dg.AssetMaterialization | dg.MaterializeResult]:
     """Run `work(partition key)` for every partition of this run, and yield its event (`""` is the key without partitions).
 
-    Raises `dagster.Failure` at the end when partitions failed, with their messages; the others are recorded.
+    `shared` is divided among the partitions when their costs are shown. Raises `dagster.Failure` at the end when partitions failed, with
+    their messages; the others are recorded.
     """
     tags = _provenance_tags(context)
     failed: dict[str, InterpError] = {}
@@ -75,11 +83,19 @@ def record(
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
         progress.end()
-        table = progress.cost(context.asset_key.path, key, METER.total().since(before), time.monotonic() - begun)
+        took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
+        table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds)
         yield _event(context, key, _with_cost(made, table), tags)
     if failed:
         raise _failure(failed, len(keys)) from next(iter(failed.values()))
     yield dg.MaterializeResult(metadata={SUPPRESS_EVENT: True})
+
+
+def _add_share(own: Shared, shared: Shared | None, n_partitions: int) -> Shared:
+    if shared is None:
+        return own
+    traffic = Traffic(*(mine + all_of_it // n_partitions for mine, all_of_it in zip(own.traffic, shared.traffic, strict=True)))
+    return Shared(traffic, own.seconds + shared.seconds / n_partitions)
 
 
 def partition_keys(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> list[str]:

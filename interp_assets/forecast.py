@@ -1,6 +1,8 @@
 """What `interp plan` prints: what a pipeline will make, before anything is made; and `interp costs`: what it took, beside that."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
@@ -8,25 +10,29 @@ from rich.console import Console
 from interp_assets.config import PipelineConfig
 from interp_assets.console import format_bytes, format_count, print_table
 from interp_assets.corpus.plan import describe_empty, plan_corpus
-from interp_assets.costs import Cost, add_up
+from interp_assets.costs import HARVEST_ROWS_PER_S, TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN, Cost, add_up
 from interp_assets.errors import ArtifactMissingError
+from interp_assets.lines import format_duration
 from interp_assets.pipeline import Pipeline, open_pipeline_store
 from interp_assets.quote import print_plans
-from interp_assets.road import Stop, find_version, make_road
-from interp_assets.shuffle.estimate import compare_plans
+from interp_assets.rates import load_rates, rates_path
+from interp_assets.schedule import PROCESS_BYTES, Line, make_schedule, workload
+from interp_assets.shuffle.estimate import Prices, compare_plans, estimate_passes
 from interp_assets.shuffle.plan import load_shard_rows
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.store import Store, open_store
-from interp_assets.visualize.estimate import Machine, Workload, best_plan, estimate
+from interp_assets.visualize.estimate import Machine, best_plan, estimate
 
 MAX_PARTITIONS: Final = 5000
 """Above this an asset's page in Dagster becomes slow; larger shards are the remedy."""
-_BYTES_PER_TOKEN: Final = 4
-"""Text bytes per token, for an estimate before anything is tokenized."""
 
 
-def print_plan(console: Console, config: PipelineConfig) -> None:
-    """Print shards, artifacts per asset, and the shuffle. Plans the corpus in memory: a running pipeline keeps its plan."""
+def print_plan(console: Console, config: PipelineConfig, workers: int | None = None) -> None:
+    """Print what a pipeline will make: shards, a line for each asset, and the shuffle. `workers`: default `execution.workers`.
+
+    Plans the corpus in memory: a running pipeline keeps its plan.
+    """
+    workers = workers or config.execution.workers
     store = open_pipeline_store(config)
     pipeline = plan_corpus(config, open_store("memory://plan"))
     shards = pipeline.plan.shards
@@ -38,14 +44,14 @@ def print_plan(console: Console, config: PipelineConfig) -> None:
         console.print(f"  {sentence}", soft_wrap=True, markup=False)
     for hook_point, width in pipeline.plan.hook_widths.items():
         console.print(f"  {config.model.name} at {hook_point}: {width:,} values a row in {config.harvest.dtype}", soft_wrap=True, markup=False)
-    _print_shuffle(console, pipeline, store)
-    _print_evidence(console, pipeline, store)
-    rows = [_plan_row(stop, pipeline, store) for stop in make_road(config)[1:]]
-    print_table(console, ["asset", "partitioned by", "partitions", "there already"], rows)
-    for name, _, n_partitions, _ in rows:
-        if n_partitions > MAX_PARTITIONS:
+    lines = make_schedule(pipeline, store, load_rates(rates_path()), workers)
+    _print_schedule(console, pipeline, lines, workers)
+    _print_shuffle(console, pipeline, store, workers)
+    _print_slices(console, pipeline, store, workers)
+    for line in lines:
+        if line.n_partitions > MAX_PARTITIONS:
             advice = "Dagster becomes slow. Raise corpus.shard_bytes or lower features.latent_slices."
-            console.print(f"\n{name} has {n_partitions:,} partitions; above {MAX_PARTITIONS:,} {advice}", soft_wrap=True)
+            console.print(f"\n{line.name} has {line.n_partitions:,} partitions; above {MAX_PARTITIONS:,} {advice}", soft_wrap=True)
 
 
 def print_costs(console: Console, config: PipelineConfig, tables: Mapping[str, list[list[dict[str, Any]]]]) -> None:
@@ -71,68 +77,93 @@ def _show_bytes(n_bytes: float) -> str:
     return format_bytes(int(n_bytes))
 
 
-def _print_shuffle(console: Console, pipeline: Pipeline, store: Store) -> None:
-    """Print what the shuffle will move, and what other numbers of passes would cost with the same memory."""
+def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line], workers: int) -> None:
+    """Print a line for each asset, the sum, what is assumed, and whether the disk has room."""
+    rows = [
+        (
+            line.name if line.stage not in ("visualize", "web") else "  ".join(line.name.split("/")[1:]),
+            f"{line.n_missing:,} of {line.n_partitions:,}",
+            _show_rows(line.n_rows),
+            *(_or_dash(n_bytes) for n_bytes in (line.read_bytes, line.written_bytes, line.job_bytes)),
+            format_duration(line.wall_s) + (" *" if line.rate else "  ") if line.n_missing else "-  ",
+        )
+        for line in lines
+    ]
+    read_bytes, written_bytes = sum(line.read_bytes for line in lines), sum(line.written_bytes for line in lines)
+    job_bytes = max(line.job_bytes for line in lines)
+    n_missing, wall_s = sum(line.n_missing for line in lines), sum(line.wall_s for line in lines)
+    n_partitions = sum(line.n_partitions for line in lines)
+    total = (
+        "together",
+        f"{n_missing:,} of {n_partitions:,}",
+        "",
+        *map(_or_dash, (read_bytes, written_bytes, job_bytes)),
+        format_duration(wall_s) + "  ",
+    )
+    console.print()
+    print_table(console, ["asset", "to make", "rows", "reads", "writes", "memory", "time  "], [*rows, total], right_from=1)
+    machine, how = Machine(), "one job at a time" if workers == 1 else f"{workers:,} jobs at once"
+    known = [line for line in lines if line.rate and line.n_missing]
+    rates = f"{machine.flops / 1e9:,.0f} GFLOP/s, {machine.read_gb_per_s:g} GB/s of files, {TEXT_BYTES_PER_S / 1e6:g} MB/s of text"
+    notes = [
+        f"Time with {how} (--workers), each of two cores; assumed:",
+        f"  {rates}, at most {HARVEST_ROWS_PER_S:,} rows/s through the model",
+        *(["  * instead as fast as such partitions were on this machine before"] if known else []),
+        f"Memory: what the largest job holds, beside {format_bytes(PROCESS_BYTES)} for the process. Writes stay on the disk.",
+    ]
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
+    if free := _free_bytes(pipeline.config.root):
+        style = "red" if free < written_bytes else None
+        room = "which is too little: name another `root`, or free some" if free < written_bytes else "which is enough"
+        console.print(f"{pipeline.config.root} has {format_bytes(free)} free, {room}.", style=style, soft_wrap=True, markup=False)
+
+
+def _show_rows(n_rows: int) -> str:
+    return "-" if not n_rows else f"{n_rows:,}" if n_rows < 10**9 else f"{n_rows:.3g}"
+
+
+def _or_dash(n_bytes: int) -> str:
+    return format_bytes(n_bytes) if n_bytes else "-"
+
+
+def _free_bytes(root: str) -> int:
+    """Return the free bytes of the disk that a local root lies on, or will; 0 for buckets."""
+    if "://" in root:
+        return 0
+    folder = Path(root).expanduser().absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+
+
+def _print_shuffle(console: Console, pipeline: Pipeline, store: Store, workers: int) -> None:
+    """Print what the configured shuffle moves, and what other numbers of passes would cost with the same memory."""
     shuffle, harvest = pipeline.config.shuffle, pipeline.config.harvest
     try:
         n_rows, how = sum(shard.n_valid for shard in load_shard_rows(pipeline, store)), "counted"
     except ArtifactMissingError:
-        n_rows, how = sum(pipeline.source(index).n_bytes for index in pipeline.train_indices) // _BYTES_PER_TOKEN, "estimated from the text"
+        n_rows, how = sum(pipeline.source(index).n_bytes for index in pipeline.train_indices) // TEXT_BYTES_PER_TOKEN, "estimated from the text"
     n_mixed = format_count(shuffle.fan_out ** (shuffle.passes - 1), "mixed shard")
-    console.print(f"  shuffle of {n_rows:,} rows ({how}): {format_count(shuffle.passes, 'pass', 'passes')}, {n_mixed}", soft_wrap=True)
-    for hook_point in harvest.hook_points:
-        row_bytes = RowFormat(pipeline.d_in(hook_point), harvest.dtype).record_bytes
-        plans = compare_plans(max(1, n_rows), row_bytes, shuffle.memory_bytes)
-        memory = format_bytes(shuffle.memory_bytes)
-        console.print(f"\n  {hook_point}, with {memory} a job, cheapest first (S3 list prices, 64 workers):", soft_wrap=True, markup=False)
-        print_plans(console, plans)
-    console.print()
+    console.print(f"\nShuffle of {n_rows:,} rows ({how}): {format_count(shuffle.passes, 'pass', 'passes')}, {n_mixed}", soft_wrap=True)
+    prices, n_rows = Prices(workers=workers), max(1, n_rows)
+    for row_bytes in dict.fromkeys(RowFormat(pipeline.d_in(hook_point), harvest.dtype).record_bytes for hook_point in harvest.hook_points):
+        plan = estimate_passes(n_rows, row_bytes, shuffle.memory_bytes, (shuffle.passes, shuffle.fan_out), prices)
+        jobs = f"{format_bytes(shuffle.memory_bytes)} a job, {format_count(workers, 'job')} at once, {format_bytes(row_bytes)} a row"
+        console.print(f"  with {jobs}; S3's list prices, {prices.worker_usd_per_hour:g} USD an hour of a worker:", soft_wrap=True, markup=False)
+        print_plans(console, compare_plans(n_rows, row_bytes, shuffle.memory_bytes, prices=prices), plan)
+        if plan.memory_bytes > shuffle.memory_bytes:
+            need = f"a job needs {format_bytes(plan.memory_bytes)}, shuffle.memory_bytes is {shuffle.memory_bytes:,}"
+            console.print(f"  As configured {need}: raise it, or take one of the others.", style="yellow", soft_wrap=True, markup=False)
 
 
-def _print_evidence(console: Console, pipeline: Pipeline, store: Store) -> None:
-    """Print what the feature passes will cost for each SAE that is shown, with the configured and the best number of latent slices."""
-    features, machine = pipeline.config.features, Machine()
-    n_rows = _count_rows(pipeline, store)
+def _print_slices(console: Console, pipeline: Pipeline, store: Store, workers: int) -> None:
+    """Print the memory and time of the feature passes with the configured and with the best number of latent slices."""
+    features, machine = pipeline.config.features, Machine(workers=workers)
     for name in features.saes:
-        sae = pipeline.config.sae(name)
-        d_in = pipeline.d_in(sae.hook_point)
-        work = Workload(
-            n_rows=n_rows,
-            n_shards=len(pipeline.shard_indices),
-            d_in=d_in,
-            d_sae=sae.d_sae,
-            l0=float(sae.k),
-            row_bytes=RowFormat(d_in, pipeline.config.harvest.dtype).row_bytes,
-            vocabulary_size=pipeline.plan.vocabulary_size,
-        )
+        work = workload(pipeline, store, name)
         plan, best = estimate(work, features, features.latent_slices, machine), best_plan(work, features, machine)
-        console.print(
-            f"  features of {name}: {n_rows:,} rows x {sae.d_sae:,} latents, {sae.k} a row (assumed); {machine.workers} workers of 2 cores:",
-            soft_wrap=True,
-            markup=False,
-        )
-        rows = [
-            (item.name, item.jobs, format_bytes(item.read_bytes), format_bytes(item.written_bytes), f"{item.wall_s:,.0f} s") for item in plan.passes
-        ]
-        print_table(console, ["  pass", "jobs", "reads", "writes", "time"], rows)
-        slices = f"  {format_count(plan.latent_slices, 'latent slice')}: {plan.wall_s:,.0f} s, {format_bytes(plan.job_bytes)} a job"
-        advice = f"; best {best.latent_slices}: {best.wall_s:,.0f} s, {format_bytes(best.job_bytes)} a job"
-        gather = f". Gathering the rows around examples instead would write {format_bytes(plan.gather_bytes)}."
-        console.print(slices + (advice if best.latent_slices != plan.latent_slices else ", which is best") + gather, soft_wrap=True)
-        console.print()
-
-
-def _count_rows(pipeline: Pipeline, store: Store) -> int:
-    """Return the rows of all shards, counted where they are known, else estimated from the text."""
-    held_out = sum(pipeline.source(index).n_bytes for index in pipeline.held_out_indices) // _BYTES_PER_TOKEN
-    try:
-        return max(1, held_out + sum(shard.n_valid for shard in load_shard_rows(pipeline, store)))
-    except ArtifactMissingError:
-        return max(1, sum(pipeline.source(index).n_bytes for index in pipeline.shard_indices) // _BYTES_PER_TOKEN)
-
-
-def _plan_row(stop: Stop, pipeline: Pipeline, store: Store) -> tuple[str, str, int, int]:
-    keys = stop.partition_keys(pipeline)
-    n_there = sum(find_version(stop, pipeline, store, key) is not None for key in keys)
-    axis = {"none": "-", "slice|shard": "latent slice x shard", "slice": "latent slice"}.get(stop.axis, stop.axis)
-    return stop.name, axis, len(keys), n_there
+        slices = f"{format_count(plan.latent_slices, 'latent slice')}: {format_duration(plan.wall_s)}, {format_bytes(plan.job_bytes)} a job"
+        advice = f"best {best.latent_slices}: {format_duration(best.wall_s)}, {format_bytes(best.job_bytes)} a job"
+        gather = f"Gathering the rows around examples instead would write {format_bytes(plan.gather_bytes)}."
+        is_best = best.latent_slices == plan.latent_slices
+        console.print(f"\nFeatures of {name}, in jobs of their own: {slices}{', which is best' if is_best else ''}", soft_wrap=True, markup=False)
+        console.print(f"  {gather}" if is_best else f"  {advice}. {gather}", soft_wrap=True)

@@ -117,4 +117,4 @@ def format_duration(seconds: float) -> str:
         if rest >= size:
             parts.append(f"{rest // size} {name}")
             rest %= size
-    return " ".join(parts[:2]) or "0 s"
+    return " ".join(parts[:2]) or "< 1 s"

@@ -52,10 +52,12 @@ def print_quote(console: Console, n_rows: int, row_bytes: int, memory_bytes: int
     return best
 
 
-def print_plans(console: Console, plans: Sequence[PassPlan]) -> None:
-    """Print one line for every number of passes that fits."""
+def print_plans(console: Console, plans: Sequence[PassPlan], configured: PassPlan | None = None) -> None:
+    """Print one line for every number of passes that fits; that of the configuration first, with a mark."""
+    plans = [plan for plan in plans if configured is None or (plan.passes, plan.fan_out) != (configured.passes, configured.fan_out)]
     rows = [
         (
+            "  as configured" if plan is configured else "  instead" if configured else " ",
             plan.passes,
             plan.fan_out,
             plan.n_buckets,
@@ -64,9 +66,9 @@ def print_plans(console: Console, plans: Sequence[PassPlan]) -> None:
             f"{plan.usd:,.2f}",
             f"{plan.wall_s:,.0f} s",
         )
-        for plan in plans
+        for plan in ([configured, *plans] if configured else plans)
     ]
-    print_table(console, ["  passes", "fan-out", "mixed shards", "bytes moved", "requests", "USD", "time"], rows)
+    print_table(console, ["", "passes", "fan-out", "mixed shards", "bytes moved", "requests", "USD", "time"], rows, right_from=1)
 
 
 def print_simulation(console: Console, plan: PassPlan, row_bytes: int) -> None:

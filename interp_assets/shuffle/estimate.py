@@ -115,6 +115,12 @@ def compare_plans(
     return sorted(plans, key=lambda plan: plan.usd)
 
 
+def estimate_passes(n_rows: int, row_bytes: int, memory_bytes: int, shape: tuple[int, int], prices: Prices | None = None) -> PassPlan:
+    """Return what a given number of passes with a given fan-out costs, whether or not its jobs fit `memory_bytes` (`memory_bytes` tells)."""
+    job_rows = max(1, memory_bytes // (row_bytes + SORT_BYTES))
+    return _estimate(n_rows, row_bytes, job_rows, shape, SORT_BYTES, prices or Prices())
+
+
 def _smallest_fan_out(n_rows: int, job_rows: int, passes: int) -> int:
     """Return the smallest fan-out with which `passes` passes end in buckets of at most `job_rows`."""
     n_buckets = -(-n_rows // job_rows)

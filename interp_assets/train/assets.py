@@ -1,9 +1,11 @@
 """SAEs as assets: one partition per experiment of the sweep, trained together, measured on the held-out shards, and compared in one table."""
 
+import time
+
 import dagster as dg
 
 from interp_assets.errors import CertificateError
-from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
+from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, Shared, code_version, made, partition_keys, record
 from interp_assets.manifest import load_manifest
 from interp_assets.partitions import Layout, every, only, same, whole
 from interp_assets.pipeline import Pipeline, shard_key
@@ -11,6 +13,7 @@ from interp_assets.plots import plot_curves, plot_frequencies, plot_pareto, plot
 from interp_assets.progress import Progress
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.store import Store
+from interp_assets.traffic import METER
 from interp_assets.train.evaluate import evaluate_sae
 from interp_assets.train.launch import run_training
 from interp_assets.train.loop import training_rows
