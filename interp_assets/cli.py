@@ -134,19 +134,20 @@ def plan(
     row_bytes: Annotated[int, typer.Option(help="Bytes of a row, with its row id (8 bytes).")] = 1032,
     memory: Annotated[str, typer.Option(help="What a job may hold of rows, for example 100GB; sorting takes 32 bytes a row more.")] = "4GB",
     smallest_range: Annotated[str, typer.Option("--range", help="Smallest range of a bucket in a job's file.")] = "8MiB",
-    workers: Annotated[int, typer.Option(help="Jobs that run at once.", min=1)] = 64,
+    workers: Annotated[int | None, typer.Option(help="Jobs that run at once. Default: execution.workers; 64 with --rows.", min=1)] = None,
+    read_again: ReadAgain = False,
     simulate: Annotated[bool, typer.Option("--simulate", help="With --rows: run the cheapest plan on row numbers, without a row.")] = False,
 ) -> None:
-    """Say what a pipeline will make before anything is made: shards, artifacts, and what the shuffle costs."""
+    """Say what a pipeline will make before anything is made: partitions, rows, bytes, memory and time of each asset, and what the shuffle costs."""
     if rows is None:
         from interp_assets.forecast import print_plan
 
-        print_plan(out, _load(config))
+        print_plan(out, _load(config, read_again=read_again), workers)
         return
     from interp_assets.quote import parse_size, print_quote, print_simulation
     from interp_assets.shuffle.estimate import Prices
 
-    best = print_quote(out, parse_size(rows), row_bytes, parse_size(memory), parse_size(smallest_range), Prices(workers=workers))
+    best = print_quote(out, parse_size(rows), row_bytes, parse_size(memory), parse_size(smallest_range), Prices(workers=workers or 64))
     if simulate:
         print_simulation(out, best, row_bytes)
 
