@@ -2,6 +2,7 @@
 
     make bench-visualize QUICK=1            small: ends within 45 s on 2 cores
     make bench-visualize                    full: two minutes; the ratios that count
+    python benchmarks/bench_visualize.py --device cuda      one GPU: a slice of 131,072 latents at d_in 4096 in bfloat16, and the extrapolation
 
 Sketch before code: the floor is one matrix product, 2 d_in operations a (row, latent). Ours adds a look at every pre-activation (0.2 ns on 2 cores)
 and work per firing (about 0.1 us, files included): at L0 = 32 of 16,384 latents and d_in = 512 that is 6% and 3% of a product at 325 GFLOP/s. The
@@ -73,10 +74,10 @@ class Setting(NamedTuple):
         return {**shape, "rule": self.sae.kind, "dtype": self.dtype, "top_k": TOP_K, "n_random": N_RANDOM}
 
 
-def make_setting(n_rows: int, n_latents: int, l0: int, rule: str = "jump_relu", seed: int = 0) -> Setting:
+def make_setting(n_rows: int, n_latents: int, l0: int, rule: str = "jump_relu", seed: int = 0, d_in: int = D_IN) -> Setting:
     """Draw rows from N(0, I) and unit encoder columns, so that pre-activations are N(0, 1); the limit sets each latent's frequency."""
     generator = torch.Generator().manual_seed(stream(seed, "bench").torch_seed())
-    W = torch.randn(D_IN, n_latents, generator=generator)
+    W = torch.randn(d_in, n_latents, generator=generator)
     W /= W.norm(dim=0)
     rate = torch.exp(1.5 * torch.randn(n_latents, generator=generator))
     rate = (rate / rate.mean() * l0 / n_latents).clamp(1e-9, 0.4)
@@ -84,8 +85,8 @@ def make_setting(n_rows: int, n_latents: int, l0: int, rule: str = "jump_relu", 
     zeros = torch.zeros(n_latents)
     bias, threshold = (-limit, zeros) if rule == "relu" else (zeros, limit if rule == "jump_relu" else zeros)
     k = l0 if rule == "topk" else 0
-    sae = Sae(kind=rule, W_enc=W, b_enc=bias, W_dec=W.T, b_dec=torch.zeros(D_IN), threshold=threshold, k=k)
-    return Setting(sae, torch.randn(n_rows, D_IN, generator=generator).bfloat16(), l0)
+    sae = Sae(kind=rule, W_enc=W, b_enc=bias, W_dec=W.T, b_dec=torch.zeros(d_in), threshold=threshold, k=k)
+    return Setting(sae, torch.randn(n_rows, d_in, generator=generator).bfloat16(), l0)
 
 
 def run_floor(setting: Setting) -> None:
@@ -105,7 +106,9 @@ def make_job(setting: Setting, keep: str) -> tuple[Pipeline, TokenShard]:
     sae = {"hook_point": HOOK, "d_sae": setting.sae.d_sae}
     content = {"harvest": {"hook_points": [HOOK]}, "saes": [sae], "features": features, "execution": {"rows_per_block": BLOCK}}
     source = ShardSource(index=0, fingerprint="f", n_documents=1, n_bytes=1, spec={})
-    plan = PipelinePlan(shards=[source], tokenizer_fingerprint="t", model_fingerprint="m", hook_widths={HOOK: D_IN}, vocabulary_size=1, max_context=1)
+    plan = PipelinePlan(
+        shards=[source], tokenizer_fingerprint="t", model_fingerprint="m", hook_widths={HOOK: setting.sae.d_in}, vocabulary_size=1, max_context=1
+    )
     nothing = Manifest(kind="", artifact_id="", identity={}, inputs={}, files=[])
     contexts = (np.arange(len(setting.rows)) // 256).astype(np.uint32)
     tokens = TokenShard(np.zeros(len(contexts), np.uint32), contexts, contexts, np.ones(len(contexts), np.bool_), nothing)
@@ -114,17 +117,21 @@ def make_job(setting: Setting, keep: str) -> tuple[Pipeline, TokenShard]:
 
 def run_ours(setting: Setting, keep: str) -> Manifest:
     """Run pass A as a job does, from rows in memory to its files in memory."""
+    return run_job(setting, keep, Encoder(setting.sae, 0, setting.sae.d_sae, torch.device("cpu"), dtype=setting.dtype), BLOCK)
+
+
+def run_job(setting: Setting, keep: str, encoder: Encoder, n_block: int) -> Manifest:
+    """Run a job with an encoder that is there, blocks of `n_block` rows at a time."""
     pipeline, tokens = make_job(setting, keep)
-    encoder = Encoder(setting.sae, 0, setting.sae.d_sae, torch.device("cpu"), dtype=setting.dtype)
-    job = Job(pipeline, encoder, tokens, 0, histogram_origin(math.sqrt(D_IN), setting.sae.W_enc))
+    job = Job(pipeline, encoder, tokens, 0, histogram_origin(math.sqrt(setting.sae.d_in), setting.sae.W_enc))
     begun: list[tuple[int, Callable[[], list[Scan] | TopKScan]]] = []  # as in thresholds.py
-    for first in range(0, len(setting.rows) + BLOCK, BLOCK):
+    for first in range(0, len(setting.rows) + n_block, n_block):
         if first < len(setting.rows):
-            rows = setting.rows[first : first + BLOCK]
-            block, is_valid = encoder.prepare(rows, BLOCK, "the benchmark"), tokens.valid[first : first + len(rows)]
+            rows = setting.rows[first : first + n_block]
+            block, is_valid = encoder.prepare(rows, n_block, "the benchmark"), tokens.valid[first : first + len(rows)]
             is_topk = setting.sae.kind == "topk"
             begun.append((first, encoder.begin_scan_topk(block, is_valid) if is_topk else encoder.begin_scan(block, row_limits(is_valid, -np.inf))))
-        if len(begun) > 1 or first + BLOCK >= len(setting.rows):
+        if len(begun) > 1 or first + n_block >= len(setting.rows):
             for earlier, finish in [begun.pop(0)] if begun else []:
                 found = finish()
                 for scan in found.scans if isinstance(found, TopKScan) else found:
@@ -243,6 +250,50 @@ def compare_gather(n_latents: int, n_examples: int, n_rows: int) -> None:
     report("literal gather of one group, then its windows", gather_s / len(rows) * 1e6, "us an example", ours_s / len(rows) * 1e6, peer=1.0, **words)
 
 
+def compare_on_gpu(device: torch.device, n_latents: int, d_in: int, n_block: int, n_blocks: int) -> None:
+    """Time one slice of a large SAE on a GPU: bare products, the scan alone, and the job with its host work, each of the same blocks.
+
+    The floor is what the library multiplies in bfloat16 with a bfloat16 result, one product a block. The scan is checked against the plain
+    path on one block first. Extrapolated: eight such slices over 100 million rows.
+    """
+    setting = make_setting(n_block * n_blocks, n_latents, 100 * n_latents // (1 << 20) or 1, d_in=d_in)._replace(dtype="bfloat16")
+    encoder = Encoder(setting.sae, 0, n_latents, device, dtype="bfloat16")
+    plain = Encoder(setting.sae, 0, min(n_latents, 4 * TILE), device, dtype="bfloat16", path="plain")
+    open_limits, first = np.full(n_block, -np.inf, np.float32), setting.rows[:n_block]
+    pairs = zip(
+        encoder.scan(encoder.prepare(first, n_block, "here"), open_limits),
+        plain.scan(plain.prepare(first, n_block, "here"), open_limits),
+        strict=False,
+    )
+    differing = sum(len(np.setxor1d(a.latents.astype(np.int64) << 32 | a.rows, b.latents.astype(np.int64) << 32 | b.rows)) for a, b in pairs)
+    words = setting.words() | {"block": n_block, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"}
+    report("firings of the scan that the plain path does not have, or the reverse", differing, "firings", **words)
+    W, product = setting.sae.W_enc.to(device, torch.bfloat16), torch.empty(n_block, n_latents, dtype=torch.bfloat16, device=device)
+    blocks = [setting.rows[i : i + n_block] for i in range(0, len(setting.rows), n_block)]
+    on_device = [encoder.prepare(block, n_block, "here").clone() for block in blocks[:2]]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def multiply() -> None:
+        for i in range(n_blocks):
+            torch.mm(on_device[i % 2].to(torch.bfloat16), W, out=product)
+        wait()
+
+    def scan() -> None:
+        for i in range(n_blocks):
+            encoder.scan(on_device[i % 2], open_limits)
+
+    for work in (multiply, scan):
+        work()
+    times = alternate({"floor": multiply, "scan": scan, "job": lambda: run_job(setting, "candidates", encoder, n_block)}, 3)
+    floor = np.array(times["floor"])
+    rate = 2.0 * len(setting.rows) * n_latents * d_in / float(np.median(floor)) / 1e12
+    report("bare bfloat16 products", float(np.median(floor)), "s", None, 1.0, tflops=_short(rate), **words)
+    for name in ("scan", "job"):
+        report(f"pass A, {name}", float(np.median(times[name])), "s", None, float(np.median(np.array(times[name]) / floor)), **words)
+    hours = float(np.median(times["job"])) / len(setting.rows) / n_latents * 1e8 * (1 << 20) / 3600
+    report("pass A, 1M latents x 100M rows at this d_in, extrapolated", hours, "hours on this device", **words)
+
+
 def report_sizes(manifest: Manifest, setting: Setting, ours_s: float) -> None:
     """Print bytes per firing and feature, and what a million latents over a hundred million rows would take."""
     n_rows, d_sae = len(setting.rows), setting.sae.d_sae
@@ -279,7 +330,12 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "0") not in ("", "0"), help="small sizes")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for one GPU")
     args = parser.parse_args()
+    if args.device != "cpu":
+        report("machine", torch.get_num_threads(), "threads", **_describe_machine(args))
+        compare_on_gpu(torch.device(args.device), *((16384, 1024, 4096, 4) if args.quick else (131072, 4096, 16384, 16)))
+        return
     n_small, n_large, n_rule, n_repeats = (8192, 4096, 4096, 2) if args.quick else (65536, 24576, 32768, 3)
     report("machine", torch.get_num_threads(), "threads", **_describe_machine(args))
     small = make_setting(n_small, 16384, 32)

@@ -105,6 +105,7 @@ class Encoder:
         self._no_thresholds = [np.where(np.isinf(tile.threshold), tile.threshold, -np.inf).astype(np.float32) for tile in self._tiles]
         n_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._device_thread = ThreadPoolExecutor(1)  # waits for a GPU, while the caller works on the firings of the block before
         self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
         self._n_threads = n_threads
         self._blocks = [torch.empty((0, sae.d_in), device=device)] * 2
@@ -125,7 +126,7 @@ class Encoder:
         if self._blocks[0].shape != shape:
             self._blocks[0] = torch.empty(shape, device=self._device)
         block = self._blocks[0]
-        block[: len(rows)].copy_(rows)
+        block[: len(rows)].copy_(rows.to(self._device))
         block[len(rows) :].zero_()
         low, high = (float(value) for value in torch.aminmax(block))
         if not max(-low, high) < self._row_limit:
@@ -147,13 +148,13 @@ class Encoder:
         if self._is_compiled:
             futures = [self._pool.submit(self._scan_compiled, i, block, limits, threshold) for i, threshold in enumerate(thresholds)]
             return lambda: [future.result() for future in futures]
+        return self._device_thread.submit(self._scan_on_device, block, thresholds, limits).result
+
+    def _scan_on_device(self, block: Tensor, thresholds: list[NDArray[np.float32]], limits: NDArray[np.float32]) -> list[Scan]:
         if self._fused is not None:
-            scans = [Scan(i, *columns) for i, columns in enumerate(self._fused.scan(block, thresholds, limits))]
-        else:
-            rows = torch.from_numpy(limits).to(self._device)
-            tiles = zip(self._tiles, thresholds, strict=True)
-            scans = [_scan_plainly(i, block, tile, torch.from_numpy(own).to(self._device), rows) for i, (tile, own) in enumerate(tiles)]
-        return lambda: scans
+            return [Scan(i, *columns) for i, columns in enumerate(self._fused.scan(block, thresholds, limits))]
+        rows, tiles = torch.from_numpy(limits).to(self._device), zip(self._tiles, thresholds, strict=True)
+        return [_scan_plainly(i, block, tile, torch.from_numpy(own).to(self._device), rows) for i, (tile, own) in enumerate(tiles)]
 
     def scan_topk(self, block: Float[Tensor, "block d_in"], is_valid: NDArray[np.bool_]) -> TopKScan:
         """Return the firings of a `topk` SAE on the valid rows of a block, and all rows' thresholds. Needs the columns of all latents."""
