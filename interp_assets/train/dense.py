@@ -28,8 +28,8 @@ from torch import Tensor
 
 from interp_assets.train.elementwise import Slopes, fire, pull, sum_squares
 from interp_assets.train.kernels import (
+    Few,
     Pairs,
-    Table,
     add_by_latent,
     count_true,
     decode_pairs,
@@ -38,7 +38,6 @@ from interp_assets.train.kernels import (
     product,
     sampled_product,
     sum_values,
-    take_pairs,
 )
 from interp_assets.train.losses import (
     FEW,
@@ -94,7 +93,7 @@ class _Block(NamedTuple):
     rows: slice
     pre: Tensor
     """Pre-activations less the thresholds; they last until the next block."""
-    near: Pairs | None
+    near: Few | None
     """All that is within reach, or, for a rule without one, all that fires; None when it is much."""
 
 
@@ -127,21 +126,22 @@ def _dense_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, ru
 
 def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule", block: _Block) -> Tensor:
     """Add the gradients of a block in which many latents get one; return its squared error. By pairs is what fires, where that is little."""
-    scratch, dtype, pre, pairs = context.scratch, context.dtype, block.pre, block.near
+    scratch, dtype, pre, near = context.scratch, context.dtype, block.pre, block.near
+    pairs = near.pairs if near else None
     shape = (len(x), pre.shape[1])
-    if pairs is None:
+    if near is None:
         latents = scratch.take("latents", shape, x)
         rule.activate(pre, latents)
         error = reconstruct(weights, x, latents, context, "error").sub_(y)
     else:
-        latents = rule.activate_pairs(take_pairs(pre, pairs), pairs)
-        error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(latents, rule.W_dec, pairs, scratch))).sub_(y)
+        latents = rule.activate_pairs(near.values, near.pairs)
+        error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(latents, rule.W_dec, near.pairs, scratch))).sub_(y)
     squared_error = sum_squares(error)
     error.mul_(2 * rule.error_scale / context.n_rows)
     if pairs is None:
         product(latents.T, error, gradients["W_dec"], is_added=True, dtype=dtype)
     else:
-        add_by_latent(gradients["W_dec"], Table(error, pairs.bags), latents, pairs, scratch)
+        add_by_latent(gradients["W_dec"], error, latents, pairs, scratch)
     add_offset_gradients(weights, gradients, x, error)
     grad = product(error, weights["W_dec"].T, scratch.take("gradient", shape, x), dtype=dtype)
     rule.add_penalty(grad, latents, pairs)
@@ -152,17 +152,16 @@ def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
 
 def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule", block: _Block) -> Tensor:
     """Add the gradients of a block in which few latents are within reach; return its squared error."""
-    pairs, scratch = block.near, context.scratch
-    assert pairs is not None
-    above = take_pairs(block.pre, pairs)
+    assert block.near is not None
+    (pairs, above), scratch = block.near, context.scratch
     values = rule.activate_pairs(above, pairs)
     error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(values, rule.W_dec, pairs, scratch))).sub_(y)
     squared_error = sum_squares(error)
     error.mul_(2 * rule.error_scale / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)
-    add_by_latent(gradients["W_dec"], Table(error, pairs.bags), values, pairs, scratch)
+    add_by_latent(gradients["W_dec"], error, values, pairs, scratch)
     grad = rule.backward_pairs(above, sampled_product(error, rule.W_dec, pairs, scratch), pairs)
-    add_by_latent(gradients["W_enc_T"], Table(x, pairs.bags), grad, pairs, scratch)
+    add_by_latent(gradients["W_enc_T"], x, grad, pairs, scratch)
     gradients["b_enc"].add_(sum_values(grad, pairs))
     return squared_error
 
@@ -288,7 +287,7 @@ class _TargetJump(_Jump):
         context, shape = self.context, (len(encoder.x), len(encoder.bias))
         encoded = context.scratch.take("encoded", shape, encoder.x)
         blocks = [encoder.encode(rows, encoded[rows], 0.0) for rows in row_blocks(*shape)]
-        n_own = sum(count_true(block.pre > 0) if block.near is None else len(block.near.latents) for block in blocks)
+        n_own = sum(count_true(block.pre > 0) if block.near is None else len(block.near.values) for block in blocks)
         n_fired = context.ranks.sum(torch.tensor(float(n_own), dtype=torch.float64, device=encoder.x.device))
         miss = n_fired / (context.n_rows * context.k) - 1
         self.loss = (context.coefficient * miss.square() / context.ranks.size).float()

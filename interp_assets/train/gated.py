@@ -16,15 +16,13 @@ from torch import Tensor
 
 from interp_assets.train.elementwise import Gates, close_gates, open_gates, sum_squares
 from interp_assets.train.kernels import (
-    Pairs,
-    Table,
+    Few,
     add_by_latent,
     decode_pairs_twice,
     find_few,
     product,
     sampled_product_twice,
     sum_values,
-    take_pairs,
 )
 from interp_assets.train.losses import (
     LossContext,
@@ -37,7 +35,7 @@ from interp_assets.train.losses import (
     row_blocks,
 )
 
-FEW_GATES: Final = 1 / 12
+FEW_GATES: Final = 1 / 7
 """Share of open gates below which pairs are faster than dense products."""
 
 
@@ -51,23 +49,17 @@ def gated_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> 
     for rows in row_blocks(len(x), width):
         shape = (rows.stop - rows.start, width)
         gate = product(x[rows], W_enc_T.T, scratch.take("pre", shape, x), bias=weights["b_enc"], dtype=dtype)
-        pairs = find_few(gate, 0.0, int(FEW_GATES * gate.numel()))
-        if pairs is None:
+        few = find_few(gate, 0.0, int(FEW_GATES * gate.numel()))
+        if few is None:
             block = _add_dense(cast, gradients, x[rows], y[rows], context, gate, gates)
         else:
-            block = _add_pairs(weights, gradients, x[rows], y[rows], context, _Opened(pairs, take_pairs(gate, pairs)))
+            block = _add_pairs(weights, gradients, x[rows], y[rows], context, few)
         sums += block.sums
         n_fired += block.n_fired
     squared_error, gate_error_sum, opened_sum = sums.float().unbind()
     squared_error, sparsity = squared_error / context.ranks.n_slices, opened_sum * (context.coefficient / context.n_rows)
     loss = (squared_error + gate_error_sum / context.ranks.n_slices) / context.n_rows + sparsity
     return StepLoss(loss, squared_error, sparsity, loss.new_zeros(()), n_fired.long(), gradients)
-
-
-class _Opened(NamedTuple):
-    pairs: Pairs
-    gates: Tensor
-    """Pre-activations of the open gates."""
 
 
 class _Block(NamedTuple):
@@ -97,9 +89,9 @@ def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
     return _Block(sums, counts.n_fired)
 
 
-def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, opened: _Opened) -> _Block:
+def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, opened: Few) -> _Block:
     """Add the gradients of a block in which few gates are open."""
-    pairs, gates, W_dec, scratch = opened.pairs, opened.gates, weights["W_dec"], context.scratch
+    pairs, gates, W_dec, scratch = opened.pairs, opened.values, weights["W_dec"], context.scratch
     gain = weights["r_mag"].exp()[pairs.latents]
     projection = gates - weights["b_enc"][pairs.latents]
     values = torch.addcmul(weights["b_mag"][pairs.latents], projection, gain).relu_()
@@ -111,11 +103,11 @@ def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
     error.mul_(2 / context.n_rows)
     gate_error.mul_(2 / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)
-    add_by_latent(gradients["W_dec"], Table(error, pairs.bags), values, pairs, scratch)
+    add_by_latent(gradients["W_dec"], error, values, pairs, scratch)
     grad, grad_gate = sampled_product_twice((error, gate_error), W_dec, pairs, scratch)
     gradients["b_mag"].add_(sum_values(grad.mul_(fires), pairs))
     grad.mul_(gain)
     gradients["r_mag"].add_(sum_values(grad * projection, pairs))
     gradients["b_enc"].add_(sum_values(grad_gate.add_(context.coefficient / context.n_rows), pairs))
-    add_by_latent(gradients["W_enc_T"], Table(x, pairs.bags), grad.add_(grad_gate), pairs, scratch)
+    add_by_latent(gradients["W_enc_T"], x, grad.add_(grad_gate), pairs, scratch)
     return _Block(sums, sum_values(fires, pairs))

@@ -53,6 +53,8 @@ class Pairs(NamedTuple):
     """Place of the first pair of every bag."""
     by_latent: Int64[Tensor, " N"]
     """Places of the pairs, ordered by latent, then by row."""
+    bags_by_latent: Int64[Tensor, " N"]
+    """Bag of each pair, in that order."""
     counts: Int64[Tensor, " S"]
     """Number of pairs of every latent."""
     n_groups: int = 1
@@ -61,11 +63,6 @@ class Pairs(NamedTuple):
     def latent_starts(self) -> Int64[Tensor, " S"]:
         """Place in `by_latent` of the first pair of every latent."""
         return self.counts.cumsum(0) - self.counts
-
-    @property
-    def rows(self) -> Int64[Tensor, " N"]:
-        """Row of each pair."""
-        return self.bags if self.n_groups == 1 else self.bags // self.n_groups
 
 
 class Scratch:
@@ -88,30 +85,34 @@ def make_pairs(place_N: Int64[Tensor, " N"], n_rows: int, d_sae: int) -> Pairs:
     """Index the pairs of flat places `row * d_sae + latent`, which are in order."""
     if place_N.device.type != "cpu":
         row_N, latent_N = place_N // d_sae, place_N % d_sae
-        return Pairs(row_N, latent_N, _starts(row_N, n_rows), latent_N.argsort(stable=True), torch.bincount(latent_N, minlength=d_sae))
+        order = latent_N.argsort(stable=True)
+        return Pairs(row_N, latent_N, _starts(row_N, n_rows), order, row_N[order], torch.bincount(latent_N, minlength=d_sae))
     places, n_parts = place_N.numpy(), torch.get_num_threads()
-    row_N, latent_N, by_latent = (np.empty(len(places), np.int64) for _ in range(3))
+    row_N, latent_N, order, ordered = (np.empty(len(places), np.int64) for _ in range(4))
     counts = np.zeros((n_parts, d_sae), np.int64)
     over_parts(split_places, len(places), [(places, d_sae, row_N, latent_N, counts[i]) for i in range(n_parts)])
     total = counts.sum(0)
     starts = total.cumsum() - total + counts.cumsum(0) - counts
-    over_parts(order_latents, len(places), [(latent_N, starts[i], by_latent) for i in range(n_parts)])
+    over_parts(order_latents, len(places), [(row_N, latent_N, starts[i], order, ordered) for i in range(n_parts)])
     row_starts = np.searchsorted(row_N, np.arange(n_rows))
-    bags, latents, bag_starts, order, n = (torch.from_numpy(values) for values in (row_N, latent_N, row_starts, by_latent, total))
-    return Pairs(bags, latents, bag_starts, order, n)
+    bags, latents, bag_starts, by_latent = (torch.from_numpy(values) for values in (row_N, latent_N, row_starts, order))
+    return Pairs(bags, latents, bag_starts, by_latent, torch.from_numpy(ordered), torch.from_numpy(total))
 
 
 def split_bags(pairs: Pairs, ends: list[int]) -> Pairs:
     """Give each row one bag per group of latents, the groups ending at `ends`. Pairs must be ordered by row, then by latent: they stay."""
     group_N = torch.bucketize(pairs.latents, torch.tensor(ends, device=pairs.latents.device), right=True)
     bag_N = pairs.bags * len(ends) + group_N
-    return pairs._replace(bags=bag_N, bag_starts=_starts(bag_N, len(pairs.bag_starts) * len(ends)), n_groups=len(ends))
+    bag_starts = _starts(bag_N, len(pairs.bag_starts) * len(ends))
+    return pairs._replace(bags=bag_N, bag_starts=bag_starts, bags_by_latent=bag_N[pairs.by_latent], n_groups=len(ends))
 
 
-def decode_pairs(value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch) -> Float[Tensor, "R D"]:
-    """Sum the decoder rows of each bag's pairs, weighted by their values; where that is possible into the buffer `decoded`."""
+def decode_pairs(
+    value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch, name: str = "decoded"
+) -> Float[Tensor, "R D"]:
+    """Sum the decoder rows of each bag's pairs, weighted by their values; where that is possible into the buffer `name`."""
     if is_native(value_N, W_dec_SD) and is_packable(W_dec_SD):
-        x_hat = scratch.take("decoded", (len(pairs.bag_starts), W_dec_SD.shape[1]), W_dec_SD).zero_()
+        x_hat = scratch.take(name, (len(pairs.bag_starts), W_dec_SD.shape[1]), W_dec_SD).zero_()
         index, values, out = as_arrays(pairs.latents, value_N, x_hat)
         over_bags(sum_bags, _ends(pairs.bag_starts, pairs), index, values, _pack(W_dec_SD, scratch), out)
         return x_hat
@@ -154,23 +155,21 @@ def sampled_product_twice(
     return sampled_product(grads[0], W_dec_SD, pairs, scratch), sampled_product(grads[1], W_dec_SD, pairs, scratch)
 
 
-class Table(NamedTuple):
-    """Rows that latents gather: those of the batch, or the gradients of their reconstructions."""
+def add_by_latent(
+    gradient_SD: Float[Tensor, "S D"], table: Float[Tensor, "_ D"], weight_N: Float[Tensor, " N"], pairs: Pairs, scratch: Scratch
+) -> None:
+    """Add for every latent the weighted rows that its pairs name: the gradient of a decoder or an encoder.
 
-    values: Float[Tensor, "rows D"]
-    rows: Int64[Tensor, " N"]
-    """Row of each pair."""
-
-
-def add_by_latent(gradient_SD: Float[Tensor, "S D"], table: Table, weight_N: Float[Tensor, " N"], pairs: Pairs, scratch: Scratch) -> None:
-    """Add for every latent the weighted rows that its pairs name: the gradient of a decoder or an encoder."""
-    rows, weights = table.rows[pairs.by_latent], weight_N[pairs.by_latent]
-    if is_native(gradient_SD, table.values, weight_N) and is_packable(gradient_SD):
-        strips = _pack(table.values, scratch)
+    `table` holds a row for each bag, or one for each row of the batch.
+    """
+    rows, weights = pairs.bags_by_latent, weight_N[pairs.by_latent]
+    if len(table) < len(pairs.bag_starts):
+        rows = rows // pairs.n_groups
+    if is_native(gradient_SD, table, weight_N) and is_packable(gradient_SD):
         index, factors, out = as_arrays(rows, weights, gradient_SD)
-        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, factors, strips, out)
+        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, factors, _pack(table, scratch), out)
     else:
-        gradient_SD.add_(_sum_bags(table.values, rows, pairs.latent_starts, weights))
+        gradient_SD.add_(_sum_bags(table, rows, pairs.latent_starts, weights))
 
 
 def sum_values(value_N: Float[Tensor, " N"], pairs: Pairs) -> Float[Tensor, " S"]:
@@ -182,16 +181,21 @@ def sum_values(value_N: Float[Tensor, " N"], pairs: Pairs) -> Float[Tensor, " S"
     return torch.segment_reduce(value_N[pairs.by_latent], "sum", lengths=pairs.counts)
 
 
-def find_few(values: Float[Tensor, "rows S"], above: float, limit: int) -> Pairs | None:
+class Few(NamedTuple):
+    """Pairs that were found, with their values."""
+
+    pairs: Pairs
+    values: Float[Tensor, " N"]
+
+
+def find_few(values: Float[Tensor, "rows S"], above: float, limit: int) -> Few | None:
     """Return the pairs whose value exceeds `above`, or None when they are `limit` or more."""
     sample = values[: -(-len(values) // 16)] > above
     if count_true(sample) * values.numel() > 2 * limit * sample.numel():
         return None
     least = np.nextafter(np.float32(above), np.float32(np.inf)) if values.dtype == torch.float32 else np.nextafter(above, np.inf)
     found = find_above(values, float(least), limit)
-    if found is None:
-        return None
-    return make_pairs(found.places, *values.shape)
+    return None if found is None else Few(make_pairs(found.places, *values.shape), found.values)
 
 
 class Found(NamedTuple):
@@ -219,11 +223,6 @@ def find_above(values: Float[Tensor, "rows S"], bound: Float[Tensor, "rows 1"] |
     columns = np.empty(n, np.int64), np.empty(n, np.float32)
     over_rows(take_above, len(values), (0, 0), values.numpy(), bounds, ends - counts, columns)
     return Found(torch.from_numpy(columns[0]), torch.from_numpy(columns[1]))
-
-
-def take_pairs(values: Float[Tensor, "rows S"], pairs: Pairs) -> Float[Tensor, " N"]:
-    """Return the values of pairs that have one bag per row."""
-    return values.view(-1)[pairs.bags * values.shape[1] + pairs.latents]
 
 
 def nonzero(mask: Tensor) -> Int64[Tensor, " n"]:

@@ -178,11 +178,11 @@ def split_places(places: Any, n_latents: Any, bags: Any, latents: Any, counts: A
 
 
 @reordered
-def order_latents(latents: Any, starts: Any, by_latent: Any, first: Any, last: Any) -> None:
-    """Write the places of pairs in order of their latents, from `starts` on."""
+def order_latents(bags: Any, latents: Any, starts: Any, by_latent: Any, rows: Any, first: Any, last: Any) -> None:
+    """Write the places of pairs and their rows in order of their latents, from `starts` on."""
     for i in range(first, last):
         latent = latents[i]
-        by_latent[starts[latent]] = i
+        by_latent[starts[latent]], rows[starts[latent]] = i, bags[i]
         starts[latent] += 1
 
 
@@ -241,6 +241,7 @@ def take_above(values: Any, bounds: Any, starts: Any, columns: Any, sums: Any, f
     """Write flat places (first of `columns`) and values of what is at least its row's bound, row by row from `starts`."""
     places, found = columns
     n = values.shape[1]
+    hits = np.empty(65, np.int64)  # each comparison writes one, hit or not: a branch would be guessed wrong where hits are many
     for row in range(first, last):
         bound, at = bounds[row], starts[row]
         for start in range(0, n, 64):
@@ -249,10 +250,13 @@ def take_above(values: Any, bounds: Any, starts: Any, columns: Any, sums: Any, f
                 some += v[c] >= bound
             if some == 0:
                 continue
+            n_hits = 0
             for c in range(len(v)):
-                if v[c] >= bound:
-                    places[at], found[at] = row * n + start + c, v[c]
-                    at += 1
+                hits[n_hits] = c
+                n_hits += v[c] >= bound
+            for i in range(n_hits):
+                places[at + i], found[at + i] = row * n + start + hits[i], v[hits[i]]
+            at += n_hits
 
 
 @reordered

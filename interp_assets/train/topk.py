@@ -8,8 +8,8 @@ A Matryoshka SAE decodes each row once per group of latents; prefix x_hat_g is t
 is the sum of the errors of the prefixes that contain it. Pairs lie by row, then by latent, so groups need no sorting.
 
 AuxK (Gao et al. 2024, appendix A.2) is relative to the variance of the error over the global batch; 0 when nothing is dead, and 0
-rather than NaN when the error has no variance. Few dead latents are decoded densely, many by pairs: 0.3 us a pair against 47 us a latent
-and 1,024 rows at d_in 512, so pairs pay above about six times `auxk_count` dead latents.
+rather than NaN when the error has no variance. Few dead latents are decoded densely, many by pairs: 0.1 us a pair against 16 ns a latent and
+row at d_in 512, so pairs pay above about six times `auxk_count` dead latents.
 """
 
 import math
@@ -24,7 +24,6 @@ from interp_assets.train.elementwise import keep_above, sum_rows, sum_squares
 from interp_assets.train.kernels import (
     Pairs,
     Scratch,
-    Table,
     add_by_latent,
     decode_pairs,
     make_pairs,
@@ -102,7 +101,7 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
     if len(dead) > _DENSE_AUXK_FACTOR * n_active:
         active = pick_per_row(pre, n_active, ranks, n_dead)
         pairs = make_pairs(active.places, len(x), len(dead))
-        missed = ranks.sum_slices(decode_pairs(active.values, W_dec, pairs, context.scratch)).sub_(error)
+        missed = ranks.sum_slices(decode_pairs(active.values, W_dec, pairs, context.scratch, "missed")).sub_(error)
         loss = sum_squares(missed) * scale / ranks.n_slices
         missed.mul_(2 * AUXK_COEFFICIENT * scale)
         found = {"W_dec": torch.zeros_like(W_dec), "W_enc_T": torch.zeros_like(W_enc_T), "b_enc": x.new_zeros(len(dead))}
@@ -210,8 +209,8 @@ def _pair_gradients(
 ) -> None:
     """Add the gradients of decoder, encoder and its bias, given that of each bag's reconstruction."""
     grad_values = sampled_product(grad, weights["W_dec"], pairs, scratch)
-    add_by_latent(gradients["W_dec"], Table(grad, pairs.bags), values, pairs, scratch)
-    add_by_latent(gradients["W_enc_T"], Table(x, pairs.rows), grad_values, pairs, scratch)
+    add_by_latent(gradients["W_dec"], grad, values, pairs, scratch)
+    add_by_latent(gradients["W_enc_T"], x, grad_values, pairs, scratch)
     gradients["b_enc"].add_(sum_values(grad_values, pairs))
 
 

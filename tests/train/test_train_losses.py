@@ -14,7 +14,7 @@ from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES
 from interp_assets.train.topk import AUXK_COEFFICIENT, add_auxk, auxk_count, group_ends
 
-BATCH, D_IN, D_SAE, K, COEFFICIENT = 9, 8, 32, 3, 0.7
+BATCH, D_IN, D_SAE, K, COEFFICIENT = 9, 32, 128, 3, 0.7
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -143,31 +143,31 @@ def check(architecture: Architecture, x: Tensor, y: Tensor, context: LossContext
     expected.backward()
     for name, weight in plain.items():
         wanted = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        torch.testing.assert_close(found.gradients[name], wanted, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found.gradients[name], wanted, rtol=1e-4, atol=3e-4, msg=lambda text, name=name: f"{name}: {text}")
     return found
 
 
-@pytest.mark.parametrize("dead", [[], [1, 5], list(range(10, 24)), list(range(1, 31))])
+@pytest.mark.parametrize("dead", [[], [1, 5], list(range(10, 40)), list(range(1, 125))])
 @pytest.mark.parametrize("architecture", list(RECIPES))
 def test_loss_and_gradients_equal_the_plain_formula(architecture: Architecture, dead: list[int]) -> None:
     """The hand-made backward (blocks in place, k-sparse pairs, prefix sums, AuxK with few and with many dead latents) must change nothing."""
-    x = draw(BATCH, D_IN, seed=9) * 2
+    x = draw(BATCH, D_IN, seed=9)
     check(architecture, x, x, make_context(dead=dead))
 
 
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jump_relu_step"])
 def test_few_active_latents_give_the_same_by_pairs(architecture: Architecture) -> None:
     """Dense architectures go through pairs when few latents fire, which is most of a training."""
-    x = draw(BATCH, D_IN, seed=9) * 2
+    x = draw(BATCH, D_IN, seed=9)
     found = check(architecture, x, x, make_context(), shift=18.0)
-    assert 0 < int(found.n_fired.sum()) < BATCH * D_SAE / 18
+    assert 0 < int(found.n_fired.sum()) < FEW * BATCH * D_SAE
 
 
 @pytest.mark.parametrize("dead", [[], [1, 5]])
 @pytest.mark.parametrize("architecture", ["jump_relu", "jump_relu_tanh"])
 def test_few_firings_under_a_wide_rectangle_are_decoded_by_pairs(architecture: Architecture, dead: list[int]) -> None:
     """Where little fires but much gets a gradient, two of five products are by pairs: same numbers."""
-    x = draw(BATCH, D_IN, seed=9) * 2
+    x = draw(BATCH, D_IN, seed=9)
     found = check(architecture, x, x, make_context(dead=dead), shift=14.0)
     assert 0 < int(found.n_fired.sum()) < FEW * BATCH * D_SAE
 
@@ -175,7 +175,7 @@ def test_few_firings_under_a_wide_rectangle_are_decoded_by_pairs(architecture: A
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jump_relu", "jump_relu_tanh", "jump_relu_step"])
 def test_many_and_few_firings_may_take_turns(architecture: Architecture) -> None:
     """A training passes from dense to sparse states and, when the coefficient is low, back: buffers of one must not leak into the other."""
-    x, context = draw(BATCH, D_IN, seed=9) * 2, make_context(dead=[1, 5])
+    x, context = draw(BATCH, D_IN, seed=9), make_context(dead=[1, 5])
     for shift in (0.0, 14.0, 1.0, 18.0, 0.0):
         check(architecture, x, x, context, shift=shift)
 
@@ -184,21 +184,21 @@ def test_many_and_few_firings_may_take_turns(architecture: Architecture) -> None
 @pytest.mark.parametrize("architecture", list(RECIPES))
 def test_transcoders_reconstruct_other_rows(architecture: Architecture, with_skip: bool) -> None:
     """Another width, and a linear map beside the latents."""
-    x, y = draw(BATCH, D_IN, seed=9) * 2, draw(BATCH, 5, seed=11)
+    x, y = draw(BATCH, D_IN, seed=9), draw(BATCH, 5, seed=11)
     check(architecture, x, y, make_context(dead=[1, 2, 3], widths=(5,)), d_out=5, with_skip=with_skip)
 
 
 @pytest.mark.parametrize("architecture", ["relu", "topk", "batch_topk", "jump_relu_tanh"])
 def test_crosscoders_weigh_latents_by_the_norms_of_all_their_decoders(architecture: Architecture) -> None:
     """sum_l |d_il|, not |d_i|: in the penalty, and in the competition for the top k."""
-    x = draw(BATCH, D_IN, seed=9) * 2
-    check(architecture, x, x, make_context(widths=(3, 5)))
+    x = draw(BATCH, D_IN, seed=9)
+    check(architecture, x, x, make_context(widths=(12, 20)))
 
 
 @pytest.mark.parametrize("architecture", list(RECIPES))
 def test_rounded_products_stay_near_the_exact_ones(architecture: Architecture) -> None:
     """bfloat16 rounds operands only: sums, thresholds and weights stay float32."""
-    x, weights = draw(BATCH, D_IN, seed=9) * 2, make_weights(architecture)
+    x, weights = draw(BATCH, D_IN, seed=9), make_weights(architecture)
     exact = find_loss(architecture, weights, x, make_context())
     rounded = find_loss(architecture, weights, x, make_context()._replace(dtype=torch.bfloat16))
     assert rounded.loss.dtype == torch.float32
