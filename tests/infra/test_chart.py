@@ -1,7 +1,7 @@
 """The values for the official Dagster chart name only what the chart knows, with the types that it wants.
 
 The chart's own `values.schema.json` cannot be installed from a package registry, so `CHART` below says in our words what it allows in the
-sections that we set, read from the schema of November 2026 (the one with `additionalInstanceConfig`). It is stricter: a key that the chart
+sections that we set, read from the schema of November 2026 (the one with `concurrency`). It is stricter: a key that the chart
 would ignore in silence is a fault here. Where the chart refers to Kubernetes' definitions, Kubernetes' own schemas are asked. With a copy
 of the chart at hand (`helm pull dagster/dagster --untar`), CHART_SCHEMA=dagster/values.schema.json asks the original too.
 """
@@ -44,7 +44,7 @@ LOGS = {"bucket": str, "localDir": str, "prefix": str, "useSsl": bool, "verify":
 LOGS |= {"skipEmptyFiles": bool, "uploadInterval": int, "uploadExtraArgs": ANY, "showUrlOnly": bool}
 TICKS = {"purgeAfterDays": (int, {"skipped": int, "success": int, "failure": int, "started": int})}
 CHART = {
-    "global": {"postgresqlSecretName": str, "dagsterHome": str, "serviceAccountName": str, "celeryConfigSecretName": str},
+    "global": dict.fromkeys(("postgresqlSecretName", "dagsterHome", "serviceAccountName", "celeryConfigSecretName", "dagsterInstanceConfigMap"), str),
     "dagster-user-deployments": {"enabled": bool, "enableSubchart": bool, "imagePullSecrets": KUBERNETES, "deployments": [DEPLOYMENT]},
     "dagsterWebserver": POD | WORLD | {"replicaCount": int, "image": IMAGE, "enableReadOnly": bool, "logLevel": str, "pathPrefix": str},
     "dagsterDaemon": POD | WORLD | {
@@ -65,6 +65,11 @@ CHART = {
     "postgresql": {
         "enabled": bool, "image": IMAGE, "postgresqlHost": str, "postgresqlUsername": str, "postgresqlPassword": str, "postgresqlDatabase": str,
         "postgresqlParams": ANY, "postgresqlScheme": str, "service": {"port": int},
+    },
+    "concurrency": {
+        "enabled": bool,
+        "pools": {"defaultLimit": int, "granularity": ("run", "op"), "opGranularityRunBuffer": int},
+        "runs": {"maxConcurrentRuns": int, "tagConcurrencyLimits": [{"key": str, "value": ANY, "limit": int}]},
     },
     "telemetry": {"enabled": bool},
     "retention": {"enabled": bool, "sensor": TICKS, "schedule": TICKS, "autoMaterialize": TICKS},
@@ -105,19 +110,19 @@ def test_every_value_is_one_that_the_chart_knows(values: dict[str, Any]) -> None
 def test_a_misspelt_key_and_a_wrong_type_are_found(values: dict[str, Any]) -> None:
     """The check above can fail."""
     values["runLauncher"]["config"]["k8sRunLauncher"]["runK8sconfig"] = {}
-    values["dagsterDaemon"]["runCoordinator"]["config"]["queuedRunCoordinator"]["maxConcurrentRuns"] = "64"
+    values["concurrency"]["runs"]["maxConcurrentRuns"] = "64"
     values["runLauncher"]["type"] = "K8RunLauncher"
     found = faults(values, CHART)
     assert [fault.split(" is ")[0] for fault in found] == [
-        ".dagsterDaemon.runCoordinator.config.queuedRunCoordinator.maxConcurrentRuns",
         ".runLauncher.type",
         ".runLauncher.config.k8sRunLauncher.runK8sconfig",
+        ".concurrency.runs.maxConcurrentRuns",
     ]
 
 
 def test_the_chosen_kinds_have_their_sections(values: dict[str, Any]) -> None:
     """The chart requires the section that its `type` names, and name, image and port of a code location."""
-    for section in (values["runLauncher"], values["computeLogManager"], values["dagsterDaemon"]["runCoordinator"]):
+    for section in (values["runLauncher"], values["computeLogManager"]):
         assert section["type"].lower() in {key.lower() for key in section["config"]}
     for deployment in values["dagster-user-deployments"]["deployments"]:
         assert {"name", "image", "port"} <= set(deployment)
@@ -141,17 +146,15 @@ def test_what_kubernetes_defines_is_valid_kubernetes(values: dict[str, Any]) -> 
 
 
 def test_the_instance_that_the_chart_writes_is_one_that_dagster_reads(values: dict[str, Any], tmp_path: Path) -> None:
-    """Queue, monitoring, retries and retention pass Dagster's own schema together; pools beside the chart's queue do not, so they are not in it."""
+    """Limits, monitoring, retries and retention pass Dagster's own schema together; a run coordinator beside them does not."""
     from dagster._core.instance.config import dagster_instance_config
 
     daemon = values["dagsterDaemon"]
-    queue = daemon["runCoordinator"]["config"]["queuedRunCoordinator"]
-    monitoring = daemon["runMonitoring"]
+    monitoring, pools, runs = daemon["runMonitoring"], values["concurrency"]["pools"], values["concurrency"]["runs"]
     settings = {
-        "run_coordinator": {
-            "module": "dagster.core.run_coordinator",
-            "class": "QueuedRunCoordinator",
-            "config": {"max_concurrent_runs": queue["maxConcurrentRuns"]},
+        "concurrency": {
+            "pools": {"default_limit": pools["defaultLimit"], "granularity": pools["granularity"]},
+            "runs": {"max_concurrent_runs": runs["maxConcurrentRuns"]},
         },
         "run_monitoring": {
             "enabled": monitoring["enabled"],
@@ -165,22 +168,48 @@ def test_the_instance_that_the_chart_writes_is_one_that_dagster_reads(values: di
     }
     (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(settings))
     found, _ = dagster_instance_config(str(tmp_path))
-    assert found["run_coordinator"]["config"]["max_concurrent_runs"] == 64
-    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump({**settings, "concurrency": {"pools": {"default_limit": 1}}}))
+    assert found["concurrency"]["runs"]["max_concurrent_runs"] == 64
+    assert daemon["runCoordinator"] == {"enabled": False}
+    queue = {"module": "dagster.core.run_coordinator", "class": "QueuedRunCoordinator", "config": {"max_concurrent_runs": -1}}  # the chart's default
+    (tmp_path / "dagster.yaml").write_text(yaml.safe_dump({**settings, "run_coordinator": queue}))
     with pytest.raises(dg.DagsterInvalidConfigError, match="incompatible with the `concurrency > runs` config"):
         dagster_instance_config(str(tmp_path))
 
 
 def test_the_original_schema_accepts_the_values(values: dict[str, Any]) -> None:
-    """Where somebody has the chart. Its requirements concern values merged with its own defaults, and Kubernetes' definitions are remote."""
+    """Where somebody has the chart. What it refers to in Kubernetes' schemas on the web is looked up in the installed ones, strictly."""
     path = os.environ.get("CHART_SCHEMA")
     if not path:
         pytest.skip("CHART_SCHEMA names no schema: helm pull dagster/dagster --untar")
     import jsonschema
 
+    schema = read_original(Path(path))
+    jsonschema.validate(values, schema)
+    wrong = [
+        {"runLauncher": {"type": "K8RunLauncher"}},
+        {"dagsterDaemon": {"runCoordinatr": {}}},
+        {"telemetry": {"enabled": "no"}},
+        {"dagster-user-deployments": {"deployments": [{"volumes": [{"nme": "pipeline"}]}]}},
+    ]
+    for change in wrong:
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**values, **change}, schema)
+
+
+def read_original(path: Path) -> dict[str, Any]:
+    """Read the chart's schema without its requirements, which concern values merged with its own defaults, and with Kubernetes' definitions in it."""
+    import kubernetes_validate
+
+    folder = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / "v1.30.0-local-strict"
+    kubernetes = json.loads((folder / "_definitions.json").read_text(encoding="utf-8").replace("/api/_definitions.json#/", "#/"))["$defs"]
+
     def local(node: Any) -> Any:
         if isinstance(node, dict):
-            return {key: local(item) for key, item in node.items() if key != "required" and not (key == "$ref" and not str(item).startswith("#"))}
+            found = {key: local(item) for key, item in node.items() if key != "required"}
+            if "_definitions.json#/" in str(found.get("$ref")):
+                found["$ref"] = f"#/$defs/{found['$ref'].rpartition('#/definitions/')[2]}"
+            return found
         return [local(item) for item in node] if isinstance(node, list) else node
 
-    jsonschema.validate(values, local(json.loads(Path(path).read_text(encoding="utf-8"))))
+    schema = local(json.loads(path.read_text(encoding="utf-8")))
+    return {**schema, "$defs": {**kubernetes, **schema.get("$defs", {})}}
