@@ -329,11 +329,18 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) ->
     try:
         content = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from error
+        raise ConfigError(f"{where} is not YAML: {_explain_yaml(error)}. Mend it; `interp init` writes a file to compare with.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where} must hold keys and values (name, corpus, model, ...), not a {type(content).__name__}.")
     moved = {"root": os.environ[ROOT_VARIABLE]} if os.environ.get(ROOT_VARIABLE) else {}
     return make_config({**content, **moved, **(overrides or {})}, where=str(where))
+
+
+def _explain_yaml(error: yaml.YAMLError) -> str:
+    """Say in a line where a file stops being YAML."""
+    mark = getattr(error, "problem_mark", None)
+    what = str(getattr(error, "problem", None) or str(error).splitlines()[0])
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
 
 
 def make_config(content: dict[str, Any], where: str = "the configuration") -> PipelineConfig:

@@ -32,7 +32,7 @@ class Lines(Progress):
         self._over, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._asset, self._partition = "", ""
-        self._n_partitions = self._n_made = self._n_units = 0
+        self._n_partitions = self._n_made = self._n_units = self._n_last = 0
         self._n_expected: int | None = None
         self._began = 0.0
 
@@ -50,15 +50,15 @@ class Lines(Progress):
         """Say how many partitions of an asset are made next."""
         with self._lock:
             self._asset, self._n_partitions, self._n_made, self._partition = asset, n_partitions, 0, ""
-            self._n_units, self._n_expected, self._began = 0, None, self._now()
+            self._n_units, self._n_last, self._n_expected, self._began = 0, 0, None, self._now()
         if n_partitions > 1:
             self._print(f"{asset}: {n_partitions:,} partitions to make")
 
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Remember the partition at hand; the last one's units are the next one's estimate."""
         with self._lock:
-            known = self._n_units if asset == self._asset and self._n_units else self._n_expected
-            self._asset, self._partition, self._n_units, self._n_expected = asset, partition, 0, n_units or known
+            known = max(self._n_units, self._n_last) if asset == self._asset else 0
+            self._asset, self._partition, self._n_units, self._n_expected = asset, partition, 0, n_units or known or self._n_expected
 
     def advance(self, n: int) -> None:
         """Count units of work."""
@@ -69,6 +69,7 @@ class Lines(Progress):
         """Count the finished partition."""
         with self._lock:
             self._n_made, self._partition = self._n_made + 1, ""
+            self._n_last, self._n_units = self._n_units, 0
 
     def tell(self, sentence: str) -> None:
         """Print a sentence."""

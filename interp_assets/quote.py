@@ -11,6 +11,7 @@ from rich.console import Console
 
 from interp_assets.console import format_bytes, format_count, print_table
 from interp_assets.errors import InputError
+from interp_assets.lines import format_duration
 from interp_assets.shuffle.estimate import PassPlan, Prices, compare_plans
 from interp_assets.shuffle.rows import SORT_BYTES
 from interp_assets.shuffle.simulate import simulate
@@ -38,7 +39,9 @@ def print_quote(console: Console, n_rows: int, row_bytes: int, memory_bytes: int
     console.print(f"{size}; {format_bytes(memory_bytes)} of rows a job, ranges of {format_bytes(range_bytes)} or more", soft_wrap=True)
     print_plans(console, plans)
     console.print(f"\nThe cheapest, {format_count(best.passes, 'pass', 'passes')}:", soft_wrap=True)
-    steps = [(n, step.jobs, step.ranges, step.get_requests, step.put_requests, f"{step.wall_s:,.0f} s") for n, step in enumerate(best.steps, start=1)]
+    steps = [
+        (n, step.jobs, step.ranges, step.get_requests, step.put_requests, format_duration(step.wall_s)) for n, step in enumerate(best.steps, start=1)
+    ]
     print_table(console, ["  pass", "jobs", "ranges read", "GETs", "PUTs", "time"], steps)
     needed = best.memory_bytes // row_bytes * (row_bytes + SORT_BYTES)
     parts = [
@@ -64,7 +67,7 @@ def print_plans(console: Console, plans: Sequence[PassPlan], configured: PassPla
             format_bytes(plan.bytes_moved),
             plan.get_requests + plan.put_requests,
             f"{plan.usd:,.2f}",
-            f"{plan.wall_s:,.0f} s",
+            format_duration(plan.wall_s),
         )
         for plan in ([configured, *plans] if configured else plans)
     ]

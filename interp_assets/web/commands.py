@@ -109,7 +109,7 @@ def import_file(
     from interp_assets.web.opened import OpenBundle
 
     if not path.is_file():
-        raise InputError(f"There is no file {path}.")
+        raise InputError(f"There is no file {path}. Name a Parquet or CSV file of labels, or Neuronpedia's explanations (.jsonl, .jsonl.gz).")
     places = _find(bundle, config)
     if len(places) > 1:
         raise InputError(f"There are {len(places)} bundles: {', '.join(place.name for place in places)}. Name one with --bundle.")

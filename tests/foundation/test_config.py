@@ -55,7 +55,10 @@ def test_references_and_names_are_checked(content: dict, message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "is not YAML"), ("- 1", "must hold keys and values")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("name: x\n bad: [\n", r"is not YAML: line 2, column 5: mapping values are not allowed here\. Mend it"), ("- 1", "must hold keys and values")],
+)
 def test_a_damaged_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     """The file's name must be in the message."""
     path = tmp_path / "broken.yaml"

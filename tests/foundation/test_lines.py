@@ -38,8 +38,9 @@ def test_lines_say_how_far_an_asset_is() -> None:
     lines.advance(500)
     clock.now = 90.0
     assert lines.describe() == "activations: 1 of 3 done, shard-000001 at 50 %; 1 min 30 s so far, about 1 min 30 s left"
-    for _ in range(2):
-        lines.end()
+    lines.end()
+    assert lines.describe() == "activations: 2 of 3 done; 1 min 30 s so far, about 45 s left"
+    lines.end()
     assert lines.describe() == ""
     lines.tell("2 empty files skipped: a, b")
     assert file.getvalue() == "  activations: 3 partitions to make\n  2 empty files skipped: a, b\n"
