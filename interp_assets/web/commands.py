@@ -17,7 +17,7 @@ from interp_assets.errors import InputError, InterpError
 if TYPE_CHECKING:
     from interp_assets.pipeline import Pipeline
     from interp_assets.store import Store
-    from interp_assets.web.opened import BundlePlace
+    from interp_assets.web.opened import BundlePlace, OpenBundle
     from interp_assets.web.server import Desk
 
 out = Console(highlight=False)
@@ -44,7 +44,7 @@ def export(
     target: Annotated[str, typer.Argument(metavar="TO", help="Folder or s3:// address to write into.")],
     bundle: BundleOption = None,
     config: ConfigOption = None,
-    sae: Annotated[str | None, typer.Option(help="Name of the SAE, for a format of SAEs. Default: the pipeline's only one.")] = None,
+    sae: Annotated[str | None, typer.Option(help="Which SAE, by its name. Default: the only one.")] = None,
 ) -> None:
     """Write a bundle or an SAE as another tool reads it, or a bundle as a site for any static host."""
     from interp_assets.console import byte_bar, format_bytes, format_count
@@ -63,14 +63,10 @@ def export(
         total = sum(OpenBundle(place).manifest.n_bytes for place in places)
         with byte_bar(err, "copying", total) as advance:
             site = export_site(places, open_store(target), progress=advance)
-        out.print(
-            f"{format_count(site.n_files, 'file')}, {format_bytes(site.n_bytes)} in {target}. Serve it from any host that answers Range requests."
-        )
+        counted = f"{format_count(site.n_files, 'file')}, {format_bytes(site.n_bytes)}"
+        out.print(f"{counted} in {target}. Serve it from any host that answers Range requests.", soft_wrap=True, markup=False)
         return
-    if len(places) > 1:
-        names = ", ".join(place.name for place in places)
-        raise InputError(f"There are {len(places)} bundles: {names}. Name one with --bundle.")
-    done = export_bundle(OpenBundle(places[0]), format_name, open_store(target))
+    done = export_bundle(_choose(places, sae), format_name, open_store(target))
     dead = f"; {format_count(done.n_dead, 'dead feature')} left out" if done.n_dead else ""
     counted = f"{format_count(done.n_features, 'feature')} in {format_count(done.n_files, 'file')}, {format_bytes(done.n_bytes)}"
     out.print(f"{counted}, in {target}{dead}.", soft_wrap=True, markup=False)
@@ -106,18 +102,16 @@ def import_file(
     """Import labels with source and score; the browser shows them after it is started again."""
     from interp_assets.console import format_count
     from interp_assets.web.labels import import_labels
-    from interp_assets.web.opened import OpenBundle
 
     if not path.is_file():
         raise InputError(f"There is no file {path}. Name a Parquet or CSV file of labels, or Neuronpedia's explanations (.jsonl, .jsonl.gz).")
     places = _find(bundle, config)
-    if len(places) > 1:
-        raise InputError(f"There are {len(places)} bundles: {', '.join(place.name for place in places)}. Name one with --bundle.")
-    made = import_labels(OpenBundle(places[0]), path, source=source)
+    chosen = _choose(places, None)
+    made = import_labels(chosen, path, source=source)
     facts = made.manifest.facts
     done = "were imported before" if made.is_cached else "imported"
     counted = f"{format_count(facts['n_labels'], 'label')} of {format_count(facts['n_latents'], 'feature')}"
-    out.print(f"{counted} {done}: {places[0].store.url}/{made.ref.path}", soft_wrap=True, markup=False)
+    out.print(f"{counted} {done}: {chosen.place.store.url}/{made.ref.path}", soft_wrap=True, markup=False)
 
 
 def make_desk(config: PipelineConfig, places: "Sequence[BundlePlace]", notes: Path) -> "Desk":
@@ -158,6 +152,30 @@ class _Later:
 
                 self._examples = Examples(partial(load_probe, self._pipeline, self._store, self._sae))
         return self._examples.ask(text)
+
+
+def _choose(places: "list[BundlePlace]", sae: str | None) -> "OpenBundle":
+    """Open the one bundle that is meant: of an SAE that was shown more than once, the newest. Raises `InputError` when several SAEs are meant."""
+    from interp_assets.web.opened import OpenBundle
+
+    found = [OpenBundle(place) for place in places]
+    names = sorted({str(item.description["sae"]["name"]) for item in found})
+    if sae is not None:
+        found = [item for item in found if item.description["sae"]["name"] == sae]
+        if not found:
+            raise InputError(f"No bundle shows an SAE {sae!r}; there are {', '.join(names)}. Is it in features.saes?")
+    by_sae: dict[tuple[str, str], OpenBundle] = {}
+    for item in sorted(found, key=lambda item: item.manifest.created):
+        by_sae[str(item.description["pipeline"]), str(item.description["sae"]["name"])] = item
+    if len(by_sae) > 1:
+        shown = ", ".join(f"{item.place.store.url}/{item.place.path}" for item in by_sae.values())
+        raise InputError(f"There are bundles of {len(by_sae)} SAEs: {shown}. Name one with --bundle, or --sae where the command has it.")
+    (chosen,) = by_sae.values()
+    if len(found) > 1:
+        err.print(
+            f"Of {len(found)} bundles, {chosen.name} is the newest; older ones are taken only if --bundle names them.", soft_wrap=True, markup=False
+        )
+    return chosen
 
 
 def _find(bundle: str | None, config: Path | None) -> "list[BundlePlace]":

@@ -1,5 +1,6 @@
 """`interp export` and `interp labels import` do from a terminal what the functions do, and say what they did."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,19 @@ def test_unknown_formats_and_missing_files_are_explained(bundle: Path, tmp_path:
         _run("export", "pdf", str(tmp_path / "out"), "--bundle", str(bundle))
     with pytest.raises(InputError, match="There is no file"):
         _run("labels", "import", str(tmp_path / "none.csv"), "--bundle", str(bundle))
+
+
+def test_of_bundles_of_one_sae_the_newest_is_meant(bundle: Path, tmp_path: Path) -> None:
+    """After a release or a change of the configuration there are two: nobody should have to look up which one is current."""
+    time.sleep(1.1)  # `created` is in seconds
+    newer = build_synthetic_bundle(open_store(str(tmp_path / "store")), n_features=10, n_documents=4)
+    folder, name = str(tmp_path / "store"), OpenBundle(list_bundles(open_store(str(bundle.parent)))[0]).description["sae"]["name"]
+    said = _run("export", "attribution-graph", str(tmp_path / "out"), "--bundle", folder, "--sae", name)
+    newest = newer.ref.path.rsplit("/", 1)[-1]
+    assert f"Of 2 bundles, {newest} is the newest; older ones are taken only if --bundle names them." in said
+    assert len(list((tmp_path / "out").rglob("*.json"))) < 13
+    with pytest.raises(InputError, match=f"No bundle shows an SAE 'nope'; there are {name}"):
+        _run("export", "attribution-graph", str(tmp_path / "out"), "--bundle", folder, "--sae", "nope")
 
 
 def test_labels_are_imported(bundle: Path, tmp_path: Path) -> None:
