@@ -115,7 +115,7 @@ def load_states(folder: Path, architecture: Architecture, x: torch.Tensor, d_sae
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         n_steps = int(metadata["n_steps"])
-        config = make_config(architecture, d_sae=d_sae, k=k, batch_rows=len(x), n_steps=n_steps, dtype=dtype)
+        config = make_config(architecture, d_sae=d_sae, k=k, batch_rows=len(x), n_steps=n_steps, product_dtype=dtype)
         weights = {name.removeprefix("weights."): value for name, value in tensors.items() if name.startswith("weights.")}
         runs[int(metadata["step"])] = make_run(Trainer(config, weights, x.device), min(int(metadata["step"]), n_steps - 1), tensors["is_dead"], x)
     if not runs:

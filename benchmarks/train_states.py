@@ -12,7 +12,7 @@ stage does. Batches are smaller than those that are timed: what fires depends on
 import argparse
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors.torch import save_file
@@ -50,7 +50,7 @@ class Planted:
         return self.rows[torch.randint(len(self.rows), (n_rows,), generator=self._generator)]
 
 
-def make_config(architecture: Architecture, *, d_sae: int, k: int, batch_rows: int, n_steps: int, dtype: str = "float32") -> SaeConfig:
+def make_config(architecture: Architecture, *, d_sae: int, k: int, batch_rows: int, n_steps: int, **others: Any) -> SaeConfig:
     """Return the configuration of a state: that of the training it comes from, with another batch."""
     return SaeConfig.model_validate(
         {
@@ -61,15 +61,18 @@ def make_config(architecture: Architecture, *, d_sae: int, k: int, batch_rows: i
             "n_rows": n_steps * batch_rows,
             "sparsity_coefficient": COEFFICIENTS.get(architecture, 0.0),
             "dead_after_rows": 250 * batch_rows,
-            "product_dtype": dtype,
         }
+        | others
     )
 
 
 def train(chosen: argparse.Namespace, architecture: Architecture) -> None:
     """Train one SAE and save its states."""
     rows = Planted(chosen.d_in)
-    config = make_config(architecture, d_sae=chosen.d_sae, k=chosen.k, batch_rows=chosen.batch_rows, n_steps=chosen.steps)
+    others: dict[str, Any] = {"learning_rate": chosen.learning_rate}
+    if chosen.coefficient is not None:
+        others["sparsity_coefficient"] = chosen.coefficient
+    config = make_config(architecture, d_sae=chosen.d_sae, k=chosen.k, batch_rows=chosen.batch_rows, n_steps=chosen.steps, **others)
     weights = make_weights(config, rows.draw(4096), chosen.d_in, torch.Generator().manual_seed(0))
     trainer = Trainer(config, weights, torch.device("cpu"))
     n_steps = trainer.n_steps
@@ -96,6 +99,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch-rows", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--coefficient", type=float, help="of the sparsity loss, instead of the one that this file has for an architecture")
     chosen = parser.parse_args()
     Path(chosen.folder).mkdir(parents=True, exist_ok=True)
     for architecture in chosen.architectures:

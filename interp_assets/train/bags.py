@@ -6,9 +6,10 @@ float32 values is 2 KiB, the table 8 MiB or more, and each loop waits for memory
     1. `pack` copies the table into strips of 32 columns `[strip, row, 32]`: those of 4,096 rows are 512 KiB and stay in the second-level cache
     2. each loop goes strip by strip through all bags, a bag's sums in two to four vector registers
 
-which takes 12 to 17 ns a pair and loop with 4,096 rows in the table, 20 to 40 with 16,384. Strips that are not copied win nothing: their lines fall
-on an eighth of the cache. Compilers do not keep sums in registers over a loop of unknown length, so the innermost loops are written as
-instructions for LLVM, which splits vectors of 16 where a processor has narrower ones.
+which takes 12 to 17 ns a pair and loop with 4,096 rows in the table, 20 to 40 with 16,384. Strips that are not copied win nothing: their lines
+fall on an eighth of the cache; but where few pairs name each row, copying takes longer than it saves, and loops see the table itself as strips.
+Compilers do not keep sums in registers over a loop of unknown length, so the innermost loops are written as instructions for LLVM, which splits
+vectors of 16 where a processor has narrower ones.
 
 Every bag is summed in one order, on one thread. The loops over bags are called by `loops.over_bags`.
 """
@@ -16,11 +17,9 @@ Every bag is summed in one order, on one thread. The loops over bags are called 
 from collections.abc import Callable
 from typing import Any, Final
 
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.compiled import reordered
@@ -28,6 +27,7 @@ from interp_assets.compiled import reordered
 STRIP: Final = 32
 """Columns of a strip: two vectors. 64 are 10% faster with 4,096 rows in the table, and a third slower with 16,384."""
 _LANES: Final = 16
+_VALUE_BYTES: Final = 4
 _VECTORS: Final = STRIP // _LANES
 _AT_ONCE: Final = 4
 """Pairs in flight, so that additions need not wait for each other."""
@@ -41,17 +41,19 @@ def is_packable(*tables: Tensor) -> bool:
     return all(table.shape[1] % STRIP == 0 for table in tables)
 
 
-def pack(table: Tensor, out: Tensor) -> NDArray[np.float32]:
+def see_strips(table: Tensor) -> Tensor:
+    """View a table as strips `[strip, row, 32]`."""
+    return table.view(len(table), table.shape[1] // STRIP, STRIP).transpose(0, 1)
+
+
+def pack(table: Tensor, out: Tensor) -> Tensor:
     """Copy a table into strips; `out` is as large."""
-    rows, width = table.shape
-    strips = out.view(width // STRIP, rows, STRIP)
-    strips.copy_(table.view(rows, width // STRIP, STRIP).transpose(0, 1))
-    return strips.numpy()
+    return out.view(table.shape[1] // STRIP, len(table), STRIP).copy_(see_strips(table))
 
 
 @reordered
 def sum_bags(index: Any, weights: Any, strips: Any, out: Any, starts: Any, first: Any, last: Any) -> None:
-    """Add to each bag's row of `out` the weighted rows of the packed table that it names."""
+    """Add to each bag's row of `out` the weighted rows of the table that it names."""
     for strip in range(len(strips)):
         for bag in range(first, last):
             _sum_strip(strips, strip, index, weights, starts[bag], starts[bag + 1], out, bag)
@@ -68,7 +70,7 @@ def sum_bags_twice(index: Any, weights: Any, strips: Any, outs: Any, starts: Any
 
 @reordered
 def dot_bags(index: Any, strips: Any, grad: Any, out: Any, starts: Any, first: Any, last: Any) -> None:
-    """Add to `out` the product of each pair's row of the packed table with its bag's row of `grad`."""
+    """Add to `out` the product of each pair's row of the table with its bag's row of `grad`."""
     for strip in range(len(strips)):
         for bag in range(first, last):
             _dot_strip(strips, strip, index, grad, starts[bag], starts[bag + 1], out, bag)
@@ -162,15 +164,15 @@ class _Code:
         return self._builder.gep(self.data(signature, values, place), [start])
 
     def strips(self, signature: Any, values: Any, place: int) -> Any:
-        """Return the pointer to the chosen strip of a packed table."""
-        n_rows = cgutils.unpack_tuple(self._builder, self._array(signature, values, place).shape)[1]
-        start = self._builder.mul(self._builder.mul(values[1], n_rows), _number(STRIP))
-        return self._builder.gep(self.data(signature, values, place), [start])
+        """Return the pointer to the chosen strip of a table, and the step from row to row."""
+        strides = cgutils.unpack_tuple(self._builder, self._array(signature, values, place).strides)
+        strip, row = (self._builder.udiv(stride, _number(_VALUE_BYTES)) for stride in strides[:2])
+        return self._builder.gep(self.data(signature, values, place), [self._builder.mul(values[1], strip)]), row
 
-    def pick(self, rows: Any, indices: Any, pair: Any) -> Any:
+    def pick(self, strips: Any, indices: Any, pair: Any) -> Any:
         """Return the pointer to the row of a strip that a pair names."""
         index = self._builder.load(self._builder.gep(indices, [pair]))
-        return self._builder.gep(rows, [self._builder.mul(index, _number(STRIP))])
+        return self._builder.gep(strips[0], [self._builder.mul(index, strips[1])])
 
     def variables(self, values: list[Any]) -> list[Any]:
         """Return variables with these values; they become registers."""

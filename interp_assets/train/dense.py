@@ -189,7 +189,7 @@ class _Rule:
 
     def iter_blocks(self, encoder: _Encoder) -> Iterator[_Block]:
         """Encode block by block, all into one buffer."""
-        for rows in row_blocks(len(encoder.x), len(encoder.bias)):
+        for rows in row_blocks(encoder.x, len(encoder.bias)):
             out = self.context.scratch.take("pre", (rows.stop - rows.start, len(encoder.bias)), encoder.x)
             yield encoder.encode(rows, out, -(self.reach or 0.0))
 
@@ -286,7 +286,7 @@ class _TargetJump(_Jump):
         """Encode the whole batch first: the gradient of each firing depends on L0. The loss is spread evenly over ranks."""
         context, shape = self.context, (len(encoder.x), len(encoder.bias))
         encoded = context.scratch.take("encoded", shape, encoder.x)
-        blocks = [encoder.encode(rows, encoded[rows], 0.0) for rows in row_blocks(*shape)]
+        blocks = [encoder.encode(rows, encoded[rows], 0.0) for rows in row_blocks(encoder.x, shape[1])]
         n_own = sum(count_true(block.pre > 0) if block.near is None else len(block.near.values) for block in blocks)
         n_fired = context.ranks.sum(torch.tensor(float(n_own), dtype=torch.float64, device=encoder.x.device))
         miss = n_fired / (context.n_rows * context.k) - 1

@@ -46,7 +46,7 @@ def gated_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> 
     W_enc_T, cast = weights["W_enc_T"].to(dtype), {**weights, "W_dec": weights["W_dec"].to(dtype)}
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
     n_fired = torch.zeros_like(gates.gain)
-    for rows in row_blocks(len(x), width):
+    for rows in row_blocks(x, width):
         shape = (rows.stop - rows.start, width)
         gate = product(x[rows], W_enc_T.T, scratch.take("pre", shape, x), bias=weights["b_enc"], dtype=dtype)
         few = find_few(gate, 0.0, int(FEW_GATES * gate.numel()))

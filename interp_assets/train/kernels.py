@@ -19,7 +19,7 @@ So large intermediate tensors live in a `Scratch` and are written in place.
 """
 
 import math
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from interp_assets.train.bags import dot_bags, dot_bags_twice, is_packable, pack, sum_bags, sum_bags_twice
+from interp_assets.train.bags import dot_bags, dot_bags_twice, is_packable, pack, see_strips, sum_bags, sum_bags_twice
 from interp_assets.train.loops import (
     as_arrays,
     count_above,
@@ -41,6 +41,9 @@ from interp_assets.train.loops import (
     sum_latents,
     take_above,
 )
+
+_PAIRS_A_ROW: Final = 16
+"""From how many pairs for each row of a table on it is worth copying: 2 ns for each row's value that is copied, 20 ns a pair and loop saved."""
 
 
 class Pairs(NamedTuple):
@@ -114,7 +117,7 @@ def decode_pairs(
     if is_native(value_N, W_dec_SD) and is_packable(W_dec_SD):
         x_hat = scratch.take(name, (len(pairs.bag_starts), W_dec_SD.shape[1]), W_dec_SD).zero_()
         index, values, out = as_arrays(pairs.latents, value_N, x_hat)
-        over_bags(sum_bags, _ends(pairs.bag_starts, pairs), index, values, _pack(W_dec_SD, scratch), out)
+        over_bags(sum_bags, _ends(pairs.bag_starts, pairs), index, values, _strips(W_dec_SD, len(pairs.latents), scratch), out)
         return x_hat
     return _sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N)
 
@@ -126,7 +129,7 @@ def decode_pairs_twice(
     if is_native(*values, W_dec_SD) and is_packable(W_dec_SD):
         shape = len(pairs.bag_starts), W_dec_SD.shape[1]
         x_hats = [scratch.take(name, shape, W_dec_SD).zero_() for name in ("decoded", "decoded twice")]
-        strips = _pack(W_dec_SD, scratch)
+        strips = _strips(W_dec_SD, len(pairs.latents), scratch)
         over_bags(sum_bags_twice, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), tuple(as_arrays(*values)), strips, tuple(as_arrays(*x_hats)))
         return x_hats[0], x_hats[1]
     return decode_pairs(values[0], W_dec_SD, pairs, scratch), decode_pairs(values[1], W_dec_SD, pairs, scratch)
@@ -137,7 +140,7 @@ def sampled_product(grad_RD: Float[Tensor, "R D"], W_dec_SD: Float[Tensor, "S D"
     if is_native(grad_RD, W_dec_SD) and is_packable(W_dec_SD):
         out = grad_RD.new_zeros(len(pairs.latents))
         index, grad, found = as_arrays(pairs.latents, grad_RD, out)
-        over_bags(dot_bags, _ends(pairs.bag_starts, pairs), index, _pack(W_dec_SD, scratch), grad, found)
+        over_bags(dot_bags, _ends(pairs.bag_starts, pairs), index, _strips(W_dec_SD, len(pairs.latents), scratch), grad, found)
         return out
     product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
     return product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0)
@@ -149,7 +152,7 @@ def sampled_product_twice(
     """Multiply each pair's decoder row with both of its gradient rows."""
     if is_native(*grads, W_dec_SD) and is_packable(W_dec_SD):
         outs = [W_dec_SD.new_zeros(len(pairs.latents)) for _ in grads]
-        strips = _pack(W_dec_SD, scratch)
+        strips = _strips(W_dec_SD, len(pairs.latents), scratch)
         over_bags(dot_bags_twice, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), strips, tuple(as_arrays(*grads)), tuple(as_arrays(*outs)))
         return outs[0], outs[1]
     return sampled_product(grads[0], W_dec_SD, pairs, scratch), sampled_product(grads[1], W_dec_SD, pairs, scratch)
@@ -167,7 +170,7 @@ def add_by_latent(
         rows = rows // pairs.n_groups
     if is_native(gradient_SD, table, weight_N) and is_packable(gradient_SD):
         index, factors, out = as_arrays(rows, weights, gradient_SD)
-        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, factors, _pack(table, scratch), out)
+        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, factors, _strips(table, len(rows), scratch), out)
     else:
         gradient_SD.add_(_sum_bags(table, rows, pairs.latent_starts, weights))
 
@@ -255,8 +258,9 @@ def _ends(starts: Tensor, pairs: Pairs) -> NDArray[np.int64]:
     return np.append(starts.numpy(), len(pairs.latents))
 
 
-def _pack(table: Tensor, scratch: Scratch) -> NDArray[np.float32]:
-    return pack(table, scratch.take("strips", tuple(table.shape), table))
+def _strips(table: Tensor, n_pairs: int, scratch: Scratch) -> NDArray[np.float32]:
+    """Return the strips of a table, copied where enough pairs read them."""
+    return (see_strips(table) if n_pairs < _PAIRS_A_ROW * len(table) else pack(table, scratch.take("strips", tuple(table.shape), table))).numpy()
 
 
 def _sum_bags(table: Tensor, index_N: Tensor, first: Tensor, weight_N: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ REPLICATED: Final = ("b_dec", "W_skip")
 """Weights that every latent slice holds whole; of all others it holds its own latents."""
 _BLOCK_VALUES: Final = 1 << 25
 """Pre-activations of a block of rows (128 MiB): enough for fast products and few additions to the gradients."""
+_DEVICE_BLOCK_VALUES: Final = 1 << 30
+"""The same on a GPU (4 GiB): its memory is larger, adding to gradients costs more than caches gain, and torch's scans take no more than 2^31."""
 
 
 class LossContext(NamedTuple):
@@ -82,9 +84,9 @@ FEW: Final = 1 / 9
 LossFunction = Callable[[Weights, Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"], LossContext], StepLoss]
 
 
-def row_blocks(n_rows: int, n_latents: int) -> Iterator[slice]:
-    """Cut the rows of a batch into blocks of about `_BLOCK_VALUES` pre-activations."""
-    n = max(64, _BLOCK_VALUES // n_latents)
+def row_blocks(rows: Tensor, n_latents: int) -> Iterator[slice]:
+    """Cut the rows of a batch into blocks of about as many pre-activations as their device works on best."""
+    n_rows, n = len(rows), max(64, (_BLOCK_VALUES if rows.device.type == "cpu" else _DEVICE_BLOCK_VALUES) // n_latents)
     return (slice(start, min(start + n, n_rows)) for start in range(0, n_rows, n))
 
 
@@ -121,8 +123,8 @@ def make_gradients(weights: Weights, scratch: Scratch) -> Weights:
     return {name: scratch.take(f"gradient.{name}", tuple(value.shape), value).zero_() for name, value in weights.items()}
 
 
-def add_offset_gradients(weights: Weights, gradients: Weights, x: Tensor, gradient: Float[Tensor, "rows d_out"]) -> None:
-    """Add the gradients of `add_offsets`, given that of the reconstruction."""
-    gradients["b_dec"].add_(sum_rows(gradient))
+def add_offset_gradients(weights: Weights, gradients: Weights, x: Tensor, gradient: Float[Tensor, "rows d_out"], scale: float = 1.0) -> None:
+    """Add the gradients of `add_offsets`, given that of the reconstruction as `scale` times `gradient`."""
+    gradients["b_dec"].add_(sum_rows(gradient), alpha=scale)
     if "W_skip" in weights:
-        gradients["W_skip"].addmm_(x.T, gradient)
+        gradients["W_skip"].addmm_(x.T, gradient, alpha=scale)

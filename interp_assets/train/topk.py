@@ -92,7 +92,7 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
     n_dead = int(ranks.sum_slices(torch.tensor([len(dead)], device=x.device)))
     if n_dead == 0:
         return error.new_zeros(())
-    moments = ranks.sum(torch.cat([error.sum(0), sum_squares(error)[None]])) / ranks.n_slices
+    moments = ranks.sum(torch.cat([sum_rows(error), sum_squares(error)[None]])) / ranks.n_slices
     variance = moments[-1] - (moments[:-1] / context.n_rows).square().sum() * context.n_rows
     scale = torch.where(variance > 0, 1 / variance, 0.0)
     W_enc_T, W_dec = weights["W_enc_T"][dead], weights["W_dec"][dead]
@@ -124,7 +124,7 @@ def _encode(weights: Weights, x: Tensor, context: LossContext, factor: Tensor | 
     if factor is not None:
         W_enc_T, b_enc = W_enc_T * factor[:, None], b_enc * factor
     W_enc_T = W_enc_T.to(context.dtype)
-    for rows in row_blocks(len(x), len(b_enc)):
+    for rows in row_blocks(x, len(b_enc)):
         buffer = context.scratch.take("pre", (rows.stop - rows.start, len(b_enc)), x)
         yield rows, product(x[rows], W_enc_T.T, buffer, bias=b_enc, dtype=context.dtype)
 
@@ -163,15 +163,15 @@ def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, ac
     parts = context.ranks.sum_slices(decode_pairs(active.values, weights["W_dec"], bags, scratch))
     scale = 2 / (context.n_rows * d_out * (len(ends) + 1 if ends else 1))
     if ends:
-        errors = _prefix_errors(weights, x, y, parts.view(n_rows, len(ends), d_out))
-        error, squared, grad = errors.whole, errors.squared, parts.mul_(scale)
-        add_offset_gradients(weights, gradients, x, errors.total.mul_(scale))
+        errors = _prefix_errors(weights, x, y, parts.view(n_rows, len(ends), d_out), scratch)
+        error, squared, grad = errors.whole, errors.squared, parts
+        add_offset_gradients(weights, gradients, x, errors.total, scale)
     else:
         error = add_offsets(weights, x, parts).sub_(y)
         squared = sum_squares(error)[None]
-        grad = torch.mul(error, scale, out=scratch.take("grad", tuple(error.shape), error))
-        add_offset_gradients(weights, gradients, x, grad)
-    _pair_gradients(weights, x, grad, active.values, bags, gradients, scratch)
+        grad = error
+        add_offset_gradients(weights, gradients, x, error, scale)
+    _pair_gradients(weights, x, grad, active.values, bags, gradients, scratch, scale)
     auxk = add_auxk(weights, gradients, x, error.neg_(), context)
     squared = squared / context.ranks.n_slices
     loss = squared.mean() / (context.n_rows * d_out) + AUXK_COEFFICIENT * auxk
@@ -187,10 +187,10 @@ class _PrefixErrors(NamedTuple):
     """Sum of the errors of all prefixes."""
 
 
-def _prefix_errors(weights: Weights, x: Tensor, y: Tensor, parts: Float[Tensor, "batch groups d_out"]) -> _PrefixErrors:
+def _prefix_errors(weights: Weights, x: Tensor, y: Tensor, parts: Float[Tensor, "batch groups d_out"], scratch: Scratch) -> _PrefixErrors:
     """Turn each group's part of the reconstruction, in place, into the sum of the errors of the prefixes that contain it."""
-    empty = add_offsets(weights, x, torch.zeros_like(y)).sub_(y)
-    whole = torch.empty_like(empty)
+    empty, whole = (scratch.take(name, tuple(y.shape), y) for name in ("empty", "whole"))
+    add_offsets(weights, x, empty.zero_()).sub_(y)
     if is_native(parts, empty):
         squared = over_rows(sum_prefixes, len(parts), (1, parts.shape[1] + 1), parts.numpy(), empty.numpy(), whole.numpy())
         return _PrefixErrors(whole, torch.from_numpy(squared[0]), empty)
@@ -205,11 +205,18 @@ def _prefix_errors(weights: Weights, x: Tensor, y: Tensor, parts: Float[Tensor, 
 
 
 def _pair_gradients(
-    weights: Weights, x: Tensor, grad: Float[Tensor, "bags d_out"], values: Tensor, pairs: Pairs, gradients: Weights, scratch: Scratch
+    weights: Weights,
+    x: Tensor,
+    grad: Float[Tensor, "bags d_out"],
+    values: Tensor,
+    pairs: Pairs,
+    gradients: Weights,
+    scratch: Scratch,
+    scale: float = 1.0,
 ) -> None:
-    """Add the gradients of decoder, encoder and its bias, given that of each bag's reconstruction."""
-    grad_values = sampled_product(grad, weights["W_dec"], pairs, scratch)
-    add_by_latent(gradients["W_dec"], grad, values, pairs, scratch)
+    """Add the gradients of decoder, encoder and its bias, given that of each bag's reconstruction as `scale` times `grad`."""
+    grad_values = sampled_product(grad, weights["W_dec"], pairs, scratch).mul_(scale)
+    add_by_latent(gradients["W_dec"], grad, values * scale, pairs, scratch)
     add_by_latent(gradients["W_enc_T"], x, grad_values, pairs, scratch)
     gradients["b_enc"].add_(sum_values(grad_values, pairs))
 
