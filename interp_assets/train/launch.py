@@ -120,9 +120,15 @@ class LastWords(NamedTuple):
 @contextmanager
 def start_group(command: Sequence[str], variables: Mapping[str, str]) -> Iterator[tuple[subprocess.Popen[str], LastWords]]:
     """Start a command in a process group of its own, and end the whole group when the block ends; its standard input ends with this process."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        command, **pipes, text=True, errors="replace", env=variables, start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=variables,
+        start_new_session=True,
     )
     last_words = _pass_on(process)
     try:
