@@ -4,6 +4,7 @@
     make bench-train BENCH_ARGS="--peers .peers/bin/python"                               the sizes of the goals, with peers: minutes
     python benchmarks/bench_train.py --architectures relu --d-sae 4096 --append results.jsonl       one of them, for short slots
     python benchmarks/bench_train.py --d-sae 4096 --trained states/                       whole trainings, see `train_states.py`
+    python benchmarks/bench_train.py --device cuda                                        on a GPU, see `train_gpu.py` for its options
 
 Peers are no dependencies: they live in an environment of their own, and one that is not installed is skipped and named.
 
@@ -49,6 +50,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import torch
 from safetensors import safe_open
+from train_gpu import main as measure_gpu
 from train_states import Planted, make_config
 
 from interp_assets.config import Architecture, SaeConfig
@@ -264,6 +266,9 @@ def measure(
 
 
 def main() -> None:
+    if any(argument.startswith("--device") for argument in sys.argv):
+        measure_gpu(sys.argv[1:])
+        return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="batches of 1024 and 2048 latents instead of 4096, and 4096 and 16384")
     parser.add_argument("--d-in", type=int, default=512)
