@@ -56,7 +56,10 @@ class Layout:
         return dg.BackfillPolicy.multi_run(max_partitions_per_run=self.config.execution.partitions_per_run)
 
     def on_gpu(self) -> dict[str, Any]:
-        """Return the tags of work that wants an accelerator: what a step's pod or Ray job asks for."""
+        """Return the tags of work that holds a model: what a step's pod or Ray job asks for. Without a GPU when it is told to use the CPU."""
+        if self.config.execution.device == "cpu":
+            resources = {"requests": {"cpu": "4", "memory": "32Gi"}, "limits": {"memory": "32Gi"}}
+            return {"dagster-k8s/config": {"container_config": {"resources": resources}}}
         resources = {"requests": {"cpu": "4", "memory": "32Gi"}, "limits": {"nvidia.com/gpu": "1", "memory": "32Gi"}}
         pod = {
             "node_selector": {"interp-assets/accelerator": "gpu"},

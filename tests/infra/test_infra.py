@@ -53,6 +53,9 @@ def test_what_a_pod_asks_for_is_what_dagster_k8s_reads() -> None:
     assert gpu.container_config["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert gpu.pod_spec_config["node_selector"] == {"interp-assets/accelerator": "gpu"}
     assert memory.container_config["resources"]["limits"]["memory"] == "2560Mi"
+    on_cpu = make_layout(make_config({"execution": {"device": "cpu"}})).on_gpu()
+    assert set(on_cpu) == {key}  # a cluster without a GPU would wait for one for ever
+    assert "nvidia.com/gpu" not in get_user_defined_k8s_config({key: json.dumps(on_cpu[key])}).container_config["resources"]["limits"]
     values = load("infra/kubernetes/values.yaml")["runLauncher"]["config"]["k8sRunLauncher"]["runK8sConfig"]
     assert UserDefinedDagsterK8sConfig.from_dict({"container_config": values["containerConfig"], "job_spec_config": values["jobSpecConfig"]})
 
