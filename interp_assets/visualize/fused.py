@@ -10,7 +10,7 @@ x_TD, W_FD (both with D last), bias_F, threshold_F, limit_T; bins of `BN` latent
 4. Firings are sorted by (latent, row) on the device, because programs finish in any order, and only they travel to the host.
 
 Traffic is the operands and 12 bytes a firing; a dense result costs 0.4 ps an element to write and as much to read, beside 13.7 ps of
-products at d_in = 4096 and 1.7 at 512 (arithmetic for an H200, not measured: no GPU was at hand). Tiles are visited in groups of `GM`
+products at d_in = 4096 and 1.7 at 512 (arithmetic for an H200, not measured yet). Tiles are visited in groups of `GM`
 pieces of rows that share a piece of W in the L2 cache. The test runs the kernel in Triton's interpreter on a CPU, against the plain form.
 """
 

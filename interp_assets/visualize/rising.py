@@ -6,8 +6,8 @@ each of them looks at the bounds while it scans a strip of latents, and folds in
 - With `n_kept = k + 1` and all tiles, a bound never passes the (k+1)-th largest; about k (1 + ln(d_sae / 128)) pre-activations a row are kept.
 - With fewer, the bound is a guess. It holds where fewer than `n_kept` of the row's k + 1 largest lie in these tiles: if latents are in no
   order, their number is hypergeometric, nearly Poisson, and `guess` allows for one failure in 100,000 rows. Whoever has scanned everything
-  counts what exceeds the bounds, and scans rows that kept fewer than k + 1 again. Of 16,384 latents with k = 32, 45 a row are folded in
-  and 130 kept.
+  counts what exceeds the bounds, and scans rows that kept fewer than k + 1 again. Of 16,384 latents with k = 32, 40 a row are folded in
+  after the first strips, and 170 kept.
 
 The order in which threads arrive changes what is looked at, but neither the last bounds nor what exceeds them, and so nothing that is
 returned. Bounds are read without a lock while others write: every value that a bound ever has is at most its last.
