@@ -19,11 +19,10 @@ import typer
 from rich.console import Console
 
 from interp_assets.config import PipelineConfig, demo_config, load_config
-from interp_assets.errors import InputError, InterpError, has_no_room
+from interp_assets.errors import InputError, InterpError, explain_missing, has_no_room
 from interp_assets.web.commands import export, labels_app, make_desk
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-app.command()(export)
 app.add_typer(labels_app, name="labels")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -237,6 +236,9 @@ def dev(config: ConfigOption = None, dagster_port: Annotated[int, typer.Option(h
         dagster.wait()
 
 
+app.command()(export)  # after the others: `interp --help` lists commands in this order
+
+
 def _show_version(is_asked: bool) -> bool:
     if is_asked:
         out.print(f"interp-assets {metadata.version('interp-assets')}, Python {platform.python_version()}", soft_wrap=True)
@@ -274,6 +276,9 @@ def main() -> None:
             reason = str(error.__cause__ or error).splitlines()[0]
             text = f"Error: A disk is full (or fails), that of Dagster's history or of temporary files: {reason}. "
             err.print(f"{text}Free some space and run the same command again: finished shards are kept.", style="red", markup=False, soft_wrap=True)
+            sys.exit(1)
+        if said := explain_missing(error):
+            err.print(f"Error: {said}", style="red", markup=False, soft_wrap=True)
             sys.exit(1)
         err.print(f"A bug in interp-assets: {type(error).__name__}: {error}. Please report it with what --debug shows.", style="red", markup=False)
         sys.exit(3)

@@ -18,6 +18,7 @@ A message says what, where, what was expected and found, and the next step.
 """
 
 import errno
+import re
 from typing import Final
 
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -86,3 +87,19 @@ def has_no_room(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+_EXTRAS: Final = {"dagster_k8s": "kubernetes", "dagster_postgres": "production", "psycopg2": "production", "dagster_ray": "ray", "ray": "ray"}
+
+
+def explain_missing(error: BaseException) -> str | None:
+    """Say which optional package an error misses and how it is installed; None for any other error. Dagster hides some of them in a sentence."""
+    found: BaseException | None = error
+    while found is not None:
+        hidden = re.search(r"Couldn't import module (\w+)", str(found))
+        name = found.name if isinstance(found, ImportError) and found.name else hidden[1] if hidden else ""
+        if extra := _EXTRAS.get(name.partition(".")[0]):
+            install = f"pip install -c constraints.txt -e '.[{extra}]'"
+            return f"This needs the package {name}, which is not installed. In the checkout, with its environment active: {install}"
+        found = found.__cause__ or found.__context__
+    return None

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from interp_assets import cli
 from interp_assets.config import PipelineConfig, demo_config, load_config
-from interp_assets.errors import InputError, has_no_room
+from interp_assets.errors import InputError, explain_missing, has_no_room
 from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.progress import AssetReport
 from interp_assets.starter import make_starter
@@ -390,3 +390,25 @@ def test_a_disk_that_is_full_for_dagsters_history_is_no_bug_of_ours() -> None:
     assert has_no_room(OSError(errno.ENOSPC, "No space left on device"))
     assert not has_no_room(OSError(errno.ENOENT, "No such file"))
     assert not has_no_room(RuntimeError("something else"))
+
+
+@pytest.mark.parametrize(
+    ("error", "extra"),
+    [
+        (ModuleNotFoundError("No module named 'dagster_k8s'", name="dagster_k8s"), "'.[kubernetes]'"),
+        (ModuleNotFoundError("No module named 'ray'", name="ray.util"), "'.[ray]'"),
+        (RuntimeError("Couldn't import module dagster_postgres when attempting to load the configurable class X"), "'.[production]'"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), None),
+        (ValueError("ray"), None),
+    ],
+)
+def test_a_missing_optional_package_is_named_with_its_installation(error: Exception, extra: str | None) -> None:
+    """`INTERP_EXECUTOR=kubernetes` without the package is no bug of ours, and the remedy is one command."""
+    said = explain_missing(error)
+    assert (said is None) == (extra is None)
+    if extra:
+        assert said is not None
+        assert said.endswith(f"pip install -c constraints.txt -e {extra}")
+        outer = RuntimeError("a step failed")
+        outer.__cause__ = error
+        assert explain_missing(outer) == said
