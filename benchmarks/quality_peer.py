@@ -7,7 +7,7 @@ SAELens as it is shipped has other recipes in some places. With `is_same_recipe`
 (products, selection, straight-through gradients, autograd, Adam, clipping, schedules) remains its own:
 
     gated                       the gates' reconstruction trains the gates only, not the decoder (2404.16014, eq. 8); decoder rows keep norm 1
-    jump_relu_step              decoder rows keep norm 1; the logarithm of the threshold is trained (2407.14435, appendix)
+    jump_relu_step              decoder rows keep norm 1 (2407.14435)
     jump_relu_tanh              the logarithm of the threshold is trained; the loss on silence is on all latents (January 2025 update)
     matryoshka_batch_topk       mean over prefixes, the empty one included (2503.17547), instead of their sum without it
 """
@@ -77,7 +77,7 @@ def make_sae(config: Any, architecture: str, *, is_same_recipe: bool) -> Any:
             yield from super()._iterable_decode(feature_acts, include_outer_loss)
 
     if is_same_recipe:
-        same = {"gated": PaperGated, "matryoshka_batch_topk": MeanOfPrefixes, "jump_relu_step": LogThreshold, "jump_relu_tanh": LogThreshold}
+        same = {"gated": PaperGated, "matryoshka_batch_topk": MeanOfPrefixes, "jump_relu_tanh": LogThreshold}
         if architecture in same:
             return same[architecture](config)
     return TrainingSAE.from_dict(config.to_dict())
@@ -111,6 +111,8 @@ def main() -> None:
         for ours, theirs in names.items():
             if ours in start:
                 getattr(sae, theirs).copy_(start[ours])
+        if "threshold" in start:
+            sae.threshold.copy_(start["threshold"])
         if "log_threshold" in start:
             trained = dict(sae.named_parameters())
             if "log_threshold" in trained:

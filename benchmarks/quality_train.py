@@ -48,7 +48,7 @@ COEFFICIENTS: Final[dict[Architecture, float]] = {"relu": 5.0, "gated": 3.0, "ju
 DIFFERENCES: Final[dict[Architecture, str]] = {
     "gated": "as shipped, SAELens weighs the penalty by decoder norms, keeps none, and trains the decoder by the gates' reconstruction too",
     "matryoshka_batch_topk": "as shipped, SAELens takes the sum over prefixes, without the empty one, for their mean with it",
-    "jump_relu_step": "as shipped, SAELens trains the threshold and not its logarithm, and keeps no decoder norms",
+    "jump_relu_step": "as shipped, SAELens keeps no decoder norms",
     "jump_relu_tanh": "as shipped, SAELens trains the threshold and not its logarithm, and only dead latents have the loss on silence",
 }
 """Of architectures whose recipe in SAELens is another one. AuxK is off on both sides of the TopK family: SAELens' is not divided by a variance."""
@@ -127,7 +127,8 @@ def from_sae_lens(architecture: Architecture, found: dict[str, Tensor], norm: Te
         return weights | {"b_enc": found["b_gate"], "b_mag": found["b_mag"], "r_mag": found["r_mag"]}
     weights["b_enc"] = found["b_enc"]
     if "threshold" in found:
-        weights["log_threshold"] = found["threshold"].clamp(min=torch.finfo(torch.float32).tiny).log()
+        level = found["threshold"].clamp(min=torch.finfo(torch.float32).tiny)
+        weights |= {"threshold": level} if architecture == "jump_relu_step" else {"log_threshold": level.log()}
     if RECIPES[architecture].is_sparse:
         weights |= {"W_enc_T": weights["W_enc_T"] * norm[:, None], "b_enc": weights["b_enc"] * norm, "W_dec": weights["W_dec"] / norm[:, None]}
     return weights

@@ -17,7 +17,9 @@ s = gradient of its firing count):
     grad threshold = - sum over rows of K (threshold g + s)       grad pre = [pre > threshold] g, and + K (threshold g + s) in the
                                                                   January 2025 recipe, where it flows to all parameters
 
-The rectangle is around the pre-activation, never the activation. Thresholds stay in float32.
+The rectangle is around the pre-activation, never the activation. Thresholds stay in float32. Where they start near 0 (`jump_relu_step`) they are
+trained themselves, and kept from falling below 0: Adam moves a weight by about the learning rate a step, whatever its gradient, and the
+logarithm of 0.016 would need thousands of steps to get anywhere.
 """
 
 from collections.abc import Iterator
@@ -253,7 +255,7 @@ class _Jump(_Rule):
     reach: float | None = None
 
     def __init__(self, weights: Weights, context: LossContext, width: float, *, reaches_encoder: bool) -> None:
-        threshold = weights["log_threshold"].exp()
+        threshold = weights["threshold"] if "threshold" in weights else weights["log_threshold"].exp()
         zeros = torch.zeros_like(threshold)
         super().__init__(weights, context, Slopes(zeros, zeros, threshold, zeros.new_zeros(()), width, reaches_encoder))
 
@@ -270,7 +272,10 @@ class _Jump(_Rule):
         return silence * self.silence_scale
 
     def finish(self, gradients: Weights) -> None:
-        gradients["log_threshold"].sub_(self.through * self.threshold)
+        if "threshold" in gradients:
+            gradients["threshold"].sub_(self.through)
+        else:
+            gradients["log_threshold"].sub_(self.through * self.threshold)
 
 
 class _TargetJump(_Jump):

@@ -34,6 +34,8 @@ def fold_weights(config: SaeConfig, weights: Weights, source: Normalization, tar
     if config.architecture == "gated":
         gain = exact["r_mag"].exp()
         W_enc, b_enc, threshold = W_enc * gain, exact["b_mag"], (exact["b_mag"] - gain * b_enc).clamp(min=0)
+    if "threshold" in exact:
+        threshold = exact["threshold"]
     if "log_threshold" in exact:
         threshold = exact["log_threshold"].exp()
     norm = _gains(config, exact["W_dec"], target, widths)

@@ -122,7 +122,7 @@ def make_weights(config: SaeConfig, z: Float[Tensor, "sample d_in"], d_out: int,
         level = (z.cpu() @ W_enc_T.T).topk(n_fire, dim=0).values[-1]
         weights |= {"b_enc": JUMP_THRESHOLD - level, "log_threshold": torch.full((d_sae,), JUMP_THRESHOLD).log()}
     if config.architecture == "jump_relu_step":
-        weights["log_threshold"] = torch.full((d_sae,), STEP_WIDTH * d_in**0.5).log()
+        weights["threshold"] = torch.full((d_sae,), STEP_WIDTH * d_in**0.5)
     return weights
 
 

@@ -172,6 +172,8 @@ class Trainer:
         self.optimizer.step()
         if self._is_unit_norm:
             normalize_decoder(W_dec)
+        if "threshold" in self.weights:
+            self.weights["threshold"].clamp_(min=0)
         return learning_rate, gradient_norm
 
     def _clip(self) -> float:

@@ -34,6 +34,8 @@ def unfold_weights(config: SaeConfig, sae: Sae, source: Normalization, target: N
     weights["b_dec"] = b_dec * target.scale
     if config.architecture == "gated":
         weights |= {"r_mag": torch.zeros(config.d_sae), "b_mag": b_enc, "b_enc": b_enc - threshold}
-    if config.architecture.startswith("jump_relu"):
+    if config.architecture == "jump_relu_step":
+        weights["threshold"] = threshold
+    elif config.architecture.startswith("jump_relu"):
         weights["log_threshold"] = threshold.clamp(min=torch.finfo(torch.float32).tiny).log()
     return {name: value.float().contiguous() for name, value in weights.items()}

@@ -302,3 +302,18 @@ def test_thresholds_move_by_less_than_bfloat16_could_hold() -> None:
     assert bool(moved.any())
     assert bool(((after - before).abs() < before.abs() * 2**-8)[moved].all())
     assert torch.equal(after.bfloat16()[moved], before.bfloat16()[moved])
+
+
+def test_a_threshold_near_0_gets_somewhere() -> None:
+    """Its logarithm under Adam does not: after a hundred steps it would be within a tenth of where it began, whatever the penalty."""
+    sae = {"name": "demo", "architecture": "jump_relu_step", "d_sae": 16, "k": 2, "batch_rows": 200, "n_rows": 20_000, "learning_rate": 1e-3}
+    config = make_config({"saes": [{**sae, "sparsity_coefficient": 1.0}]}).saes[0]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 8, generator=generator)
+    trainer = Trainer(config, make_weights(config, x, 8, generator), torch.device("cpu"))
+    before = trainer.weights["threshold"].clone()
+    for _ in range(100):
+        trainer.train_step(x)
+    after = trainer.weights["threshold"]
+    assert float(after.min()) >= 0
+    assert float((after / before).max()) > 2

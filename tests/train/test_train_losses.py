@@ -231,6 +231,18 @@ def test_a_small_threshold_still_gets_a_gradient(architecture: Architecture) -> 
     assert float(found.gradients["log_threshold"].abs().min()) > 0
 
 
+def test_a_threshold_and_its_logarithm_have_one_gradient() -> None:
+    """`jump_relu_step` is trained by the threshold itself: d/d log t = t d/dt."""
+    by_logarithm = {name: value.detach() for name, value in make_weights("jump_relu_step").items()}
+    by_itself = {**by_logarithm, "threshold": by_logarithm["log_threshold"].exp()}
+    del by_itself["log_threshold"]
+    x = draw(BATCH, D_IN, seed=9)
+    first, again = (find_loss("jump_relu_step", weights, x, make_context()) for weights in (by_logarithm, by_itself))
+    assert torch.equal(first.loss, again.loss)
+    torch.testing.assert_close(first.gradients["log_threshold"], again.gradients["threshold"] * by_itself["threshold"])
+    assert int(again.gradients["threshold"].count_nonzero()) > 0
+
+
 def test_jump_relu_loss_pulls_l0_to_its_target() -> None:
     """Above the target the sparsity loss pushes pre-activations down, below it up."""
     x, weights = draw(BATCH, D_IN, seed=9), make_weights("jump_relu")

@@ -42,6 +42,8 @@ def draw_trained(architecture: Architecture) -> Weights:
     weights = {name: value + 0.3 * torch.randn(value.shape, generator=generator) for name, value in weights.items()}
     if RECIPES[architecture].is_unit_norm:
         normalize_decoder(weights["W_dec"])
+    if "threshold" in weights:
+        weights["threshold"].clamp_(min=0)
     return weights
 
 
@@ -61,7 +63,7 @@ def test_the_folded_sae_reconstructs_raw_rows_as_training_did(architecture: Arch
     elif architecture == "topk":
         latents = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(K, dim=1).indices, 1.0)
     elif architecture.startswith("jump_relu"):
-        latents = pre * (pre > weights["log_threshold"].exp())
+        latents = pre * (pre > (weights["threshold"] if architecture == "jump_relu_step" else weights["log_threshold"].exp()))
     else:
         latents = pre.relu()
     x_hat = (latents @ weights["W_dec"] + weights["b_dec"]) / 0.37 + normalization.mean.float()
