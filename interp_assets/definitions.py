@@ -7,7 +7,7 @@ environment variable `INTERP_CONFIG` names (a YAML file), or the demo pipeline. 
 import os
 import warnings
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 # Every process of Dagster's that runs a step loads this module first, and inherits from one that did. Idle threads of OpenMP would spin on the
 # cores that compiled loops use: steps of training take 5 to 15% longer.
@@ -72,6 +72,10 @@ def build_defs(config: PipelineConfig | None = None, *, progress: Progress | Non
         )
 
 
+_HANDED_ON: Final = (CONFIG_VARIABLE, "INTERP_ROOT", "INTERP_POSTGRES_URL", "INTERP_LOGS_BUCKET", "DAGSTER_HOME", "RAY_ADDRESS")
+"""Variables that a step in a job of its own needs: without the first it would work on the demo pipeline. Credentials are the nodes' own."""
+
+
 def make_executor(name: str) -> dg.ExecutorDefinition:
     """Return the executor of a deployment: `in_process`, or `kubernetes` or `ray`, which give every step a pod or job with what its asset asks for.
 
@@ -86,7 +90,8 @@ def make_executor(name: str) -> dg.ExecutorDefinition:
     if name == "ray":
         from dagster_ray import ray_executor  # noqa: PLC0415 - as above
 
-        return ray_executor
+        handed_on = [name for name in _HANDED_ON if name in os.environ]
+        return ray_executor.configured({"ray": {"env_vars": handed_on}})
     raise ConfigError(f"{EXECUTOR_VARIABLE} is {name!r}; it is 'in_process', 'kubernetes' or 'ray'.")
 
 
