@@ -56,7 +56,7 @@ def sum_bags(index: Any, weights: Any, strips: Any, out: Any, starts: Any, first
     """Add to each bag's row of `out` the weighted rows of the table that it names."""
     for strip in range(len(strips)):
         for bag in range(first, last):
-            _sum_strip(strips, strip, index, weights, starts[bag], starts[bag + 1], out, bag)
+            _sum_strip(strips, index, weights, out, (strip, bag, starts[bag], starts[bag + 1]))
 
 
 @reordered
@@ -64,8 +64,8 @@ def sum_bags_twice(index: Any, weights: Any, strips: Any, outs: Any, starts: Any
     """Do the same for two weights of each pair."""
     for strip in range(len(strips)):
         for bag in range(first, last):
-            _sum_strip(strips, strip, index, weights[0], starts[bag], starts[bag + 1], outs[0], bag)
-            _sum_strip(strips, strip, index, weights[1], starts[bag], starts[bag + 1], outs[1], bag)
+            _sum_strip(strips, index, weights[0], outs[0], (strip, bag, starts[bag], starts[bag + 1]))
+            _sum_strip(strips, index, weights[1], outs[1], (strip, bag, starts[bag], starts[bag + 1]))
 
 
 @reordered
@@ -73,7 +73,7 @@ def dot_bags(index: Any, strips: Any, grad: Any, out: Any, starts: Any, first: A
     """Add to `out` the product of each pair's row of the table with its bag's row of `grad`."""
     for strip in range(len(strips)):
         for bag in range(first, last):
-            _dot_strip(strips, strip, index, grad, starts[bag], starts[bag + 1], out, bag)
+            _dot_strip(strips, index, grad, out, (strip, bag, starts[bag], starts[bag + 1]))
 
 
 @reordered
@@ -81,20 +81,20 @@ def dot_bags_twice(index: Any, strips: Any, grads: Any, outs: Any, starts: Any, 
     """Do the same for two gradients."""
     for strip in range(len(strips)):
         for bag in range(first, last):
-            _dot_strip(strips, strip, index, grads[0], starts[bag], starts[bag + 1], outs[0], bag)
-            _dot_strip(strips, strip, index, grads[1], starts[bag], starts[bag + 1], outs[1], bag)
+            _dot_strip(strips, index, grads[0], outs[0], (strip, bag, starts[bag], starts[bag + 1]))
+            _dot_strip(strips, index, grads[1], outs[1], (strip, bag, starts[bag], starts[bag + 1]))
 
 
-def _write_sum(typing: Any, table: Any, strip: Any, index: Any, weights: Any, first: Any, last: Any, out: Any, bag: Any) -> Any:  # noqa: ARG001
-    """Add to one strip of one row of `out` the weighted rows that pairs `first` to `last` name."""
+def _write_sum(typing: Any, table: Any, index: Any, weights: Any, out: Any, place: Any) -> Any:  # noqa: ARG001
+    """Add to one strip of one row of `out` the weighted rows that its pairs name; `place` is strip, bag, first and last pair."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        code = _Code(context, builder)
+        code, place = _Code(context, builder), cgutils.unpack_tuple(builder, values[4])
         rows, indices, factors, target = (
-            code.strips(signature, values, 0),
+            code.strips(signature, values, place[0]),
+            code.data(signature, values, 1),
             code.data(signature, values, 2),
-            code.data(signature, values, 3),
-            code.row(signature, values, 6),
+            code.row(signature, values, (3, *place[:2])),
         )
         zero = ir.Constant(_VECTOR, [0.0] * _LANES)
         sums = [code.variables([code.load(target, j) for j in range(_VECTORS)]), code.variables([zero] * _VECTORS)]
@@ -105,24 +105,24 @@ def _write_sum(typing: Any, table: Any, strip: Any, index: Any, weights: Any, fi
                 for j, variable in enumerate(sums[i % 2]):
                     builder.store(code.fma(factor, code.load(row, j), builder.load(variable)), variable)
 
-        code.for_each(values[4], values[5], add)
+        code.for_each(*place[2:], add)
         for j in range(_VECTORS):
             code.save(builder.fadd(builder.load(sums[0][j]), builder.load(sums[1][j])), target, j)
         return context.get_dummy_value()
 
-    return types.void(table, strip, index, weights, first, last, out, bag), generate
+    return types.void(table, index, weights, out, place), generate
 
 
-def _write_dot(typing: Any, table: Any, strip: Any, index: Any, grad: Any, first: Any, last: Any, out: Any, bag: Any) -> Any:  # noqa: ARG001
-    """Add to `out` of each pair the product of one strip of its row and of the bag's row of `grad`."""
+def _write_dot(typing: Any, table: Any, index: Any, grad: Any, out: Any, place: Any) -> Any:  # noqa: ARG001
+    """Add to `out` of each pair the product of one strip of its row and of the bag's row of `grad`; `place` as above."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        code = _Code(context, builder)
+        code, place = _Code(context, builder), cgutils.unpack_tuple(builder, values[4])
         rows, indices, vector, target = (
-            code.strips(signature, values, 0),
-            code.data(signature, values, 2),
-            code.row(signature, values, 3),
-            code.data(signature, values, 6),
+            code.strips(signature, values, place[0]),
+            code.data(signature, values, 1),
+            code.row(signature, values, (2, *place[:2])),
+            code.data(signature, values, 3),
         )
         factors = [code.load(vector, j) for j in range(_VECTORS)]
 
@@ -137,10 +137,10 @@ def _write_dot(typing: Any, table: Any, strip: Any, index: Any, grad: Any, first
             place = code.bitcast(builder.gep(target, [pairs[0]]), len(pairs))
             builder.store(builder.fadd(builder.load(place, align=4), code.sum_lanes(products)), place, align=4)
 
-        code.for_each(values[4], values[5], add)
+        code.for_each(*place[2:], add)
         return context.get_dummy_value()
 
-    return types.void(table, strip, index, grad, first, last, out, bag), generate
+    return types.void(table, index, grad, out, place), generate
 
 
 _sum_strip: Any = intrinsic(_write_sum)
@@ -157,17 +157,17 @@ class _Code:
         """Return the pointer to the first element of an argument that is an array."""
         return self._array(signature, values, place).data
 
-    def row(self, signature: Any, values: Any, place: int) -> Any:
-        """Return the pointer to the chosen strip of the chosen row (the last argument) of a plain table."""
-        width = cgutils.unpack_tuple(self._builder, self._array(signature, values, place).shape)[1]
-        start = self._builder.add(self._builder.mul(values[7], width), self._builder.mul(values[1], _number(STRIP)))
-        return self._builder.gep(self.data(signature, values, place), [start])
+    def row(self, signature: Any, values: Any, place: tuple[int, Any, Any]) -> Any:
+        """Return the pointer to a strip of a row of a plain table; `place` is the argument, strip and row."""
+        width = cgutils.unpack_tuple(self._builder, self._array(signature, values, place[0]).shape)[1]
+        start = self._builder.add(self._builder.mul(place[2], width), self._builder.mul(place[1], _number(STRIP)))
+        return self._builder.gep(self.data(signature, values, place[0]), [start])
 
-    def strips(self, signature: Any, values: Any, place: int) -> Any:
-        """Return the pointer to the chosen strip of a table, and the step from row to row."""
-        strides = cgutils.unpack_tuple(self._builder, self._array(signature, values, place).strides)
-        strip, row = (self._builder.udiv(stride, _number(_VALUE_BYTES)) for stride in strides[:2])
-        return self._builder.gep(self.data(signature, values, place), [self._builder.mul(values[1], strip)]), row
+    def strips(self, signature: Any, values: Any, strip: Any) -> Any:
+        """Return the pointer to a strip of the table, which is the first argument, and the step from row to row."""
+        strides = cgutils.unpack_tuple(self._builder, self._array(signature, values, 0).strides)
+        step, row = (self._builder.udiv(stride, _number(_VALUE_BYTES)) for stride in strides[:2])
+        return self._builder.gep(self.data(signature, values, 0), [self._builder.mul(strip, step)]), row
 
     def pick(self, strips: Any, indices: Any, pair: Any) -> Any:
         """Return the pointer to the row of a strip that a pair names."""
