@@ -16,7 +16,7 @@ from interp_assets.jobs import run_road
 TALLY = Tally()
 REPORT_VARIABLE = "FAULTS_REPORT"
 """A file to write the counts to, one JSON object a line."""
-CASE_S, DAEMON_CASE_S = 300, 480
+CASE_S, DAEMON_CASE_S = 400, 600
 """A case that takes longer has failed. Alone on two cores the slowest takes a fifth of it."""
 
 

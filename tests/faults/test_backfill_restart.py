@@ -1,17 +1,14 @@
 """The daemon is killed in the middle of a backfill, with its code server and its runs: a new one goes on, and nothing is lost or doubled."""
 
-import time
 from pathlib import Path
 
 import dagster as dg
 import pytest
-from daemon_world import daemon, set_up_home, wait_for
-from dagster._core.definitions.partitions.context import partition_loading_context
-from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from daemon_world import daemon, set_up_home, submit_backfill, wait_for
+from dagster._core.execution.backfill import BulkActionStatus
 from fault_tally import Tally
 from road_world import Finished, assert_as_if_nothing_happened, make_road_config
 
-from interp_assets.definitions import build_defs
 from interp_assets.jobs import open_instance, recorded_versions, run_road
 from interp_assets.road import Stop, make_road
 
@@ -23,22 +20,22 @@ def test_a_backfill_survives_its_daemon(finished: Finished, tiny_world: Path, tm
     """Two assets, shards in runs of one: all dies when some are made and some are under way; the rest comes by itself."""
     execution = {"device": "cpu", "tokens_per_batch": 512, "rows_per_block": 256, "partitions_per_run": 1}
     config = make_road_config(tiny_world, tmp_path / "data", execution=execution)
-    set_up_home(config, run_monitoring={"poll_interval_seconds": 2, "start_timeout_seconds": 60})
+    set_up_home(config, run_monitoring={"poll_interval_seconds": 2, "start_timeout_seconds": 100})
     names = ["activations", "shuffle_pass_1"]
     stops = [stop for stop in make_road(config) if stop.name in names]
     expected = {stop.name: recorded_versions(finished.instance, stop) for stop in stops}
     log = tmp_path / "daemon.log"
     with open_instance(config) as instance:
         list(run_road(config, instance, select=["token_shards", "shuffle_plan"]))
-        submit(config, instance, names, sorted(expected["activations"]))
+        submit_backfill(config, instance, BACKFILL, names, sorted(expected["activations"]))
         with daemon(config, tmp_path):
-            wait_for(lambda: runs_with(instance, dg.DagsterRunStatus.SUCCESS) and runs_with(instance, dg.DagsterRunStatus.STARTED), 120, log)
+            wait_for(lambda: runs_with(instance, dg.DagsterRunStatus.SUCCESS) and runs_with(instance, dg.DagsterRunStatus.STARTED), 240, log)
         tally.fault("daemons killed in the middle of a backfill")
         n_killed = len(runs_with(instance, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING))  # these fail when they should have started
         assert n_killed >= 1
         assert n_made(instance, stops) < sum(len(keys) for keys in expected.values())
         with daemon(config, tmp_path):
-            wait_for(lambda: (found := instance.get_backfill(BACKFILL)) is not None and found.status in DONE, 240, log)
+            wait_for(lambda: (found := instance.get_backfill(BACKFILL)) is not None and found.status in DONE, 300, log)
         assert {stop.name: recorded_versions(instance, stop) for stop in stops} == expected
         found = instance.get_backfill(BACKFILL)
         assert found is not None
@@ -50,25 +47,6 @@ def test_a_backfill_survives_its_daemon(finished: Finished, tiny_world: Path, tm
 
 
 DONE = (BulkActionStatus.COMPLETED_SUCCESS, BulkActionStatus.COMPLETED_FAILED, BulkActionStatus.FAILED)
-
-
-def submit(config, instance: dg.DagsterInstance, names: list[str], keys: list[str]) -> None:
-    """Ask for a backfill as Dagster's UI does."""
-    with partition_loading_context(dynamic_partitions_store=instance):
-        backfill = PartitionBackfill.from_asset_partitions(
-            backfill_id=BACKFILL,
-            asset_graph=build_defs(config).resolve_asset_graph(),
-            partition_names=keys,
-            asset_selection=[dg.AssetKey(name) for name in names],
-            backfill_timestamp=time.time(),
-            tags={},
-            dynamic_partitions_store=instance,
-            all_partitions=False,
-            title=None,
-            description=None,
-            run_config=None,
-        )
-    instance.add_backfill(backfill)
 
 
 def runs_with(instance: dg.DagsterInstance, *statuses: dg.DagsterRunStatus) -> list[dg.DagsterRun]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -154,14 +155,7 @@ def test_from_laptop_to_cluster(shell: Shell, tmp_path: Path, tally: Tally) -> N
 
 def test_a_stuck_run(shell: Shell, finished: Finished, tally: Tally) -> None:
     """A run is killed in the middle: Dagster's daemon finds it dead, and the next command makes what it had left."""
-    for path in shell.folders("2-activations/resid_post.0"):
-        shutil.rmtree(path)
-    run = shell.start(f"interp run --config my.yaml {SELECT}")
-    pattern = "2-activations/resid_post.0/*/manifest.json"
-    while not list((shell.folder / "data" / NAME).glob(pattern)) and run.poll() is None:
-        time.sleep(0.001)
-    os.killpg(run.pid, signal.SIGKILL)
-    assert run.wait() == -signal.SIGKILL
+    assert any(kill_in_the_middle(shell) for _ in range(4)), "each of four runs was over before it could be killed"
     tally.fault("runs killed from the runbook's prompt")
     dev, backfill = read_commands("A stuck run")
     with DagsterInstance.from_config(str(dagster_home(shell.config))) as instance:
@@ -169,7 +163,7 @@ def test_a_stuck_run(shell: Shell, finished: Finished, tally: Tally) -> None:
         (stuck,) = instance.get_runs(started)
         ui = shell.start(f"{dev} --dagster-port {free_port()}")
         try:
-            wait_for(lambda: not instance.get_runs(started), 150, dagster_home(shell.config) / "dagster-dev.log")
+            wait_for(lambda: not instance.get_runs(started), 250, dagster_home(shell.config) / "dagster-dev.log")
             found = instance.get_run_by_id(stuck.run_id)
             assert found is not None
             assert found.status == DagsterRunStatus.FAILURE
@@ -180,6 +174,18 @@ def test_a_stuck_run(shell: Shell, finished: Finished, tally: Tally) -> None:
     assert made(said)["activations"] >= 3
     tally.right(assert_as_if_nothing_happened(shell.config, finished, names=ASSETS))
     tally.fault(ENTRY)
+
+
+def kill_in_the_middle(shell: Shell) -> bool:
+    """Kill a run when it has made its first activation shard; False when it was over first."""
+    for path in shell.folders("2-activations/resid_post.0"):
+        shutil.rmtree(path)
+    run = shell.start(f"interp run --config my.yaml {SELECT}")
+    while not list((shell.folder / "data" / NAME).glob("2-activations/resid_post.0/*/manifest.json")) and run.poll() is None:
+        time.sleep(0.001)
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    return run.wait() == -signal.SIGKILL
 
 
 @pytest.mark.skipif(not can_mount(), reason="needs a user namespace in which a file system may be mounted")

@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dagster as dg
 import yaml
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.execution.backfill import PartitionBackfill
 
 from interp_assets.config import PipelineConfig
+from interp_assets.definitions import build_defs
 from interp_assets.jobs import dagster_home
 
 _SETTINGS = Path(__file__).parent.parent.parent / "resources" / "dagster.yaml"
@@ -26,10 +30,11 @@ def set_up_home(config: PipelineConfig, **changes: dict[str, object]) -> None:
 
 
 @contextmanager
-def daemon(config: PipelineConfig, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the daemon of a pipeline, as `dagster-daemon run` does."""
+def daemon(config: PipelineConfig, folder: Path, variables: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the daemon of a pipeline, as `dagster-daemon run` does, with more environment variables."""
     (folder / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
     environment = {**os.environ, "INTERP_CONFIG": str(folder / "p.yaml"), "DAGSTER_HOME": str(dagster_home(config)), "PYTHONWARNINGS": "ignore"}
+    environment |= variables or {}
     command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "interp_assets.definitions"]
     with (folder / "daemon.log").open("ab") as log:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
@@ -38,6 +43,25 @@ def daemon(config: PipelineConfig, folder: Path) -> Iterator[subprocess.Popen[by
         finally:
             os.killpg(process.pid, 9)
             process.wait(20)
+
+
+def submit_backfill(config: PipelineConfig, instance: dg.DagsterInstance, name: str, assets: list[str], keys: list[str]) -> None:
+    """Ask for a backfill as Dagster's UI does."""
+    with partition_loading_context(dynamic_partitions_store=instance):
+        backfill = PartitionBackfill.from_asset_partitions(
+            backfill_id=name,
+            asset_graph=build_defs(config).resolve_asset_graph(),
+            partition_names=keys,
+            asset_selection=[dg.AssetKey(asset) for asset in assets],
+            backfill_timestamp=time.time(),
+            tags={},
+            dynamic_partitions_store=instance,
+            all_partitions=False,
+            title=None,
+            description=None,
+            run_config=None,
+        )
+    instance.add_backfill(backfill)
 
 
 def wait_for(what: Callable[[], object], timeout_s: float, log: Path) -> None:
