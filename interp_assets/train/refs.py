@@ -1,5 +1,7 @@
 """Where SAEs, their evaluations and the table of all of them lie."""
 
+from collections.abc import Iterable
+
 from interp_assets.harvest.refs import activation_ids, statistics_ref
 from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
 from interp_assets.pipeline import Pipeline
@@ -43,7 +45,15 @@ def evaluation_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     for hook_point in dict.fromkeys((*config.sources, *config.targets)):
         suffix = "" if hook_point == config.hook_point else f".{hook_point}"
         inputs[f"held_out{suffix}"] = activation_ids(pipeline, hook_point, pipeline.held_out_indices)
+    inputs |= imported_statistics(pipeline, name, config.targets)
     return make_ref("sae_evaluation", FOLDER, identity={"code": EVALUATION_VERSION}, inputs=inputs, label=f"{name}.evaluation")
+
+
+def imported_statistics(pipeline: Pipeline, name: str, hook_points: Iterable[str]) -> dict[str, str]:
+    """Return the statistics, as inputs, that an imported SAE is measured and shown with; the id of a trained one covers them already."""
+    if not pipeline.config.sae(name).imported:
+        return {}
+    return {f"statistics.{hook_point}": statistics_ref(pipeline, hook_point).artifact_id for hook_point in dict.fromkeys(hook_points)}
 
 
 def sweep_ref(pipeline: Pipeline) -> ArtifactRef:

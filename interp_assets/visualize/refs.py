@@ -3,7 +3,7 @@
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref
 from interp_assets.manifest import ArtifactRef, make_ref
 from interp_assets.pipeline import Pipeline, shard_index, shard_key
-from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.train.refs import evaluation_ref, imported_statistics, sae_ref
 from interp_assets.visualize.packing import RECORD_VERSION
 
 FOLDER = "5-features"
@@ -14,7 +14,8 @@ FEATURES_VERSION = 3
 def candidates_ref(pipeline: Pipeline, sae: str, index: int, latent_slice: int) -> ArtifactRef:
     """Address pass A's output for one dataset shard and latent slice."""
     hook_point = pipeline.config.sae(sae).hook_point
-    inputs = {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shard": activation_shard_ref(pipeline, hook_point, index).artifact_id}
+    shard_id = activation_shard_ref(pipeline, hook_point, index).artifact_id
+    inputs = {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shard": shard_id, **imported_statistics(pipeline, sae, [hook_point])}
     identity = {**_identity(pipeline), "shard": index, "latent_slice": latent_slice}
     return make_ref(
         "feature_candidates", f"{FOLDER}/{sae}/candidates", identity=identity, inputs=inputs, label=f"{shard_key(index)}.{slice_key(latent_slice)}"
@@ -88,4 +89,5 @@ def _identity(pipeline: Pipeline) -> dict[str, object]:
 
 def _inputs(pipeline: Pipeline, sae: str) -> dict[str, str]:
     hook_point = pipeline.config.sae(sae).hook_point
-    return {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shards": activation_ids(pipeline, hook_point, pipeline.shard_indices)}
+    shards = activation_ids(pipeline, hook_point, pipeline.shard_indices)
+    return {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shards": shards, **imported_statistics(pipeline, sae, [hook_point])}

@@ -1,6 +1,7 @@
 """SAEs of other tools become SAEs of a pipeline: by their formulas, with their origin, and refused with the next step where they do not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from interp_assets.cli import app
 from interp_assets.config import load_config, make_config
 from interp_assets.errors import ConfigError, InputError
 from interp_assets.manifest import load_manifest
-from interp_assets.pipeline import Pipeline, save_plan
+from interp_assets.pipeline import Pipeline, ShardSource, save_plan
 from interp_assets.store import open_store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.exchange_files import export_sae, read_foreign, translate_hook
@@ -23,6 +24,7 @@ from interp_assets.train.imported import import_sae
 from interp_assets.train.launch import run_training
 from interp_assets.train.loop import training_rows
 from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.visualize.refs import candidates_ref, examples_ref
 
 D_IN, D_SAE = 6, 16
 GENERATOR = torch.Generator().manual_seed(5)
@@ -223,6 +225,19 @@ def test_the_digest_identifies_an_imported_sae_not_its_folder(foreign_pipeline: 
         import_sae(again, store, "foreign")
     with pytest.raises(InputError, match=r"The folder .*theirs of an imported SAE is not there"):
         import_sae(foreign_pipeline, store, "foreign")
+
+
+def test_new_text_measures_and_shows_an_imported_sae_again(foreign_pipeline: Pipeline) -> None:
+    """Its weights stay, but the mean behind FVU and the origin of histograms are those of the statistics, which no other input of it covers."""
+    plan = foreign_pipeline.plan
+    more = ShardSource(index=len(plan.shards), fingerprint="new text", n_documents=2, n_bytes=100, spec={})
+    grown = Pipeline(foreign_pipeline.config, replace(plan, shards=[*plan.shards, more]))
+    assert sae_ref(grown, "foreign") == sae_ref(foreign_pipeline, "foreign")
+    assert evaluation_ref(grown, "foreign") != evaluation_ref(foreign_pipeline, "foreign")
+    assert candidates_ref(grown, "foreign", 0, 0) != candidates_ref(foreign_pipeline, "foreign", 0, 0)
+    for pipeline in (foreign_pipeline, grown):
+        refs = (evaluation_ref(pipeline, "own"), candidates_ref(pipeline, "own", 0, 0), examples_ref(pipeline, "own", 0))
+        assert not any("statistics" in role for ref in refs for role in ref.inputs)  # it was trained with them
 
 
 def test_trained_saes_keep_their_ids(make_planted) -> None:
