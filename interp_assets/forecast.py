@@ -40,7 +40,7 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
     held_out = format_count(len(pipeline.held_out_indices), "shard")
     console.print(f"Pipeline {config.name} in {config.root}", soft_wrap=True, markup=False)
     console.print(f"  {format_count(len(shards), 'corpus shard')}: {text}; {held_out} held out", soft_wrap=True)
-    if sentence := describe_empty(pipeline.plan):
+    if sentence := describe_empty(pipeline):
         console.print(f"  {sentence}", soft_wrap=True, markup=False)
     for hook_point, width in pipeline.plan.hook_widths.items():
         console.print(f"  {config.model.name} at {hook_point}: {width:,} values a row in {config.harvest.dtype}", soft_wrap=True, markup=False)

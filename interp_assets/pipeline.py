@@ -14,10 +14,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TypeVar
 
 from interp_assets.config import PipelineConfig
-from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, StoreMissingError
+from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError, StoreMissingError
 from interp_assets.store import Store, open_store
 
 PLAN: Final = "plan.json"
+_FORMAT: Final = "interp-assets/plan"
+_VERSION: Final = 1
+"""Raise it with every key that is added: readers refuse keys that they do not know."""
+_DROPPED: Final = ("n_empty_files", "empty_files")
+"""Keys that some plans of version 1 have and nobody needs."""
 T = TypeVar("T")
 
 
@@ -53,10 +58,6 @@ class PipelinePlan:
     max_context: int
     generations: list[int] = field(default_factory=list)
     """For each generation of training shards, the first shard index after it (`shuffle/generations.py`); empty: all shards are one."""
-    n_empty_files: int = 0
-    """Files that were skipped because they hold no text."""
-    empty_files: list[str] = field(default_factory=list)
-    """The names of the first of them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Pipeline:
 
     config: PipelineConfig
     plan: PipelinePlan
+    empty_files: list[str] = field(default_factory=list, compare=False)
+    """Files that were skipped because they hold no text: known to the process that planned, and no part of the plan."""
     _answers: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def remember(self, question: Hashable, answer: Callable[[], T]) -> T:
@@ -134,10 +137,7 @@ def open_pipeline_store(config: PipelineConfig) -> Store:
 
 def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
     """Replace the pipeline's plan; answer False when it was the same already."""
-    content = asdict(plan)
-    if not plan.n_empty_files:  # as releases wrote it that did not count them
-        del content["n_empty_files"], content["empty_files"]
-    data = (json.dumps({"format": "interp-assets/plan", "version": 1, **content}, sort_keys=True, indent=1) + "\n").encode()
+    data = (json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(plan)}, sort_keys=True, indent=1) + "\n").encode()
     try:
         if store.get(name) == data:
             return False
@@ -147,11 +147,22 @@ def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
 
 
 def load_pipeline(config: PipelineConfig, store: Store) -> Pipeline:
-    """Read the plan of a pipeline. Raises `ArtifactMissingError` before the first planning, `ArtifactCorruptError` for a damaged plan."""
+    """Read the plan of a pipeline.
+
+    Raises `ArtifactMissingError` before the first planning, `ArtifactForeignError` for another release's plan, `ArtifactCorruptError` for a
+    damaged one.
+    """
     name = config.execution.plan
     try:
         content = json.loads(store.get(name))
         found = (content.pop("format"), content.pop("version"))
+        if found != (_FORMAT, _VERSION):
+            raise ArtifactForeignError(
+                f"The plan {store.url}/{name} is {found}, this release reads {(_FORMAT, _VERSION)}. Use the release that wrote it on every machine, "
+                "or materialize `corpus_plan` again with this one."
+            )
+        for key in _DROPPED:
+            content.pop(key, None)
         shards = [ShardSource(**shard) for shard in content.pop("shards")]
         plan = PipelinePlan(shards=shards, **content)
     except StoreMissingError as error:
@@ -160,8 +171,4 @@ def load_pipeline(config: PipelineConfig, store: Store) -> Pipeline:
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactCorruptError(f"The plan {store.url}/{name} is damaged ({error}). Materialize `corpus_plan` again.") from error
-    if found != ("interp-assets/plan", 1):
-        raise ArtifactCorruptError(
-            f"The plan {store.url}/{name} is {found}, this release reads ('interp-assets/plan', 1). Materialize `corpus_plan` again."
-        )
     return Pipeline(config, plan)

@@ -54,7 +54,7 @@ def _corpus_plan(layout: Layout) -> dg.AssetsDefinition:
     def corpus_plan(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
         claim_history(context.instance, world.config.name)
         pipeline = plan_corpus(world.config, world.store())
-        if sentence := describe_empty(pipeline.plan):
+        if sentence := describe_empty(pipeline):
             context.log.info(sentence)
             progress.tell(sentence)
         set_partitions(context.instance, SHARDS, [shard.key for shard in pipeline.plan.shards])
@@ -106,7 +106,7 @@ def _token_shards(layout: Layout) -> dg.AssetsDefinition:
 def _describe(pipeline: Pipeline) -> Made:
     """Show the plan. Its data version leaves the shards out: their own fingerprints are the versions of `documents`."""
     plan = asdict(pipeline.plan)
-    shards, generations, n_empty, _ = (plan.pop(name) for name in ("shards", "generations", "n_empty_files", "empty_files"))
+    shards, generations = plan.pop("shards"), plan.pop("generations")
     metadata = {
         "shards": len(shards),
         "held_out_shards": len(pipeline.held_out_indices),
@@ -114,8 +114,8 @@ def _describe(pipeline: Pipeline) -> Made:
         "text_bytes": sum(shard["n_bytes"] for shard in shards),
         "plan": dg.MetadataValue.json(plan),
     }
-    if n_empty:
-        metadata["empty_files"] = describe_empty(pipeline.plan)
+    if sentence := describe_empty(pipeline):
+        metadata["empty_files"] = sentence
     if generations:
         metadata |= {"generations": dg.MetadataValue.json(generations), "pending_shards": len(pipeline.pending_indices)}
     return Made(hash_version({**plan, "corpus": pipeline.config.corpus.model_dump()}), metadata)

@@ -16,7 +16,7 @@ from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource, load_pip
 from interp_assets.seen import open_seen
 from interp_assets.store import Store
 
-_SHOWN_FILES = 20
+_SHOWN_FILES = 5
 
 
 def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
@@ -39,11 +39,9 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
         vocabulary_size=subject.vocabulary_size,
         max_context=subject.max_context,
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
-        n_empty_files=len(empty),
-        empty_files=empty[:_SHOWN_FILES],
     )
     save_plan(store, plan, config.execution.plan)
-    return Pipeline(config, plan)
+    return Pipeline(config, plan, empty)
 
 
 def carry_generations(old: PipelinePlan | None, shards: list[ShardSource]) -> list[int]:
@@ -55,14 +53,14 @@ def carry_generations(old: PipelinePlan | None, shards: list[ShardSource]) -> li
     return kept if is_same else [len(shards)]
 
 
-def describe_empty(plan: PipelinePlan) -> str:
-    """Say which files were skipped because they hold no text; nothing when there are none."""
-    if not plan.n_empty_files:
+def describe_empty(pipeline: Pipeline) -> str:
+    """Say which files the planning skipped because they hold no text; nothing when there are none, or the plan was only loaded."""
+    n_files, shown = len(pipeline.empty_files), pipeline.empty_files[:_SHOWN_FILES]
+    if not n_files:
         return ""
-    shown = plan.empty_files[:5]
-    rest = plan.n_empty_files - len(shown)
-    noun = "empty file" if plan.n_empty_files == 1 else "empty files"
-    return f"{plan.n_empty_files:,} {noun} skipped: {', '.join(shown)}" + (f" and {rest:,} more" if rest else "")
+    rest = n_files - len(shown)
+    noun = "empty file" if n_files == 1 else "empty files"
+    return f"{n_files:,} {noun} skipped: {', '.join(shown)}" + (f" and {rest:,} more" if rest else "")
 
 
 def _find_grown(config: PipelineConfig, store: Store) -> PipelinePlan | None:

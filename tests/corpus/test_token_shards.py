@@ -1,5 +1,6 @@
 """Token shards and the plan: right tokens at right rows, the same bytes every time, and bad inputs refused early."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from tiny_models import CONTEXT, VOCABULARY, make_tiny_config, make_tokenizer, save_model, write_texts
 
 from interp_assets.config import PipelineConfig
-from interp_assets.corpus.plan import plan_corpus
+from interp_assets.corpus.plan import describe_empty, plan_corpus
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.corpus.sources import iter_documents
 from interp_assets.corpus.tokens import context_offsets, load_documents, load_tokens, make_token_shard
@@ -45,6 +46,20 @@ def test_a_plan_is_saved_and_read_back(config: PipelineConfig, memory_store: Obj
     before = memory_store.get(PLAN)
     assert plan_corpus(config, memory_store) == pipeline
     assert memory_store.get(PLAN) == before
+
+
+def test_an_empty_file_leaves_the_plan_as_every_release_reads_it(config: PipelineConfig, memory_store: ObjectStore) -> None:
+    """Releases refuse keys that they do not know: after a rollback, or beside an older worker, one `__init__.py` would damage the plan."""
+    plan_corpus(config, memory_store)
+    before = memory_store.get(PLAN)
+    (Path(config.corpus.path) / "__init__.py").touch()
+    pipeline = plan_corpus(config, memory_store)
+    assert describe_empty(pipeline) == "1 empty file skipped: __init__.py"
+    assert memory_store.get(PLAN) == before
+    plan = json.loads(before)
+    assert (plan.pop("format"), plan.pop("version")) == ("interp-assets/plan", 1)
+    known = {"shards", "tokenizer_fingerprint", "model_fingerprint", "hook_widths", "vocabulary_size", "max_context", "generations"}
+    assert plan.keys() == known, "a key was added to or taken from version 1: raise the plan's version"
 
 
 def test_the_text_comes_back_from_the_tokens(config: PipelineConfig, memory_store: ObjectStore) -> None:

@@ -1,11 +1,12 @@
 """From a configuration and a plan, every artifact's place follows."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError
+from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError
 from interp_assets.harvest.refs import activation_shard_ref, hook_folder, statistics_ref
 from interp_assets.pipeline import Pipeline, load_pipeline, save_plan, shard_index, shard_key
 from interp_assets.shuffle.refs import mixed_shard_ref, shuffle_plan_ref, split_shard_ref
@@ -89,6 +90,23 @@ def test_no_plan_and_a_damaged_plan_say_what_to_do(small_pipeline: Pipeline, mem
     memory_store.put("plan.json", b'{"format": ')
     with pytest.raises(ArtifactCorruptError, match=r"is damaged .*Materialize `corpus_plan` again"):
         load_pipeline(small_pipeline.config, memory_store)
+
+
+def test_a_newer_plan_is_named_and_not_called_damaged(small_pipeline: Pipeline, memory_store: ObjectStore) -> None:
+    """In a cluster of two releases the remedy is to update, not to look for a broken disk."""
+    save_plan(memory_store, small_pipeline.plan)
+    plan = json.loads(memory_store.get("plan.json"))
+    memory_store.put("plan.json", json.dumps({**plan, "version": 9, "news": 1}).encode())
+    with pytest.raises(ArtifactForeignError, match=r"is \('interp-assets/plan', 9\), this release reads .*, 1\)\. Use the release"):
+        load_pipeline(small_pipeline.config, memory_store)
+
+
+def test_a_plan_that_counts_empty_files_is_still_read(small_pipeline: Pipeline, memory_store: ObjectStore) -> None:
+    """Some plans of version 1 have two keys more, and what was made under them must not be refused."""
+    save_plan(memory_store, small_pipeline.plan)
+    plan = json.loads(memory_store.get("plan.json"))
+    memory_store.put("plan.json", json.dumps({**plan, "n_empty_files": 1, "empty_files": ["a"]}).encode())
+    assert load_pipeline(small_pipeline.config, memory_store) == small_pipeline
 
 
 def test_held_out_shards_are_never_trained_on(small_pipeline: Pipeline) -> None:
