@@ -9,10 +9,10 @@ from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.refs import mixed_ids
 
 FOLDER = "4-sae"
-TRAIN_VERSION = 4
+TRAIN_VERSION = 5
 """Raise it when the same rows would give other weights."""
 
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 """Raise it when the same folder would give other weights."""
 
 EVALUATION_VERSION = 3

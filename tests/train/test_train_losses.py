@@ -135,15 +135,17 @@ def plain_auxk(weights: Weights, x: Tensor, error: Tensor, context: LossContext)
 
 
 def check(architecture: Architecture, x: Tensor, y: Tensor, context: LossContext, **weights_like) -> StepLoss:
-    """Compare loss, gradients and firings with the plain formula."""
-    fast, plain = make_weights(architecture, **weights_like), make_weights(architecture, **weights_like)
+    """Compare loss, gradients and firings with the plain formula in float64; errors are measured against the largest element."""
+    fast = make_weights(architecture, **weights_like)
+    plain = {name: weight.detach().double().requires_grad_() for name, weight in fast.items()}
     found = find_loss(architecture, fast, x, context, y)
-    expected = plain_loss(architecture, plain, x, y, context)
-    torch.testing.assert_close(found.loss, expected.detach())
+    expected = plain_loss(architecture, plain, x.double(), y.double(), context)
+    torch.testing.assert_close(found.loss.double(), expected.detach(), rtol=1e-5, atol=0.0)
     expected.backward()
     for name, weight in plain.items():
         wanted = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        torch.testing.assert_close(found.gradients[name], wanted, rtol=1e-4, atol=3e-4, msg=lambda text, name=name: f"{name}: {text}")
+        atol = 1e-6 + 1e-5 * float(wanted.abs().max())
+        torch.testing.assert_close(found.gradients[name].double(), wanted, rtol=0.0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
     return found
 
 
