@@ -12,15 +12,13 @@ from typing import Any, Final, NamedTuple
 
 from rich.console import Console
 
-from interp_assets.config import Architecture, PipelineConfig, SaeConfig, load_config, make_config
+from interp_assets.config import PipelineConfig, SaeConfig, load_config, make_config
 from interp_assets.console import print_table
 from interp_assets.errors import ArtifactMissingError, ConfigError, InputError
 from interp_assets.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.train.exchange_files import Foreign, translate_hook
-from interp_assets.train.imported import check_sizes, open_foreign
-from interp_assets.train.sae import SaeKind
+from interp_assets.train.imported import NEAREST, check_sizes, open_foreign
 
-_NEAREST: Final[dict[SaeKind, Architecture]] = {"relu": "relu", "jump_relu": "jump_relu", "topk": "topk"}
 _SHOWN: Final = ("name", "imported", "imported_digest", "hook_point", "architecture", "d_sae", "k")
 _TOOLS: Final = {"saelens": "SAELens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning", "gemma_scope": "Gemma Scope"}
 
@@ -57,7 +55,7 @@ def plan_import(config: PipelineConfig, place: Place) -> Import:
     fields: dict[str, Any] = {
         "name": name,
         "hook_point": hook_point,
-        "architecture": _NEAREST[sae.kind],
+        "architecture": NEAREST[sae.kind],
         "task": task,
         "target_hook_point": target,
         "d_sae": sae.d_sae,

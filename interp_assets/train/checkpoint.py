@@ -18,7 +18,7 @@ metadata at all.
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,15 +49,29 @@ _KINDS: Final[dict[str, SaeKind]] = {
 _HOOK_SUFFIXES: Final = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
 
 
-def save_sae(art: ArtifactWriter, sae: Sae, pipeline: Pipeline, config: SaeConfig, *, l0: float | None) -> None:
-    """Write an SAE's two exchange files into its artifact; `l0` goes into the metadata for readers of other tools."""
+class Source(NamedTuple):
+    """Where an SAE was trained, for the metadata that readers of other tools look at; empty where nobody told."""
+
+    architecture: str
+    model: str
+    dataset: str
+    context_length: int | None
+
+
+def save_sae(art: ArtifactWriter, sae: Sae, source: Pipeline | Source, config: SaeConfig, *, l0: float | None) -> None:
+    """Write an SAE's two exchange files into its artifact; `source` and `l0` go into the metadata for readers of other tools."""
     tensors = {"W_dec": sae.W_dec, "W_enc": sae.W_enc, "b_dec": sae.b_dec, "b_enc": sae.b_enc}
     if sae.kind == "jump_relu":
         tensors["threshold"] = sae.threshold
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.T
     save_tensors(art, WEIGHTS, {name: value.to(torch.float32).contiguous() for name, value in tensors.items()})
-    art.put(CONFIG, (json.dumps(_make_cfg(sae, pipeline, config, l0), sort_keys=True, indent=1) + "\n").encode())
+    art.put(
+        CONFIG,
+        (
+            json.dumps(_make_cfg(sae, source if isinstance(source, Source) else _source(source, config), config, l0), sort_keys=True, indent=1) + "\n"
+        ).encode(),
+    )
 
 
 def load_sae(pipeline: Pipeline, store: Store, name: str) -> Sae:
@@ -100,8 +114,19 @@ def _architecture(sae: Sae, config: SaeConfig) -> str:
     return f"{'' if sae.kind == 'relu' else name + '_'}{config.task}"
 
 
-def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, l0: float | None) -> dict[str, Any]:
+def _source(pipeline: Pipeline, config: SaeConfig) -> Source:
     corpus, model = pipeline.config.corpus, pipeline.config.model
+    name = Path(model.name).name if Path(model.name).is_absolute() else model.name
+    return Source(config.architecture, name, corpus.path if corpus.source == "huggingface" else corpus.source, corpus.context_length)
+
+
+def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> dict[str, Any]:
+    told = {
+        "training_architecture": source.architecture,
+        "model_name": source.model,
+        "context_size": source.context_length,
+        "dataset_path": source.dataset,
+    }
     cfg: dict[str, Any] = {
         "architecture": _architecture(sae, config),
         "d_in": sae.d_in,
@@ -113,13 +138,10 @@ def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, l0: float | None)
         "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": "6.0.0",
-            "training_architecture": config.architecture,
-            "model_name": Path(model.name).name if Path(model.name).is_absolute() else model.name,
+            **{name: value for name, value in told.items() if value},
             "hook_name": sae_lens_hook_name(config.hook_point),
             "hook_point": config.hook_point,
-            "context_size": corpus.context_length,
             "prepend_bos": True,
-            "dataset_path": corpus.path if corpus.source == "huggingface" else corpus.source,
             "l0": l0,
         },
     }

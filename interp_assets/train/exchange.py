@@ -19,6 +19,7 @@ width. Read is more than is written:
 What cannot be the same function here is refused, not approximated. Files and folders: `exchange_files.py`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -159,6 +160,8 @@ def from_dictionary_learning(config: Mapping[str, Any], tensors: Mapping[str, Te
         return _make("jump_relu", weights, exact["threshold"].clamp(min=0), 0, None)
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         threshold = float(need(tensors, "threshold", "ae.pt", "dictionary_learning"))
+        if not math.isfinite(threshold):
+            raise InputError(f"The threshold of this dictionary_learning SAE is {threshold}. Take another checkpoint of that training.")
         return _make("jump_relu", weights, torch.full_like(b_enc, max(0.0, threshold)), 0, None)
     if kind == "AutoEncoderTopK":
         return _make("topk", weights, None, int(need(tensors, "k", "ae.pt", "dictionary_learning")), None)

@@ -15,7 +15,10 @@ where it has a name (`blocks.20.hook_resid_post`, a folder called `layers.20`, `
 import hashlib
 import io
 import json
+import math
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -49,6 +52,8 @@ SAE_FORMATS: Final = ("saelens", "sparsify", "dictionary_learning")
 _NEVER: Final = 1e-10
 """What SAELens writes for the frequency of a latent that never fires."""
 _NEVER_LOG: Final = -9.99
+_ROUNDING: Final = 1e-6
+"""How far above 1 a frequency of 1 may come out of its logarithm."""
 
 
 _FOLDERS: Final = {
@@ -57,7 +62,13 @@ _FOLDERS: Final = {
     "dictionary_learning": ("config.json", "ae.pt"),
     "gemma_scope": ("params.npz",),
 }
-"""By what a folder is known; what else lies in it does not matter."""
+"""By what a folder is known; besides these only `_FREQUENCIES` matters."""
+_FREQUENCIES: Final = "sparsity.safetensors"
+_UNREADABLE: Final = (
+    *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError),
+    *(SafetensorError, zipfile.BadZipFile, zlib.error),
+)
+"""What libraries raise for files that are cut off, empty, or something else."""
 _LAYER_KINDS: Final = {None: "resid_post", "mlp": "mlp_out", "attn": "attn_out", "self_attn": "attn_out", "attention": "attn_out"}
 _HOOKS: Final = (
     re.compile(r"(?:^|\.)blocks\.(?P<layer>\d+)\.hook_(?P<kind>resid_pre|resid_mid|resid_post|mlp_out|attn_out)$"),
@@ -91,8 +102,10 @@ class Foreign(NamedTuple):
 
     sae: Sae
     origin: Origin
+    recorded: Origin
+    """The same without what only the folder's name tells: it may move."""
     digest: str
-    """Of configuration and weights, byte by byte."""
+    """Of configuration, weights and firing frequencies, byte by byte."""
     firing_frequency: Tensor | None
     """Share of the rows on which each latent fired, where the tool stored it: `[d_sae]`."""
 
@@ -147,13 +160,17 @@ def read_foreign(folder: Store) -> Foreign:
             f"config.json and ae.pt (dictionary_learning), or params.npz (Gemma Scope); found {sorted(found)[:8]}.{hint}"
         )
     files = {name: folder.get(name) for name in _FOLDERS[tool]}
+    frequencies = {name: folder.get(name) for name in (_FREQUENCIES,) if name in found}
     try:
         config = _read_config(*next(iter(files.items()))) if tool != "gemma_scope" else {}
         tensors = _read_tensors(tool, next(reversed(files.values())))
-        return Foreign(_convert(tool, config, tensors), _describe(tool, config, tensors, folder.url), _digest(files), _read_frequency(folder, found))
+        sae = _convert(tool, config, tensors)
+        frequency = _read_frequency(frequencies[_FREQUENCIES], sae.d_sae) if frequencies else None
+        origin, recorded = (_describe(tool, config, tensors, url) for url in (folder.url, ""))
+        return Foreign(sae, origin, recorded, _digest(files | frequencies), frequency)
     except InputError as error:
         raise InputError(f"The SAE in {folder.url} cannot be used: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise InputError(f"The SAE in {folder.url} cannot be read ({', '.join(files)}: {type(error).__name__}: {error}). Copy it again.") from error
 
 
@@ -202,24 +219,39 @@ def _describe(tool: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
                 target_hook_point=str(told.get("target_hook_point") or translate_hook(str(told.get("hook_name_out") or ""))),
                 model=str(told.get("model_name") or ""),
                 dataset=str(told.get("dataset_path") or ""),
-                context_length=told.get("context_size"),
-                l0=told.get("l0"),
+                context_length=_whole(told.get("context_size")),
+                l0=_number(told.get("l0")),
                 dtype=dtype,
             )
         case "dictionary_learning":
             trainer = config["trainer"]
             hook, model = str(trainer.get("submodule_name") or ""), str(trainer.get("lm_name") or "")
-            length = config.get("buffer", {}).get("ctx_len")
-            return Origin(tool, str(trainer["dict_class"]), hook, translate_hook(hook), "", model, "", length, trainer.get("k"), dtype)
+            length, l0 = _whole((config.get("buffer") or {}).get("ctx_len")), _number(trainer.get("k"))
+            return Origin(tool, str(trainer["dict_class"]), hook, translate_hook(hook), "", model, "", length, l0, dtype)
         case "sparsify":
             hook = last if translate_hook(last) else ""
             task = "transcoder" if config.get("transcode") else "topk"
-            return Origin(tool, task, hook, "" if config.get("transcode") else translate_hook(hook), "", "", "", None, config.get("k"), dtype)
+            hook_point = "" if config.get("transcode") else translate_hook(hook)
+            return Origin(tool, task, hook, hook_point, "", "", "", None, _number(config.get("k")), dtype)
         case _:
             place = re.search(r"-res(?:-all)?/.*?layer_(\d+)/", url + "/")
             l0 = re.search(r"average_l0_(\d+)$", last)
             hook_point = f"resid_post.{place[1]}" if place else ""
             return Origin(tool, "jumprelu", "", hook_point, "", "", "", None, float(l0[1]) if l0 else None, dtype)
+
+
+def _number(told: Any) -> float | None:
+    """Read a number that only explains; tools write it as a number or as text, and what is neither tells nothing."""
+    try:
+        value = math.nan if isinstance(told, bool) else float(told)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _whole(told: Any) -> int | None:
+    value = _number(told)
+    return None if value is None else round(value)
 
 
 def translate_hook(name: str) -> str:
@@ -239,11 +271,18 @@ def _digest(files: Mapping[str, bytes]) -> str:
     return state.hexdigest()
 
 
-def _read_frequency(folder: Store, found: set[str]) -> Tensor | None:
-    if "sparsity.safetensors" not in found:
+def _read_frequency(data: bytes, d_sae: int) -> Tensor | None:
+    stored = load_safetensors(data).get("sparsity")
+    if stored is None:
         return None
-    stored = load_safetensors(folder.get("sparsity.safetensors")).get("sparsity")
-    return None if stored is None else torch.where(stored <= _NEVER_LOG, 0.0, 10.0 ** stored.double())
+    frequency = torch.where(stored <= _NEVER_LOG, 0.0, 10.0 ** stored.double())
+    if stored.shape != (d_sae,) or not bool((frequency <= 1 + _ROUNDING).all()):
+        highest = f", up to {float(frequency.max()):.3g}" if frequency.numel() else ""
+        raise InputError(
+            f"The tensor sparsity of {_FREQUENCIES} has the shape {list(stored.shape)} and holds logarithms of frequencies{highest}; expected "
+            f"[d_sae] = [{d_sae}], from 0 to 1. Copy that file again, or delete it: the SAE works without."
+        )
+    return frequency.clamp(max=1)
 
 
 def _saelens_files(sae: Sae, cfg: bytes, weights: bytes, frequency: Tensor | None) -> dict[str, bytes]:
@@ -253,7 +292,7 @@ def _saelens_files(sae: Sae, cfg: bytes, weights: bytes, frequency: Tensor | Non
     if frequency is None:
         return {"cfg.json": cfg, "sae_weights.safetensors": weights}
     sparsity = frequency.clamp(min=_NEVER).log10().float().contiguous()
-    return {"cfg.json": cfg, "sae_weights.safetensors": weights, "sparsity.safetensors": save_safetensors({"sparsity": sparsity})}
+    return {"cfg.json": cfg, "sae_weights.safetensors": weights, _FREQUENCIES: save_safetensors({"sparsity": sparsity})}
 
 
 def _origin(pipeline: Pipeline, config: SaeConfig) -> dict[str, Any]:

@@ -8,19 +8,23 @@ and `evaluate.py` measures it on the held-out shards.
 
 import time
 from pathlib import Path
+from typing import Final
 
 import torch
 
-from interp_assets.config import SaeConfig
+from interp_assets.config import Architecture, SaeConfig
 from interp_assets.errors import InputError
 from interp_assets.manifest import Produced, create_artifact, find_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store, open_store
 from interp_assets.tensors import save_tensors
-from interp_assets.train.checkpoint import FREQUENCY, save_sae
+from interp_assets.train.checkpoint import FREQUENCY, Source, save_sae
 from interp_assets.train.exchange_files import Foreign, read_foreign
 from interp_assets.train.refs import sae_ref
-from interp_assets.train.sae import Sae
+from interp_assets.train.sae import Sae, SaeKind
+
+NEAREST: Final[dict[SaeKind, Architecture]] = {"relu": "relu", "jump_relu": "jump_relu", "topk": "topk"}
+"""What an imported SAE is called here, by what it computes, however it was trained."""
 
 
 def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
@@ -40,13 +44,14 @@ def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
             "not the ones that were imported. Put those back, or run `interp import` again for an entry of another name."
         )
     check_sizes(pipeline, config, foreign.sae)
-    sae, origin, frequency = foreign.sae, foreign.origin, foreign.firing_frequency
+    sae, told, frequency = foreign.sae, foreign.recorded, foreign.firing_frequency
     with create_artifact(store, ref) as art:
-        save_sae(art, sae, pipeline, config, l0=origin.l0)
-        if frequency is not None and frequency.shape == (sae.d_sae,):
+        source = Source(told.architecture, told.model, told.dataset, told.context_length)
+        save_sae(art, sae, source, config, l0=told.l0)
+        if frequency is not None:
             save_tensors(art, FREQUENCY, {"firing_frequency": frequency, "n_rows": torch.tensor([0])})
         art.facts |= {
-            "architecture": config.architecture,
+            "architecture": NEAREST[sae.kind],
             "kind": sae.kind,
             "task": config.task,
             "d_in": sae.d_in,
@@ -54,7 +59,7 @@ def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
             "d_sae": sae.d_sae,
             "n_steps": 0,
             "n_rows": 0,
-            "imported": {**origin._asdict(), "digest": foreign.digest},
+            "imported": {**told._asdict(), "digest": foreign.digest},
         }
     assert art.manifest is not None
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)
@@ -69,7 +74,7 @@ def open_foreign(address: str) -> Foreign:
 
 
 def check_sizes(pipeline: Pipeline, config: SaeConfig, sae: Sae) -> None:
-    """Raise `InputError` when an SAE's widths are not those of its hook points, or its latents not as many as the configuration says."""
+    """Raise `InputError` when an SAE's widths are not those of its hook points, or its latents, architecture or k not those of its entry."""
     (source,), (target,) = config.sources, config.targets
     pairs = (
         ("d_in", sae.d_in, pipeline.d_in(source), f"the width of {source}"),
@@ -77,8 +82,12 @@ def check_sizes(pipeline: Pipeline, config: SaeConfig, sae: Sae) -> None:
         ("d_sae", sae.d_sae, config.d_sae, "d_sae of the configuration"),
     )
     wrong = [f"{name} is {found:,}, expected {expected:,} ({why})" for name, found, expected, why in pairs if found != expected]
+    if config.architecture != NEAREST[sae.kind]:
+        wrong.append(f"architecture is {NEAREST[sae.kind]}, expected {config.architecture} (the configuration)")
+    if sae.kind == "topk" and config.k != sae.k:
+        wrong.append(f"k is {sae.k:,}, expected {config.k:,} (the configuration)")
     if wrong:
         raise InputError(
-            f"SAE {config.name!r} in {config.imported} does not fit: {'; '.join(wrong)}. It was trained on another model, hook point or size: "
-            "`interp import` says what its folder tells about that."
+            f"SAE {config.name!r} in {config.imported} does not fit: {'; '.join(wrong)}. It was trained on another model, hook point or size, or "
+            "its entry was changed: `interp import` says what its folder tells, and writes the entry."
         )

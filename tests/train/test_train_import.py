@@ -174,6 +174,80 @@ def test_a_key_that_is_missing_is_named(tmp_path: Path, config: dict[str, Any], 
         read_foreign(open_store(str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "message"),
+    [
+        (torch.zeros(D_SAE - 1), r"has the shape \[15\] and holds .*, up to 1; expected \[d_sae\] = \[16\], from 0 to 1. Copy .* or delete it"),
+        (torch.full((D_SAE,), 0.5), r"has the shape \[16\] and holds .*, up to 3.16; expected"),
+        (torch.full((D_SAE,), torch.nan), r"has .*, up to nan; expected"),
+    ],
+)
+def test_firing_frequencies_that_are_none_are_refused(tmp_path: Path, sparsity: torch.Tensor, message: str) -> None:
+    """They are published, and shown; a file of another SAE is easily copied beside."""
+    folder = save_saelens(tmp_path / "sae", config=STANDARD)
+    save_file({"sparsity": sparsity}, folder / "sparsity.safetensors")
+    with pytest.raises(InputError, match=rf"The SAE in {folder} cannot be used: The tensor sparsity of sparsity.safetensors {message}"):
+        read_foreign(open_store(str(folder)))
+
+
+def test_the_digest_covers_the_firing_frequencies(tmp_path: Path) -> None:
+    """They are in the artifact, so the same id must mean the same ones; 1 itself is a frequency, and what never fired has none."""
+    folder = save_saelens(tmp_path / "sae", config=STANDARD)
+    digests = [read_foreign(open_store(str(folder))).digest]
+    for last in (-1.0, 1e-8):
+        save_file({"sparsity": torch.tensor([-10.0] * (D_SAE - 1) + [last])}, folder / "sparsity.safetensors")
+        foreign = read_foreign(open_store(str(folder)))
+        assert foreign.firing_frequency is not None
+        assert foreign.firing_frequency.tolist() == pytest.approx([0.0] * (D_SAE - 1) + [min(1, 10**last)])
+        assert float(foreign.firing_frequency.max()) <= 1
+        digests.append(foreign.digest)
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", "half"])
+def test_a_file_of_arrays_that_is_cut_off_is_named(tmp_path: Path, content: bytes | str) -> None:
+    """A download that broke off is the commonest of all; it is no bug of ours."""
+    arrays = {"W_enc": draw(D_IN, D_SAE), "b_enc": draw(D_SAE), "W_dec": draw(D_SAE, D_IN), "b_dec": draw(D_IN), "threshold": draw(D_SAE).abs()}
+    file = tmp_path / "params.npz"
+    np.savez(file, **{name: value.numpy() for name, value in arrays.items()})
+    file.write_bytes(content if isinstance(content, bytes) else file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(InputError, match=rf"The SAE in {tmp_path} cannot be read \(params.npz: \w+: .*\). Copy it again."):
+        read_foreign(open_store(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("told", "read"),
+    [
+        (64, (64, 64.0)),
+        ("64", (64, 64.0)),
+        ("12.5", (12, 12.5)),
+        ("many", (None, None)),
+        (True, (None, None)),
+        ([3], (None, None)),
+        ("nan", (None, None)),
+    ],
+)
+def test_numbers_that_only_explain_may_be_text(tmp_path: Path, told: Any, read: tuple[int | None, float | None]) -> None:
+    """Nothing is computed from them, so one that cannot be read tells nothing, and does not keep the SAE out."""
+    metadata = {"sae_lens_version": "6.0.0", "hook_name": "blocks.0.hook_resid_post", "context_size": told, "l0": told}
+    folder = save_saelens(tmp_path / "sae", config={**STANDARD, "metadata": metadata})
+    origin = read_foreign(open_store(str(folder))).origin
+    assert (origin.context_length, origin.l0) == read
+    assert invoke("import", str(folder), "--config", str(write_yaml(tmp_path))).exit_code == 0
+
+
+@pytest.mark.parametrize("kind", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
+@pytest.mark.parametrize("threshold", [torch.nan, torch.inf])
+def test_a_threshold_that_is_no_number_is_refused(tmp_path: Path, kind: str, threshold: float) -> None:
+    """NaN became 0, and every latent fired at any positive value."""
+    names = ("W_enc", "b_enc", "W_dec") if kind.startswith("Matryoshka") else ("encoder.weight", "encoder.bias", "decoder.weight")
+    shapes = ((D_IN, D_SAE), (D_SAE,), (D_SAE, D_IN)) if kind.startswith("Matryoshka") else ((D_SAE, D_IN), (D_SAE,), (D_IN, D_SAE))
+    tensors = {name: draw(*shape) for name, shape in zip(names, shapes, strict=True)} | {"b_dec": draw(D_IN)}
+    folder = save_dictionary(tmp_path / "sae", kind, {**tensors, "threshold": torch.tensor(threshold)})
+    with pytest.raises(InputError, match=rf"threshold of this dictionary_learning SAE is {threshold}. Take another checkpoint"):
+        read_foreign(open_store(str(folder)))
+
+
 @pytest.fixture
 def foreign_pipeline(make_planted, tmp_path: Path) -> Pipeline:
     """Return a pipeline with a trained SAE and the same one imported from the folder that it was exported to, which has moved since."""
@@ -225,6 +299,55 @@ def test_the_digest_identifies_an_imported_sae_not_its_folder(foreign_pipeline: 
         import_sae(again, store, "foreign")
     with pytest.raises(InputError, match=r"The folder .*theirs of an imported SAE is not there"):
         import_sae(foreign_pipeline, store, "foreign")
+
+
+def test_the_same_id_means_the_same_bytes(foreign_pipeline: Pipeline, tmp_path: Path) -> None:
+    """What the id does not cover is not written: the pipeline's text and context length, the name of a folder that tools tell layers by."""
+    config = foreign_pipeline.config
+    corpus = config.corpus.model_copy(update={"context_length": config.corpus.context_length // 2})
+    changed = Pipeline(config.model_copy(update={"corpus": corpus}), foreign_pipeline.plan)
+    made = [import_sae(pipeline, open_store("memory://"), "foreign") for pipeline in (foreign_pipeline, changed)]
+    assert sae_ref(changed, "foreign") == sae_ref(foreign_pipeline, "foreign")
+    assert [item.is_cached for item in made] == [False, False]
+    assert made[0].manifest.digest == made[1].manifest.digest
+    arrays = {"W_enc": draw(16, 24), "b_enc": draw(24), "W_dec": draw(24, 16), "b_dec": draw(16), "threshold": draw(24).abs()}
+    facts: list[Any] = []
+    for place in ("gemma-scope-2b-pt-res/layer_0/width_16k/average_l0_71", "elsewhere/mine"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **{name: value.numpy() for name, value in arrays.items()})
+        update = {"imported": str(folder), "imported_digest": read_foreign(open_store(str(folder))).digest}
+        entry = config.sae("foreign").model_copy(update=update)
+        moved = Pipeline(config.model_copy(update={"saes": [entry]}), foreign_pipeline.plan)
+        manifest = import_sae(moved, open_store("memory://"), "foreign").manifest
+        facts.append((manifest.artifact_id, manifest.digest, manifest.facts))
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"architecture": "relu"}, r"architecture is jump_relu, expected relu \(the configuration\)"),
+        ({"architecture": "topk"}, r"architecture is jump_relu, expected topk"),
+    ],
+)
+def test_an_entry_that_calls_it_something_else_is_refused(foreign_pipeline: Pipeline, update: dict[str, Any], message: str) -> None:
+    """Tables would show an architecture that it is not."""
+    config = foreign_pipeline.config
+    wrong = Pipeline(config.model_copy(update={"saes": [config.sae("foreign").model_copy(update=update)]}), foreign_pipeline.plan)
+    with pytest.raises(InputError, match=rf"does not fit: {message}.* `interp import` says what its folder tells, and writes the entry"):
+        import_sae(wrong, open_store("memory://"), "foreign")
+
+
+def test_an_entry_with_another_k_is_refused(foreign_pipeline: Pipeline, tmp_path: Path) -> None:
+    """A TopK SAE's k is in its folder; cost estimates and tables would go by another one."""
+    weights = {"W_enc": draw(16, 24), "b_enc": draw(24), "W_dec": draw(24, 16), "b_dec": draw(16)}
+    folder = save_saelens(tmp_path / "topk", config={**STANDARD, "architecture": "topk", "k": 3}, **weights)
+    config = foreign_pipeline.config
+    update = {"imported": str(folder), "imported_digest": read_foreign(open_store(str(folder))).digest, "architecture": "topk", "k": 5}
+    wrong = Pipeline(config.model_copy(update={"saes": [config.sae("foreign").model_copy(update=update)]}), foreign_pipeline.plan)
+    with pytest.raises(InputError, match=r"does not fit: k is 3, expected 5 \(the configuration\)"):
+        import_sae(wrong, open_store("memory://"), "foreign")
 
 
 def test_new_text_measures_and_shows_an_imported_sae_again(foreign_pipeline: Pipeline) -> None:
