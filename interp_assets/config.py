@@ -104,7 +104,7 @@ class ShuffleConfig(_Config):
 
 
 class SaeConfig(_Config):
-    """One sparse autoencoder of the sweep. All identity."""
+    """One sparse autoencoder of the sweep. Identity, but for `imported`."""
 
     name: Name = "demo"
     """Name of the experiment; it becomes a partition and a folder."""
@@ -139,10 +139,10 @@ class SaeConfig(_Config):
     imported: str = ""
     """Execution: folder or `s3://` address of an SAE that another tool trained; it is taken from there. `interp import` writes the whole entry."""
     imported_digest: str = ""
-    """`imported`: the digest of its files, which is what identifies it. The fields of training, from `sparsity_coefficient` on, are then unused."""
+    """`imported`: the digest of its files; it, task and hook points are then the identity. Fields from `sparsity_coefficient` on are unused."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the bytes of this SAE: its recipe, or of an imported one its digest and place."""
+        """Return what decides the bytes of this SAE: its recipe, or of an imported one its digest, task and hook points."""
         return self._dump({"task", "hook_point", "target_hook_point", "imported_digest"})
 
     def described(self) -> dict[str, Any]:

@@ -7,9 +7,11 @@ the digest of its files; the asset `sae` then reads it instead of training (`tra
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import yaml
 from rich.console import Console
 
 from interp_assets.config import PipelineConfig, SaeConfig, load_config, make_config
@@ -20,6 +22,8 @@ from interp_assets.train.exchange_files import Foreign, translate_hook
 from interp_assets.train.imported import NEAREST, check_sizes, open_foreign
 
 _SHOWN: Final = ("name", "imported", "imported_digest", "hook_point", "architecture", "d_sae", "k")
+_LIST: Final = re.compile(r"^saes:[ \t]*(?:#.*)?\r?\n(?P<items>(?:[ \t]*(?:#.*)?\r?\n|[ \t]*- .*\n|[ \t]+.*\n)*)", re.MULTILINE)
+"""A list with one item a line, and what follows it that is no key: blank lines and comments."""
 _TOOLS: Final = {"saelens": "SAELens", "sparsify": "sparsify", "dictionary_learning": "dictionary_learning", "gemma_scope": "Gemma Scope"}
 
 
@@ -103,32 +107,36 @@ def make_entry(entry: SaeConfig) -> str:
 
 
 def add_entry(path: Path, entry: SaeConfig) -> None:
-    """Put the entry after the others of `saes` in a YAML file, and change nothing else. Raises `ConfigError`, with the file as it was."""
-    text = path.read_text(encoding="utf-8")
-    found = re.search(
-        r"^saes:[ \t]*(?:#.*)?\n(?P<items>(?:[ \t]*(?:#.*)?\n|[ \t]*- .*\n|[ \t]+.*\n)*)", text if text.endswith("\n") else text + "\n", re.MULTILINE
-    )
+    """Put the entry after the others of `saes` in a YAML file, and change nothing else. Raises `ConfigError`, with the file as it was.
+
+    Comments and blank lines that follow the list stay below it, where they introduce what comes next.
+    """
+    target = path.resolve()
+    text = target.read_bytes().decode("utf-8")
+    newline = "\r\n" if "\r\n" in text else "\n"
+    text = text if text.endswith("\n") else text + newline
+    found = _LIST.search(text)
     first = re.search(r"^([ \t]*)- ", found["items"], re.MULTILINE) if found else None
     if found is None or first is None:
         raise ConfigError(f"{path} has no list `saes:` with one item a line; put the entry below into it yourself, beside those that there are.")
-    text = text if text.endswith("\n") else text + "\n"
-    items = found["items"].rstrip() + "\n"
-    end = found.start("items") + len(items)
-    added = "".join(first[1] + line + "\n" for line in make_entry(entry).splitlines())
-    changed = text[:end] + added + text[end:]
-    trial = path.with_name(f".{path.name}.new")
+    *_, last = (line.end() for line in re.finditer(r"^[ \t]*[^\s#].*\n", found["items"], re.MULTILINE))
+    end = found.start("items") + last
+    added = "".join(first[1] + line + newline for line in make_entry(entry).splitlines())
+    trial = target.with_name(f".{target.name}.new")
     try:
-        trial.write_text(changed, encoding="utf-8")
+        trial.write_bytes((text[:end] + added + text[end:]).encode("utf-8"))
         if load_config(trial).saes != [*load_config(path).saes, entry]:
             raise ConfigError(f"{path} would not hold what it should with the entry added; put the entry below into `saes` yourself.")
-        trial.replace(path)
+        shutil.copymode(target, trial)
+        trial.replace(target)
     finally:
         trial.unlink(missing_ok=True)
 
 
 def _scalar(value: str | int) -> str:
     """Write a value in YAML; what could be taken for something else than text in quotes."""
-    return str(value) if isinstance(value, int) or re.fullmatch(r"[a-z][a-z0-9]*[_a-z][a-z0-9_.]*", value) else json.dumps(value)
+    is_plain = isinstance(value, int) or (re.fullmatch(r"[a-z][a-z0-9]*[_a-z][a-z0-9_.]*", value) and yaml.safe_load(value) == value)
+    return str(value) if is_plain else json.dumps(value, ensure_ascii=False)
 
 
 def _choose(config: PipelineConfig, option: str, chosen: str, told: str, hook: str) -> str:

@@ -17,6 +17,7 @@ from interp_assets.config import load_config, make_config
 from interp_assets.errors import ConfigError, InputError
 from interp_assets.manifest import load_manifest
 from interp_assets.pipeline import Pipeline, ShardSource, save_plan
+from interp_assets.starter import make_starter
 from interp_assets.store import open_store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.exchange_files import export_sae, read_foreign, translate_hook
@@ -485,6 +486,48 @@ def test_a_file_without_a_list_of_saes_is_left_alone(tmp_path: Path) -> None:
             invoke("import", str(folder), "--config", str(path), "--hook-point", "resid_post.2", "--add")
         assert path.read_text() == before
         assert not list(tmp_path.glob(".*"))
+
+
+def test_the_entry_stays_above_the_comment_of_the_next_section(tmp_path: Path) -> None:
+    """In the file that `interp init` writes, every section begins with one."""
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(make_starter(path.name))
+    before = path.read_text()
+    folder = save_saelens(tmp_path / "theirs", config=STANDARD)
+    assert invoke("import", str(folder), "--config", str(path), "--hook-point", "resid_post.2", "--name", "foreign", "--add").exit_code == 0
+    text = path.read_text()
+    start, stop = text.index("  - name: foreign\n"), text.index("\n# Which SAEs are shown")
+    assert text[:start] + text[stop:] == before
+    assert "#" not in text[start:stop].replace("# expected L0", "")
+    assert [sae.name for sae in load_config(path).saes] == ["demo", "foreign"]
+
+
+def test_the_file_stays_a_link_with_its_line_ends_and_rights(tmp_path: Path) -> None:
+    """People keep configurations in a repository and link to them, and some of them write on Windows."""
+    real = tmp_path / "repository" / "real.yaml"
+    real.parent.mkdir()
+    real.write_bytes(YAML.format(root=tmp_path / "data").replace("\n", "\r\n").encode())
+    real.chmod(0o640)
+    link = tmp_path / "pipeline.yaml"
+    link.symlink_to(real)
+    folder = save_saelens(tmp_path / "theirs", config=STANDARD)
+    assert invoke("import", str(folder), "--config", str(link), "--hook-point", "resid_post.0", "--name", "foreign", "--add").exit_code == 0
+    assert link.is_symlink()
+    data = real.read_bytes()
+    assert b"name: foreign\r\n" in data
+    assert data.count(b"\n") == data.count(b"\r\n")
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert not list(tmp_path.glob("**/.*"))
+
+
+@pytest.mark.parametrize("name", ["true", "null", "on", "yes", "nan", "12", "1e3", "plain_name"])
+def test_a_name_that_yaml_takes_for_something_else_is_quoted(tmp_path: Path, name: str) -> None:
+    """A file that says `name: true` is not read any more."""
+    path = write_yaml(tmp_path)
+    folder = save_saelens(tmp_path / "theirs", config=STANDARD)
+    done = invoke("import", str(folder), "--config", str(path), "--hook-point", "resid_post.0", "--name", name, "--add")
+    assert yaml.safe_load(done.stdout)[0]["name"] == name
+    assert load_config(path).sae(name).imported == str(folder)
 
 
 def test_a_transcoder_keeps_both_hook_points(make_planted, tmp_path: Path) -> None:
