@@ -46,8 +46,11 @@ class DagsterUi:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "DagsterUi":  # noqa: PYI034 - beartype, which checks in tests, cannot read Self
-        """Return itself: the process runs already. Signals that would end this process now raise `SystemExit` first."""
-        self._handlers = {number: signal.signal(number, _leave) for number in _ENDING}
+        """Return itself: the process runs already. Signals that would end this process now raise `SystemExit` first.
+
+        What this process ignores (SIGHUP under `nohup`) stays ignored.
+        """
+        self._handlers = {number: signal.signal(number, _leave) for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
