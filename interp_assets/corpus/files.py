@@ -2,8 +2,8 @@
 
 A `.jsonl` or `.jsonl.gz` file holds one document per line, a `.parquet` file one per row, any other file is one document of UTF-8 text.
 Files are taken in order of path, so that files which land later, under later names, come after those that are planned already; names
-that start with a dot are left out. Rows without text, and files without any, yield nothing; what cannot be text is a problem, and
-problems are collected by the caller, so that all are raised at once.
+that start with a dot are left out. Rows without text, and files without any, yield nothing; what cannot be text, or cannot be listed, is a
+problem, and problems are collected by the caller, so that all are raised at once.
 """
 
 import gzip
@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 
 from interp_assets.corpus.parquet import ColumnMissingError, iter_row_groups
 from interp_assets.errors import InputError
+
+_NEVER_EMPTY = (".parquet", ".gz", ".bz2", ".xz", ".zst", ".zip")
+"""Formats with a header: a file of 0 bytes is a download that broke off, not an empty document."""
 
 
 class FoundDocument(NamedTuple):
@@ -36,32 +39,40 @@ class Place(NamedTuple):
     offset: int
 
 
-def list_files(path: str) -> tuple[Path, list[str]]:
-    """List the files of a corpus in order, relative to the folder that is returned with them. Raises `InputError` when there are none."""
+def list_files(path: str, problems: list[str]) -> tuple[Path, list[str]]:
+    """List the files of a corpus in order, relative to the folder that is returned with them. Raises `InputError` when there are none.
+
+    A folder that cannot be listed becomes a line in `problems`.
+    """
     root, where = _list_root(path)
     if where.is_file():
         return root, [where.name]
-    files = sorted(_iter_names(where, ""))
-    if not files:
+    files = sorted(_iter_names(where, "", problems))
+    if not files and not problems:
         raise InputError(f"The folder {where} holds no files. Put text, JSONL or Parquet files there, or point `corpus.path` elsewhere.")
     return root, files
 
 
-def _iter_names(folder: Path, prefix: str) -> Iterator[str]:
+def _iter_names(folder: Path, prefix: str, problems: list[str]) -> Iterator[str]:
     """Yield what lies below a folder, without what starts with a dot and without following links to folders."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _iter_names(folder / entry.name, f"{prefix}{entry.name}/")
-            elif entry.is_file():
-                yield prefix + entry.name
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _iter_names(folder / entry.name, f"{prefix}{entry.name}/", problems)
+                elif entry.is_file():
+                    yield prefix + entry.name
+    except OSError as error:
+        problems.append(f"{folder}: cannot be listed: {error.strerror or error}")
 
 
 def iter_file(root: Path, file: str, text_field: str, problems: list[str]) -> Iterator[FoundDocument]:
     """Yield the documents of one file; what cannot be text becomes a line in `problems`. Raises what the file system and formats raise."""
     if not (root / file).stat().st_size:
+        if file.endswith(_NEVER_EMPTY):
+            problems.append(f"{root / file}: has 0 bytes, which no {Path(file).suffix} file has: a download that broke off? Fetch it again")
         return
     if is_lines(file):
         yield from _iter_lines(root, file, text_field, problems)

@@ -17,7 +17,7 @@ from interp_assets.corpus.files import Place, is_lines, iter_file, list_files, n
 from interp_assets.errors import InputError
 from interp_assets.seen import SeenFiles
 
-NOTE_VERSION: Final = 1
+NOTE_VERSION: Final = 2
 """Raise it when the same file would give other documents or digests."""
 _SHOWN_PROBLEMS: Final = 20
 _NOTE: Final = struct.Struct("<qqq16s")
@@ -41,10 +41,10 @@ def measure(text: str) -> tuple[int, bytes]:
 def iter_measured(path: str, text_field: str, seen: SeenFiles, empty: list[str]) -> Iterator[Measured]:
     """Yield every document below `path` (a file or a folder), in order; names of files without text are appended to `empty`.
 
-    Raises `InputError` after the last one when some could not be read, with a line for each: binary file, wrong JSON, missing column.
+    Raises `InputError` after the last one when some could not be read, with a line for each: binary file, wrong JSON, missing column, closed folder.
     """
-    root, files = list_files(path)
     problems: list[str] = []
+    root, files = list_files(path, problems)
     for file in files:
         n_problems, n_found = len(problems), 0
         try:
@@ -61,7 +61,8 @@ def iter_measured(path: str, text_field: str, seen: SeenFiles, empty: list[str])
         shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         rest = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
         raise InputError(
-            f"{len(problems)} document(s) under {path} cannot be used; fix them, move them away, or point `corpus.path` elsewhere:\n{shown}{rest}"
+            f"{len(problems)} document(s) or folder(s) under {path} cannot be used; "
+            f"fix them, move them away, or point `corpus.path` elsewhere:\n{shown}{rest}"
         )
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -106,12 +107,44 @@ def test_files_without_text_are_skipped_and_named(texts: Path) -> None:
     (texts / "__init__.py").touch()
     (texts / "blank.txt").write_text(" \n")
     (texts / "null.jsonl").write_text('{"text": ""}\n{"text": null}\n\n')
-    (texts / "zero.jsonl.gz").touch()
-    (texts / "zero.parquet").touch()
+    (texts / "zero.jsonl").touch()
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), texts / "rows.parquet")
     found = survey_sources(_config(texts), 0, (), SeenFiles(None))
     assert found.shards == before
-    assert found.empty_files == ["__init__.py", "blank.txt", "null.jsonl", "rows.parquet", "zero.jsonl.gz", "zero.parquet"]
+    assert found.empty_files == ["__init__.py", "blank.txt", "null.jsonl", "rows.parquet", "zero.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["broken.parquet", "broken.jsonl.gz"])
+def test_a_file_of_no_bytes_that_must_have_a_header_is_no_empty_file(texts: Path, name: str) -> None:
+    """A download that broke off at once would lose its text with one line among many."""
+    (texts / name).touch()
+    with pytest.raises(InputError, match=rf"{name}: has 0 bytes, which no \.\w+ file has: a download that broke off\? Fetch it again"):
+        plan_sources(_config(texts), 0)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no user ids")
+def test_a_folder_that_cannot_be_listed_is_named_with_the_other_problems() -> None:
+    """One subfolder of another user's is an everyday trouble of shared disks, and no bug of ours. Root may list all, and becomes somebody."""
+    program = (
+        "import os, sys\n"
+        "from interp_assets.config import CorpusConfig\n"
+        "from interp_assets.corpus.sources import plan_sources\n"
+        "from interp_assets.errors import InputError\n"
+        "b'x'.decode('utf-8-sig')  # whoever it becomes may not load our Python's modules\n"
+        "if os.geteuid() == 0: os.setuid(54321)\n"
+        "try: plan_sources(CorpusConfig(source='files', path=sys.argv[1], shard_bytes=40), 0)\n"
+        "except InputError as error: print(error)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to others
+        texts = Path(folder)
+        texts.chmod(0o755)
+        (texts / "latin.txt").write_bytes(b"caf\xe9 au lait")
+        (texts / "closed").mkdir(mode=0)
+        output = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True).stdout
+        (texts / "closed").chmod(0o755)
+    assert "2 document(s) or folder(s) under" in output
+    assert "closed: cannot be listed: Permission denied" in output
+    assert "latin.txt: is not UTF-8 text" in output
 
 
 def test_nothing_but_empty_files_is_an_error(tmp_path: Path) -> None:
@@ -133,7 +166,7 @@ def test_all_bad_files_are_named_at_once(texts: Path) -> None:
         plan_sources(_config(texts), 0)
     message = str(caught.value)
     for part in (
-        "8 document(s) under",
+        "8 document(s) or folder(s) under",
         "image.png: is binary, not text (a NUL byte at offset 4)",
         "latin.txt: is not UTF-8 text (byte 0xe9 at offset 3)",
         "broken.jsonl, line 2: is not JSON",
