@@ -27,14 +27,15 @@ class Rate(NamedTuple):
     n_partitions: int
 
 
-def rates_path() -> Path:
-    """Return where the sums lie."""
-    return cache_folder() / "rates-1.sqlite"
+def rates_path() -> Path | None:
+    """Return where the sums lie; None for a user without a home."""
+    folder = cache_folder()
+    return folder / "rates-1.sqlite" if folder else None
 
 
-def note_rate(path: Path, kind: str, expected_s: float, taken_s: float) -> bool:
+def note_rate(path: Path | None, kind: str, expected_s: float, taken_s: float) -> bool:
     """Add a partition that was made; tell whether it counts. What cannot be written is left out: a forecast is not worth an error."""
-    if taken_s < SHORT_S or expected_s <= 0:
+    if path is None or taken_s < SHORT_S or expected_s <= 0:
         return False
     with suppress(OSError, sqlite3.Error):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,9 +46,9 @@ def note_rate(path: Path, kind: str, expected_s: float, taken_s: float) -> bool:
     return False
 
 
-def load_rates(path: Path) -> dict[str, Rate]:
+def load_rates(path: Path | None) -> dict[str, Rate]:
     """Return what is known, by kind of work; nothing where there is no database or a damaged one."""
-    if not path.exists():
+    if path is None:
         return {}
     with suppress(OSError, sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)) as database:
         found = database.execute("SELECT kind, expected_s, taken_s, partitions FROM rates WHERE expected_s > 0").fetchall()

@@ -51,6 +51,7 @@ class SeenFiles:
         `reads_again`: no note counts, and all are written anew.
         """
         self._now_ns, self._reads_again, self._committed = now_ns, reads_again, time.monotonic()
+        self._path = path
         self._database = _open(path) if path else None
 
     def __enter__(self) -> "SeenFiles":  # noqa: PYI034 - beartype, which checks in tests, cannot read Self
@@ -102,26 +103,39 @@ class SeenFiles:
             self._ask("DELETE FROM notes WHERE path = ?", (path,))
 
     def _ask(self, statement: str, values: tuple[object, ...]) -> list[tuple[bytes]]:
-        """Run a statement; after the first that fails (a full disk, another process that does not let go) there is no database any more."""
+        """Run a statement; after the first that fails (a full disk, another process that does not let go) there is no database any more.
+
+        A damaged one is deleted, so that the next process begins anew.
+        """
         if self._database is None:
             return []
         try:
             return self._database.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             _LOG.info("Files are read without notes from here on: %s", error)
+            with suppress(sqlite3.Error):
+                self._database.close()
             self._database = None
+            if _is_damage(error) and self._path:
+                with suppress(OSError):
+                    self._path.unlink(missing_ok=True)
             return []
 
 
 def open_seen(*, read_again: bool = False) -> SeenFiles:
     """Open the notes of this user. `read_again`: believe none of them, and write all anew."""
-    return SeenFiles(cache_folder() / "seen-1.sqlite", reads_again=read_again)
+    folder = cache_folder()
+    return SeenFiles(folder / "seen-1.sqlite" if folder else None, reads_again=read_again)
 
 
-def cache_folder() -> Path:
-    """Return where notes lie: `INTERP_CACHE`, else `interp-assets` in the user's cache folder."""
+def cache_folder() -> Path | None:
+    """Return where notes lie: `INTERP_CACHE`, else `interp-assets` in the user's cache folder; None for a user without a home."""
     given, user = os.environ.get(CACHE_VARIABLE), os.environ.get("XDG_CACHE_HOME")
-    return Path(given).expanduser() if given else Path(user or "~/.cache").expanduser() / "interp-assets"
+    try:
+        return Path(given).expanduser() if given else Path(user or "~/.cache").expanduser() / "interp-assets"
+    except RuntimeError as error:  # no HOME, and a user id without an entry, as containers have
+        _LOG.info("There are no notes of files: %s", error)
+        return None
 
 
 def _open(path: Path) -> sqlite3.Connection | None:
@@ -129,19 +143,29 @@ def _open(path: Path) -> sqlite3.Connection | None:
     for _ in range(2):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            database = sqlite3.connect(path, timeout=5.0, check_same_thread=False)
-            database.execute(_TABLE)
-        except sqlite3.OperationalError as error:  # no folder, no right, locked, full
+            return _connect(path)
+        except (sqlite3.Error, OSError) as error:  # no folder, no right, locked, full; or damaged
             _LOG.info("There are no notes of files in %s: %s", path, error)
-            return None
-        except sqlite3.DatabaseError:  # not a database, or a damaged one
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            _LOG.info("There are no notes of files in %s: %s", path, error)
-            return None
-        else:
-            return database
+            if not _is_damage(error):
+                return None
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
     return None
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=5.0, check_same_thread=False)
+    try:
+        database.execute(_TABLE)
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
+
+
+def _is_damage(error: Exception) -> bool:
+    """Say whether SQLite found no database or a damaged one; what may pass (no right, locked, full) has classes of its own."""
+    return type(error) is sqlite3.DatabaseError
 
 
 def _stamp(path: Path) -> tuple[str, int]:

@@ -2,6 +2,8 @@
 
 import os
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -127,6 +129,33 @@ def test_damaged_notes_are_begun_anew(texts: Path, tmp_path: Path, content: byte
     (tmp_path / "notes").write_bytes(content)
     assert _survey(_config(texts), tmp_path / "notes").shards == plan_sources(_config(texts), 0)
     assert len(_noted(tmp_path / "notes")) == 4
+
+
+def test_notes_with_a_damaged_page_are_begun_anew(texts: Path, tmp_path: Path) -> None:
+    """Damage behind the first page shows only when a note is asked for; all would be read for ever after."""
+    notes = tmp_path / "notes"
+    first = _survey(_config(texts), notes)
+    with sqlite3.connect(notes) as database:
+        (page_bytes,) = database.execute("PRAGMA page_size").fetchone()
+    data = notes.read_bytes()
+    notes.write_bytes(data[:page_bytes] + b"\xff" * (len(data) - page_bytes))
+    assert _survey(_config(texts), notes) == first
+    assert _survey(_config(texts), notes) == first
+    assert _noted(notes) == ["a.txt", "b.jsonl", "c.parquet", "d.txt"]
+
+
+def test_a_user_without_a_home_has_no_notes() -> None:
+    """Containers run as user ids that no table of users has; planning, and the end of every partition, asks for the cache folder."""
+    program = (
+        "from pathlib import Path\n"
+        "from interp_assets.rates import load_rates, note_rate, rates_path\n"
+        "from interp_assets.seen import open_seen\n"
+        "with open_seen() as seen: print(seen.answer(Path('.'), 'q', lambda: b'read'))\n"
+        "print(note_rate(rates_path(), 'sae', 10.0, 20.0), load_rates(rates_path()))\n"
+    )
+    environment = {**os.environ, "INTERP_CACHE": "~no-such-user-here/cache"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:2] == ["b'read'", "False {}"], done.stderr
 
 
 def test_without_a_place_for_notes_all_is_read(texts: Path, tmp_path: Path) -> None:
