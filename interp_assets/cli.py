@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from interp_assets.config import PipelineConfig, demo_config, load_config
-from interp_assets.errors import InputError, InterpError, explain_missing, has_no_room
+from interp_assets.errors import InputError, InterpError, explain_missing, find_no_room
 from interp_assets.web.commands import export, labels_app, make_desk
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -272,8 +272,8 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the last resort: a person gets a sentence, a developer --debug
         if is_debug:
             err.print(traceback.format_exc(), markup=False, soft_wrap=True)
-        if has_no_room(error):
-            reason = str(error.__cause__ or error).splitlines()[0]
+        if found := find_no_room(error):
+            reason = (str(found).strip() or type(found).__name__).splitlines()[0]
             text = f"Error: A disk is full (or fails), that of Dagster's history or of temporary files: {reason}. "
             err.print(f"{text}Free some space and run the same command again: finished shards are kept.", style="red", markup=False, soft_wrap=True)
             sys.exit(1)

@@ -77,16 +77,16 @@ class CertificateError(InterpError):
     """A shuffle lost, doubled or failed to mix rows."""
 
 
-def has_no_room(error: BaseException | None) -> bool:
-    """Say whether a full disk is behind an error: an `OSError`, or SQLite's own words for one, anywhere in the chain of its causes.
+def find_no_room(error: BaseException | None) -> BaseException | None:
+    """Return the full disk behind an error: an `OSError`, or SQLite's own words for one, anywhere in the chain of its causes. None without.
 
     SQLite says "disk I/O error" when it finds no room for its log, and when the disk fails.
     """
     while error is not None:
         if getattr(error, "errno", None) in NO_ROOM or any(words in str(error) for words in ("database or disk is full", "disk I/O error")):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 _EXTRAS: Final = {"dagster_k8s": "kubernetes", "dagster_postgres": "production", "psycopg2": "production", "dagster_ray": "ray", "ray": "ray"}

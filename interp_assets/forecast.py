@@ -113,10 +113,16 @@ def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line],
     ]
     for note in notes:
         console.print(note, soft_wrap=True, markup=False)
-    if free := _free_bytes(pipeline.config.root):
-        style = "red" if free < written_bytes else None
-        room = "which is too little: name another `root`, or free some" if free < written_bytes else "which is enough"
-        console.print(f"{pipeline.config.root} has {format_bytes(free)} free, {room}.", style=style, soft_wrap=True, markup=False)
+    print_room(console, pipeline.config.root, free_bytes(pipeline.config.root), written_bytes)
+
+
+def print_room(console: Console, root: str, free: int | None, written_bytes: float) -> None:
+    """Print whether a disk has room for what will be written; nothing where it is not known how much there is."""
+    if free is None:
+        return
+    style = "red" if free < written_bytes else None
+    room = "which is too little: name another `root`, or free some" if free < written_bytes else "which is enough"
+    console.print(f"{root} has {format_bytes(free)} free, {room}.", style=style, soft_wrap=True, markup=False)
 
 
 def _show_rows(n_rows: int) -> str:
@@ -127,10 +133,10 @@ def _or_dash(n_bytes: int) -> str:
     return format_bytes(n_bytes) if n_bytes else "-"
 
 
-def _free_bytes(root: str) -> int:
-    """Return the free bytes of the disk that a local root lies on, or will; 0 for buckets."""
+def free_bytes(root: str) -> int | None:
+    """Return the free bytes of the disk that a local root lies on, or will; None for buckets."""
     if "://" in root:
-        return 0
+        return None
     folder = Path(root).expanduser().absolute()
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 

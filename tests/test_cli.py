@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from tiny_models import make_tiny_config, save_model, write_texts
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from interp_assets import cli
 from interp_assets.config import PipelineConfig, demo_config, load_config
-from interp_assets.errors import InputError, explain_missing, has_no_room
+from interp_assets.errors import InputError, explain_missing, find_no_room
+from interp_assets.forecast import free_bytes, print_room
 from interp_assets.manifest import create_artifact, make_ref
 from interp_assets.progress import AssetReport
 from interp_assets.starter import make_starter
@@ -385,11 +387,41 @@ def test_a_disk_that_is_full_for_dagsters_history_is_no_bug_of_ours() -> None:
     """The history lies beside the data: SQLite is often the first to find no room, and says it inside other errors."""
     error = RuntimeError("an event was not stored")
     error.__cause__ = sqlite3.OperationalError("database or disk is full")
-    assert has_no_room(error)
-    assert has_no_room(sqlite3.OperationalError("disk I/O error"))
-    assert has_no_room(OSError(errno.ENOSPC, "No space left on device"))
-    assert not has_no_room(OSError(errno.ENOENT, "No such file"))
-    assert not has_no_room(RuntimeError("something else"))
+    assert find_no_room(error)
+    assert find_no_room(sqlite3.OperationalError("disk I/O error"))
+    assert find_no_room(OSError(errno.ENOSPC, "No space left on device"))
+    assert not find_no_room(OSError(errno.ENOENT, "No such file"))
+    assert not find_no_room(RuntimeError("something else"))
+
+
+def test_a_full_disk_is_named_by_what_the_system_said() -> None:
+    """Not by the link of the chain that lies nearest, which may say nothing at all."""
+    program = (
+        "import errno, sys\n"
+        "from interp_assets import cli\n"
+        "@cli.app.command()\n"
+        "def fill() -> None:\n"
+        "    try:\n"
+        "        try: raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "        except OSError as error: raise ValueError from error\n"
+        "    except ValueError as error: raise RuntimeError('an event was not stored') from error\n"
+        "sys.argv = ['interp', 'fill']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Error: A disk is full (or fails)" in done.stderr
+    assert "files: [Errno 28] No space left on device. Free" in done.stderr
+
+
+def test_a_disk_without_a_byte_free_is_said_to_be_too_small() -> None:
+    """0 bytes are what a forecast is for; of a bucket nothing is known, and nothing said."""
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    print_room(console, "s3://bucket/x", free_bytes("s3://bucket/x"), 5e9)
+    assert not shown.getvalue()
+    print_room(console, "data", 0, 5e9)
+    assert "data has 0 B free, which is too little: name another `root`" in shown.getvalue()
 
 
 @pytest.mark.parametrize(
