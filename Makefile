@@ -24,8 +24,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ENV_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 # In a terminal pip shows what it does and its bars; into a file or a pipe it says nothing but errors, and each stage is one line of ours.
-PIP_INSTALL = $(PIP) install $$([ -t 1 ] || echo -q) $(PIP_ARGS) -c constraints.txt
-STARTED = started=$$(date +%s)
+PIP_INSTALL = $(PIP) install $$quiet $(PIP_ARGS) -c constraints.txt
+STARTED = quiet=; [ -t 1 ] || quiet=-q; started=$$(date +%s)
 DONE = echo "    done in $$(( $$(date +%s) - started )) s"
 SOURCES := interp_assets resources tests benchmarks examples frontend/build.py hatch_build.py
 export INTERP_SKIP_FRONTEND
