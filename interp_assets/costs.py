@@ -92,14 +92,15 @@ def make_estimator(config: PipelineConfig) -> Estimator:
     """Return what tells, of each partition of a pipeline that has been made, what it took beside what it was expected to take."""
     road = {stop.key: stop for stop in make_road(config)}
 
-    def compare(asset: Sequence[str], partition: str, traffic: Traffic, seconds: float) -> list[dict[str, Any]] | None:
+    def compare(asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool) -> list[dict[str, Any]] | None:
         stop = road.get(tuple(asset))
         if stop is None or stop.name == "corpus_plan":
             return None
         store = open_pipeline_store(config)
         try:
             estimated = estimate_cost(stop, load_pipeline(config, store), store, partition)
-            note_rate(rates_path(), rate_kind(stop, config), estimated.seconds, seconds)
+            if is_whole:
+                note_rate(rates_path(), rate_kind(stop, config, partition), estimated.seconds, seconds)
             return tabulate(estimated, measure_cost(config, traffic, seconds))
         except InterpError:
             return None  # the plan or the tokens went away meanwhile; the partition's own event matters more
@@ -107,8 +108,13 @@ def make_estimator(config: PipelineConfig) -> Estimator:
     return compare
 
 
-def rate_kind(stop: Stop, config: PipelineConfig) -> str:
-    """Name the kind of work, for what is known of this machine: the asset, and the model where that decides how long a row takes."""
+def rate_kind(stop: Stop, config: PipelineConfig, key: str) -> str:
+    """Name a partition's kind of work, for what is known of this machine: the asset; the model where that decides how long a row takes.
+
+    An SAE that is read from a folder is another kind than one that is trained.
+    """
+    if stop.name == "sae" and config.sae(key).imported:
+        return "sae imported"
     return f"{stop.key[-1]} {config.model.name}" if stop.name in ("activations", "sae_evaluation") else stop.key[-1]
 
 

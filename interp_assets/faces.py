@@ -46,6 +46,8 @@ class Made(NamedTuple):
 
     data_version: str
     metadata: dict[str, Any]
+    is_whole: bool = True
+    """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
 
 
 class Shared(NamedTuple):
@@ -84,7 +86,8 @@ def record(
             continue
         progress.end()
         took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
-        table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds)
+        is_new = not made.metadata.get("reused", True)
+        table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds, is_whole=made.is_whole) if is_new else None
         yield _event(context, key, _with_cost(made, table), tags)
     if failed:
         raise _failure(failed, len(keys)) from next(iter(failed.values()))
@@ -153,7 +156,7 @@ def _where(produced: Sequence[Produced], url: str) -> dict[str, Any]:
 
 def _with_cost(made: Made, table: list[dict[str, Any]] | None) -> Made:
     """Add what a partition that was made took, beside what it was expected to; in dollars where the configuration says what an hour costs."""
-    if table is None or made.metadata.get("reused", True):
+    if table is None:
         return made
     usd = {row["what"]: row["actual"] for row in table}["USD"]
     more: dict[str, Any] = {"usd": usd} if usd else {}

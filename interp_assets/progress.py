@@ -1,14 +1,21 @@
 """Who hears how the work goes: nobody by default, the command line's bars when a person watches."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from interp_assets.traffic import Traffic
 
-Estimator = Callable[[Sequence[str], str, Traffic, float], list[dict[str, Any]] | None]
-"""From asset, partition, traffic and seconds to a table of what was expected and what it took; None where nothing is expected."""
 Advance = Callable[[int], None]
 """What a stage calls with the units of work that it has done since the last call."""
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """Knows what partitions should take, and learns from what they took."""
+
+    def __call__(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool) -> list[dict[str, Any]] | None:
+        """Return a table of what was expected and what it took, None where nothing is expected; only work that was done whole teaches anything."""
+        ...
 
 
 class Progress:
@@ -17,9 +24,9 @@ class Progress:
     estimator: Estimator | None = None
     """Knows what partitions should cost. Given by the definitions, because it sees all stages, and a stage sees only those before it."""
 
-    def cost(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float) -> list[dict[str, Any]] | None:
+    def cost(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool = True) -> list[dict[str, Any]] | None:
         """Return what a partition took beside what it was expected to take, if that is known."""
-        return self.estimator(asset, partition, traffic, seconds) if self.estimator else None
+        return self.estimator(asset, partition, traffic, seconds, is_whole=is_whole) if self.estimator else None
 
     def plan(self, n_partitions: int) -> None:
         """Hear how many partitions a run has, finished ones included."""

@@ -10,7 +10,7 @@ count at all. Files of middle passes are not needed any more once the rows are m
 
 from typing import Final, NamedTuple
 
-from interp_assets.config import PipelineConfig
+from interp_assets.config import PipelineConfig, SaeConfig
 from interp_assets.costs import Cost, estimate_cost, rate_kind, rows_of
 from interp_assets.garcon.subject import make_meta_model
 from interp_assets.pipeline import Pipeline, shard_index
@@ -30,7 +30,7 @@ JOB_START_S: Final = 5.0
 _WIDTH_OF_FORWARD: Final = 30
 """Values of the model's width that a forward pass holds for each token."""
 _WEIGHT_COPIES: Final = 5
-"""Weights, gradients, Adam's two moments, and a copy for checkpoints."""
+"""Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
 
 
 class Line(NamedTuple):
@@ -53,9 +53,7 @@ class Line(NamedTuple):
 def make_schedule(pipeline: Pipeline, store: Store, rates: dict[str, Rate], workers: int) -> list[Line]:
     """Return a line for every asset after the plan, in the order of the data."""
     n_parameters = sum(weight.numel() for weight in make_meta_model(pipeline.config.model).net.parameters())
-    return [
-        _line(stop, pipeline, store, rates.get(rate_kind(stop, pipeline.config)), (workers, n_parameters)) for stop in make_road(pipeline.config)[1:]
-    ]
+    return [_line(stop, pipeline, store, rates, (workers, n_parameters)) for stop in make_road(pipeline.config)[1:]]
 
 
 def count_rows(pipeline: Pipeline, store: Store, indices: list[int]) -> int:
@@ -78,7 +76,7 @@ def workload(pipeline: Pipeline, store: Store, name: str) -> Workload:
     )
 
 
-def _line(stop: Stop, pipeline: Pipeline, store: Store, rate: Rate | None, machine: tuple[int, int]) -> Line:
+def _line(stop: Stop, pipeline: Pipeline, store: Store, rates: dict[str, Rate], machine: tuple[int, int]) -> Line:
     workers, n_parameters = machine
     keys = stop.partition_keys(pipeline)
     if stop.name == "shuffle_pass_1":
@@ -88,9 +86,11 @@ def _line(stop: Stop, pipeline: Pipeline, store: Store, rate: Rate | None, machi
         costs = [estimate_cost(stop, pipeline, store, key) for key in missing]
     else:  # alike
         costs = [estimate_cost(stop, pipeline, store, missing[0])] * len(missing) if missing else []
+    known = [rates.get(rate_kind(stop, pipeline.config, key)) for key in missing]
+    rate = max((item for item in known if item), key=lambda item: item.n_partitions, default=None)
     if rate is None:
         costs = _with_model(stop, pipeline, store, missing, costs, n_parameters)
-    seconds = [cost.seconds * (rate.factor if rate else 1.0) for cost in costs]
+    seconds = [cost.seconds * (item.factor if item else 1.0) for cost, item in zip(costs, known, strict=True)]
     start_s = START_S if workers == 1 else JOB_START_S
     total_s, longest_s = sum(seconds) + start_s * len(missing), max(seconds, default=0.0) + start_s
     return Line(
@@ -101,7 +101,7 @@ def _line(stop: Stop, pipeline: Pipeline, store: Store, rate: Rate | None, machi
         n_rows=_rows(stop, pipeline, store, missing),
         read_bytes=int(sum(cost.read_bytes for cost in costs)),
         written_bytes=int(sum(cost.written_bytes for cost in costs)),
-        job_bytes=_job_bytes(stop, pipeline, store, n_parameters) if missing else 0,
+        job_bytes=_job_bytes(stop, pipeline, store, missing, n_parameters) if missing else 0,
         wall_s=max(total_s / workers, longest_s) if missing else 0.0,
         rate=rate,
     )
@@ -131,8 +131,8 @@ def _rows(stop: Stop, pipeline: Pipeline, store: Store, missing: list[str]) -> i
     return count_rows(pipeline, store, pipeline.train_indices) if stop.name == "shuffle_certificate" and missing else 0
 
 
-def _job_bytes(stop: Stop, pipeline: Pipeline, store: Store, n_parameters: int) -> int:
-    """Return what the largest job of an asset holds."""
+def _job_bytes(stop: Stop, pipeline: Pipeline, store: Store, missing: list[str], n_parameters: int) -> int:
+    """Return what the largest job of an asset's missing partitions holds."""
     config: PipelineConfig = pipeline.config
     largest = max((rows_of(pipeline, store, index) for index in pipeline.shard_indices), default=0)
     formats = [RowFormat(width, config.harvest.dtype) for width in pipeline.plan.hook_widths.values()]
@@ -147,10 +147,19 @@ def _job_bytes(stop: Stop, pipeline: Pipeline, store: Store, n_parameters: int) 
     if stop.axis == "bucket":
         return count_rows(pipeline, store, pipeline.train_indices) * record_bytes // stop.n_buckets
     if stop.stage == "train" and stop.axis == "experiment":
-        weights = [2 * pipeline.d_in(sae.hook_point) * sae.d_sae * 4 for sae in config.saes]
-        batch = [sae.batch_rows * (pipeline.d_in(sae.hook_point) * 4 + sae.d_sae * 2) * 4 for sae in config.saes]
         model = n_parameters * ITEM_BYTES[config.model.dtype] if stop.name == "sae_evaluation" else 0
-        return max(w * (_WEIGHT_COPIES if stop.name == "sae" else 1) + b for w, b in zip(weights, batch, strict=True)) + model
+        return max(_sae_bytes(stop, pipeline, config.sae(name)) for name in missing) + model
     if stop.stage == "visualize":
         return estimate(workload(pipeline, store, stop.key[1]), config.features, config.features.latent_slices).job_bytes
     return 0
+
+
+def _sae_bytes(stop: Stop, pipeline: Pipeline, sae: SaeConfig) -> int:
+    """Return what an SAE's weights, with their copies, and a batch of rows, latents, reconstructions and errors take; reading one takes no batch."""
+    d_in, d_out = (sum(pipeline.d_in(hook_point) for hook_point in names) for names in (sae.sources, sae.targets))
+    skip = d_in * d_out if sae.task == "skip_transcoder" else 0
+    weights = ((d_in + d_out) * sae.d_sae + skip) * 4
+    batch = sae.batch_rows * (d_in + 3 * d_out + 2 * sae.d_sae) * 4
+    if stop.name == "sae":
+        return weights * _WEIGHT_COPIES + (0 if sae.imported else batch)
+    return weights + batch

@@ -17,8 +17,9 @@ from interp_assets.traffic import METER
 from interp_assets.train.evaluate import evaluate_sae
 from interp_assets.train.launch import run_training
 from interp_assets.train.loop import training_rows
-from interp_assets.train.refs import EVALUATION_VERSION, SWEEP_VERSION, TRAIN_VERSION
+from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, sae_ref
 from interp_assets.train.reports import describe_speed, describe_sweep, make_listener
+from interp_assets.train.resume import has_checkpoint
 from interp_assets.train.sweep import make_sweep
 from resources.world import World
 
@@ -40,7 +41,7 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         pool=GPU_POOL,
         op_tags=layout.on_gpu(),
         kinds=layout.kinds("pytorch"),
-        code_version=code_version(TRAIN_VERSION),
+        code_version=f"{code_version(TRAIN_VERSION)}.{code_version(IMPORT_VERSION)}",
         backfill_policy=dg.BackfillPolicy.single_run(),
         description=(
             "A trained sparse autoencoder: weights and configuration in a folder that SAELens opens, and its training curve. The unit of work is an "
@@ -53,6 +54,7 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         names = partition_keys(context)
         _require_certificates(pipeline, store, names)
         progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
+        begun_before = {name for name in names if has_checkpoint(store, sae_ref(pipeline, name))}
         before, begun = METER.total(), time.monotonic()
         trained = run_training(pipeline, store, names, progress.advance, make_listener(context.log.info))
         shared = Shared(METER.total().since(before), time.monotonic() - begun)
@@ -62,7 +64,7 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
             shown = {name: dg.MetadataValue.md(text) for name, text in describe_speed(store, item).items()}
             if not pipeline.config.sae(key).imported:
                 shown["training"] = dg.MetadataValue.md(plot_training(store, item))
-            return made([item], store.url, **shown)
+            return made([item], store.url, **shown)._replace(is_whole=key not in begun_before)
 
         yield from record(context, work, progress, shared)
 

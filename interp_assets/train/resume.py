@@ -67,6 +67,11 @@ def load_checkpoint(store: Store, sae: ArtifactRef) -> Checkpoint | None:
     return None
 
 
+def has_checkpoint(store: Store, sae: ArtifactRef) -> bool:
+    """Tell whether a training of this SAE would go on from a checkpoint."""
+    return bool(_steps(store, sae))
+
+
 def remove_checkpoints(store: Store, sae: ArtifactRef) -> None:
     """Delete all checkpoints of an SAE."""
     for step in _steps(store, sae):

@@ -1,0 +1,61 @@
+"""What a training or an import is expected to take, and what the next one learns from it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from interp_assets.costs import estimate_cost, make_estimator, rate_kind
+from interp_assets.pipeline import Pipeline, save_plan
+from interp_assets.rates import Rate, load_rates, rates_path
+from interp_assets.road import make_road
+from interp_assets.schedule import Line, make_schedule
+from interp_assets.store import Store
+from interp_assets.traffic import Traffic
+
+TRAINED = {"name": "own", "d_sae": 24, "k": 3, "n_rows": 1000, "batch_rows": 100}
+IMPORTED = {"name": "foreign", "d_sae": 48, "k": 3, "imported": "folder", "imported_digest": "12", "batch_rows": 100_000}
+
+
+def forecast(pipeline: Pipeline, store: Store, rates: dict[str, Rate]) -> Line:
+    """Return the line of the asset `sae`."""
+    return next(line for line in make_schedule(pipeline, store, rates, 1) if line.name == "sae")
+
+
+def test_an_import_teaches_nothing_about_trainings(make_planted: Callable[..., Any]) -> None:
+    """It is bound by a disk or a network: five times its estimate would make every training look five times as long."""
+    planted = make_planted([TRAINED, IMPORTED])
+    stop = next(stop for stop in make_road(planted.pipeline.config) if stop.name == "sae")
+    kinds = [rate_kind(stop, planted.pipeline.config, name) for name in ("own", "foreign")]
+    assert kinds == ["sae", "sae imported"]
+    plain, slow, slower = (forecast(planted.pipeline, planted.store, rates) for rates in ({}, {"sae imported": Rate(1e6, 3)}, {"sae": Rate(1e6, 3)}))
+    own, foreign = (estimate_cost(stop, planted.pipeline, planted.store, name).seconds for name in ("own", "foreign"))
+    assert abs(slow.wall_s - plain.wall_s - foreign * (1e6 - 1)) < 1e-6 * slow.wall_s
+    assert abs(slower.wall_s - plain.wall_s - own * (1e6 - 1)) < 1e-6 * slower.wall_s
+
+
+def test_a_part_of_the_work_is_no_rate(make_planted: Callable[..., Any], tmp_path: Any) -> None:
+    """A training that went on from a checkpoint did less than the estimate counts."""
+    planted = make_planted([TRAINED], root=str(tmp_path))
+    save_plan(planted.store, planted.pipeline.plan)
+    compare, before = make_estimator(planted.pipeline.config), load_rates(rates_path()).get("sae")
+    assert compare(["sae"], "own", Traffic(), 60.0, is_whole=False) is not None
+    assert load_rates(rates_path()).get("sae") == before
+    assert compare(["sae"], "own", Traffic(), 60.0, is_whole=True) is not None
+    assert load_rates(rates_path()).get("sae") != before
+
+
+def test_memory_is_that_of_the_missing_saes_at_all_their_hook_points(make_planted: Callable[..., Any]) -> None:
+    """An imported SAE is not trained, a crosscoder reads more hook points, a transcoder writes another one (16 and 8 values here)."""
+
+    def job_bytes(**fields: Any) -> int:
+        planted = make_planted([{**TRAINED, **fields}])
+        return forecast(planted.pipeline, planted.store, {}).job_bytes
+
+    def expected(d_in: int, d_out: int, skip: int = 0) -> int:
+        return 5 * ((d_in + d_out) * 24 + skip) * 4 + 100 * (d_in + 3 * d_out + 2 * 24) * 4
+
+    assert job_bytes() == expected(16, 16)
+    assert job_bytes(task="crosscoder", more_hook_points=["mlp_out.0"]) == expected(24, 24)
+    assert job_bytes(task="transcoder", target_hook_point="mlp_out.0") == expected(16, 8)
+    assert job_bytes(task="skip_transcoder", target_hook_point="mlp_out.0") == expected(16, 8, 16 * 8)
+    both = make_planted([TRAINED, IMPORTED])
+    assert forecast(both.pipeline, both.store, {}).job_bytes == max(expected(16, 16), 5 * 32 * 48 * 4)
