@@ -2,7 +2,7 @@
 
     make bench-train QUICK=1                                                              small: ends within 45 s on 2 cores
     make bench-train BENCH_ARGS="--peers .peers/bin/python"                               the sizes of the goals, with peers: minutes
-    python benchmarks/bench_train.py --architectures relu --d-sae 4096 --append results.jsonl       one of them, for short slots
+    python benchmarks/bench_train.py --architectures relu --d-sae 4096 --append results.jsonl       one of them: a short run
     python benchmarks/bench_train.py --d-sae 4096 --trained states/                       whole trainings, see `train_states.py`
     python benchmarks/bench_train.py --device cuda                                        on a GPU, see `train_gpu.py` for its options
 
