@@ -1,7 +1,8 @@
 """What this process asks of its stores, counted: requests as S3 would bill them, and bytes, so that a partition shows what it moved.
 
 One meter a process, because reads and writes come from threads that a stage starts; a run makes one partition after the other, and looks
-at the meter before and after each. Other processes (training ranks, tasks on a cluster) count for themselves and are not in it.
+at the meter before and after each. Training ranks tell their launcher at their end what they did; tasks on a cluster
+count for themselves and are not in it.
 """
 
 import threading
@@ -45,6 +46,11 @@ class Meter:
         with self._lock:
             total = self._total
             self._total = total._replace(puts=total.puts + n_requests, written_bytes=total.written_bytes + n_bytes)
+
+    def add(self, other: Traffic) -> None:
+        """Count what another process did for this one."""
+        with self._lock:
+            self._total = Traffic(*(mine + theirs for mine, theirs in zip(self._total, other, strict=True)))
 
     def total(self) -> Traffic:
         """Return everything so far."""

@@ -2,8 +2,9 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m interp_assets.train pipeline.yaml demo other
 
-Lines on standard output are objects with the key `event`: `progress` (`n` rows), `metrics` (a logged step) and, when a training fails,
-`error` (`type`, `message`), from any rank. Nothing here knows Dagster: `launch.py` reads the lines and hands them on.
+Lines on standard output are objects with the key `event`: `progress` (`n` rows), `metrics` (a logged step), and from every rank `traffic` (requests
+and bytes, at its end) and, when a training fails, `error` (`type`, `message`).
+Nothing here knows Dagster: `launch.py` reads the lines and hands them on.
 
 Started by `launch.py`, a process ends when its launcher is gone, however that went: the launcher never writes to standard input, which torchrun
 passes on to every rank, so what can be read there is its end. Where torchrun itself is killed, the kernel ends its ranks (Linux, prctl(2)).
@@ -25,6 +26,7 @@ from interp_assets.config import load_config
 from interp_assets.errors import InterpError
 from interp_assets.garcon.device import choose_device
 from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.traffic import METER
 from interp_assets.train.launch import ATTACHED
 from interp_assets.train.loop import TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import make_ranks
@@ -63,6 +65,7 @@ def main(arguments: list[str]) -> int:
         _tell("error", type=type(error).__name__, message=str(error))
         return 1
     finally:
+        _tell("traffic", **METER.total()._asdict())
         dist.destroy_process_group()
     return 0
 

@@ -28,6 +28,7 @@ from interp_assets.errors import ConfigError, InterpError
 from interp_assets.manifest import Produced, find_manifest, load_manifest
 from interp_assets.pipeline import Pipeline
 from interp_assets.store import Store
+from interp_assets.traffic import METER, Traffic
 from interp_assets.train.imported import import_sae
 from interp_assets.train.loop import OnMetrics, TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
@@ -192,7 +193,7 @@ def _signal_name(number: int) -> str:
 
 
 def _listen(process: subprocess.Popen[str], progress: Callable[[int], None] | None, on_metrics: OnMetrics | None) -> InterpError | None:
-    """Hand rank 0's lines on until it closes its output; return the error that it reported."""
+    """Hand rank 0's lines on until all have closed their output, and count every rank's traffic; return the first error that was reported."""
     failure: InterpError | None = None
     for line in process.stdout or ():
         event = _parse(line)
@@ -201,6 +202,8 @@ def _listen(process: subprocess.Popen[str], progress: Callable[[int], None] | No
                 progress(event["n"])
             case "metrics" if on_metrics is not None:
                 on_metrics(TrainingMetrics(event["name"], LogRow(**event["row"]), event["n_steps"], event["rows_per_s"], event["input_wait_share"]))
+            case "traffic":
+                METER.add(Traffic(event["gets"], event["puts"], event["read_bytes"], event["written_bytes"]))
             case "error" if failure is None:
                 kind = getattr(errors, event["type"], InterpError)
                 failure = kind(event["message"])

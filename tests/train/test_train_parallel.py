@@ -9,6 +9,7 @@ import torch
 from interp_assets.errors import ConfigError, NonFiniteError
 from interp_assets.manifest import read_file
 from interp_assets.pipeline import Pipeline, open_pipeline_store, save_plan
+from interp_assets.traffic import METER
 from interp_assets.train.launch import run_training
 from interp_assets.train.parallel import ONE_RANK, Ranks, check_grid
 from interp_assets.train.recipes import RECIPES
@@ -105,6 +106,19 @@ def test_a_grid_of_processes_trains_like_one(make_planted, tmp_path, n: int, n_s
             torch.testing.assert_close(torch.tensor(many[column].to_list()), torch.tensor(one[column].to_list()), rtol=tolerance, atol=1e-5, msg=name)
         assert list(one["dead_share"]) == pytest.approx(list(many["dead_share"]), abs=0.05)
     assert max(logs[0]["topk"]["auxk_loss"]) > 0
+
+
+@pytest.mark.slow
+def test_what_processes_read_and_write_is_counted_here(make_planted, tmp_path) -> None:
+    """The cost that a partition shows is of all ranks: each reads the rows, and the first writes the weights."""
+    pipeline = with_processes(make_planted([{**TINY, "name": "a"}], root=str(tmp_path)).pipeline, str(tmp_path), 2)
+    store = open_pipeline_store(pipeline.config)
+    save_plan(store, pipeline.plan)
+    before = METER.total()
+    produced = run_training(pipeline, store, ["a"])["a"]
+    moved = METER.total().since(before)
+    assert moved.written_bytes >= produced.manifest.n_bytes
+    assert moved.read_bytes >= 2 * 1500 * 16 * 2  # both ranks read every batch of 16 values of two bytes
 
 
 @pytest.mark.slow
