@@ -116,7 +116,7 @@ def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line],
     print_room(console, pipeline.config.root, free_bytes(pipeline.config.root), written_bytes)
 
 
-def print_room(console: Console, root: str, free: int | None, written_bytes: float) -> None:
+def print_room(console: Console, root: str, free: int | None, written_bytes: int) -> None:
     """Print whether a disk has room for what will be written; nothing where it is not known how much there is."""
     if free is None:
         return

@@ -418,9 +418,9 @@ def test_a_disk_without_a_byte_free_is_said_to_be_too_small() -> None:
     """0 bytes are what a forecast is for; of a bucket nothing is known, and nothing said."""
     shown = io.StringIO()
     console = Console(file=shown, width=200)
-    print_room(console, "s3://bucket/x", free_bytes("s3://bucket/x"), 5e9)
+    print_room(console, "s3://bucket/x", free_bytes("s3://bucket/x"), 5_000_000_000)
     assert not shown.getvalue()
-    print_room(console, "data", 0, 5e9)
+    print_room(console, "data", 0, 5_000_000_000)
     assert "data has 0 B free, which is too little: name another `root`" in shown.getvalue()
 
 
