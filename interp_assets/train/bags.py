@@ -105,7 +105,7 @@ def _write_sum(typing: Any, table: Any, index: Any, weights: Any, out: Any, plac
                 for j, variable in enumerate(sums[i % 2]):
                     builder.store(code.fma(factor, code.load(row, j), builder.load(variable)), variable)
 
-        code.for_each(*place[2:], add)
+        code.for_each(place[2], place[3], add)
         for j in range(_VECTORS):
             code.save(builder.fadd(builder.load(sums[0][j]), builder.load(sums[1][j])), target, j)
         return context.get_dummy_value()
@@ -137,7 +137,7 @@ def _write_dot(typing: Any, table: Any, index: Any, grad: Any, out: Any, place: 
             place = code.bitcast(builder.gep(target, [pairs[0]]), len(pairs))
             builder.store(builder.fadd(builder.load(place, align=4), code.sum_lanes(products)), place, align=4)
 
-        code.for_each(*place[2:], add)
+        code.for_each(place[2], place[3], add)
         return context.get_dummy_value()
 
     return types.void(table, index, grad, out, place), generate
