@@ -23,6 +23,7 @@ from interp_assets.jobs import open_instance
 
 _STOP_S: Final = 20
 """Seconds to leave Dagster for an orderly end before it is killed."""
+_LOOK_S: Final = 1.0
 _ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
 """Signals that end a process without a word; SIGINT raises `KeyboardInterrupt` already."""
 _ATTACHED: Final = """
@@ -62,8 +63,13 @@ class DagsterUi:
             signal.signal(number, handler)
 
     def wait(self) -> None:
-        """Wait until the process ends by itself."""
-        self._process.wait()
+        """Wait until the process ends by itself.
+
+        Now and then this thread looks up: a signal that another thread was handed would wait for ever beside a call that blocks.
+        """
+        while self._process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LOOK_S)
 
     def stop(self) -> None:
         """Ask for an end, and enforce it after `_STOP_S`, for all that was started."""

@@ -81,13 +81,14 @@ def test_ctrl_c_stops_a_run_in_the_middle_of_a_partition_and_keeps_finished_ones
             if begun[-1] == ("activations", "shard-000004") and begun.count(begun[-1]) == 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with dg.DagsterInstance.ephemeral() as instance:
         with pytest.raises(KeyboardInterrupt):
             list(run_road(config, instance, progress=Interrupting()))
         assert begun[-1] == ("activations", "shard-000004")
         assert begun.count(begun[-1]) == 1
         assert sorted(recorded_versions(instance, stop_of(config, "activations"))) == [f"shard-{i:06d}" for i in range(4)]
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_a_named_partition_with_a_flipped_byte_is_made_again(copied: PipelineConfig) -> None:
@@ -176,7 +177,8 @@ def test_the_command_lines_make_the_same_partitions(copied: PipelineConfig, tmp_
         assert call(*dagster).returncode == 0
         rest = call(*interp, "--failed", "--select", "activations")
         assert rest.returncode == 0, rest.stdout + rest.stderr
-        assert rest.stdout.splitlines()[1].split()[:6] == ["activations", "2", "made,", "14", "there", "already"]
+        assert "activations: 2 partitions to make" in rest.stdout
+        assert ["activations", "2", "made,", "14", "there", "already"] in [line.split()[:6] for line in rest.stdout.splitlines()]
         records = instance.fetch_materializations(dg.AssetKey("activations"), limit=100).records
         assert len(records) == N_SHARDS + 3
 

@@ -100,6 +100,7 @@ def publish(world: World) -> None:
         with create_artifact(store, token_shard_ref(pipeline, index)) as art:
             columns = {"token_id": shard.token_ids, "context": shard.contexts, "document": shard.documents, "valid": shard.valid}
             art.put("tokens.parquet", _parquet(columns))
+            art.facts |= {"n_rows": len(shard.rows), "n_valid": int(shard.valid.sum())}
             first = np.searchsorted(shard.documents, np.arange(n_documents)).astype(np.uint64)
             art.put(
                 "documents.parquet",

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from interp_assets.config import FeaturesConfig
 from interp_assets.errors import PlanError
-from interp_assets.forecast import _print_evidence
+from interp_assets.forecast import _print_slices
 from interp_assets.visualize.estimate import H200, Machine, Workload, best_plan, estimate
 
 MILLION = Workload(n_rows=100_000_000, n_shards=8, d_in=4096, d_sae=1 << 20, l0=100.0, row_bytes=8192)
@@ -64,7 +64,12 @@ def test_the_forecast_names_passes_bytes_and_the_best_number_of_slices(make_worl
     """`interp plan` prints this before anything is made."""
     world = make_world()
     console = Console(record=True, width=160, file=io.StringIO())
-    _print_evidence(console, world.pipeline, world.store)
+    _print_slices(console, world.pipeline, world.store, 1)
     text = console.export_text()
-    for word in ("A feature_candidates", "D feature_records", "2 latent slices: ", "best ", "Gathering the rows around examples instead would write"):
+    for word in (
+        "Features of demo, in jobs of their own: 2 latent slices: ",
+        "a job",
+        "best",
+        "Gathering the rows around examples instead would write",
+    ):
         assert word in text, text
