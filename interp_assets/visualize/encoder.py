@@ -1,10 +1,17 @@
 """Activations become firings of one latent slice: a matrix product in tiles, and a scan for what exceeds its threshold.
 
-1. A block of rows, always the same number (the last is padded with zeros), times a tile of `TILE` encoder columns, always as many (the last is
-   padded with columns that cannot fire). One shape means one kernel, so results do not depend on how rows or latents are cut. Each thread
-   multiplies its own tiles, on a CPU `STRIP` columns and at most `MOST_ROWS` rows at a time, and scans the product while it is in the core's cache.
-2. The scan: the largest of `GROUP` rows, and a look at the rows below it where it reaches its threshold (kernels.py). Nothing of size
-   [rows of the shard x latents] ever exists; a thread's product is 2 MiB.
+On a CPU:
+
+1. Rows and encoder columns are quantized (train/coarse.py). Each thread multiplies the digits of its own tiles of `TILE` latents, `STRIP` latents
+   and at most `MOST_ROWS` rows at a time, and scans the product while it is in the core's cache. A thread's product is 2 MiB; nothing of size
+   [rows of the shard x latents] ever exists.
+2. The scan: the largest of `GROUP` rows, and a look at the rows below it where it may reach its threshold (kernels.py). The pre-activations that
+   may are computed from the rows themselves in a fixed order, so what fires, and how strongly, is a function of row and latent alone: neither
+   library nor processor, block or slice change a bit of it.
+3. Where a look finds many more pre-activations than fire, as in rows of very unequal values, digits are the values themselves from then on.
+
+Elsewhere a block of rows, always the same number (the last is padded with zeros), is multiplied in float32 or bfloat16 with tiles of latents,
+always as many (the last is padded with columns that cannot fire): one shape means one kernel.
 
 A latent fires where its pre-activation exceeds both thresholds, its own (`relu`, `jump_relu`) and the row's:
 
@@ -14,8 +21,8 @@ A latent fires where its pre-activation exceeds both thresholds, its own (`relu`
   value, none at the midpoint. On a CPU, `scan_topk` finds it and the firings in one pass: the (k+1)-th largest so far is a bound that rises
   (rising.py). Elsewhere the thresholds are found first, by torch's top-k over some tiles at a time, and then what exceeds them.
 
-With `dtype` bfloat16, rows and columns are rounded to it; products and sums are float32, on every device. A CPU multiplies the rounded
-values as float32, because torch's bfloat16 product on a CPU rounds its result as well: 48% of rows then tie at k.
+With `dtype` bfloat16, rows and columns are rounded to it; products and sums are float32, on every device. (Torch's bfloat16 product on a CPU
+rounds its result as well: 48% of rows then tie at k.)
 
 Comparisons with NaN are false, so a NaN would silently not fire: rows and weights are checked to be finite, and small enough that a sum
 of products cannot overflow.
@@ -35,20 +42,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.errors import NonFiniteError
+from interp_assets.train.coarse import Columns, Frame, Kind, Rows, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import fused, kernels
 from interp_assets.visualize.kernels import GROUP, STRIP, TILE
 from interp_assets.visualize.rising import Guess, RisingBounds, certain, find_thresholds, guess
 
 MOST_ROWS: Final = 4096
-"""Rows of one matrix product. Product and scan take 1.03 times the product alone at 4,096 x 128, 1.08 at 2,048 x 512, 1.10 at 4,096 x 192."""
+"""Rows of one matrix product. In float32 product and scan took 1.03 times the product at 4,096 x 128, 1.08 at 2,048 x 512, 1.10 at 4,096 x 192."""
+_MOST_LOOKS: Final = 1 / 32
+"""Share of pre-activations that may be computed one by one. Each takes as long as 15 products of the matrix, or as 60 of digits."""
+_MOST_MISSES: Final = 8
+"""How many of them may be computed for one that fires before digits are given up."""
 _LARGEST: Final = 1e37
 _TILES_AT_ONCE: Final = 16
 _ROWS_AGAIN: Final = 64
 """Rows whose bound was a wrong guess are scanned so many at a time, always as many."""
 _MOST_FAILURES: Final = 0.01
-Path = Literal["auto", "plain", "fused"]
-"""How to scan: compiled loops on a CPU, the fused kernel on CUDA, else torch alone (`plain`)."""
+Path = Literal["auto", "plain", "fused", "int8", "float32"]
+"""How to scan: on a CPU compiled loops after a product of `int8` digits or of `float32` values, on CUDA the fused kernel, else torch alone
+(`plain`). `auto` takes what is fastest."""
 
 
 class Scan(NamedTuple):
@@ -89,12 +102,11 @@ class Encoder:
         self.start, self.stop = start, stop
         self.n_tiles = -(-(stop - start) // TILE)
         self._sae, self._device, self._rounds = sae, device, dtype == "bfloat16"
-        on_cpu = device.type == "cpu"
         if path == "auto":
-            path = "fused" if device.type == "cuda" and fused.is_available() else "plain"
-            self._is_compiled = on_cpu
-        else:
-            self._is_compiled = False
+            path = fastest_kind(sae.d_in) if device.type == "cpu" else "fused" if device.type == "cuda" and fused.is_available() else "plain"
+        self.kind: Kind | None = path if path in ("int8", "float32") else None
+        """Which digits the compiled scan multiplies; None where it is not used."""
+        self._is_compiled = self.kind is not None
         self._native = torch.bfloat16 if self._rounds and device.type == "cuda" else torch.float32
         tiles = range(start, stop, TILE)
         how = (self._round, device, self._native)
@@ -109,6 +121,10 @@ class Encoder:
         self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
         self._n_threads = n_threads
         self._blocks = [torch.empty((0, sae.d_in), device=device)] * 2
+        self._digits = [torch.empty((0, sae.d_in), dtype=torch.int8)] * 2
+        self._quantized: _Quantized | None = None
+        self._looks = np.zeros(3, np.int64)
+        """Pre-activations that were scanned, computed one by one, and found to fire; one thread may forget another's: it is a hint."""
         self._row_limit = _LARGEST / max(1.0, sae.d_in * largest["W_enc"])
 
     def tile_bounds(self, tile: int) -> tuple[int, int]:
@@ -146,7 +162,8 @@ class Encoder:
         limits[: len(row_thresholds)] = row_thresholds
         thresholds = [tile.threshold for tile in self._tiles]
         if self._is_compiled:
-            futures = [self._pool.submit(self._scan_compiled, i, block, limits, threshold) for i, threshold in enumerate(thresholds)]
+            rows = self._quantize(block)
+            futures = [self._pool.submit(self._scan_compiled, i, rows, limits, threshold) for i, threshold in enumerate(thresholds)]
             return lambda: [future.result() for future in futures]
         return self._device_thread.submit(self._scan_on_device, block, thresholds, limits).result
 
@@ -168,7 +185,7 @@ class Encoder:
             thresholds = np.zeros(n_rows, np.float32) if k >= d_sae else self._find_thresholds(block)[:n_rows]
             finish_scan = self.begin_scan(block, row_limits(is_valid, thresholds))
             return lambda: TopKScan(finish_scan(), thresholds)
-        bounds = RisingBounds(len(block), n_rows, self.guess, self._n_threads)
+        rows, bounds = self._quantize(block), RisingBounds(len(block), n_rows, self.guess, self._n_threads)
         result, lock = Future[tuple[TopKScan, int]](), Lock()
         scans: dict[int, Scan] = {}
 
@@ -176,7 +193,7 @@ class Encoder:
             if i >= bounds.how.n_tiles:
                 bounds.has_begun.wait()
             try:
-                scan = self._scan_compiled(i, block, bounds, self._no_thresholds[i])
+                scan = self._scan_compiled(i, rows, bounds, self._no_thresholds[i])
             except BaseException:
                 bounds.has_begun.set()
                 raise
@@ -184,7 +201,7 @@ class Encoder:
                 scans[i] = scan
                 is_last = len(scans) == self.n_tiles
             if is_last:  # so that nobody waits for the slowest: the other threads are in the next block
-                result.set_result(self._choose_topk(block, is_valid, bounds, [scans[j] for j in range(self.n_tiles)]))
+                result.set_result(self._choose_topk(rows, is_valid, bounds, [scans[j] for j in range(self.n_tiles)]))
 
         futures = [self._pool.submit(work, i) for i in range(self.n_tiles)]
 
@@ -198,17 +215,19 @@ class Encoder:
 
         return finish
 
-    def _choose_topk(self, block: Tensor, is_valid: NDArray[np.bool_], bounds: RisingBounds, scans: list[Scan]) -> tuple[TopKScan, int]:
+    def _choose_topk(self, block: "_Block", is_valid: NDArray[np.bool_], bounds: RisingBounds, scans: list[Scan]) -> tuple[TopKScan, int]:
         """Find the thresholds of a block's rows and the firings above them; rows whose bound was too high are scanned again, and counted."""
         k, n_rows = self._sae.k, len(is_valid)
         thresholds, is_unknown = find_thresholds(bounds, n_rows, k, [scan.rows for scan in scans], [scan.activations for scan in scans])
-        limits = np.full(len(block), np.inf, np.float32)
+        values = block.rows.values
+        limits = np.full(len(values), np.inf, np.float32)
         limits[:n_rows] = row_limits(is_valid & ~is_unknown, thresholds)
         scans, failed = [scan.above(limits) for scan in scans], np.flatnonzero(is_unknown)
         for first in range(0, len(failed), _ROWS_AGAIN):
             rows = failed[first : first + _ROWS_AGAIN]
-            again = torch.zeros((_ROWS_AGAIN, block.shape[1]), dtype=block.dtype)
-            again[: len(rows)] = block[torch.from_numpy(rows)]
+            some = np.zeros((_ROWS_AGAIN, values.shape[1]), np.float32)
+            some[: len(rows)] = values[rows]
+            again = _Block(quantize_rows(some, block.columns.frame, block.columns.kind), block.columns)
             sure = RisingBounds(_ROWS_AGAIN, len(rows), certain(k, self.n_tiles), 1)
             more = [self._scan_compiled(i, again, sure, self._no_thresholds[i]) for i in range(self.n_tiles)]
             found, _ = self._choose_topk(again, is_valid[rows], sure, more)
@@ -225,31 +244,46 @@ class Encoder:
             largest = pre.topk(min(self._sae.k + 1, pre.shape[1]), dim=1).values
         return ((largest[:, -1] + largest[:, -2 if self._sae.k else -1]) / 2).clamp_min(0).cpu().numpy()
 
-    def _scan_compiled(self, i: int, block: Tensor, limits: NDArray[np.float32] | RisingBounds, threshold: NDArray[np.float32]) -> Scan:
+    def _quantize(self, block: Tensor) -> "_Block":
+        """Quantize a block that will be scanned, and before the first one the columns. The call after the next overwrites its digits."""
+        if self.kind == "int8" and self._looks[1] > max(_MOST_LOOKS * self._looks[0], _MOST_MISSES * self._looks[2]):
+            self.kind, self._quantized = "float32", None
+        assert self.kind
+        if self._quantized is None:
+            frame = make_frame(block)
+            self._quantized = _Quantized(self.kind, frame, [_quantize_tile(tile, frame, self.kind) for tile in self._tiles])
+        self._digits.reverse()
+        if self._digits[0].shape != block.shape:
+            self._digits[0] = torch.empty(block.shape, dtype=torch.int8)
+        return _Block(quantize_rows(block.numpy(), self._quantized.frame, self.kind, self._digits[0]), self._quantized)
+
+    def _scan_compiled(self, i: int, block: "_Block", limits: NDArray[np.float32] | RisingBounds, threshold: NDArray[np.float32]) -> Scan:
         """Multiply and scan one tile with one thread, given what rows must exceed, or bounds that it raises."""
         try:
             scratch = self._scratch.get_nowait()
         except Empty:
             scratch = _Scratch(MOST_ROWS)
-        tile, n = self._tiles[i], 0
-        for j, strip in enumerate(tile.strips):
-            here = slice(j * STRIP, (j + 1) * STRIP)
-            for first in range(0, len(block), MOST_ROWS):
-                rows = block[first : first + MOST_ROWS]
-                product = scratch.product[: len(rows)]
-                torch.mm(rows, strip, out=product)
-                flat, strip_limits, is_known = product.numpy().reshape(-1), (tile.bias[here], threshold[here]), True
-                row_limits = (limits.values if isinstance(limits, RisingBounds) else limits)[first : first + len(rows)]
+        n, looks = 0, np.zeros(3, np.int64)
+        for j, columns in enumerate(block.columns.tiles[i]):
+            own, flat = threshold[j * STRIP : (j + 1) * STRIP], columns.values.reshape(-1)
+            strip = (flat, columns.bias, own, columns.offset, columns.inverse, columns.norm, columns.error)
+            for first in range(0, len(block.rows.values), MOST_ROWS):
+                rows, is_known = block.rows.part(slice(first, first + MOST_ROWS)), True
+                product = multiply(rows, columns, scratch.product).reshape(-1)
+                row_limits = (limits.values if isinstance(limits, RisingBounds) else limits)[first : first + len(rows.values)]
                 if isinstance(limits, RisingBounds) and i < limits.how.n_tiles:
-                    is_known = limits.fill(flat, *strip_limits, first)
-                arguments = (flat, strip_limits, row_limits, (here.start, first), scratch.flags)
-                n_found = kernels.append_firings(*arguments, scratch.columns, n)
-                if n_found > len(scratch.columns[0]) - GROUP:
+                    is_known = limits.fill(rows.values, strip[:3], first)
+                part = (rows.values.reshape(-1), row_limits, rows.inverse, rows.error, rows.reach)
+                arguments = (product, strip, part, (j * STRIP, first), scratch.flags)
+                n_found, n_computed = kernels.append_firings(*arguments, scratch.columns, n)
+                if n_found > len(scratch.columns[0]):
                     scratch.grow(n_found)
-                    n_found = kernels.append_firings(*arguments, scratch.columns, n)
+                    n_found, _ = kernels.append_firings(*arguments, scratch.columns, n)
                 if isinstance(limits, RisingBounds) and not is_known:
                     limits.fold(scratch.columns[1][n:n_found], scratch.columns[2][n:n_found])
+                looks += (product.size, n_computed, n_found - n)
                 n = n_found
+        self._looks += looks
         latents, rows, activations = scratch.columns
         scan = Scan(i, latents[:n].copy(), rows[:n].copy(), activations[:n].copy())
         self._scratch.put(scratch)
@@ -274,7 +308,7 @@ def _insert(scan: Scan, other: Scan, places: NDArray[np.int64]) -> Scan:
 
 class _Tile(NamedTuple):
     strips: tuple[Tensor, ...]
-    """The columns, each strip contiguous: one strip of all, or several of `STRIP` for the compiled scan."""
+    """The columns: one strip of all, or for the compiled scan several of `STRIP`, each with one latent after the other."""
     b: Tensor
     bias: NDArray[np.float32]
     threshold: NDArray[np.float32]
@@ -284,7 +318,22 @@ class _Tile(NamedTuple):
 
     def W(self) -> Tensor:
         """Return the columns side by side."""
-        return self.strips[0] if len(self.strips) == 1 else torch.cat(self.strips, dim=1)
+        return self.strips[0] if len(self.strips) == 1 else torch.cat(self.strips).T
+
+
+class _Quantized(NamedTuple):
+    """All columns, quantized in the frame of the first block."""
+
+    kind: Kind
+    frame: Frame
+    tiles: list[list[Columns]]
+
+
+class _Block(NamedTuple):
+    """Rows to be scanned, and the columns that were quantized as they were."""
+
+    rows: Rows
+    columns: _Quantized
 
 
 class _Scratch:
@@ -311,8 +360,13 @@ def _make_tile(
     threshold = torch.full((TILE,), math.inf)
     threshold[:width] = sae.threshold[first:last].clamp_min(0.0)
     W = W.to(device, native)
-    strips = tuple(strip.contiguous() for strip in W.split(STRIP, dim=1)) if is_compiled else (W,)
+    strips = W.T.contiguous().split(STRIP) if is_compiled else (W,)
     return _Tile(strips, b.to(device), b.numpy(), threshold.numpy(), width)
+
+
+def _quantize_tile(tile: _Tile, frame: Frame, kind: Kind) -> list[Columns]:
+    biases = np.split(tile.bias, range(STRIP, TILE, STRIP))
+    return [quantize_columns(strip.numpy(), bias, frame, kind) for strip, bias in zip(tile.strips, biases, strict=True)]
 
 
 def _multiply(block: Tensor, W: Tensor) -> Tensor:

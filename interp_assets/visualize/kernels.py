@@ -6,17 +6,20 @@ N firings     L latents
 Numba compiles them at their first call (1 s each; kept on disk where the disk can be written). They hold no lock while they run, so
 Python threads run them side by side. What they compute is defined by the plain forms that the tests compare them with.
 
-`append_firings` takes the largest of 8 rows of each latent, compares only that, and looks at the rows below where it is above: 0.12 ns an
-element of a product that lies in the core's cache, twice as much from beyond it. Selection keeps heaps of the n best; the sorts it
-replaced took 60 ns a firing. Measured and rejected: a test of every element or of 32 neighbours in a row (0.44 ns), `torch.nonzero` (4 to
-14 times slower), torch's maximum over 8 rows and then a look at these (0.15 to 0.22).
+`append_firings` takes the largest of 8 rows of each latent, compares only that, and looks at the rows below where it is above: 0.06 ns an
+element of a product that lies in the core's cache. What may fire is computed in a fixed order from the rows themselves (15 ns), so activations
+depend on nothing else. Selection keeps heaps of the n best; the sorts it replaced took 60 ns a firing. Measured and rejected: a test of every
+element or of 32 neighbours in a row (0.44 ns), `torch.nonzero` (4 to 14 times slower), torch's maximum over 8 rows and then a look at these
+(0.15 to 0.22).
 """
 
 from typing import Any, Final
 
 import numpy as np
 
-from interp_assets.compiled import compiled, reordered
+from interp_assets.compiled import compiled
+from interp_assets.train.coarse import least
+from interp_assets.train.dots import dot
 
 TILE: Final = 512
 """Latents whose firings are kept together: a multiple of `STRIP`."""
@@ -29,49 +32,59 @@ _BIN_SHIFT: Final = 21
 
 
 @compiled
-def append_firings(product: Any, strip: Any, row_threshold: Any, first: Any, flags: Any, columns: Any, n: Any) -> Any:
-    """Append where `product + bias` exceeds the latent's and the row's threshold; return the number there are then, stored or not.
+def append_firings(product: Any, strip: Any, block: Any, first: Any, flags: Any, columns: Any, n: Any) -> Any:
+    """Append what exceeds the latent's and the row's threshold; return the number there are then, stored or not, and how many were computed.
 
-    `product [M * C]`; `strip` is (bias, threshold); `first` is what (latents, rows) count from; `flags [at least M / G * C]` is scratch;
-    `columns` (latents, rows, activations), of which the first `n` are taken. The last `GROUP` places may stay empty: a caller that gets more
-    back than the length less `GROUP` gives longer ones and calls again.
+    `product [M * C]` is that of the digits; `strip` is (values, bias, threshold, offset, inverse, norm, error) and `block` (values, threshold,
+    inverse, error, reach), as in coarse.py; `first` is what (latents, rows) count from; `flags [at least M / G * C]` is scratch; `columns`
+    (latents, rows, activations), of which the first `n` are taken. Places may stay empty: a caller that gets more back than there are gives
+    longer columns and calls again.
     """
-    bias, threshold = strip
+    weights, bias, threshold, offset, unit, norm, error = strip
+    values, row_threshold, inverse, row_error, reach = block
     first_latent, first_row = first
     latents, rows, activations = columns
-    n_flags = len(row_threshold) // GROUP * STRIP
-    _flag_largest(product, bias, threshold, row_threshold, flags)
-    words, n_safe, places = flags[:n_flags].view(np.uint64), len(latents) - GROUP, np.empty(8, np.int64)
+    d, n_flags, n_computed = len(values) // len(inverse), len(row_threshold) // GROUP * STRIP, 0
+    _flag_largest(product, strip, block, flags)
+    words = flags[:n_flags].view(np.uint64)
     for w in range(len(words)):
         if words[w] == 0:
             continue
-        start, j_first, n_places = w * 8 // STRIP * GROUP, w * 8 % STRIP, 0
-        for j in range(8):  # no branch that a processor would guess wrong: write, and count what shall stay
-            places[n_places] = j_first + j
-            n_places += flags[w * 8 + j] != 0
-        for p in range(n_places):
-            j = places[p]
+        start, j_first = w * 8 // STRIP * GROUP, w * 8 % STRIP
+        for j in range(j_first, j_first + 8):
+            if flags[w * 8 + j - j_first] == 0:
+                continue
             for row in range(start, start + GROUP):
-                pre = product[row * STRIP + j] + bias[j]
-                if n <= n_safe:
-                    latents[n], rows[n], activations[n] = first_latent + j, first_row + row, pre
-                n += (pre > threshold[j]) & (pre > row_threshold[row])
-    return n
+                level = max(threshold[j], row_threshold[row])
+                enough = least(level, offset[j], unit[j], norm[j], error[j], inverse[row], row_error[row], reach[row])
+                if np.float32(product[row * STRIP + j]) > enough:
+                    n_computed += 1
+                    pre = dot(values, row * d, weights, j * d, d) + bias[j]
+                    if n < len(latents):
+                        latents[n], rows[n], activations[n] = first_latent + j, first_row + row, pre
+                    n += pre > level
+    return n, n_computed
 
 
 @compiled
-def _flag_largest(product: Any, bias: Any, threshold: Any, row_threshold: Any, flags: Any) -> None:
-    """Set `flags [M / G, C]` where the largest of `GROUP` rows exceeds both thresholds. Written out, so that whole vectors are compared."""
+def _flag_largest(product: Any, strip: Any, block: Any, flags: Any) -> None:
+    """Set `flags [M / G, C]` where one of `GROUP` rows may exceed both thresholds. Written out, so that whole vectors are compared."""
+    _, _, threshold, offset, unit, norm, error = strip
+    _, row_threshold, inverse, row_error, reach = block
     for g in range(len(row_threshold) // GROUP):
-        low = row_threshold[g * GROUP]
-        for q in range(1, GROUP):
-            low = min(low, row_threshold[g * GROUP + q])
-        x, own = product[g * GROUP * STRIP : (g + 1) * GROUP * STRIP], flags[g * STRIP : (g + 1) * STRIP]
+        i = g * GROUP
+        low, fewest, most, widest, furthest = row_threshold[i], inverse[i], inverse[i], row_error[i], reach[i]
+        for row in range(i + 1, i + GROUP):
+            low, fewest, most = min(low, row_threshold[row]), min(fewest, inverse[row]), max(most, inverse[row])
+            widest, furthest = max(widest, row_error[row]), max(furthest, reach[row])
+        x, own = product[i * STRIP : (i + GROUP) * STRIP], flags[g * STRIP : (g + 1) * STRIP]
         for j in range(STRIP):
             a = max(x[j], x[STRIP + j], x[2 * STRIP + j], x[3 * STRIP + j])
             b = max(x[4 * STRIP + j], x[5 * STRIP + j], x[6 * STRIP + j], x[7 * STRIP + j])
-            pre = max(a, b) + bias[j]
-            own[j] = (pre > threshold[j]) & (pre > low)
+            level = max(threshold[j], low)
+            one = least(level, offset[j], unit[j], norm[j], error[j], fewest, widest, furthest)
+            other = least(level, offset[j], unit[j], norm[j], error[j], most, widest, furthest)
+            own[j] = np.float32(max(a, b)) > min(one, other)
 
 
 @compiled
@@ -234,13 +247,15 @@ def raise_largest(largest: Any, bounds: Any, rows: Any, values: Any) -> None:
 
 
 @compiled
-def fill_largest(largest: Any, bounds: Any, product: Any, bias: Any, threshold: Any) -> None:
-    """Fold each row of a product `[rows * C]` into what that row knows, padding (infinite thresholds) left out."""
+def fill_largest(largest: Any, bounds: Any, values: Any, weights: Any, bias: Any, threshold: Any) -> None:
+    """Fold the pre-activations of rows `values [rows * d_in]` and a strip's latents into what the rows know; padding has infinite thresholds."""
+    d = len(values) // max(1, len(bounds))
     for row in range(len(bounds)):
-        pre = product[row * STRIP : (row + 1) * STRIP]
         for j in range(STRIP):
-            if threshold[j] < np.inf and pre[j] + bias[j] > bounds[row]:
-                bounds[row] = _replace_smallest(largest[row], pre[j] + bias[j])
+            if threshold[j] < np.inf:
+                pre = dot(values, row * d, weights, j * d, d) + bias[j]
+                if pre > bounds[row]:
+                    bounds[row] = _replace_smallest(largest[row], pre)
 
 
 @compiled
@@ -289,26 +304,13 @@ def middle_of_next(offsets: Any, values: Any, bounds: Any, k: Any, middles: Any)
         middles[row] = max((kth + following) / np.float32(2), np.float32(0))
 
 
-@reordered
+@compiled
 def multiply_windows(rows: Any, firsts: Any, lengths: Any, columns: Any, products: Any) -> None:
     """Fill `products [windows, width]` with each row of a window times the window's own column; what lies beyond its length stays.
 
-    `rows [n, d_in]`, `columns [windows, d_in]`; a window is `rows[first : first + length]`. Four rows share each read of the column.
+    `rows [n * d_in]`, `columns [windows * d_in]`; a window is the rows [first, first + length).
     """
+    d = len(columns) // max(1, len(firsts))
     for i in range(len(firsts)):
-        column, first = columns[i], firsts[i]
-        n = lengths[i]
-        for t in range(0, n - n % 4, 4):
-            a, b, c, d = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for j in range(rows.shape[1]):
-                w = column[j]
-                a += rows[first + t, j] * w
-                b += rows[first + t + 1, j] * w
-                c += rows[first + t + 2, j] * w
-                d += rows[first + t + 3, j] * w
-            products[i, t], products[i, t + 1], products[i, t + 2], products[i, t + 3] = a, b, c, d
-        for t in range(n - n % 4, n):
-            a = np.float32(0)
-            for j in range(rows.shape[1]):
-                a += rows[first + t, j] * column[j]
-            products[i, t] = a
+        for t in range(lengths[i]):
+            products[i, t] = dot(rows, (firsts[i] + t) * d, columns, i * d, d)

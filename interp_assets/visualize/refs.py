@@ -7,7 +7,7 @@ from interp_assets.train.refs import evaluation_ref, imported_statistics, sae_re
 from interp_assets.visualize.packing import RECORD_VERSION
 
 FOLDER = "5-features"
-FEATURES_VERSION = 3
+FEATURES_VERSION = 4
 """Raise it when the same SAE and activations would give other records."""
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.visualize import kernels
-from interp_assets.visualize.kernels import GROUP, STRIP, TILE
+from interp_assets.visualize.kernels import GROUP, TILE
 
 _SHARE: Final = 8
 _MANY_TILES: Final = 16
@@ -67,18 +67,18 @@ class RisingBounds:
         self._edges = np.unique(np.linspace(0, n_block // GROUP, 2 * n_threads + 1).astype(np.int64)).tolist()
         self._locks = [Lock() for _ in self._edges[1:]]
 
-    def fill(self, product: NDArray[np.float32], bias: NDArray[np.float32], threshold: NDArray[np.float32], first: int) -> bool:
-        """Fold in a product whose rows begin at `first` if some of them have no bound yet, and tell whether it was folded in.
+    def fill(self, values: NDArray[np.float32], latents: tuple[NDArray[np.float32], ...], first: int) -> bool:
+        """Fold in a strip of latents (weights, bias, threshold) for rows that begin at `first`, if some of them have no bound yet; tell whether.
 
         Without a bound every pre-activation would have to be kept.
         """
-        last = first + len(product) // STRIP
+        last = first + len(values)
         if self.has_begun.is_set() or float(self.values[first:last].min()) > -np.inf:
             return False
         for i, low, high in self._ranges(first, last):
             with self._locks[i]:
-                part = product[(low - first) * STRIP : (high - first) * STRIP]
-                kernels.fill_largest(self._largest[low:high], self.values[low:high], part, bias, threshold)
+                part = values[low - first : high - first].reshape(-1)
+                kernels.fill_largest(self._largest[low:high], self.values[low:high], part, *latents)
         if float(self.values.min()) > -np.inf:
             self.has_begun.set()
         return True

@@ -215,9 +215,9 @@ def _fire(
     inside = np.arange(width) < asked.lengths[:, None]
     rows = np.where(inside, rows, asked.firsts[:, None])
     latents = torch.from_numpy(asked.latents)
-    columns = sae.W_enc.T[latents].contiguous().numpy()
+    columns = sae.W_enc.T[latents].contiguous().numpy().reshape(-1)
     products = np.zeros(rows.shape, np.float32)
-    kernels.multiply_windows(buffer.numpy(), asked.firsts - buffer_first, asked.lengths, columns, products)
+    kernels.multiply_windows(buffer.numpy().reshape(-1), asked.firsts - buffer_first, asked.lengths, columns, products)
     pre = torch.from_numpy(products) + sae.b_enc[latents, None]
     limit = sae.threshold[latents, None].clamp_min(0.0) if thresholds is None else thresholds[torch.from_numpy(rows)]
     activations = np.where((pre > limit).numpy() & inside & tokens.valid[rows], pre.numpy(), 0)

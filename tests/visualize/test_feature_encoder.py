@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from interp_assets.compiled import compiled
+from interp_assets.train.coarse import fastest_kind
+from interp_assets.train.dots import dot
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, row_limits
 from interp_assets.visualize.kernels import TILE
 from interp_assets.visualize.rising import Guess, certain, guess
 
 CPU = torch.device("cpu")
+COMPILED = ["int8", "float32"] if fastest_kind(24) == "int8" else ["float32"]
+"""The compiled paths that this processor has."""
 
 
 def make_sae(kind, d_in=24, d_sae=TILE + 77, k=9, seed=0):
@@ -70,7 +75,7 @@ def expect(sae, rows, is_valid):
     return {(latent, row): float(dense[row, latent]) for latent, row in places}
 
 
-@pytest.mark.parametrize("path", ["auto", "plain"])
+@pytest.mark.parametrize("path", [*COMPILED, "plain"])
 def test_a_block_can_be_begun_while_another_is_scanned(path):
     """Pass A prepares and begins the next block before it takes the firings of the last: neither may see the other's rows."""
     sae, (rows, is_valid) = make_sae("relu"), make_rows()
@@ -88,7 +93,7 @@ def test_a_block_can_be_begun_while_another_is_scanned(path):
     assert found == expect(sae, rows, is_valid)
 
 
-@pytest.mark.parametrize("path", ["auto", "plain"])
+@pytest.mark.parametrize("path", [*COMPILED, "plain"])
 @pytest.mark.parametrize("kind", ["relu", "jump_relu", "topk"])
 def test_every_path_finds_the_firings_of_a_dense_encode(kind, path):
     """The compiled loops look at peaks of rows only; a firing they overlook would be missing for ever."""
@@ -106,6 +111,72 @@ def test_topk_holds_for_any_k(k):
     found, thresholds = find(sae, rows, is_valid)
     assert found == expect(sae, rows, is_valid)
     assert thresholds == sae.threshold_for(sae.pre_activations(rows))[:, 0].tolist()
+
+
+def make_lifelike(kind, spread=1.0, d_in=96, n_tiles=3):
+    """Make an SAE and 300 rows as models have them: away from 0, dimensions of very unequal sizes, some rows far larger than others."""
+    generator = torch.Generator().manual_seed(8)
+    sizes = torch.exp(spread * torch.randn(d_in, generator=generator))
+    rows = (torch.randn(300, d_in, generator=generator) + 3 * torch.randn(d_in, generator=generator)) * sizes
+    rows[::50] *= 40
+    d_sae = n_tiles * TILE - 30
+    W = torch.randn(d_in, d_sae, generator=generator) / sizes[:, None]
+    pre = rows @ W
+    limit = pre.quantile(0.97, dim=0)
+    zeros = torch.zeros(d_sae)
+    bias, threshold = (-limit, zeros) if kind == "relu" else (zeros, limit.clamp_min(0) if kind == "jump_relu" else zeros)
+    sae = Sae(kind=kind, W_enc=W, b_enc=bias, W_dec=W.T.contiguous(), b_dec=torch.zeros(d_in), threshold=threshold, k=16 if kind == "topk" else 0)
+    return sae, rows, np.arange(300) % 11 > 0
+
+
+@compiled
+def all_dots(rows, columns, d, products):
+    """Multiply every row with every column in the fixed order."""
+    for i in range(products.shape[0]):
+        for j in range(products.shape[1]):
+            products[i, j] = dot(rows, i * d, columns, j * d, d)
+
+
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize("kind", ["relu", "jump_relu", "topk"])
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_activations_are_those_of_the_fixed_order_bit_for_bit(kind, path, spread):
+    """Whatever finds the candidates, what fires is decided by one arithmetic: any block, slice, library or number of threads gives the same bytes."""
+    sae, rows, is_valid = make_lifelike(kind, spread)
+    products = np.empty((len(rows), sae.d_sae), np.float32)
+    all_dots(rows.numpy().reshape(-1), sae.W_enc.T.contiguous().numpy().reshape(-1), sae.d_in, products)
+    pre = torch.from_numpy(products + sae.b_enc.numpy())
+    dense = torch.where(pre > sae.threshold_for(pre), pre, 0.0).clamp_min(0) * torch.from_numpy(is_valid)[:, None]
+    expected = {(latent, row): float(dense[row, latent]) for latent, row in dense.T.nonzero().tolist()}
+    assert len(expected) > 3000
+    for n_block in (300, 128, 40):
+        found, _ = find(sae, rows, is_valid, path=path, n_block=n_block)
+        assert found == expected
+    if kind != "topk":
+        parts = [find(sae, rows, is_valid, path=path, start=start, stop=start + 200, n_block=64)[0] for start in (0, 200, 400)]
+        expected_parts = [{place: value for place, value in expected.items() if low <= place[0] < low + 200} for low in (0, 200, 400)]
+        assert parts == expected_parts
+
+
+@pytest.mark.skipif("int8" not in COMPILED, reason="8-bit products are not fast here")
+def test_digits_are_given_up_where_they_rule_out_too_little():
+    """Rows of one huge dimension each leave no digits for the others: nearly everything would be computed one by one, block after block."""
+    sae, rows, is_valid = make_lifelike("jump_relu", spread=0.0)
+    generator = torch.Generator().manual_seed(9)
+    rows[torch.arange(300), torch.randint(0, sae.d_in, (300,), generator=generator)] += 3000
+    sae.threshold.copy_((rows @ sae.W_enc).quantile(0.995, dim=0).clamp_min(0))
+    expected, _ = find(sae, rows, is_valid, path="float32", n_block=40)
+    encoder, found = Encoder(sae, 0, sae.d_sae, CPU, path="int8"), {}
+    kinds = []
+    for first in range(0, len(rows), 40):
+        block = encoder.prepare(rows[first : first + 40], 40, "here")
+        for scan in encoder.scan(block, row_limits(is_valid[first : first + 40], -np.inf)):
+            low, _ = encoder.tile_bounds(scan.tile)
+            found |= dict(zip(zip((scan.latents + low).tolist(), (scan.rows + first).tolist(), strict=True), scan.activations.tolist(), strict=True))
+        kinds.append(encoder.kind)
+    assert kinds[0] == "int8"
+    assert kinds[-1] == "float32"
+    assert found == expected
 
 
 def make_normal_topk(n_tiles, k, order=0.0):
