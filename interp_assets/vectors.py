@@ -70,6 +70,13 @@ class Code:
         one = self._builder.insert_element(ir.Constant(VECTOR, ir.Undefined), value, ir.Constant(_PLACE, 0))
         return self._builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_PLACE, LANES), [0] * LANES))
 
+    def prefetch(self, pointer: Any, n: Any) -> None:
+        """Ask for the line of the cache that lies `n` values behind a pointer."""
+        target = self._builder.bitcast(self.after(pointer, n), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [target.type, _PLACE, _PLACE, _PLACE])
+        function = cgutils.get_or_insert_function(self._builder.module, kind, "llvm.prefetch.p0i8")
+        self._builder.call(function, [target, *(ir.Constant(_PLACE, value) for value in (0, 3, 1))])
+
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """Multiply and add, with one rounding; for vectors and for single values."""
         name = f"llvm.fma.v{LANES}f32" if a.type == VECTOR else "llvm.fma.f32"

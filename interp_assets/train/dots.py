@@ -49,4 +49,17 @@ def _write_dot(typing: Any, a: Any, i: Any, b: Any, j: Any, n: Any) -> Any:  # n
     return types.float32(a, i, b, j, n), generate
 
 
+def _write_prefetch(typing: Any, a: Any, i: Any, n: Any) -> Any:  # noqa: ARG001
+    """Ask for `a[i : i + n]`, so that it is in the cache when it is multiplied."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        code = Code(context, builder)
+        row = code.after(code.data(signature, values, 0), values[1])
+        code.for_each(number(0), builder.udiv(values[2], number(LANES)), 1, lambda lines: code.prefetch(row, builder.mul(lines[0], number(LANES))))
+        return context.get_dummy_value()
+
+    return types.void(a, i, n), generate
+
+
 dot: Any = intrinsic(_write_dot)
+prefetch: Any = intrinsic(_write_prefetch)

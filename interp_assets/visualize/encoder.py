@@ -3,7 +3,7 @@
 On a CPU:
 
 1. Rows and encoder columns are quantized (train/coarse.py). Each thread multiplies the digits of its own tiles of `TILE` latents, `STRIP` latents
-   and at most `MOST_ROWS` rows at a time, and scans the product while it is in the core's cache. A thread's product is 2 MiB; nothing of size
+   and at most `MOST_ROWS` rows at a time, and scans the product while it is in the core's cache. A thread's product is 1 MiB; nothing of size
    [rows of the shard x latents] ever exists.
 2. The scan: the largest of `GROUP` rows, and a look at the rows below it where it may reach its threshold (kernels.py). The pre-activations that
    may are computed from the rows themselves in a fixed order, so what fires, and how strongly, is a function of row and latent alone: neither
@@ -48,8 +48,8 @@ from interp_assets.visualize import fused, kernels
 from interp_assets.visualize.kernels import GROUP, STRIP, TILE
 from interp_assets.visualize.rising import Guess, RisingBounds, certain, find_thresholds, guess
 
-MOST_ROWS: Final = 4096
-"""Rows of one matrix product. In float32 product and scan took 1.03 times the product at 4,096 x 128, 1.08 at 2,048 x 512, 1.10 at 4,096 x 192."""
+MOST_ROWS: Final = 2048
+"""Rows of one matrix product: 2,048 x 128 products of digits are 1 MiB. 1,024 rows are 5% slower, 4,096 as fast."""
 _MOST_LOOKS: Final = 1 / 32
 """Share of pre-activations that may be computed one by one. Each takes as long as 15 products of the matrix, or as 60 of digits."""
 _MOST_MISSES: Final = 8
@@ -274,7 +274,7 @@ class Encoder:
                 if isinstance(limits, RisingBounds) and i < limits.how.n_tiles:
                     is_known = limits.fill(rows.values, strip[:3], first)
                 part = (rows.values.reshape(-1), row_limits, rows.inverse, rows.error, rows.reach)
-                arguments = (product, strip, part, (j * STRIP, first), scratch.flags)
+                arguments = (product, strip, part, (j * STRIP, first), (scratch.flags, scratch.places))
                 n_found, n_computed = kernels.append_firings(*arguments, scratch.columns, n)
                 if n_found > len(scratch.columns[0]):
                     scratch.grow(n_found)
@@ -341,6 +341,7 @@ class _Scratch:
 
     def __init__(self, n_rows: int) -> None:
         self.product, self.flags = torch.empty(n_rows, STRIP), np.empty(n_rows // GROUP * STRIP, np.uint8)
+        self.places = np.empty(n_rows * STRIP, np.int32)
         self.columns = (np.empty(1 << 14, np.uint16), np.empty(1 << 14, np.uint32), np.empty(1 << 14, np.float32))
 
     def grow(self, n: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from interp_assets.compiled import compiled
 from interp_assets.train.coarse import least
-from interp_assets.train.dots import dot
+from interp_assets.train.dots import dot, prefetch
 
 TILE: Final = 512
 """Latents whose firings are kept together: a multiple of `STRIP`."""
@@ -29,62 +29,69 @@ GROUP: Final = 8
 """Rows that are looked at together."""
 N_BINS: Final = 64
 _BIN_SHIFT: Final = 21
+_AHEAD: Final = 8
+"""Pre-activations whose rows are on their way from memory while others are computed."""
+_LOWEST_BIT: Final = np.array([0] + [(i & -i).bit_length() - 1 for i in range(1, 1 << GROUP)])
 
 
 @compiled
-def append_firings(product: Any, strip: Any, block: Any, first: Any, flags: Any, columns: Any, n: Any) -> Any:
+def append_firings(product: Any, strip: Any, block: Any, first: Any, scratch: Any, columns: Any, n: Any) -> Any:
     """Append what exceeds the latent's and the row's threshold; return the number there are then, stored or not, and how many were computed.
 
     `product [M * C]` is that of the digits; `strip` is (values, bias, threshold, offset, inverse, norm, error) and `block` (values, threshold,
-    inverse, error, reach), as in coarse.py; `first` is what (latents, rows) count from; `flags [at least M / G * C]` is scratch; `columns`
-    (latents, rows, activations), of which the first `n` are taken. Places may stay empty: a caller that gets more back than there are gives
-    longer columns and calls again.
+    inverse, error, reach), as in coarse.py; `first` is what (latents, rows) count from; `scratch` (flags, places), of at least M / G * C and
+    M * C; `columns` (latents, rows, activations), of which the first `n` are taken. A caller that gets more back than they have places gives
+    longer ones and calls again.
     """
-    weights, bias, threshold, offset, unit, norm, error = strip
-    values, row_threshold, inverse, row_error, reach = block
-    first_latent, first_row = first
+    weights, bias, threshold = strip[:3]
+    values, row_threshold = block[:2]
+    flags, places = scratch
     latents, rows, activations = columns
-    d, n_flags, n_computed = len(values) // len(inverse), len(row_threshold) // GROUP * STRIP, 0
-    _flag_largest(product, strip, block, flags)
-    words = flags[:n_flags].view(np.uint64)
-    for w in range(len(words)):
-        if words[w] == 0:
-            continue
-        start, j_first = w * 8 // STRIP * GROUP, w * 8 % STRIP
-        for j in range(j_first, j_first + 8):
-            if flags[w * 8 + j - j_first] == 0:
-                continue
-            for row in range(start, start + GROUP):
-                level = max(threshold[j], row_threshold[row])
-                enough = least(level, offset[j], unit[j], norm[j], error[j], inverse[row], row_error[row], reach[row])
-                if np.float32(product[row * STRIP + j]) > enough:
-                    n_computed += 1
-                    pre = dot(values, row * d, weights, j * d, d) + bias[j]
-                    if n < len(latents):
-                        latents[n], rows[n], activations[n] = first_latent + j, first_row + row, pre
-                    n += pre > level
+    d = len(values) // max(1, len(row_threshold))
+    _flag_rows(product, strip[2:], block[1:], flags)
+    n_computed = _list_flags(flags[: len(row_threshold) // GROUP * STRIP], places)
+    for i in range(n_computed):
+        if i + _AHEAD < n_computed:
+            prefetch(values, places[i + _AHEAD] // STRIP * d, d)
+        row, j = places[i] // STRIP, places[i] % STRIP
+        pre = dot(values, row * d, weights, j * d, d) + bias[j]
+        if n < len(latents):
+            latents[n], rows[n], activations[n] = first[0] + j, first[1] + row, pre
+        n += (pre > threshold[j]) & (pre > row_threshold[row])
     return n, n_computed
 
 
 @compiled
-def _flag_largest(product: Any, strip: Any, block: Any, flags: Any) -> None:
-    """Set `flags [M / G, C]` where one of `GROUP` rows may exceed both thresholds. Written out, so that whole vectors are compared."""
-    _, _, threshold, offset, unit, norm, error = strip
-    _, row_threshold, inverse, row_error, reach = block
+def _list_flags(flags: Any, places: Any) -> Any:
+    """Write places `row * C + latent` of the bits that are set, group by group of rows; return how many."""
+    n, words = 0, flags.view(np.uint64)
+    for w in range(len(words)):
+        if words[w] == 0:
+            continue
+        for place in range(w * 8, w * 8 + 8):
+            left = np.int64(flags[place])
+            while left:
+                places[n] = (place // STRIP * GROUP + _LOWEST_BIT[left]) * STRIP + place % STRIP
+                left &= left - 1
+                n += 1
+    return n
+
+
+@compiled
+def _flag_rows(product: Any, strip: Any, block: Any, flags: Any) -> None:
+    """Set bit r of `flags [M / G, C]` where row r of a group may exceed both thresholds, for whole vectors of latents at a time."""
+    threshold, offset, unit, norm, error = strip
+    row_threshold, inverse, row_error, reach = block
     for g in range(len(row_threshold) // GROUP):
-        i = g * GROUP
-        low, fewest, most, widest, furthest = row_threshold[i], inverse[i], inverse[i], row_error[i], reach[i]
-        for row in range(i + 1, i + GROUP):
-            low, fewest, most = min(low, row_threshold[row]), min(fewest, inverse[row]), max(most, inverse[row])
-            widest, furthest = max(widest, row_error[row]), max(furthest, reach[row])
-        x, own = product[i * STRIP : (i + GROUP) * STRIP], flags[g * STRIP : (g + 1) * STRIP]
-        for j in range(STRIP):
-            a = max(x[j], x[STRIP + j], x[2 * STRIP + j], x[3 * STRIP + j])
-            b = max(x[4 * STRIP + j], x[5 * STRIP + j], x[6 * STRIP + j], x[7 * STRIP + j])
-            level = max(threshold[j], low)
-            one = least(level, offset[j], unit[j], norm[j], error[j], fewest, widest, furthest)
-            other = least(level, offset[j], unit[j], norm[j], error[j], most, widest, furthest)
-            own[j] = np.float32(max(a, b)) > min(one, other)
+        own = flags[g * STRIP : (g + 1) * STRIP]
+        own[:] = 0
+        for r in range(GROUP):
+            row, bit = g * GROUP + r, np.uint8(1 << r)
+            limit, scale, wide, far = row_threshold[row], inverse[row], row_error[row], reach[row]
+            x = product[row * STRIP : (row + 1) * STRIP]
+            for j in range(STRIP):
+                enough = least(max(threshold[j], limit), offset[j], unit[j], norm[j], error[j], scale, wide, far)
+                own[j] |= bit if np.float32(x[j]) > enough else np.uint8(0)
 
 
 @compiled
