@@ -29,15 +29,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.compiled import compiled, reordered
-from interp_assets.train.dots import rounding
+from interp_assets.train.dots import of_roundings, rounding
 from interp_assets.train.loops import over_rows
 
 Kind = Literal["int8", "float32"]
 SLACK: Final = 1e-6
 """Relative error of a level in the units of a product, computed in float32: some eight roundings."""
-_INFLATION: Final = 1 + 1e-4
-"""Covers the rounding of norms, which are sums of squares."""
-_EXTRA_ROUNDINGS: Final = 64 * 2.0**-24
+_MORE_ROUNDINGS: Final = 64
+"""Of centring, scaling, and turning a product into a float: some ten."""
 _DIGITS: Final = 127
 _DIMENSIONS: Final = range(16, (1 << 16) + 1)
 """Sums of more products of digits might not fit 32 bits; and torch's product of integers leaves its result unwritten where a row has one."""
@@ -129,33 +128,31 @@ def plain_frame(d_in: int) -> Frame:
 
 def quantize_rows(values: Float32[np.ndarray, "n d_in"], frame: Frame, kind: Kind, digits: Tensor | None = None) -> Rows:
     """Quantize rows, into `digits` where it is given. `Rows` keeps the values themselves: they must stay as they are."""
-    share = rounding(values.shape[1]) + _EXTRA_ROUNDINGS
-    if kind == "float32":  # a library adds in any order: one rounding for each product at most
-        norms = _norms(values) * np.float32((share + values.shape[1] * 2.0**-24) * _INFLATION)
-        ones = np.ones(len(values), np.float32)
-        return Rows(values, torch.from_numpy(values), ones, norms, np.zeros_like(norms))
-    assert values.shape[1] in _DIMENSIONS
+    d = values.shape[1]
+    share, more = rounding(d) + of_roundings(_MORE_ROUNDINGS), np.float32(_inflation(d))
+    if kind == "float32":  # a library adds in any order: at most one rounding a product
+        norms = _norms(values)
+        return Rows(values, torch.from_numpy(values), np.ones_like(norms), norms * np.float32(share + of_roundings(d)) * more, np.zeros_like(norms))
+    assert d in _DIMENSIONS
     digits = torch.empty(values.shape, dtype=torch.int8) if digits is None else digits
-    measures = _quantize(values, frame.mean, 1 / frame.scale, digits)
-    inverse, error, norm = measures
+    inverse, error, norm = _quantize(values, frame.mean, 1 / frame.scale, digits)
     centre = np.float32(np.linalg.norm(frame.mean / frame.scale)) * inverse
-    return Rows(
-        values, digits, inverse, (error + np.float32(share) * (norm + centre)) * np.float32(_INFLATION), (norm + error) * np.float32(_INFLATION)
-    )
+    return Rows(values, digits, inverse, (error + np.float32(share) * (norm + centre)) * more, (norm + error) * more)
 
 
 def quantize_columns(
     values: Float32[np.ndarray, "latents d_in"], bias: Float32[np.ndarray, " latents"], frame: Frame, kind: Kind, digits: Tensor | None = None
 ) -> Columns:
     """Quantize encoder columns, which lie one latent after the other, for rows that are quantized in the same frame."""
+    more = np.float32(_inflation(values.shape[1]))
     if kind == "float32":
-        norms, ones = _norms(values) * np.float32(_INFLATION), np.ones(len(values), np.float32)
-        return Columns(values, torch.from_numpy(values), ones, norms, np.zeros_like(norms), bias, bias)
+        norms = _norms(values)
+        return Columns(values, torch.from_numpy(values), np.ones_like(norms), norms * more, np.zeros_like(norms), bias, bias)
     assert values.shape[1] in _DIMENSIONS
     digits = torch.empty(values.shape, dtype=torch.int8) if digits is None else digits
     inverse, error, norm = _quantize(values, np.zeros_like(frame.mean), frame.scale, digits)
-    offset = bias if not frame.mean.any() else (bias + values @ frame.mean.astype(np.float64)).astype(np.float32)
-    return Columns(values, digits, inverse, norm * np.float32(_INFLATION), error * np.float32(_INFLATION), offset, bias)
+    offset = (bias + values @ frame.mean.astype(np.float64)).astype(np.float32) if frame.mean.any() else bias
+    return Columns(values, digits, inverse, norm * more, error * more, offset, bias)
 
 
 def multiply(rows: Rows, columns: Columns, out: Tensor) -> NDArray[np.float32] | NDArray[np.int32]:
@@ -209,6 +206,11 @@ def quantize(values: Any, mean: Any, factor: Any, digits: Any, measures: Any, su
         measures[0, row], measures[1, row], measures[2, row] = inverse, math.sqrt(left), math.sqrt(square)
         if size <= np.float32(_TINY):  # whose squares might be 0
             measures[1, row] = measures[2, row] = size * math.sqrt(np.float32(d))
+
+
+def _inflation(d: int) -> float:
+    """Return the factor that covers the rounding of a norm, which is the root of a sum of `d` squares."""
+    return 1 + of_roundings(d) + 1e-5
 
 
 def _norms(values: NDArray[np.float32]) -> NDArray[np.float32]:

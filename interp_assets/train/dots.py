@@ -3,6 +3,8 @@
 Libraries sum in an order that depends on the shape of a matrix, the number of threads and the processor. Here each of 64 chains of fused
 multiplications and additions takes every 64th value, the chains are added as a tree, and what is left of a row that is no multiple of 64 comes
 last. So a value is a function of its two rows alone. About 15 ns for 512 dimensions in the cache.
+
+For loops that are `compiled` only: in a `reordered` one Numba lets LLVM add in any order, here too.
 """
 
 from typing import Any, Final
@@ -17,9 +19,13 @@ _STEP: Final = LANES * _CHAINS
 
 
 def rounding(d: int) -> float:
-    """Return by how much a product of `d` values may be wrong at most, relative to the product of the rows' norms (Higham 2002, eq. 3.5)."""
-    n_roundings = d // _STEP + _CHAINS.bit_length() + LANES.bit_length() + d % _STEP
-    return n_roundings * 2.0**-24 / (1 - n_roundings * 2.0**-24)
+    """Return by how much `dot` of `d` values may be wrong at most, relative to the product of the rows' norms (Higham 2002, eq. 3.5)."""
+    return of_roundings(d // _STEP + _CHAINS.bit_length() + LANES.bit_length() + d % _STEP)
+
+
+def of_roundings(n: int) -> float:
+    """Return by how much `n` roundings to float32 in a row change a value at most, relative to it (Higham 2002, lemma 3.1)."""
+    return n * 2.0**-24 / (1 - n * 2.0**-24)
 
 
 def _write_dot(typing: Any, a: Any, i: Any, b: Any, j: Any, n: Any) -> Any:  # noqa: ARG001
