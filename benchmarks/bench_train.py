@@ -9,18 +9,21 @@
 Peers are no dependencies: they live in an environment of their own, and one that is not installed is skipped and named.
 
     python -m venv .peers && .peers/bin/pip install torch==2.13.0 sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0
+    .peers/bin/pip uninstall -y torchvision        where it does not fit torch's build for CPUs: the peers import it if it is there, and fail
 
 `--peers` (or the variable BENCH_PEERS) names its interpreter; `train_peers.py` runs there and is asked for one step at a time, so that
 ours, the floor and the peers alternate and a busy machine slows all of them.
 
 Sketch before code: with B rows, n = d_in and m = d_sae, a dense step is five products of 2 B n m operations each (encode, decode, and
-the gradients of latents, encoder and decoder); that is the floor, also of Gated, which needs seven when its gates are wide open. A
+the gradients of latents, encoder and decoder); that is the floor, also of Gated, which needs seven when its gates are wide open. They are float32
+and made by the library that is the fastest on this kind of CPU (`interp_assets/products.py`), whatever type our step's products are in. A
 TopK-like step needs one dense product and touches k of m latents otherwise: 0.2 of the floor plus scans of the pre-activations. A step
 of ours is the whole of `Trainer.train_step`: loss, gradients, clip, Adam, dead counters, log. One JSON line a case:
 
     name, value, unit      rows per second
     ours, floor            seconds of a step of ours, and of the five products
     ratio_to_floor         ours / floor: times the floor
+    ratio_to_torch_floor   ours / the same products as torch multiplies unless told otherwise, which is what peers have, in `torch_floor` seconds
     ratio_to_best_peer     rows per second of ours / of the fastest peer that has the architecture; null without one
     peers                  times the floor of each peer, or why it has none
     ratio_to_sae_lens      the same against SAELens alone
@@ -49,11 +52,13 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import torch
+from llvmlite import binding
 from safetensors import safe_open
 from train_gpu import main as measure_gpu
 from train_states import Planted, make_config
 
 from interp_assets.config import Architecture, SaeConfig
+from interp_assets.products import use_fastest_products
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.trainer import Trainer
 
@@ -88,6 +93,28 @@ def make_floor(x: torch.Tensor, d_sae: int, dtype: torch.dtype) -> Callable[[], 
         torch.mm(latents.T, x, out=gradient)
 
     return run
+
+
+def make_floors(x: torch.Tensor, d_sae: int) -> dict[str, Run]:
+    """Return the products by the fastest library, and those by torch's own choice where that is another."""
+    floors = {"floor": timed(make_floor(x, d_sae, torch.float32))}
+    if use_fastest_products():
+        floors["torch_floor"] = by_torchs_choice(timed(make_floor(x, d_sae, torch.float32)))
+    return floors
+
+
+def by_torchs_choice(run: Run) -> Run:
+    """Return a run during which torch chooses the library of its products."""
+    setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
+
+    def measure() -> float:
+        chosen, setting.fp32_precision = setting.fp32_precision, "none"
+        try:
+            return run()
+        finally:
+            setting.fp32_precision = chosen
+
+    return measure
 
 
 def make_step(architecture: Architecture, x: torch.Tensor, d_sae: int, k: int, state: str, dtype: str) -> Callable[[], object]:
@@ -195,26 +222,29 @@ def measure_training(
     time whatever fires, as steps of dense products do; peers that become faster or slower in a training are not followed.
     """
     x = Planted(chosen.d_in, 2 * chosen.batch_rows).rows[: chosen.batch_rows].clone()
-    found, best_peers, floors = {}, {}, []
+    found, best_peers, floors, torch_floors = {}, {}, [], []
     for step, run in load_states(Path(chosen.trained), architecture, x, d_sae, chosen.k, dtype).items():
-        runs = {"floor": timed(make_floor(x, d_sae, torch.float32)), "ours": timed(run)}
+        runs = make_floors(x, d_sae) | {"ours": timed(run)}
         if not found:
             made = {peer: child.make(peer, architecture, x, d_sae, chosen.k) for peer, child in peers}
             runs |= {peer: step_of for peer, step_of in made.items() if not isinstance(step_of, str)}
         best = time_together(runs, chosen.seconds)
         found[step] = best["ours"] / best["floor"]
         floors.append(best["floor"])
-        best_peers |= {peer: best[peer] / best["floor"] for peer in best if peer not in ("floor", "ours")}
+        torch_floors.append(best.get("torch_floor", best["floor"]))
+        best_peers |= {peer: best[peer] / best["floor"] for peer in best if peer in PEERS}
     steps = sorted(found)
     area = sum((found[low] + found[high]) / 2 * (high - low) for low, high in pairwise(steps))
-    mean, floor = area / (steps[-1] - steps[0]), min(floors)
+    mean, floor, torch_floor = area / (steps[-1] - steps[0]), min(floors), min(torch_floors)
     return {
         "name": f"train_{architecture}_training",
         "value": round(len(x) / (mean * floor)),
         "unit": "rows/s",
         "ours": round(mean * floor, 5),
         "floor": round(floor, 5),
+        "torch_floor": round(torch_floor, 5),
         "ratio_to_floor": round(mean, 3),
+        "ratio_to_torch_floor": round(mean * floor / torch_floor, 3),
         **compare(mean, best_peers),
         "peers": {peer: round(value, 3) for peer, value in best_peers.items()} or None,
         "state": "training",
@@ -244,12 +274,10 @@ def measure(
         return measure_training(chosen, d_sae, architecture, dtype, peers)
     x = torch.randn(chosen.batch_rows, chosen.d_in, generator=torch.Generator().manual_seed(1))
     made = {peer: child.make(peer, architecture, x, d_sae, chosen.k) for peer, child in peers} if state == "start" and dtype == "float32" else {}
-    runs: dict[str, Run] = {
-        "floor": timed(make_floor(x, d_sae, torch.float32)),
-        "ours": timed(make_step(architecture, x, d_sae, chosen.k, state, dtype)),
-    }
+    runs = make_floors(x, d_sae) | {"ours": timed(make_step(architecture, x, d_sae, chosen.k, state, dtype))}
     best = time_together(runs | {peer: run for peer, run in made.items() if not isinstance(run, str)}, chosen.seconds)
     floor, ours = best["floor"], best["ours"]
+    torch_floor = best.get("torch_floor", floor)
     others = {peer: best[peer] for peer in made if peer in best}
     return {
         "name": f"train_{architecture}" + ("" if state == "start" else f"_{state}"),
@@ -257,7 +285,9 @@ def measure(
         "unit": "rows/s",
         "ours": round(ours, 5),
         "floor": round(floor, 5),
+        "torch_floor": round(torch_floor, 5),
         "ratio_to_floor": round(ours / floor, 3),
+        "ratio_to_torch_floor": round(ours / torch_floor, 3),
         **compare(ours, others),
         "peers": {peer: round(best[peer] / floor, 3) if peer in best else run for peer, run in made.items()} or None,
         "state": state,
@@ -269,6 +299,7 @@ def main() -> None:
     if any(argument.startswith("--device") for argument in sys.argv):
         measure_gpu(sys.argv[1:])
         return
+    use_fastest_products()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="batches of 1024 and 2048 latents instead of 4096, and 4096 and 16384")
     parser.add_argument("--d-in", type=int, default=512)
@@ -288,7 +319,7 @@ def main() -> None:
     chosen.d_sae = chosen.d_sae or ([2048] if chosen.quick else [4096, 16384])
     chosen.batch_rows = chosen.batch_rows or (1024 if chosen.quick else 4096)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = f"{platform.machine()} {binding.get_host_cpu_name()}, {torch.get_num_threads()} threads"
     if not chosen.peers:
         sys.stderr.write("No peers: name an interpreter that has them with --peers or BENCH_PEERS (how to make one stands in the docstring).\n")
     with open_peers(chosen.peers) as peers:

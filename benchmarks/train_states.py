@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from interp_assets.config import Architecture, SaeConfig
+from interp_assets.products import use_fastest_products
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.trainer import Trainer
 
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--coefficient", type=float, help="of the sparsity loss, instead of the one that this file has for an architecture")
     chosen = parser.parse_args()
+    use_fastest_products()
     Path(chosen.folder).mkdir(parents=True, exist_ok=True)
     for architecture in chosen.architectures:
         train(chosen, architecture)

@@ -5,10 +5,15 @@ from typing import Literal
 import torch
 
 from interp_assets.errors import InputError
+from interp_assets.products import use_fastest_products
 
 
 def choose_device(device: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
-    """Return the configured device; `auto` takes CUDA, then MPS, then the CPU. Raises `InputError` when it is not there."""
+    """Return the configured device; `auto` takes CUDA, then MPS, then the CPU. Raises `InputError` when it is not there.
+
+    Whoever asks will multiply, so the CPU's products go to its fastest library from here on (`products.py`).
+    """
+    use_fastest_products()
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return torch.device(next(name for name, is_present in present.items() if is_present))

@@ -93,6 +93,8 @@ class _Block(NamedTuple):
     """Encoded rows."""
 
     rows: slice
+    x: Tensor
+    """What was encoded, as products take it."""
     pre: Tensor
     """Pre-activations less the thresholds; they last until the next block."""
     near: Few | None
@@ -103,20 +105,24 @@ class _Encoder(NamedTuple):
     """What encodes a batch by blocks."""
 
     x: Tensor
+    """The rows and the weights as products take them: rounded once a step."""
     W_enc_T: Tensor
     bias: Tensor
     context: LossContext
 
     def encode(self, rows: slice, out: Tensor, level: float) -> _Block:
         """Encode some rows, and find what lies above `level`."""
-        pre = product(self.x[rows], self.W_enc_T.T, out, bias=self.bias, dtype=self.context.dtype)
-        return _Block(rows, pre, find_few(pre, level, int(FEW * pre.numel())))
+        x, context = self.x[rows], self.context
+        pre = product(x, self.W_enc_T.T, out, bias=self.bias, dtype=context.dtype, scratch=context.scratch)
+        return _Block(rows, x, pre, find_few(pre, level, int(FEW * pre.numel())))
 
 
 def _dense_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule") -> StepLoss:
-    gradients = make_gradients(weights, context.scratch)
-    encoder = _Encoder(x, weights["W_enc_T"].to(context.dtype), weights["b_enc"] - rule.threshold, context)
-    squared_error, cast = x.new_zeros((), dtype=torch.float64), {**weights, "W_dec": weights["W_dec"].to(context.dtype)}
+    scratch, dtype = context.scratch, context.dtype
+    gradients = make_gradients(weights, scratch)
+    operands = scratch.cast("x", x, dtype), scratch.cast("W_enc_T", weights["W_enc_T"], dtype)
+    encoder = _Encoder(*operands, weights["b_enc"] - rule.threshold, context)
+    squared_error, cast = x.new_zeros((), dtype=torch.float64), {**weights, "W_dec": scratch.cast("W_dec", weights["W_dec"], dtype)}
     for block in rule.iter_blocks(encoder):
         add = _add_dense if rule.reach is None or block.near is None else _add_pairs
         squared_error += add(cast, gradients, x[block.rows], y[block.rows], context, rule, block)
@@ -132,7 +138,7 @@ def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
     pairs = near.pairs if near else None
     shape = (len(x), pre.shape[1])
     if near is None:
-        latents = scratch.take("latents", shape, x)
+        latents = scratch.take("latents", shape, x, dtype)
         rule.activate(pre, latents)
         error = reconstruct(weights, x, latents, context, "error").sub_(y)
     else:
@@ -140,15 +146,16 @@ def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
         error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(latents, rule.W_dec, near.pairs, scratch))).sub_(y)
     squared_error = sum_squares(error)
     error.mul_(2 * rule.error_scale / context.n_rows)
+    operand = scratch.cast("error operand", error, dtype)
     if pairs is None:
-        product(latents.T, error, gradients["W_dec"], is_added=True, dtype=dtype)
+        product(latents.T, operand, gradients["W_dec"], is_added=True, dtype=dtype, scratch=scratch)
     else:
         add_by_latent(gradients["W_dec"], error, latents, pairs, scratch)
     add_offset_gradients(weights, gradients, x, error)
-    grad = product(error, weights["W_dec"].T, scratch.take("gradient", shape, x), dtype=dtype)
+    grad = product(operand, weights["W_dec"].T, scratch.take("gradient", shape, x, dtype), dtype=dtype)
     rule.add_penalty(grad, latents, pairs)
     gradients["b_enc"].add_(rule.backward(pre, grad))
-    product(grad.T, x, gradients["W_enc_T"], is_added=True, dtype=dtype)
+    product(grad.T, block.x, gradients["W_enc_T"], is_added=True, dtype=dtype, scratch=scratch)
     return squared_error
 
 
@@ -192,7 +199,7 @@ class _Rule:
     def iter_blocks(self, encoder: _Encoder) -> Iterator[_Block]:
         """Encode block by block, all into one buffer."""
         for rows in row_blocks(encoder.x, len(encoder.bias)):
-            out = self.context.scratch.take("pre", (rows.stop - rows.start, len(encoder.bias)), encoder.x)
+            out = self.context.scratch.take("pre", (rows.stop - rows.start, len(encoder.bias)), encoder.bias)
             yield encoder.encode(rows, out, -(self.reach or 0.0))
 
     def activate(self, pre: Tensor, latents: Tensor) -> None:
@@ -290,7 +297,7 @@ class _TargetJump(_Jump):
     def iter_blocks(self, encoder: _Encoder) -> Iterator[_Block]:
         """Encode the whole batch first: the gradient of each firing depends on L0. The loss is spread evenly over ranks."""
         context, shape = self.context, (len(encoder.x), len(encoder.bias))
-        encoded = context.scratch.take("encoded", shape, encoder.x)
+        encoded = context.scratch.take("encoded", shape, encoder.bias)
         blocks = [encoder.encode(rows, encoded[rows], 0.0) for rows in row_blocks(encoder.x, shape[1])]
         n_own = sum(count_true(block.pre > 0) if block.near is None else len(block.near.values) for block in blocks)
         n_fired = context.ranks.sum(torch.tensor(float(n_own), dtype=torch.float64, device=encoder.x.device))
@@ -323,7 +330,7 @@ class _TanhJump(_Jump):
         """
         if pairs is None:
             places = nonzero(latents > 0)
-            column, f = places % latents.shape[1], latents.view(-1)[places]
+            column, f = places % latents.shape[1], latents.view(-1)[places].to(self.rise.dtype)
         else:
             column, f, places = pairs.latents, latents, pairs.bags * grad.shape[1] + pairs.latents
         tanh = (f * self.steepness[column]).tanh_()
@@ -331,7 +338,7 @@ class _TanhJump(_Jump):
         squared = tanh.square_()
         self.grad_norms.index_add_(0, column, (1 - squared).mul_(f))
         flat = grad.view(-1)
-        flat[places] = flat[places] - squared * self.rise[column]
+        flat[places] = (flat[places] - squared * self.rise[column]).to(flat.dtype)
 
     def finish(self, gradients: Weights) -> None:
         scale = self.grad_norms * (TANH_SCALE * self.slope) + self.finish_silence()

@@ -9,7 +9,8 @@ passes to, it is the formula in torch. Column sums come along: firings, and the 
     open      opened = relu(gate)       latents = [gate > 0] relu((gate - bias) gain + bias_magnitude)
     close     grad = [latents > 0] grad gain + [gate > 0] (grad_gate + penalty)
 
-Here `pre` is the pre-activation less its threshold.
+Here `pre` is the pre-activation less its threshold. Pre-activations and columns are float32; latents and gradients of a block may be of a smaller
+type, in which products take them, and are then rounded when they are written.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_assets.train.loops import as_arrays, close_rows, fire_rows, is_native, open_rows, over_rows, pull_rows
+from interp_assets.train.loops import as_arrays, close_rows, fire_rows, is_native, is_readable, open_rows, over_rows, pull_rows
 
 Block = Float[Tensor, "rows latents"]
 Column = Float[Tensor, " latents"]
@@ -99,50 +100,63 @@ def keep_above(grad: Block, level: Block) -> Block:
 
 def fire(pre: Block, offset: Column, latents: Block) -> Fired:
     """Write the latents of a block."""
-    if is_native(pre, latents):
+    if is_native(pre) and is_readable(latents):
         return Fired(*_from(over_rows(fire_rows, len(pre), (2, pre.shape[1]), *as_arrays(pre, offset, latents))))
-    keep_above(torch.add(pre, offset, out=latents), pre)
-    return Fired(sum_rows(latents), (pre > 0).sum(0).to(pre.dtype))
+    values = keep_above(torch.add(pre, offset, out=_room(latents, pre)), pre)
+    _write(values, latents)
+    return Fired(sum_rows(values), (pre > 0).sum(0).to(pre.dtype))
 
 
 def pull(pre: Block, grad: Block, slopes: Slopes) -> Pulled:
     """Turn the gradient of the latents into that of the pre-activations, in place."""
     share = 1 / slopes.width if slopes.width else 0.0
-    if is_native(pre, grad):
+    if is_native(pre) and is_readable(grad):
         scalars = np.array([float(slopes.grad_n_fired), slopes.width / 2, share, slopes.reaches_encoder], np.float32)
         columns = torch.stack([slopes.rise, slopes.drop, slopes.threshold])
         return Pulled(*_from(over_rows(pull_rows, len(pre), (3, pre.shape[1]), *as_arrays(pre, grad, columns), scalars)))
-    grad.add_(slopes.rise)
-    through = torch.where(pre.abs() < slopes.width / 2, (slopes.grad_n_fired + grad * slopes.threshold) * share, 0.0)
-    keep_above(grad.sub_(slopes.drop), pre).add_(slopes.drop)
+    values = grad.to(pre.dtype).add_(slopes.rise)
+    through = torch.where(pre.abs() < slopes.width / 2, (slopes.grad_n_fired + values * slopes.threshold) * share, 0.0)
+    keep_above(values.sub_(slopes.drop), pre).add_(slopes.drop)
     if slopes.reaches_encoder:
-        grad.add_(through)
-    return Pulled(sum_rows(grad), sum_rows(through), sum_rows(pre) if slopes.width else torch.zeros_like(slopes.rise))
+        values.add_(through)
+    _write(values, grad)
+    return Pulled(sum_rows(values), sum_rows(through), sum_rows(pre) if slopes.width else torch.zeros_like(slopes.rise))
 
 
 def open_gates(gate: Block, gates: Gates, opened: Block, latents: Block) -> Opened:
     """Write the open gates and the latents of a block of a gated SAE; `gate` holds the gates' bias."""
-    if is_native(gate, opened, latents):
+    if is_native(gate) and is_readable(opened, latents):
         return Opened(*_from(over_rows(open_rows, len(gate), (2, gate.shape[1]), *as_arrays(gate, torch.stack(gates), opened, latents))))
-    torch.clamp(gate, min=0.0, out=opened)
-    torch.addcmul(gates.bias_magnitude, gate - gates.bias, gates.gain, out=latents).relu_()
-    keep_above(latents, gate)
-    return Opened((latents > 0).sum(0).to(gate.dtype), sum_rows(opened))
+    above = torch.clamp(gate, min=0.0, out=_room(opened, gate))
+    values = torch.addcmul(gates.bias_magnitude, gate - gates.bias, gates.gain, out=_room(latents, gate)).relu_()
+    _write(above, opened)
+    _write(keep_above(values, gate), latents)
+    return Opened((values > 0).sum(0).to(gate.dtype), sum_rows(above))
 
 
 def close_gates(gate: Block, gates: Gates, grads: tuple[Block, Block], latents: Block, penalty: float) -> Closed:
-    """Turn the gradients of latents and open gates, the first in place, into that of the projection; the second is used up."""
+    """Turn the gradients of latents and open gates, the first in place, into that of the projection."""
     grad, grad_gate = grads
-    if is_native(gate, grad, grad_gate, latents):
+    if is_native(gate) and is_readable(grad, grad_gate, latents):
         g, columns, first, second, f = as_arrays(gate, torch.stack(gates), grad, grad_gate, latents)
         return Closed(*_from(over_rows(close_rows, len(gate), (3, gate.shape[1]), g, columns, (first, second), f, np.float32(penalty))))
-    magnitude = torch.where(latents > 0, grad, 0.0)
+    magnitude = torch.where(latents > 0, grad.to(gate.dtype), 0.0)
     bias_magnitude = sum_rows(magnitude)
     magnitude.mul_(gates.gain)
     log_gain = sum_rows(magnitude * (gate - gates.bias))
-    opened = torch.where(gate > 0, grad_gate + penalty, 0.0)
-    torch.add(magnitude, opened, out=grad)
+    opened = torch.where(gate > 0, grad_gate.to(gate.dtype) + penalty, 0.0)
+    _write(magnitude + opened, grad)
     return Closed(bias_magnitude, log_gain, sum_rows(opened))
+
+
+def _room(out: Block, like: Block) -> Block:
+    """Return where to compute what goes to `out`: there, unless it is of a smaller type."""
+    return out if out.dtype == like.dtype else torch.empty_like(like)
+
+
+def _write(values: Block, out: Block) -> None:
+    if values.data_ptr() != out.data_ptr():
+        out.copy_(values)
 
 
 def _from(sums: np.ndarray) -> Tensor:

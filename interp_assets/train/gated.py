@@ -43,15 +43,16 @@ def gated_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> 
     """Gated latents with an L1 penalty and an auxiliary reconstruction on the gates."""
     scratch, dtype, width = context.scratch, context.dtype, len(weights["b_enc"])
     gradients, gates = make_gradients(weights, scratch), Gates(weights["b_enc"], weights["r_mag"].exp(), weights["b_mag"])
-    W_enc_T, cast = weights["W_enc_T"].to(dtype), {**weights, "W_dec": weights["W_dec"].to(dtype)}
+    W_enc_T, cast = scratch.cast("W_enc_T", weights["W_enc_T"], dtype), {**weights, "W_dec": scratch.cast("W_dec", weights["W_dec"], dtype)}
+    operand = scratch.cast("x", x, dtype)
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
     n_fired = torch.zeros_like(gates.gain)
     for rows in row_blocks(x, width):
         shape = (rows.stop - rows.start, width)
-        gate = product(x[rows], W_enc_T.T, scratch.take("pre", shape, x), bias=weights["b_enc"], dtype=dtype)
+        gate = product(operand[rows], W_enc_T.T, scratch.take("pre", shape, x), bias=weights["b_enc"], dtype=dtype, scratch=scratch)
         few = find_few(gate, 0.0, int(FEW_GATES * gate.numel()))
         if few is None:
-            block = _add_dense(cast, gradients, x[rows], y[rows], context, gate, gates)
+            block = _add_dense(cast, gradients, (x[rows], operand[rows]), y[rows], context, gate, gates)
         else:
             block = _add_pairs(weights, gradients, x[rows], y[rows], context, few)
         sums += block.sums
@@ -68,24 +69,26 @@ class _Block(NamedTuple):
     n_fired: Tensor
 
 
-def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, gate: Tensor, gates: Gates) -> _Block:
-    """Add the gradients of a block in which many gates are open."""
-    scratch, dtype, shape = context.scratch, context.dtype, tuple(gate.shape)
-    opened, latents = scratch.take("opened", shape, x), scratch.take("latents", shape, x)
+def _add_dense(
+    weights: Weights, gradients: Weights, rows: tuple[Tensor, Tensor], y: Tensor, context: LossContext, gate: Tensor, gates: Gates
+) -> _Block:
+    """Add the gradients of a block in which many gates are open; `rows` are what was encoded, in float32 and as products take it."""
+    scratch, dtype, shape, (x, operand) = context.scratch, context.dtype, tuple(gate.shape), rows
+    opened, latents = scratch.take("opened", shape, x, dtype), scratch.take("latents", shape, x, dtype)
     counts = open_gates(gate, gates, opened, latents)
     error = reconstruct(weights, x, latents, context, "error").sub_(y)
     gate_error = reconstruct(weights, x, opened, context, "gate_error").sub_(y)
     sums = torch.stack([sum_squares(error), sum_squares(gate_error), counts.opened.sum()])
-    error.mul_(2 / context.n_rows)
-    product(latents.T, error, gradients["W_dec"], is_added=True, dtype=dtype)
+    errors = [scratch.cast(f"{i} operand", value.mul_(2 / context.n_rows), dtype) for i, value in enumerate((error, gate_error))]
+    product(latents.T, errors[0], gradients["W_dec"], is_added=True, dtype=dtype, scratch=scratch)
     # The skip of a transcoder, unlike the gates, has no sparsity to gain: it learns from the first error only.
     add_offset_gradients(weights, gradients, x, error)
-    grad = product(error, weights["W_dec"].T, scratch.take("gradient", shape, x), dtype=dtype)
-    grad_gate = product(gate_error.mul_(2 / context.n_rows), weights["W_dec"].T, opened, dtype=dtype)
+    grad = product(errors[0], weights["W_dec"].T, scratch.take("gradient", shape, x, dtype), dtype=dtype)
+    grad_gate = product(errors[1], weights["W_dec"].T, opened, dtype=dtype)
     closed = close_gates(gate, gates, (grad, grad_gate), latents, context.coefficient / context.n_rows)
     for name, gradient in (("b_mag", closed.bias_magnitude), ("r_mag", closed.log_gain), ("b_enc", closed.bias)):
         gradients[name].add_(gradient)
-    product(grad.T, x, gradients["W_enc_T"], is_added=True, dtype=dtype)
+    product(grad.T, operand, gradients["W_enc_T"], is_added=True, dtype=dtype, scratch=scratch)
     return _Block(sums, counts.n_fired)
 
 

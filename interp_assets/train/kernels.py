@@ -30,9 +30,11 @@ from torch.nn.functional import embedding_bag
 
 from interp_assets.train.bags import dot_bags, dot_bags_twice, is_packable, pack, see_strips, sum_bags, sum_bags_twice
 from interp_assets.train.loops import (
+    add_widened,
     as_arrays,
     count_above,
     is_native,
+    is_readable,
     order_latents,
     over_bags,
     over_parts,
@@ -40,6 +42,7 @@ from interp_assets.train.loops import (
     split_places,
     sum_latents,
     take_above,
+    write_widened,
 )
 
 _PAIRS_A_ROW: Final = 16
@@ -75,13 +78,17 @@ class Scratch:
         """Start without buffers: each grows to the largest size it was asked for."""
         self._buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return the buffer `name` as a contiguous tensor of `shape`, in dtype and on the device of `like`."""
-        n = math.prod(shape)
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the buffer `name` as a contiguous tensor of `shape`, on the device of `like` and, unless `dtype` says another, in its dtype."""
+        n, dtype = math.prod(shape), dtype or like.dtype
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < n or buffer.dtype != like.dtype or buffer.device != like.device:
-            buffer = self._buffers[name] = torch.empty(n, dtype=like.dtype, device=like.device)
+        if buffer is None or buffer.numel() < n or buffer.dtype != dtype or buffer.device != like.device:
+            buffer = self._buffers[name] = torch.empty(n, dtype=dtype, device=like.device)
         return buffer[:n].view(shape)
+
+    def cast(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `value` rounded to `dtype`, in the buffer `name`; itself where there is nothing to round."""
+        return value if value.dtype == dtype else self.take(name, tuple(value.shape), value, dtype).copy_(value)
 
 
 def make_pairs(place_N: Int64[Tensor, " N"], n_rows: int, d_sae: int) -> Pairs:
@@ -240,16 +247,46 @@ def count_true(mask: Tensor) -> int:
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, is_added: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Write (or add) the matrix product into `out`, plus a row vector; operands are rounded to `dtype`, sums stay in `out`'s type."""
+def product(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    is_added: bool = False,
+    dtype: torch.dtype = torch.float32,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """Write (or add) the matrix product into `out`, plus a row vector; operands are rounded to `dtype`, unless they are of it already.
+
+    Where `dtype` is smaller than `out`'s, a CPU rounds the product itself too, as autocast does, before it comes to a bias or to a sum in `out`'s
+    type; a GPU writes its float32 sums. `scratch` spares a new tensor for that.
+    """
+    a, b = a.to(dtype), b.to(dtype)
     if dtype == out.dtype:
         if is_added:
             return out.addmm_(a, b)
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-    rounded = torch.mm(a.to(dtype), b.to(dtype))
+    if out.is_cuda and out.dtype == torch.float32 and torch.version.hip is None:  # torch has it for CUDA alone
+        found = torch.mm(a, b, out_dtype=torch.float32) if is_added else torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        found = torch.mm(a, b, out=None if scratch is None else scratch.take("product", tuple(out.shape), out, dtype))
+    return _widen(found, out, bias, is_added=is_added)
+
+
+def _widen(found: Tensor, out: Tensor, bias: Tensor | None, *, is_added: bool) -> Tensor:
+    """Write (or add) a product of any type, plus a row vector."""
+    if is_native(out) and is_readable(found):
+        if is_added:
+            over_rows(add_widened, len(out), (0, 0), *as_arrays(found, out))
+        else:
+            row = out.new_zeros(out.shape[1]) if bias is None else bias
+            over_rows(write_widened, len(out), (0, 0), *as_arrays(found, row, out))
+        return out
     if is_added:
-        return out.add_(rounded)
-    out.copy_(rounded)
+        return out.add_(found)
+    if found is not out:
+        out.copy_(found)
     return out if bias is None else out.add_(bias)
 
 

@@ -4,6 +4,9 @@ Rows of a block lie in order; a row's values stay in the first-level cache from 
 few enough arrays to become vector instructions. Sums by column (firings, gradients of biases) are kept beside. What torch does in seven
 to thirteen passes at the speed of memory takes one here. The loops that sum and multiply the rows that pairs name: `bags.py`.
 
+Latents and gradients of a block may be bfloat16, where products want them so: they are read and written as halves (`bfloat16.py`), all that
+is computed and summed is float32. Sums are of what was written, after rounding.
+
 Numba compiles a loop at its first call (about a second; kept on disk where the disk can be written). Loops hold no lock, so `over_rows`
 runs them on as many Python threads as torch has; parts and the order of their sums depend on that number only. (OpenMP's idle threads spin
 for milliseconds after each product of torch's; with OMP_WAIT_POLICY=PASSIVE, as our command line sets it, steps are 5 to 15% faster.) What
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.compiled import reordered
+from interp_assets.train.bfloat16 import as_array, narrow, widen
 
 _STRIP: Final = 4096
 """Columns of a row that a loop works on at once: a few arrays of 16 KiB, in the second-level cache."""
@@ -28,12 +32,17 @@ _STRIP: Final = 4096
 
 def is_native(*values: Tensor) -> bool:
     """Tell whether the loops can work on these tensors."""
-    return all(value.device.type == "cpu" and value.dtype == torch.float32 and value.is_contiguous() for value in values)
+    return all(value.dtype == torch.float32 for value in values) and is_readable(*values)
+
+
+def is_readable(*values: Tensor) -> bool:
+    """Tell whether the loops that know bfloat16 can work on these tensors."""
+    return all(value.device.type == "cpu" and value.dtype in (torch.float32, torch.bfloat16) and value.is_contiguous() for value in values)
 
 
 def as_arrays(*values: Tensor) -> list[NDArray[Any]]:
     """View tensors on the CPU as the arrays that the loops take."""
-    return [value.numpy() for value in values]
+    return [as_array(value) for value in values]
 
 
 def over_rows(loop: Callable[..., Any], n_rows: int, shape: tuple[int, int], *arguments: Any) -> NDArray[np.float32]:
@@ -82,9 +91,9 @@ def fire_rows(pre: Any, offset: Any, latents: Any, sums: Any, first: Any, last: 
         for row in range(first, last):
             p, f = pre[row, columns], latents[row, columns]
             for c in range(len(p)):
-                f[c] = p[c] + b[c] if p[c] > 0 else np.float32(0)
+                f[c] = narrow(p[c] + b[c] if p[c] > 0 else np.float32(0), f)
             for c in range(len(p)):
-                total[c] += f[c]
+                total[c] += widen(f[c])
             for c in range(len(p)):
                 count[c] += np.float32(1) if p[c] > 0 else np.float32(0)
 
@@ -102,20 +111,22 @@ def pull_rows(pre: Any, grad: Any, slopes: Any, scalars: Any, sums: Any, first: 
             p, g = pre[row, columns], grad[row, columns]
             if half > 0:
                 for c in range(len(p)):
-                    t = share * (grad_n_fired + (g[c] + rise[c]) * threshold[c])
+                    t = share * (grad_n_fired + (widen(g[c]) + rise[c]) * threshold[c])
                     through[c] = t if abs(p[c]) < half else np.float32(0)
                 for c in range(len(p)):
                     total_through[c] += through[c]
                 for c in range(len(p)):
                     total_pre[c] += p[c]
-            for c in range(len(p)):
-                v = g[c] + rise[c]
-                g[c] = v if p[c] > 0 else drop[c]
             if half > 0 and to_encoder > 0:
                 for c in range(len(p)):
-                    g[c] += through[c]
+                    v = widen(g[c]) + rise[c]
+                    g[c] = narrow((v if p[c] > 0 else drop[c]) + through[c], g)
+            else:
+                for c in range(len(p)):
+                    v = widen(g[c]) + rise[c]
+                    g[c] = narrow(v if p[c] > 0 else drop[c], g)
             for c in range(len(p)):
-                total[c] += g[c]
+                total[c] += widen(g[c])
 
 
 @reordered
@@ -128,20 +139,20 @@ def open_rows(gate: Any, parameters: Any, opened: Any, latents: Any, sums: Any, 
         for row in range(first, last):
             p, o, f = gate[row, columns], opened[row, columns], latents[row, columns]
             for c in range(len(p)):
-                o[c] = p[c] if p[c] > 0 else np.float32(0)
+                o[c] = narrow(p[c] if p[c] > 0 else np.float32(0), o)
             for c in range(len(p)):
                 m = (p[c] - bias[c]) * gain[c] + bias_magnitude[c]
-                f[c] = m if (p[c] > 0) & (m > 0) else np.float32(0)
+                f[c] = narrow(m if (p[c] > 0) & (m > 0) else np.float32(0), f)
             for c in range(len(p)):
-                count[c] += np.float32(1) if f[c] > 0 else np.float32(0)
+                count[c] += np.float32(1) if widen(f[c]) > 0 else np.float32(0)
             for c in range(len(p)):
-                total[c] += o[c]
+                total[c] += widen(o[c])
 
 
 @reordered
 def close_rows(gate: Any, parameters: Any, grads: Any, latents: Any, penalty: Any, sums: Any, first: Any, last: Any) -> None:
     """Add up, in the first of `grads`, the gradients of both uses of the projection. Sums: of the magnitude's bias, its gain, the gate's bias."""
-    magnitude = np.zeros(_STRIP, np.float32)
+    magnitude, opened = np.zeros(_STRIP, np.float32), np.zeros(_STRIP, np.float32)
     for start in range(0, gate.shape[1], _STRIP):
         columns = slice(start, start + _STRIP)
         bias, gain = parameters[0, columns], parameters[1, columns]
@@ -149,7 +160,7 @@ def close_rows(gate: Any, parameters: Any, grads: Any, latents: Any, penalty: An
         for row in range(first, last):
             p, g, q, f = gate[row, columns], grads[0][row, columns], grads[1][row, columns], latents[row, columns]
             for c in range(len(p)):
-                magnitude[c] = g[c] if f[c] > 0 else np.float32(0)
+                magnitude[c] = widen(g[c]) if widen(f[c]) > 0 else np.float32(0)
             for c in range(len(p)):
                 total_magnitude[c] += magnitude[c]
             for c in range(len(p)):
@@ -157,12 +168,30 @@ def close_rows(gate: Any, parameters: Any, grads: Any, latents: Any, penalty: An
             for c in range(len(p)):
                 total_gain[c] += magnitude[c] * (p[c] - bias[c])
             for c in range(len(p)):
-                v = q[c] + penalty
-                q[c] = v if p[c] > 0 else np.float32(0)
+                v = widen(q[c]) + penalty
+                opened[c] = v if p[c] > 0 else np.float32(0)
             for c in range(len(p)):
-                total_gate[c] += q[c]
+                total_gate[c] += opened[c]
             for c in range(len(p)):
-                g[c] = magnitude[c] + q[c]
+                g[c] = narrow(magnitude[c] + opened[c], g)
+
+
+@reordered
+def write_widened(rounded: Any, bias: Any, out: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001 - it sums nothing
+    """Write rounded numbers as float32, plus a row."""
+    for row in range(first, last):
+        r, o = rounded[row], out[row]
+        for c in range(len(o)):
+            o[c] = widen(r[c]) + bias[c]
+
+
+@reordered
+def add_widened(rounded: Any, out: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001 - it sums nothing
+    """Add rounded numbers to float32."""
+    for row in range(first, last):
+        r, o = rounded[row], out[row]
+        for c in range(len(o)):
+            o[c] += widen(r[c])
 
 
 @reordered

@@ -61,7 +61,11 @@ class LossContext(NamedTuple):
     widths: tuple[int, ...]
     """Width of each hook point that is reconstructed; several for a crosscoder."""
     dtype: torch.dtype = torch.float32
-    """Type that the operands of matrix products are rounded to."""
+    """Type that the operands of matrix products are rounded to.
+
+    Smaller than float32 as in torch's autocast: weights, optimizer and sums (losses, gradients of biases and of weights over blocks) are float32,
+    and a product's result is rounded once before it is added to them.
+    """
 
 
 class StepLoss(NamedTuple):
@@ -107,7 +111,7 @@ def add_norm_gradient(gradient: Tensor, W_dec: Tensor, widths: tuple[int, ...], 
 def reconstruct(weights: Weights, x: Tensor, latents: Tensor, context: LossContext, name: str) -> Tensor:
     """Decode a block of latents densely, over all slices, into the buffer `name`: `[rows, d_out]`."""
     x_hat = context.scratch.take(name, (len(latents), len(weights["b_dec"])), x)
-    product(latents, weights["W_dec"], x_hat, dtype=context.dtype)
+    product(latents, weights["W_dec"], x_hat, dtype=context.dtype, scratch=context.scratch)
     return add_offsets(weights, x, context.ranks.sum_slices(x_hat))
 
 

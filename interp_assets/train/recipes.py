@@ -38,6 +38,8 @@ WARMUP_SHARE: Final = 0.05
 DECAY_SHARE: Final = 0.2
 """The learning rate falls linearly to 0 over this last share of the steps."""
 JUMP_THRESHOLD: Final = 0.1
+_PROJECTED_ROWS: Final = 1024
+"""Decoder rows whose gradient is projected at once on a CPU: buffers that fit the second-level cache and are used again."""
 _INITIAL_L0: Final = 2.0
 """`jump_relu` starts with this many times k active latents."""
 
@@ -140,9 +142,13 @@ def coefficient_at(config: SaeConfig, step: int, n_steps: int) -> float:
 
 
 def project_decoder_gradient(W_dec: Tensor, gradient: Tensor) -> None:
-    """Remove from each decoder row's gradient, in place, the part along the row, which renormalising would undo."""
-    along = torch.linalg.vecdot(gradient, W_dec)
-    gradient.addcmul_(W_dec, along[:, None], value=-1)
+    """Remove from each decoder row's gradient, in place, the part along the row, which renormalising would undo.
+
+    On a CPU a block of rows at a time: products of all elements would fill new memory, which takes longer than all else here.
+    """
+    n = _PROJECTED_ROWS if W_dec.device.type == "cpu" else max(1, len(W_dec))
+    for rows, part in zip(W_dec.split(n), gradient.split(n), strict=True):
+        part.addcmul_(rows, torch.linalg.vecdot(part, rows)[:, None], value=-1)
 
 
 def normalize_decoder(W_dec: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from interp_assets.garcon.tokenizer import special_token_ids
+from interp_assets.products import use_fastest_products
 
 N_TOKENS: Final = 10
 """Tokens in each list."""
@@ -49,6 +50,7 @@ def measure_logits(
     directions: Float[Tensor, "latents d_model"], unembedding: Float[Tensor, "d_model vocabulary"], used: NDArray[np.int64]
 ) -> LogitEffects:
     """Compute the strongest effects of each direction on the `used` tokens, and their histogram. Equal effects are listed by token id."""
+    use_fastest_products()
     matrix = unembedding[:, torch.from_numpy(used)].contiguous()
     n_block = max(1, _BLOCK_BYTES // (4 * len(used)))
     blocks = [_measure(directions[i : i + n_block] @ matrix, used) for i in range(0, len(directions), n_block)]

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from interp_assets.products import use_fastest_products
 from interp_assets.visualize.firings import expand_ranges
 from interp_assets.visualize.selection import descending_keys, smallest_per_segment
 
@@ -54,6 +55,7 @@ class FiringSample(NamedTuple):
 
 def find_neighbours(W_dec: Float[Tensor, "d_sae d_in"], start: int, stop: int) -> Neighbours:
     """Find the nearest decoder rows of the latents [start, stop) among all latents, by cosine. Rows of zeros are near to nothing."""
+    use_fastest_products()
     units = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-30)
     n = min(N_RELATIVES, len(units) - 1)
     n_block = max(1, _BLOCK_BYTES // (4 * len(units)))

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.train.elementwise import Gates, Slopes, close_gates, fire, keep_above, open_gates, pull, sum_squares
+from interp_assets.train.recipes import project_decoder_gradient
 
 ROWS, LATENTS = 13, 29
 
@@ -70,9 +71,40 @@ def test_gates_equal_their_definition(threads: int) -> None:
     assert_same((singles[2], *found_closed), (grad, *closed))
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize("width", [0.0, 0.8])
+def test_latents_and_gradients_in_bfloat16_are_the_rounded_ones(width: float, is_compiled: bool) -> None:
+    """Each number that is written is off by half a step of bfloat16 at most, and sums are those of what was written, or was to be.
+
+    In torch's form, which other devices take, pre-activations in double precision stand for them.
+    """
+    kind = torch.float32 if is_compiled else torch.float64
+    pre, columns = draw(ROWS, LATENTS, seed=0).to(kind), draw(3, LATENTS, seed=1).to(kind)
+    halves = [draw(ROWS, LATENTS, seed=seed).to(torch.bfloat16) for seed in range(2, 6)]
+    wholes = [half.to(kind) for half in halves]
+    slopes = Slopes(columns[0], columns[1], columns[2], torch.tensor(0.3, dtype=kind), width, reaches_encoder=True)
+    sums = [(fire(pre, columns[0], values[0]), pull(pre, values[1], slopes)) for values in (halves, wholes)]
+    assert torch.equal(halves[0], wholes[0].to(torch.bfloat16))
+    opened = [open_gates(pre, Gates(*columns), values[2], values[0]) for values in (halves, wholes)]
+    wholes[0] = halves[0].to(kind)  # what fires decides on gradients: they shall see the same
+    closed = [close_gates(pre, Gates(*columns), (values[3], values[1]), values[0], 0.25) for values in (halves, [w.clone() for w in wholes])]
+    for half, whole in zip(halves[1:3], wholes[1:3], strict=True):
+        torch.testing.assert_close(half.to(kind), whole, rtol=2**-8, atol=1e-6)
+    found, expected = ([*fired, *pulled] for fired, pulled in sums)
+    for one, other in zip([*found, *opened[0]], [*expected, *opened[1]], strict=True):
+        assert one.dtype == kind
+        torch.testing.assert_close(one, other, rtol=2**-8, atol=ROWS * 2**-8)
+    for one, other in zip(*closed, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=ROWS * 2**-7)
+
+
 def test_small_helpers_equal_the_formula() -> None:
     """They exist to save memory, not to change numbers."""
     grad, level = draw(ROWS, LATENTS, seed=0), draw(ROWS, LATENTS, seed=1)
     torch.testing.assert_close(sum_squares(grad), grad.square().sum())
     expected = grad * (level > 0)
     assert torch.equal(keep_above(grad, level), expected)
+    rows, gradient = draw(2100, LATENTS, seed=2), draw(2100, LATENTS, seed=3)
+    expected = gradient - (gradient * rows).sum(1, keepdim=True) * rows
+    project_decoder_gradient(rows, gradient)
+    torch.testing.assert_close(gradient, expected)

@@ -126,6 +126,9 @@ def test_scratch_gives_the_same_memory_again() -> None:
     assert scratch.take("b", (4, 3), like).data_ptr() != first.data_ptr()
     assert scratch.take("a", (5, 3), like).shape == (5, 3)
     assert scratch.take("a", (1,), like.double()).dtype == torch.float64
+    assert scratch.take("a", (1,), like, torch.bfloat16).dtype == torch.bfloat16
+    assert scratch.cast("c", like, torch.float32) is like
+    assert scratch.cast("c", like + 1 / 3, torch.bfloat16).item() == torch.tensor(1 / 3).to(torch.bfloat16)
 
 
 def test_rounded_products_are_summed_in_float32() -> None:
@@ -135,6 +138,25 @@ def test_rounded_products_are_summed_in_float32() -> None:
     assert product(a, b, out, is_added=True, dtype=torch.bfloat16).item() == 1001.0
     assert product(a, b, out, dtype=torch.float32).item() == 1.0 + 2**-12
     assert product(a, b, out, bias=torch.tensor([0.25]), dtype=torch.bfloat16).item() == 1.25
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]), threads=st.integers(1, 3), turned=st.booleans(), spared=st.booleans(), cast=st.booleans()
+)
+def test_rounded_products_are_the_formula(dtype: torch.dtype, *, threads: int, turned: bool, spared: bool, cast: bool) -> None:
+    """Written, with a bias, added, or in the operands' own type; compiled or not; with a buffer or without; operands rounded before or not."""
+    torch.set_num_threads(threads)
+    a, b, bias = (torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(9, 33), (33, 17), (17,)]))
+    a_half, b_half = a.to(dtype), b.to(dtype)
+    rounded = torch.mm(a_half, b_half)
+    scratch, operands = Scratch() if spared else None, (a_half, b_half) if cast else (a, b)
+    out = torch.zeros(17, 9).T if turned else torch.zeros(9, 17)
+    assert torch.equal(product(*operands, out, dtype=dtype, scratch=scratch), rounded.float())
+    assert torch.equal(product(*operands, out, bias=bias, dtype=dtype, scratch=scratch), rounded.float() + bias)
+    expected = out + rounded.float()
+    assert torch.equal(product(*operands, out, is_added=True, dtype=dtype, scratch=scratch), expected)
+    assert torch.equal(product(*operands, torch.empty(9, 17, dtype=dtype), dtype=dtype), rounded)
 
 
 def test_order_by_latent_is_stable_whatever_the_width() -> None:

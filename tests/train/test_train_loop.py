@@ -63,10 +63,12 @@ def test_training_finds_the_planted_directions(make_planted, architecture: str, 
     assert manifest.facts["fvu"] < 0.3
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(make_planted, architecture: str) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [*((architecture, "float32") for architecture in ARCHITECTURES), ("gated", "bfloat16"), ("jump_relu", "bfloat16")]
+)
+def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(make_planted, architecture: str, dtype: str) -> None:
     """Weights, log and digest: all bytes of the artifact."""
-    saes = [{"name": "a", "architecture": architecture, **TINY}]
+    saes = [{"name": "a", "architecture": architecture, "product_dtype": dtype, **TINY}]
     whole, killed = make_planted(saes), make_planted(saes)
     expected = train(whole.pipeline, whole.store)
     for n_batches in (1, 9, 8):

@@ -32,7 +32,7 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(architecture: Architecture, shift: float) -> tuple[int, StepLoss]:
+def count(architecture: Architecture, shift: float, dtype: torch.dtype = torch.float32) -> tuple[int, StepLoss]:
     """Count the products of one step on a batch whose pre-activations are `shift` below their usual level."""
     generator = torch.Generator().manual_seed(0)
     weights: Weights = {
@@ -47,18 +47,19 @@ def count(architecture: Architecture, shift: float) -> tuple[int, StepLoss]:
         weights |= {"log_threshold": torch.full((D_SAE,), -3.0)}
     x = torch.randn(BATCH, D_IN, generator=generator)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
-    context = LossContext(k=K, coefficient=0.1, n_rows=BATCH, is_dead=dead, ranks=ONE_RANK, scratch=Scratch(), widths=(D_IN,))
+    context = LossContext(k=K, coefficient=0.1, n_rows=BATCH, is_dead=dead, ranks=ONE_RANK, scratch=Scratch(), widths=(D_IN,), dtype=dtype)
     with torch.no_grad(), CountProducts() as counter:
         loss = RECIPES[architecture].loss(weights, x, x, context)
     return counter.n, loss
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("architecture", "many", "few"), [("relu", 5, 1), ("gated", 7, 1), ("jump_relu_step", 5, 1), ("jump_relu", 5, 3), ("jump_relu_tanh", 5, 3)]
 )
-def test_a_dense_architecture_goes_by_pairs_once_few_latents_fire(architecture: Architecture, many: int, few: int) -> None:
+def test_a_dense_architecture_goes_by_pairs_once_few_latents_fire(architecture: Architecture, many: int, few: int, dtype: torch.dtype) -> None:
     """One product instead of five or seven; three where a wide rectangle gives silent latents a gradient."""
-    (n_many, much), (n_few, little) = count(architecture, 0.0), count(architecture, 6.0)
+    (n_many, much), (n_few, little) = count(architecture, 0.0, dtype), count(architecture, 6.0, dtype)
     assert int(much.n_fired.sum()) > BATCH * D_SAE / 4
     assert 0 < int(little.n_fired.sum()) < BATCH * D_SAE * FEW
     assert (n_many, n_few) == (many, few)

@@ -1,0 +1,88 @@
+"""The kind of CPU becomes the library that multiplies float32 matrices here: MKL as torch has it, or oneDNN where MKL runs at half speed.
+
+On AMD's processors MKL does not use the vectors of 512 bits: its float32 products take 1.9 to 2.3 times as long as oneDNN's (Zen 5). torch
+sends `mm`, `addmm`, `bmm` and what is built on them to oneDNN when it is allowed to round operands to bfloat16, and oneDNN makes use of that
+permission only where the processor has tiles (AMX): elsewhere it multiplies by the same float32 kernels as without. So
+
+1. the permission is given by kind of CPU, never by timing: equal inputs make equal bytes on machines of one kind;
+2. only to AMD's Zen with AVX-512 and without tiles: Intel's, where MKL is the fastest and tiles may round, never get it;
+3. a product is compared with float64 before anybody depends on it, and the permission taken back should operands have been rounded;
+4. whoever has set a precision in this process is left alone.
+
+Price: `torch.get_float32_matmul_precision()` raises after it, because that older setting cannot express this one; `torch.compile` asks for it.
+Numbers: `docs/decisions/0008-products-by-cpu.md`.
+"""
+
+import logging
+import platform
+import threading
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+import torch
+from llvmlite import binding
+from torch import Tensor
+
+_UNSET: Final = "none"
+"""What torch answers where nobody has chosen a precision."""
+_LIMIT: Final = 1e-5
+"""Relative error of a product of 512 float32 summands: some 3e-7; 2e-3 with bfloat16 operands, 3e-4 with TF32."""
+_SIZES: Final = ((256, 512, 384), (64, 512, 1024))
+_lock = threading.Lock()
+_decided: list[bool] = []
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
+
+
+def use_fastest_products() -> bool:
+    """Let oneDNN multiply float32 in this process where the CPU calls for it; return whether it does so by our choice.
+
+    It decides once: later calls, also those from other threads that come while it decides, return what was decided. Call it before work
+    that multiplies, in every process.
+    """
+    with _lock:
+        if not _decided:
+            is_suited = is_faster_by_onednn(platform.machine(), binding.get_host_cpu_name(), find_features())
+            _decided.append(is_suited and permit_onednn(getattr(torch.backends.mkldnn, "matmul", None)))
+        return _decided[0]
+
+
+def is_faster_by_onednn(machine: str, cpu: str, features: Collection[str]) -> bool:
+    """Tell it from the architecture, from the name that LLVM has for the CPU, and from what the CPU has of LLVM's features."""
+    has_tiles = any(name.startswith("amx") for name in features)
+    return machine.lower() in ("x86_64", "amd64") and cpu.startswith("znver") and "avx512f" in features and not has_tiles
+
+
+def find_features() -> set[str]:
+    """Return LLVM's names of what this CPU and its operating system support."""
+    try:
+        return {name for name, is_there in binding.get_host_cpu_features().items() if is_there}
+    except RuntimeError:  # LLVM does not know how to ask this kind
+        return set()
+
+
+def permit_onednn(setting: Any, multiply: Multiply = torch.mm) -> bool:
+    """Set the permission, unless somebody has set anything or torch has no such setting; take it back where `multiply` then rounds."""
+    if getattr(setting, "fp32_precision", "") != _UNSET:
+        return False
+    setting.fp32_precision = "bf16"
+    if is_float32(multiply):
+        return True
+    setting.fp32_precision = _UNSET
+    logging.getLogger(__name__).warning(
+        "oneDNN rounds the operands of float32 products on %s: products stay with torch's own choice.", binding.get_host_cpu_name()
+    )
+    return False
+
+
+def is_float32(multiply: Multiply) -> bool:
+    """Tell whether products of several shapes and layouts have float32's accuracy, against float64."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, columns in _SIZES:
+        a, b = torch.randn(rows, width, generator=generator), torch.randn(width, columns, generator=generator)
+        exact = a.double() @ b.double()
+        for right in (b, b.T.contiguous().T):
+            error = (multiply(a, right).double() - exact).norm() / exact.norm()
+            if not float(error) < _LIMIT:
+                return False
+    return True
