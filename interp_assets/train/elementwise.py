@@ -1,7 +1,7 @@
 """What lies between the dense products of a block, in few passes: firing, and the way back from latents to pre-activations.
 
-On the CPU each function is one compiled pass over the block (`loops.py`); elsewhere, and as the definition that the tests hold the
-passes to, it is the formula in torch. Column sums come along: firings, and the gradients of everything that is added to a column.
+On the CPU each function is one compiled pass over the block (`loops.py`), on a GPU one kernel (`fused.py`); elsewhere, and as the definition that the
+tests hold the passes to, it is the formula in torch. Column sums come along: firings, and the gradients of everything that is added to a column.
 
     fire      latents = [pre > 0] (pre + offset)
     pull      through = [|pre| < width / 2] (grad_n_fired + (grad + rise) threshold) / width
@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_assets.train import fused
 from interp_assets.train.loops import as_arrays, close_rows, fire_rows, is_native, is_readable, open_rows, over_rows, pull_rows
 
 Block = Float[Tensor, "rows latents"]
@@ -102,6 +103,8 @@ def fire(pre: Block, offset: Column, latents: Block) -> Fired:
     """Write the latents of a block."""
     if is_native(pre) and is_readable(latents):
         return Fired(*_from(over_rows(fire_rows, len(pre), (2, pre.shape[1]), *as_arrays(pre, offset, latents))))
+    if fused.is_fusable(pre, latents):
+        return Fired(*fused.fire(pre, offset, latents))
     values = keep_above(torch.add(pre, offset, out=_room(latents, pre)), pre)
     _write(values, latents)
     return Fired(sum_rows(values), (pre > 0).sum(0).to(pre.dtype))
@@ -114,6 +117,9 @@ def pull(pre: Block, grad: Block, slopes: Slopes) -> Pulled:
         scalars = np.array([float(slopes.grad_n_fired), slopes.width / 2, share, slopes.reaches_encoder], np.float32)
         columns = torch.stack([slopes.rise, slopes.drop, slopes.threshold])
         return Pulled(*_from(over_rows(pull_rows, len(pre), (3, pre.shape[1]), *as_arrays(pre, grad, columns), scalars)))
+    if fused.is_fusable(pre, grad):
+        columns = torch.stack([slopes.rise, slopes.drop, slopes.threshold])
+        return Pulled(*fused.pull(pre, grad, columns, slopes.grad_n_fired, slopes.width, reaches_encoder=slopes.reaches_encoder))
     values = grad.to(pre.dtype).add_(slopes.rise)
     through = torch.where(pre.abs() < slopes.width / 2, (slopes.grad_n_fired + values * slopes.threshold) * share, 0.0)
     keep_above(values.sub_(slopes.drop), pre).add_(slopes.drop)
@@ -127,6 +133,8 @@ def open_gates(gate: Block, gates: Gates, opened: Block, latents: Block) -> Open
     """Write the open gates and the latents of a block of a gated SAE; `gate` holds the gates' bias."""
     if is_native(gate) and is_readable(opened, latents):
         return Opened(*_from(over_rows(open_rows, len(gate), (2, gate.shape[1]), *as_arrays(gate, torch.stack(gates), opened, latents))))
+    if fused.is_fusable(gate, opened, latents):
+        return Opened(*fused.open_gates(gate, torch.stack(gates), opened, latents))
     above = torch.clamp(gate, min=0.0, out=_room(opened, gate))
     values = torch.addcmul(gates.bias_magnitude, gate - gates.bias, gates.gain, out=_room(latents, gate)).relu_()
     _write(above, opened)
@@ -140,6 +148,8 @@ def close_gates(gate: Block, gates: Gates, grads: tuple[Block, Block], latents: 
     if is_native(gate) and is_readable(grad, grad_gate, latents):
         g, columns, first, second, f = as_arrays(gate, torch.stack(gates), grad, grad_gate, latents)
         return Closed(*_from(over_rows(close_rows, len(gate), (3, gate.shape[1]), g, columns, (first, second), f, np.float32(penalty))))
+    if fused.is_fusable(gate, grad, grad_gate, latents):
+        return Closed(*fused.close_gates(gate, torch.stack(gates), grads, latents, penalty))
     magnitude = torch.where(latents > 0, grad.to(gate.dtype), 0.0)
     bias_magnitude = sum_rows(magnitude)
     magnitude.mul_(gates.gain)
