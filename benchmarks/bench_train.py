@@ -52,6 +52,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import torch
+from floors import by_torchs_choice
 from llvmlite import binding
 from safetensors import safe_open
 from train_gpu import main as measure_gpu
@@ -101,20 +102,6 @@ def make_floors(x: torch.Tensor, d_sae: int) -> dict[str, Run]:
     if use_fastest_products():
         floors["torch_floor"] = by_torchs_choice(timed(make_floor(x, d_sae, torch.float32)))
     return floors
-
-
-def by_torchs_choice(run: Run) -> Run:
-    """Return a run during which torch chooses the library of its products."""
-    setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
-
-    def measure() -> float:
-        chosen, setting.fp32_precision = setting.fp32_precision, "none"
-        try:
-            return run()
-        finally:
-            setting.fp32_precision = chosen
-
-    return measure
 
 
 def make_step(architecture: Architecture, x: torch.Tensor, d_sae: int, k: int, state: str, dtype: str) -> Callable[[], object]:
