@@ -6,9 +6,9 @@
 
 Sketch before code: the floor is one matrix product in the setting's type, 2 d_in operations a (row, latent), by the library that is the fastest on
 this kind of CPU (`interp_assets/products.py`). Ours multiplies 8-bit digits where the processor is fast at that (a quarter of a float32 product on a
-Zen 5), looks at every pre-activation (0.06 ns on 2 cores), computes two to three times as many as fire (20 to 40 ns each), and works per firing (about
-0.1 us, files included). The usual way keeps the running top-k of a dense block, which sorts every pre-activation, and for the random sample hashes and
-sorts them once more.
+Zen 5), looks at every pre-activation (0.06 ns on 2 cores), computes two to three times as many as fire (20 to 40 ns each), and works per firing
+(0.1 us, files included). The usual way keeps the running top-k of a dense block, which sorts every pre-activation, and for the random sample hashes
+and sorts them once more.
 
 All methods see the same rows and SAE, whose latents fire with log-normal frequencies. Floor and ours alternate, so that a ratio compares
 neighbours in time. One JSON object a line:
