@@ -214,7 +214,7 @@ def _inflation(d: int) -> float:
 
 
 def _norms(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.linalg.norm(values.astype(np.float64), axis=1).astype(np.float32)
+    return np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64)).astype(np.float32)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -3,8 +3,8 @@
     B rows of the batch     R bags that are decoded apart (B, or B times the groups of a Matryoshka SAE)
     D d_in or d_out         S d_sae                  N active (row, latent) pairs
 
-A TopK-like SAE needs one dense product, the pre-activations of all latents, to know which are active. All else touches only the N
-pairs, with k/S of the dense arithmetic:
+A TopK-like SAE needs one product of all latents, of 8-bit digits or dense, to know which are active (`encode.py`). All else touches only
+the N pairs, with k/S of the dense arithmetic:
 
     decode        x_hat[r] = sum over the pairs of bag r of value * W_dec[latent]           bags of decoder rows, by row
     grad values   <grad_x_hat[r], W_dec[latent]>                                            a sampled product

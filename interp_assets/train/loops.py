@@ -62,19 +62,16 @@ def over_bags(loop: Callable[..., Any], starts: NDArray[np.int64], *arguments: A
     _call([(loop, *arguments, starts, edges[i], edges[i + 1]) for i in range(n) if edges[i] < edges[i + 1]])
 
 
-def over_parts(loop: Callable[..., Any], n: int, arguments: Sequence[tuple[Any, ...]]) -> None:
-    """Call `loop(*arguments[i], first, last)` for equal parts of `n` things, one part for each member of `arguments`."""
+def over_parts(loop: Callable[..., Any], n: int, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Call `loop(*arguments[i], first, last)` for equal parts of `n` things, one part for each of `arguments`; return what the calls return."""
     edges = [n * i // len(arguments) for i in range(len(arguments) + 1)]
-    _call([(loop, *arguments[i], edges[i], edges[i + 1]) for i in range(len(arguments)) if edges[i] < edges[i + 1]])
+    return _call([(loop, *arguments[i], edges[i], edges[i + 1]) for i in range(len(arguments)) if edges[i] < edges[i + 1]])
 
 
-def _call(calls: list[tuple[Any, ...]]) -> None:
+def _call(calls: list[tuple[Any, ...]]) -> list[Any]:
     if len(calls) < 2:
-        for function, *arguments in calls:
-            function(*arguments)
-    else:
-        for future in [_pool(len(calls)).submit(*call) for call in calls]:
-            future.result()
+        return [function(*arguments) for function, *arguments in calls]
+    return [future.result() for future in [_pool(len(calls)).submit(*call) for call in calls]]
 
 
 @cache
@@ -306,7 +303,7 @@ def pick_rows(pre: Any, width: Any, places: Any, values: Any, counts: Any, sums:
             q = p[start : start + width]
             for j in range(width):
                 maxima[j] = q[j] if q[j] > maxima[j] else maxima[j]  # noqa: FURB136 - max() would look for NaN, and not in vectors
-        bound = max(_nth_largest(maxima, width, heap), np.float32(1.1754944e-38))
+        bound = max(nth_largest(maxima, width, heap), np.float32(1.1754944e-38))
         m = 0
         for j in range(width):
             if maxima[j] >= bound:
@@ -318,7 +315,7 @@ def pick_rows(pre: Any, width: Any, places: Any, values: Any, counts: Any, sums:
             if p[c] >= bound:
                 found[m], strength[m] = c, p[c]
                 m += 1
-        threshold = bound if m <= k else _nth_largest(strength, m, heap)
+        threshold = bound if m <= k else nth_largest(strength, m, heap)
         kept = 0
         for i in range(m):
             if strength[i] < threshold:
@@ -336,7 +333,7 @@ def pick_rows(pre: Any, width: Any, places: Any, values: Any, counts: Any, sums:
 
 
 @reordered
-def _nth_largest(values: Any, n: Any, heap: Any) -> Any:
+def nth_largest(values: Any, n: Any, heap: Any) -> Any:
     """Return the len(heap)-th largest of the first `n` values, of which there are at least as many; the heap's root is the smallest it holds."""
     k = len(heap)
     for i in range(k):

@@ -8,40 +8,37 @@ Both rules are stated by a threshold value, so that the answer is a pure functio
 Values that tie with the threshold are all active. Both rules are global: with several ranks the threshold is that of the whole row, or
 of the global batch, found exactly from each rank's own largest values.
 
-Each rule first finds a lower bound that leaves few candidates, in one vectorised pass over the block:
+On a CPU, float32 pre-activations are not all computed: `encode.py` finds those that reach a level, or the largest of each row, and the rules
+are applied to these. The level of the batch rule is a guess, the quantile of a few strided rows, with a margin; should too few values reach it,
+the search is repeated with 0.
+
+Elsewhere, and where products are rounded, all pre-activations of a block are there, and a lower bound leaves few candidates in one pass:
 
     per row      the k-th largest of the maxima of 8k strided groups: 34 candidates on average for k = 32
-    per batch    the same quantile of a few strided rows, with a margin; should too few values pass, the scan is repeated with bound 0
+    per batch    the guess
 
-and only the candidates are compared further. On the CPU the scans are compiled loops (`loops.py`): `pick_rows` does the whole row rule, with
+and only the candidates are compared further. On the CPU these scans are compiled loops (`loops.py`): `pick_rows` does the whole row rule, with
 a heap for the k-th largest; the batch rule counts and takes what reaches its bound, and NumPy partitions the candidates. Measured on 16.8M
 pre-activations, 2 cores: `torch.topk` 475 ms over the flat batch and 115 by row; NumPy's partition of whole rows 90; group maxima and
 candidates about 20, before they were compiled.
 """
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from interp_assets.train.kernels import find_above
+from interp_assets.train.encode import Encoder, group_size, sample_rows
+from interp_assets.train.kernels import Found, find_above
 from interp_assets.train.loops import is_native, over_rows, pick_rows
 from interp_assets.train.parallel import ONE_RANK, Ranks
 
-_SAMPLE_ROWS: Final = 64
-"""Rows of a batch from which the bound of the batch rule is guessed."""
 _MARGIN: Final = 1.5
 """How many times more candidates than active values the sampled guess aims at."""
-_GROUPS_PER_ACTIVE: Final = 8
-
-
-class Active(NamedTuple):
-    """Flat places `row * n + column` of the active pre-activations, in order, and their values."""
-
-    places: Int64[Tensor, " active"]
-    values: Float[Tensor, " active"]
+Active = Found
+"""Flat places `row * n + column` of the active pre-activations, in order, and their values."""
 
 
 def pick_per_row(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: int) -> Active:
@@ -51,16 +48,27 @@ def pick_per_row(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: i
         return candidates_above(pre, 0.0)
     if ranks.n_slices == 1 and is_native(pre) and (active := _pick_rows(pre, k)) is not None:
         return active
-    candidates = candidates_above(pre, _row_bounds(pre, k) if k < n else 0.0)
-    rows = candidates.places // max(1, n)
+    return keep_largest_of_rows(candidates_above(pre, _row_bounds(pre, k) if k < n else 0.0), (n_rows, n), k, ranks)
+
+
+def encode_per_row(encoder: Encoder, k: int, ranks: Ranks, n_total: int) -> Active:
+    """Return the same of pre-activations that need not all be computed."""
+    active, n = encoder.largest_of_rows(min(k, encoder.n_latents)), encoder.n_latents
+    return active if ranks.n_slices == 1 or k >= n_total else keep_largest_of_rows(active, (encoder.n_rows, n), k, ranks)
+
+
+def keep_largest_of_rows(candidates: Active, shape: tuple[int, int], k: int, ranks: Ranks) -> Active:
+    """Keep this rank's share of the `k` largest candidates of each row of all slices. Each slice must bring all of its share."""
+    (n_rows, n), (places, values) = shape, candidates
+    rows = places // max(1, n)
     counts = torch.bincount(rows, minlength=n_rows)
-    table = pre.new_zeros(n_rows, max(k, int(counts.max()) if n_rows else 0))
+    table = values.new_zeros(n_rows, max(k, int(counts.max()) if n_rows else 0))
     starts = counts.cumsum(0) - counts
-    table.view(-1)[rows * table.shape[1] + torch.arange(len(rows), device=pre.device) - starts[rows]] = candidates.values
+    table.view(-1)[rows * table.shape[1] + torch.arange(len(rows), device=rows.device) - starts[rows]] = values
     largest_k = _largest_of_rows(table, k)
     if ranks.n_slices > 1:
         largest_k = _largest_of_rows(ranks.gather_slices(largest_k, dim=1), k)
-    return _keep(candidates, candidates.values >= largest_k.amin(1)[rows])
+    return _keep(candidates, values >= largest_k.amin(1)[rows])
 
 
 def row_levels(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: int) -> Float[Tensor, "batch 1"]:
@@ -81,11 +89,6 @@ def pick_per_batch(pre: Float[Tensor, "batch n"], n_active: int) -> Active:
     if len(candidates.values) < n_active and bound > 0:
         candidates = candidates_above(pre, 0.0)
     return keep_largest(candidates, n_active, ONE_RANK)
-
-
-def sample_rows(rows: Float[Tensor, "batch n"]) -> Float[Tensor, "sample n"]:
-    """Return at most `_SAMPLE_ROWS` rows, evenly strided."""
-    return rows[:: -(-len(rows) // _SAMPLE_ROWS)]
 
 
 def guess_bound(sample: Float[Tensor, "rows n"], share: float) -> float:
@@ -123,7 +126,7 @@ def _pick_rows(pre: Tensor, k: int) -> Active | None:
     """Pick by the compiled loop; None where so many values tie with a threshold that they don't fit."""
     places, values = np.empty((len(pre), k), np.int64), np.empty((len(pre), k), np.float32)
     counts = np.empty(len(pre), np.int64)
-    over_rows(pick_rows, len(pre), (0, 0), pre.numpy(), pre.shape[1] // _group_size(pre.shape[1], k), places, values, counts)
+    over_rows(pick_rows, len(pre), (0, 0), pre.numpy(), pre.shape[1] // group_size(pre.shape[1], k), places, values, counts)
     if (counts < 0).any():
         return None
     if (counts < k).any():
@@ -132,17 +135,9 @@ def _pick_rows(pre: Tensor, k: int) -> Active | None:
     return Active(torch.from_numpy(places.reshape(-1)), torch.from_numpy(values.reshape(-1)))
 
 
-def _group_size(n: int, k: int) -> int:
-    """Return a power of two that makes of `n` values at least `_GROUPS_PER_ACTIVE` groups for each of `k`, or 1 where there are too few."""
-    group = 1
-    while n // (2 * group) >= _GROUPS_PER_ACTIVE * k:
-        group *= 2
-    return group
-
-
 def _row_bounds(pre: Tensor, k: int) -> Tensor:
     """Return for each row a value that at least `k` of its values reach: the k-th largest maximum of disjoint groups."""
-    group = _group_size(pre.shape[1], k)
+    group = group_size(pre.shape[1], k)
     width = pre.shape[1] // group
     maxima = pre[:, : width * group]
     while group > 1:

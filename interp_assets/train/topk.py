@@ -1,6 +1,6 @@
-"""Losses of the TopK family: one dense product finds the active latents, all else touches only those.
+"""Losses of the TopK family: one product, of 8-bit digits where that is fast, finds the active latents; all else touches only those.
 
-    1. encode by blocks of rows, keep the candidates of each block (`sparsify.py`), choose the active ones: O(k) memory a row
+    1. encode some rows at a time, keep what may be active (`encode.py`), choose what is (`sparsify.py`): O(k) memory a row
     2. decode the active pairs; error; gradients of values, decoder and encoder from the pairs (`kernels.py`)
     3. AuxK: the strongest dead latents of each row reconstruct the error, which is detached
 
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_assets.train.elementwise import keep_above, sum_rows, sum_squares
+from interp_assets.train.encode import can_encode, make_encoder, sample_rows
 from interp_assets.train.kernels import (
     Pairs,
     Scratch,
@@ -43,7 +44,7 @@ from interp_assets.train.losses import (
     make_gradients,
     row_blocks,
 )
-from interp_assets.train.sparsify import Active, candidates_above, guess_bound, keep_largest, pick_per_row, row_levels, sample_rows
+from interp_assets.train.sparsify import Active, candidates_above, encode_per_row, guess_bound, keep_largest, pick_per_row, row_levels
 
 AUXK_COEFFICIENT: Final = 1 / 32
 _DENSE_AUXK_FACTOR: Final = 6
@@ -53,12 +54,7 @@ GROUP_SHARES: Final = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 def topk_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> StepLoss:
     """TopK: the k largest pre-activations of each row are active."""
-    factor, n_latents = _selection_factor(weights, context), len(weights["b_enc"])
-    blocks = [
-        _shift(pick_per_row(pre, context.k, context.ranks, n_latents * context.ranks.n_slices), rows.start * n_latents)
-        for rows, pre in _encode(weights, x, context, factor)
-    ]
-    return _pairs_loss(weights, x, y, context, _unscale(_join(blocks), factor), [])
+    return _pairs_loss(weights, x, y, context, _pick_per_row(weights, x, context), [])
 
 
 def batch_topk_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> StepLoss:
@@ -119,30 +115,61 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
     return loss
 
 
-def _encode(weights: Weights, x: Tensor, context: LossContext, factor: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the pre-activations of each block of rows, times a positive factor per latent; they last until the next block."""
+def _competing(weights: Weights, context: LossContext, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the encoder and its bias, times a positive factor per latent."""
     W_enc_T, b_enc = weights["W_enc_T"], weights["b_enc"]
-    if factor is not None:
-        W_enc_T, b_enc = W_enc_T * factor[:, None], b_enc * factor
+    if factor is None:
+        return W_enc_T, b_enc
+    scaled = context.scratch.take("scaled", tuple(W_enc_T.shape), W_enc_T)
+    return torch.mul(W_enc_T, factor[:, None], out=scaled), b_enc * factor
+
+
+def _encode(W_enc_T: Tensor, b_enc: Tensor, x: Tensor, context: LossContext) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the pre-activations of each block of rows; they last until the next block."""
     W_enc_T = W_enc_T.to(context.dtype)
     for rows in row_blocks(x, len(b_enc)):
         buffer = context.scratch.take("pre", (rows.stop - rows.start, len(b_enc)), x)
         yield rows, product(x[rows], W_enc_T.T, buffer, bias=b_enc, dtype=context.dtype)
 
 
-def _pick_per_batch(weights: Weights, x: Tensor, context: LossContext) -> Active:
+class _Picked(NamedTuple):
+    """What is active, by places and values."""
+
+    active: Active
+    is_finite: bool
+
+
+def _pick_per_row(weights: Weights, x: Tensor, context: LossContext) -> _Picked:
+    factor, k, ranks, n_latents = _selection_factor(weights, context), context.k, context.ranks, len(weights["b_enc"])
+    W_enc_T, b_enc = _competing(weights, context, factor)
+    if can_encode(x, W_enc_T, context.dtype):
+        encoder = make_encoder(x, W_enc_T, b_enc, context.scratch)
+        return _Picked(_unscale(encode_per_row(encoder, k, ranks, n_latents * ranks.n_slices), factor), encoder.is_finite)
+    blocks = [
+        _shift(pick_per_row(pre, k, ranks, n_latents * ranks.n_slices), rows.start * n_latents) for rows, pre in _encode(W_enc_T, b_enc, x, context)
+    ]
+    return _Picked(_unscale(_join(blocks), factor), is_finite=True)
+
+
+def _pick_per_batch(weights: Weights, x: Tensor, context: LossContext) -> _Picked:
     factor, ranks, n_latents = _selection_factor(weights, context), context.ranks, len(weights["b_enc"])
-    n_active = context.k * context.n_rows
-    ((_, sample),) = _encode(weights, sample_rows(x), context, factor)
+    n_active, (W_enc_T, b_enc) = context.k * context.n_rows, _competing(weights, context, factor)
+    encoder = make_encoder(x, W_enc_T, b_enc, context.scratch) if can_encode(x, W_enc_T, context.dtype) else None
+    if encoder:
+        sample = encoder.sample().about()
+    else:
+        ((_, sample),) = _encode(W_enc_T, b_enc, sample_rows(x), context)
     bound = guess_bound(sample, n_active / (context.n_rows * n_latents * ranks.n_slices))
     if ranks.size > 1:
         # One bound for all: a rank with a higher one could leave out values that belong to the largest of the global batch.
         bound = float(ranks.sum(torch.tensor([bound / ranks.size], dtype=torch.float64, device=x.device)))
     while True:
-        blocks = [_shift(candidates_above(pre, bound), rows.start * n_latents) for rows, pre in _encode(weights, x, context, factor)]
-        candidates = _join(blocks)
+        if encoder:
+            candidates = encoder.reaching(bound)
+        else:
+            candidates = _join([_shift(candidates_above(pre, bound), rows.start * n_latents) for rows, pre in _encode(W_enc_T, b_enc, x, context)])
         if bound == 0 or int(ranks.sum(torch.tensor([len(candidates.values)], device=x.device))) >= n_active:
-            return _unscale(keep_largest(candidates, n_active, ranks), factor)
+            return _Picked(_unscale(keep_largest(candidates, n_active, ranks), factor), encoder is None or encoder.is_finite)
         bound = 0.0
 
 
@@ -155,8 +182,12 @@ def _unscale(active: Active, factor: Tensor | None) -> Active:
     return active if factor is None else active._replace(values=active.values / factor[active.places % len(factor)])
 
 
-def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, active: Active, ends: list[int]) -> StepLoss:
-    """Return loss and gradients of the active pairs; `ends` are those of a Matryoshka SAE's groups in this slice."""
+def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, picked: _Picked, ends: list[int]) -> StepLoss:
+    """Return loss and gradients of the active pairs; `ends` are those of a Matryoshka SAE's groups in this slice.
+
+    The loss is NaN where a row or a weight is not finite: comparisons may have left it out.
+    """
+    active = picked.active
     n_latents, (n_rows, d_out), scratch = len(weights["b_enc"]), y.shape, context.scratch
     pairs = make_pairs(active.places, n_rows, n_latents)
     gradients = make_gradients(weights, scratch)
@@ -175,7 +206,7 @@ def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, ac
     _pair_gradients(weights, x, grad, active.values, bags, gradients, scratch, scale)
     auxk = add_auxk(weights, gradients, x, error.neg_(), context)
     squared = squared / context.ranks.n_slices
-    loss = squared.mean() / (context.n_rows * d_out) + AUXK_COEFFICIENT * auxk
+    loss = squared.mean() / (context.n_rows * d_out) + AUXK_COEFFICIENT * auxk + (0.0 if picked.is_finite else math.nan)
     return StepLoss(loss, squared[-1], loss.new_zeros(()), auxk, pairs.counts, gradients)
 
 

@@ -65,9 +65,9 @@ def test_a_dense_architecture_goes_by_pairs_once_few_latents_fire(architecture: 
     assert (n_many, n_few) == (many, few)
 
 
-@pytest.mark.parametrize(("architecture", "most"), [("topk", 1), ("batch_topk", 2), ("matryoshka_batch_topk", 2)])
-def test_the_topk_family_multiplies_densely_only_to_encode(architecture: Architecture, most: int) -> None:
-    """Decoding and all gradients are by pairs, however much fires before the choice; the batch rule encodes a few rows twice, for its guess."""
+@pytest.mark.parametrize(("architecture", "n_products"), [("topk", 0), ("batch_topk", 1), ("matryoshka_batch_topk", 1)])
+def test_the_topk_family_multiplies_densely_only_to_encode(architecture: Architecture, n_products: int) -> None:
+    """Decoding and all gradients are by pairs, however much fires before the choice. The encoder's threads aren't seen, only the batch's guess."""
     n, found = count(architecture, 0.0)
-    assert n == most
+    assert n == n_products
     assert int(found.n_fired.sum()) == BATCH * K

@@ -1,0 +1,158 @@
+"""A batch of rows becomes the pre-activations that matter, those above a level or the largest of each row, without computing the others.
+
+    1. `make_encoder` quantizes the rows and the encoder of a step (`coarse.py`), in the frame of a few of the rows
+    2. each thread multiplies the digits of some of its rows at a time, and looks at what may matter (`encode_loops.py`)
+    3. what may is computed in float32 in one fixed order (`dots.py`), and compared
+
+Results are those of computing every pre-activation with `dot` and the bias, bit for bit: they depend neither on the kind of digits, nor on the
+library, the number of threads, or how rows are cut. With 512 dimensions, 4,096 rows and 16,384 latents, in times of the float32 product by MKL on 2
+cores of an AMD Zen 5: digits 0.12, the largest 32 of each row 0.25, what reaches the level of 32 a row 0.2; float32 values instead of digits 1.1,
+as much as a product and a scan of it. For rows on a CPU in float32; elsewhere the product is computed as a whole (`sparsify.py`).
+
+A NaN or an infinity has no digits, and comparisons with it are false. `is_finite` tells: where it is False, what was found is not to be used.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from interp_assets.train.coarse import SLACK, Columns, Frame, Kind, Rows, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
+from interp_assets.train.encode_loops import SMALLEST, make_room, take_largest, take_reaching
+from interp_assets.train.kernels import Found, Scratch
+from interp_assets.train.loops import is_native
+
+_PRODUCT_VALUES: Final[dict[Kind, int]] = {"int8": 1 << 20, "float32": 1 << 23}
+"""Of a thread's product: 4 MiB of digits, which are looked at before they leave the cache; a slow product had better be a large one."""
+_ROWS: Final[dict[Kind, range]] = {"int8": range(128, 513), "float32": range(128, 1025)}
+"""Of one product. Digits: 520 GFLOP/s with 64 rows, 680 with 128, 800 with 256, 910 with 512."""
+SAMPLE_ROWS: Final = 64
+"""Rows of a batch from which frames are made and bounds guessed."""
+_GROUPS_PER_ACTIVE: Final = 8
+
+
+class Encoder(NamedTuple):
+    """Quantized rows and encoder columns."""
+
+    rows: Rows
+    columns: Columns
+    terms: Float32[np.ndarray, "6 latents"]
+    """Of each column: digits a unit, the bias in digits, norm and error of the digits, all rounded so that bounds hold; one digit, and the bias."""
+    scratch: Scratch
+    is_finite: bool
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.rows.values)
+
+    @property
+    def n_latents(self) -> int:
+        """Number of latents."""
+        return len(self.columns.bias)
+
+    def part(self, rows: slice) -> "Encoder":
+        """Return the encoder of some of the rows."""
+        return self._replace(rows=self.rows.part(rows))
+
+    def sample(self) -> "Encoder":
+        """Return the encoder of at most `SAMPLE_ROWS` rows, evenly strided."""
+        return self.part(slice(None, None, _stride(self.n_rows)))
+
+    def reaching(self, level: float) -> Found:
+        """Return all pre-activations that are positive and at least `level`; places are `row * latents + latent`."""
+        return self._find(take_reaching, np.float32(max(level, SMALLEST)))
+
+    def largest_of_rows(self, k: int) -> Found:
+        """Return the `k` largest positive pre-activations of each row, and all that tie with the last of them."""
+        n = self.n_latents
+        return self._find(take_largest, (k, n // group_size(n, k) if k < n else 1))
+
+    def about(self) -> Float32[Tensor, "rows latents"]:
+        """Return all pre-activations, wrong by as much as digits are."""
+        product = multiply(self.rows, self.columns, torch.empty(self.n_rows * self.n_latents))
+        inverse, unit, bias = (torch.from_numpy(values) for values in (self.rows.inverse, self.terms[4], self.terms[5]))
+        return torch.from_numpy(product) * (unit / inverse[:, None]) + bias
+
+    def _find(self, loop: Callable[..., Any], argument: Any) -> Found:
+        n_rows, n_threads = self.n_rows, torch.get_num_threads()
+        edges = [n_rows * i // n_threads for i in range(n_threads + 1)]
+        rooms = [self.scratch.take(f"product {i}", (self._rows_at_once() * self.n_latents,), torch.empty(0)) for i in range(n_threads)]
+        work = [(loop, argument, slice(edges[i], edges[i + 1]), rooms[i]) for i in range(n_threads) if edges[i] < edges[i + 1]]
+        futures = [_pool(n_threads).submit(self._find_part, *each) for each in work]
+        found = [columns for future in futures for columns in future.result()] or [(np.empty(0, np.int64), np.empty(0, np.float32))]
+        places, values = (torch.from_numpy(np.concatenate(columns)) for columns in zip(*found, strict=True))
+        return Found(places, values)
+
+    def _find_part(self, loop: Callable[..., Any], argument: Any, rows: slice, product: Tensor) -> list[tuple[Any, Any]]:
+        columns, n_latents, n = (self.columns.values.reshape(-1), self.columns.bias, self.terms), self.n_latents, self._rows_at_once()
+        found, room = [], make_room(4 * n_latents)
+        for start in range(rows.start, rows.stop, n):
+            part = self.rows.part(slice(start, min(start + n, rows.stop)))
+            block = (part.values.reshape(-1), part.inverse, part.error, part.reach)
+            n_found, _, room = loop(multiply(part, self.columns, product), block, columns, argument, start * n_latents, room)
+            found.append((room[1][:n_found].copy(), room[0][:n_found].copy()))
+        return found
+
+    def _rows_at_once(self) -> int:
+        kind: Kind = "int8" if self.rows.digits.dtype == torch.int8 else "float32"
+        return min(max(_PRODUCT_VALUES[kind] // self.n_latents, _ROWS[kind][0]), _ROWS[kind][-1])
+
+
+def can_encode(x: Tensor, W_enc_T: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether rows and weights have digits here."""
+    return is_native(x, W_enc_T) and dtype == torch.float32
+
+
+def make_encoder(
+    x: Float32[Tensor, "rows d_in"],
+    W_enc_T: Float32[Tensor, "latents d_in"],
+    b_enc: Float32[Tensor, " latents"],
+    scratch: Scratch,
+    kind: Kind | None = None,
+) -> Encoder:
+    """Quantize a step's rows and encoder, into buffers that the next step will use again; both must stay as they are."""
+    (n, d), room = W_enc_T.shape, torch.empty(0, dtype=torch.int8)
+    kind = kind or fastest_kind(d)
+    row_digits, digits = (scratch.take(name, shape, room) for name, shape in (("row digits", (len(x), d)), ("digits", (n, d))))
+    frame = Frame(np.zeros(d, np.float32), make_frame(sample_rows(x)).scale)
+    with np.errstate(all="ignore"):
+        rows = quantize_rows(x.numpy(), frame, kind, row_digits)
+        columns = quantize_columns(W_enc_T.numpy(), b_enc.numpy(), frame, kind, digits)
+        offset = (columns.offset + abs(columns.offset) * np.float32(SLACK)) * columns.inverse
+        terms = np.stack([columns.inverse * np.float32(1 - SLACK), offset, columns.norm, columns.error, 1 / columns.inverse, columns.bias])
+    is_finite = all(bool(np.isfinite(values).all()) for values in (terms, rows.error, rows.reach))
+    return Encoder(rows, columns, terms, scratch, is_finite)
+
+
+def sample_rows(rows: Tensor) -> Tensor:
+    """Return at most `SAMPLE_ROWS` rows, evenly strided."""
+    return rows[:: _stride(len(rows))]
+
+
+def _stride(n_rows: int) -> int:
+    return max(1, -(-n_rows // SAMPLE_ROWS))
+
+
+def group_size(n: int, k: int) -> int:
+    """Return a power of two that makes of `n` values at least `_GROUPS_PER_ACTIVE` groups for each of `k`, or 1 where there are too few."""
+    group = 1
+    while n // (2 * group) >= _GROUPS_PER_ACTIVE * k:
+        group *= 2
+    return group
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    """Return threads whose products use one thread each."""
+    pool, together = ThreadPoolExecutor(n_threads, "encode", initializer=torch.set_num_threads, initargs=(1,)), Barrier(n_threads)
+    for future in [pool.submit(together.wait) for _ in range(n_threads)]:
+        future.result()
+    torch.set_num_threads(n_threads)  # threads that begin later take over what was set last, wherever
+    return pool

@@ -1,0 +1,168 @@
+"""The pre-activations that matter are, bit for bit, those that computing all of them finds, whatever finds them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from interp_assets.compiled import compiled
+from interp_assets.config import Architecture, SaeConfig
+from interp_assets.errors import NonFiniteError
+from interp_assets.train.coarse import Kind, fastest_kind, multiply
+from interp_assets.train.dots import dot
+from interp_assets.train.encode import Encoder, make_encoder
+from interp_assets.train.encode_loops import make_room, nth_largest, take_largest
+from interp_assets.train.kernels import Found, Scratch
+from interp_assets.train.parallel import ONE_RANK
+from interp_assets.train.recipes import make_weights
+from interp_assets.train.sparsify import encode_per_row
+from interp_assets.train.trainer import Trainer
+
+KINDS: list[Kind] = ["int8", "float32"]
+if fastest_kind(64) != "int8":  # a processor whose 8-bit products are wrong or slow never uses them
+    KINDS = ["float32"]
+TINY = torch.finfo(torch.float32).tiny
+
+
+@compiled
+def all_dots(rows, columns, bias, d, products):
+    """Multiply every row with every column."""
+    for i in range(products.shape[0]):
+        for j in range(products.shape[1]):
+            products[i, j] = dot(rows, i * d, columns, j * d, d) + bias[j]
+
+
+def plain_pre(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Return all pre-activations, in the fixed order."""
+    found = np.empty((len(x), len(W)), np.float32)
+    all_dots(x.numpy().reshape(-1), W.numpy().reshape(-1), b.numpy(), x.shape[1], found)
+    return torch.from_numpy(found)
+
+
+def draw(seed: int, shape: tuple[int, int, int], spread: float, *, coarse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw rows, columns and biases of unequal sizes; `coarse` ones are multiples of 1/4, so that ties are everywhere. Two rows are 0."""
+    (n, m, d), generator = shape, torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator) * (spread * torch.randn(n, 1, generator=generator)).exp()
+    x = x * (spread * torch.randn(d, generator=generator)).exp()
+    W = torch.randn(m, d, generator=generator) * (spread * torch.randn(m, 1, generator=generator)).exp() / math.sqrt(d)
+    b = torch.randn(m, generator=generator)
+    if coarse:
+        x, W, b = ((value * 4).round() / 4 for value in (x, W, b))
+    x[::7] = 0
+    return x.contiguous(), W.contiguous(), b
+
+
+def assert_found(found: Found, pre: Tensor, mask: Tensor) -> None:
+    """Compare places and values bit for bit."""
+    assert torch.equal(found.places, mask.flatten().nonzero().flatten())
+    assert torch.equal(found.values, pre[mask])
+
+
+CASES = {
+    "seed": st.integers(0, 10_000),
+    "shape": st.sampled_from([(1, 1, 16), (9, 40, 16), (13, 130, 17), (20, 64, 100), (11, 200, 256), (15, 65, 5), (700, 24, 32)]),
+    "spread": st.sampled_from([0.0, 0.5, 3.0]),
+    "coarse": st.booleans(),
+    "kind": st.sampled_from(KINDS),
+    "threads": st.integers(1, 3),
+}
+
+
+def encode(x: Tensor, W: Tensor, b: Tensor, kind: Kind) -> Encoder:
+    """Quantize."""
+    return make_encoder(x, W, b, Scratch(), kind if x.shape[1] >= 16 else "float32")
+
+
+@settings(max_examples=100, deadline=None)
+@given(k=st.sampled_from([1, 2, 7, 32, 1000]), **CASES)
+def test_the_largest_of_each_row_are_those_of_the_plain_formula(
+    seed: int, shape: tuple[int, int, int], spread: float, coarse: bool, kind: Kind, threads: int, k: int
+) -> None:
+    """Active where pre >= the k-th largest of its row, and pre > 0: ties, rows of zeros, few positive values and k beyond the width too."""
+    torch.set_num_threads(threads)
+    x, W, b = draw(seed, shape, spread, coarse=coarse)
+    encoder, pre = encode(x, W, b, kind), plain_pre(x, W, b)
+    kth = pre.sort(dim=1, descending=True).values[:, min(k, len(W)) - 1 :][:, :1]
+    expected = pre >= kth.clamp(min=TINY)
+    assert encoder.is_finite
+    assert_found(encoder.largest_of_rows(k), pre, expected)
+    assert_found(encode_per_row(encoder, k, ONE_RANK, len(W)), pre, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(share=st.sampled_from([0.0, 0.01, 0.2, 0.5, 1.0]), **CASES)
+def test_what_reaches_a_level_is_that_of_the_plain_formula(
+    seed: int, shape: tuple[int, int, int], spread: float, coarse: bool, kind: Kind, threads: int, share: float
+) -> None:
+    """The level is one of the values, so that something ties with it."""
+    torch.set_num_threads(threads)
+    x, W, b = draw(seed, shape, spread, coarse=coarse)
+    pre = plain_pre(x, W, b)
+    level = float(pre.flatten().sort(descending=True).values[int(share * (pre.numel() - 1))])
+    encoder = encode(x, W, b, kind)
+    assert_found(encoder.reaching(level), pre, pre >= max(level, TINY))
+    rows = slice(len(x) // 3, None, 2)
+    assert_found(encoder.part(rows).reaching(level), pre[rows], pre[rows] >= max(level, TINY))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_most_pre_activations_are_never_computed(kind: Kind) -> None:
+    """A bound that lets everything through would be true as well, and worth nothing."""
+    x, W, b = draw(0, (40, 2000, 256), 0.0, coarse=False)
+    encoder = encode(x, W, b * 0.1, kind)
+    columns, product = (encoder.columns.values.reshape(-1), encoder.columns.bias, encoder.terms), torch.empty(40 * 2000)
+    block = (x.numpy().reshape(-1), encoder.rows.inverse, encoder.rows.error, encoder.rows.reach)
+    n, n_computed, _ = take_largest(multiply(encoder.rows, encoder.columns, product), block, columns, (32, 256), 0, make_room(10))
+    assert n == 40 * 32
+    assert n_computed < 3 * n
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 1000), n=st.integers(1, 300), k=st.integers(1, 300), digits=st.sampled_from([0, 1, 9]), spread=st.sampled_from([1.0, 10.0])
+)
+def test_the_nth_largest_is_that_of_sorting(seed: int, n: int, k: int, digits: int, spread: float) -> None:
+    """Halving an interval must end among ties, and among values of very unequal sizes."""
+    values = (np.random.default_rng(seed).standard_normal(n).round(digits) * np.exp(spread * np.random.default_rng(seed).standard_normal(n))).astype(
+        np.float32
+    )
+    assert nth_largest(values, k) == np.sort(values)[::-1][min(k, n) - 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["x", "W", "b"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_nan_or_an_infinity_is_told(kind: Kind, where: str, value: float) -> None:
+    """It has no digits and every comparison with it is false, so nothing else would tell."""
+    x, W, b = draw(0, (30, 50, 64), 0.0, coarse=False)
+    assert encode(x, W, b, kind).is_finite
+    {"x": x, "W": W, "b": b}[where].view(-1)[17] = value
+    encoder = encode(x, W, b, kind)
+    assert not encoder.is_finite
+    encoder.largest_of_rows(3)
+    encoder.reaching(0.0)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka_batch_topk"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("damage", ["row", "weight"])
+def test_a_row_or_a_weight_that_is_not_finite_ends_the_training(architecture: Architecture, value: float, damage: str) -> None:
+    """A transcoder reconstructs other rows: without a look at what is encoded, a damaged row would be one on which nothing fires."""
+    config = SaeConfig.model_validate({"architecture": architecture, "d_sae": 64, "k": 4, "batch_rows": 48, "n_rows": 4800})
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 32, generator=generator)
+    trainer = Trainer(config, make_weights(config, x, 32, generator), torch.device("cpu"))
+    trainer.train_step(x, x.clone())
+    y = x.clone()
+    if damage == "row":
+        x[5, 3] = value
+    else:
+        trainer.weights["W_enc_T"][7, 3] = value
+    before = {name: weight.clone() for name, weight in trainer.weights.items()}
+    with pytest.raises(NonFiniteError):
+        trainer.train_step(x, y)
+    assert all(torch.equal(weight.nan_to_num(), before[name].nan_to_num()) for name, weight in trainer.weights.items())
