@@ -7,7 +7,7 @@ Five dense products a block, and one small rule per architecture for what lies b
 
 The threshold is subtracted from the encoder's bias, so that `pre` is what exceeds it. How much of this is dense depends on the block:
 
-    few latents are within reach of a gradient     one product, all else by pairs
+    few latents are within reach of a gradient     these are found without a dense product (`encode.py`), all else by pairs
     few fire, more get a gradient                  three products; decoding and the decoder's gradient by pairs
     many fire                                      five products
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.train.elementwise import Slopes, fire, pull, sum_squares
+from interp_assets.train.encode import FewEncoder
 from interp_assets.train.kernels import (
     Few,
     Pairs,
@@ -95,8 +96,8 @@ class _Block(NamedTuple):
     rows: slice
     x: Tensor
     """What was encoded, as products take it."""
-    pre: Tensor
-    """Pre-activations less the thresholds; they last until the next block."""
+    pre: Tensor | None
+    """Pre-activations less the thresholds; they last until the next block. None where all that counts is near."""
     near: Few | None
     """All that is within reach, or, for a rule without one, all that fires; None when it is much."""
 
@@ -109,31 +110,36 @@ class _Encoder(NamedTuple):
     W_enc_T: Tensor
     bias: Tensor
     context: LossContext
+    few: FewEncoder
 
-    def encode(self, rows: slice, out: Tensor, level: float) -> _Block:
-        """Encode some rows, and find what lies above `level`."""
-        x, context = self.x[rows], self.context
+    def encode(self, rows: slice, out: Tensor, level: float, *, only_near: bool = False) -> _Block:
+        """Encode some rows, and find what lies above `level`; `only_near` says that, where that is little, the rest need not be computed."""
+        x, context, limit = self.x[rows], self.context, int(FEW * out.numel())
+        if only_near and (near := self.few.find(rows, level, limit)):
+            return _Block(rows, x, None, near)
         pre = product(x, self.W_enc_T.T, out, bias=self.bias, dtype=context.dtype, scratch=context.scratch)
-        return _Block(rows, x, pre, find_few(pre, level, int(FEW * pre.numel())))
+        return _Block(rows, x, pre, find_few(pre, level, limit))
 
 
 def _dense_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule") -> StepLoss:
     scratch, dtype = context.scratch, context.dtype
     gradients = make_gradients(weights, scratch)
     operands = scratch.cast("x", x, dtype), scratch.cast("W_enc_T", weights["W_enc_T"], dtype)
-    encoder = _Encoder(*operands, weights["b_enc"] - rule.threshold, context)
+    bias = weights["b_enc"] - rule.threshold
+    encoder = _Encoder(*operands, bias, context, FewEncoder(*operands, bias, scratch))
     squared_error, cast = x.new_zeros((), dtype=torch.float64), {**weights, "W_dec": scratch.cast("W_dec", weights["W_dec"], dtype)}
     for block in rule.iter_blocks(encoder):
         add = _add_dense if rule.reach is None or block.near is None else _add_pairs
         squared_error += add(cast, gradients, x[block.rows], y[block.rows], context, rule, block)
     rule.finish(gradients)
     squared_error = squared_error.float() / context.ranks.n_slices
-    loss = squared_error * (rule.error_scale / context.n_rows) + rule.loss + rule.auxiliary
+    loss = squared_error * (rule.error_scale / context.n_rows) + rule.loss + rule.auxiliary + encoder.few.damage
     return StepLoss(loss, squared_error, rule.loss, rule.auxiliary, rule.n_fired.long(), gradients)
 
 
 def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule", block: _Block) -> Tensor:
     """Add the gradients of a block in which many latents get one; return its squared error. By pairs is what fires, where that is little."""
+    assert block.pre is not None
     scratch, dtype, pre, near = context.scratch, context.dtype, block.pre, block.near
     pairs = near.pairs if near else None
     shape = (len(x), pre.shape[1])
@@ -200,7 +206,7 @@ class _Rule:
         """Encode block by block, all into one buffer."""
         for rows in row_blocks(encoder.x, len(encoder.bias)):
             out = self.context.scratch.take("pre", (rows.stop - rows.start, len(encoder.bias)), encoder.bias)
-            yield encoder.encode(rows, out, -(self.reach or 0.0))
+            yield encoder.encode(rows, out, -(self.reach or 0.0), only_near=self.reach is not None)
 
     def activate(self, pre: Tensor, latents: Tensor) -> None:
         """Turn a block of pre-activations into latents, and count."""
@@ -299,7 +305,7 @@ class _TargetJump(_Jump):
         context, shape = self.context, (len(encoder.x), len(encoder.bias))
         encoded = context.scratch.take("encoded", shape, encoder.bias)
         blocks = [encoder.encode(rows, encoded[rows], 0.0) for rows in row_blocks(encoder.x, shape[1])]
-        n_own = sum(count_true(block.pre > 0) if block.near is None else len(block.near.values) for block in blocks)
+        n_own = sum(len(block.near.values) if block.near else count_true(encoded[block.rows] > 0) for block in blocks)
         n_fired = context.ranks.sum(torch.tensor(float(n_own), dtype=torch.float64, device=encoder.x.device))
         miss = n_fired / (context.n_rows * context.k) - 1
         self.loss = (context.coefficient * miss.square() / context.ranks.size).float()

@@ -9,9 +9,10 @@ library, the number of threads, or how rows are cut. With 512 dimensions, 4,096 
 cores of an AMD Zen 5: digits 0.12, the largest 32 of each row 0.25, what reaches the level of 32 a row 0.2; float32 values instead of digits 1.1,
 as much as a product and a scan of it. For rows on a CPU in float32; elsewhere the product is computed as a whole (`sparsify.py`).
 
-A NaN or an infinity has no digits, and comparisons with it are false. `is_finite` tells: where it is False, what was found is not to be used.
+A NaN or an infinity has no digits, and comparisons with it are false: a damaged row would be one on which nothing fires. `damage` tells.
 """
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,12 +21,12 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from interp_assets.train.coarse import SLACK, Columns, Frame, Kind, Rows, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
-from interp_assets.train.encode_loops import SMALLEST, make_room, take_largest, take_reaching
-from interp_assets.train.kernels import Found, Scratch
+from interp_assets.train.encode_loops import make_room, take_largest, take_reaching
+from interp_assets.train.kernels import Few, Found, Scratch, count_true, make_pairs
 from interp_assets.train.loops import is_native
 
 _PRODUCT_VALUES: Final[dict[Kind, int]] = {"int8": 1 << 20, "float32": 1 << 23}
@@ -35,6 +36,10 @@ _ROWS: Final[dict[Kind, range]] = {"int8": range(128, 513), "float32": range(128
 SAMPLE_ROWS: Final = 64
 """Rows of a batch from which frames are made and bounds guessed."""
 _GROUPS_PER_ACTIVE: Final = 8
+_SAMPLED: Final = 64
+"""One of so many rows is multiplied to see whether few pre-activations exceed a level."""
+_SAFELY: Final = 0.9
+"""Share of the limit below which they are looked for."""
 
 
 class Encoder(NamedTuple):
@@ -43,7 +48,7 @@ class Encoder(NamedTuple):
     rows: Rows
     columns: Columns
     terms: Float32[np.ndarray, "6 latents"]
-    """Of each column: digits a unit, the bias in digits, norm and error of the digits, all rounded so that bounds hold; one digit, and the bias."""
+    """Of each column: digits a unit; its bias, norm and error in digits, rounded so that bounds hold; one digit, and the bias."""
     scratch: Scratch
     is_finite: bool
 
@@ -57,6 +62,11 @@ class Encoder(NamedTuple):
         """Number of latents."""
         return len(self.columns.bias)
 
+    @property
+    def damage(self) -> Float[Tensor, ""]:
+        """NaN where a row or a weight is not finite, or too large to be measured; else 0."""
+        return torch.tensor(0.0 if self.is_finite else math.nan)
+
     def part(self, rows: slice) -> "Encoder":
         """Return the encoder of some of the rows."""
         return self._replace(rows=self.rows.part(rows))
@@ -65,9 +75,9 @@ class Encoder(NamedTuple):
         """Return the encoder of at most `SAMPLE_ROWS` rows, evenly strided."""
         return self.part(slice(None, None, _stride(self.n_rows)))
 
-    def reaching(self, level: float) -> Found:
-        """Return all pre-activations that are positive and at least `level`; places are `row * latents + latent`."""
-        return self._find(take_reaching, np.float32(max(level, SMALLEST)))
+    def reaching(self, level: float | np.floating) -> Found:
+        """Return all pre-activations that are at least `level`; places are `row * latents + latent`."""
+        return self._find(take_reaching, np.float32(level))
 
     def largest_of_rows(self, k: int) -> Found:
         """Return the `k` largest positive pre-activations of each row, and all that tie with the last of them."""
@@ -105,6 +115,39 @@ class Encoder(NamedTuple):
         return min(max(_PRODUCT_VALUES[kind] // self.n_latents, _ROWS[kind][0]), _ROWS[kind][-1])
 
 
+class FewEncoder:
+    """Finds the pre-activations above a level where these are few. Rows and weights are quantized once, when some are first looked for."""
+
+    def __init__(self, x: Tensor, W_enc_T: Tensor, b_enc: Tensor, scratch: Scratch) -> None:
+        """Look among rows and latents of a step, which must stay as they are."""
+        self._x, self._W_enc_T, self._b_enc, self._scratch = x, W_enc_T, b_enc, scratch
+        self._encoder: Encoder | None = None
+
+    @property
+    def damage(self) -> Float[Tensor, ""]:
+        """NaN where a row or a weight is not finite, which hides pairs and firings; else 0: a term of the loss."""
+        return find_damage(self._x, self._W_enc_T, self._b_enc) if self._encoder is None else self._encoder.damage
+
+    def find(self, rows: slice, above: float, limit: int) -> Few | None:
+        """Return the pairs of some rows whose value exceeds `above`; None when they are `limit` or more, or seem so by the product of a few rows."""
+        if not can_encode(self._x, self._W_enc_T, self._W_enc_T.dtype):
+            return None
+        sample = self._x[rows][::_SAMPLED]
+        values = torch.addmm(self._b_enc, sample, self._W_enc_T.T, out=self._scratch.take("sample", (len(sample), len(self._b_enc)), sample))
+        shape = rows.stop - rows.start, len(self._b_enc)
+        if count_true(values > above) * shape[0] > _SAFELY * limit * len(sample):
+            return None
+        if self._encoder is None:
+            self._encoder = make_encoder(self._x, self._W_enc_T, self._b_enc, self._scratch)
+        found = self._encoder.part(rows).reaching(float(np.nextafter(np.float32(above), np.float32(np.inf))))
+        return None if len(found.values) >= limit else Few(make_pairs(found.places, *shape), found.values)
+
+
+def find_damage(*values: Tensor) -> Float[Tensor, ""]:
+    """Return NaN where a value is not finite, else 0."""
+    return torch.stack([value.sum().float() for value in values]).sum() * 0.0
+
+
 def can_encode(x: Tensor, W_enc_T: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether rows and weights have digits here."""
     return is_native(x, W_enc_T) and dtype == torch.float32
@@ -126,7 +169,7 @@ def make_encoder(
         rows = quantize_rows(x.numpy(), frame, kind, row_digits)
         columns = quantize_columns(W_enc_T.numpy(), b_enc.numpy(), frame, kind, digits)
         offset = (columns.offset + abs(columns.offset) * np.float32(SLACK)) * columns.inverse
-        terms = np.stack([columns.inverse * np.float32(1 - SLACK), offset, columns.norm, columns.error, 1 / columns.inverse, columns.bias])
+        terms = np.stack([columns.inverse, offset, columns.norm, columns.error, 1 / columns.inverse, columns.bias])
     is_finite = all(bool(np.isfinite(values).all()) for values in (terms, rows.error, rows.reach))
     return Encoder(rows, columns, terms, scratch, is_finite)
 

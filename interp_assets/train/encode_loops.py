@@ -32,7 +32,7 @@ _AHEAD: Final = 8
 
 @reordered
 def take_reaching(product: Any, block: Any, columns: Any, level: Any, first_place: Any, room: Any) -> Any:
-    """Find what reaches a positive level: return the number that do, that of pre-activations that were computed, and the room.
+    """Find what reaches a level: return the number that do, that of pre-activations that were computed, and the room.
 
     `block` is (values, inverse, error, reach) of the product's rows, `columns` (values, bias, terms), values being flat. The room then begins with
     the values found and their flat places, the product's first being `first_place`.
@@ -196,7 +196,7 @@ def _flag_reaching(p: Any, terms: Any, level: Any, block: Any, row: Any, flags: 
     """Set flags where a product may belong to a value that reaches the level."""
     _, inverses, errors, reaches = block
     inverse, error, reach = inverses[row], errors[row], reaches[row]
-    low, unit, offset, norm, column_error = level * inverse, terms[0], terms[1], terms[2], terms[3]
+    low, unit, offset, norm, column_error = (level - abs(level) * _CAREFUL) * inverse, terms[0], terms[1], terms[2], terms[3]
     for j in range(len(p)):
         flags[j] = np.float32(p[j]) >= low * unit[j] - inverse * offset[j] - error * norm[j] - reach * column_error[j]
 

@@ -5,8 +5,8 @@ Rajamanoharan et al. 2024 (2404.16014), eq. 8. With p = x W_enc, gate = p + b_en
     f = [gate > 0] relu(magnitude)        o = relu(gate)        d, b = decoder and its bias, which get no gradient through the gates
     loss = sum (y - decode f)^2 + lambda sum o + sum (y - o d - b)^2
 
-Seven dense products a block (five for one reconstruction, two for the second), in place, as in `dense.py`; by pairs where few gates are open,
-each decoder row then read once for both reconstructions.
+Seven dense products a block (five for one reconstruction, two for the second), in place, as in `dense.py`; where few gates are open, these
+are found without a dense product (`encode.py`), and each decoder row is read once for both reconstructions.
 """
 
 from typing import Final, NamedTuple
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.train.elementwise import Gates, close_gates, open_gates, sum_squares
+from interp_assets.train.encode import FewEncoder
 from interp_assets.train.kernels import (
     Few,
     add_by_latent,
@@ -47,10 +48,13 @@ def gated_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> 
     operand = scratch.cast("x", x, dtype)
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)
     n_fired = torch.zeros_like(gates.gain)
+    finder = FewEncoder(operand, W_enc_T, weights["b_enc"], scratch)
     for rows in row_blocks(x, width):
-        shape = (rows.stop - rows.start, width)
-        gate = product(operand[rows], W_enc_T.T, scratch.take("pre", shape, x), bias=weights["b_enc"], dtype=dtype, scratch=scratch)
-        few = find_few(gate, 0.0, int(FEW_GATES * gate.numel()))
+        shape, limit = (rows.stop - rows.start, width), int(FEW_GATES * (rows.stop - rows.start) * width)
+        few, gate = finder.find(rows, 0.0, limit), scratch.take("pre", shape, x)
+        if few is None:
+            product(operand[rows], W_enc_T.T, gate, bias=weights["b_enc"], dtype=dtype, scratch=scratch)
+            few = find_few(gate, 0.0, limit)
         if few is None:
             block = _add_dense(cast, gradients, (x[rows], operand[rows]), y[rows], context, gate, gates)
         else:
@@ -59,7 +63,7 @@ def gated_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> 
         n_fired += block.n_fired
     squared_error, gate_error_sum, opened_sum = sums.float().unbind()
     squared_error, sparsity = squared_error / context.ranks.n_slices, opened_sum * (context.coefficient / context.n_rows)
-    loss = (squared_error + gate_error_sum / context.ranks.n_slices) / context.n_rows + sparsity
+    loss = (squared_error + gate_error_sum / context.ranks.n_slices) / context.n_rows + sparsity + finder.damage
     return StepLoss(loss, squared_error, sparsity, loss.new_zeros(()), n_fired.long(), gradients)
 
 

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_assets.train.elementwise import keep_above, sum_rows, sum_squares
-from interp_assets.train.encode import can_encode, make_encoder, sample_rows
+from interp_assets.train.encode import can_encode, find_damage, make_encoder, sample_rows
+from interp_assets.train.encode_loops import SMALLEST
 from interp_assets.train.kernels import (
     Pairs,
     Scratch,
@@ -136,7 +137,8 @@ class _Picked(NamedTuple):
     """What is active, by places and values."""
 
     active: Active
-    is_finite: bool
+    damage: Tensor
+    """NaN where a row or a weight is not finite, which comparisons may have hidden; else 0."""
 
 
 def _pick_per_row(weights: Weights, x: Tensor, context: LossContext) -> _Picked:
@@ -144,11 +146,11 @@ def _pick_per_row(weights: Weights, x: Tensor, context: LossContext) -> _Picked:
     W_enc_T, b_enc = _competing(weights, context, factor)
     if can_encode(x, W_enc_T, context.dtype):
         encoder = make_encoder(x, W_enc_T, b_enc, context.scratch)
-        return _Picked(_unscale(encode_per_row(encoder, k, ranks, n_latents * ranks.n_slices), factor), encoder.is_finite)
+        return _Picked(_unscale(encode_per_row(encoder, k, ranks, n_latents * ranks.n_slices), factor), encoder.damage)
     blocks = [
         _shift(pick_per_row(pre, k, ranks, n_latents * ranks.n_slices), rows.start * n_latents) for rows, pre in _encode(W_enc_T, b_enc, x, context)
     ]
-    return _Picked(_unscale(_join(blocks), factor), is_finite=True)
+    return _Picked(_unscale(_join(blocks), factor), find_damage(x, W_enc_T, b_enc))
 
 
 def _pick_per_batch(weights: Weights, x: Tensor, context: LossContext) -> _Picked:
@@ -165,11 +167,11 @@ def _pick_per_batch(weights: Weights, x: Tensor, context: LossContext) -> _Picke
         bound = float(ranks.sum(torch.tensor([bound / ranks.size], dtype=torch.float64, device=x.device)))
     while True:
         if encoder:
-            candidates = encoder.reaching(bound)
+            candidates = encoder.reaching(max(bound, SMALLEST))
         else:
             candidates = _join([_shift(candidates_above(pre, bound), rows.start * n_latents) for rows, pre in _encode(W_enc_T, b_enc, x, context)])
         if bound == 0 or int(ranks.sum(torch.tensor([len(candidates.values)], device=x.device))) >= n_active:
-            return _Picked(_unscale(keep_largest(candidates, n_active, ranks), factor), encoder is None or encoder.is_finite)
+            return _Picked(_unscale(keep_largest(candidates, n_active, ranks), factor), encoder.damage if encoder else find_damage(x, W_enc_T, b_enc))
         bound = 0.0
 
 
@@ -183,10 +185,7 @@ def _unscale(active: Active, factor: Tensor | None) -> Active:
 
 
 def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, picked: _Picked, ends: list[int]) -> StepLoss:
-    """Return loss and gradients of the active pairs; `ends` are those of a Matryoshka SAE's groups in this slice.
-
-    The loss is NaN where a row or a weight is not finite: comparisons may have left it out.
-    """
+    """Return loss and gradients of the active pairs; `ends` are those of a Matryoshka SAE's groups in this slice."""
     active = picked.active
     n_latents, (n_rows, d_out), scratch = len(weights["b_enc"]), y.shape, context.scratch
     pairs = make_pairs(active.places, n_rows, n_latents)
@@ -206,7 +205,7 @@ def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, pi
     _pair_gradients(weights, x, grad, active.values, bags, gradients, scratch, scale)
     auxk = add_auxk(weights, gradients, x, error.neg_(), context)
     squared = squared / context.ranks.n_slices
-    loss = squared.mean() / (context.n_rows * d_out) + AUXK_COEFFICIENT * auxk + (0.0 if picked.is_finite else math.nan)
+    loss = squared.mean() / (context.n_rows * d_out) + AUXK_COEFFICIENT * auxk + picked.damage
     return StepLoss(loss, squared[-1], loss.new_zeros(()), auxk, pairs.counts, gradients)
 
 

@@ -14,11 +14,11 @@ from interp_assets.config import Architecture, SaeConfig
 from interp_assets.errors import NonFiniteError
 from interp_assets.train.coarse import Kind, fastest_kind, multiply
 from interp_assets.train.dots import dot
-from interp_assets.train.encode import Encoder, make_encoder
+from interp_assets.train.encode import Encoder, FewEncoder, make_encoder
 from interp_assets.train.encode_loops import make_room, nth_largest, take_largest
 from interp_assets.train.kernels import Found, Scratch
 from interp_assets.train.parallel import ONE_RANK
-from interp_assets.train.recipes import make_weights
+from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.sparsify import encode_per_row
 from interp_assets.train.trainer import Trainer
 
@@ -104,9 +104,28 @@ def test_what_reaches_a_level_is_that_of_the_plain_formula(
     pre = plain_pre(x, W, b)
     level = float(pre.flatten().sort(descending=True).values[int(share * (pre.numel() - 1))])
     encoder = encode(x, W, b, kind)
-    assert_found(encoder.reaching(level), pre, pre >= max(level, TINY))
+    assert_found(encoder.reaching(level), pre, pre >= level)
     rows = slice(len(x) // 3, None, 2)
-    assert_found(encoder.part(rows).reaching(level), pre[rows], pre[rows] >= max(level, TINY))
+    assert_found(encoder.part(rows).reaching(level), pre[rows], pre[rows] >= level)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 1000), above=st.sampled_from([-1.0, 0.0, 0.25, 3.0]), limit=st.sampled_from([0, 1, 50, 2000, 100_000]), coarse=st.booleans()
+)
+def test_few_pairs_are_those_of_the_plain_formula_or_refused(seed: int, above: float, limit: int, coarse: bool) -> None:
+    """Some rows are looked at; a sample of one in 64 says whether it is worth it, and may be wrong."""
+    x, W, b = draw(seed, (150, 40, 33), 0.5, coarse=coarse)
+    pre, finder = plain_pre(x, W, b), FewEncoder(x, W, b, Scratch())
+    for rows in (slice(0, 100), slice(100, 150)):
+        few, expected = finder.find(rows, above, limit), pre[rows] > above
+        if few is None:
+            assert expected.sum() >= limit or 64 * int(expected[::64].sum()) > limit // 2
+        else:
+            assert len(few.values) < limit
+            assert torch.equal(torch.stack([few.pairs.bags, few.pairs.latents]), expected.nonzero().T)
+            assert torch.equal(few.values, pre[rows][expected])
+    assert finder.damage == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,15 +166,21 @@ def test_a_nan_or_an_infinity_is_told(kind: Kind, where: str, value: float) -> N
     encoder.reaching(0.0)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka_batch_topk"])
+@pytest.mark.parametrize("architecture", list(RECIPES))
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("damage", ["row", "weight"])
-def test_a_row_or_a_weight_that_is_not_finite_ends_the_training(architecture: Architecture, value: float, damage: str) -> None:
+@pytest.mark.parametrize(("shift", "dtype"), [(0.0, "float32"), (4.0, "float32"), (0.0, "bfloat16")])
+def test_a_row_or_a_weight_that_is_not_finite_ends_the_training(
+    architecture: Architecture, value: float, damage: str, shift: float, dtype: str
+) -> None:
     """A transcoder reconstructs other rows: without a look at what is encoded, a damaged row would be one on which nothing fires."""
-    config = SaeConfig.model_validate({"architecture": architecture, "d_sae": 64, "k": 4, "batch_rows": 48, "n_rows": 4800})
+    sizes = {"d_sae": 64, "k": 4, "batch_rows": 48, "n_rows": 4800}
+    config = SaeConfig.model_validate({"architecture": architecture, "product_dtype": dtype, **sizes})
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(48, 32, generator=generator)
-    trainer = Trainer(config, make_weights(config, x, 32, generator), torch.device("cpu"))
+    weights = make_weights(config, x, 32, generator)
+    weights["b_enc"] -= shift
+    trainer = Trainer(config, weights, torch.device("cpu"))
     trainer.train_step(x, x.clone())
     y = x.clone()
     if damage == "row":

@@ -55,14 +55,14 @@ def count(architecture: Architecture, shift: float, dtype: torch.dtype = torch.f
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("architecture", "many", "few"), [("relu", 5, 1), ("gated", 7, 1), ("jump_relu_step", 5, 1), ("jump_relu", 5, 3), ("jump_relu_tanh", 5, 3)]
+    ("architecture", "many", "few"), [("relu", 5, 0), ("gated", 7, 0), ("jump_relu_step", 5, 0), ("jump_relu", 5, 3), ("jump_relu_tanh", 5, 3)]
 )
 def test_a_dense_architecture_goes_by_pairs_once_few_latents_fire(architecture: Architecture, many: int, few: int, dtype: torch.dtype) -> None:
-    """One product instead of five or seven; three where a wide rectangle gives silent latents a gradient."""
+    """No product instead of five or seven, one where operands are rounded; three where a wide rectangle gives silent latents a gradient."""
     (n_many, much), (n_few, little) = count(architecture, 0.0, dtype), count(architecture, 6.0, dtype)
     assert int(much.n_fired.sum()) > BATCH * D_SAE / 4
     assert 0 < int(little.n_fired.sum()) < BATCH * D_SAE * FEW
-    assert (n_many, n_few) == (many, few)
+    assert (n_many, n_few) == (many, few if dtype == torch.float32 else max(few, 1))
 
 
 @pytest.mark.parametrize(("architecture", "n_products"), [("topk", 0), ("batch_topk", 1), ("matryoshka_batch_topk", 1)])
