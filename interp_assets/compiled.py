@@ -2,14 +2,27 @@
 
 Compiled loops hold no lock of Python's while they run, so threads run them side by side. Numba types its arguments itself: what checks
 types of annotated functions at run time is unwrapped.
+
+What a loop calls becomes part of its code. Numba keeps that until the file of the loop itself changes, and would go on with the old code of a
+function that was changed in another: so the files in `SHARED`, whose functions loops of other files call, count as part of each loop's.
 """
 
+import hashlib
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
 
 import numba
 from numba.core import event
+from numba.core.caching import FunctionCache
+
+SHARED: Final = tuple(
+    Path(__file__).parent / name
+    for name in ("compiled.py", "vectors.py", "train/dots.py", "train/coarse.py", "train/bfloat16.py", "train/encode_loops.py")
+)
+"""Files with functions that compiled loops of other files call."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,12 +35,28 @@ def reordered(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compile(function, reorders=True)
 
 
+def digest_of(files: Iterable[Path]) -> str:
+    """Return the digest of the content of files."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def _compile(function: Callable[..., Any], *, reorders: bool) -> Callable[..., Any]:
     plain, freedom = inspect.unwrap(function), {"reassoc", "contract"} if reorders else False
-    try:
-        return numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=freedom)(plain)
-    except RuntimeError:  # nowhere to keep compiled code: a read-only file system
-        return numba.njit(nogil=True, error_model="numpy", fastmath=freedom)(plain)
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=freedom)(plain)
+    with suppress(RuntimeError):  # nowhere to keep compiled code: a read-only file system
+        dispatcher._cache = _Cache(plain)  # noqa: SLF001 - what `cache=True` does, with a stamp of more files
+    return dispatcher
+
+
+_shared_digest: Final = digest_of(SHARED)
+
+
+class _Cache(FunctionCache):
+    """Compiled code that is fresh only while the loop's own file and all shared ones are as they were."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, _shared_digest)  # noqa: SLF001 - no public way to add to it
 
 
 class _Compilations(event.Listener):

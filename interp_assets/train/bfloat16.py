@@ -3,8 +3,6 @@
 A loop that reads with `widen` and writes with `narrow` is compiled for arrays of either kind, float32 as they are and uint16 as halves; it
 computes in float32. Rounding is to the nearest, ties to even, as torch rounds. The NaN that processors make stays a NaN; those whose lower half is
 full of ones, which only a program could write, might become 0.
-
-Compiled loops that are kept on disk do not notice changes here: touch the file they are in.
 """
 
 from typing import Any

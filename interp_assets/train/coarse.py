@@ -3,7 +3,7 @@
 Encoding is one large product of which few entries matter: those above a threshold. Processors multiply 8-bit integers four times as fast as
 float32, and exactly. So, on a CPU:
 
-1. `quantize`: a row x becomes scale * digits + error, a latent's encoder column w likewise. Rows are first centred and scaled by dimension
+1. `quantize_rows`: a row x becomes scale * digits + error, a latent's encoder column w likewise. Rows are first centred and scaled by dimension
    (`Frame`), columns the other way, which leaves products as they are but for a constant and keeps large dimensions from taking all digits.
 2. One product of digits. By Cauchy and Schwarz it is wrong by at most |error_x| |w| + (|x| + |error_x|) |error_w|, times the scales; what the
    arithmetic of floating point adds is bounded too (`SLACK`). Entries that stay below the level by more than that are done.
@@ -11,7 +11,13 @@ float32, and exactly. So, on a CPU:
 
 The bound holds always, not with high probability: the result is that of computing every pre-activation with `dot`, bit for bit, whatever finds
 the candidates. So how to find them may be chosen by speed: without fast 8-bit products the digits are the values themselves, in float32
-(`Kind`), and the bound is that of a library's rounding. Measured with 512 dimensions (GFLOP/s of 2 cores of an AMD Zen 5): float32 213 by
+(`Kind`), and the bound is that of a library's rounding. Where a scale overflows, `are_bounded` says so, and digits are of no use.
+
+What is rounded, and where it is covered: centring, scaling and quantizing, and the sum of a product turned into a float32 (`_MORE_ROUNDINGS`); `dot`
+itself (`rounding`), and a library's product in any order; norms (`_inflation`); the offset, and the level in the units of the product (`SLACK`). The
+bias is added by one rounding that is monotone: what exceeds a float32 level after it exceeded it before.
+
+ Measured with 512 dimensions (GFLOP/s of 2 cores of an AMD Zen 5): float32 213 by
 MKL and 470 by oneDNN, bfloat16 960, 8-bit 1,900. Rejected: bfloat16 with a narrower bound (half the speed), bounds by blocks of dimensions
 (no narrower where errors are spread evenly), dithering with a probabilistic bound (five times narrower, but not certain).
 """
@@ -29,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.compiled import compiled, reordered
+from interp_assets.products import is_float32
 from interp_assets.train.dots import of_roundings, rounding
 from interp_assets.train.loops import over_rows
 
@@ -42,6 +49,9 @@ _DIMENSIONS: Final = range(16, (1 << 16) + 1)
 """Sums of more products of digits might not fit 32 bits; and torch's product of integers leaves its result unwritten where a row has one."""
 _TINY: Final = 1e-15
 """Rows whose values are all smaller have no digits."""
+_STILL: Final = 1e-6
+"""Dimensions that vary so little, beside the one that varies most, do not vary at all: float32 may show as much."""
+_SMALLEST: Final = float(np.finfo(np.float32).tiny)
 _FAST: Final = 0.7
 _INTEGER_PRODUCT: Final = torch.ops.aten._int_mm.out  # noqa: SLF001 - torch has no public product of integers
 _TRIAL: Final = 512
@@ -103,7 +113,7 @@ def _are_integers_fast() -> bool:
     a, b, product = x.float(), w.float(), torch.empty(_TRIAL, _TRIAL)
     try:
         narrow_s = _seconds(lambda: _INTEGER_PRODUCT(x, w.T, out=out))
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return False
     wide_s = _seconds(lambda: torch.mm(a, b.T, out=product))
     return narrow_s < _FAST * wide_s and torch.equal(out.double(), product.double())
@@ -112,13 +122,14 @@ def _are_integers_fast() -> bool:
 def make_frame(rows: Float[Tensor, "n d_in"]) -> Frame:
     """Return the frame in which rows like these need few digits: their mean, and the roots of their standard deviations.
 
-    The root shares the width of a dimension between rows and columns.
+    The root shares the width of a dimension between rows and columns. Dimensions that do not vary here take part as the others do in the middle.
     """
     sample = rows.double()
-    scale = sample.std(dim=0, correction=0).sqrt()
-    usable = torch.isfinite(scale) & (scale > scale.max() * _TINY)
-    mean = torch.where(torch.isfinite(scale), sample.mean(dim=0), 0.0)
-    return Frame(mean.float().numpy(), torch.where(usable, scale, 1.0).float().numpy())
+    deviation, mean = sample.std(dim=0, correction=0), sample.mean(dim=0)
+    usable = torch.isfinite(deviation) & (deviation > deviation.nan_to_num(posinf=0.0).max() * _STILL)
+    usual = deviation[usable].median() if usable.any() else torch.ones((), dtype=torch.float64)
+    scale = torch.where(usable, deviation, usual).sqrt()
+    return Frame(torch.where(torch.isfinite(mean), mean, 0.0).float().numpy(), scale.float().numpy())
 
 
 def plain_frame(d_in: int) -> Frame:
@@ -126,17 +137,22 @@ def plain_frame(d_in: int) -> Frame:
     return Frame(np.zeros(d_in, np.float32), np.ones(d_in, np.float32))
 
 
+def are_bounded(*sets: Rows | Columns) -> bool:
+    """Tell whether all bounds are finite. Those of values near the ends of float32's range may not be, and comparisons with NaN are false."""
+    return all(bool(np.isfinite(column).all()) for quantized in sets for column in quantized if isinstance(column, np.ndarray) and column.ndim == 1)
+
+
 def quantize_rows(values: Float32[np.ndarray, "n d_in"], frame: Frame, kind: Kind, digits: Tensor | None = None) -> Rows:
     """Quantize rows, into `digits` where it is given. `Rows` keeps the values themselves: they must stay as they are."""
     d = values.shape[1]
     share, more = rounding(d) + of_roundings(_MORE_ROUNDINGS), np.float32(_inflation(d))
-    if kind == "float32":  # a library adds in any order: at most one rounding a product
-        norms = _norms(values)
-        return Rows(values, torch.from_numpy(values), np.ones_like(norms), norms * np.float32(share + of_roundings(d)) * more, np.zeros_like(norms))
+    if kind == "float32":  # a library adds in any order: at most one rounding a product; it may take what is tiny for 0
+        error = _norms(values) * np.float32(share + of_roundings(d) + _rounding_of_operands()) * more + np.float32(d * _SMALLEST)
+        return Rows(values, torch.from_numpy(values), np.ones_like(error), error, np.full_like(error, d * _SMALLEST))
     assert d in _DIMENSIONS
     digits = torch.empty(values.shape, dtype=torch.int8) if digits is None else digits
     inverse, error, norm = _quantize(values, frame.mean, 1 / frame.scale, digits)
-    centre = np.float32(np.linalg.norm(frame.mean / frame.scale)) * inverse
+    centre = np.float32(np.linalg.norm(frame.mean.astype(np.float64) / frame.scale)) * inverse
     return Rows(values, digits, inverse, (error + np.float32(share) * (norm + centre)) * more, (norm + error) * more)
 
 
@@ -147,7 +163,7 @@ def quantize_columns(
     more = np.float32(_inflation(values.shape[1]))
     if kind == "float32":
         norms = _norms(values)
-        return Columns(values, torch.from_numpy(values), np.ones_like(norms), norms * more, np.zeros_like(norms), bias, bias)
+        return Columns(values, torch.from_numpy(values), np.ones_like(norms), norms * more, np.ones_like(norms), bias, bias)
     assert values.shape[1] in _DIMENSIONS
     digits = torch.empty(values.shape, dtype=torch.int8) if digits is None else digits
     inverse, error, norm = _quantize(values, np.zeros_like(frame.mean), frame.scale, digits)
@@ -165,7 +181,7 @@ def multiply(rows: Rows, columns: Columns, out: Tensor) -> NDArray[np.float32] |
 
 @compiled
 def least(level, offset, unit, norm, error, inverse, row_error, row_reach):  # noqa: ANN001, ANN201 - compiled into its callers
-    """Return what the product of digits of a row and a column must exceed where its pre-activation may exceed `level`.
+    """Return what the product of digits of a row and a column exceeds if its pre-activation exceeds `level`, a float32; NaN for plus infinity.
 
     `offset`, `unit` (its `inverse`), `norm` and `error` are the column's; `inverse`, `row_error` and `row_reach` the row's.
     """
@@ -176,12 +192,12 @@ def least(level, offset, unit, norm, error, inverse, row_error, row_reach):  # n
 def _quantize(values: NDArray[np.float32], mean: NDArray[np.float32], factor: NDArray[Any], digits: Tensor) -> NDArray[np.float32]:
     """Fill the digits of `(values - mean) * factor`; return digits a unit, and the norms of the error and of the row in digits: `[3, n]`."""
     measures = np.empty((3, len(values)), np.float32)
-    over_rows(quantize, len(values), (0, 0), values, mean, factor.astype(np.float32), digits.numpy(), measures)
+    over_rows(_quantize_rows, len(values), (0, 0), values, mean, factor.astype(np.float32), digits.numpy(), measures)
     return measures
 
 
 @reordered
-def quantize(values: Any, mean: Any, factor: Any, digits: Any, measures: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001
+def _quantize_rows(values: Any, mean: Any, factor: Any, digits: Any, measures: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001
     """Fill digits and measures of some rows; it sums nothing."""
     d = values.shape[1]
     framed = np.empty(d, np.float32)
@@ -206,6 +222,12 @@ def quantize(values: Any, mean: Any, factor: Any, digits: Any, measures: Any, su
         measures[0, row], measures[1, row], measures[2, row] = inverse, math.sqrt(left), math.sqrt(square)
         if size <= np.float32(_TINY):  # whose squares might be 0
             measures[1, row] = measures[2, row] = size * math.sqrt(np.float32(d))
+
+
+@cache
+def _rounding_of_operands() -> float:
+    """Return by how much products of float32 are wrong because operands are rounded, which only whoever uses this process can have allowed."""
+    return 0.0 if is_float32(torch.mm) else 2.0**-7
 
 
 def _inflation(d: int) -> float:

@@ -5,9 +5,9 @@ On a CPU:
 1. Rows and encoder columns are quantized (train/coarse.py). Each thread multiplies the digits of its own tiles of `TILE` latents, `STRIP` latents
    and at most `MOST_ROWS` rows at a time, and scans the product while it is in the core's cache. A thread's product is 1 MiB; nothing of size
    [rows of the shard x latents] ever exists.
-2. The scan: the largest of `GROUP` rows, and a look at the rows below it where it may reach its threshold (kernels.py). The pre-activations that
-   may are computed from the rows themselves in a fixed order, so what fires, and how strongly, is a function of row and latent alone: neither
-   library nor processor, block or slice change a bit of it.
+2. The scan: whole vectors of latents are compared, `GROUP` rows together, with what their product must exceed (kernels.py). The pre-activations that
+   may exceed their thresholds are computed from the rows themselves in a fixed order, so what fires, and how strongly, is a function of row and
+   latent alone: neither library nor processor, block or slice change a bit of it.
 3. Where a look finds many more pre-activations than fire, as in rows of very unequal values, digits are the values themselves from then on.
 
 Elsewhere a block of rows, always the same number (the last is padded with zeros), is multiplied in float32 or bfloat16 with tiles of latents,
@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.errors import NonFiniteError
-from interp_assets.train.coarse import Columns, Frame, Kind, Rows, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
+from interp_assets.train.coarse import Columns, Frame, Kind, Rows, are_bounded, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import fused, kernels
 from interp_assets.visualize.kernels import GROUP, STRIP, TILE
@@ -245,17 +245,29 @@ class Encoder:
         return ((largest[:, -1] + largest[:, -2 if self._sae.k else -1]) / 2).clamp_min(0).cpu().numpy()
 
     def _quantize(self, block: Tensor) -> "_Block":
-        """Quantize a block that will be scanned, and before the first one the columns. The call after the next overwrites its digits."""
+        """Quantize a block that will be scanned, and before the first one the columns. The call after the next overwrites its digits.
+
+        Where digits rule out too little, or have no bound, they are given up for this and all later blocks.
+        """
         if self.kind == "int8" and self._looks[1] > max(_MOST_LOOKS * self._looks[0], _MOST_MISSES * self._looks[2]):
             self.kind, self._quantized = "float32", None
-        assert self.kind
-        if self._quantized is None:
-            frame = make_frame(block)
-            self._quantized = _Quantized(self.kind, frame, [_quantize_tile(tile, frame, self.kind) for tile in self._tiles])
         self._digits.reverse()
         if self._digits[0].shape != block.shape:
             self._digits[0] = torch.empty(block.shape, dtype=torch.int8)
-        return _Block(quantize_rows(block.numpy(), self._quantized.frame, self.kind, self._digits[0]), self._quantized)
+        found = self._try_to_quantize(block)
+        if self.kind == "int8" and not (are_bounded(found.rows) and found.columns.are_bounded):
+            self.kind, self._quantized = "float32", None
+            found = self._try_to_quantize(block)
+        return found
+
+    def _try_to_quantize(self, block: Tensor) -> "_Block":
+        assert self.kind
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self._quantized is None:
+                frame = make_frame(block)
+                tiles = [_quantize_tile(tile, frame, self.kind) for tile in self._tiles]
+                self._quantized = _Quantized(self.kind, frame, tiles, all(are_bounded(*tile) for tile in tiles))
+            return _Block(quantize_rows(block.numpy(), self._quantized.frame, self.kind, self._digits[0]), self._quantized)
 
     def _scan_compiled(self, i: int, block: "_Block", limits: NDArray[np.float32] | RisingBounds, threshold: NDArray[np.float32]) -> Scan:
         """Multiply and scan one tile with one thread, given what rows must exceed, or bounds that it raises."""
@@ -327,6 +339,7 @@ class _Quantized(NamedTuple):
     kind: Kind
     frame: Frame
     tiles: list[list[Columns]]
+    are_bounded: bool
 
 
 class _Block(NamedTuple):

@@ -7,7 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interp_assets.compiled import compiled
-from interp_assets.train.coarse import Frame, Kind, fastest_kind, least, make_frame, multiply, plain_frame, quantize_columns, quantize_rows
+from interp_assets.train.coarse import (
+    Frame,
+    Kind,
+    are_bounded,
+    fastest_kind,
+    least,
+    make_frame,
+    multiply,
+    plain_frame,
+    quantize_columns,
+    quantize_rows,
+)
 from interp_assets.train.dots import dot, rounding
 
 KINDS: list[Kind] = ["int8", "float32"]
@@ -131,6 +142,47 @@ def test_rows_of_zeros_and_of_tiny_values_keep_their_bound(kind):
 def test_rows_of_few_dimensions_have_no_digits():
     """Torch's product of integers leaves its result unwritten where rows have one dimension (2.13, on a CPU)."""
     assert fastest_kind(1) == fastest_kind(1 << 20) == "float32"
+
+
+@pytest.mark.skipif("int8" not in KINDS, reason="8-bit products are not fast here")
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_the_unit_of_rows_does_not_matter_to_the_bound(unit):
+    """Dimensions that do not vary had a scale of 1 whatever the others had: in small units they took all digits."""
+    x, w, bias = make_pair(7, 200, 300, 64, 0.3, 1.0)
+    x *= np.float32(unit)
+    w /= np.float32(unit)
+    still = x.copy()
+    still[:, :4] = x[0, :4]
+    frame = make_frame(torch.from_numpy(still))
+    rows, columns = quantize_rows(x, frame, "int8"), quantize_columns(w, bias, frame, "int8")
+    pre = products_of(x, w) + bias
+    level = np.quantile(pre, 0.97, axis=0).astype(np.float32)[None].repeat(200, axis=0)
+    needed = np.empty_like(pre)
+    all_least(level, (rows.inverse, rows.error, rows.reach), (columns.offset, columns.inverse, columns.norm, columns.error), needed)
+    coarse = multiply(rows, columns, torch.empty(200 * 300)).astype(np.float32)
+    assert (coarse > needed)[pre > level].all()
+    assert (coarse > needed).mean() < 3 * (pre > level).mean()
+
+
+@pytest.mark.skipif("int8" not in KINDS, reason="8-bit products are not fast here")
+def test_a_frame_that_overflows_is_noticed():
+    """A bound that is not a number compares as false: whoever multiplies must ask."""
+    x, w, bias = make_pair(8, 6, 7, 64, 0.0, 0.0)
+    frame = make_frame(torch.from_numpy(x * np.float32(1e-30)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert not are_bounded(quantize_rows(x * np.float32(1e25), frame, "int8"))
+    assert are_bounded(quantize_rows(x, make_frame(torch.from_numpy(x)), "int8"), quantize_columns(w, bias, plain_frame(64), "int8"))
+
+
+@pytest.mark.skipif("int8" not in KINDS, reason="8-bit products are not fast here")
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 70), m=st.integers(1, 70), d=st.integers(16, 200))
+@settings(max_examples=60, deadline=None)
+def test_products_of_digits_are_exact(seed, n, m, d):
+    """Everything rests on torch's product of integers, at sizes that its own tests may not have."""
+    rng = np.random.default_rng(seed)
+    a, b = (torch.from_numpy(rng.integers(-127, 128, shape, dtype=np.int8)) for shape in ((n, d), (m, d)))
+    found = torch.ops.aten._int_mm.out(a, b.T, out=torch.empty((n, m), dtype=torch.int32))
+    assert torch.equal(found, (a.long() @ b.long().T).int())
 
 
 def test_dimensions_that_never_change_and_infinities_make_a_usable_frame():

@@ -179,6 +179,33 @@ def test_digits_are_given_up_where_they_rule_out_too_little():
     assert found == expected
 
 
+@pytest.mark.parametrize("path", COMPILED)
+@pytest.mark.parametrize(
+    ("first", "later", "columns", "centre"),
+    [(1e-30, 1e25, 1.0, 0.0), (1.0, 1.0, 1.0, 1e20), (1e-43, 1e-43, 1e30, 0.0), (1e-44, 1e-41, 1e36, 0.0), (1e-20, 1e15, 1e-15, 0.0)],
+)
+def test_no_scale_loses_a_firing(first, later, columns, centre, path):
+    """Scales of a frame overflow, norms underflow: numbers that no model has, and yet nothing may be missed in silence."""
+    generator = torch.Generator().manual_seed(11)
+    rows = torch.randn(96, 32, generator=generator)
+    rows[:48] *= first
+    rows[48:] *= later
+    rows[:, 5] += centre
+    W = torch.randn(32, 300, generator=generator) * columns
+    W[:, 7] = 0
+    bias = torch.zeros(300)
+    bias[7] = 1.0
+    products = np.empty((96, 300), np.float32)
+    all_dots(rows.numpy().reshape(-1), W.T.contiguous().numpy().reshape(-1), 32, products)
+    pre = products + bias.numpy()
+    threshold = torch.from_numpy(np.nextafter(np.median(pre, axis=0), np.float32(-np.inf))).clamp_min(0)
+    sae = Sae(kind="jump_relu", W_enc=W, b_enc=bias, W_dec=W.T.contiguous(), b_dec=torch.zeros(32), threshold=threshold, k=0)
+    found, _ = find(sae, rows, np.ones(96, np.bool_), path=path, n_block=48)
+    dense = np.where(pre > threshold.numpy(), pre, 0)
+    assert found == {(int(latent), int(row)): float(dense[row, latent]) for latent, row in np.argwhere(dense.T > 0)}
+    assert len(found) > 1000
+
+
 def make_normal_topk(n_tiles, k, order=0.0):
     """Make a `topk` SAE of normal weights and 200 rows; with `order` its first latents are the largest on every row."""
     generator = torch.Generator().manual_seed(5)
