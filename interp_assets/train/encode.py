@@ -6,7 +6,7 @@
 
 Results are those of computing every pre-activation with `dot` and the bias, bit for bit: they depend neither on the kind of digits, nor on the
 library, the number of threads, or how rows are cut. With 512 dimensions, 4,096 rows and 16,384 latents, in times of the float32 product by MKL on 2
-cores of an AMD Zen 5: digits 0.12, the largest 32 of each row 0.25, what reaches the level of 32 a row 0.2; float32 values instead of digits 1.1,
+cores of an AMD Zen 5: digits 0.12, the largest 32 of each row 0.22, what reaches the level of 32 a row 0.2; float32 values instead of digits 1.1,
 as much as a product and a scan of it. For rows on a CPU in float32; elsewhere the product is computed as a whole (`sparsify.py`).
 
 A NaN or an infinity has no digits, and comparisons with it are false: a damaged row would be one on which nothing fires. `damage` tells.
@@ -33,6 +33,8 @@ _PRODUCT_VALUES: Final[dict[Kind, int]] = {"int8": 1 << 20, "float32": 1 << 23}
 """Of a thread's product: 4 MiB of digits, which are looked at before they leave the cache; a slow product had better be a large one."""
 _ROWS: Final[dict[Kind, range]] = {"int8": range(128, 513), "float32": range(128, 1025)}
 """Of one product. Digits: 520 GFLOP/s with 64 rows, 680 with 128, 800 with 256, 910 with 512."""
+_MOST_WASTED: Final = 1 / 8
+"""Share of pre-activations that may be computed in vain before a thread does without digits: 25 ns each, where digits save 3 or more."""
 SAMPLE_ROWS: Final = 64
 """Rows of a batch from which frames are made and bounds guessed."""
 _GROUPS_PER_ACTIVE: Final = 8
@@ -51,6 +53,11 @@ class Encoder(NamedTuple):
     """Of each column: digits a unit; its bias, norm and error in digits, rounded so that bounds hold; one digit, and the bias."""
     scratch: Scratch
     is_finite: bool
+
+    @property
+    def kind(self) -> Kind:
+        """What the digits are."""
+        return "int8" if self.rows.digits.dtype == torch.int8 else "float32"
 
     @property
     def n_rows(self) -> int:
@@ -101,18 +108,25 @@ class Encoder(NamedTuple):
         return Found(places, values)
 
     def _find_part(self, loop: Callable[..., Any], argument: Any, rows: slice, product: Tensor) -> list[tuple[Any, Any]]:
-        columns, n_latents, n = (self.columns.values.reshape(-1), self.columns.bias, self.terms), self.n_latents, self._rows_at_once()
-        found, room = [], make_room(4 * n_latents)
+        encoder, n, n_wasted, found, room = self, self._rows_at_once(), 0, [], make_room(4 * self.n_latents)
         for start in range(rows.start, rows.stop, n):
-            part = self.rows.part(slice(start, min(start + n, rows.stop)))
-            block = (part.values.reshape(-1), part.inverse, part.error, part.reach)
-            n_found, _, room = loop(multiply(part, self.columns, product), block, columns, argument, start * n_latents, room)
+            if n_wasted > _MOST_WASTED * (start - rows.start) * self.n_latents and encoder.kind == "int8":
+                encoder = self._without_digits()
+            part = encoder.rows.part(slice(start, min(start + n, rows.stop)))
+            block, columns = (part.values.reshape(-1), part.inverse, part.error, part.reach), encoder.columns
+            arrays = columns.values.reshape(-1), columns.bias, encoder.terms
+            n_found, n_computed, room = loop(multiply(part, columns, product), block, arrays, argument, start * self.n_latents, room)
+            n_wasted += n_computed - n_found
             found.append((room[1][:n_found].copy(), room[0][:n_found].copy()))
         return found
 
+    def _without_digits(self) -> "Encoder":
+        """Return the encoder whose digits are the values themselves: for rows in which a few values leave no digits to all others."""
+        x, W_enc_T, b_enc = (torch.from_numpy(values) for values in (self.rows.values, self.columns.values, self.columns.bias))
+        return make_encoder(x, W_enc_T, b_enc, self.scratch, "float32")
+
     def _rows_at_once(self) -> int:
-        kind: Kind = "int8" if self.rows.digits.dtype == torch.int8 else "float32"
-        return min(max(_PRODUCT_VALUES[kind] // self.n_latents, _ROWS[kind][0]), _ROWS[kind][-1])
+        return min(max(_PRODUCT_VALUES[self.kind] // self.n_latents, _ROWS[self.kind][0]), _ROWS[self.kind][-1])
 
 
 class FewEncoder:

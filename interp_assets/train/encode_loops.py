@@ -4,7 +4,7 @@ Rows of a product lie in order, and what is found comes out in order of row and 
 least that a product must be where its pre-activation may reach the level (0.1 ns an element), and 64 answers become one word. What may reach it
 is computed from the rows themselves (`dots.py`), while the columns that come next are asked for: 20 to 30 ns.
 
-The k-th largest is found by halving an interval and counting whole vectors, 0.2 us for one of 256: a heap takes 2, for its branches can't be guessed.
+The k largest are parted from others by halving an interval and counting whole vectors, 0.1 us for 256: a heap takes 2, its branches can't be guessed.
 Computing in order of latent, so that columns are read as they lie, takes as long as asking for them beforehand, and sorting comes on top.
 
 `_compute` adds in the order that is written; all others may add in any, for which the bounds leave room.
@@ -66,16 +66,19 @@ def take_largest(product: Any, block: Any, columns: Any, sizes: Any, first_place
     k, n = sizes[0], product.shape[1]
     room, levels, ends = _list_rows(product, block, columns[2], sizes, room)
     values, places, rows, latents, seems, mays, chosen, marks = room
-    n_chosen = 0
+    n_chosen, n_before = 0, np.zeros(len(ends), np.int64)
     for r in range(len(product)):
-        bound = nth_largest(seems[ends[r] : ends[r + 1]], k)
+        bound = bound_largest(seems[ends[r] : ends[r + 1]], k)
         for i in range(ends[r], ends[r + 1]):
             chosen[n_chosen], marks[i] = i, seems[i] >= bound
             n_chosen += marks[i]
+        n_before[r + 1] = n_chosen
     _compute(block, columns, (rows, latents), chosen[:n_chosen], values)
+    for r in range(len(product)):
+        if n_before[r + 1] - n_before[r] >= k:
+            levels[r] = max(levels[r], _smallest(values, chosen[n_before[r] : n_before[r + 1]]))
     n_computed, n_chosen = n_chosen, 0
     for r in range(len(product)):
-        levels[r] = max(levels[r], _least_marked(values[ends[r] : ends[r + 1]], marks[ends[r] : ends[r + 1]], k))
         enough = levels[r] * block[1][r]
         for i in range(ends[r], ends[r + 1]):
             chosen[n_chosen] = i
@@ -101,40 +104,27 @@ def make_room(n: Any) -> Any:
 
 
 @reordered
-def nth_largest(values: Any, k: Any) -> Any:
-    """Return the k-th largest value, or the smallest of fewer; minus infinity where there is none."""
-    n = len(values)
-    if n == 0:
+def bound_largest(values: Any, k: Any) -> Any:
+    """Return a number that k values reach, and more only where they tie with the k-th largest; minus infinity where there are no more than k."""
+    n, square = len(values), np.float32(0)
+    if n <= k:
         return np.float32(-np.inf)
-    low, high = values[0], values[0]
     for i in range(n):
-        low = values[i] if values[i] < low else low  # noqa: FURB136 - min() would look for NaN, and not in vectors
-    for i in range(n):
-        high = values[i] if values[i] > high else high  # noqa: FURB136
-    if n <= k or _count(values, high) >= k:
-        return low if n <= k else high
+        square += values[i] * values[i]
+    high = np.sqrt(square) * np.float32(1.01) + SMALLEST
+    low = -high
     for _ in range(_HALVINGS):  # at least k values reach `low`, and fewer `high`
         middle = low * np.float32(0.5) + high * np.float32(0.5)
         if not low < middle < high:
             break
         count = _count(values, middle)
+        if count == k:
+            return middle
         if count < k:
             high = middle
         else:
             low = middle
-        if count == k:
-            return _least_from(values, low)
     return np.partition(values, n - k)[n - k]
-
-
-@reordered
-def _least_from(values: Any, bound: Any) -> Any:
-    """Return the smallest value that reaches a bound."""
-    least = np.float32(np.inf)
-    for i in range(len(values)):
-        v = values[i] if values[i] >= bound else np.float32(np.inf)
-        least = v if v < least else least  # noqa: FURB136
-    return least
 
 
 @reordered
@@ -186,7 +176,7 @@ def _bound(p: Any, terms: Any, widest: Any, block: Any, row: Any, maxima: Any, k
         for j in range(width):
             u = np.float32(q[j]) * s[j] + inverse * b[j]
             maxima[j] = u if u > maxima[j] else maxima[j]  # noqa: FURB136
-    seems = nth_largest(maxima, k)
+    seems = bound_largest(maxima, k) if width > k else _smallest(maxima, np.arange(width))
     wrong = errors[row] * widest[0] + reaches[row] * widest[1] + (abs(seems) + 2 * widest[2] * inverse) * _CAREFUL
     return (seems - wrong) / inverse
 
@@ -223,14 +213,12 @@ def _append(flags: Any, p: Any, row: Any, terms: Any, block: Any, room: Any, m: 
 
 
 @reordered
-def _least_marked(values: Any, marks: Any, k: Any) -> Any:
-    """Return the smallest of the marked values, minus infinity where these are fewer than k."""
-    least, n = np.float32(np.inf), 0
-    for i in range(len(values)):
-        v = values[i] if marks[i] else np.float32(np.inf)
-        least = v if v < least else least  # noqa: FURB136
-        n += marks[i]
-    return least if n >= k else np.float32(-np.inf)
+def _smallest(values: Any, chosen: Any) -> Any:
+    """Return the smallest of chosen values."""
+    least = np.float32(np.inf)
+    for i in chosen:
+        least = min(least, values[i])
+    return least
 
 
 @reordered
@@ -238,7 +226,7 @@ def _keep_largest(places: Any, values: Any, start: Any, stop: Any, k: Any) -> An
     """Keep the k largest of [start, stop), and what ties with them, where there are more; return where they end."""
     if stop - start <= k:
         return stop
-    threshold, kept = nth_largest(values[start:stop], k), start
+    threshold, kept = bound_largest(values[start:stop], k), start
     for i in range(start, stop):
         places[kept], values[kept] = places[i], values[i]
         kept += values[i] >= threshold

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_assets.train.encode import Encoder, group_size, sample_rows
-from interp_assets.train.kernels import Found, find_above
+from interp_assets.train.kernels import Found, find_above, nonzero
 from interp_assets.train.loops import is_native, over_rows, pick_rows
 from interp_assets.train.parallel import ONE_RANK, Ranks
 
@@ -171,4 +171,5 @@ def _largest_of_rows(values: Tensor, k: int) -> Tensor:
 
 
 def _keep(candidates: Active, mask: Tensor) -> Active:
-    return Active(candidates.places[mask], candidates.values[mask])
+    kept = nonzero(mask)
+    return Active(candidates.places[kept], candidates.values[kept])
