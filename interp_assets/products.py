@@ -9,14 +9,16 @@ permission only where the processor has tiles (AMX): elsewhere it multiplies by 
 3. a product is compared with float64 before anybody depends on it, and the permission taken back should operands have been rounded;
 4. whoever has set a precision in this process is left alone.
 
-Price: `torch.get_float32_matmul_precision()` raises after it, because that older setting cannot express this one; `torch.compile` asks for it.
+Price: `torch.get_float32_matmul_precision()` raises after it, because that older setting cannot express this one. Whoever calls
+`torch.set_float32_matmul_precision` later in the process replaces the permission: do that before, or not at all.
 Numbers: `docs/decisions/0008-products-by-cpu.md`.
 """
 
 import logging
 import platform
-import threading
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Lock
 from typing import Any, Final
 
 import torch
@@ -28,7 +30,7 @@ _UNSET: Final = "none"
 _LIMIT: Final = 1e-5
 """Relative error of a product of 512 float32 summands: some 3e-7; 2e-3 with bfloat16 operands, 3e-4 with TF32."""
 _SIZES: Final = ((256, 512, 384), (64, 512, 1024))
-_lock = threading.Lock()
+_lock = Lock()
 _decided: list[bool] = []
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -45,6 +47,19 @@ def use_fastest_products() -> bool:
             is_suited = is_faster_by_onednn(platform.machine(), binding.get_host_cpu_name(), find_features())
             _decided.append(is_suited and permit_onednn(getattr(torch.backends.mkldnn, "matmul", None)))
         return _decided[0]
+
+
+def make_product_pool(n_threads: int, name: str) -> ThreadPoolExecutor:
+    """Return threads whose products use one thread each.
+
+    What a thread sets is what threads that begin later take over, wherever: so all of the pool begin here, and the number is set back.
+    """
+    before, together = torch.get_num_threads(), Barrier(n_threads)
+    pool = ThreadPoolExecutor(n_threads, name, initializer=torch.set_num_threads, initargs=(1,))
+    for future in [pool.submit(together.wait) for _ in range(n_threads)]:
+        future.result()
+    torch.set_num_threads(before)
+    return pool
 
 
 def is_faster_by_onednn(machine: str, cpu: str, features: Collection[str]) -> bool:

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -24,15 +23,32 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from interp_assets.train.coarse import SLACK, Columns, Frame, Kind, Rows, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
+from interp_assets.products import make_product_pool
+from interp_assets.train.coarse import (
+    SLACK,
+    Columns,
+    Frame,
+    Kind,
+    Rows,
+    are_bounded,
+    fastest_kind,
+    make_frame,
+    multiply,
+    quantize_columns,
+    quantize_rows,
+)
 from interp_assets.train.encode_loops import make_room, take_largest, take_reaching
 from interp_assets.train.kernels import Few, Found, Scratch, count_true, make_pairs
 from interp_assets.train.loops import is_native
 
 _PRODUCT_VALUES: Final[dict[Kind, int]] = {"int8": 1 << 20, "float32": 1 << 23}
-"""Of a thread's product: 4 MiB of digits, which are looked at before they leave the cache; a slow product had better be a large one."""
+"""Of a thread's product: 4 MiB of digits, which are looked at before they leave the cache; a slow product had better be a large one.
+
+With more than 8,192 latents that would be fewer rows than make a fast product: it grows, to 32 MiB."""
 _ROWS: Final[dict[Kind, range]] = {"int8": range(128, 513), "float32": range(128, 1025)}
 """Of one product. Digits: 520 GFLOP/s with 64 rows, 680 with 128, 800 with 256, 910 with 512."""
+_MOST_VALUES: Final = 1 << 23
+_FEWEST_ROWS: Final = 8
 _MOST_WASTED: Final = 1 / 8
 """Share of pre-activations that may be computed in vain before a thread does without digits: 25 ns each, where digits save 3 or more."""
 SAMPLE_ROWS: Final = 64
@@ -126,7 +142,8 @@ class Encoder(NamedTuple):
         return make_encoder(x, W_enc_T, b_enc, self.scratch, "float32")
 
     def _rows_at_once(self) -> int:
-        return min(max(_PRODUCT_VALUES[self.kind] // self.n_latents, _ROWS[self.kind][0]), _ROWS[self.kind][-1])
+        n = min(max(_PRODUCT_VALUES[self.kind] // self.n_latents, _ROWS[self.kind][0]), _ROWS[self.kind][-1])
+        return max(min(n, _MOST_VALUES // self.n_latents), _FEWEST_ROWS)
 
 
 class FewEncoder:
@@ -174,17 +191,22 @@ def make_encoder(
     scratch: Scratch,
     kind: Kind | None = None,
 ) -> Encoder:
-    """Quantize a step's rows and encoder, into buffers that the next step will use again; both must stay as they are."""
+    """Quantize a step's rows and encoder, into buffers that the next step will use again; both must stay as they are.
+
+    Digits whose scales overflow are of no use; the values themselves are finite, unless a row or a weight is not.
+    """
     (n, d), room = W_enc_T.shape, torch.empty(0, dtype=torch.int8)
-    kind = kind or fastest_kind(d)
+    digit_kind = kind or fastest_kind(d)
     row_digits, digits = (scratch.take(name, shape, room) for name, shape in (("row digits", (len(x), d)), ("digits", (n, d))))
     frame = Frame(np.zeros(d, np.float32), make_frame(sample_rows(x)).scale)
     with np.errstate(all="ignore"):
-        rows = quantize_rows(x.numpy(), frame, kind, row_digits)
-        columns = quantize_columns(W_enc_T.numpy(), b_enc.numpy(), frame, kind, digits)
+        rows = quantize_rows(x.numpy(), frame, digit_kind, row_digits)
+        columns = quantize_columns(W_enc_T.numpy(), b_enc.numpy(), frame, digit_kind, digits)
         offset = (columns.offset + abs(columns.offset) * np.float32(SLACK)) * columns.inverse
         terms = np.stack([columns.inverse, offset, columns.norm, columns.error, 1 / columns.inverse, columns.bias])
-    is_finite = all(bool(np.isfinite(values).all()) for values in (terms, rows.error, rows.reach))
+    is_finite = bool(np.isfinite(terms).all()) and are_bounded(rows)
+    if not is_finite and kind is None and digit_kind == "int8":
+        return make_encoder(x, W_enc_T, b_enc, scratch, "float32")
     return Encoder(rows, columns, terms, scratch, is_finite)
 
 
@@ -207,9 +229,4 @@ def group_size(n: int, k: int) -> int:
 
 @cache
 def _pool(n_threads: int) -> ThreadPoolExecutor:
-    """Return threads whose products use one thread each."""
-    pool, together = ThreadPoolExecutor(n_threads, "encode", initializer=torch.set_num_threads, initargs=(1,)), Barrier(n_threads)
-    for future in [pool.submit(together.wait) for _ in range(n_threads)]:
-        future.result()
-    torch.set_num_threads(n_threads)  # threads that begin later take over what was set last, wherever
-    return pool
+    return make_product_pool(n_threads, "encode")

@@ -18,12 +18,13 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from interp_assets.compiled import compiled, reordered
+from interp_assets.train.coarse import SLACK
 from interp_assets.train.dots import dot, prefetch
 
 SMALLEST: Final = np.finfo(np.float32).tiny
 """The smallest value that counts as positive."""
 _WORD: Final = 64
-_CAREFUL: Final = np.float32(1e-6)
+_CAREFUL: Final = np.float32(SLACK)
 """Relative error of a level in the units of a product: some eight roundings."""
 _HALVINGS: Final = 64
 _AHEAD: Final = 8

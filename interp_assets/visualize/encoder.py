@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.errors import NonFiniteError
+from interp_assets.products import make_product_pool
 from interp_assets.train.coarse import Columns, Frame, Kind, Rows, are_bounded, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import fused, kernels
@@ -116,7 +117,7 @@ class Encoder:
         """How the next block's bounds are found, for `topk`."""
         self._no_thresholds = [np.where(np.isinf(tile.threshold), tile.threshold, -np.inf).astype(np.float32) for tile in self._tiles]
         n_threads = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = make_product_pool(n_threads, "scan")
         self._device_thread = ThreadPoolExecutor(1)  # waits for a GPU, while the caller works on the firings of the block before
         self._scratch: SimpleQueue[_Scratch] = SimpleQueue()
         self._n_threads = n_threads

@@ -77,6 +77,18 @@ def encode(x: Tensor, W: Tensor, b: Tensor, kind: Kind) -> Encoder:
     return make_encoder(x, W, b, Scratch(), kind if x.shape[1] >= 16 else "float32")
 
 
+def test_scales_that_overflow_are_no_damage() -> None:
+    """Finite rows and biases near the ends of float32's range have no digits, but they have values; only what is not finite ends a step."""
+    x, W, b = draw(3, (640, 24, 32), 0.0, coarse=False)
+    x[::10] *= 1e-30  # the sample from which scales are made
+    x[1::10] *= 1e25
+    b[3] = 1e38
+    encoder, pre = make_encoder(x, W, b, Scratch()), plain_pre(x, W, b)
+    assert encoder.is_finite
+    assert encoder.kind == "float32"
+    assert_found(encoder.reaching(0.5), pre, pre >= 0.5)
+
+
 @settings(max_examples=100, deadline=None)
 @given(k=st.sampled_from([1, 2, 7, 32, 1000]), **CASES)
 def test_the_largest_of_each_row_are_those_of_the_plain_formula(
