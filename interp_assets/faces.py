@@ -16,6 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import dagster as dg
@@ -72,11 +73,8 @@ def record(
         progress.begin("/".join(context.asset_key.path), key)
         before, begun = METER.total(), time.monotonic()
         try:
-            with raise_execution_interrupts():  # Dagster defers Ctrl-C between the events of a step, which may be hours apart
+            with interruptible(progress):
                 made = work(key)
-        except (DagsterExecutionInterruptedError, KeyboardInterrupt) as error:  # a retry policy would take it for a failure and begin again
-            progress.end()
-            raise dg.Failure("Interrupted. Finished partitions are kept.", allow_retries=False) from error
         except InterpError as error:
             progress.end()
             failed[key] = error
@@ -92,6 +90,17 @@ def record(
     if failed:
         raise _failure(failed, len(keys)) from next(iter(failed.values()))
     yield dg.MaterializeResult(metadata={SUPPRESS_EVENT: True})
+
+
+@contextmanager
+def interruptible(progress: Progress) -> Iterator[None]:
+    """Let Ctrl-C end what an asset does here: Dagster defers it between the events of a step, which may be hours apart, and forgets it then."""
+    try:
+        with raise_execution_interrupts():
+            yield
+    except (DagsterExecutionInterruptedError, KeyboardInterrupt) as error:  # a retry policy would take it for a failure and begin again
+        progress.end()
+        raise dg.Failure("Interrupted. Finished partitions are kept.", allow_retries=False) from error
 
 
 def _add_share(own: Shared, shared: Shared | None, n_partitions: int) -> Shared:

@@ -5,7 +5,7 @@ import time
 import dagster as dg
 
 from interp_assets.errors import CertificateError
-from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, Shared, code_version, made, partition_keys, record
+from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, Shared, code_version, interruptible, made, partition_keys, record
 from interp_assets.manifest import load_manifest
 from interp_assets.partitions import Layout, every, only, same, whole
 from interp_assets.pipeline import Pipeline, shard_key
@@ -56,7 +56,8 @@ def _sae(layout: Layout) -> dg.AssetsDefinition:
         progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
         begun_before = {name for name in names if has_checkpoint(store, sae_ref(pipeline, name))}
         before, begun = METER.total(), time.monotonic()
-        trained = run_training(pipeline, store, names, progress.advance, make_listener(context.log.info))
+        with interruptible(progress):
+            trained = run_training(pipeline, store, names, progress.advance, make_listener(context.log.info))
         shared = Shared(METER.total().since(before), time.monotonic() - begun)
 
         def work(key: str) -> Made:

@@ -54,6 +54,10 @@ def export(
     from interp_assets.web.site import export_site
 
     if format_name in SAE_FORMATS:
+        if bundle is not None:
+            raise InputError(
+                f"A bundle holds no weights to export as {format_name}. Name the pipeline with --config, and one of several SAEs with --sae."
+            )
         _export_sae(format_name, target, config, sae)
         return
     if format_name not in (SITE, *FORMATS):

@@ -91,6 +91,37 @@ def test_ctrl_c_stops_a_run_in_the_middle_of_a_partition_and_keeps_finished_ones
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
+def test_ctrl_c_stops_a_training_in_the_middle(many: Finished, tiny_world: Path, tmp_path: Path) -> None:
+    """All SAEs of a run train before the first of them is recorded: an interrupt that Dagster kept for later was forgotten there."""
+    shutil.copytree(Path(many.config.root) / many.config.name, tmp_path / "data" / many.config.name)
+    folders = [path.parent for path in (tmp_path / "data" / many.config.name / "4-sae").glob("*/sae_weights.safetensors")]
+    for folder in folders:
+        shutil.rmtree(folder)
+    config = many.config.model_copy(update={"root": str(tmp_path / "data")})
+    begun, n_advanced = [], []
+
+    class Interrupting(Progress):
+        def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
+            begun.append(asset)
+
+        def advance(self, n: int) -> None:
+            if begun[-1] == "sae":
+                n_advanced.append(n)
+                if len(n_advanced) == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with dg.DagsterInstance.ephemeral() as instance:
+        with pytest.raises(KeyboardInterrupt):
+            list(run_road(config, instance, progress=Interrupting()))
+        assert begun[-1] == "sae"
+        assert len(n_advanced) == 2
+        assert not any((folder / "manifest.json").exists() for folder in folders)
+        list(run_road(config, instance))
+        assert all((folder / "manifest.json").exists() for folder in folders)
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
 def test_a_named_partition_with_a_flipped_byte_is_made_again(copied: PipelineConfig) -> None:
     """A file of the right size counts as done wherever nothing is read; who names a partition wants its bytes."""
     with dg.DagsterInstance.ephemeral() as instance:
