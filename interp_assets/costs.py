@@ -24,6 +24,7 @@ from interp_assets.shuffle.estimate import Prices
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.store import Store
 from interp_assets.traffic import Traffic
+from interp_assets.train.refs import sae_ref
 from interp_assets.visualize.estimate import Machine, Workload, estimate
 
 TEXT_BYTES_PER_TOKEN: Final = 4
@@ -181,7 +182,7 @@ def _feature_work(stop: Stop, pipeline: Pipeline, store: Store, machine: Machine
         n_shards=n_shards,
         d_in=pipeline.d_in(sae.hook_point),
         d_sae=sae.d_sae,
-        l0=float(sae.k),
+        l0=expected_l0(pipeline, store, sae.name),
         row_bytes=_format(pipeline, sae.hook_point).row_bytes,
         vocabulary_size=pipeline.plan.vocabulary_size,
     )
@@ -202,6 +203,12 @@ def rows_of(pipeline: Pipeline, store: Store, index: int) -> int:
         return int(manifest.facts["n_rows"]) if manifest else pipeline.source(index).n_bytes // TEXT_BYTES_PER_TOKEN
 
     return pipeline.remember(("rows", index), count)
+
+
+def expected_l0(pipeline: Pipeline, store: Store, name: str) -> float:
+    """Return how many latents of an SAE fire on a row: as its training measured it, and before that `k`, whatever the architecture makes of it."""
+    manifest = find_manifest(store, sae_ref(pipeline, name))
+    return float((manifest.facts.get("l0") if manifest else None) or pipeline.config.sae(name).k)
 
 
 def _format(pipeline: Pipeline, hook_point: str) -> RowFormat:

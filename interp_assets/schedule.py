@@ -11,7 +11,7 @@ count at all. Files of middle passes are not needed any more once the rows are m
 from typing import Final, NamedTuple
 
 from interp_assets.config import PipelineConfig, SaeConfig
-from interp_assets.costs import Cost, estimate_cost, rate_kind, rows_of
+from interp_assets.costs import Cost, estimate_cost, expected_l0, rate_kind, rows_of
 from interp_assets.garcon.subject import make_meta_model
 from interp_assets.pipeline import Pipeline, shard_index
 from interp_assets.rates import Rate
@@ -70,7 +70,7 @@ def workload(pipeline: Pipeline, store: Store, name: str) -> Workload:
         n_shards=len(pipeline.shard_indices),
         d_in=d_in,
         d_sae=sae.d_sae,
-        l0=float(sae.k),
+        l0=expected_l0(pipeline, store, name),
         row_bytes=RowFormat(d_in, config.harvest.dtype).row_bytes,
         vocabulary_size=pipeline.plan.vocabulary_size,
     )

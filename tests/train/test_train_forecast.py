@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from interp_assets.costs import estimate_cost, make_estimator, rate_kind
+from interp_assets.costs import estimate_cost, expected_l0, make_estimator, rate_kind
+from interp_assets.manifest import create_artifact
 from interp_assets.pipeline import Pipeline, save_plan
 from interp_assets.rates import Rate, load_rates, rates_path
 from interp_assets.road import make_road
-from interp_assets.schedule import Line, make_schedule
+from interp_assets.schedule import Line, make_schedule, workload
 from interp_assets.store import Store
 from interp_assets.traffic import Traffic
+from interp_assets.train.refs import sae_ref
 
 TRAINED = {"name": "own", "d_sae": 24, "k": 3, "n_rows": 1000, "batch_rows": 100}
 IMPORTED = {"name": "foreign", "d_sae": 48, "k": 3, "imported": "folder", "imported_digest": "12", "batch_rows": 100_000}
@@ -59,3 +61,13 @@ def test_memory_is_that_of_the_missing_saes_at_all_their_hook_points(make_plante
     assert job_bytes(task="skip_transcoder", target_hook_point="mlp_out.0") == expected(16, 8, 16 * 8)
     both = make_planted([TRAINED, IMPORTED])
     assert forecast(both.pipeline, both.store, {}).job_bytes == max(expected(16, 16), 5 * 32 * 48 * 4)
+
+
+def test_feature_passes_expect_the_l0_that_a_training_measured(make_planted: Callable[..., Any]) -> None:
+    """A gated SAE of k = 32 by default may fire 459 latents a row: 11 times the bytes that were forecast."""
+    planted = make_planted([TRAINED])
+    assert expected_l0(planted.pipeline, planted.store, "own") == 3
+    with create_artifact(planted.store, sae_ref(planted.pipeline, "own")) as art:
+        art.facts["l0"] = 17.5
+    assert expected_l0(planted.pipeline, planted.store, "own") == 17.5
+    assert workload(planted.pipeline, planted.store, "own").l0 == 17.5
