@@ -17,9 +17,9 @@ What is rounded, and where it is covered: centring, scaling and quantizing, and 
 itself (`rounding`), and a library's product in any order; norms (`_inflation`); the offset, and the level in the units of the product (`SLACK`). The
 bias is added by one rounding that is monotone: what exceeds a float32 level after it exceeded it before.
 
- Measured with 512 dimensions (GFLOP/s of 2 cores of an AMD Zen 5): float32 213 by
-MKL and 470 by oneDNN, bfloat16 960, 8-bit 1,900. Rejected: bfloat16 with a narrower bound (half the speed), bounds by blocks of dimensions
-(no narrower where errors are spread evenly), dithering with a probabilistic bound (five times narrower, but not certain).
+Measured with 512 dimensions (GFLOP/s of 2 cores of an AMD Zen 5): float32 213 by MKL and 470 by oneDNN, bfloat16 960, 8-bit 1,900. Rejected: bfloat16
+with a narrower bound (half the speed), bounds by blocks of dimensions (no narrower where errors are spread evenly), dithering with a probabilistic
+bound (five times narrower, but not certain).
 """
 
 import math

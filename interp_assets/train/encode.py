@@ -176,7 +176,7 @@ class FewEncoder:
 
 def find_damage(*values: Tensor) -> Float[Tensor, ""]:
     """Return NaN where a value is not finite, else 0."""
-    return torch.stack([value.sum().float() for value in values]).sum() * 0.0
+    return torch.stack([value.sum(dtype=torch.float32) for value in values]).sum() * 0.0
 
 
 def can_encode(x: Tensor, W_enc_T: Tensor, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from interp_assets.config import Architecture, SaeConfig
 from interp_assets.errors import NonFiniteError
 from interp_assets.train.coarse import Kind, fastest_kind, multiply
 from interp_assets.train.dots import dot
-from interp_assets.train.encode import Encoder, FewEncoder, make_encoder
+from interp_assets.train.encode import Encoder, FewEncoder, find_damage, make_encoder
 from interp_assets.train.encode_loops import bound_largest, make_room, take_largest
 from interp_assets.train.kernels import Found, Scratch
 from interp_assets.train.parallel import ONE_RANK
@@ -75,6 +75,14 @@ CASES = {
 def encode(x: Tensor, W: Tensor, b: Tensor, kind: Kind) -> Encoder:
     """Quantize."""
     return make_encoder(x, W, b, Scratch(), kind if x.shape[1] >= 16 else "float32")
+
+
+def test_a_sum_beyond_float16_is_no_damage() -> None:
+    """With `product_dtype: float16` the rows of a batch add up to more than the type holds: that ended the step as if a value were not finite."""
+    rows = torch.ones(300, 300, dtype=torch.float16)
+    assert float(find_damage(rows)) == 0
+    rows[7, 8] = float("inf")
+    assert math.isnan(float(find_damage(rows)))
 
 
 def test_scales_that_overflow_are_no_damage() -> None:
