@@ -40,7 +40,7 @@ from typing import Any, NamedTuple
 import duckdb
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from interp_assets.store import open_store
+from interp_assets.storage.store import open_store
 from interp_assets.web.files import parse_range
 from interp_assets.web.opened import OpenBundle, find_bundles
 from interp_assets.web.scale import build_scale_bundle
@@ -95,7 +95,7 @@ class Server(NamedTuple):
 @contextmanager
 def serving(url: str, environment: dict[str, str]) -> Iterator[Server]:
     """Run the server in a process of its own."""
-    command = [sys.executable, "-c", "from interp_assets.cli import main; main()", "serve", url, "--port", "8600"]
+    command = [sys.executable, "-c", "from interp_assets.terminal.cli import main; main()", "serve", url, "--port", "8600"]
     process = subprocess.Popen(command, env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=sys.stderr)
     assert process.stdout
     try:

@@ -38,11 +38,11 @@ import yaml
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.execution.backfill import PartitionBackfill
 
-from interp_assets.backfill import run_backfill
-from interp_assets.config import CorpusConfig, ExecutionConfig, PipelineConfig, demo_config
-from interp_assets.definitions import build_defs
-from interp_assets.jobs import open_instance, run_road, run_stop
-from interp_assets.road import make_road
+from interp_assets.graph.backfill import run_backfill
+from interp_assets.graph.definitions import build_defs
+from interp_assets.graph.jobs import open_instance, run_road, run_stop
+from interp_assets.planning.config import CorpusConfig, ExecutionConfig, PipelineConfig, demo_config
+from interp_assets.planning.road import make_road
 
 NOOP = """
 import dagster as dg
@@ -121,7 +121,7 @@ class Bench:
             submit(defs, instance, KEY[kind], self.keys[kind])
             n_runs = 1 if per_run > 1 else self.n
             begun = time.time()
-            with daemon(["-f", str(home / "noop_assets.py")] if kind == "noop" else ["-m", "interp_assets.definitions"], home):
+            with daemon(["-f", str(home / "noop_assets.py")] if kind == "noop" else ["-m", "interp_assets.graph.definitions"], home):
                 runs = dg.RunsFilter(tags={"dagster/backfill": "bench"})
                 while sum(run.is_finished for run in instance.get_runs(runs)) < n_runs:
                     if time.time() - begun > 60 + 20 * n_runs:

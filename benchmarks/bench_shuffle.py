@@ -44,14 +44,14 @@ import numpy as np
 from shuffle_peers import PEERS, has_peer, time_buffer, time_peer, time_read_all
 from shuffle_rows import HOOK, Setting, Timed, drop_cache, fresh, judge, make_pipeline, read_shard, source_files, write_parquet, write_shards
 
-from interp_assets.direct import Workspace
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids
 from interp_assets.shuffle.plan import make_shuffle_plan
 from interp_assets.shuffle.refs import FOLDER
 from interp_assets.shuffle.rows import FIXED_BYTES, SORT_BYTES
 from interp_assets.shuffle.split import split_shard
-from interp_assets.store import PART_BYTES
+from interp_assets.storage.direct import Workspace
+from interp_assets.storage.store import PART_BYTES
 
 SPACE = Workspace()
 PIECE = 8 << 20

@@ -16,9 +16,9 @@ ours, the floor and the peers alternate and a busy machine slows all of them.
 
 Sketch before code: with B rows, n = d_in and m = d_sae, a dense step is five products of 2 B n m operations each (encode, decode, and
 the gradients of latents, encoder and decoder); that is the floor, also of Gated, which needs seven when its gates are wide open. They are float32
-and made by the library that is the fastest on this kind of CPU (`interp_assets/products.py`), whatever type our step's products are in. A
+and made by the library that is the fastest on this kind of CPU (`interp_assets/compute/products.py`), whatever type our step's products are in. A
 TopK-like step has to know which k of m latents are active, by one product, and touches only those otherwise. That product is of 8-bit digits where
-they are fast (`train/coarse.py`): a quarter of a float32 one on a Zen 5, 0.05 of the floor, plus scans and the pairs. A step
+they are fast (`compute/coarse.py`): a quarter of a float32 one on a Zen 5, 0.05 of the floor, plus scans and the pairs. A step
 of ours is the whole of `Trainer.train_step`: loss, gradients, clip, Adam, dead counters, log. One JSON line a case:
 
     name, value, unit      rows per second
@@ -59,8 +59,8 @@ from safetensors import safe_open
 from train_gpu import main as measure_gpu
 from train_states import Planted, make_config
 
-from interp_assets.config import Architecture, SaeConfig
-from interp_assets.products import use_fastest_products
+from interp_assets.compute.products import use_fastest_products
+from interp_assets.planning.config import Architecture, SaeConfig
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.trainer import Trainer
 

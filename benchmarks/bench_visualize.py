@@ -5,8 +5,8 @@
     python benchmarks/bench_visualize.py --device cuda      one GPU: a slice of 131,072 latents at d_in 4096 in bfloat16, and the extrapolation
 
 Sketch before code: the floor is one matrix product in the setting's type, 2 d_in operations a (row, latent), by the library that is the fastest on
-this kind of CPU (`interp_assets/products.py`). Ours multiplies 8-bit digits where the processor is fast at that (a quarter of a float32 product on a
-Zen 5), looks at every pre-activation (0.06 ns on 2 cores), computes two to three times as many as fire (20 to 40 ns each), and works per firing
+this kind of CPU (`interp_assets/compute/products.py`). Ours multiplies 8-bit digits where the processor is fast at that (a quarter of a float32
+product on a Zen 5), looks at every pre-activation (0.06 ns on 2 cores), computes two to three times as many as fire (20 to 40 ns each), and works per firing
 (0.1 us, files included). The usual way keeps the running top-k of a dense block, which sorts every pre-activation, and for the random sample hashes
 and sorts them once more.
 
@@ -39,15 +39,15 @@ from floors import by_torchs_choice
 from llvmlite import binding
 from torch import Tensor
 
-from interp_assets.config import FeaturesConfig, make_config
+from interp_assets.compute.products import use_fastest_products
+from interp_assets.compute.seeds import stream
 from interp_assets.corpus.tokens import TokenShard
 from interp_assets.harvest.rows import RowBlock
-from interp_assets.manifest import Manifest, create_artifact
-from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.products import use_fastest_products
-from interp_assets.seeds import stream
-from interp_assets.store import open_store
-from interp_assets.tensors import save_tensors
+from interp_assets.planning.config import FeaturesConfig, make_config
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.storage.manifest import Manifest, create_artifact
+from interp_assets.storage.store import open_store
+from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import windows
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, Job

@@ -29,19 +29,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from interp_assets.config import Architecture, PipelineConfig, SaeConfig, demo_config, load_config
 from interp_assets.garcon.subject import load_subject_model
 from interp_assets.harvest.statistics import load_statistics
-from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.planning.config import Architecture, PipelineConfig, SaeConfig, demo_config, load_config
+from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.shuffle.mixed import open_mixed
 from interp_assets.train import evaluate
 from interp_assets.train.batches import iter_batches, make_row_order
-from interp_assets.train.calibrate import calibrate_threshold
-from interp_assets.train.dense import STEP_WIDTH
 from interp_assets.train.fold import fold_weights
-from interp_assets.train.losses import Weights
+from interp_assets.train.losses.calibrate import calibrate_threshold
+from interp_assets.train.losses.dense import STEP_WIDTH
+from interp_assets.train.losses.loss import Weights
+from interp_assets.train.losses.topk import GROUP_SHARES, group_ends
 from interp_assets.train.recipes import DECAY_SHARE, RECIPES, WARMUP_SHARE, make_normalization, make_weights
-from interp_assets.train.topk import GROUP_SHARES, group_ends
 from interp_assets.train.trainer import Trainer
 
 COEFFICIENTS: Final[dict[Architecture, float]] = {"relu": 5.0, "gated": 3.0, "jump_relu_tanh": 3.0, "jump_relu_step": 5e-3}

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from shuffle_rows import Setting, Timed, drop_cache, fresh, judge, random_rows, source_files
 
-from interp_assets.seeds import stream
+from interp_assets.compute.seeds import stream
 from interp_assets.shuffle.rows import SHARD_SHIFT
 
 LIBRARIES = {

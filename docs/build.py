@@ -21,7 +21,7 @@ from pydantic import BaseModel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from interp_assets.config import Name, PipelineConfig  # noqa: E402 - the checkout, not an installed copy
+from interp_assets.planning.config import Name, PipelineConfig  # noqa: E402 - the checkout, not an installed copy
 
 STAGES = ("corpus", "garcon", "harvest", "shuffle", "train", "visualize", "web")
 NAMES: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
@@ -112,7 +112,7 @@ def _number(value: float) -> str:
 
 def make_assets() -> str:
     """List the assets of the demo pipeline in the order of the data."""
-    from interp_assets.definitions import build_defs  # noqa: PLC0415 - dagster takes a second to import
+    from interp_assets.graph.definitions import build_defs  # noqa: PLC0415 - dagster takes a second to import
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

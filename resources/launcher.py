@@ -5,7 +5,7 @@ stay "started" for ever, hold their places in the queue and in the pools, and a 
 what is known of a run:
 
     launched by a code server     the server that started it is asked for the runs it has; one that does not answer has none
-    run by `interp`               the tag `interp/process` names its process (interp_assets/process_names.py); this machine's process table answers
+    run by `interp`               the tag `interp/process` names its process (storage/process_names.py); this machine's process table answers
 
 Dagster asks every `poll_interval_seconds`, and only about runs that have started: one that was killed while it started is not asked about,
 it fails after `start_timeout_seconds`. Runs of `interp` fail and are not tried again: Dagster does not know how to start them.
@@ -26,7 +26,7 @@ from dagster._grpc.client import DagsterGrpcClient
 from dagster._grpc.types import GetCurrentRunsResult
 from dagster._serdes import deserialize_value
 
-from interp_assets.process_names import may_run
+from interp_assets.storage.process_names import may_run
 
 PROCESS_TAG: Final = "interp/process"
 

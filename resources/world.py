@@ -9,10 +9,10 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from interp_assets.config import PipelineConfig
 from interp_assets.errors import InputError
-from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
-from interp_assets.store import Store
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.storage.store import Store
 
 
 class World(dg.ConfigurableResource):

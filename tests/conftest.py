@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from interp_assets.config import PipelineConfig, make_config
-from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.store import ObjectStore, open_store
+from interp_assets.planning.config import PipelineConfig, make_config
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.storage.store import ObjectStore, open_store
 
 os.environ["INTERP_CACHE"] = tempfile.mkdtemp(prefix="interp-cache-")  # commands that tests start must not fill the user's own
 torch.set_num_threads(1)  # small matrices, and a test process on every core: more threads only wait for each other

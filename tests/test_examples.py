@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from interp_assets.config import load_config, make_config
+from interp_assets.planning.config import load_config, make_config
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

@@ -14,10 +14,10 @@ FILES = sorted(path for folder in ("interp_assets", "resources") for path in (RO
 MAX_FILE, MAX_FUNCTION, MAX_CLASS, MAX_PARAMETERS = 600, 70, 300, 8
 ALLOWED: dict[str, str] = {
     "interp_assets/visualize/fused_kernel.py:encode_and_append": "a Triton kernel is handed every pointer and size it touches",
-    "interp_assets/train/fused_kernels.py:fire_pass": "a Triton kernel is handed every pointer and size it touches",
-    "interp_assets/train/fused_kernels.py:pull_pass": "a Triton kernel is handed every pointer and size it touches",
-    "interp_assets/train/fused_kernels.py:open_pass": "a Triton kernel is handed every pointer and size it touches",
-    "interp_assets/train/fused_kernels.py:close_pass": "a Triton kernel is handed every pointer and size it touches",
+    "interp_assets/compute/fused_kernels.py:fire_pass": "a Triton kernel is handed every pointer and size it touches",
+    "interp_assets/compute/fused_kernels.py:pull_pass": "a Triton kernel is handed every pointer and size it touches",
+    "interp_assets/compute/fused_kernels.py:open_pass": "a Triton kernel is handed every pointer and size it touches",
+    "interp_assets/compute/fused_kernels.py:close_pass": "a Triton kernel is handed every pointer and size it touches",
 }
 """`file:name` -> why it may exceed a limit."""
 

@@ -8,12 +8,12 @@ import dagster as dg
 from interp_assets.corpus.plan import describe_empty, plan_corpus
 from interp_assets.corpus.refs import TOKEN_SHARD_VERSION
 from interp_assets.corpus.tokens import make_token_shard
-from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, hash_version, made, partition_keys, record
-from interp_assets.fanout import start_fanout
-from interp_assets.manifest import Produced
-from interp_assets.partitions import EXPERIMENTS, SHARDS, Layout, claim_history, same, set_partitions, whole
-from interp_assets.pipeline import Pipeline, shard_index
-from interp_assets.progress import Progress
+from interp_assets.graph.faces import OWNERS, RETRIES, Events, Made, code_version, hash_version, made, partition_keys, record
+from interp_assets.graph.fanout import start_fanout
+from interp_assets.graph.partitions import EXPERIMENTS, SHARDS, Layout, claim_history, same, set_partitions, whole
+from interp_assets.planning.pipeline import Pipeline, shard_index
+from interp_assets.planning.progress import Progress
+from interp_assets.storage.manifest import Produced
 from resources.world import World
 
 GROUP = "corpus"

@@ -3,10 +3,10 @@
 import dagster as dg
 
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.faces import partition_keys
-from interp_assets.manifest import Manifest, load_manifest
-from interp_assets.partitions import Layout
-from interp_assets.pipeline import shard_index
+from interp_assets.graph.faces import partition_keys
+from interp_assets.graph.partitions import Layout
+from interp_assets.planning.pipeline import shard_index
+from interp_assets.storage.manifest import Manifest, load_manifest
 from resources.world import World
 
 

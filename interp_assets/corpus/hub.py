@@ -21,11 +21,11 @@ from datasets.utils import disable_progress_bars, enable_progress_bars, is_progr
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from interp_assets.config import CorpusConfig
 from interp_assets.corpus.files import text_of
 from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column
 from interp_assets.errors import InputError
-from interp_assets.pipeline import ShardSource
+from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.pipeline import ShardSource
 
 _BLOCK_BYTES: Final = 16 << 20
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]

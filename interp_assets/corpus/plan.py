@@ -6,15 +6,15 @@ the `meta` device, without its weights, so planning for a large model costs no m
 have not changed since are known (`seen.py`).
 """
 
-from interp_assets.config import PipelineConfig
 from interp_assets.corpus.sources import survey_sources
 from interp_assets.errors import ArtifactError, InputError
 from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer
 from interp_assets.garcon.subject import SubjectModel, make_meta_model
 from interp_assets.garcon.tokenizer import load_tokenizer
-from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource, load_pipeline, save_plan
-from interp_assets.seen import open_seen
-from interp_assets.store import Store
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource, load_pipeline, save_plan
+from interp_assets.storage.seen import open_seen
+from interp_assets.storage.store import Store
 
 _SHOWN_FILES = 5
 

@@ -1,7 +1,7 @@
 """Where token shards lie: the plan and the corpus configuration become artifact ids and paths."""
 
-from interp_assets.manifest import ArtifactRef, make_ref
-from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.storage.manifest import ArtifactRef, make_ref
 
 FOLDER = "1-corpus"
 TOKEN_SHARD_VERSION = 2

@@ -14,15 +14,15 @@ from pathlib import Path
 from sysconfig import get_path
 from typing import Any, NamedTuple
 
-from interp_assets.config import CorpusConfig
+from interp_assets.compute.seeds import stream
 from interp_assets.corpus.files import iter_part
 from interp_assets.corpus.hub import iter_hub_documents, plan_hub
 from interp_assets.corpus.stdlib import iter_stdlib_documents
 from interp_assets.corpus.survey import iter_measured, measure
 from interp_assets.errors import ConfigError, InputError
-from interp_assets.pipeline import ShardSource
-from interp_assets.seeds import stream
-from interp_assets.seen import SeenFiles
+from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.pipeline import ShardSource
+from interp_assets.storage.seen import SeenFiles
 
 
 class Survey(NamedTuple):

@@ -15,7 +15,7 @@ import xxhash
 
 from interp_assets.corpus.files import Place, is_lines, iter_file, list_files, name_document
 from interp_assets.errors import InputError
-from interp_assets.seen import SeenFiles
+from interp_assets.storage.seen import SeenFiles
 
 NOTE_VERSION: Final = 2
 """Raise it when the same file would give other documents or digests."""

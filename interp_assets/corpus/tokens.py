@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from interp_assets.config import CorpusConfig
 from interp_assets.corpus.packing import Layout, lay_out_each, pack
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.corpus.sources import iter_documents
 from interp_assets.errors import InputError
 from interp_assets.garcon.tokenizer import affixes, leading_token, separator_token, special_token_ids, tokenize_texts
-from interp_assets.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
+from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file
+from interp_assets.storage.store import Store
 
 TOKENS: Final = "tokens.parquet"
 DOCUMENTS: Final = "documents.parquet"

@@ -4,8 +4,8 @@ from typing import Literal
 
 import torch
 
+from interp_assets.compute.products import use_fastest_products
 from interp_assets.errors import InputError
-from interp_assets.products import use_fastest_products
 
 
 def choose_device(device: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:

@@ -14,9 +14,9 @@ from typing import Any, Final, NamedTuple
 import xxhash
 from transformers import AutoConfig, PretrainedConfig
 
-from interp_assets.config import ModelConfig
 from interp_assets.errors import InputError
-from interp_assets.seen import SeenFiles
+from interp_assets.planning.config import ModelConfig
+from interp_assets.storage.seen import SeenFiles
 
 BUILTIN: Final = "builtin:"
 _WEIGHT_FILES: Final = ("config.json", "*.safetensors", "*.safetensors.index.json")

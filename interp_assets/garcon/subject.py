@@ -22,12 +22,12 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from interp_assets.config import ExecutionConfig, ModelConfig
 from interp_assets.errors import InputError
 from interp_assets.garcon.adapters import DECODERS, ENCODERS
 from interp_assets.garcon.device import choose_device
 from interp_assets.garcon.locate import first_line, load_model_config, locate_model, next_step
 from interp_assets.garcon.points import HookPoint, find_point, list_points, module_of, tensor_in, with_tensor
+from interp_assets.planning.config import ExecutionConfig, ModelConfig
 
 Patch = Callable[[Tensor], Tensor]
 """Takes the activations `[batch, context, d_in]` at a hook point and returns what the network goes on with."""

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from interp_assets.config import ModelConfig
 from interp_assets.errors import InputError
 from interp_assets.garcon.locate import first_line, locate_model, next_step
+from interp_assets.planning.config import ModelConfig
 
 DOCUMENTS_PER_CALL = 256
 

@@ -33,10 +33,10 @@ from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
 from interp_assets.harvest.statistics import STATISTICS, StatisticsAccumulator, as_tensors
-from interp_assets.manifest import ArtifactWriter, ByteSink, Produced, create_artifact, find_made_from, load_manifest
-from interp_assets.pipeline import Pipeline, shard_key
-from interp_assets.store import Store
-from interp_assets.tensors import TensorSpec, as_bytes, make_header, save_tensors
+from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.storage.manifest import ArtifactWriter, ByteSink, Produced, create_artifact, find_made_from, load_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import TensorSpec, as_bytes, make_header, save_tensors
 
 PADDING_STEP: Final = 16
 WINDOW_ROWS: Final = 16384

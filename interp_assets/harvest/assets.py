@@ -4,17 +4,17 @@ from functools import partial
 
 import dagster as dg
 
-from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
-from interp_assets.fanout import start_fanout
 from interp_assets.garcon.device import choose_device
+from interp_assets.graph.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
+from interp_assets.graph.fanout import start_fanout
+from interp_assets.graph.partitions import Layout, every, same
 from interp_assets.harvest.activations import harvest_shard
 from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION
 from interp_assets.harvest.statistics import merge_statistics
-from interp_assets.manifest import Produced
-from interp_assets.partitions import Layout, every, same
-from interp_assets.pipeline import shard_index
-from interp_assets.plots import plot_norms
-from interp_assets.progress import Progress
+from interp_assets.planning.pipeline import shard_index
+from interp_assets.planning.plots import plot_norms
+from interp_assets.planning.progress import Progress
+from interp_assets.storage.manifest import Produced
 from resources.world import World
 
 GROUP = "harvest"

@@ -6,12 +6,12 @@ from typing import Final
 import dagster as dg
 
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.faces import partition_keys
+from interp_assets.graph.faces import partition_keys
+from interp_assets.graph.partitions import Layout
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.manifest import find_manifest, load_manifest
-from interp_assets.partitions import Layout
-from interp_assets.pipeline import Pipeline, shard_index
-from interp_assets.store import Store
+from interp_assets.planning.pipeline import Pipeline, shard_index
+from interp_assets.storage.manifest import find_manifest, load_manifest
+from interp_assets.storage.store import Store
 from resources.world import World
 
 MAX_NORM_DRIFT: Final = 0.25

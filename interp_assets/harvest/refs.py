@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
-from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "2-activations"
 ACTIVATION_SHARD_VERSION = 1

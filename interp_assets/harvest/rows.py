@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 from torch import Tensor
 
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.manifest import load_manifest
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
-from interp_assets.tensors import read_rows, read_spans
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import load_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import read_rows, read_spans
 
 ROWS: Final = "rows.safetensors"
 READ_BYTES: Final = 32 << 20

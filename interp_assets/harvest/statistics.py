@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.manifest import Produced, create_artifact, find_made_from, load_manifest
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
-from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import Produced, create_artifact, find_made_from, load_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import load_tensors, save_tensors
 
 STATISTICS: Final = "statistics.safetensors"
 N_BINS: Final = 64

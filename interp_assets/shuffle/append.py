@@ -20,12 +20,10 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from interp_assets.compute.seeds import Stream
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.direct import PIECE_BYTES, allocate
 from interp_assets.errors import CertificateError, PlanError
-from interp_assets.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, load_manifest, read_part
-from interp_assets.pipeline import Pipeline, shard_key
-from interp_assets.seeds import Stream
+from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.generations import make_own
 from interp_assets.shuffle.hypergeometric import count_table, draw_hypergeometric
 from interp_assets.shuffle.mixed import ROWS, MixedShard, make_mixed_shard, mixed_specs, read_mixed_ids, save_mixed
@@ -34,8 +32,10 @@ from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.refs import merged_shard_ref
 from interp_assets.shuffle.rows import Progress, Segment, cut_segment
 from interp_assets.shuffle.sizes import shares
-from interp_assets.store import Store
-from interp_assets.tensors import ITEM_BYTES
+from interp_assets.storage.direct import PIECE_BYTES, allocate
+from interp_assets.storage.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, load_manifest, read_part
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import ITEM_BYTES
 
 WORD_ROWS: Final = 4096
 """Rows per interleaving word; part of what decides the bytes."""

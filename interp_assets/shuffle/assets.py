@@ -2,18 +2,18 @@
 
 import dagster as dg
 
-from interp_assets.faces import OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
-from interp_assets.fanout import start_fanout
-from interp_assets.manifest import Produced
-from interp_assets.partitions import Layout, every, parent_bucket, same, whole
-from interp_assets.pipeline import shard_index
-from interp_assets.plots import plot_certificate
-from interp_assets.progress import Progress
+from interp_assets.graph.faces import OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
+from interp_assets.graph.fanout import start_fanout
+from interp_assets.graph.partitions import Layout, every, parent_bucket, same, whole
+from interp_assets.planning.pipeline import shard_index
+from interp_assets.planning.plots import plot_certificate
+from interp_assets.planning.progress import Progress
 from interp_assets.shuffle.generations import generation_of, newest
 from interp_assets.shuffle.grown import certify_mixed, mix_bucket
 from interp_assets.shuffle.plan import make_shuffle_plan
 from interp_assets.shuffle.refs import SHUFFLE_VERSION, bucket_index, pass_name
 from interp_assets.shuffle.split import split_bucket, split_shard
+from interp_assets.storage.manifest import Produced
 from resources.world import World
 
 GROUP = "shuffle"

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import load_documents
 from interp_assets.errors import ArtifactCorruptError, CertificateError
-from interp_assets.manifest import Manifest, Produced, create_artifact, find_made_from
-from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.mixed import MixedShard, open_mixed, read_mixed_ids
 from interp_assets.shuffle.mixing import Finding, LagFinding, Mixing, MixingMeter, SourceLayout
 from interp_assets.shuffle.multiset import MultisetHash
@@ -30,7 +29,8 @@ from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.shuffle.rows import SHARD_SHIFT, Progress
 from interp_assets.shuffle.sources import list_splits, load_manifests
-from interp_assets.store import Store
+from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from
+from interp_assets.storage.store import Store
 
 CERTIFICATE: Final = "certificate.json"
 FORMAT: Final = "interp-assets/shuffle_certificate"

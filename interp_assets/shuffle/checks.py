@@ -3,9 +3,9 @@
 import dagster as dg
 
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.manifest import load_manifest
-from interp_assets.partitions import Layout
+from interp_assets.graph.partitions import Layout
 from interp_assets.shuffle.refs import certificate_ref, mixed_shard_ref, n_mixed_shards
+from interp_assets.storage.manifest import load_manifest
 from resources.world import World
 
 

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.direct import Workspace
 from interp_assets.errors import PlanError
-from interp_assets.manifest import Produced, create_artifact
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.mixed import mixed_specs, save_mixed
 from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_rows
 from interp_assets.shuffle.permutation import Draws
@@ -22,7 +20,9 @@ from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_forma
 from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref
 from interp_assets.shuffle.rows import ID_BYTES, Progress, RowFormat, RowSource, iter_chunks, record_ids
 from interp_assets.shuffle.sources import InputRange, find_current, list_inputs, load_records, load_shards
-from interp_assets.store import Store
+from interp_assets.storage.direct import Workspace
+from interp_assets.storage.manifest import Produced, create_artifact
+from interp_assets.storage.store import Store
 
 
 def gather_bucket(

@@ -13,7 +13,7 @@ seed is drawn from the root seed and its shards' indices, so no random stream se
 from collections.abc import Sequence
 from dataclasses import replace
 
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.permutation import Draws
 
 

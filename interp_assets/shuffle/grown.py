@@ -6,8 +6,7 @@ The certificate covers all rows: their multiset hash is that of the generations'
 looks at the merged order, which must be as uniform as that of a shuffle from scratch.
 """
 
-from interp_assets.manifest import Produced, load_manifest
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.append import Appending, append_bucket
 from interp_assets.shuffle.certificate import certify, certify_against, hash_before
 from interp_assets.shuffle.gather import gather_bucket
@@ -17,7 +16,8 @@ from interp_assets.shuffle.multiset import MultisetHash
 from interp_assets.shuffle.plan import ShufflePlan, load_shard_rows, load_shuffle_plan, make_sizes
 from interp_assets.shuffle.refs import certificate_ref, n_mixed_shards
 from interp_assets.shuffle.rows import Progress
-from interp_assets.store import Store
+from interp_assets.storage.manifest import Produced, load_manifest
+from interp_assets.storage.store import Store
 
 
 def mix_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Progress | None = None) -> Produced:

@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.seeds import Stream
+from interp_assets.compute.seeds import Stream
 
 MAX_POPULATION: Final = 1 << 52
 """Above it float64 no longer holds every count."""

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
-from interp_assets.manifest import ArtifactRef, ArtifactWriter, Manifest, load_manifest
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref, n_mixed_shards
-from interp_assets.store import Store
-from interp_assets.tensors import TensorSpan, TensorSpec, as_bytes, make_header, parse_header, read_rows, save_stream
+from interp_assets.storage.manifest import ArtifactRef, ArtifactWriter, Manifest, load_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import TensorSpan, TensorSpec, as_bytes, make_header, parse_header, read_rows, save_stream
 
 ROWS: Final = "rows.safetensors"
 

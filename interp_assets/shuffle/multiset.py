@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.seeds import stream
+from interp_assets.compute.seeds import stream
 
 _MASK = (1 << 64) - 1
 _FINISHERS = ((0xBF58476D1CE4E5B9, 0x94D049BB133111EB), (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.seeds import Stream, stream
+from interp_assets.compute.seeds import Stream, stream
 from interp_assets.shuffle.hypergeometric import count_row
 from interp_assets.shuffle.sizes import ShuffleSizes, offsets
 

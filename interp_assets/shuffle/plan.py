@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError, PlanError
-from interp_assets.manifest import Produced, create_artifact, find_manifest, load_manifest, read_file
-from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.hypergeometric import count_table
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.refs import shuffle_plan_ref
 from interp_assets.shuffle.rows import SORT_BYTES, RowFormat
 from interp_assets.shuffle.sizes import ShuffleSizes
-from interp_assets.store import Store
+from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, load_manifest, read_file
+from interp_assets.storage.store import Store
 
 PLAN: Final = "plan.json"
 FORMAT: Final = "interp-assets/shuffle_plan"

@@ -2,9 +2,9 @@
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref, hook_folder
-from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
-from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.generations import before, generation_of, has_grown, newest
+from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "3-shuffle"
 SHUFFLE_VERSION = 1

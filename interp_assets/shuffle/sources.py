@@ -16,14 +16,14 @@ from interp_assets.corpus.tokens import load_tokens
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS as ACTIVATION_ROWS
-from interp_assets.manifest import ArtifactRef, FilePart, Manifest, combine_ids, file_part, find_manifest, load_manifest, remove_artifact
-from interp_assets.pipeline import Pipeline, shard_key
+from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.plan import ShardRows, ShufflePlan, row_format
 from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
 from interp_assets.shuffle.rows import READERS, SHARD_SHIFT, RawRows, Records, RowFormat, Segment, fill
 from interp_assets.shuffle.sizes import offsets
-from interp_assets.store import Store
-from interp_assets.tensors import read_spans
+from interp_assets.storage.manifest import ArtifactRef, FilePart, Manifest, combine_ids, file_part, find_manifest, load_manifest, remove_artifact
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import read_spans
 
 SPLIT_ROWS: Final = "rows.bin"
 Taken = TypeVar("Taken")

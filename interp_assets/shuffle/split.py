@@ -12,11 +12,9 @@ import math
 import time
 from typing import Final, NamedTuple
 
-from interp_assets.direct import Workspace
 from interp_assets.errors import ArtifactCorruptError, PlanError
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
 from interp_assets.shuffle.permutation import Draws, JobSplit, split_job
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
@@ -24,7 +22,9 @@ from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard
 from interp_assets.shuffle.rows import Progress, Records, RowFormat, RowSource, iter_chunks
 from interp_assets.shuffle.sizes import offsets
 from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, find_current, list_inputs, load_records, load_shards
-from interp_assets.store import Store
+from interp_assets.storage.direct import Workspace
+from interp_assets.storage.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact
+from interp_assets.storage.store import Store
 
 _MIN_BLOCK_BYTES: Final = 64 << 10
 _ENTRY_BYTES: Final = 36

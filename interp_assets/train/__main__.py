@@ -22,11 +22,11 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from interp_assets.config import load_config
 from interp_assets.errors import InterpError
 from interp_assets.garcon.device import choose_device
-from interp_assets.pipeline import load_pipeline, open_pipeline_store
-from interp_assets.traffic import METER
+from interp_assets.planning.config import load_config
+from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.storage.traffic import METER
 from interp_assets.train.launch import ATTACHED
 from interp_assets.train.loop import TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import make_ranks

@@ -5,15 +5,15 @@ import time
 import dagster as dg
 
 from interp_assets.errors import CertificateError
-from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, Shared, code_version, interruptible, made, partition_keys, record
-from interp_assets.manifest import load_manifest
-from interp_assets.partitions import Layout, every, only, same, whole
-from interp_assets.pipeline import Pipeline, shard_key
-from interp_assets.plots import plot_curves, plot_frequencies, plot_pareto, plot_training
-from interp_assets.progress import Progress
+from interp_assets.graph.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, Shared, code_version, interruptible, made, partition_keys, record
+from interp_assets.graph.partitions import Layout, every, only, same, whole
+from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.planning.plots import plot_curves, plot_frequencies, plot_pareto, plot_training
+from interp_assets.planning.progress import Progress
 from interp_assets.shuffle.refs import certificate_ref
-from interp_assets.store import Store
-from interp_assets.traffic import METER
+from interp_assets.storage.manifest import load_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.traffic import METER
 from interp_assets.train.evaluate import evaluate_sae
 from interp_assets.train.launch import run_training
 from interp_assets.train.loop import training_rows

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from interp_assets.compute.seeds import stream
 from interp_assets.errors import ArtifactForeignError, InputError
-from interp_assets.seeds import stream
 from interp_assets.shuffle.mixed import ROWS, MixedShard
-from interp_assets.store import Store
-from interp_assets.tensors import read_rows
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import read_rows
 
 CHUNK_ROWS: Final = 1 << 14
 """Rows that are read at once, and permuted among themselves in later epochs: 128 MiB of bfloat16 at a width of 4,096."""

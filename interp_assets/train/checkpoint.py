@@ -23,12 +23,12 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from interp_assets.config import SaeConfig
 from interp_assets.errors import ArtifactForeignError
-from interp_assets.manifest import ArtifactWriter, Manifest, load_manifest, read_file
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
-from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import ArtifactWriter, Manifest, load_manifest, read_file
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae, SaeKind
 

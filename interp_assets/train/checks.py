@@ -5,9 +5,9 @@ from typing import Final
 
 import dagster as dg
 
-from interp_assets.faces import partition_keys
-from interp_assets.manifest import load_manifest
-from interp_assets.partitions import Layout
+from interp_assets.graph.faces import partition_keys
+from interp_assets.graph.partitions import Layout
+from interp_assets.storage.manifest import load_manifest
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from resources.world import World
 

@@ -24,15 +24,15 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from interp_assets.config import SaeConfig
 from interp_assets.corpus.tokens import context_offsets, load_tokens
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.harvest.statistics import load_statistics
-from interp_assets.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest
+from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.metrics import ReconstructionSums
 from interp_assets.train.refs import evaluation_ref, sae_ref

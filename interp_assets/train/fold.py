@@ -15,8 +15,8 @@ units. The decoders of TopK transcoders are free and were not part of the compet
 
 import torch
 
-from interp_assets.config import SaeConfig
-from interp_assets.train.losses import Weights, latent_norms
+from interp_assets.planning.config import SaeConfig
+from interp_assets.train.losses.loss import Weights, latent_norms
 from interp_assets.train.recipes import RECIPES, Normalization
 from interp_assets.train.sae import Sae, SaeKind
 

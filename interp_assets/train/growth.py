@@ -12,13 +12,13 @@ import json
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
-from interp_assets.config import PipelineConfig
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import InputError
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.manifest import ArtifactRef, Produced, create_artifact, find_made_from, find_manifest, load_manifest, make_ref
-from interp_assets.pipeline import Pipeline, load_pipeline, save_plan
-from interp_assets.store import Store
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import Pipeline, load_pipeline, save_plan
+from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_made_from, find_manifest, load_manifest, make_ref
+from interp_assets.storage.store import Store
 from interp_assets.train.refs import FOLDER, evaluation_ref
 
 COMPARISON: Final = "comparison.json"

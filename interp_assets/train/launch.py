@@ -25,11 +25,11 @@ from typing import Any, Final, NamedTuple
 
 from interp_assets import errors
 from interp_assets.errors import ConfigError, InterpError
-from interp_assets.manifest import Produced, find_manifest, load_manifest
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
-from interp_assets.traffic import METER, Traffic
-from interp_assets.train.imported import import_sae
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import Produced, find_manifest, load_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.traffic import METER, Traffic
+from interp_assets.train.exchange.imported import import_sae
 from interp_assets.train.loop import OnMetrics, TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import sae_ref

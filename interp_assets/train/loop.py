@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from interp_assets.compiled import n_compilations
-from interp_assets.config import PipelineConfig, SaeConfig
+from interp_assets.compute.compiled import n_compilations
+from interp_assets.compute.seeds import stream
 from interp_assets.errors import NonFiniteError, PlanError
-from interp_assets.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest
-from interp_assets.pipeline import Pipeline
-from interp_assets.seeds import stream
+from interp_assets.planning.config import PipelineConfig, SaeConfig
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.generations import before, has_grown
-from interp_assets.store import Store
-from interp_assets.tensors import save_tensors
-from interp_assets.train.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
+from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import FREQUENCY, load_sae, save_sae
 from interp_assets.train.fold import fold_weights
+from interp_assets.train.losses.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
 from interp_assets.train.recipes import RECIPES, make_weights

@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from interp_assets.manifest import ArtifactWriter
+from interp_assets.storage.manifest import ArtifactWriter
 from interp_assets.train.times import WAIT, peak_memory_bytes
 
 PROFILE: Final = "profile.json"

@@ -24,12 +24,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from interp_assets.config import Architecture, SaeConfig
 from interp_assets.harvest.statistics import ActivationStatistics
-from interp_assets.train.dense import STEP_WIDTH, jump_relu_loss, jump_relu_step_loss, jump_relu_tanh_loss, relu_loss
-from interp_assets.train.gated import gated_loss
-from interp_assets.train.losses import LossFunction, Weights
-from interp_assets.train.topk import batch_topk_loss, matryoshka_loss, topk_loss
+from interp_assets.planning.config import Architecture, SaeConfig
+from interp_assets.train.losses.dense import STEP_WIDTH, jump_relu_loss, jump_relu_step_loss, jump_relu_tanh_loss, relu_loss
+from interp_assets.train.losses.gated import gated_loss
+from interp_assets.train.losses.loss import LossFunction, Weights
+from interp_assets.train.losses.topk import batch_topk_loss, matryoshka_loss, topk_loss
 
 GRADIENT_CLIP: Final = 1.0
 WARMUP_STEPS: Final = 1000

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 
 from interp_assets.harvest.refs import activation_ids, statistics_ref
-from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.refs import mixed_ids
+from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "4-sae"
 TRAIN_VERSION = 6

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from interp_assets.manifest import Produced, read_file
-from interp_assets.plots import COMPARED
-from interp_assets.store import Store
+from interp_assets.planning.plots import COMPARED
+from interp_assets.storage.manifest import Produced, read_file
+from interp_assets.storage.store import Store
 from interp_assets.train.loop import OnMetrics, TrainingMetrics
 from interp_assets.train.profile import PROFILE
 from interp_assets.train.sweep import MAX_SHOWN, SHOWN, TABLE, read_table, shorten

@@ -13,9 +13,9 @@ from typing import Final, NamedTuple
 from torch import Tensor
 
 from interp_assets.errors import ArtifactError, ArtifactMissingError
-from interp_assets.manifest import ArtifactRef, Manifest, create_artifact, load_manifest, make_ref, read_file, remove_artifact
-from interp_assets.store import Store
-from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.storage.manifest import ArtifactRef, Manifest, create_artifact, load_manifest, make_ref, read_file, remove_artifact
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.train.times import TIMES, TrainingTimes, parse_times
 from interp_assets.train.trainer import LogRow, Trainer
 

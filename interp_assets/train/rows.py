@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from interp_assets.config import SaeConfig
 from interp_assets.errors import InputError
 from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.statistics import load_statistics
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.mixed import MixedShard, open_mixed
-from interp_assets.store import Store
+from interp_assets.storage.store import Store
 from interp_assets.train.batches import RowOrder, describe_batch, iter_batches, make_row_order
 from interp_assets.train.recipes import Normalization, make_normalization
 

@@ -16,11 +16,11 @@ from typing import Any, Final, NamedTuple
 
 import polars as pl
 
-from interp_assets.config import SaeConfig
 from interp_assets.errors import ArtifactMissingError
-from interp_assets.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file
+from interp_assets.storage.store import Store
 from interp_assets.train.evaluate import METRICS
 from interp_assets.train.loop import TRAINING
 from interp_assets.train.refs import evaluation_ref, sae_ref, sweep_ref

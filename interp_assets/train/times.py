@@ -18,8 +18,8 @@ from typing import Any, Final, TypeVar
 import torch
 from torch.profiler import record_function
 
-from interp_assets.manifest import Manifest, read_file
-from interp_assets.store import Store
+from interp_assets.storage.manifest import Manifest, read_file
+from interp_assets.storage.store import Store
 from interp_assets.train.parallel import Ranks
 
 TIMES: Final = "times.json"

@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.profiler import record_function
 
-from interp_assets.config import SaeConfig
+from interp_assets.compute.kernels import Scratch
 from interp_assets.errors import NonFiniteError
-from interp_assets.train.kernels import Scratch
-from interp_assets.train.losses import REPLICATED, LossContext, StepLoss, Weights
+from interp_assets.planning.config import SaeConfig
+from interp_assets.train.losses.loss import REPLICATED, LossContext, StepLoss, Weights
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import COLLECTIVE, LOSS, UPDATE
 from interp_assets.train.recipes import (

@@ -12,8 +12,8 @@ normalisation gives the same SAE, which a test holds. The optimizer starts anew,
 
 import torch
 
-from interp_assets.config import SaeConfig
-from interp_assets.train.losses import Weights
+from interp_assets.planning.config import SaeConfig
+from interp_assets.train.losses.loss import Weights
 from interp_assets.train.recipes import RECIPES, Normalization
 from interp_assets.train.sae import Sae
 

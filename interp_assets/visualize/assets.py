@@ -2,10 +2,10 @@
 
 import dagster as dg
 
-from interp_assets.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, record
-from interp_assets.partitions import SHARD_DIMENSION, SLICE_DIMENSION, Layout, every, only, same, same_shard, same_slice
-from interp_assets.pipeline import shard_index
-from interp_assets.progress import Progress
+from interp_assets.graph.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, record
+from interp_assets.graph.partitions import SHARD_DIMENSION, SLICE_DIMENSION, Layout, every, only, same, same_shard, same_slice
+from interp_assets.planning.pipeline import shard_index
+from interp_assets.planning.progress import Progress
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples

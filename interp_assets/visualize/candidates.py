@@ -29,10 +29,10 @@ from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
 from interp_assets.harvest.statistics import load_statistics
-from interp_assets.manifest import ArtifactWriter, Produced, load_manifest
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
-from interp_assets.tensors import read_spans, save_tensors
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import ArtifactWriter, Produced, load_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import read_spans, save_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, Scan
 from interp_assets.visualize.firings import FIRING_SCHEMA, ROW_BITS, Firings, empty_firings, merge_firings, sort_firings

@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from interp_assets.faces import partition_keys
-from interp_assets.manifest import load_manifest
-from interp_assets.partitions import Layout
+from interp_assets.graph.faces import partition_keys
+from interp_assets.graph.partitions import Layout
+from interp_assets.storage.manifest import load_manifest
 from interp_assets.visualize.refs import features_key, records_ref, slice_bounds, slice_index
 from resources.world import World
 

@@ -2,7 +2,7 @@
 
 On a CPU:
 
-1. Rows and encoder columns are quantized (train/coarse.py). Each thread multiplies the digits of its own tiles of `TILE` latents, `STRIP` latents
+1. Rows and encoder columns are quantized (compute/coarse.py). Each thread multiplies the digits of its own tiles of `TILE` latents, `STRIP` latents
    and at most `MOST_ROWS` rows at a time, and scans the product while it is in the core's cache. A thread's product is 1 MiB; nothing of size
    [rows of the shard x latents] ever exists.
 2. The scan: whole vectors of latents are compared, `GROUP` rows together, with what their product must exceed (kernels.py). The pre-activations that
@@ -41,9 +41,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from interp_assets.compute.coarse import Columns, Frame, Kind, Rows, are_bounded, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
+from interp_assets.compute.products import make_product_pool
 from interp_assets.errors import NonFiniteError
-from interp_assets.products import make_product_pool
-from interp_assets.train.coarse import Columns, Frame, Kind, Rows, are_bounded, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import fused, kernels
 from interp_assets.visualize.kernels import GROUP, STRIP, TILE

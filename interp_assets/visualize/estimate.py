@@ -16,8 +16,8 @@ rare latents have few); `l0` firings a row. Bytes and nanoseconds a firing are m
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from interp_assets.config import FeaturesConfig
 from interp_assets.errors import PlanError
+from interp_assets.planning.config import FeaturesConfig
 from interp_assets.visualize.selection import n_kept_top
 
 FIRING_BYTES: Final = 4.8

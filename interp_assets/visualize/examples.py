@@ -25,13 +25,13 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from interp_assets.config import FeaturesConfig
 from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.manifest import ArtifactRef, Manifest, Produced
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
-from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.planning.config import FeaturesConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, STATISTICS
 from interp_assets.visualize.contexts import first_of_each, hash_contexts
 from interp_assets.visualize.firings import ROW_BITS, Firings, as_firings, expand_ranges, merge_firings

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from interp_assets.errors import PlanError
 from interp_assets.harvest.rows import RowBlock
-from interp_assets.manifest import ArtifactWriter
-from interp_assets.tensors import save_tensors
+from interp_assets.storage.manifest import ArtifactWriter
+from interp_assets.storage.tensors import save_tensors
 
 MOST_TIMES: Final = 2
 """Bytes that may be written for each byte of the shard's activations."""

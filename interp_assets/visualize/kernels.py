@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from interp_assets.compiled import compiled
-from interp_assets.train.coarse import least
-from interp_assets.train.dots import dot, prefetch
+from interp_assets.compute.coarse import least
+from interp_assets.compute.compiled import compiled
+from interp_assets.compute.dots import dot, prefetch
 
 TILE: Final = 512
 """Latents whose firings are kept together: a multiple of `STRIP`."""

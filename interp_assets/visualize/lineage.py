@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from interp_assets.errors import ArtifactForeignError, ArtifactMissingError, InputError
-from interp_assets.manifest import ArtifactRef, ArtifactWriter, Manifest, create_artifact, find_manifest, load_manifest, remove_artifact
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import ArtifactRef, ArtifactWriter, Manifest, create_artifact, find_manifest, load_manifest, remove_artifact
+from interp_assets.storage.store import Store
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae
 

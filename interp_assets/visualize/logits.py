@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from interp_assets.compute.products import use_fastest_products
 from interp_assets.garcon.tokenizer import special_token_ids
-from interp_assets.products import use_fastest_products
 
 N_TOKENS: Final = 10
 """Tokens in each list."""

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from interp_assets.products import use_fastest_products
+from interp_assets.compute.products import use_fastest_products
 from interp_assets.visualize.firings import expand_ranges
 from interp_assets.visualize.selection import descending_keys, smallest_per_segment
 

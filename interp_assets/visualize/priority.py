@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.seeds import stream
+from interp_assets.compute.seeds import stream
 
 _LATENT_STEP: Final = np.uint64(0x9E3779B97F4A7C15)
 _SEED_STEP: Final = np.uint64(0xD6E8FEB86659FD93)

@@ -26,10 +26,10 @@ from interp_assets.corpus.tokens import load_documents, load_tokens
 from interp_assets.errors import InputError
 from interp_assets.garcon.points import MODULE
 from interp_assets.garcon.subject import Unembedding
-from interp_assets.manifest import Produced
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
-from interp_assets.tensors import load_tensors
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import Produced
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import SAMPLE, STATISTICS, in_sample
 from interp_assets.visualize.digits import round_significant

@@ -1,8 +1,8 @@
 """Where the evidence for features lies: candidates, examples, windows and records of one SAE."""
 
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref
-from interp_assets.manifest import ArtifactRef, make_ref
-from interp_assets.pipeline import Pipeline, shard_index, shard_key
+from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
+from interp_assets.storage.manifest import ArtifactRef, make_ref
 from interp_assets.train.refs import evaluation_ref, imported_statistics, sae_ref
 from interp_assets.visualize.packing import RECORD_VERSION
 

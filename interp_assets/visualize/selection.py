@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.config import FeaturesConfig
+from interp_assets.planning.config import FeaturesConfig
 from interp_assets.visualize import kernels
 from interp_assets.visualize.firings import Firings
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from interp_assets.manifest import ArtifactWriter, Manifest, read_range
-from interp_assets.store import ByteSink, Store
+from interp_assets.storage.manifest import ArtifactWriter, Manifest, read_range
+from interp_assets.storage.store import ByteSink, Store
 
 GROUP_ROWS: Final = 1 << 18
 _BLOCK_BYTES: Final = 1 << 20

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.rows import iter_row_blocks
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
-from interp_assets.tensors import load_tensors, save_tensors
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, Scan, row_limits
 from interp_assets.visualize.lineage import create_current, find_current, load_current

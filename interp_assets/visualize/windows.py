@@ -28,9 +28,9 @@ from torch import Tensor
 
 from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.harvest.rows import RowBlock, iter_row_blocks
-from interp_assets.manifest import Produced
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import Produced
+from interp_assets.storage.store import Store
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import kernels
 from interp_assets.visualize.candidates import FIRINGS

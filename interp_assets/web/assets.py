@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from interp_assets.faces import OWNERS, RETRIES, Events, code_version, made, record
-from interp_assets.partitions import Layout, every
-from interp_assets.progress import Progress
+from interp_assets.graph.faces import OWNERS, RETRIES, Events, code_version, made, record
+from interp_assets.graph.partitions import Layout, every
+from interp_assets.planning.progress import Progress
 from interp_assets.visualize.refs import features_key
 from interp_assets.web.bundle import build_bundle
 from interp_assets.web.refs import BUNDLE_VERSION

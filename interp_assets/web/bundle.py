@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.manifest import (
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import (
     ArtifactWriter,
     Manifest,
     Produced,
@@ -38,8 +39,7 @@ from interp_assets.manifest import (
     read_file,
     read_ranges,
 )
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import ByteSink, Store
+from interp_assets.storage.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.packing import ORDER, RECORD_VERSION
 from interp_assets.visualize.refs import records_ref, slice_bounds

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.manifest import ArtifactWriter
+from interp_assets.storage.manifest import ArtifactWriter
 
 WORDS: Final = "words.json"
 ROWS: Final = "list/rows.bin"

@@ -13,13 +13,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from interp_assets.config import CorpusConfig
 from interp_assets.corpus.tokens import lay_out
 from interp_assets.errors import InputError
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer, special_token_ids, tokenize_texts
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import Store
+from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.digits import round_significant

@@ -15,7 +15,7 @@ from itertools import islice, pairwise
 from typing import Any, Final, NamedTuple
 
 from interp_assets.errors import InputError
-from interp_assets.store import Store
+from interp_assets.storage.store import Store
 from interp_assets.web.opened import OpenBundle
 
 BATCH: Final = 1024

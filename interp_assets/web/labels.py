@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, InputError
-from interp_assets.manifest import MANIFEST, Manifest, Produced, create_artifact, find_manifest, make_ref, read_manifest, read_range
-from interp_assets.store import Store
+from interp_assets.storage.manifest import MANIFEST, Manifest, Produced, create_artifact, find_manifest, make_ref, read_manifest, read_range
+from interp_assets.storage.store import Store
 from interp_assets.web.opened import OpenBundle
 
 KIND: Final = "feature_labels"

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.manifest import ArtifactWriter
+from interp_assets.storage.manifest import ArtifactWriter
 
 POINTS: Final = "map/tiles.bin"
 INDEX: Final = "map/tiles.idx"

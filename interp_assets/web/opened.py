@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactForeignError, ArtifactMissingError, InputError, InterpError
-from interp_assets.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range, read_ranges
-from interp_assets.store import Store, open_store
+from interp_assets.storage.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range, read_ranges
+from interp_assets.storage.store import Store, open_store
 from interp_assets.visualize.packing import unpack_record
 from interp_assets.web.bundle import FORMAT, VERSION, decode_offsets
 from interp_assets.web.refs import FOLDER

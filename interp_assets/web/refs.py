@@ -1,7 +1,7 @@
 """Where the browser's bundle of one SAE lies."""
 
-from interp_assets.manifest import ArtifactRef, combine_ids, make_ref
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 from interp_assets.visualize.refs import records_ref
 
 FOLDER = "6-web"

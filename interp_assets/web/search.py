@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.errors import InputError
-from interp_assets.manifest import ArtifactWriter
+from interp_assets.storage.manifest import ArtifactWriter
 from interp_assets.web.columns import WordIds
 
 COLUMNS: Final = ("peaks", "raised", "lowered")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from interp_assets.errors import ConfigError
-from interp_assets.manifest import MANIFEST
-from interp_assets.store import Store
+from interp_assets.storage.manifest import MANIFEST
+from interp_assets.storage.store import Store
 from interp_assets.web.opened import BundlePlace, OpenBundle
 from interp_assets.web.server import STATIC, summarize
 

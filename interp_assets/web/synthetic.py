@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from interp_assets.manifest import Produced, create_artifact, find_manifest, make_ref
-from interp_assets.seeds import stream
-from interp_assets.store import Store
+from interp_assets.compute.seeds import stream
+from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, make_ref
+from interp_assets.storage.store import Store
 from interp_assets.visualize.packing import RECORD_VERSION, TokenOrder, order_tokens, pack_record
 from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
 from interp_assets.web.map import embed_directions

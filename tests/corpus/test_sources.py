@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from interp_assets.config import CorpusConfig
 from interp_assets.corpus.sources import iter_documents, plan_sources, survey_sources
 from interp_assets.errors import ConfigError, InputError
-from interp_assets.seen import SeenFiles
+from interp_assets.planning.config import CorpusConfig
+from interp_assets.storage.seen import SeenFiles
 
 
 def _config(path: Path, **fields: object) -> CorpusConfig:
@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_listed_is_named_with_the_other_problems() -> No
     """One subfolder of another user's is an everyday trouble of shared disks, and no bug of ours. Root may list all, and becomes somebody."""
     program = (
         "import os, sys\n"
-        "from interp_assets.config import CorpusConfig\n"
+        "from interp_assets.planning.config import CorpusConfig\n"
         "from interp_assets.corpus.sources import plan_sources\n"
         "from interp_assets.errors import InputError\n"
         "b'x'.decode('utf-8-sig')  # whoever it becomes may not load our Python's modules\n"
@@ -268,7 +268,7 @@ def _spoil(file: Path, text: bytes) -> None:
 def test_a_dataset_out_of_reach_is_named_with_the_next_step(environment: dict[str, str], reason: str) -> None:
     """No network is the commonest trouble of all, and its own traceback is three screens long."""
     program = (
-        "from interp_assets.config import CorpusConfig\n"
+        "from interp_assets.planning.config import CorpusConfig\n"
         "from interp_assets.corpus.sources import plan_sources\n"
         "from interp_assets.errors import InputError\n"
         "try:\n"

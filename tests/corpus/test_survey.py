@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from interp_assets.config import CorpusConfig
 from interp_assets.corpus.sources import Survey, iter_documents, plan_sources, survey_sources
 from interp_assets.errors import InputError
-from interp_assets.seen import SETTLED_NS, SeenFiles
+from interp_assets.planning.config import CorpusConfig
+from interp_assets.storage.seen import SETTLED_NS, SeenFiles
 
 
 def _later() -> int:
@@ -148,8 +148,8 @@ def test_a_user_without_a_home_has_no_notes() -> None:
     """Containers run as user ids that no table of users has; planning, and the end of every partition, asks for the cache folder."""
     program = (
         "from pathlib import Path\n"
-        "from interp_assets.rates import load_rates, note_rate, rates_path\n"
-        "from interp_assets.seen import open_seen\n"
+        "from interp_assets.planning.rates import load_rates, note_rate, rates_path\n"
+        "from interp_assets.storage.seen import open_seen\n"
         "with open_seen() as seen: print(seen.answer(Path('.'), 'q', lambda: b'read'))\n"
         "print(note_rate(rates_path(), 'sae', 10.0, 20.0), load_rates(rates_path()))\n"
     )

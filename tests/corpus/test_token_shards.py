@@ -8,15 +8,15 @@ import polars as pl
 import pytest
 from tiny_models import CONTEXT, VOCABULARY, make_tiny_config, make_tokenizer, save_model, write_texts
 
-from interp_assets.config import PipelineConfig
 from interp_assets.corpus.plan import describe_empty, plan_corpus
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.corpus.sources import iter_documents
 from interp_assets.corpus.tokens import context_offsets, load_documents, load_tokens, make_token_shard
 from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.garcon.tokenizer import load_tokenizer
-from interp_assets.pipeline import PLAN, Pipeline, load_pipeline
-from interp_assets.store import ObjectStore, open_store
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import PLAN, Pipeline, load_pipeline
+from interp_assets.storage.store import ObjectStore, open_store
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from fault_tally import CASES, Tally
 from road_world import Finished, make_road_config
 from tiny_models import save_model, write_texts
 
-from interp_assets.jobs import run_road
+from interp_assets.graph.jobs import run_road
 
 TALLY = Tally()
 REPORT_VARIABLE = "FAULTS_REPORT"

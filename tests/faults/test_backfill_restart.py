@@ -9,8 +9,8 @@ from dagster._core.execution.backfill import BulkActionStatus
 from fault_tally import Tally
 from road_world import Finished, assert_as_if_nothing_happened, make_road_config
 
-from interp_assets.jobs import open_instance, recorded_versions, run_road
-from interp_assets.road import Stop, make_road
+from interp_assets.graph.jobs import open_instance, recorded_versions, run_road
+from interp_assets.planning.road import Stop, make_road
 
 BACKFILL = "restarted"
 

@@ -15,23 +15,23 @@ from fault_tally import RIGHT, Tally
 from road_world import Finished, assert_as_if_nothing_happened, make_road_config
 from s3_server import start_s3_server
 
-from interp_assets.config import PipelineConfig
+from interp_assets.compute.seeds import stream
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import make_token_shard
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
+from interp_assets.graph.jobs import RunError, recorded_versions, run_road
 from interp_assets.harvest.activations import harvest_shard
-from interp_assets.jobs import RunError, recorded_versions, run_road
-from interp_assets.manifest import ArtifactWriter, find_manifest, make_ref, remove_artifact
-from interp_assets.pipeline import open_pipeline_store
-from interp_assets.progress import Progress
-from interp_assets.road import find_version, make_road
-from interp_assets.seeds import stream
-from interp_assets.store import open_store
-from interp_assets.verify import verify_tree
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import open_pipeline_store
+from interp_assets.planning.progress import Progress
+from interp_assets.planning.road import find_version, make_road
+from interp_assets.storage.manifest import ArtifactWriter, find_manifest, make_ref, remove_artifact
+from interp_assets.storage.store import open_store
+from interp_assets.storage.verify import verify_tree
 
 FORK = mp.get_context("forkserver")
-FORK.set_forkserver_preload(["interp_assets.jobs", "road_world"])
+FORK.set_forkserver_preload(["interp_assets.graph.jobs", "road_world"])
 MAX_DELAY_S = 0.15
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 """Of the moments; another one is another run of the suite."""

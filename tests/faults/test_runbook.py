@@ -20,10 +20,10 @@ from fault_tally import Tally
 from road_world import Finished, assert_as_if_nothing_happened, make_road_config
 from s3_server import start_s3_server
 
-from interp_assets.config import PipelineConfig, load_config
 from interp_assets.errors import StoreError
-from interp_assets.jobs import dagster_home
-from interp_assets.store import ObjectStore, open_store
+from interp_assets.graph.jobs import dagster_home
+from interp_assets.planning.config import PipelineConfig, load_config
+from interp_assets.storage.store import ObjectStore, open_store
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "runbook.md"
 NAME = "my-pipeline"

@@ -9,19 +9,19 @@ from fault_tally import Tally
 from road_world import Finished, RowCount, assert_as_if_nothing_happened, make_road_config
 from s3_server import S3Server, start_s3_server
 
-from interp_assets.config import PipelineConfig
+from interp_assets.compute.seeds import stream
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import make_token_shard
 from interp_assets.errors import ArtifactCorruptError, InterpError
 from interp_assets.garcon.subject import load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.harvest.activations import harvest_shard
-from interp_assets.seeds import stream
+from interp_assets.planning.config import PipelineConfig
 from interp_assets.shuffle.certificate import certify
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.plan import make_shuffle_plan
 from interp_assets.shuffle.split import split_shard
-from interp_assets.store import ObjectStore, Store, open_store
+from interp_assets.storage.store import ObjectStore, Store, open_store
 
 pytestmark = [pytest.mark.s3]
 POINT = "resid_post.0"

@@ -9,11 +9,11 @@ from tiny_models import make_net, make_subject, make_tokenizer, save_model
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, T5Config
 
-from interp_assets.config import ModelConfig
 from interp_assets.errors import InputError
 from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer, load_model_config, locate_model
 from interp_assets.garcon.points import find_point, list_points, tensor_in, with_tensor
 from interp_assets.garcon.tokenizer import affixes, leading_token, load_tokenizer, separator_token, special_token_ids, tokenize_texts
+from interp_assets.planning.config import ModelConfig
 
 
 def test_points_carry_module_path_and_alias() -> None:

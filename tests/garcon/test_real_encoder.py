@@ -7,14 +7,14 @@ import pytest
 import torch
 from tiny_models import make_tiny_config, write_texts
 
-from interp_assets.config import ExecutionConfig, ModelConfig
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import context_offsets, load_tokens, make_token_shard
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import affixes, load_tokenizer
 from interp_assets.harvest.activations import harvest_shard
 from interp_assets.harvest.rows import load_rows
-from interp_assets.store import ObjectStore
+from interp_assets.planning.config import ExecutionConfig, ModelConfig
+from interp_assets.storage.store import ObjectStore
 
 
 @pytest.fixture(scope="module")

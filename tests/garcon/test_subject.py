@@ -7,9 +7,9 @@ import torch
 from tiny_models import CONTEXT, D_MODEL, DECODERS, VOCABULARY, make_net, make_subject, save_model
 from torch import Tensor
 
-from interp_assets.config import ExecutionConfig, ModelConfig
 from interp_assets.errors import InputError
 from interp_assets.garcon.subject import SubjectModel, choose_device, load_subject_model, make_meta_model, token_losses
+from interp_assets.planning.config import ExecutionConfig, ModelConfig
 
 
 def _tokens(n_contexts: int = 3, length: int = 10) -> Tensor:

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import make_tiny_config, save_model, write_texts
 
-from interp_assets.config import ExecutionConfig
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import load_tokens, make_token_shard
 from interp_assets.errors import ArtifactMissingError
@@ -29,7 +28,8 @@ from interp_assets.harvest.statistics import (
     norm_bin_edges,
     norm_histogram,
 )
-from interp_assets.store import ObjectStore
+from interp_assets.planning.config import ExecutionConfig
+from interp_assets.storage.store import ObjectStore
 
 
 def _rows(n_rows: int) -> torch.Tensor:

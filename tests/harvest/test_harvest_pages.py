@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_models import make_tiny_config, save_model, write_texts
 
-from interp_assets.config import ExecutionConfig
 from interp_assets.corpus.packing import pack
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import make_token_shard
@@ -17,10 +16,11 @@ from interp_assets.garcon.subject import load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.harvest.activations import harvest_shard
 from interp_assets.harvest.statistics import measure_rows, merge_statistics, norm_histogram
-from interp_assets.manifest import Produced
-from interp_assets.pipeline import shard_key
-from interp_assets.store import ObjectStore
-from interp_assets.tensors import read_spans
+from interp_assets.planning.config import ExecutionConfig
+from interp_assets.planning.pipeline import shard_key
+from interp_assets.storage.manifest import Produced
+from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.tensors import read_spans
 
 PAGES = Path(__file__).parents[2] / "docs" / "formats"
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import make_tiny_config, save_model, write_texts
 
-from interp_assets.config import ExecutionConfig
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import context_offsets, load_tokens, make_token_shard
 from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError, InputError, NonFiniteError
@@ -21,8 +20,9 @@ from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.harvest.activations import PADDING_STEP, harvest_shard, make_batches
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import iter_row_blocks, load_rows
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import ObjectStore, open_store
+from interp_assets.planning.config import ExecutionConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.store import ObjectStore, open_store
 
 POINTS = ["resid_pre.0", "resid_post.0", "mlp_out.1", "module:transformer.h.1.mlp.c_fc"]
 ENCODER_POINTS = ["resid_post.0", "attn_out.1"]

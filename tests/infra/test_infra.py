@@ -44,8 +44,8 @@ def test_what_a_pod_asks_for_is_what_dagster_k8s_reads() -> None:
     """The tags of the assets and the launcher's values go through dagster-k8s's own parser: a misspelt key is refused."""
     from dagster_k8s.job import UserDefinedDagsterK8sConfig, get_user_defined_k8s_config
 
-    from interp_assets.config import make_config
-    from interp_assets.partitions import make_layout
+    from interp_assets.graph.partitions import make_layout
+    from interp_assets.planning.config import make_config
 
     layout = make_layout(make_config({}))
     key = "dagster-k8s/config"
@@ -85,9 +85,9 @@ def test_the_settings_are_valid(name: str, tmp_path: Path) -> None:
 
 def test_the_values_name_the_settings_that_the_stages_read() -> None:
     """A renamed environment variable would leave a cluster on its defaults in silence."""
-    from interp_assets.config import ROOT_VARIABLE, load_config
-    from interp_assets.definitions import CONFIG_VARIABLE, EXECUTOR_VARIABLE
-    from interp_assets.jobs import POSTGRES_VARIABLE
+    from interp_assets.graph.definitions import CONFIG_VARIABLE, EXECUTOR_VARIABLE
+    from interp_assets.graph.jobs import POSTGRES_VARIABLE
+    from interp_assets.planning.config import ROOT_VARIABLE, load_config
 
     documents = list(yaml.safe_load_all((INFRA / "kubernetes" / "manifests.yaml").read_text(encoding="utf-8")))
     maps = {document["metadata"]["name"]: document["data"] for document in documents if document["kind"] == "ConfigMap"}

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from shuffle_world import HOOK, World, make_world, row_values, run_shuffle
 
+from interp_assets.compute.seeds import Stream
 from interp_assets.errors import ArtifactMissingError, CertificateError, PlanError
-from interp_assets.seeds import Stream
 from interp_assets.shuffle.append import (
     Appending,
     append_bucket,
@@ -24,7 +24,7 @@ from interp_assets.shuffle.mixed import MixedShard, open_mixed, read_mixed_rows
 from interp_assets.shuffle.permutation import Draws, shuffle_indices
 from interp_assets.shuffle.plan import load_shuffle_plan
 from interp_assets.shuffle.sizes import ShuffleSizes
-from interp_assets.store import ObjectStore
+from interp_assets.storage.store import ObjectStore
 
 OLD, NEW = ShuffleSizes(passes=2, fan_out=2, shard_rows=(2, 1)), ShuffleSizes(passes=1, fan_out=2, shard_rows=(1, 1))
 

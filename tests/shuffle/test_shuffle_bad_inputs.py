@@ -11,14 +11,14 @@ from shuffle_world import HOOK, World, make_world, run_shuffle, run_splits, writ
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError, PlanError
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.manifest import create_artifact, find_manifest, load_manifest, remove_artifact
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import make_mixed_shard, open_mixed, read_mixed_rows
 from interp_assets.shuffle.plan import PLAN, decode_plan, load_shuffle_plan, make_shuffle_plan, row_format
 from interp_assets.shuffle.refs import mixed_shard_ref, shuffle_plan_ref, split_shard_ref
 from interp_assets.shuffle.sources import load_shards
 from interp_assets.shuffle.split import draw_split, split_bucket, split_shard
-from interp_assets.tensors import save_tensors
+from interp_assets.storage.manifest import create_artifact, find_manifest, load_manifest, remove_artifact
+from interp_assets.storage.tensors import save_tensors
 
 
 def planned(**options: int) -> World:

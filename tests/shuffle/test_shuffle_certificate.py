@@ -21,9 +21,8 @@ from shuffle_mutants import (
 )
 from shuffle_world import HOOK, make_world, run_shuffle, run_splits
 
+from interp_assets.compute.seeds import stream
 from interp_assets.errors import ArtifactCorruptError, CertificateError
-from interp_assets.manifest import create_artifact, read_file
-from interp_assets.seeds import stream
 from interp_assets.shuffle.certificate import P_FAIL, certify
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import mixed_specs, open_mixed, read_mixed_rows, save_mixed
@@ -33,7 +32,8 @@ from interp_assets.shuffle.permutation import Draws, shuffle_indices
 from interp_assets.shuffle.plan import load_shuffle_plan
 from interp_assets.shuffle.significance import chi_square_p, coincidence_p, expect_coincidences, normal_p, poisson_p, student_p
 from interp_assets.shuffle.sizes import ShuffleSizes, shares
-from interp_assets.tensors import as_bytes
+from interp_assets.storage.manifest import create_artifact, read_file
+from interp_assets.storage.tensors import as_bytes
 
 SHARD_ROWS = (1500, 1500, 1500, 700, 1800, 1500) * 4
 DOCUMENT_ROWS = 37

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from interp_assets.seeds import Stream, stream
+from interp_assets.compute.seeds import Stream, stream
 from interp_assets.shuffle.hypergeometric import _weigh_long, _weigh_short, count_row, count_table, draw_hypergeometric, draw_multivariate
 
 

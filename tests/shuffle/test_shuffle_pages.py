@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from shuffle_world import HOOK, make_world, row_values, run_shuffle
 
-from interp_assets.manifest import load_manifest, read_file
 from interp_assets.shuffle.certificate import certify
 from interp_assets.shuffle.plan import PLAN, decode_plan, encode_plan, make_content
 from interp_assets.shuffle.refs import mixed_shard_ref, shuffle_plan_ref, split_shard_ref
-from interp_assets.store import ObjectStore
+from interp_assets.storage.manifest import load_manifest, read_file
+from interp_assets.storage.store import ObjectStore
 
 PAGES = Path(__file__).parents[2] / "docs" / "formats"
 

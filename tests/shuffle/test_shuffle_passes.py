@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from shuffle_world import HOOK, make_world, run_shuffle, run_splits
 
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.manifest import create_artifact, file_part, load_manifest, remove_artifact
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids, read_mixed_rows
 from interp_assets.shuffle.permutation import Draws, shuffle_indices, split_job
@@ -23,8 +22,9 @@ from interp_assets.shuffle.rows import FIXED_BYTES, Segment, cut_segment
 from interp_assets.shuffle.sizes import ShuffleSizes, offsets, shares
 from interp_assets.shuffle.sources import list_splits, load_manifests
 from interp_assets.shuffle.split import block_bytes, split_bucket, split_shard
-from interp_assets.store import ObjectStore, open_store
-from interp_assets.tensors import save_tensors
+from interp_assets.storage.manifest import create_artifact, file_part, load_manifest, remove_artifact
+from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.tensors import save_tensors
 
 
 @pytest.mark.parametrize(

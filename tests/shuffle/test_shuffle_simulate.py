@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from interp_assets.seeds import stream
+from interp_assets.compute.seeds import stream
 from interp_assets.shuffle.estimate import plan_passes
 from interp_assets.shuffle.simulate import check_order, draw_whole_table, simulate
 

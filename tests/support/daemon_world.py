@@ -13,9 +13,9 @@ import yaml
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.execution.backfill import PartitionBackfill
 
-from interp_assets.config import PipelineConfig
-from interp_assets.definitions import build_defs
-from interp_assets.jobs import dagster_home
+from interp_assets.graph.definitions import build_defs
+from interp_assets.graph.jobs import dagster_home
+from interp_assets.planning.config import PipelineConfig
 
 _SETTINGS = Path(__file__).parent.parent.parent / "resources" / "dagster.yaml"
 
@@ -35,7 +35,7 @@ def daemon(config: PipelineConfig, folder: Path, variables: dict[str, str] | Non
     (folder / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
     environment = {**os.environ, "INTERP_CONFIG": str(folder / "p.yaml"), "DAGSTER_HOME": str(dagster_home(config)), "PYTHONWARNINGS": "ignore"}
     environment |= variables or {}
-    command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "interp_assets.definitions"]
+    command = [sys.executable, "-m", "dagster._daemon", "run", "-m", "interp_assets.graph.definitions"]
     with (folder / "daemon.log").open("ab") as log:
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -75,6 +75,6 @@ def wait_for(what: Callable[[], object], timeout_s: float, log: Path) -> None:
 def start_sensor(config: PipelineConfig, folder: Path, name: str) -> None:
     """Switch a sensor on, as `dagster sensor start` does."""
     environment = {**os.environ, "INTERP_CONFIG": str(folder / "p.yaml"), "DAGSTER_HOME": str(dagster_home(config)), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "dagster", "sensor", "start", name, "-m", "interp_assets.definitions"]
+    command = [sys.executable, "-m", "dagster", "sensor", "start", name, "-m", "interp_assets.graph.definitions"]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

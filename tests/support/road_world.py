@@ -8,17 +8,17 @@ import dagster as dg
 import numpy as np
 from tiny_models import make_tiny_config
 
-from interp_assets.config import PipelineConfig
 from interp_assets.corpus.tokens import load_tokens
-from interp_assets.jobs import recorded_versions
-from interp_assets.manifest import find_manifest
-from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
-from interp_assets.progress import AssetReport
-from interp_assets.road import find_version, make_road
+from interp_assets.graph.jobs import recorded_versions
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.planning.progress import AssetReport
+from interp_assets.planning.road import find_version, make_road
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids
 from interp_assets.shuffle.refs import certificate_ref
-from interp_assets.store import Store
-from interp_assets.verify import verify_tree
+from interp_assets.storage.manifest import find_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.verify import verify_tree
 
 POINT = "resid_post.0"
 

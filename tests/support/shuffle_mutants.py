@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.seeds import stream
+from interp_assets.compute.seeds import stream
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.sizes import shares
 

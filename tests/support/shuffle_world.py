@@ -9,17 +9,17 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from interp_assets.config import make_config
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.manifest import create_artifact
-from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_rows
 from interp_assets.shuffle.plan import load_shuffle_plan, make_shuffle_plan
 from interp_assets.shuffle.split import split_bucket, split_shard
-from interp_assets.store import ObjectStore, open_store
-from interp_assets.tensors import save_tensors
+from interp_assets.storage.manifest import create_artifact
+from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.tensors import save_tensors
 
 HOOK = "resid_post.0"
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from road_world import make_road_config
 
-from interp_assets.config import PipelineConfig
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.manifest import remove_artifact
-from interp_assets.pipeline import Pipeline, load_pipeline, open_pipeline_store
-from interp_assets.store import Store
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.storage.manifest import remove_artifact
+from interp_assets.storage.store import Store
 
 N_SHARDS = 16
 BAD = ("shard-000003", "shard-000008", "shard-000013")

@@ -22,8 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from interp_assets.config import PipelineConfig, make_config
 from interp_assets.garcon.subject import SubjectModel, is_encoder
+from interp_assets.planning.config import PipelineConfig, make_config
 
 torch.set_num_threads(1)  # operators this small only wait for each other on several threads
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp_assets.config import make_config
 from interp_assets.harvest.refs import statistics_ref
 from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors
-from interp_assets.manifest import create_artifact
-from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.shuffle.mixed import mixed_specs, save_mixed
 from interp_assets.shuffle.refs import mixed_shard_ref, n_mixed_shards
-from interp_assets.store import Store, open_store
-from interp_assets.tensors import as_bytes, save_tensors
+from interp_assets.storage.manifest import create_artifact
+from interp_assets.storage.store import Store, open_store
+from interp_assets.storage.tensors import as_bytes, save_tensors
 
 HOOK = "resid_post.0"
 OTHER = "mlp_out.0"

@@ -15,16 +15,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from interp_assets.config import make_config
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors
-from interp_assets.manifest import create_artifact, read_file
-from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.store import Store, open_store
-from interp_assets.tensors import save_tensors
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.storage.manifest import create_artifact, read_file
+from interp_assets.storage.store import Store, open_store
+from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import load_sae, save_sae
 from interp_assets.train.evaluate import evaluate_sae
 from interp_assets.train.metrics import max_cosines

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp_assets.config import Architecture, make_config
+from interp_assets.planning.config import Architecture, make_config
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.trainer import Trainer

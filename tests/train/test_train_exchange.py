@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from interp_assets.errors import InputError
-from interp_assets.train.exchange import from_dictionary_learning, from_sparsify, to_dictionary_learning, to_sparsify
+from interp_assets.train.exchange.formats import from_dictionary_learning, from_sparsify, to_dictionary_learning, to_sparsify
 from interp_assets.train.sae import Sae, SaeKind
 
 D_IN, D_SAE, K = 6, 16, 3

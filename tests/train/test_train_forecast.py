@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from interp_assets.costs import estimate_cost, expected_l0, make_estimator, rate_kind
-from interp_assets.manifest import create_artifact
-from interp_assets.pipeline import Pipeline, save_plan
-from interp_assets.rates import Rate, load_rates, rates_path
-from interp_assets.road import make_road
-from interp_assets.schedule import Line, make_schedule, workload
-from interp_assets.store import Store
-from interp_assets.traffic import Traffic
+from interp_assets.planning.costs import estimate_cost, expected_l0, make_estimator, rate_kind
+from interp_assets.planning.pipeline import Pipeline, save_plan
+from interp_assets.planning.rates import Rate, load_rates, rates_path
+from interp_assets.planning.road import make_road
+from interp_assets.planning.schedule import Line, make_schedule, workload
+from interp_assets.storage.manifest import create_artifact
+from interp_assets.storage.store import Store
+from interp_assets.storage.traffic import Traffic
 from interp_assets.train.refs import sae_ref
 
 TRAINED = {"name": "own", "d_sae": 24, "k": 3, "n_rows": 1000, "batch_rows": 100}

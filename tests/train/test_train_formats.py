@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from interp_assets.manifest import read_file
+from interp_assets.storage.manifest import read_file
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.loop import train_saes
 from interp_assets.train.metrics import ReconstructionSums

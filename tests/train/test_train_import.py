@@ -12,16 +12,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from interp_assets.cli import app
-from interp_assets.config import load_config, make_config
 from interp_assets.errors import ConfigError, InputError
-from interp_assets.manifest import load_manifest
-from interp_assets.pipeline import Pipeline, ShardSource, save_plan
-from interp_assets.starter import make_starter
-from interp_assets.store import open_store
+from interp_assets.planning.config import load_config, make_config
+from interp_assets.planning.pipeline import Pipeline, ShardSource, save_plan
+from interp_assets.storage.manifest import load_manifest
+from interp_assets.storage.store import open_store
+from interp_assets.terminal.cli import app
+from interp_assets.terminal.starter import make_starter
 from interp_assets.train.checkpoint import load_sae
-from interp_assets.train.exchange_files import export_sae, read_foreign, translate_hook
-from interp_assets.train.imported import import_sae
+from interp_assets.train.exchange.folders import export_sae, read_foreign, translate_hook
+from interp_assets.train.exchange.imported import import_sae
 from interp_assets.train.launch import run_training
 from interp_assets.train.loop import training_rows
 from interp_assets.train.refs import evaluation_ref, sae_ref

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from interp_assets.train.kernels import (
+from interp_assets.compute.kernels import (
     Scratch,
     add_by_latent,
     decode_pairs,

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from interp_assets.errors import InterpError
-from interp_assets.pipeline import Pipeline, open_pipeline_store, save_plan
-from interp_assets.store import Store
+from interp_assets.planning.pipeline import Pipeline, open_pipeline_store, save_plan
+from interp_assets.storage.store import Store
 from interp_assets.train.launch import explain_death, run_training, start_group
 
 TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 2400, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 300}
@@ -78,8 +78,8 @@ def is_below(pid: int, parents: dict[int, int]) -> bool:
 
 LAUNCHER = """
 import sys
-from interp_assets.config import load_config
-from interp_assets.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.planning.config import load_config
+from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.train.launch import run_training
 config = load_config(sys.argv[1])
 store = open_pipeline_store(config)

@@ -7,20 +7,20 @@ import polars as pl
 import pytest
 import torch
 
-from interp_assets.config import make_config
 from interp_assets.errors import InputError, NonFiniteError, PlanError
-from interp_assets.manifest import Manifest, load_manifest, read_file
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.mixed import open_mixed
-from interp_assets.store import Store
-from interp_assets.tensors import load_tensors
+from interp_assets.storage.manifest import Manifest, load_manifest, read_file
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.batches import make_row_order
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.loop import Execution, raise_if_out_of_memory, train_saes, training_rows
+from interp_assets.train.losses.topk import auxk_count
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.resume import checkpoint_ref
-from interp_assets.train.topk import auxk_count
 from interp_assets.train.trainer import Trainer
 
 TINY = {"d_sae": 48, "k": 2, "n_rows": 2000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}

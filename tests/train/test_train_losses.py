@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp_assets.config import Architecture
-from interp_assets.train.dense import JUMP_WIDTH, PRE_ACTIVATION_COEFFICIENT, STEP_WIDTH, TANH_SCALE
-from interp_assets.train.kernels import Scratch
-from interp_assets.train.losses import FEW, LossContext, StepLoss, Weights
+from interp_assets.compute.kernels import Scratch
+from interp_assets.planning.config import Architecture
+from interp_assets.train.losses.dense import JUMP_WIDTH, PRE_ACTIVATION_COEFFICIENT, STEP_WIDTH, TANH_SCALE
+from interp_assets.train.losses.loss import FEW, LossContext, StepLoss, Weights
+from interp_assets.train.losses.topk import AUXK_COEFFICIENT, add_auxk, auxk_count, group_ends
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES
-from interp_assets.train.topk import AUXK_COEFFICIENT, add_auxk, auxk_count, group_ends
 
 BATCH, D_IN, D_SAE, K, COEFFICIENT = 9, 32, 128, 3, 0.7
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from interp_assets.errors import ConfigError, NonFiniteError
-from interp_assets.manifest import read_file
-from interp_assets.pipeline import Pipeline, open_pipeline_store, save_plan
-from interp_assets.traffic import METER
+from interp_assets.planning.pipeline import Pipeline, open_pipeline_store, save_plan
+from interp_assets.storage.manifest import read_file
+from interp_assets.storage.traffic import METER
 from interp_assets.train.launch import run_training
 from interp_assets.train.parallel import ONE_RANK, Ranks, check_grid
 from interp_assets.train.recipes import RECIPES

@@ -18,15 +18,15 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from interp_assets.cli import app
 from interp_assets.errors import InputError
-from interp_assets.pipeline import save_plan
-from interp_assets.store import open_store
+from interp_assets.planning.pipeline import save_plan
+from interp_assets.storage.store import open_store
+from interp_assets.terminal.cli import app
+from interp_assets.terminal.web import SAE_FORMATS as COMMAND_FORMATS
 from interp_assets.train.checkpoint import load_sae
-from interp_assets.train.exchange_files import SAE_FORMATS, export_sae, read_exchange
+from interp_assets.train.exchange.folders import SAE_FORMATS, export_sae, read_exchange
 from interp_assets.train.loop import train_saes
 from interp_assets.train.sae import Sae
-from interp_assets.web.commands import SAE_FORMATS as COMMAND_FORMATS
 
 SCRIPT = Path(__file__).parents[1] / "support" / "peer_saes.py"
 HOOK, OTHER = "resid_post.0", "mlp_out.0"

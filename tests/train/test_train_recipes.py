@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp_assets.config import Architecture, SaeConfig
 from interp_assets.harvest.statistics import ActivationStatistics
+from interp_assets.planning.config import Architecture, SaeConfig
 from interp_assets.train.fold import fold_weights
-from interp_assets.train.losses import Weights
+from interp_assets.train.losses.loss import Weights
 from interp_assets.train.recipes import (
     DECAY_SHARE,
     RECIPES,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp_assets.config import PipelineConfig, SaeConfig
 from interp_assets.errors import ArtifactMissingError
-from interp_assets.manifest import create_artifact, load_manifest, read_file
-from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.store import ObjectStore, open_store
+from interp_assets.planning.config import PipelineConfig, SaeConfig
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.storage.manifest import create_artifact, load_manifest, read_file
+from interp_assets.storage.store import ObjectStore, open_store
 from interp_assets.train.checkpoint import load_sae, sae_lens_hook_name, save_sae
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae, SaeKind

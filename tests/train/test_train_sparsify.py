@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from interp_assets.train.losses.sparsify import pick_per_batch, pick_per_row, row_levels
 from interp_assets.train.parallel import ONE_RANK
-from interp_assets.train.sparsify import pick_per_batch, pick_per_row, row_levels
 
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 

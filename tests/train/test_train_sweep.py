@@ -10,11 +10,11 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from interp_assets.cli import app
 from interp_assets.errors import ArtifactMissingError, InputError
-from interp_assets.manifest import Produced, create_artifact, load_manifest, read_file
-from interp_assets.pipeline import save_plan
-from interp_assets.plots import find_best, plot_curves, plot_pareto
+from interp_assets.planning.pipeline import save_plan
+from interp_assets.planning.plots import find_best, plot_curves, plot_pareto
+from interp_assets.storage.manifest import Produced, create_artifact, load_manifest, read_file
+from interp_assets.terminal.cli import app
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.evaluate import save_evaluation
 from interp_assets.train.loop import train_saes

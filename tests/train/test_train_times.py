@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from interp_assets.compiled import n_compilations
+from interp_assets.compute.compiled import n_compilations
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.manifest import Manifest, create_artifact, load_manifest, read_file
+from interp_assets.storage.manifest import Manifest, create_artifact, load_manifest, read_file
 from interp_assets.train.loop import Execution, train_saes
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.profile import LOSS, NORMALIZE, PHASES, UPDATE, StepProfiler, group_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from interp_assets.config import SaeConfig
+from interp_assets.planning.config import SaeConfig
 from interp_assets.train.fold import fold_weights
 from interp_assets.train.recipes import RECIPES, Normalization, make_weights
 from interp_assets.train.warm import unfold_weights

@@ -14,15 +14,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from interp_assets.config import make_config
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.garcon.subject import Unembedding
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.harvest.statistics import ActivationStatistics, as_tensors
-from interp_assets.manifest import create_artifact, read_file
-from interp_assets.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.store import Store, open_store
-from interp_assets.tensors import save_tensors
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.storage.manifest import create_artifact, read_file
+from interp_assets.storage.store import Store, open_store
+from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import save_sae
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from interp_assets.config import make_config
 from interp_assets.corpus.tokens import load_tokens
 from interp_assets.errors import ArtifactForeignError, ArtifactMissingError, InputError, NonFiniteError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.manifest import create_artifact, read_file, remove_artifact
-from interp_assets.pipeline import Pipeline
-from interp_assets.tensors import load_tensors
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import create_artifact, read_file, remove_artifact
+from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.checkpoint import save_sae
 from interp_assets.train.refs import sae_ref
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, SAMPLE, STATISTICS, Job, find_candidates, in_sample

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from interp_assets.compiled import compiled
-from interp_assets.train.coarse import fastest_kind
-from interp_assets.train.dots import dot
+from interp_assets.compute.coarse import fastest_kind
+from interp_assets.compute.compiled import compiled
+from interp_assets.compute.dots import dot
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, row_limits
 from interp_assets.visualize.kernels import TILE

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import interp_assets.visualize.records
-from interp_assets.manifest import read_file
-from interp_assets.tensors import load_tensors
+from interp_assets.storage.manifest import read_file
+from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples

@@ -12,8 +12,8 @@ import torch
 
 import interp_assets.visualize.records
 from interp_assets.errors import InputError, PlanError
-from interp_assets.manifest import load_manifest, read_file, remove_artifact
-from interp_assets.tensors import load_tensors
+from interp_assets.storage.manifest import load_manifest, read_file, remove_artifact
+from interp_assets.storage.tensors import load_tensors
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
 from interp_assets.visualize.gather import gathered_name

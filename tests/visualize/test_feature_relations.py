@@ -8,8 +8,8 @@ import torch
 
 from interp_assets.errors import ArtifactCorruptError, NonFiniteError
 from interp_assets.garcon.subject import Unembedding
-from interp_assets.manifest import create_artifact, make_ref
-from interp_assets.store import open_store
+from interp_assets.storage.manifest import create_artifact, make_ref
+from interp_assets.storage.store import open_store
 from interp_assets.visualize.digits import round_significant
 from interp_assets.visualize.firings import FIRING_SCHEMA, sort_firings
 from interp_assets.visualize.logits import measure_logits, used_token_ids
@@ -169,7 +169,7 @@ def test_an_encoder_or_another_width_has_no_logits_and_says_why(make_world, run_
     ):
         other = world.variant(store=open_store("memory://other"))
         run_passes(other)
-        from interp_assets.manifest import remove_artifact
+        from interp_assets.storage.manifest import remove_artifact
         from interp_assets.visualize.refs import records_ref
 
         remove_artifact(other.store, records_ref(other.pipeline, "demo", 0).path)
@@ -214,7 +214,7 @@ def test_an_example_without_its_window_is_reported(make_world, run_passes):
     world = make_world()
     run_passes(world)
     from interp_assets.corpus.tokens import load_documents, load_tokens
-    from interp_assets.manifest import load_manifest
+    from interp_assets.storage.manifest import load_manifest
     from interp_assets.visualize.refs import examples_ref, windows_ref
 
     ref, window_refs = examples_ref(world.pipeline, "demo", 0), [windows_ref(world.pipeline, "demo", i) for i in (0, 1, 1)]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from interp_assets.config import make_config
 from interp_assets.errors import ConfigError
-from interp_assets.pipeline import Pipeline
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline
 
 READ, WRITTEN, D_OUT = "resid_post.0", "mlp_out.0", 8
 

@@ -19,8 +19,8 @@ import pytest
 import uvicorn
 from chromium import Visit, lowest_contrast, skip_or_fail
 
-from interp_assets.manifest import create_artifact, make_ref
-from interp_assets.store import ObjectStore, open_store
+from interp_assets.storage.manifest import create_artifact, make_ref
+from interp_assets.storage.store import ObjectStore, open_store
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC, Desk, make_app

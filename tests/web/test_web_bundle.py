@@ -14,9 +14,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError
-from interp_assets.manifest import create_artifact, read_file
-from interp_assets.pipeline import Pipeline
-from interp_assets.store import ObjectStore, Store, open_store
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import create_artifact, read_file
+from interp_assets.storage.store import ObjectStore, Store, open_store
 from interp_assets.train.refs import evaluation_ref
 from interp_assets.visualize.packing import TokenOrder, pack_record
 from interp_assets.visualize.refs import records_ref, slice_bounds

@@ -6,9 +6,9 @@ import torch
 from fastapi.testclient import TestClient
 from tiny_models import make_subject, make_tokenizer
 
-from interp_assets.config import CorpusConfig
 from interp_assets.errors import InputError
-from interp_assets.store import open_store
+from interp_assets.planning.config import CorpusConfig
+from interp_assets.storage.store import open_store
 from interp_assets.train.sae import Sae
 from interp_assets.web.example import MAX_TEXT, Examples, Probe, run_example
 from interp_assets.web.opened import list_bundles

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from interp_assets.errors import ArtifactCorruptError, InputError
-from interp_assets.manifest import create_artifact, remove_artifact
-from interp_assets.store import ObjectStore, open_store
+from interp_assets.storage.manifest import create_artifact, remove_artifact
+from interp_assets.storage.store import ObjectStore, open_store
 from interp_assets.visualize.packing import TokenOrder, pack_record
 from interp_assets.web.exports import FORMATS, export_bundle
 from interp_assets.web.opened import OpenBundle, list_bundles

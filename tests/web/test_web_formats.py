@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from interp_assets.config import FeaturesConfig
-from interp_assets.store import open_store
+from interp_assets.planning.config import FeaturesConfig
+from interp_assets.storage.store import open_store
 from interp_assets.web.bundle import FORMAT, RECORDS_PER_FILE, VERSION
 from interp_assets.web.columns import NO_WORD, ROW, VALUES
 from interp_assets.web.opened import OpenBundle, list_bundles

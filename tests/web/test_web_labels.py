@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from interp_assets.errors import InputError
-from interp_assets.store import ObjectStore
+from interp_assets.storage.store import ObjectStore
 from interp_assets.web.labels import LabelSet, find_labels, import_labels
 from interp_assets.web.notes import Notebook
 from interp_assets.web.opened import OpenBundle, list_bundles

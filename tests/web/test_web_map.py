@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interp_assets.manifest import create_artifact, make_ref
-from interp_assets.store import open_store
+from interp_assets.storage.manifest import create_artifact, make_ref
+from interp_assets.storage.store import open_store
 from interp_assets.web.map import MAX_DEPTH, POINT, TILE, Layout, embed_directions, write_map
 
 

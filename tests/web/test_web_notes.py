@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from interp_assets.errors import ArtifactCorruptError, InputError
-from interp_assets.store import open_store
+from interp_assets.storage.store import open_store
 from interp_assets.web.guard import MAX_BODY_BYTES
 from interp_assets.web.notes import MAX_NOTE, Notebook
 from interp_assets.web.opened import list_bundles

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interp_assets.errors import ConfigError
-from interp_assets.manifest import create_artifact, make_ref
-from interp_assets.store import ObjectStore, Store, open_store
+from interp_assets.storage.manifest import create_artifact, make_ref
+from interp_assets.storage.store import ObjectStore, Store, open_store
 from interp_assets.web.files import parse_range
 from interp_assets.web.guard import MAX_QUERY_BYTES, SECURITY_HEADERS
 from interp_assets.web.opened import BundlePlace, list_bundles
@@ -463,6 +463,6 @@ def test_a_bundle_in_memory_is_served_like_one_in_a_folder(static: Path, memory_
 
 
 def _manifest(place: BundlePlace):
-    from interp_assets.manifest import read_manifest
+    from interp_assets.storage.manifest import read_manifest
 
     return read_manifest(place.store, place.path)

@@ -11,9 +11,9 @@ import pytest
 from chromium import Visit
 
 from interp_assets.errors import ConfigError
-from interp_assets.manifest import read_manifest
-from interp_assets.store import open_store
-from interp_assets.verify import verify_tree
+from interp_assets.storage.manifest import read_manifest
+from interp_assets.storage.store import open_store
+from interp_assets.storage.verify import verify_tree
 from interp_assets.web.files import parse_range
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC

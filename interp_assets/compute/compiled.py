@@ -1,0 +1,81 @@
+"""A loop over elements becomes native code at its first call, which is kept on disk where the disk can be written.
+
+Compiled loops hold no lock of Python's while they run, so threads run them side by side. Numba types its arguments itself: what checks
+types of annotated functions at run time is unwrapped.
+
+What a loop calls becomes part of its code. Numba keeps that until the file of the loop itself changes, and would go on with the old code of a
+function that was changed in another: so the files in `SHARED`, whose functions loops of other files call, count as part of each loop's.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numba
+from numba.core import event
+from numba.core.caching import FunctionCache
+
+SHARED: Final = tuple(
+    Path(__file__).parent / name
+    for name in ("compiled.py", "vectors.py", "dots.py", "coarse.py", "bfloat16.py", "encode_loops.py")
+)
+"""Files with functions that compiled loops of other files call."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop at its first call; its arithmetic is done in the order in which it is written."""
+    return _compile(function, reorders=False)
+
+
+def reordered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop whose sums may be added in the order of the processor's lanes, and products into sums without rounding between."""
+    return _compile(function, reorders=True)
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """Return the digest of the content of files."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _compile(function: Callable[..., Any], *, reorders: bool) -> Callable[..., Any]:
+    plain, freedom = inspect.unwrap(function), {"reassoc", "contract"} if reorders else False
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=freedom)(plain)
+    with suppress(RuntimeError):  # nowhere to keep compiled code: a read-only file system
+        dispatcher._cache = _Cache(plain)  # noqa: SLF001 - what `cache=True` does, with a stamp of more files
+    return dispatcher
+
+
+_shared_digest: Final = digest_of(SHARED)
+
+
+class _Cache(FunctionCache):
+    """Compiled code that is fresh only while the loop's own file and all shared ones are as they were."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file._source_stamp = (self._cache_file._source_stamp, _shared_digest)  # noqa: SLF001 - no public way to add to it
+
+
+class _Compilations(event.Listener):
+    """Hears of each loop that is compiled, not of one that is read from disk."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def on_start(self, event: event.Event) -> None:  # noqa: ARG002 - the base class' signature
+        self.n += 1
+
+    def on_end(self, event: event.Event) -> None:
+        """Nothing."""
+
+
+_compilations = _Compilations()
+event.register("numba:compile", _compilations)
+
+
+def n_compilations() -> int:
+    """Return how many loops this process has compiled: a second each, which no rate should count."""
+    return _compilations.n

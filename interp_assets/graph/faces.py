@@ -1,0 +1,199 @@
+"""What all Dagster faces share: a stage's function becomes recorded partitions, with their data versions and metadata.
+
+An asset's body says which function makes one partition; `record` does the rest, the same for one partition, a range of them and an asset
+without partitions:
+
+1. The event of a partition is yielded as soon as the partition is finished, so a crash later in the range does not lose it.
+2. Its data version is the digest of its artifacts. Dagster offers one version per output, not per partition, so the events are made
+   here, with the same tags that Dagster would give them, and the output's own event is suppressed.
+3. An `InterpError` becomes Dagster's `Failure` with the message alone. An error of one partition does not stop the others; an error of
+   the configuration or the store would meet them all, so it does.
+
+Point 2 uses three names that Dagster keeps private (its version is pinned); `tests/graph/test_data_versions.py` holds them.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+import dagster as dg
+from dagster._core.definitions.partitions.utils import get_tags_from_multi_partition_key
+from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION as SUPPRESS_EVENT
+from dagster._core.errors import DagsterExecutionInterruptedError, raise_execution_interrupts
+from dagster._core.execution.plan.execute_step import _build_data_version_tags, _get_code_version, _get_input_provenance_data
+from pydantic import BaseModel
+
+from interp_assets.errors import ConfigError, InterpError, StoreError
+from interp_assets.planning.progress import Progress
+from interp_assets.storage.manifest import Produced, data_version
+from interp_assets.storage.traffic import METER, Traffic
+
+OWNERS: Final = ["team:interpretability"]
+GPU_POOL: Final = "gpu"
+"""Runs that hold a subject model or SAEs in memory: Dagster starts as many at once as the pool's limit says (`dagster.yaml`: one)."""
+RETRIES: Final = dg.RetryPolicy(max_retries=2, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""A store that refuses is asked again after about 1 and 3 seconds; what is finished is found, so only the rest is made. Nothing else is retried."""
+_MAX_FACTS_BYTES: Final = 4096
+
+Events = Any
+"""What an asset's body yields. Dagster reads the annotation as the type of the output when a checker wraps the body, so it promises nothing."""
+
+
+class Made(NamedTuple):
+    """One finished partition, as Dagster shall show it."""
+
+    data_version: str
+    metadata: dict[str, Any]
+    is_whole: bool = True
+    """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
+
+
+class Shared(NamedTuple):
+    """What was done for all partitions of a run at once, before each is recorded."""
+
+    traffic: Traffic
+    seconds: float
+
+
+def record(
+    context: dg.AssetExecutionContext, work: Callable[[str], Made], progress: Progress, shared: Shared | None = None
+) -> Iterator[dg.AssetMaterialization | dg.MaterializeResult]:
+    """Run `work(partition key)` for every partition of this run, and yield its event (`""` is the key without partitions).
+
+    `shared` is divided among the partitions when their costs are shown. Raises `dagster.Failure` at the end when partitions failed, with
+    their messages; the others are recorded.
+    """
+    tags = _provenance_tags(context)
+    failed: dict[str, InterpError] = {}
+    keys = partition_keys(context)
+    for key in keys:
+        progress.begin("/".join(context.asset_key.path), key)
+        before, begun = METER.total(), time.monotonic()
+        try:
+            with interruptible(progress):
+                made = work(key)
+        except InterpError as error:
+            progress.end()
+            failed[key] = error
+            if isinstance(error, ConfigError | StoreError):
+                break
+            context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
+            continue
+        progress.end()
+        took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
+        is_new = not made.metadata.get("reused", True)
+        table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds, is_whole=made.is_whole) if is_new else None
+        yield _event(context, key, _with_cost(made, table), tags)
+    if failed:
+        raise _failure(failed, len(keys)) from next(iter(failed.values()))
+    yield dg.MaterializeResult(metadata={SUPPRESS_EVENT: True})
+
+
+@contextmanager
+def interruptible(progress: Progress) -> Iterator[None]:
+    """Let Ctrl-C end what an asset does here: Dagster defers it between the events of a step, which may be hours apart, and forgets it then."""
+    try:
+        with raise_execution_interrupts():
+            yield
+    except (DagsterExecutionInterruptedError, KeyboardInterrupt) as error:  # a retry policy would take it for a failure and begin again
+        progress.end()
+        raise dg.Failure("Interrupted. Finished partitions are kept.", allow_retries=False) from error
+
+
+def _add_share(own: Shared, shared: Shared | None, n_partitions: int) -> Shared:
+    if shared is None:
+        return own
+    traffic = Traffic(*(mine + all_of_it // n_partitions for mine, all_of_it in zip(own.traffic, shared.traffic, strict=True)))
+    return Shared(traffic, own.seconds + shared.seconds / n_partitions)
+
+
+def partition_keys(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> list[str]:
+    """List the partitions of this run; `[""]` without partitions."""
+    op_context = context.op_execution_context
+    return list(op_context.partition_keys) if op_context.has_partition_key or op_context.has_partition_key_range else [""]
+
+
+def made(produced: Sequence[Produced], url: str, **extra: Any) -> Made:
+    """Describe the artifacts of one partition: rows, bytes, seconds, rows per second, where, digest, and whether they were there before."""
+    if not produced:
+        return Made(data_version([]), dict(extra))
+    n_bytes = sum(item.manifest.n_bytes for item in produced)
+    n_rows = sum(n_rows_of(item) for item in produced)
+    wall_s = sum(item.wall_s for item in produced)
+    is_cached = all(item.is_cached for item in produced)
+    version = data_version([item.manifest for item in produced])
+    metadata: dict[str, Any] = {"rows": n_rows, "bytes": n_bytes, "seconds": round(wall_s, 3)}
+    if wall_s and not is_cached:
+        metadata["rows_per_s"] = round(n_rows / wall_s, 1)
+    metadata |= {"digest": version, "reused": is_cached}
+    metadata |= _where(produced, url) | extra
+    return Made(version, metadata)
+
+
+def n_rows_of(produced: Produced) -> int:
+    """Return the rows of an artifact: what its facts say, else what its files say."""
+    facts = produced.manifest.facts
+    return int(facts["n_rows"]) if "n_rows" in facts else max((entry.n_rows or 0 for entry in produced.manifest.files), default=0)
+
+
+def code_version(version: int, *sections: BaseModel) -> str:
+    """Return an asset's code version: its own number, and a hash of the configuration that decides its bytes."""
+    text = json.dumps([section.model_dump() for section in sections], sort_keys=True)
+    return f"{version}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}" if sections else str(version)
+
+
+def hash_version(content: Mapping[str, Any]) -> str:
+    """Return a data version for plain data."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _where(produced: Sequence[Produced], url: str) -> dict[str, Any]:
+    """Say where the artifacts lie and what is known of them: directly for one, as a table for several."""
+    if len(produced) == 1:
+        facts = {key: value for key, value in produced[0].manifest.facts.items() if isinstance(value, int | float | str | bool)}
+        shown = {"facts": dg.MetadataValue.json(facts)} if len(json.dumps(facts)) <= _MAX_FACTS_BYTES else {}
+        return {"artifact": dg.MetadataValue.path(f"{url}/{produced[0].ref.path}"), **shown}
+    rows = [
+        {"artifact": item.ref.path, "rows": n_rows_of(item), "bytes": item.manifest.n_bytes, "digest": item.manifest.digest, "reused": item.is_cached}
+        for item in produced
+    ]
+    return {"artifacts": dg.MetadataValue.table([dg.TableRecord(row) for row in rows]), "root": dg.MetadataValue.path(url)}
+
+
+def _with_cost(made: Made, table: list[dict[str, Any]] | None) -> Made:
+    """Add what a partition that was made took, beside what it was expected to; in dollars where the configuration says what an hour costs."""
+    if table is None:
+        return made
+    usd = {row["what"]: row["actual"] for row in table}["USD"]
+    more: dict[str, Any] = {"usd": usd} if usd else {}
+    return made._replace(metadata={**made.metadata, **more, "cost": dg.MetadataValue.table([dg.TableRecord(row) for row in table])})
+
+
+def _event(context: dg.AssetExecutionContext, key: str, made: Made, tags: Mapping[str, str]) -> dg.AssetMaterialization:
+    own = {**tags, "dagster/data_version": made.data_version}
+    if isinstance(key, dg.MultiPartitionKey):
+        own |= get_tags_from_multi_partition_key(key)
+    return dg.AssetMaterialization(asset_key=context.asset_key, partition=key or None, metadata=made.metadata, tags=own)
+
+
+def _provenance_tags(context: dg.AssetExecutionContext) -> dict[str, str]:
+    """Return the tags by which Dagster tells whether a partition is stale: code version, and the versions of the inputs at this moment."""
+    step = context.get_step_execution_context()
+    inputs = _get_input_provenance_data(context.asset_key, step)
+    return _build_data_version_tags(dg.DataVersion(""), _get_code_version(context.asset_key, step), inputs, data_version_is_user_provided=True)
+
+
+def _failure(failed: Mapping[str, InterpError], n_keys: int) -> dg.Failure:
+    """Make one failure of all errors: the message of the first, and how many there are."""
+    first = str(next(iter(failed.values())))
+    if n_keys == 1:
+        text = first
+    else:
+        names = ", ".join(list(failed)[:8]) + (", ..." if len(failed) > 8 else "")
+        text = f"{len(failed)} of {n_keys} partitions failed ({names}); the finished ones are kept. The first one: {first}"
+    messages = {key or "all": str(error) for key, error in failed.items()}
+    is_transient = all(isinstance(error, StoreError) for error in failed.values())
+    return dg.Failure(text, metadata={"failed": dg.MetadataValue.json(messages)}, allow_retries=is_transient)

@@ -1,0 +1,229 @@
+"""The run loop: a configuration becomes a finished road, in one process, making only what is missing.
+
+    for each asset, in the order of the data
+        which partitions are missing?   an artifact is not in the store, or Dagster does not know that it is
+        for each contiguous range of them: one Dagster run
+
+One process and one run per range, because a Dagster run costs about a second of bookkeeping on SQLite and a queued backfill walks the
+graph in steps of 30 seconds. The instance is the persistent one, so the UI shows every run, partition and plot.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import dagster as dg
+from dagster import DagsterEventType, DagsterInstance
+from dagster._core.errors import DagsterExecutionInterruptedError
+
+from interp_assets.errors import ConfigError, InterpError
+from interp_assets.graph.definitions import build_defs
+from interp_assets.graph.partitions import claim_history
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.planning.progress import AssetReport, Progress
+from interp_assets.planning.road import Stop, find_version, make_road, select_stops
+from interp_assets.storage.manifest import Manifest
+from interp_assets.storage.process_names import name_process
+from interp_assets.storage.store import Store
+from resources.launcher import PROCESS_TAG
+
+HOME_VARIABLE: Final = "DAGSTER_HOME"
+POSTGRES_VARIABLE: Final = "INTERP_POSTGRES_URL"
+_RESOURCES: Final = Path(__file__).parents[2] / "resources"
+_VERSION_TAG: Final = "dagster/data_version"
+_PAGE_EVENTS: Final = 1000
+_QUIET: Final = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+class RunError(InterpError):
+    """A Dagster run failed; `trace` is what a developer wants to see besides the message."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+class Outcome(NamedTuple):
+    """What became of the missing partitions of one asset."""
+
+    report: AssetReport
+    failed: list[str]
+    errors: list[RunError]
+    """One for each range that failed."""
+
+
+def dagster_home(config: PipelineConfig) -> Path:
+    """Return the folder of Dagster's database: `DAGSTER_HOME`, else `.dagster/<pipeline>` beside the pipeline's folder.
+
+    Each pipeline has its own, because asset keys are the same in all pipelines. A root that is no local folder gets `.dagster/<pipeline>`
+    in the working directory.
+    """
+    given = os.environ.get(HOME_VARIABLE)
+    root = Path() if "://" in config.root else Path(config.root)
+    return (Path(given) if given else root / ".dagster" / config.name).expanduser().resolve()
+
+
+def open_instance(config: PipelineConfig) -> DagsterInstance:
+    """Open the persistent instance of a pipeline; a new one gets the settings of `resources/dagster.yaml`, or those of production.
+
+    Production is Postgres and logs in S3: with `INTERP_POSTGRES_URL` set. Raises `ConfigError`, also when the history is another pipeline's.
+    """
+    home = dagster_home(config)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / "dagster.yaml").exists():
+            shutil.copyfile(_RESOURCES / ("dagster.production.yaml" if os.environ.get(POSTGRES_VARIABLE) else "dagster.yaml"), home / "dagster.yaml")
+    except OSError as error:
+        raise ConfigError(f"Dagster's folder {home} cannot be made: {error.strerror}. Name another one in {HOME_VARIABLE}.") from error
+    instance = DagsterInstance.from_config(str(home))
+    try:
+        claim_history(instance, config.name)
+    except ConfigError:
+        instance.dispose()
+        raise
+    return instance
+
+
+def run_road(
+    config: PipelineConfig, instance: DagsterInstance, *, select: Sequence[str] = (), progress: Progress | None = None
+) -> Iterator[AssetReport]:
+    """Materialize what is missing, asset by asset, and report each one when it is done.
+
+    `select` limits the run to the named assets (`corpus_plan` always runs: it notices new text). Raises `RunError` at the first asset that
+    fails; what is finished stays, and the next run goes on from there.
+    """
+    progress = progress or Progress()
+    road = select_stops(make_road(config), select)
+    job = build_defs(config, progress=progress).resolve_implicit_global_asset_job_def()
+    plan, *rest = road
+    yield _report(run_stop(job, instance, plan, [""], [""]))
+    store = open_pipeline_store(config)
+    pipeline = load_pipeline(config, store)
+    progress.plan(sum(len(stop.partition_keys(pipeline)) for stop in rest))
+    for stop in rest:
+        keys = stop.partition_keys(pipeline)
+        missing = find_missing(stop, pipeline, store, instance)
+        progress.skip(len(keys) - len(missing))
+        progress.expect(stop.name, len(missing))
+        yield _report(run_stop(job, instance, stop, missing, keys))
+
+
+def find_missing(stop: Stop, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
+    """List the partitions of an asset that have to be run, in order: without artifacts, made from other bytes, or not as Dagster knows them."""
+    recorded = recorded_versions(instance, stop)
+    keys = stop.partition_keys(pipeline)
+    known: dict[str, Manifest] = {}
+    return [key for key in keys if key not in recorded or find_version(stop, pipeline, store, key, known) != recorded[key]]
+
+
+def recorded_versions(instance: DagsterInstance, stop: Stop) -> dict[str, str]:
+    """Return the data version of every partition that Dagster knows of an asset (`""` without partitions)."""
+    key = dg.AssetKey(list(stop.key))
+    if stop.axis == "none":
+        event = instance.get_latest_materialization_event(key)
+        tags = event.asset_materialization.tags if event and event.asset_materialization else None
+        return {"": tags[_VERSION_TAG]} if tags and _VERSION_TAG in tags else {}
+    found = instance.event_log_storage.get_latest_tags_by_partition(key, DagsterEventType.ASSET_MATERIALIZATION, [_VERSION_TAG])
+    return {partition: tags[_VERSION_TAG] for partition, tags in found.items() if _VERSION_TAG in tags}
+
+
+def recorded_costs(instance: DagsterInstance, stop: Stop) -> list[list[dict[str, Any]]]:
+    """Return, for every partition of an asset that was made, the table of what it was expected to take and what it took the last time."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    has_more, cursor = True, None
+    while has_more:
+        records, cursor, has_more = instance.fetch_materializations(dg.AssetKey(list(stop.key)), limit=_PAGE_EVENTS, cursor=cursor)
+        for record in records:
+            event = record.asset_materialization
+            table = event.metadata.get("cost") if event else None
+            if event and isinstance(table, dg.TableMetadataValue):
+                found.setdefault(event.partition or "", [dict(row.data) for row in table.records])
+    return list(found.values())
+
+
+def make_ranges(missing: Sequence[str], keys: Sequence[str]) -> list[tuple[str, str]]:
+    """Join missing partitions that follow each other in `keys` into ranges (first, last).
+
+    Keys of two dimensions (`slice|shard`) are joined along the second only, because Dagster reads a range as a rectangle.
+    """
+    ranges: list[tuple[str, str]] = []
+    place = {key: i for i, key in enumerate(keys)}
+    for key in missing:
+        row = key.rpartition("|")[0]
+        if ranges and place[key] == place[ranges[-1][1]] + 1 and ranges[-1][1].rpartition("|")[0] == row:
+            ranges[-1] = (ranges[-1][0], key)
+        else:
+            ranges.append((key, key))
+    return ranges
+
+
+def explain_failure(name: str, result: dg.ExecuteInProcessResult) -> RunError:
+    """Turn a failed run of an asset into one paragraph: what the stage said, or what went wrong in our own code."""
+    for event in result.all_events:
+        if event.event_type != DagsterEventType.STEP_FAILURE:
+            continue
+        failure = event.step_failure_data
+        if failure.user_failure_data is not None and failure.user_failure_data.description:
+            return RunError(failure.user_failure_data.description, failure.error.to_string() if failure.error else "")
+        if failure.error is not None:
+            cause = failure.error.cause or failure.error
+            text = cause.message.strip()
+            said = text.removeprefix(f"{InterpError.__module__}.{cause.cls_name}: ")
+            return RunError(said if said != text else f"{name} failed: {text}", failure.error.to_string())
+    return RunError(f"{name} failed, and Dagster does not say why. Look at the run in its UI (`interp dev`).")
+
+
+def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    for event in result.all_events:
+        error = event.step_failure_data.error if event.event_type == DagsterEventType.STEP_FAILURE else None
+        while error is not None:
+            if error.cls_name in (DagsterExecutionInterruptedError.__name__, KeyboardInterrupt.__name__):
+                return True
+            error = error.cause
+    return False
+
+
+def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missing: list[str], keys: list[str]) -> Outcome:
+    """Run the missing partitions of one asset, one Dagster run a contiguous range; a range that fails does not stop the others.
+
+    Raises `KeyboardInterrupt` when a run was interrupted: Dagster records that as a failure, and a person wants all of it to stop.
+    """
+    started = time.monotonic()
+    n_bytes, failed_checks, failed, errors = 0, [], [], []
+    ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
+    for first, last in ranges:
+        tags = {"interp/asset": stop.name, "interp/stage": stop.stage, PROCESS_TAG: name_process()}
+        if first:
+            tags |= {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
+        result = job.execute_in_process(
+            instance=instance, asset_selection=[dg.AssetKey(list(stop.key))], tags=tags, run_config=_QUIET, raise_on_error=False
+        )
+        events = result.asset_materializations_for_node(_node_name(stop))
+        if not result.success:
+            if _was_interrupted(result):
+                raise KeyboardInterrupt
+            errors.append(explain_failure(stop.name, result))
+            failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
+        n_bytes += sum(_bytes_of(event) for event in events)
+        failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
+    report = AssetReport(stop.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
+    return Outcome(report, failed, errors)
+
+
+def _report(outcome: Outcome) -> AssetReport:
+    if outcome.errors:
+        raise outcome.errors[0]
+    return outcome.report
+
+
+def _node_name(stop: Stop) -> str:
+    return dg.AssetKey(list(stop.key)).to_python_identifier()
+
+
+def _bytes_of(event: dg.AssetMaterialization) -> int:
+    value = event.metadata.get("bytes")
+    return int(value.value) if isinstance(value, dg.IntMetadataValue) and value.value else 0

@@ -1,0 +1,174 @@
+"""A pipeline is a configuration plus what the world answered when it was planned; from it every artifact id follows.
+
+The **plan** is the one mutable file of the tree, `<root>/<pipeline>/plan.json`: which documents make which shard (with their
+fingerprints), the tokenizer's and the subject model's fingerprints, and the width of every hook point. It is written by `corpus_plan`
+and only ever replaced as a whole. Given the plan, the id and path of each artifact is a pure function (`refs.py` of each stage), so a
+job on any machine finds its inputs without a registry, and finished work is recognised by its path.
+
+Changing a text file changes one shard's fingerprint: that shard and what depends on it get new ids; the rest is reused.
+"""
+
+import json
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, TypeVar
+
+from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError, StoreMissingError
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.storage.store import Store, open_store
+
+PLAN: Final = "plan.json"
+_FORMAT: Final = "interp-assets/plan"
+_VERSION: Final = 1
+"""Raise it with every key that is added: readers refuse keys that they do not know."""
+_DROPPED: Final = ("n_empty_files", "empty_files")
+"""Keys that some plans of version 1 have and nobody needs."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSource:
+    """The documents of one shard, before they are read."""
+
+    index: int
+    fingerprint: str
+    """Hash of the documents' content (local sources) or of their address (dataset, revision, range)."""
+    n_documents: int
+    n_bytes: int
+    """UTF-8 bytes of text; 0 when the source cannot tell without reading."""
+    spec: dict[str, Any]
+    """Where the documents are, in the source's own terms."""
+
+    @property
+    def key(self) -> str:
+        """Partition key and file-name label."""
+        return shard_key(self.index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelinePlan:
+    """What the world answered: documents, tokenizer and model."""
+
+    shards: list[ShardSource]
+    tokenizer_fingerprint: str
+    model_fingerprint: str
+    hook_widths: dict[str, int]
+    """`d_in` of every configured hook point."""
+    vocabulary_size: int
+    max_context: int
+    generations: list[int] = field(default_factory=list)
+    """For each generation of training shards, the first shard index after it (`shuffle/generations.py`); empty: all shards are one."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A configuration and its plan: all that a stage needs to know besides its store."""
+
+    config: PipelineConfig
+    plan: PipelinePlan
+    empty_files: list[str] = field(default_factory=list, compare=False)
+    """Files that were skipped because they hold no text: known to the process that planned, and no part of the plan."""
+    _answers: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def remember(self, question: Hashable, answer: Callable[[], T]) -> T:
+        """Return `answer()`, computed once for each `question`: ids over all shards are asked for by every job."""
+        if question not in self._answers:
+            self._answers[question] = answer()
+        return self._answers[question]
+
+    @property
+    def shard_indices(self) -> list[int]:
+        """Indices of all shards."""
+        return [shard.index for shard in self.plan.shards]
+
+    @property
+    def train_indices(self) -> list[int]:
+        """Indices of the shards that are shuffled and trained on."""
+        pending = set(self.pending_indices)
+        return [index for index in self.shard_indices if index >= self.config.corpus.held_out_shards and index not in pending]
+
+    @property
+    def pending_indices(self) -> list[int]:
+        """Indices of the shards that wait for the next retraining."""
+        generations = self.plan.generations
+        return [index for index in self.shard_indices if index >= generations[-1]] if generations else []
+
+    @property
+    def held_out_indices(self) -> list[int]:
+        """Indices of the shards that only measure."""
+        return [index for index in self.shard_indices if index < self.config.corpus.held_out_shards]
+
+    def source(self, index: int) -> ShardSource:
+        """Return the documents of shard `index`. Raises `ConfigError` when the plan has no such shard."""
+        for shard in self.plan.shards:
+            if shard.index == index:
+                return shard
+        raise ConfigError(
+            f"There is no shard {index} in the plan of pipeline {self.config.name!r}: it has {len(self.plan.shards)}. Plan again with `interp run`."
+        )
+
+    def d_in(self, hook_point: str) -> int:
+        """Return the width of a hook point. Raises `ConfigError` when it was not planned."""
+        try:
+            return self.plan.hook_widths[hook_point]
+        except KeyError:
+            raise ConfigError(
+                f"Hook point {hook_point!r} is not in the plan ({sorted(self.plan.hook_widths)}). Plan again with `interp run`."
+            ) from None
+
+
+def shard_key(index: int) -> str:
+    """Return the partition key of a corpus shard, for example `shard-000017`."""
+    return f"shard-{index:06d}"
+
+
+def shard_index(key: str) -> int:
+    """Return the shard's index of a partition key. Raises `ConfigError` for anything else."""
+    prefix, _, digits = key.partition("-")
+    if prefix != "shard" or not digits.isdigit():
+        raise ConfigError(f"{key!r} is no shard key; they look like {shard_key(17)!r}.")
+    return int(digits)
+
+
+def open_pipeline_store(config: PipelineConfig) -> Store:
+    """Open the folder of a pipeline: `<root>/<name>`."""
+    return open_store(config.root).child(config.name)
+
+
+def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
+    """Replace the pipeline's plan; answer False when it was the same already."""
+    data = (json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(plan)}, sort_keys=True, indent=1) + "\n").encode()
+    try:
+        if store.get(name) == data:
+            return False
+    except StoreMissingError:
+        pass
+    return store.put(name, data)
+
+
+def load_pipeline(config: PipelineConfig, store: Store) -> Pipeline:
+    """Read the plan of a pipeline.
+
+    Raises `ArtifactMissingError` before the first planning, `ArtifactForeignError` for another release's plan, `ArtifactCorruptError` for a
+    damaged one.
+    """
+    name = config.execution.plan
+    try:
+        content = json.loads(store.get(name))
+        found = (content.pop("format"), content.pop("version"))
+        if found != (_FORMAT, _VERSION):
+            raise ArtifactForeignError(
+                f"The plan {store.url}/{name} is {found}, this release reads {(_FORMAT, _VERSION)}. Use the release that wrote it on every machine, "
+                "or materialize `corpus_plan` again with this one."
+            )
+        for key in _DROPPED:
+            content.pop(key, None)
+        shards = [ShardSource(**shard) for shard in content.pop("shards")]
+        plan = PipelinePlan(shards=shards, **content)
+    except StoreMissingError as error:
+        raise ArtifactMissingError(
+            f"Pipeline {config.name!r} has no plan at {store.url}/{name}. Materialize `corpus_plan` (or `interp run`) first."
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactCorruptError(f"The plan {store.url}/{name} is damaged ({error}). Materialize `corpus_plan` again.") from error
+    return Pipeline(config, plan)

@@ -1,0 +1,62 @@
+"""Who hears how the work goes: nobody by default, the command line's bars when a person watches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from interp_assets.storage.traffic import Traffic
+
+Advance = Callable[[int], None]
+"""What a stage calls with the units of work that it has done since the last call."""
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """Knows what partitions should take, and learns from what they took."""
+
+    def __call__(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool) -> list[dict[str, Any]] | None:
+        """Return a table of what was expected and what it took, None where nothing is expected; only work that was done whole teaches anything."""
+        ...
+
+
+class Progress:
+    """Hears of partitions and of work inside them. This one ignores it all; `console.Bars` draws."""
+
+    estimator: Estimator | None = None
+    """Knows what partitions should cost. Given by the definitions, because it sees all stages, and a stage sees only those before it."""
+
+    def cost(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool = True) -> list[dict[str, Any]] | None:
+        """Return what a partition took beside what it was expected to take, if that is known."""
+        return self.estimator(asset, partition, traffic, seconds, is_whole=is_whole) if self.estimator else None
+
+    def plan(self, n_partitions: int) -> None:
+        """Hear how many partitions a run has, finished ones included."""
+
+    def skip(self, n_partitions: int) -> None:
+        """Hear that partitions are there already."""
+
+    def expect(self, asset: str, n_partitions: int) -> None:
+        """Hear how many partitions of an asset are made next."""
+
+    def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
+        """Hear that work on one partition starts (`""` without partitions), and how many units it has, if that is known."""
+
+    def tell(self, sentence: str) -> None:
+        """Hear something that a person should read."""
+
+    def advance(self, n: int) -> None:
+        """Hear that `n` more units of the current partition are done."""
+
+    def end(self) -> None:
+        """Hear that the current partition is finished, or has failed."""
+
+
+class AssetReport(NamedTuple):
+    """What a run did for one asset."""
+
+    name: str
+    n_partitions: int
+    n_made: int
+    n_bytes: int
+    wall_s: float
+    failed_checks: list[str]
+    """Checks that did not pass and do not block."""

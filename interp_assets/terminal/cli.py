@@ -1,0 +1,340 @@
+"""`interp`: what people type, turned into runs, tables and servers.
+
+Exit codes: 0 done; 1 something is wrong, and the message says what and what to do; 2 wrong usage; 3 a bug in this package; 130 interrupted.
+Errors of the `InterpError` family are one paragraph; `--debug` shows the traceback too. Imports happen inside the commands, because
+torch and Dagster take seconds and `interp --help` should not.
+"""
+
+import os
+import platform
+import socket
+import sys
+import traceback
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from interp_assets.errors import InputError, InterpError, explain_missing, find_no_room
+from interp_assets.planning.config import PipelineConfig, demo_config, load_config
+from interp_assets.terminal.web import export, labels_app, make_desk
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app.add_typer(labels_app, name="labels")
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+_INTERRUPTED = 130
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline's YAML file. Default: the demo pipeline.")]
+ReadAgain = Annotated[bool, typer.Option("--read-again", help="Plan from all text and weights, also of files that look unchanged.")]
+PathArgument = Annotated[str, typer.Argument(help="An artifact's folder, or any folder above artifacts; a path or s3:// address.")]
+PortOption = Annotated[int, typer.Option(help="Port of the feature browser; the next free one is taken when it is in use.")]
+
+
+@app.command()
+def demo(
+    serve: Annotated[bool, typer.Option(help="Open the feature browser and Dagster's UI when the road is finished.")] = True,
+    port: PortOption = 8420,
+    dagster_port: Annotated[int, typer.Option(help="Port of Dagster's UI.")] = 3000,
+) -> None:
+    """Build everything from the shipped model and the standard library's sources, then show it."""
+    config = demo_config()
+    _run(config, [])
+    if serve:
+        _show(config, None, port, dagster_port)
+
+
+@app.command()
+def run(
+    config: ConfigOption = None,
+    select: Annotated[list[str] | None, typer.Option(help="Only this asset, for example `activations`; may be given several times.")] = None,
+    read_again: ReadAgain = False,
+) -> None:
+    """Materialize what is missing of a pipeline, from text to the feature browser's bundle."""
+    _run(_load(config, read_again=read_again), select or [])
+
+
+@app.command()
+def backfill(
+    config: ConfigOption = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Only partitions whose latest run failed, and what comes after them.")] = False,
+    select: Annotated[list[str] | None, typer.Option(help="Only this asset; may be given several times.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="Only this partition, whatever its state; damaged files are found.")] = None,
+) -> None:
+    """Make what has failed, is missing or was made from other bytes, as far as possible; exit code 1 when something failed again."""
+    pipeline = _load(config)
+    _check_names(pipeline, select or [])
+    from interp_assets.graph.backfill import run_backfill
+    from interp_assets.graph.jobs import open_instance
+    from interp_assets.terminal.console import print_report, print_total
+    from interp_assets.terminal.lines import watch
+
+    warnings.simplefilter("ignore")  # as in `run`
+    out.print(f"Pipeline {pipeline.name} in {pipeline.root}", soft_wrap=True, markup=False)
+    reports = []
+    with open_instance(pipeline) as instance, watch(out) as progress:
+        for item in run_backfill(pipeline, instance, select=select or [], partitions=partition or [], only_failed=failed, progress=progress):
+            reports.append(item)
+            print_report(out, item.report)
+            if item.failed or item.waiting:
+                left = [f"{len(keys):,} {word}: {', '.join(keys[:8])}" for keys, word in ((item.failed, "failed"), (item.waiting, "waiting")) if keys]
+                out.print(f"    {'; '.join(left)}", style="red", markup=False, soft_wrap=True)
+            if item.message:
+                out.print(f"    {item.message}", markup=False, soft_wrap=True)
+    print_total(out, [item.report for item in reports])
+    if any(item.failed or item.waiting for item in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("pipeline.yaml")) -> None:
+    """Write a commented configuration to start from."""
+    from interp_assets.terminal.starter import make_starter
+
+    if path.exists():
+        raise InputError(f"{path} exists already. Name another file, or delete it first.")
+    path.write_text(make_starter(path.name), encoding="utf-8")
+    out.print(f"Wrote {path}. Change model, text and hook points, then: interp run --config {path}", soft_wrap=True)
+
+
+@app.command("import")
+def import_sae(
+    folder: Annotated[str, typer.Argument(help="Folder or s3:// address that SAELens, sparsify or dictionary_learning wrote, or of Gemma Scope.")],
+    config: ConfigOption = None,
+    name: Annotated[str, typer.Option(help="Name of the SAE in the pipeline. Default: made of the folder's.")] = "",
+    hook_point: Annotated[str, typer.Option(help="One of harvest.hook_points. Default: the one that the folder tells.")] = "",
+    target_hook_point: Annotated[str, typer.Option(help="What a transcoder reconstructs. Default: the one that the folder tells.")] = "",
+    add: Annotated[bool, typer.Option("--add", help="Put the entry into the configuration's file.")] = False,
+) -> None:
+    """Check an SAE that another tool trained against a pipeline, and write the entry by which the pipeline takes it in."""
+    from interp_assets.terminal.importing import Place, add_entry, make_entry, plan_import, print_import
+
+    if add and config is None:
+        raise InputError("--add puts the entry into a file: name it with --config (`interp init` writes one).")
+    found = plan_import(_load(config), Place(folder, name, hook_point, target_hook_point))
+    print_import(err, found)
+    out.print(make_entry(found.entry).rstrip(), soft_wrap=True, markup=False)
+    shown = f"To browse its features, put {found.entry.name!r} into features.saes too."
+    if add and config is not None:
+        add_entry(config, found.entry)
+        err.print(f"Added to {config}. {shown} Then: interp run --config {config}", soft_wrap=True, markup=False)
+    else:
+        err.print(f"Put this item into `saes` of the configuration (or --add). {shown} Then: interp run", soft_wrap=True, markup=False)
+
+
+@app.command()
+def plan(
+    config: ConfigOption = None,
+    rows: Annotated[str | None, typer.Option(help="Quote a shuffle of this many rows instead, without a pipeline; for example 100e9.")] = None,
+    row_bytes: Annotated[int, typer.Option(help="Bytes of a row, with its row id (8 bytes).")] = 1032,
+    memory: Annotated[str, typer.Option(help="What a job may hold of rows, for example 100GB; sorting takes 32 bytes a row more.")] = "4GB",
+    smallest_range: Annotated[str, typer.Option("--range", help="Smallest range of a bucket in a job's file.")] = "8MiB",
+    workers: Annotated[int | None, typer.Option(help="Jobs that run at once. Default: execution.workers; 64 with --rows.", min=1)] = None,
+    read_again: ReadAgain = False,
+    simulate: Annotated[bool, typer.Option("--simulate", help="With --rows: run the cheapest plan on row numbers, without a row.")] = False,
+) -> None:
+    """Say what a pipeline will make before anything is made: partitions, rows, bytes, memory and time of each asset, and what the shuffle costs."""
+    if rows is None:
+        from interp_assets.terminal.forecast import print_plan
+
+        print_plan(out, _load(config, read_again=read_again), workers)
+        return
+    from interp_assets.shuffle.estimate import Prices
+    from interp_assets.terminal.quote import parse_size, print_quote, print_simulation
+
+    best = print_quote(out, parse_size(rows), row_bytes, parse_size(memory), parse_size(smallest_range), Prices(workers=workers or 64))
+    if simulate:
+        print_simulation(out, best, row_bytes)
+
+
+@app.command()
+def costs(config: ConfigOption = None) -> None:
+    """Show what was expected of each asset's partitions and what they took: bytes, requests, seconds, dollars."""
+    from interp_assets.graph.jobs import open_instance, recorded_costs
+    from interp_assets.planning.road import make_road
+    from interp_assets.terminal.forecast import print_costs
+
+    warnings.simplefilter("ignore")
+    loaded = _load(config)
+    with open_instance(loaded) as instance:
+        print_costs(out, loaded, {stop.name: recorded_costs(instance, stop) for stop in make_road(loaded)})
+
+
+@app.command()
+def inspect(path: PathArgument = "data") -> None:
+    """Show an artifact's manifest and the heads of its tables, or count the artifacts below a folder."""
+    from interp_assets.terminal.show import print_inspection
+
+    print_inspection(out, path)
+
+
+@app.command()
+def sweep(
+    config: ConfigOption = None,
+    sort: Annotated[str, typer.Option(help="Column of the table to sort by, for example `l0`.")] = "fvu",
+    csv: Annotated[bool, typer.Option("--csv", help="Write all columns as CSV.")] = False,
+) -> None:
+    """Show all SAEs of a pipeline side by side: configuration, quality on the held-out shards, speed."""
+    from interp_assets.terminal.show import print_sweep
+
+    print_sweep(out, _load(config), sort, as_csv=csv)
+
+
+@app.command()
+def verify(path: PathArgument = "data") -> None:
+    """Read every block of every artifact below a folder, and name each fault; exit code 1 when there is one."""
+    from interp_assets.storage.verify import list_tree, locate, verify_tree
+    from interp_assets.terminal.console import byte_bar, format_bytes, format_count
+
+    place = locate(path)
+    tree = list_tree(place.store, place.path)
+    if not tree.artifacts:
+        raise InputError(f"There is no artifact below {path}, so nothing was verified. Name an artifact's folder, or any folder above artifacts.")
+    with byte_bar(err, "verifying", tree.n_bytes) as advance:
+        faults = verify_tree(place.store, place.path, advance)
+    for fault in faults:
+        out.print(f"{place.store.url}/{fault.path} {fault.what}", soft_wrap=True, markup=False)
+    summary = f"{format_count(len(tree.artifacts), 'artifact')}, {format_bytes(tree.n_bytes)}"
+    if faults:
+        out.print(f"{summary}: {format_count(len(faults), 'fault')}.")
+        raise typer.Exit(1)
+    out.print(f"{summary}: every block agrees with its manifest.")
+
+
+@app.command()
+def serve(
+    path: Annotated[str | None, typer.Argument(help="A bundle, or a folder above bundles; a path or s3:// address. Default: the pipeline's.")] = None,
+    config: ConfigOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; other machines need a token.")] = "127.0.0.1",
+    port: PortOption = 8420,
+    token: Annotated[str | None, typer.Option(help="Ask for this token.", envvar="INTERP_TOKEN")] = None,
+    notes: Annotated[Path, typer.Option(help="Folder of lists and notes: one JSON file a bundle, made by the first note.")] = Path("feature-notes"),
+) -> None:
+    """Open the feature browser."""
+    from interp_assets.web.opened import find_bundles
+    from interp_assets.web.server import serve as serve_bundles
+
+    pipeline = _load(config)
+    bundles = find_bundles(path or f"{pipeline.root}/{pipeline.name}")
+    port = _free_port(host, port)
+    out.print(f"Feature browser: http://{host}:{port}   (Ctrl-C stops it)", soft_wrap=True)
+    serve_bundles(bundles, host=host, port=port, token=token, desk=make_desk(pipeline, bundles, notes))
+
+
+@app.command()
+def dev(config: ConfigOption = None, dagster_port: Annotated[int, typer.Option(help="Port of Dagster's UI.")] = 3000) -> None:
+    """Open Dagster's UI on a pipeline, without running anything."""
+    from interp_assets.graph.processes import start_dagster
+
+    dagster = start_dagster(_load(config), config, _free_port("127.0.0.1", dagster_port))
+    out.print(f"Dagster's UI: {dagster.url}   (ready in some seconds; Ctrl-C stops it; log: {dagster.log})", soft_wrap=True)
+    with dagster:
+        dagster.wait()
+
+
+app.command()(export)  # after the others: `interp --help` lists commands in this order
+
+
+def _show_version(is_asked: bool) -> bool:
+    if is_asked:
+        out.print(f"interp-assets {metadata.version('interp-assets')}, Python {platform.python_version()}", soft_wrap=True)
+        raise typer.Exit
+    return is_asked
+
+
+@app.callback()
+def explain(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and go.", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """From text to the features of a language model: token shards, activations, an exact shuffle, sparse autoencoders, a browser."""
+
+
+def main() -> None:
+    """Run the command line; errors become one paragraph and an exit code. `--debug` may stand anywhere."""
+    is_debug = "--debug" in sys.argv
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin on the cores that compiled loops use
+    try:
+        app([argument for argument in sys.argv[1:] if argument != "--debug"])
+    except InterpError as error:
+        if is_debug:
+            err.print(getattr(error, "trace", "") or traceback.format_exc(), markup=False, soft_wrap=True)
+        err.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # what Typer makes of Ctrl-C, without a word
+            err.print("\nInterrupted. Finished partitions are kept; the same command goes on from there.", soft_wrap=True)
+        raise
+    except Exception as error:  # noqa: BLE001 - the last resort: a person gets a sentence, a developer --debug
+        if is_debug:
+            err.print(traceback.format_exc(), markup=False, soft_wrap=True)
+        if found := find_no_room(error):
+            reason = (str(found).strip() or type(found).__name__).splitlines()[0]
+            text = f"Error: A disk is full (or fails), that of Dagster's history or of temporary files: {reason}. "
+            err.print(f"{text}Free some space and run the same command again: finished shards are kept.", style="red", markup=False, soft_wrap=True)
+            sys.exit(1)
+        if said := explain_missing(error):
+            err.print(f"Error: {said}", style="red", markup=False, soft_wrap=True)
+            sys.exit(1)
+        err.print(f"A bug in interp-assets: {type(error).__name__}: {error}. Please report it with what --debug shows.", style="red", markup=False)
+        sys.exit(3)
+
+
+def _load(path: Path | None, *, read_again: bool = False) -> PipelineConfig:
+    config = demo_config() if path is None else load_config(path)
+    return config.model_copy(update={"execution": config.execution.model_copy(update={"read_again": True})}) if read_again else config
+
+
+def _check_names(config: PipelineConfig, select: list[str]) -> None:
+    """Refuse names of assets that there are not, before the libraries are loaded that would make them."""
+    if select:
+        from interp_assets.planning.road import make_road, select_stops
+
+        select_stops(make_road(config), select)
+
+
+def _run(config: PipelineConfig, select: list[str]) -> None:
+    _check_names(config, select)
+    from interp_assets.graph.jobs import open_instance, run_road
+    from interp_assets.terminal.console import print_report, print_total
+    from interp_assets.terminal.lines import watch
+
+    warnings.simplefilter("ignore")  # Dagster's notes about beta features; the tests run with warnings as errors
+    out.print(f"Pipeline {config.name} in {config.root}", soft_wrap=True, markup=False)
+    reports = []
+    with open_instance(config) as instance, watch(out) as progress:
+        for report in run_road(config, instance, select=select, progress=progress):
+            reports.append(report)
+            print_report(out, report)
+    print_total(out, reports)
+
+
+def _show(config: PipelineConfig, config_path: Path | None, port: int, dagster_port: int) -> None:
+    from interp_assets.graph.processes import start_dagster
+    from interp_assets.web.opened import find_bundles
+    from interp_assets.web.server import serve as serve_bundles
+
+    bundles = find_bundles(f"{config.root}/{config.name}")
+    port = _free_port("127.0.0.1", port)
+    dagster = start_dagster(config, config_path, _free_port("127.0.0.1", dagster_port))
+    out.print(f"\nFeature browser: http://127.0.0.1:{port}", soft_wrap=True)
+    out.print(f"Dagster's UI:    {dagster.url}   (ready in some seconds; log: {dagster.log})\nCtrl-C stops both.", soft_wrap=True)
+    with dagster:
+        serve_bundles(bundles, port=port, desk=make_desk(config, bundles, Path("feature-notes")))
+
+
+def _free_port(host: str, port: int) -> int:
+    """Return the port, or the next free one above it."""
+    for candidate in range(port, port + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError:
+                continue
+            return candidate
+    raise InputError(f"No port from {port} to {port + 99} is free on {host}. Name another one.")

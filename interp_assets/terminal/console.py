@@ -1,0 +1,150 @@
+"""What people see in a terminal: progress bars, tables and errors, drawn with rich.
+
+Bars are drawn on a terminal only; elsewhere (a log file, a pipe) there are lines (`lines.py`). Nothing here decides anything.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from interp_assets.planning.progress import AssetReport, Progress
+
+
+class Bars(Progress):
+    """Draws the whole road and the partition at hand. A context manager: the bars are gone when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        """Draw on `console`."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=32), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        self._rich = RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._road = self._rich.add_task("the whole road", total=None, note="planning")
+        self._partition = self._rich.add_task("", total=None, note="", visible=False)
+        self._n_partitions = self._n_done = self._n_units = 0
+        self._n_expected: int | None = None
+        self._asset = ""
+
+    def __enter__(self) -> "Bars":  # noqa: PYI034 - beartype, which checks in tests, cannot read Self
+        """Start to draw."""
+        self._rich.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Take the bars away."""
+        self._rich.stop()
+
+    def plan(self, n_partitions: int) -> None:
+        """Show how many partitions there are."""
+        self._n_partitions = n_partitions
+        self._rich.update(self._road, total=n_partitions, completed=0, note=f"0/{n_partitions:,} partitions")
+
+    def skip(self, n_partitions: int) -> None:
+        """Count partitions that are there already."""
+        self._count(n_partitions)
+
+    def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
+        """Show the partition at hand. Partitions of one asset are alike: the last one's units are the next one's estimate."""
+        if asset != self._asset:
+            self._asset, self._n_expected = asset, None
+        elif self._n_units:
+            self._n_expected = self._n_units
+        self._n_expected = n_units or self._n_expected
+        self._n_units = 0
+        name = " ".join(part for part in (asset, partition) if part)
+        self._rich.reset(self._partition, description=name, total=self._n_expected, note="", visible=True)
+
+    def tell(self, sentence: str) -> None:
+        """Print a sentence above the bars."""
+        self._rich.console.print(f"  {sentence}", soft_wrap=True, markup=False)
+
+    def advance(self, n: int) -> None:
+        """Show units of work."""
+        self._n_units += n
+        total = None if self._n_expected is None else max(self._n_expected, self._n_units)
+        self._rich.update(self._partition, completed=self._n_units, total=total, note=f"{self._n_units:,}")
+
+    def end(self) -> None:
+        """Count the finished partition."""
+        self._rich.update(self._partition, visible=False)
+        self._count(1)
+
+    def _count(self, n: int) -> None:
+        if self._n_partitions:
+            self._n_done += n
+            self._rich.update(self._road, completed=self._n_done, note=f"{self._n_done:,}/{self._n_partitions:,} partitions")
+
+
+@contextmanager
+def byte_bar(console: Console, description: str, n_bytes: int) -> Iterator[Any]:
+    """Draw a bar of bytes; the value is a function that advances it."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=32),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    with RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal) as rich:
+        task = rich.add_task(description, total=n_bytes)
+        yield lambda n: rich.advance(task, n)
+
+
+def print_report(console: Console, report: AssetReport) -> None:
+    """Print one line for a finished asset."""
+    n_reused = report.n_partitions - report.n_made
+    parts = [f"{report.n_made:,} made" if report.n_made else "", f"{n_reused:,} there already" if n_reused else ""]
+    text = Text(f"  {report.name:<38}{', '.join(part for part in parts if part):<34}{report.wall_s:>8.1f} s  {format_bytes(report.n_bytes):>9}")
+    if report.failed_checks:
+        text.append(f"  check not passed: {', '.join(report.failed_checks)}", style="yellow")
+    console.print(text, soft_wrap=True)
+
+
+def print_total(console: Console, reports: Sequence[AssetReport]) -> None:
+    """Print the sum of a run."""
+    n_partitions, n_made = sum(report.n_partitions for report in reports), sum(report.n_made for report in reports)
+    wall_s, n_bytes = sum(report.wall_s for report in reports), sum(report.n_bytes for report in reports)
+    console.print(
+        f"  {len(reports)} assets, {n_partitions:,} partitions: {n_made:,} made in {wall_s:.1f} s, {format_bytes(n_bytes)} written.", soft_wrap=True
+    )
+
+
+def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right_from: int | None = None) -> None:
+    """Print a table as wide as it is; numbers stand at the right, and so does all from column `right_from` on."""
+    content = [list(row) for row in rows]
+    texts = [list(columns), *([_cell(value) for value in row] for row in content)]
+    widths = [max(cell_len(row[i]) for row in texts) for i in range(len(columns))]
+    first_right = len(columns) if right_from is None else right_from
+    is_number = [i >= first_right or (bool(content) and all(isinstance(row[i], int | float) for row in content)) for i in range(len(columns))]
+    for n_line, row in enumerate(texts):
+        padding = [" " * (width - cell_len(cell)) for width, cell in zip(widths, row, strict=True)]
+        cells = [pad + cell if right else cell + pad for pad, cell, right in zip(padding, row, is_number, strict=True)]
+        console.print("  ".join(cells).rstrip(), style="bold" if n_line == 0 else None, soft_wrap=True, markup=False)
+
+
+def _cell(value: object) -> str:
+    """Write one cell: numbers with thousands separators, text on one line."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "".join(char if char.isprintable() else "\ufffd" for char in str(value))
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Write a size with a unit: 1.5 GB."""
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def format_count(n: int, one: str, many: str = "") -> str:
+    """Write a number with its noun: 1 fault, 2 faults."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"

@@ -1,0 +1,122 @@
+"""Artifacts in human form: a manifest, its facts and files, and the heads of its tables; or a count of what lies below a folder."""
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Final
+
+import polars as pl
+from rich.console import Console
+
+from interp_assets.errors import InputError
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.storage.manifest import MANIFEST, FileEntry, Manifest, read_file, read_manifest
+from interp_assets.storage.store import Store
+from interp_assets.storage.verify import Tree, list_tree, locate
+from interp_assets.terminal.console import format_bytes, format_count, print_table
+
+_HEAD_ROWS: Final = 5
+_MAX_TABLE_BYTES: Final = 256 << 20
+_MAX_TEXT: Final = 2000
+_MAX_CELL: Final = 32
+
+
+def print_inspection(console: Console, address: str) -> None:
+    """Print the artifact at `address`, or how many artifacts of which kind lie below it."""
+    store, path = locate(address)
+    tree = list_tree(store, path)
+    if path in tree.artifacts:
+        print_artifact(console, store, path)
+    elif tree.artifacts:
+        print_tree(console, store, tree)
+    else:
+        raise InputError(f"There is no artifact at or below {address}. Artifacts are folders with a {MANIFEST}.")
+
+
+def print_sweep(console: Console, config: PipelineConfig, sort: str, *, as_csv: bool) -> None:
+    """Print the table of all SAEs of a pipeline, and where it lies. Raises `InputError` for a column that it has not."""
+    from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - torch takes seconds to import
+    from interp_assets.train.sweep import TABLE, load_table, shorten  # noqa: PLC0415
+
+    store = open_pipeline_store(config)
+    pipeline = load_pipeline(config, store)
+    table = load_table(pipeline, store)
+    if sort not in table.columns:
+        raise InputError(f"The table of SAEs has no column {sort!r}; it has {', '.join(table.columns)}.")
+    table = table.sort(sort)
+    if as_csv:
+        console.print(table.write_csv().rstrip(), soft_wrap=True, markup=False)
+        return
+    shown = shorten(table)
+    print_table(console, shown.columns, ([_cell("-" if value is None else value) for value in row] for row in shown.rows()))
+    console.print(f"{store.url}/{sweep_ref(pipeline).path}/{TABLE}", soft_wrap=True, markup=False, highlight=False)
+
+
+def print_tree(console: Console, store: Store, tree: Tree) -> None:
+    """Print a table of the artifacts below a folder, by kind."""
+    kinds: defaultdict[str, list[int]] = defaultdict(list)
+    for path, items in tree.artifacts.items():
+        kinds[read_manifest(store, path).kind].append(sum(item.n_bytes for item in items))
+    rows = [(kind, len(sizes), format_bytes(sum(sizes))) for kind, sizes in sorted(kinds.items())]
+    print_table(console, ["kind", "artifacts", "size"], rows)
+    if tree.strays:
+        console.print(f"{format_count(len(tree.strays), 'file')} of interrupted writes; `interp verify` names them.")
+
+
+def print_artifact(console: Console, store: Store, path: str) -> None:
+    """Print one artifact: what it is, what it was made from, its facts, its files and their heads."""
+    manifest = read_manifest(store, path)
+    console.print(f"{manifest.kind} {manifest.artifact_id}", style="bold", markup=False)
+    console.print(f"  at      {store.url}/{path}\n  made    {manifest.created}\n  digest  {manifest.digest}", soft_wrap=True, markup=False)
+    for title, content in (("identity", manifest.identity), ("inputs", manifest.inputs), ("facts", manifest.facts)):
+        if content:
+            console.print(f"\n{title}", style="bold")
+            _print_mapping(console, content)
+    console.print()
+    rows = [(entry.name, format_bytes(entry.n_bytes), len(entry.checksums), _shape(entry)) for entry in manifest.files]
+    print_table(console, ["file", "size", "blocks", "shape"], rows)
+    for entry in manifest.files:
+        _print_head(console, store, path, manifest, entry)
+
+
+def _print_mapping(console: Console, content: Mapping[str, Any]) -> None:
+    width = max(len(key) for key in content)
+    for key, value in content.items():
+        text = json.dumps(value) if isinstance(value, dict | list | bool) or value is None else str(value)
+        shown = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + " ..."
+        console.print(f"  {key:<{width}}  {shown}", soft_wrap=True, markup=False)
+
+
+def _print_head(console: Console, store: Store, path: str, manifest: Manifest, entry: FileEntry) -> None:
+    """Print what can be seen of one file at a glance: rows of a table, tensors of a safetensors file, the start of JSON."""
+    suffix = entry.name.rpartition(".")[2]
+    if suffix == "parquet" and entry.n_bytes <= _MAX_TABLE_BYTES:
+        frame = pl.read_parquet(io.BytesIO(read_file(store, path, manifest, entry.name)))
+        console.print(f"\n{entry.name}: {frame.height:,} rows", style="bold", markup=False)
+        print_table(console, frame.columns, ([_cell(value) for value in row] for row in frame.head(_HEAD_ROWS).iter_rows()))
+    elif suffix == "safetensors":
+        from interp_assets.storage.tensors import read_spans  # noqa: PLC0415 - torch takes seconds to import, and most artifacts do without
+
+        console.print(f"\n{entry.name}", style="bold", markup=False)
+        for name, span in read_spans(store, path, manifest, entry.name).items():
+            console.print(f"  {name}: {span.dtype} {list(span.shape)}", markup=False)
+    elif suffix == "json":
+        text = read_file(store, path, manifest, entry.name).decode(errors="replace")
+        console.print(f"\n{entry.name}", style="bold", markup=False)
+        console.print(text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + " ...", soft_wrap=True, markup=False)
+
+
+def _cell(value: object) -> object:
+    """Shorten a value for one line of a table."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    text = str(value)
+    return text[: _MAX_CELL - 3] + "..." if len(text) > _MAX_CELL else value
+
+
+def _shape(entry: FileEntry) -> str:
+    if entry.shape is not None:
+        return f"{entry.dtype or ''} {entry.shape}".strip()
+    return "" if entry.n_rows is None else f"{entry.n_rows:,} rows"

@@ -1,0 +1,321 @@
+"""A trained SAE becomes a folder that another tool opens, and such a folder, whoever wrote it, becomes a `Sae`.
+
+    saelens               cfg.json, sae_weights.safetensors, sparsity.safetensors (log10 firing frequency)
+    sparsify              cfg.json, sae.safetensors
+    dictionary_learning   config.json, ae.pt
+    gemma_scope           params.npz; read only
+
+`ae.pt` is that tool's own choice, a zip of tensors with a pickled table of contents. It is read with torch's `weights_only`, which rebuilds tensors
+and nothing else, so a stranger's file cannot run code; nothing of ours is ever stored that way. What each format can hold: `exchange.py`.
+
+Besides weights a folder tells where they come from, each tool in its own words: model, data, and the hook point, which is translated to ours
+where it has a name (`blocks.20.hook_resid_post`, a folder called `layers.20`, `resid_post_layer_20`: all are `resid_post.20`).
+"""
+
+import hashlib
+import io
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from interp_assets.errors import InputError
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import load_manifest, read_file
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import load_tensors
+from interp_assets.train.checkpoint import CONFIG, FREQUENCY, WEIGHTS, read_sae
+from interp_assets.train.exchange.formats import (
+    from_dictionary_learning,
+    from_gemma_scope,
+    from_saelens,
+    from_sparsify,
+    modern_saelens,
+    to_dictionary_learning,
+    to_sparsify,
+)
+from interp_assets.train.refs import sae_ref
+from interp_assets.train.sae import Sae
+
+SAE_FORMATS: Final = ("saelens", "sparsify", "dictionary_learning")
+_NEVER: Final = 1e-10
+"""What SAELens writes for the frequency of a latent that never fires."""
+_NEVER_LOG: Final = -9.99
+_ROUNDING: Final = 1e-6
+"""How far above 1 a frequency of 1 may come out of its logarithm."""
+
+
+_FOLDERS: Final = {
+    "saelens": ("cfg.json", "sae_weights.safetensors"),
+    "sparsify": ("cfg.json", "sae.safetensors"),
+    "dictionary_learning": ("config.json", "ae.pt"),
+    "gemma_scope": ("params.npz",),
+}
+"""By what a folder is known; besides these only `_FREQUENCIES` matters."""
+_FREQUENCIES: Final = "sparsity.safetensors"
+_UNREADABLE: Final = (
+    *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError),
+    *(SafetensorError, zipfile.BadZipFile, zlib.error),
+)
+"""What libraries raise for files that are cut off, empty, or something else."""
+_LAYER_KINDS: Final = {None: "resid_post", "mlp": "mlp_out", "attn": "attn_out", "self_attn": "attn_out", "attention": "attn_out"}
+_HOOKS: Final = (
+    re.compile(r"(?:^|\.)blocks\.(?P<layer>\d+)\.hook_(?P<kind>resid_pre|resid_mid|resid_post|mlp_out|attn_out)$"),
+    re.compile(r"^(?P<kind>resid_pre|resid_post|mlp_out|attn_out)_layer_(?P<layer>\d+)$"),
+    re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<module>mlp|attn|self_attn|attention))?$"),
+)
+"""What tools call hook points: TransformerLens' names, dictionary_learning's, and modules, of which the output is meant."""
+
+
+class Origin(NamedTuple):
+    """What a folder tells of its SAE besides the weights; empty where it does not."""
+
+    tool: str
+    architecture: str
+    """In the tool's words."""
+    hook: str
+    """Likewise."""
+    hook_point: str
+    """The same in ours, where it has a name."""
+    target_hook_point: str
+    model: str
+    dataset: str
+    context_length: int | None
+    l0: float | None
+    dtype: str
+    """Of the stored weights; read they become float32."""
+
+
+class Foreign(NamedTuple):
+    """An SAE that somebody else's tool wrote."""
+
+    sae: Sae
+    origin: Origin
+    recorded: Origin
+    """The same without what only the folder's name tells: it may move."""
+    digest: str
+    """Of configuration, weights and firing frequencies, byte by byte."""
+    firing_frequency: Tensor | None
+    """Share of the rows on which each latent fired, where the tool stored it: `[d_sae]`."""
+
+
+class ExportedSae(NamedTuple):
+    """What an export wrote."""
+
+    files: list[str]
+    n_bytes: int
+
+
+def export_sae(pipeline: Pipeline, store: Store, name: str, format_name: str, out: Store) -> ExportedSae:
+    """Write the trained SAE called `name` into the folder `out` as another tool loads it.
+
+    Raises `InputError` when there is no such format, or when it cannot hold this SAE.
+    """
+    if format_name not in SAE_FORMATS:
+        raise InputError(f"No format of SAEs is called {format_name!r}; there are {', '.join(SAE_FORMATS)}.")
+    config, ref = pipeline.config.sae(name), sae_ref(pipeline, name)
+    manifest = load_manifest(store, ref)
+    sae = read_sae(store, ref.path, manifest)
+    if format_name == "saelens":
+        is_counted = any(entry.name == FREQUENCY for entry in manifest.files)
+        frequency = load_tensors(store, ref.path, manifest, FREQUENCY)["firing_frequency"] if is_counted else None
+        files = _saelens_files(sae, read_file(store, ref.path, manifest, CONFIG), read_file(store, ref.path, manifest, WEIGHTS), frequency)
+    elif format_name == "sparsify":
+        exchange = to_sparsify(sae)
+        files = {"cfg.json": _json(exchange.config), "sae.safetensors": save_safetensors(exchange.tensors)}
+    else:
+        exchange = to_dictionary_learning(sae)
+        trainer = {**exchange.config["trainer"], **_origin(pipeline, config)}
+        files = {"config.json": _json({**exchange.config, "trainer": trainer}), "ae.pt": _torch_file(exchange.tensors)}
+    for file, data in files.items():
+        out.put(file, data)
+    return ExportedSae(sorted(files), sum(len(data) for data in files.values()))
+
+
+def read_exchange(folder: Store) -> Sae:
+    """Read the SAE in a folder that SAELens, sparsify or dictionary_learning wrote, or `export_sae`. Raises `InputError`, naming what is wrong."""
+    return read_foreign(folder).sae
+
+
+def read_foreign(folder: Store) -> Foreign:
+    """Read such an SAE and all that the folder tells of it. Raises `InputError`, naming folder, file and what is wrong."""
+    found = {item.path for item in folder.list("")}
+    tool = next((tool for tool, files in _FOLDERS.items() if found.issuperset(files)), None)
+    if tool is None:
+        inner = sorted({path.rpartition("/")[0] for path in found if path.rpartition("/")[2] in {files[-1] for files in _FOLDERS.values()}})
+        hint = f" It is in folders below: name one of {inner[:8]}." if inner else ""
+        raise InputError(
+            f"{folder.url} holds no SAE: expected cfg.json and sae_weights.safetensors (SAELens), cfg.json and sae.safetensors (sparsify), "
+            f"config.json and ae.pt (dictionary_learning), or params.npz (Gemma Scope); found {sorted(found)[:8]}.{hint}"
+        )
+    files = {name: folder.get(name) for name in _FOLDERS[tool]}
+    frequencies = {name: folder.get(name) for name in (_FREQUENCIES,) if name in found}
+    try:
+        config = _read_config(*next(iter(files.items()))) if tool != "gemma_scope" else {}
+        tensors = _read_tensors(tool, next(reversed(files.values())))
+        sae = _convert(tool, config, tensors)
+        frequency = _read_frequency(frequencies[_FREQUENCIES], sae.d_sae) if frequencies else None
+        origin, recorded = (_describe(tool, config, tensors, url) for url in (folder.url, ""))
+        return Foreign(sae, origin, recorded, _digest(files | frequencies), frequency)
+    except InputError as error:
+        raise InputError(f"The SAE in {folder.url} cannot be used: {error}") from error
+    except _UNREADABLE as error:
+        raise InputError(f"The SAE in {folder.url} cannot be read ({', '.join(files)}: {type(error).__name__}: {error}). Copy it again.") from error
+
+
+def _convert(tool: str, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Sae:
+    match tool:
+        case "saelens":
+            return from_saelens(config, tensors)
+        case "sparsify":
+            return from_sparsify(config, tensors)
+        case "dictionary_learning":
+            return from_dictionary_learning(config, tensors)
+        case _:
+            return from_gemma_scope(tensors)
+
+
+def _read_config(name: str, data: bytes) -> dict[str, Any]:
+    config = json.loads(data)
+    if not isinstance(config, dict):
+        raise InputError(f"{name} holds a {type(config).__name__}, expected keys and values.")
+    return config
+
+
+def _read_tensors(tool: str, data: bytes) -> dict[str, Tensor]:
+    if tool == "dictionary_learning":
+        return _load_torch_file(data)
+    if tool == "gemma_scope":
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {re.sub("^w_", "W_", name): torch.from_numpy(arrays[name]) for name in arrays.files}
+    return load_safetensors(data)
+
+
+def _describe(tool: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], url: str) -> Origin:
+    """Collect what each tool tells, in its own keys."""
+    dtype = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in tensors.values() if value.is_floating_point() and value.ndim}))
+    last = url.rstrip("/").rpartition("/")[2]
+    match tool:
+        case "saelens":
+            modern = modern_saelens(config)
+            told: Mapping[str, Any] = modern["metadata"]
+            hook = str(told.get("hook_name") or "")
+            return Origin(
+                tool=tool,
+                architecture=str(told.get("training_architecture") or modern["architecture"]),
+                hook=hook,
+                hook_point=str(told.get("hook_point") or translate_hook(hook)),
+                target_hook_point=str(told.get("target_hook_point") or translate_hook(str(told.get("hook_name_out") or ""))),
+                model=str(told.get("model_name") or ""),
+                dataset=str(told.get("dataset_path") or ""),
+                context_length=_whole(told.get("context_size")),
+                l0=_number(told.get("l0")),
+                dtype=dtype,
+            )
+        case "dictionary_learning":
+            trainer = config["trainer"]
+            hook, model = str(trainer.get("submodule_name") or ""), str(trainer.get("lm_name") or "")
+            length, l0 = _whole((config.get("buffer") or {}).get("ctx_len")), _number(trainer.get("k"))
+            return Origin(tool, str(trainer["dict_class"]), hook, translate_hook(hook), "", model, "", length, l0, dtype)
+        case "sparsify":
+            hook = last if translate_hook(last) else ""
+            task = "transcoder" if config.get("transcode") else "topk"
+            hook_point = "" if config.get("transcode") else translate_hook(hook)
+            return Origin(tool, task, hook, hook_point, "", "", "", None, _number(config.get("k")), dtype)
+        case _:
+            place = re.search(r"-res(?:-all)?/.*?layer_(\d+)/", url + "/")
+            l0 = re.search(r"average_l0_(\d+)$", last)
+            hook_point = f"resid_post.{place[1]}" if place else ""
+            return Origin(tool, "jumprelu", "", hook_point, "", "", "", None, float(l0[1]) if l0 else None, dtype)
+
+
+def _number(told: Any) -> float | None:
+    """Read a number that only explains; tools write it as a number or as text, and what is neither tells nothing."""
+    try:
+        value = math.nan if isinstance(told, bool) else float(told)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _whole(told: Any) -> int | None:
+    value = _number(told)
+    return None if value is None else round(value)
+
+
+def translate_hook(name: str) -> str:
+    """Return our name of what another tool calls a hook point; empty when it has none."""
+    for pattern in _HOOKS:
+        if found := pattern.search(name):
+            parts = found.groupdict()
+            return f"{parts.get('kind') or _LAYER_KINDS[parts.get('module')]}.{parts['layer']}"
+    return ""
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for name, data in sorted(files.items()):
+        state.update(f"{name}:{len(data)}\n".encode())
+        state.update(data)
+    return state.hexdigest()
+
+
+def _read_frequency(data: bytes, d_sae: int) -> Tensor | None:
+    stored = load_safetensors(data).get("sparsity")
+    if stored is None:
+        return None
+    frequency = torch.where(stored <= _NEVER_LOG, 0.0, 10.0 ** stored.double())
+    if stored.shape != (d_sae,) or not bool((frequency <= 1 + _ROUNDING).all()):
+        highest = f", up to {float(frequency.max()):.3g}" if frequency.numel() else ""
+        raise InputError(
+            f"The tensor sparsity of {_FREQUENCIES} has the shape {list(stored.shape)} and holds logarithms of frequencies{highest}; expected "
+            f"[d_sae] = [{d_sae}], from 0 to 1. Copy that file again, or delete it: the SAE works without."
+        )
+    return frequency.clamp(max=1)
+
+
+def _saelens_files(sae: Sae, cfg: bytes, weights: bytes, frequency: Tensor | None) -> dict[str, bytes]:
+    """Return an artifact's own files, and the firing frequencies, where they are known, as SAELens keeps them."""
+    if sae.kind == "topk" and json.loads(cfg)["architecture"] != "topk":
+        raise InputError("SAELens has no TopK transcoders. Export this one as sparsify, or train it as batch_topk.")
+    if frequency is None:
+        return {"cfg.json": cfg, "sae_weights.safetensors": weights}
+    sparsity = frequency.clamp(min=_NEVER).log10().float().contiguous()
+    return {"cfg.json": cfg, "sae_weights.safetensors": weights, _FREQUENCIES: save_safetensors({"sparsity": sparsity})}
+
+
+def _origin(pipeline: Pipeline, config: SaeConfig) -> dict[str, Any]:
+    """Say of which model and hook point an SAE is, in the keys of dictionary_learning's trainers."""
+    kind, _, layer = config.hook_point.partition(".")
+    return {"lm_name": pipeline.config.model.name, "layer": int(layer) if layer.isdigit() else layer, "submodule_name": f"{kind}_layer_{layer}"}
+
+
+def _torch_file(tensors: dict[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def _load_torch_file(data: bytes) -> dict[str, Tensor]:
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"ae.pt is no file of tensors alone ({type(error).__name__}), and anything else is not loaded.") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise InputError(f"ae.pt holds a {type(content).__name__}, expected a state dict of tensors.")
+    return content
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, sort_keys=True, indent=1) + "\n").encode()

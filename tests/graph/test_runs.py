@@ -1,0 +1,280 @@
+"""The road is run: everything is recorded with the digests of its bytes, twice gives the same, and faults cost one partition."""
+
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContext
+from road_world import Finished, make_road_config
+
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.graph.definitions import build_defs
+from interp_assets.graph.jobs import RunError, explain_failure, find_missing, recorded_versions, run_road
+from interp_assets.harvest.refs import activation_shard_ref
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.planning.progress import Progress
+from interp_assets.planning.road import find_version, make_road
+from interp_assets.shuffle.refs import certificate_ref
+from interp_assets.storage.manifest import create_artifact, remove_artifact
+from interp_assets.storage.store import Store
+
+SHARD = "shard-000002"
+
+
+class _Loading(LoadingContext):
+    """What Dagster's stale-status resolver wants to be handed."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self._instance, self._loaders = instance, {}
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        return self._instance
+
+    @property
+    def loaders(self) -> dict:
+        return self._loaders
+
+
+def open_finished(config: PipelineConfig) -> tuple[Pipeline, Store]:
+    """Open store and plan of a pipeline that has been run."""
+    store = open_pipeline_store(config)
+    return load_pipeline(config, store), store
+
+
+def all_versions(config: PipelineConfig, instance: dg.DagsterInstance) -> dict[str, dict[str, str]]:
+    """Return the recorded data version of every partition of every asset."""
+    return {stop.name: recorded_versions(instance, stop) for stop in make_road(config)}
+
+
+def stale_partitions(config: PipelineConfig, instance: dg.DagsterInstance) -> list[str]:
+    """List what Dagster would show as stale or missing."""
+    pipeline, _ = open_finished(config)
+    resolver = CachingStaleStatusResolver(instance, build_defs(config).resolve_asset_graph(), _Loading(instance))
+    return [
+        f"{stop.name} {key}".strip()
+        for stop in make_road(config)
+        for key in stop.partition_keys(pipeline)
+        if resolver.get_status(dg.AssetKey(list(stop.key)), key or None).value != "FRESH"
+    ]
+
+
+def materialize(config: PipelineConfig, instance: dg.DagsterInstance, name: str, partition: str | None) -> dg.ExecuteInProcessResult:
+    """Materialize one partition the way a person does in Python."""
+    job = build_defs(config).resolve_implicit_global_asset_job_def()
+    return job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey(name.split("/"))], partition_key=partition, raise_on_error=False)
+
+
+def test_every_partition_is_recorded_with_the_digest_of_its_artifacts(finished: Finished) -> None:
+    """The data version is the digest of what lies in the store; so staleness follows bytes, not clicks."""
+    pipeline, store = open_finished(finished.config)
+    for stop in make_road(finished.config)[1:]:
+        recorded = recorded_versions(finished.instance, stop)
+        assert recorded == {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
+
+
+def test_every_partition_has_one_event(finished: Finished) -> None:
+    """Dagster's own event for a range is suppressed: a second event would carry no digest and hide the first."""
+    pipeline, _ = open_finished(finished.config)
+    for stop in make_road(finished.config):
+        events = finished.instance.fetch_materializations(dg.AssetKey(list(stop.key)), limit=1000).records
+        assert len(events) == len(stop.partition_keys(pipeline)), stop.name
+
+
+def test_events_say_what_people_ask(finished: Finished) -> None:
+    """Rows, bytes, seconds, where, digest and whether it was there before; plots where a number is not enough."""
+    for stop in make_road(finished.config)[1:]:
+        event = finished.instance.get_latest_materialization_event(dg.AssetKey(list(stop.key)))
+        assert event is not None
+        assert event.asset_materialization is not None
+        metadata = event.asset_materialization.metadata
+        assert {"rows", "bytes", "seconds", "digest", "reused"} <= set(metadata), stop.name
+    plotted = {"activation_statistics": "norms.resid_post.0", "shuffle_certificate": "mixing.resid_post.0", "sae": "training"}
+    pictures = [*plotted.items(), ("sae_evaluation", "firing_frequency"), ("sweep", "pareto"), ("sweep", "learning_curves")]
+    for name, key in pictures:
+        event = finished.instance.get_latest_materialization_event(dg.AssetKey(name))
+        assert event is not None
+        assert event.asset_materialization is not None
+        text = str(event.asset_materialization.metadata[key].value)
+        assert "data:image/png;base64," in text
+        assert len(text) < 40_000
+
+
+def test_checks_are_evaluated(finished: Finished) -> None:
+    """Each check ran with its asset and says what it looked at."""
+    graph = build_defs(finished.config).resolve_asset_graph()
+    for key in graph.asset_check_keys:
+        records = finished.instance.event_log_storage.get_asset_check_execution_history(key, limit=10)
+        evaluation = records[0].event.dagster_event.asset_check_evaluation_data if records else None
+        assert evaluation is not None, key
+        assert evaluation.metadata, key
+        assert evaluation.passed or key.name == "quality_bounds", key  # a tiny SAE on random weights need not be good
+
+
+def test_nothing_is_stale_after_a_run(finished: Finished) -> None:
+    """A run in ranges must leave the same picture as clicking each partition."""
+    assert stale_partitions(finished.config, finished.instance) == []
+
+
+def test_a_second_run_finds_nothing_to_do(finished: Finished) -> None:
+    """`make demo` a second time takes seconds, because finished work is recognised."""
+    reports = list(run_road(finished.config, finished.instance))
+    assert {report.name: report.n_made for report in reports if report.n_made} == {"corpus_plan": 1}
+    assert stale_partitions(finished.config, finished.instance) == []
+
+
+def test_the_whole_graph_twice_gives_the_same_bytes(finished: Finished, tiny_world: Path, tmp_path: Path) -> None:
+    """Same inputs, same bytes, from text to the browser's bundle: in another folder, with other batch sizes."""
+    execution = {"device": "cpu", "tokens_per_batch": 512, "rows_per_block": 128}
+    config = make_road_config(tiny_world, tmp_path / "other", execution=execution)
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(run_road(config, instance))
+        again, first = all_versions(config, instance), all_versions(finished.config, finished.instance)
+    assert {name for name in first if again[name] != first[name]} == set()
+
+
+@pytest.fixture
+def copied(finished: Finished, tmp_path: Path, tiny_world: Path) -> PipelineConfig:
+    """Return a configuration on a copy of the finished artifacts, to be damaged."""
+    root = Path(finished.config.root)
+    shutil.copytree(root, tmp_path / "copy")
+    return make_road_config(tiny_world, tmp_path / "copy")
+
+
+def test_a_corrupted_shard_that_is_rebuilt_leaves_downstream_fresh(finished: Finished, copied: PipelineConfig) -> None:
+    """One flipped byte costs one partition: its reader refuses it, rebuilding it gives the same digest, and nothing else is stale."""
+    pipeline, store = open_finished(copied)
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(run_road(copied, instance))
+        before = all_versions(copied, instance)
+        ref = activation_shard_ref(pipeline, "resid_post.0", 2)
+        flip_byte(Path(copied.root) / copied.name / ref.path / "rows.safetensors", -5)
+        remove_artifact(store, certificate_ref(pipeline, "resid_post.0").path)
+        failed = materialize(copied, instance, "features/demo/feature_candidates", "slice-000|" + SHARD)
+        assert failed.success  # its own artifact is there; nothing is read
+        for name in ("shuffle_pass_1",):
+            drop_artifacts(copied, name, SHARD)
+            refused = materialize(copied, instance, name, SHARD)
+            assert not refused.success
+            assert "rows.safetensors is damaged in block 0" in str(explain_failure("", refused))
+        remove_artifact(store, ref.path)
+        assert materialize(copied, instance, "activations", SHARD).success
+        assert list(run_road(copied, instance))
+        assert all_versions(copied, instance) == before
+        assert stale_partitions(copied, instance) == []
+
+
+def test_a_range_keeps_what_it_finished_when_one_partition_fails(finished: Finished, copied: PipelineConfig) -> None:
+    """Three of four shards are good: they are recorded, the bad one is named, and the next run makes only that one."""
+    pipeline, store = open_finished(copied)
+    stop = next(stop for stop in make_road(copied) if stop.name == "activations")
+    for index in pipeline.shard_indices:
+        remove_artifact(store, activation_shard_ref(pipeline, "resid_post.0", index).path)
+    ref = token_shard_ref(pipeline, 2)
+    tokens = Path(copied.root) / copied.name / ref.path / "tokens.parquet"
+    good = tokens.read_bytes()
+    flip_byte(tokens, 100)
+    with dg.DagsterInstance.ephemeral() as instance:
+        with pytest.raises(RunError) as caught:
+            list(run_road(copied, instance, select=["token_shards", "activations"]))
+        n_shards = len(pipeline.shard_indices)
+        assert f"1 of {n_shards} partitions failed ({SHARD}); the finished ones are kept" in str(caught.value)
+        assert "tokens.parquet is damaged in block 0" in str(caught.value)
+        assert find_missing(stop, pipeline, store, instance) == [SHARD]
+        tokens.write_bytes(good)
+        reports = {report.name: report.n_made for report in run_road(copied, instance, select=["activations"])}
+        assert reports == {"corpus_plan": 1, "activations": 1}
+
+
+def test_a_deleted_artifact_is_made_again(finished: Finished, copied: PipelineConfig) -> None:
+    """Dagster remembers that a shard was made; the store decides whether it is there."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(run_road(copied, instance))
+        drop_artifacts(copied, "activations", SHARD)
+        reports = {report.name: report.n_made for report in run_road(copied, instance)}
+        assert {name: n for name, n in reports.items() if n} == {"corpus_plan": 1, "activations": 1}
+
+
+def test_training_refuses_a_shuffle_without_a_valid_certificate(finished: Finished, copied: PipelineConfig) -> None:
+    """An SAE must not learn the order of its data, even when someone materializes it alone, past the blocking check."""
+    pipeline, store = open_finished(copied)
+    ref = certificate_ref(pipeline, "resid_post.0")
+    with dg.DagsterInstance.ephemeral() as instance:
+        list(run_road(copied, instance, select=["token_shards"]))
+        with create_artifact(store, ref, replace=True) as art:
+            art.put("certificate.json", b"{}")
+            art.facts["passed"] = False
+        refused = materialize(copied, instance, "sae", "demo")
+    assert not refused.success
+    assert "The shuffle of resid_post.0 has no valid certificate" in str(explain_failure("", refused))
+
+
+def test_new_text_makes_one_new_shard(tiny_world: Path, tmp_path: Path) -> None:
+    """A landed file is one more partition; the shards that were there are found and not made again."""
+    texts = tmp_path / "texts"
+    shutil.copytree(tiny_world / "texts", texts)
+    config = make_road_config(tiny_world, tmp_path / "data", corpus={"path": str(texts), "shard_bytes": 900})
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = list(run_road(config, instance, select=["token_shards"]))
+        (texts / "zz.txt").write_text("def more(text):\n    return text\n" * 40)
+        second = list(run_road(config, instance, select=["token_shards"]))
+        n_shards = first[1].n_partitions
+        assert (second[1].n_partitions, second[1].n_made) == (n_shards + 1, 1)
+        assert instance.get_dynamic_partitions("shards")[-1] == f"shard-{n_shards:06d}"
+        (texts / "zz.txt").unlink()
+        third = list(run_road(config, instance, select=["token_shards"]))
+        assert (third[1].n_partitions, third[1].n_made) == (n_shards, 0)
+
+
+def test_an_unknown_asset_is_named_with_those_there_are(road_config: PipelineConfig) -> None:
+    """A typing error must not look like an empty run."""
+    with (
+        dg.DagsterInstance.ephemeral() as instance,
+        pytest.raises(Exception, match="There is no asset 'activation'; this pipeline has"),
+    ):
+        list(run_road(road_config, instance, select=["activation"]))
+
+
+def test_progress_hears_of_every_partition(tiny_world: Path, tmp_path: Path) -> None:
+    """The bars of the command line are driven by this; a step that says nothing looks like a hang."""
+    heard = _Heard()
+    config = make_road_config(tiny_world, tmp_path / "data")
+    with dg.DagsterInstance.ephemeral() as instance:
+        reports = list(run_road(config, instance, select=["token_shards", "activations"], progress=heard))
+    n_partitions = sum(report.n_partitions for report in reports)
+    assert (heard.n_planned, heard.n_begun, heard.n_ended) == (n_partitions - 1, n_partitions, n_partitions)
+    assert heard.n_units > 0
+
+
+class _Heard(Progress):
+    n_planned = n_begun = n_ended = n_units = 0
+
+    def plan(self, n_partitions: int) -> None:
+        self.n_planned = n_partitions
+
+    def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
+        self.n_begun += 1
+
+    def advance(self, n: int) -> None:
+        self.n_units += n
+
+    def end(self) -> None:
+        self.n_ended += 1
+
+
+def flip_byte(path: Path, at: int) -> None:
+    """Change one bit of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def drop_artifacts(config: PipelineConfig, name: str, partition: str) -> None:
+    """Delete the artifacts of one partition."""
+    pipeline, store = open_finished(config)
+    stop = next(stop for stop in make_road(config) if stop.name == name)
+    for ref in stop.refs(pipeline, store, partition):
+        remove_artifact(store, ref.path)

@@ -1,0 +1,48 @@
+"""What this machine took corrects the next forecast, and nothing else depends on it."""
+
+from pathlib import Path
+
+import pytest
+
+from interp_assets.planning.rates import load_rates, note_rate
+
+
+def test_a_machine_that_takes_twice_as_long_gets_a_factor_of_two(tmp_path: Path) -> None:
+    """Sums, not means of ratios: a long partition tells more than a short one."""
+    path = tmp_path / "rates"
+    assert load_rates(path) == {}
+    assert note_rate(path, "activations gpt2", 10.0, 20.0)
+    assert note_rate(path, "sae", 4.0, 2.0)
+    assert load_rates(path)["activations gpt2"] == (2.0, 1)
+    assert load_rates(path)["sae"] == (0.5, 1)
+    assert note_rate(path, "sae", 40.0, 80.0)
+    factor, n_partitions = load_rates(path)["sae"]
+    assert factor == pytest.approx((2 * 0.95 + 80) / (4 * 0.95 + 40))
+    assert n_partitions == 2
+
+
+def test_old_partitions_fade(tmp_path: Path) -> None:
+    """A machine that got another disk is believed after some dozens of partitions."""
+    path = tmp_path / "rates"
+    for _ in range(20):
+        note_rate(path, "sae", 10.0, 100.0)
+    for _ in range(80):
+        note_rate(path, "sae", 10.0, 10.0)
+    assert load_rates(path)["sae"].factor < 1.2
+
+
+def test_short_partitions_tell_nothing(tmp_path: Path) -> None:
+    """A third of a second is start-up: as a rate it would make a large partition a thousand times too long."""
+    path = tmp_path / "rates"
+    assert not note_rate(path, "sae", 0.0003, 0.3)
+    assert not note_rate(path, "sweep", 0.0, 5.0)
+    assert not path.exists()
+
+
+def test_damaged_or_unwritable_rates_are_none(tmp_path: Path) -> None:
+    """A forecast is not worth an error, and a run even less."""
+    path = tmp_path / "rates"
+    path.write_bytes(b"no database at all, but long enough to be looked at" * 10)
+    assert load_rates(path) == {}
+    assert not note_rate(path, "sae", 10.0, 10.0)
+    assert not note_rate(tmp_path / "rates" / "below-a-file", "sae", 10.0, 10.0)

@@ -1,0 +1,96 @@
+"""What a log file of a run says: plain lines, how far it is and how long it will take."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from interp_assets.terminal.console import Bars
+from interp_assets.terminal.lines import Lines, format_duration, watch
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        """Return the time."""
+        return self.now
+
+
+def test_lines_say_how_far_an_asset_is() -> None:
+    """After a third of the work in 60 s, 120 s are left; units inside a partition count, and the last partition tells how many there are."""
+    file, clock = io.StringIO(), Clock()
+    lines = Lines(Console(file=file), now=clock)
+    assert lines.describe() == ""
+    lines.expect("activations", 3)
+    lines.begin("activations", "shard-000000")
+    clock.now = 30.0
+    lines.advance(500)
+    assert lines.describe() == "activations: 0 of 3 done, shard-000000 with 500 units of work done; 30 s so far"
+    lines.advance(500)
+    lines.end()
+    clock.now = 60.0
+    assert lines.describe() == "activations: 1 of 3 done; 1 min so far, about 2 min left"
+    lines.begin("activations", "shard-000001")
+    lines.advance(500)
+    clock.now = 90.0
+    assert lines.describe() == "activations: 1 of 3 done, shard-000001 at 50 %; 1 min 30 s so far, about 1 min 30 s left"
+    lines.end()
+    assert lines.describe() == "activations: 2 of 3 done; 1 min 30 s so far, about 45 s left"
+    lines.end()
+    assert lines.describe() == ""
+    lines.tell("2 empty files skipped: a, b")
+    assert file.getvalue() == "  activations: 3 partitions to make\n  2 empty files skipped: a, b\n"
+
+
+def test_an_asset_without_partitions_is_at_work() -> None:
+    """`0 of 1 done` would say nothing; and of what is there already, nothing is to be said."""
+    clock = Clock()
+    lines = Lines(Console(file=io.StringIO()), now=clock)
+    lines.expect("sweep", 1)
+    lines.begin("sweep", "")
+    clock.now = 20.0
+    assert lines.describe() == "sweep: at work; 20 s so far"
+    lines.begin("sae", "demo", 1000)
+    lines.advance(250)
+    assert lines.describe() == "sae: demo at 25 %; 20 s so far, about 1 min left"
+    lines.advance(750)
+    assert lines.describe() == "sae: demo at 100 %; 20 s so far"
+    lines.expect("sweep", 0)
+    assert lines.describe() == ""
+
+
+def test_a_silent_stage_is_reported_all_the_same() -> None:
+    """An hour of one matrix product calls nobody: the line comes from a thread, and ends with the run."""
+    file = io.StringIO()
+    with Lines(Console(file=file), every_s=0.01) as lines:
+        lines.expect("sae", 1)
+        lines.begin("sae", "demo")
+        while file.getvalue().count("\n") < 3:
+            time.sleep(0.005)
+    text = file.getvalue()
+    assert "sae: demo at work; < 1 s so far" in text
+    assert "\x1b" not in text
+    time.sleep(0.05)
+    assert file.getvalue() == text
+
+
+def test_bars_are_for_terminals_only() -> None:
+    """A log file with escape codes cannot be read."""
+    assert isinstance(watch(Console(file=io.StringIO())), Lines)
+    assert isinstance(watch(Console(file=io.StringIO(), force_terminal=True)), Bars)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0.2, "< 1 s"), (59.6, "1 min"), (125, "2 min 5 s"), (3599.7, "1 h"), (12_010, "3 h 20 min")),
+        *((86_399, "1 d"), (367_000, "4 d 6 h"), (86_400 * 3, "3 d"), (3_660, "1 h 1 min"), (86_460, "1 d")),
+    ],
+)
+def test_durations_have_two_units(seconds: float, text: str) -> None:
+    """`367000 s` makes people count; rounding carries over."""
+    assert format_duration(float(seconds)) == text

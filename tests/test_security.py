@@ -1,0 +1,103 @@
+"""What comes from elsewhere is data: a bucket, a configuration or a manifest of somebody else's cannot run code or leave its folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from interp_assets.errors import ArtifactError, ConfigError, InterpError, StoreError
+from interp_assets.planning.config import ModelConfig, PipelineConfig, load_config
+from interp_assets.planning.pipeline import load_pipeline
+from interp_assets.storage.manifest import ArtifactRef, create_artifact, encode_manifest, load_manifest, make_ref, read_file
+from interp_assets.storage.store import ObjectStore
+from resources.world import World
+
+REF = make_ref("example", "1-stage", identity={}, inputs={}, label="shard-000000")
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/../../b", "a\\b", "a\0b"])
+def test_a_manifest_cannot_name_a_file_outside_its_artifact(name: str, local_store: ObjectStore, tmp_path: Path) -> None:
+    """A reader joins these names to the artifact's folder; a sealed manifest of a malicious bucket is still refused."""
+    (tmp_path / "outside").write_text("secret")
+    with create_artifact(local_store, REF) as art:
+        art.put("a.bin", b"data")
+    manifest = load_manifest(local_store, REF)
+    entry = manifest.files[0]
+    object.__setattr__(entry, "name", name)
+    local_store.put(f"{REF.path}/manifest.json", encode_manifest(manifest))
+    with pytest.raises(InterpError):
+        read_file(local_store, REF.path, load_manifest(local_store, REF), name)
+
+
+@pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b"])
+def test_no_path_leaves_a_store(path: str, local_store: ObjectStore) -> None:
+    """Whatever a caller was given, the store checks it."""
+    for act in (lambda: local_store.get(path), lambda: local_store.put(path, b""), lambda: local_store.child(path)):
+        with pytest.raises(StoreError, match="is not a path inside a store"):
+            act()
+
+
+def test_a_configuration_is_only_data(tmp_path: Path) -> None:
+    """YAML can name Python objects; ours cannot."""
+    path = tmp_path / "p.yaml"
+    marker = tmp_path / "ran"
+    path.write_text(f"name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{marker}']]\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [{"name": "../other"}, {"name": ".hidden"}, {"execution": {"plan": "../plan.json"}}, {"saes": [{"name": "a/b"}]}])
+def test_a_name_cannot_become_another_folder(content: dict[str, object], tmp_path: Path) -> None:
+    """Names of pipelines, SAEs and plans become folders and files."""
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="is no name"):
+        load_config(tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize(
+    "plan", [b"", b"[]", b"null", b'{"format": "interp-assets/plan", "version": 1, "shards": [{"__class__": "os.system"}]}', b"\x80\x04N."]
+)
+def test_a_strange_plan_is_refused(plan: bytes, local_store: ObjectStore, small_config: PipelineConfig) -> None:
+    """The plan is the one file that every job trusts: other content is named as damaged, and nothing is unpickled."""
+    local_store.put("plan.json", plan)
+    with pytest.raises(ArtifactError, match=r"The plan .* is (damaged|\()"):
+        load_pipeline(small_config, local_store)
+
+
+def test_code_that_comes_with_a_model_is_off() -> None:
+    """It runs only when the configuration says so, in so many words."""
+    assert ModelConfig().trust_remote_code is False
+
+
+def test_no_pickle_is_read_or_written() -> None:
+    """Loading a pickle runs what it says. Ray moves function names and results between our own processes, and is the one exception.
+
+    dictionary_learning keeps weights in torch's own format: it is written as it is, and read by the loader that takes tensors alone.
+    """
+    root = Path(__file__).parent.parent / "interp_assets"
+    words = ("pickle", "torch.load(", "torch.save(", "allow_pickle", "marshal", "eval(", "exec(")
+    found = [
+        f"{path.name}: {word}"
+        for path in root.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        for word in words
+        if word in line and not line.strip().startswith(("#", '"""')) and ".eval()" not in line and "allow_pickle=False" not in line
+    ]
+    allowed = {line for line in found if line.split(": ")[1] == "pickle"}  # prose
+    allowed |= {"exchange_files.py: torch.save(", "exchange_files.py: torch.load("}
+    (load,) = [line for line in (root / "train" / "exchange_files.py").read_text(encoding="utf-8").splitlines() if "torch.load(" in line]
+    assert "weights_only=True" in load
+    assert set(found) - allowed == set()
+
+
+def test_the_world_carries_no_secret() -> None:
+    """Resources are recorded by Dagster with each run: the world is the configuration and nothing else."""
+    assert set(World.model_fields) == {"config_json"}
+
+
+def test_a_ref_is_plain() -> None:
+    """What identifies an artifact is JSON: no object can hide in it."""
+    assert isinstance(REF, ArtifactRef)
+    json.dumps(REF._asdict())
