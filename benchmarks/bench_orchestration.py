@@ -40,9 +40,9 @@ from dagster._core.execution.backfill import PartitionBackfill
 
 from interp_assets.graph.backfill import run_backfill
 from interp_assets.graph.definitions import build_defs
-from interp_assets.graph.jobs import open_instance, run_road, run_stop
+from interp_assets.graph.jobs import open_instance, run_asset, run_road
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import CorpusConfig, ExecutionConfig, PipelineConfig, demo_config
-from interp_assets.planning.road import make_road
 
 NOOP = """
 import dagster as dg
@@ -97,7 +97,7 @@ class Bench:
             if kind == "demo":
                 stop = next(stop for stop in make_road(config) if stop.name == KEY[kind])
                 for piece in [keys] if per_run > 1 else [[key] for key in keys]:
-                    assert run_stop(job, instance, stop, piece, keys).report.n_made == len(piece)
+                    assert run_asset(job, instance, stop, piece, keys).report.n_made == len(piece)
             else:
                 for first, last in [(keys[0], keys[-1])] if per_run > 1 else [(key, key) for key in keys]:
                     tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}

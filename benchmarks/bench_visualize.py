@@ -6,9 +6,9 @@
 
 Sketch before code: the floor is one matrix product in the setting's type, 2 d_in operations a (row, latent), by the library that is the fastest on
 this kind of CPU (`interp_assets/compute/products.py`). Ours multiplies 8-bit digits where the processor is fast at that (a quarter of a float32
-product on a Zen 5), looks at every pre-activation (0.06 ns on 2 cores), computes two to three times as many as fire (20 to 40 ns each), and works per firing
-(0.1 us, files included). The usual way keeps the running top-k of a dense block, which sorts every pre-activation, and for the random sample hashes
-and sorts them once more.
+product on a Zen 5), looks at every pre-activation (0.06 ns on 2 cores), computes two to three times as many as fire (20 to 40 ns each), and works
+per firing (0.1 us, files included). The usual way keeps the running top-k of a dense block, which sorts every pre-activation, and
+for the random sample hashes and sorts them once more.
 
 All methods see the same rows and SAE, whose latents fire with log-normal frequencies. Floor and ours alternate, so that a ratio compares
 neighbours in time. One JSON object a line:
@@ -44,6 +44,7 @@ from interp_assets.compute.seeds import stream
 from interp_assets.corpus.tokens import TokenShard
 from interp_assets.harvest.rows import RowBlock
 from interp_assets.planning.config import FeaturesConfig, make_config
+from interp_assets.planning.machine import H200
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.manifest import Manifest, create_artifact
 from interp_assets.storage.store import open_store
@@ -52,7 +53,7 @@ from interp_assets.train.sae import Sae
 from interp_assets.visualize import windows
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, Job
 from interp_assets.visualize.encoder import TILE, Encoder, Scan, TopKScan, row_limits
-from interp_assets.visualize.estimate import H200, Workload, estimate
+from interp_assets.visualize.estimate import Workload, estimate
 from interp_assets.visualize.gather import Gatherer, rows_of_windows
 from interp_assets.visualize.priority import latent_keys, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref

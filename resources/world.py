@@ -1,13 +1,12 @@
 """What the assets need from the world: a configuration becomes its store, its plan, its tokenizer and its subject model.
 
-Credentials are no part of a configuration, of a resource or of anything that Dagster records: for an `s3://` root the storage client
-takes them from where every AWS client does, the `AWS_*` environment variables or the machine's own role.
+The definitions hand it to every step, and no run can set it: who may start a run must not choose which model's code is trusted. Credentials are
+no part of it or of a configuration: for an `s3://` root the storage client takes them from where every AWS client does, the `AWS_*`
+environment variables or the machine's own role.
 """
 
+from dataclasses import dataclass
 from typing import Any
-
-import dagster as dg
-from pydantic import Field
 
 from interp_assets.errors import InputError
 from interp_assets.planning.config import PipelineConfig
@@ -15,20 +14,11 @@ from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeli
 from interp_assets.storage.store import Store
 
 
-class World(dg.ConfigurableResource):
+@dataclass(frozen=True)
+class World:
     """Opens what a pipeline works with."""
 
-    config_json: str = Field(description="The pipeline's configuration as JSON.")
-
-    @classmethod
-    def make(cls, config: PipelineConfig) -> "World":
-        """Make the world of a configuration."""
-        return cls(config_json=config.model_dump_json())
-
-    @property
-    def config(self) -> PipelineConfig:
-        """The pipeline's configuration."""
-        return PipelineConfig.model_validate_json(self.config_json)
+    config: PipelineConfig
 
     def store(self) -> Store:
         """Open the pipeline's own folder, `<root>/<name>`."""

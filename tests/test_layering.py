@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from interp_assets.graph.stages import make_road
+from interp_assets.planning.config import make_config
+
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("interp_assets", "resources") for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION, MAX_CLASS, MAX_PARAMETERS = 600, 70, 300, 8
@@ -32,6 +35,64 @@ def _names(path: Path) -> Iterator[tuple[str, ast.AST]]:
 
 def _is_command_line(path: Path) -> bool:
     return path.name in ("cli.py", "__main__.py")
+
+
+ROOMS, FILES_IN_A_ROOM, FILES_IN_TRAIN = 14, 30, 25
+
+
+def names_of_the_road() -> dict[str, str]:
+    """Return, by the name of an asset or a stage, the stage it belongs to: those of a pipeline with every kind of asset."""
+    road = make_road(make_config({"shuffle": {"passes": 4, "fan_out": 2}}))
+    assets = {asset.key[-1]: asset.stage for asset in (*road, *road.outside)}
+    return assets | {asset.name: asset.stage for asset in road} | {stage: stage for stage in assets.values()}
+
+
+def compared_names(text: str, path: Path, names: dict[str, str]) -> list[str]:
+    """List the places of a file where something is compared with the name of another stage, or of an asset of another stage."""
+    own = path.relative_to(ROOT).parts[1]
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Compare) and not (isinstance(node.left, ast.Attribute) and node.left.attr == "task"):  # an SAE's task may be `sae`
+            literals: list[ast.AST] = [item for item in (node.left, *node.comparators) if not isinstance(item, ast.Subscript)]
+        elif isinstance(node, ast.MatchValue):
+            literals = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("startswith", "endswith"):
+            literals = list(node.args)
+        else:
+            continue
+        words = [item.value for literal in literals for item in ast.walk(literal) if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+        found += [f"{path.relative_to(ROOT)}:{node.lineno} asks for {word!r}" for word in words if names.get(word, own) != own]
+    return found
+
+
+def test_nothing_outside_a_stage_asks_for_it_by_name() -> None:
+    """A new asset is one record in its stage: a central place that compares names would be a second one."""
+    names = names_of_the_road()
+    assert {"token_shards", "shuffle_pass_3", "feature_browser", "train"} <= set(names)
+    assert [place for path in FILES for place in compared_names(path.read_text(encoding="utf-8"), path, names)] == []
+
+
+@pytest.mark.parametrize("line", ["asset.name == 'sae'", "asset.stage in ('train', 'nowhere')", "asset.key[-1].startswith('activations')"])
+def test_a_comparison_with_a_name_is_found(line: str) -> None:
+    """The gate itself can fail; inside the stage the same line is fine."""
+    names = names_of_the_road()
+    assert compared_names(line, ROOT / "interp_assets" / "planning" / "example.py", names)
+    if "activations" not in line:
+        assert not compared_names(line, ROOT / "interp_assets" / "train" / "example.py", names)
+
+
+def test_the_house_has_few_rooms() -> None:
+    """`ls interp_assets` is the architecture: a person takes it in at a glance."""
+    entries = [path.name for path in (ROOT / "interp_assets").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= ROOMS, sorted(entries)
+
+
+def test_no_room_is_a_corridor() -> None:
+    """A folder of more files hides a part that deserves a name."""
+    folders = {path.parent for path in FILES}
+    counts = {str(folder.relative_to(ROOT)): len(list(folder.glob("*.py"))) for folder in folders}
+    assert {folder: n for folder, n in counts.items() if n > FILES_IN_A_ROOM} == {}
+    assert counts["interp_assets/train"] <= FILES_IN_TRAIN
 
 
 def test_there_are_files_to_check() -> None:

@@ -1,13 +1,16 @@
 """What comes from elsewhere is data: a bucket, a configuration or a manifest of somebody else's cannot run code or leave its folder."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
+import dagster as dg
 import pytest
 import yaml
 
 from interp_assets.errors import ArtifactError, ConfigError, InterpError, StoreError
-from interp_assets.planning.config import ModelConfig, PipelineConfig, load_config
+from interp_assets.graph.definitions import build_defs
+from interp_assets.planning.config import ModelConfig, PipelineConfig, load_config, make_config
 from interp_assets.planning.pipeline import load_pipeline
 from interp_assets.storage.manifest import ArtifactRef, create_artifact, encode_manifest, load_manifest, make_ref, read_file
 from interp_assets.storage.store import ObjectStore
@@ -86,15 +89,23 @@ def test_no_pickle_is_read_or_written() -> None:
         if word in line and not line.strip().startswith(("#", '"""')) and ".eval()" not in line and "allow_pickle=False" not in line
     ]
     allowed = {line for line in found if line.split(": ")[1] == "pickle"}  # prose
-    allowed |= {"exchange_files.py: torch.save(", "exchange_files.py: torch.load("}
-    (load,) = [line for line in (root / "train" / "exchange_files.py").read_text(encoding="utf-8").splitlines() if "torch.load(" in line]
+    allowed |= {"folders.py: torch.save(", "folders.py: torch.load("}
+    (load,) = [line for line in (root / "train" / "exchange" / "folders.py").read_text(encoding="utf-8").splitlines() if "torch.load(" in line]
     assert "weights_only=True" in load
     assert set(found) - allowed == set()
 
 
 def test_the_world_carries_no_secret() -> None:
-    """Resources are recorded by Dagster with each run: the world is the configuration and nothing else."""
-    assert set(World.model_fields) == {"config_json"}
+    """The world is the configuration and nothing else."""
+    assert [field.name for field in fields(World)] == ["config"]
+
+
+def test_no_run_sets_the_configuration() -> None:
+    """Who may start a run must not choose a model whose code is trusted: Dagster's run configuration has no place for the world."""
+    job = build_defs(make_config({})).resolve_implicit_global_asset_job_def()
+    hostile = {"resources": {"world": {"config": {"config_json": make_config({"model": {"trust_remote_code": True}}).model_dump_json()}}}}
+    with pytest.raises(dg.DagsterInvalidConfigError):
+        dg.validate_run_config(job, hostile)
 
 
 def test_a_ref_is_plain() -> None:

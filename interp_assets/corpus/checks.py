@@ -1,26 +1,18 @@
 """Checks of the corpus: the token shards hold what they count."""
 
-import dagster as dg
+from collections.abc import Sequence
+from typing import Final
 
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.graph.faces import partition_keys
-from interp_assets.graph.partitions import Layout
-from interp_assets.planning.pipeline import shard_index
+from interp_assets.planning.asset import Check, Verdict
+from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.storage.manifest import Manifest, load_manifest
-from resources.world import World
+from interp_assets.storage.store import Store
 
 
-def make_checks(layout: Layout) -> list[dg.AssetChecksDefinition]:
-    """Make the checks of this stage."""
-
-    @dg.asset_check(asset="token_shards", partitions_def=layout.shards, description="Every token shard has valid rows, and its counts agree.")
-    def token_counts(context: dg.AssetCheckExecutionContext, world: World) -> dg.AssetCheckResult:
-        pipeline, store = world.open()
-        keys = partition_keys(context)
-        wrong = {key: fault for key in keys if (fault := count_fault(load_manifest(store, token_shard_ref(pipeline, shard_index(key)))))}
-        return dg.AssetCheckResult(passed=not wrong, metadata={"shards": len(keys), "wrong": dg.MetadataValue.json(wrong)})
-
-    return [token_counts]
+def _token_counts(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
+    wrong = {key: fault for key in keys if (fault := count_fault(load_manifest(store, token_shard_ref(pipeline, shard_index(key)))))}
+    return Verdict(not wrong, {"shards": len(keys), "wrong": wrong})
 
 
 def count_fault(manifest: Manifest) -> str:
@@ -31,3 +23,6 @@ def count_fault(manifest: Manifest) -> str:
     if not 0 < facts["n_valid"] <= facts["n_rows"]:
         return f"{facts['n_valid']:,} valid rows of {facts['n_rows']:,}"
     return ""
+
+
+TOKEN_COUNTS: Final = Check("token_counts", "Every token shard has valid rows, and its counts agree.", _token_counts)

@@ -21,12 +21,15 @@ from dagster._core.definitions.partitions.context import partition_loading_conte
 from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 
 from interp_assets.errors import ArtifactError, ConfigError
-from interp_assets.graph.definitions import build_defs
-from interp_assets.graph.jobs import find_missing, run_stop
+from interp_assets.graph.assembly import assemble
+from interp_assets.graph.jobs import find_missing, run_asset
+from interp_assets.graph.partitions import partitions_of
+from interp_assets.graph.stages import make_road
+from interp_assets.planning.asset import NONE, Asset
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
-from interp_assets.planning.road import Stop, make_road, select_stops
+from interp_assets.planning.road import Partition
 from interp_assets.storage.manifest import remove_artifact
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_artifact
@@ -61,49 +64,49 @@ def run_backfill(
     Raises `ArtifactMissingError` without a plan, `ConfigError` for an unknown asset or partition.
     """
     progress = progress or Progress()
-    road = [stop for stop in select_stops(make_road(config), select) if stop.name != "corpus_plan"]
+    road = make_road(config)
+    selected = [asset for asset in road.select(select) if not asset.plan]
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
-    _check_partitions(road, pipeline, partitions)
-    defs = build_defs(config, progress=progress)
-    job, parents = defs.resolve_implicit_global_asset_job_def(), _Parents(defs, instance)
-    touched: set[tuple[str, str]] = set()
-    broken: set[tuple[str, str]] = set()
-    for stop in road:
-        keys = stop.partition_keys(pipeline)
-        failed_before = set(find_failed(defs, stop, keys, instance))
-        due = set(find_missing(stop, pipeline, store, instance)) | failed_before
+    _check_partitions(selected, pipeline, partitions)
+    job = assemble(config, progress).resolve_implicit_global_asset_job_def()
+    touched: set[Partition] = set()
+    broken: set[Partition] = set()
+    for asset in selected:
+        keys = asset.partition_keys(pipeline)
+        failed_before = set(find_failed(asset, keys, instance))
+        due = set(find_missing(road, asset, pipeline, store, instance)) | failed_before
         if partitions:
             due = set(keys) & set(partitions)
         elif only_failed:
-            due = {key for key in due if key in failed_before or parents.of(stop, key) & touched}
-        waiting = [key for key in keys if key in due and parents.of(stop, key) & broken]
+            due = {key for key in due if key in failed_before or road.parents(asset, pipeline, key) & touched}
+        waiting = [key for key in keys if key in due and broken and road.parents(asset, pipeline, key) & broken]
         ready = [key for key in keys if key in due and key not in set(waiting)]
         if not due:
             continue
         if partitions:
-            _remove_damaged(stop, pipeline, store, ready)
+            _remove_damaged(asset, pipeline, store, ready)
         progress.plan(len(ready))
-        progress.expect(stop.name, len(ready))
-        outcome = run_stop(job, instance, stop, ready, keys)
-        touched |= {(stop.name, key) for key in ready}
-        broken |= {(stop.name, key) for key in [*outcome.failed, *waiting]}
+        progress.expect(asset.name, len(ready))
+        outcome = run_asset(job, instance, asset, ready, keys)
+        touched |= {(asset.name, key) for key in ready}
+        broken |= {(asset.name, key) for key in [*outcome.failed, *waiting]}
         yield BackfillReport(outcome.report, outcome.failed, waiting, str(outcome.errors[0]) if outcome.errors else "")
 
 
-def find_failed(defs: dg.Definitions, stop: Stop, keys: Sequence[str], instance: DagsterInstance) -> list[str]:
+def find_failed(asset: Asset, keys: Sequence[str], instance: DagsterInstance) -> list[str]:
     """List the partitions whose latest run failed, whether or not an earlier one had made them."""
-    asset = dg.AssetKey(list(stop.key))
-    if stop.axis == "none":
-        run_id = _last_run(instance, asset)
+    asset_key = dg.AssetKey(list(asset.key))
+    if asset.axis is NONE:
+        run_id = _last_run(instance, asset_key)
         run = instance.get_run_by_id(run_id) if run_id else None
-        event = instance.get_latest_materialization_event(asset)
+        event = instance.get_latest_materialization_event(asset_key)
         is_made = event is not None and event.run_id == run_id
         return [""] if run is not None and run.status == DagsterRunStatus.FAILURE and not is_made else []
-    partitions_def = defs.resolve_asset_graph().get(asset).partitions_def
+    partitions_def = partitions_of(asset.axis)
     assert partitions_def is not None
     with partition_loading_context(dynamic_partitions_store=instance):
-        status = instance.get_status_by_partition(asset, list(keys), partitions_def) or {}
+        status = instance.get_status_by_partition(asset_key, list(keys), partitions_def) or {}
     return [key for key in keys if status.get(key) == AssetPartitionStatus.FAILED]
 
 
@@ -114,10 +117,10 @@ def _last_run(instance: DagsterInstance, asset: dg.AssetKey) -> str | None:
     return records[0].run_id if records else None
 
 
-def _remove_damaged(stop: Stop, pipeline: Pipeline, store: Store, keys: Sequence[str]) -> None:
+def _remove_damaged(asset: Asset, pipeline: Pipeline, store: Store, keys: Sequence[str]) -> None:
     for key in keys:
         try:
-            paths = [ref.path for ref in stop.refs(pipeline, store, key)]
+            paths = [ref.path for ref in asset.artifacts(pipeline, store, key)]
         except ArtifactError:
             continue  # upstream is not there: the run says so
         for path in paths:
@@ -126,29 +129,8 @@ def _remove_damaged(stop: Stop, pipeline: Pipeline, store: Store, keys: Sequence
                 remove_artifact(store, path)
 
 
-def _check_partitions(road: Sequence[Stop], pipeline: Pipeline, partitions: Sequence[str]) -> None:
-    known = {key for stop in road for key in stop.partition_keys(pipeline)}
+def _check_partitions(selected: Sequence[Asset], pipeline: Pipeline, partitions: Sequence[str]) -> None:
+    known = {key for asset in selected for key in asset.partition_keys(pipeline)}
     if unknown := [key for key in partitions if key not in known]:
-        names = ", ".join(stop.name for stop in road)
+        names = ", ".join(asset.name for asset in selected)
         raise ConfigError(f"There is no partition {', '.join(map(repr, unknown))} in {names}. They look like {sorted(known - {''})[:3]}.")
-
-
-class _Parents:
-    """Which upstream partitions a partition reads, by the asset graph's own mappings."""
-
-    def __init__(self, defs: dg.Definitions, instance: DagsterInstance) -> None:
-        self._graph, self._instance = defs.resolve_asset_graph(), instance
-
-    def of(self, stop: Stop, key: str) -> set[tuple[str, str]]:
-        """Return the upstream partitions as (asset, partition), `""` for an asset without partitions."""
-        child = dg.AssetKey(list(stop.key))
-        found: set[tuple[str, str]] = set()
-        with partition_loading_context(dynamic_partitions_store=self._instance):
-            for parent in self._graph.get(child).parent_keys:
-                name = parent.to_user_string()
-                if not self._graph.get(parent).is_partitioned:
-                    found.add((name, ""))
-                    continue
-                result = self._graph.get_parent_partition_keys_for_child(key or None, parent, child)
-                found |= {(name, str(item)) for item in result.partitions_subset.get_partition_keys()}
-        return found

@@ -20,12 +20,14 @@ from dagster import DagsterEventType, DagsterInstance
 from dagster._core.errors import DagsterExecutionInterruptedError
 
 from interp_assets.errors import ConfigError, InterpError
-from interp_assets.graph.definitions import build_defs
+from interp_assets.graph.assembly import assemble
 from interp_assets.graph.partitions import claim_history
+from interp_assets.graph.stages import make_road
+from interp_assets.planning.asset import NONE, Asset
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
-from interp_assets.planning.road import Stop, find_version, make_road, select_stops
+from interp_assets.planning.road import Road
 from interp_assets.storage.manifest import Manifest
 from interp_assets.storage.process_names import name_process
 from interp_assets.storage.store import Store
@@ -93,37 +95,37 @@ def run_road(
 ) -> Iterator[AssetReport]:
     """Materialize what is missing, asset by asset, and report each one when it is done.
 
-    `select` limits the run to the named assets (`corpus_plan` always runs: it notices new text). Raises `RunError` at the first asset that
+    `select` limits the run to the named assets (the plan is always made: it notices new text). Raises `RunError` at the first asset that
     fails; what is finished stays, and the next run goes on from there.
     """
     progress = progress or Progress()
-    road = select_stops(make_road(config), select)
-    job = build_defs(config, progress=progress).resolve_implicit_global_asset_job_def()
-    plan, *rest = road
-    yield _report(run_stop(job, instance, plan, [""], [""]))
+    road = make_road(config)
+    rest = [asset for asset in road.select(select) if not asset.plan]
+    job = assemble(config, progress).resolve_implicit_global_asset_job_def()
+    yield _report(run_asset(job, instance, road.plan, [""], [""]))
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
-    progress.plan(sum(len(stop.partition_keys(pipeline)) for stop in rest))
-    for stop in rest:
-        keys = stop.partition_keys(pipeline)
-        missing = find_missing(stop, pipeline, store, instance)
+    progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
+    for asset in rest:
+        keys = asset.partition_keys(pipeline)
+        missing = find_missing(road, asset, pipeline, store, instance)
         progress.skip(len(keys) - len(missing))
-        progress.expect(stop.name, len(missing))
-        yield _report(run_stop(job, instance, stop, missing, keys))
+        progress.expect(asset.name, len(missing))
+        yield _report(run_asset(job, instance, asset, missing, keys))
 
 
-def find_missing(stop: Stop, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
+def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
     """List the partitions of an asset that have to be run, in order: without artifacts, made from other bytes, or not as Dagster knows them."""
-    recorded = recorded_versions(instance, stop)
-    keys = stop.partition_keys(pipeline)
+    recorded = recorded_versions(instance, asset)
+    keys = asset.partition_keys(pipeline)
     known: dict[str, Manifest] = {}
-    return [key for key in keys if key not in recorded or find_version(stop, pipeline, store, key, known) != recorded[key]]
+    return [key for key in keys if key not in recorded or road.find_version(asset, pipeline, store, key, known) != recorded[key]]
 
 
-def recorded_versions(instance: DagsterInstance, stop: Stop) -> dict[str, str]:
+def recorded_versions(instance: DagsterInstance, asset: Asset) -> dict[str, str]:
     """Return the data version of every partition that Dagster knows of an asset (`""` without partitions)."""
-    key = dg.AssetKey(list(stop.key))
-    if stop.axis == "none":
+    key = dg.AssetKey(list(asset.key))
+    if asset.axis is NONE:
         event = instance.get_latest_materialization_event(key)
         tags = event.asset_materialization.tags if event and event.asset_materialization else None
         return {"": tags[_VERSION_TAG]} if tags and _VERSION_TAG in tags else {}
@@ -131,12 +133,12 @@ def recorded_versions(instance: DagsterInstance, stop: Stop) -> dict[str, str]:
     return {partition: tags[_VERSION_TAG] for partition, tags in found.items() if _VERSION_TAG in tags}
 
 
-def recorded_costs(instance: DagsterInstance, stop: Stop) -> list[list[dict[str, Any]]]:
+def recorded_costs(instance: DagsterInstance, asset: Asset) -> list[list[dict[str, Any]]]:
     """Return, for every partition of an asset that was made, the table of what it was expected to take and what it took the last time."""
     found: dict[str, list[dict[str, Any]]] = {}
     has_more, cursor = True, None
     while has_more:
-        records, cursor, has_more = instance.fetch_materializations(dg.AssetKey(list(stop.key)), limit=_PAGE_EVENTS, cursor=cursor)
+        records, cursor, has_more = instance.fetch_materializations(dg.AssetKey(list(asset.key)), limit=_PAGE_EVENTS, cursor=cursor)
         for record in records:
             event = record.asset_materialization
             table = event.metadata.get("cost") if event else None
@@ -187,7 +189,7 @@ def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
     return False
 
 
-def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missing: list[str], keys: list[str]) -> Outcome:
+def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, missing: list[str], keys: list[str]) -> Outcome:
     """Run the missing partitions of one asset, one Dagster run a contiguous range; a range that fails does not stop the others.
 
     Raises `KeyboardInterrupt` when a run was interrupted: Dagster records that as a failure, and a person wants all of it to stop.
@@ -196,21 +198,21 @@ def run_stop(job: dg.JobDefinition, instance: DagsterInstance, stop: Stop, missi
     n_bytes, failed_checks, failed, errors = 0, [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
     for first, last in ranges:
-        tags = {"interp/asset": stop.name, "interp/stage": stop.stage, PROCESS_TAG: name_process()}
+        tags = {"interp/asset": asset.name, "interp/stage": asset.stage, PROCESS_TAG: name_process()}
         if first:
             tags |= {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
         result = job.execute_in_process(
-            instance=instance, asset_selection=[dg.AssetKey(list(stop.key))], tags=tags, run_config=_QUIET, raise_on_error=False
+            instance=instance, asset_selection=[dg.AssetKey(list(asset.key))], tags=tags, run_config=_QUIET, raise_on_error=False
         )
-        events = result.asset_materializations_for_node(_node_name(stop))
+        events = result.asset_materializations_for_node(_node_name(asset))
         if not result.success:
             if _was_interrupted(result):
                 raise KeyboardInterrupt
-            errors.append(explain_failure(stop.name, result))
+            errors.append(explain_failure(asset.name, result))
             failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
         n_bytes += sum(_bytes_of(event) for event in events)
         failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
-    report = AssetReport(stop.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
+    report = AssetReport(asset.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
     return Outcome(report, failed, errors)
 
 
@@ -220,8 +222,8 @@ def _report(outcome: Outcome) -> AssetReport:
     return outcome.report
 
 
-def _node_name(stop: Stop) -> str:
-    return dg.AssetKey(list(stop.key)).to_python_identifier()
+def _node_name(asset: Asset) -> str:
+    return dg.AssetKey(list(asset.key)).to_python_identifier()
 
 
 def _bytes_of(event: dg.AssetMaterialization) -> int:

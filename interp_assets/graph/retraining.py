@@ -20,15 +20,14 @@ import dagster as dg
 from pydantic import Field
 
 from interp_assets.errors import ArtifactError, InterpError
-from interp_assets.graph.faces import OWNERS
-from interp_assets.graph.partitions import Layout, every, whole
+from interp_assets.graph.backfill import run_backfill
+from interp_assets.graph.factory import OWNERS, kinds_of
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
-from interp_assets.planning.road import make_road
 from interp_assets.shuffle.generations import before
 from interp_assets.storage.manifest import Produced, read_file
 from interp_assets.storage.store import Store
-from interp_assets.train.growth import COMPARISON, compare, make_candidate, measure_growth, promote
+from interp_assets.train.growth import COMPARISON, compare, made_by_candidate, make_candidate, measure_growth, promote
 from resources.world import World
 
 CHECK_EVERY_S: Final = 10
@@ -54,17 +53,15 @@ class Retrained(NamedTuple):
         return bool(self.comparison.manifest.facts["promoted"])
 
 
-def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
-    """Make the asset of a pipeline that retrains; none for others."""
-    if not layout.config.retrain.after_tokens:
-        return []
+def make_retraining(config: PipelineConfig) -> dg.AssetsDefinition:
+    """Make the asset of a pipeline that retrains."""
 
     @dg.asset(
         name=NAME,
-        deps=[every("activations"), whole("corpus_plan")],
+        deps=[dg.AssetDep("activations", partition_mapping=dg.AllPartitionMapping()), dg.AssetDep("corpus_plan")],
         group_name="train",
         owners=OWNERS,
-        kinds=layout.kinds("pytorch"),
+        kinds=kinds_of(["pytorch"], config),
         code_version="1",
         description=(
             "New text taken in: its rows are shuffled and merged into the mixed shards, every SAE is trained on from its last state, measured on the "
@@ -72,17 +69,15 @@ def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
             "Look at the comparison and at whether it was promoted."
         ),
     )
-    def retraining(context: dg.AssetExecutionContext, config: RetrainingConfig, world: World) -> dg.MaterializeResult:
+    def retraining(context: dg.AssetExecutionContext, config: RetrainingConfig, world: dg.ResourceParam[World]) -> dg.MaterializeResult:
         done = retrain(world.config, context.instance, config.stop)
         return dg.MaterializeResult(metadata=describe(done, world.store()), data_version=dg.DataVersion(done.comparison.manifest.digest))
 
-    return [retraining]
+    return retraining
 
 
-def make_sensors(layout: Layout) -> list[dg.SensorDefinition]:
+def make_retraining_sensor() -> dg.SensorDefinition:
     """Make the sensor of a pipeline that retrains. It is on from the start: the configuration has asked for it."""
-    if not layout.config.retrain.after_tokens:
-        return []
 
     @dg.sensor(
         name="enough_new_tokens",
@@ -91,7 +86,7 @@ def make_sensors(layout: Layout) -> list[dg.SensorDefinition]:
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Starts one retraining each time that enough new tokens have been harvested since the last one.",
     )
-    def enough_new_tokens(world: World) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    def enough_new_tokens(world: dg.ResourceParam[World]) -> Iterator[dg.RunRequest | dg.SkipReason]:
         try:
             pipeline, store = world.open()
         except ArtifactError as error:
@@ -106,7 +101,7 @@ def make_sensors(layout: Layout) -> list[dg.SensorDefinition]:
         tags = {"interp/generation": str(generation), "interp/new_tokens": str(growth.n_tokens)}
         yield dg.RunRequest(run_key=f"generation-{generation}-passed-{times}", run_config=run_config, tags=tags)
 
-    return [enough_new_tokens]
+    return enough_new_tokens
 
 
 def retrain(config: PipelineConfig, instance: dg.DagsterInstance, stop: int = 0) -> Retrained:
@@ -118,9 +113,7 @@ def retrain(config: PipelineConfig, instance: dg.DagsterInstance, stop: int = 0)
     stop = stop or measure_growth(load_pipeline(config, store), store).stop
     candidate_config = make_candidate(config, store, stop)
     candidate = load_pipeline(candidate_config, store)
-    stages = ("shuffle", "train")
-    to_evaluation = ["activation_statistics", *(item.name for item in make_road(config) if item.stage in stages)]
-    n_made = _make(candidate_config, instance, to_evaluation)
+    n_made = _make(candidate_config, instance, made_by_candidate(config))
     comparison = compare(config, before(candidate), candidate, store)
     if comparison.manifest.facts["promoted"]:
         promote(config, candidate, store)
@@ -145,8 +138,6 @@ def describe(done: Retrained, store: Store) -> dict[str, dg.MetadataValue | int 
 
 def _make(config: PipelineConfig, instance: dg.DagsterInstance, select: Sequence[str]) -> int:
     """Make what is due under a configuration's plan; return the number of partitions made. Raises `InterpError` when some failed."""
-    from interp_assets.graph.backfill import run_backfill  # noqa: PLC0415 - the run loop imports the definitions, which import this module
-
     done = list(run_backfill(config, instance, select=select))
     for item in done:
         if item.message:

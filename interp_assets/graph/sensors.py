@@ -14,16 +14,16 @@ from pathlib import Path
 import dagster as dg
 
 from interp_assets.errors import ArtifactError
-from interp_assets.graph.partitions import Layout
+from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import ShardSource
 from resources.world import World
 
 CHECK_EVERY_S = 30
 
 
-def make_sensor(layout: Layout) -> dg.SensorDefinition:
+def make_sensor(config: PipelineConfig) -> dg.SensorDefinition:
     """Make the sensor of a pipeline."""
-    corpus = layout.config.corpus
+    corpus = config.corpus
 
     @dg.sensor(
         target=["corpus_plan", "token_shards", "activations"],
@@ -31,7 +31,7 @@ def make_sensor(layout: Layout) -> dg.SensorDefinition:
         default_status=dg.DefaultSensorStatus.STOPPED,
         description="Landed text files become shards, token shards and activations. Works for the corpus source `files`.",
     )
-    def landed_text(context: dg.SensorEvaluationContext, world: World) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    def landed_text(context: dg.SensorEvaluationContext, world: dg.ResourceParam[World]) -> Iterator[dg.RunRequest | dg.SkipReason]:
         if corpus.source != "files":
             yield dg.SkipReason(f"The corpus source is {corpus.source!r}; only 'files' can change under a running pipeline.")
             return

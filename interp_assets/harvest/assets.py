@@ -1,94 +1,127 @@
 """Activations as assets: one forward pass per shard for all hook points, and statistics over the training shards."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Final
 
-import dagster as dg
-
-from interp_assets.garcon.device import choose_device
-from interp_assets.graph.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
-from interp_assets.graph.fanout import start_fanout
-from interp_assets.graph.partitions import Layout, every, same
-from interp_assets.harvest.activations import harvest_shard
-from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION
-from interp_assets.harvest.statistics import merge_statistics
-from interp_assets.planning.pipeline import shard_index
-from interp_assets.planning.plots import plot_norms
-from interp_assets.planning.progress import Progress
-from interp_assets.storage.manifest import Produced
-from resources.world import World
+from interp_assets.corpus.sizes import TOKEN_BYTES, rows_of
+from interp_assets.harvest.checks import ACTIVATION_ROWS, OUTLIER_DIMENSIONS
+from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, statistics_ref
+from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, per_hook_point, same, training
+from interp_assets.planning.config import PipelineConfig, code_version
+from interp_assets.planning.machine import ONE_WORKER
+from interp_assets.planning.pipeline import Pipeline, shard_index
+from interp_assets.storage.dtypes import ITEM_BYTES
+from interp_assets.storage.manifest import ArtifactRef, Produced
+from interp_assets.storage.store import Store
 
 GROUP = "harvest"
+ROWS_PER_S: Final = 10_000
+"""Rows of a small model on two cores; large ones are bound by two operations for each parameter and row."""
+_STATISTICS_BYTES_PER_DIMENSION: Final = 40
+_WIDTH_OF_FORWARD: Final = 30
+"""Values of the model's width that a forward pass holds for each token."""
 
 
-def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
-    """Make the assets of this stage."""
-    return [_activations(layout), _activation_statistics(layout)]
-
-
-def make_partition(config_json: str, key: str) -> list[Produced]:
-    """Make the activations of one shard, wherever this runs."""
-    world = World(config_json=config_json)
-    pipeline, store = world.open()
-    return list(harvest_shard(pipeline, store, world.model(), shard_index(key)).values())
-
-
-def _activations(layout: Layout) -> dg.AssetsDefinition:
-    @dg.asset(
-        partitions_def=layout.shards,
-        deps=[same("token_shards")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        pool=GPU_POOL,
-        op_tags=layout.on_gpu(),
-        kinds=layout.kinds("pytorch", "huggingface"),
-        code_version=code_version(ACTIVATION_SHARD_VERSION, layout.config.model, layout.config.harvest),
-        backfill_policy=layout.spread(),
-        description=(
-            "What the subject model computes at every token position of one corpus shard: one row per position, in safetensors, for all hook points "
-            "from a single forward pass. The unit of work is a corpus shard. Look at rows per second, and at the mean norm: "
-            "it should hardly differ between shards."
+def make_assets(config: PipelineConfig) -> list[Asset]:
+    """List the assets of this stage."""
+    return [
+        Asset(
+            key=("activations",),
+            group=GROUP,
+            kinds=("pytorch", "huggingface"),
+            description=(
+                "What the subject model computes at every token position of one corpus shard: one row per position, in safetensors, for all hook "
+                "points from a single forward pass. The unit of work is a corpus shard. Look at rows per second, and at the mean norm: "
+                "it should hardly differ between shards."
+            ),
+            axis=SHARDS,
+            reads=(same("token_shards").remember(),),
+            artifacts=_activations,
+            make=_harvest,
+            shows=_show_norms,
+            takes=_harvesting,
+            work_kind=lambda config, _key: f"activations {config.model.name}",
+            needs=Needs(accelerator=True),
+            checks=(ACTIVATION_ROWS,),
+            code_version=code_version(ACTIVATION_SHARD_VERSION, config.model, config.harvest),
         ),
-    )
-    def activations(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        n_gpus = float(choose_device(pipeline.config.execution.device).type == "cuda")
-        fanout = start_fanout(make_partition, world.config_json, partition_keys(context), n_gpus=n_gpus)
-
-        harvest = None if fanout else partial(harvest_shard, pipeline, store, world.model(), progress=progress.advance)
-
-        def work(key: str) -> Made:
-            shards = fanout.take(key) if fanout else list(harvest(shard_index(key)).values()) if harvest else []
-            facts = zip(pipeline.config.harvest.hook_points, (item.manifest.facts for item in shards), strict=True)
-            norms = {f"mean_norm.{hook_point}": float(item["mean_norm"]) for hook_point, item in facts}
-            return made(shards, store.url, **norms, **({"node": fanout.where(key)} if fanout else {}))
-
-        yield from record(context, work, progress)
-
-    return activations
-
-
-def _activation_statistics(layout: Layout) -> dg.AssetsDefinition:
-    @dg.asset(
-        deps=[every("activations")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        kinds=layout.kinds("python", "numpy"),
-        code_version=code_version(1),
-        description=(
-            "Count, mean, variance and norm histogram of every hook point over all training shards, merged from what each shard measured. "
-            "Training divides by the mean squared norm, and a dimension far above the others is an outlier worth knowing. Look at the histogram."
+        Asset(
+            key=("activation_statistics",),
+            group=GROUP,
+            kinds=("python", "numpy"),
+            description=(
+                "Count, mean, variance and norm histogram of every hook point over all training shards, merged from what each shard measured. "
+                "Training divides by the mean squared norm, and a dimension far above the others is an outlier worth knowing. Look at the histogram."
+            ),
+            reads=(training("activations").remember(),),
+            artifacts=per_hook_point(statistics_ref),
+            make=_merge,
+            shows=_show_histograms,
+            takes=_merging,
+            checks=(OUTLIER_DIMENSIONS,),
+            code_version=code_version(1),
         ),
+    ]
+
+
+def count_parameters(pipeline: Pipeline) -> int:
+    """Return the number of the subject model's parameters, without its weights."""
+    from interp_assets.garcon.subject import make_meta_model
+
+    model = pipeline.config.model
+    return pipeline.remember("parameters", lambda: sum(weight.numel() for weight in make_meta_model(model).net.parameters()))
+
+
+def model_bytes(pipeline: Pipeline) -> int:
+    """Return what the subject model's weights take."""
+    return count_parameters(pipeline) * ITEM_BYTES[pipeline.config.model.dtype]
+
+
+def _activations(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
+    return [activation_shard_ref(pipeline, hook_point, shard_index(key)) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _harvest(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.harvest.activations import harvest_shard
+
+    harvest = partial(harvest_shard, job.pipeline, job.store, job.world.model(), progress=job.progress.advance)
+    return lambda key: list(harvest(shard_index(key)).values())
+
+
+def _show_norms(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    return {f"mean_norm.{name}": float(item.manifest.facts["mean_norm"]) for name, item in zip(job.hook_points, made, strict=True)}
+
+
+def _harvesting(pipeline: Pipeline, store: Store, key: str) -> Load:
+    config, n_rows, widths = pipeline.config, rows_of(pipeline, store, shard_index(key)), pipeline.plan.hook_widths
+    row_bytes = sum(widths[name] for name in config.harvest.hook_points) * ITEM_BYTES[config.harvest.dtype]
+    forward_s = 2.0 * count_parameters(pipeline) * n_rows / ONE_WORKER.flops
+    batch = min(config.execution.tokens_per_batch, n_rows) * max(widths.values()) * 4 * _WIDTH_OF_FORWARD
+    return Load(
+        rows=n_rows,
+        read_bytes=n_rows * TOKEN_BYTES,
+        written_bytes=n_rows * row_bytes,
+        n_inputs=3,
+        n_outputs=2 * len(config.harvest.hook_points),
+        busy_s=max(n_rows / ROWS_PER_S, forward_s),
+        memory_bytes=model_bytes(pipeline) + batch,
     )
-    def activation_statistics(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
 
-        def work(_key: str) -> Made:
-            merged = {hook_point: merge_statistics(pipeline, store, hook_point) for hook_point in pipeline.config.harvest.hook_points}
-            plots = {f"norms.{hook_point}": dg.MetadataValue.md(plot_norms(store, item)) for hook_point, item in merged.items()}
-            return made(list(merged.values()), store.url, **plots)
 
-        yield from record(context, work, progress)
+def _merge(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.harvest.statistics import merge_statistics
 
-    return activation_statistics
+    return lambda _key: [merge_statistics(job.pipeline, job.store, hook_point) for hook_point in job.hook_points]
+
+
+def _show_histograms(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.harvest.plots import plot_norms
+
+    return {f"norms.{hook_point}": Markdown(plot_norms(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+
+
+def _merging(pipeline: Pipeline, _store: Store, _key: str) -> Load:
+    n_train = len(pipeline.train_indices)
+    width = sum(pipeline.d_in(hook_point) for hook_point in pipeline.config.harvest.hook_points) * _STATISTICS_BYTES_PER_DIMENSION
+    return Load(0, n_train * width, width, 2 * n_train, 1)

@@ -1,18 +1,15 @@
 """Checks of the activations: as many rows as tokens, finite norms that do not drift between shards, outlier dimensions named."""
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
-import dagster as dg
-
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.graph.faces import partition_keys
-from interp_assets.graph.partitions import Layout
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
+from interp_assets.planning.asset import Check, Verdict
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.storage.manifest import find_manifest, load_manifest
 from interp_assets.storage.store import Store
-from resources.world import World
 
 MAX_NORM_DRIFT: Final = 0.25
 """Mean norms of the shards of one run may differ from their median by this share; text differs, models do not."""
@@ -20,34 +17,20 @@ MAX_MEAN_RATIO: Final = 100.0
 """A dimension whose |mean| is this many times the typical one dominates the norm: worth knowing, no fault."""
 
 
-def make_checks(layout: Layout) -> list[dg.AssetChecksDefinition]:
-    """Make the checks of this stage."""
+def _activation_rows(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
+    indices = [shard_index(key) for key in keys]
+    hook_points = pipeline.config.harvest.hook_points
+    wrong = [fault for hook_point in hook_points for fault in row_faults(pipeline, store, hook_point, indices)]
+    drift = max(norm_drift(pipeline, store, hook_point, indices) for hook_point in hook_points)
+    shown = {"shards": len(indices), "wrong": wrong, "norm_drift": round(drift, 4), "norm_drift_limit": MAX_NORM_DRIFT}
+    return Verdict(not wrong and drift <= MAX_NORM_DRIFT, shown, is_warning=not wrong)
 
-    @dg.asset_check(
-        asset="activations", partitions_def=layout.shards, description="One finite row per token position, and mean norms alike in all shards."
-    )
-    def activation_rows(context: dg.AssetCheckExecutionContext, world: World) -> dg.AssetCheckResult:
-        pipeline, store = world.open()
-        indices = [shard_index(key) for key in partition_keys(context)]
-        wrong = [fault for hook_point in pipeline.config.harvest.hook_points for fault in row_faults(pipeline, store, hook_point, indices)]
-        drift = max(norm_drift(pipeline, store, hook_point, indices) for hook_point in pipeline.config.harvest.hook_points)
-        metadata = {"shards": len(indices), "wrong": dg.MetadataValue.json(wrong), "norm_drift": round(drift, 4), "norm_drift_limit": MAX_NORM_DRIFT}
-        severity = dg.AssetCheckSeverity.ERROR if wrong else dg.AssetCheckSeverity.WARN
-        return dg.AssetCheckResult(passed=not wrong and drift <= MAX_NORM_DRIFT, severity=severity, metadata=metadata)
 
-    @dg.asset_check(asset="activation_statistics", description="No dimension's mean is far above the others.")
-    def outlier_dimensions(world: World) -> dg.AssetCheckResult:
-        pipeline, store = world.open()
-        hook_points = pipeline.config.harvest.hook_points
-        ratios = {hook_point: float(load_manifest(store, statistics_ref(pipeline, hook_point)).facts["max_mean_ratio"]) for hook_point in hook_points}
-        is_calm = all(ratio <= MAX_MEAN_RATIO for ratio in ratios.values())
-        return dg.AssetCheckResult(
-            passed=is_calm,
-            severity=dg.AssetCheckSeverity.WARN,
-            metadata={"limit": MAX_MEAN_RATIO, **{f"ratio.{name}": ratio for name, ratio in ratios.items()}},
-        )
-
-    return [activation_rows, outlier_dimensions]
+def _outlier_dimensions(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> Verdict:
+    hook_points = pipeline.config.harvest.hook_points
+    ratios = {hook_point: float(load_manifest(store, statistics_ref(pipeline, hook_point)).facts["max_mean_ratio"]) for hook_point in hook_points}
+    is_calm = all(ratio <= MAX_MEAN_RATIO for ratio in ratios.values())
+    return Verdict(is_calm, {"limit": MAX_MEAN_RATIO, **{f"ratio.{name}": ratio for name, ratio in ratios.items()}}, is_warning=True)
 
 
 def row_faults(pipeline: Pipeline, store: Store, hook_point: str, indices: list[int]) -> list[str]:
@@ -72,3 +55,7 @@ def norm_drift(pipeline: Pipeline, store: Store, hook_point: str, indices: list[
     merged = find_manifest(store, statistics_ref(pipeline, hook_point))
     typical = float(merged.facts["mean_norm"]) if merged else norms[len(norms) // 2]
     return max(abs(norm - typical) for norm in (norms[0], norms[-1])) / typical if typical else 0.0
+
+
+ACTIVATION_ROWS: Final = Check("activation_rows", "One finite row per token position, and mean norms alike in all shards.", _activation_rows)
+OUTLIER_DIMENSIONS: Final = Check("outlier_dimensions", "No dimension's mean is far above the others.", _outlier_dimensions)

@@ -22,14 +22,18 @@ def activation_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> Art
         "shard": index,
     }
     inputs = {"token_shard": token_shard_ref(pipeline, index).artifact_id}
-    return make_ref("activation_shard", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label=shard_key(index))
+    return make_ref(
+        "activation_shard", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label=shard_key(index), hook_point=hook_point
+    )
 
 
 def statistics_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
     """Address the merged statistics of one hook point over the training shards."""
     inputs = {"activation_shards": activation_ids(pipeline, hook_point, pipeline.train_indices)}
     identity = {"code": 1, "hook_point": hook_point}
-    return make_ref("activation_statistics", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label="statistics")
+    return make_ref(
+        "activation_statistics", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label="statistics", hook_point=hook_point
+    )
 
 
 def activation_ids(pipeline: Pipeline, hook_point: str, indices: Sequence[int]) -> str:

@@ -7,9 +7,11 @@ A configuration never changes after it is made, and no value means "choose for m
 """
 
 import difflib
+import hashlib
+import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,6 +23,9 @@ DEMO_MODEL = "builtin:pystdlib_gpt2"
 
 ROOT_VARIABLE = "INTERP_ROOT"
 """Environment variable that moves any pipeline to another folder or bucket."""
+
+_OVERKEEP: Final = 4
+"""Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
 
 MAX_MIXED_SHARDS = 100_000
 """More partitions than this make Dagster's pages slow; a mixed shard may be as large as memory."""
@@ -196,6 +201,11 @@ class FeaturesConfig(_Config):
     encode_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that rows and encoder columns are rounded to before they are multiplied; sums and activations are float32."""
 
+    @property
+    def n_kept_top(self) -> int:
+        """How many of a latent's strongest firings are kept to choose the top examples from: more when repeated texts are left out."""
+        return self.top_k * (_OVERKEEP if self.distinct_tokens else 1)
+
 
 class RetrainConfig(_Config):
     """When new text retrains the SAEs, and when the result takes the place of what was there. Never part of an id."""
@@ -370,6 +380,12 @@ def _model_at(path: list[str]) -> type[BaseModel] | None:
     sections["saes"] = SaeConfig
     found = sections.get(path[0]) if path else PipelineConfig
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
+
+
+def code_version(version: int, *sections: BaseModel) -> str:
+    """Return an asset's code version: its own number, and a hash of the configuration that decides its bytes."""
+    text = json.dumps([section.model_dump() for section in sections], sort_keys=True)
+    return f"{version}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}" if sections else str(version)
 
 
 def demo_config() -> PipelineConfig:

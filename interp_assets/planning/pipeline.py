@@ -15,9 +15,9 @@ from typing import Any, Final, TypeVar
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError, StoreMissingError
 from interp_assets.planning.config import PipelineConfig
+from interp_assets.storage.manifest import PLAN
 from interp_assets.storage.store import Store, open_store
 
-PLAN: Final = "plan.json"
 _FORMAT: Final = "interp-assets/plan"
 _VERSION: Final = 1
 """Raise it with every key that is added: readers refuse keys that they do not know."""
@@ -75,6 +75,13 @@ class Pipeline:
         if question not in self._answers:
             self._answers[question] = answer()
         return self._answers[question]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The plan without its shards: these have fingerprints of their own."""
+        facts = asdict(self.plan)
+        del facts["shards"], facts["generations"]
+        return facts
 
     @property
     def shard_indices(self) -> list[int]:

@@ -30,7 +30,7 @@ class Rate(NamedTuple):
 def rates_path() -> Path | None:
     """Return where the sums lie; None for a user without a home."""
     folder = cache_folder()
-    return folder / "rates-1.sqlite" if folder else None
+    return folder / "rates-2.sqlite" if folder else None
 
 
 def note_rate(path: Path | None, kind: str, expected_s: float, taken_s: float) -> bool:

@@ -33,9 +33,9 @@ from interp_assets.shuffle.refs import merged_shard_ref
 from interp_assets.shuffle.rows import Progress, Segment, cut_segment
 from interp_assets.shuffle.sizes import shares
 from interp_assets.storage.direct import PIECE_BYTES, allocate
+from interp_assets.storage.dtypes import ITEM_BYTES
 from interp_assets.storage.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, load_manifest, read_part
 from interp_assets.storage.store import Store
-from interp_assets.storage.tensors import ITEM_BYTES
 
 WORD_ROWS: Final = 4096
 """Rows per interleaving word; part of what decides the bytes."""

@@ -1,182 +1,262 @@
 """The shuffle as assets: its plan, one asset per distribution pass, the mixed shards and their certificate."""
 
-import dagster as dg
+from collections.abc import Callable
 
-from interp_assets.graph.faces import OWNERS, RETRIES, Events, Made, code_version, made, partition_keys, record
-from interp_assets.graph.fanout import start_fanout
-from interp_assets.graph.partitions import Layout, every, parent_bucket, same, whole
-from interp_assets.planning.pipeline import shard_index
-from interp_assets.planning.plots import plot_certificate
-from interp_assets.planning.progress import Progress
-from interp_assets.shuffle.generations import generation_of, newest
-from interp_assets.shuffle.grown import certify_mixed, mix_bucket
-from interp_assets.shuffle.plan import make_shuffle_plan
-from interp_assets.shuffle.refs import SHUFFLE_VERSION, bucket_index, pass_name
-from interp_assets.shuffle.split import split_bucket, split_shard
-from interp_assets.storage.manifest import Produced
-from resources.world import World
+from interp_assets.corpus.sizes import count_rows, rows_of
+from interp_assets.planning.asset import (
+    SHARDS,
+    Asset,
+    Axis,
+    Job,
+    Load,
+    Markdown,
+    Needs,
+    Reads,
+    Shown,
+    every,
+    parent_bucket,
+    per_hook_point,
+    same,
+    whole,
+)
+from interp_assets.planning.config import PipelineConfig, code_version
+from interp_assets.planning.pipeline import Pipeline, shard_index
+from interp_assets.shuffle.checks import CERTIFICATE_PASSED, MIXED_ROW_COUNTS
+from interp_assets.shuffle.generations import generation_of, has_grown, newest
+from interp_assets.shuffle.plan import make_shuffle_plan, split_bucket_refs
+from interp_assets.shuffle.refs import (
+    SHUFFLE_VERSION,
+    bucket_index,
+    bucket_key,
+    certificate_ref,
+    mixed_shard_ref,
+    pass_name,
+    shuffle_plan_ref,
+    split_shard_ref,
+)
+from interp_assets.shuffle.rows import SORT_BYTES, RowFormat
+from interp_assets.storage.manifest import ArtifactRef, Produced
+from interp_assets.storage.store import Store
 
 GROUP = "shuffle"
+_PROCESS_MIB = 1536
+"""What a shuffle job's process needs beside its rows."""
 
 
-def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
-    """Make the assets of this stage: with P passes there are P - 1 distribution passes before the mixed shards."""
-    first = [_first_pass(layout)] if layout.config.shuffle.passes > 1 else []
-    middle = [_middle_pass(layout, pass_index) for pass_index in range(2, layout.config.shuffle.passes)]
-    return [_shuffle_plan(layout), *first, *middle, _mixed_shards(layout), _shuffle_certificate(layout)]
+def make_assets(config: PipelineConfig) -> list[Asset]:
+    """List the assets of this stage: with P passes there are P - 1 distribution passes before the mixed shards."""
+    passes = config.shuffle.passes
+    first = [_first_pass(config)] if passes > 1 else []
+    return [_plan(config), *first, *(_middle_pass(config, pass_index) for pass_index in range(2, passes)), _mixed_shards(config), _certificate()]
 
 
-def _shuffle_plan(layout: Layout) -> dg.AssetsDefinition:
-    @dg.asset(
-        deps=[every("token_shards")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        kinds=layout.kinds("python", "json"),
-        code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
+def _plan(config: PipelineConfig) -> Asset:
+    return Asset(
+        key=("shuffle_plan",),
+        group=GROUP,
+        kinds=("python", "json"),
         description=(
             "How many rows go from every job to every bucket, in every pass, drawn from the exact joint law, and what the shuffle will cost. "
             "It needs only the row counts of the token shards, so it can be read before a single activation exists."
         ),
+        reads=(every("token_shards"),),
+        artifacts=lambda pipeline, _store, _key: [shuffle_plan_ref(pipeline)],
+        make=_make_plan,
+        takes=lambda pipeline, _store, _key: Load(n_inputs=len(pipeline.train_indices)),
+        code_version=code_version(SHUFFLE_VERSION, config.shuffle),
     )
-    def shuffle_plan(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        yield from record(context, lambda _key: made([make_shuffle_plan(newest(pipeline), store)], store.url), progress)
-
-    return shuffle_plan
 
 
-def make_partition(config_json: str, key: str) -> list[Produced]:
-    """Split one shard in pass 1, wherever this runs; a shard that is not shuffled has nothing."""
-    pipeline, store = World(config_json=config_json).open()
-    index, hook_points = shard_index(key), pipeline.config.harvest.hook_points
-    own = generation_of(pipeline, index)
-    return [split_shard(own, store, hook_point, index) for hook_point in hook_points] if index in pipeline.train_indices else []
-
-
-def _first_pass(layout: Layout) -> dg.AssetsDefinition:
-    @dg.asset(
-        partitions_def=layout.shards,
-        deps=[same("activations"), whole("shuffle_plan")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        op_tags=layout.in_memory(),
-        kinds=layout.kinds("python", "numpy"),
-        code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
-        backfill_policy=layout.spread(),
+def _first_pass(config: PipelineConfig) -> Asset:
+    return Asset(
+        key=(pass_name(1),),
+        group=GROUP,
+        kinds=("python", "numpy"),
         description=(
             "The rows of one corpus shard, permuted in memory and written as one file with a contiguous range for every bucket. The unit of work is "
             "a corpus shard, so a lost shard is one partition all the way to here. Held-out shards measure and are not shuffled: their partitions "
             "finish at once and hold nothing."
         ),
+        axis=SHARDS,
+        reads=(same("activations").remember(may_be_gone=True), whole("shuffle_plan")),
+        artifacts=_splits_of_shard,
+        make=_split_shards,
+        shows=_explain_nothing,
+        takes=_splitting,
+        needs=_memory(config),
+        code_version=code_version(SHUFFLE_VERSION, config.shuffle),
     )
-    def shuffle_pass_1(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        fanout = start_fanout(make_partition, world.config_json, partition_keys(context))
-
-        def work(key: str) -> Made:
-            index = shard_index(key)
-            if fanout and index in pipeline.train_indices:
-                return made(fanout.take(key), store.url)
-            if index in pipeline.held_out_indices:
-                return made([], store.url, note="held out: measured, not shuffled")
-            if index in pipeline.pending_indices:
-                return made([], store.url, note="waits for the next retraining")
-            hook_points, own = pipeline.config.harvest.hook_points, generation_of(pipeline, index)
-            return made([split_shard(own, store, hook_point, index, progress.advance) for hook_point in hook_points], store.url)
-
-        yield from record(context, work, progress)
-
-    return shuffle_pass_1
 
 
-def _middle_pass(layout: Layout, pass_index: int) -> dg.AssetsDefinition:
-    fan_out = layout.config.shuffle.fan_out
-    before = pass_name(pass_index - 1)
-
-    @dg.asset(
-        name=pass_name(pass_index),
-        partitions_def=layout.buckets(pass_index - 1),
-        deps=[every(before) if pass_index == 2 else parent_bucket(before, fan_out ** (pass_index - 2), fan_out), whole("shuffle_plan")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        op_tags=layout.in_memory(),
-        kinds=layout.kinds("python", "numpy"),
-        code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
-        backfill_policy=layout.spread(),
+def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
+    return Asset(
+        key=(pass_name(pass_index),),
+        group=GROUP,
+        kinds=("python", "numpy"),
         description=(
-            f"One bucket of pass {pass_index - 1}, gathered from all its jobs, permuted and divided over {fan_out} smaller buckets. The unit of work "
-            "is a bucket; several jobs share one when it exceeds the memory of a job."
+            f"One bucket of pass {pass_index - 1}, gathered from all its jobs, permuted and divided over {config.shuffle.fan_out} smaller buckets. "
+            "The unit of work is a bucket; several jobs share one when it exceeds the memory of a job."
         ),
+        axis=_buckets(config, pass_index - 1),
+        reads=(every(pass_name(1)) if pass_index == 2 else parent_bucket(pass_name(pass_index - 1)), whole("shuffle_plan")),
+        artifacts=lambda pipeline, store, key: split_bucket_refs(pipeline, store, pass_index, bucket_index(key)),
+        make=lambda job: _split_buckets(job, pass_index),
+        takes=_gathering(config, pass_index - 1),
+        needs=_memory(config),
+        code_version=code_version(SHUFFLE_VERSION, config.shuffle),
     )
-    def shuffle_pass(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-
-        def work(key: str) -> Made:
-            bucket, hook_points = bucket_index(key), pipeline.config.harvest.hook_points
-            split = [split_bucket(newest(pipeline), store, hook_point, pass_index, bucket, progress.advance) for hook_point in hook_points]
-            return made([item for items in split for item in items], store.url)
-
-        yield from record(context, work, progress)
-
-    return shuffle_pass
 
 
-def _mixed_shards(layout: Layout) -> dg.AssetsDefinition:
-    passes, fan_out = layout.config.shuffle.passes, layout.config.shuffle.fan_out
-    sources = {1: every("activations"), 2: every(pass_name(1))}
-    source = sources[passes] if passes in sources else parent_bucket(pass_name(passes - 1), fan_out ** (passes - 2), fan_out)
-
-    @dg.asset(
-        partitions_def=layout.buckets(passes - 1),
-        deps=[source, whole("shuffle_plan")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        op_tags=layout.in_memory(),
-        kinds=layout.kinds("python", "numpy"),
-        code_version=code_version(SHUFFLE_VERSION, layout.config.shuffle),
-        backfill_policy=layout.spread(),
+def _mixed_shards(config: PipelineConfig) -> Asset:
+    return Asset(
+        key=("mixed_shards",),
+        group=GROUP,
+        kinds=("python", "numpy"),
         description=(
             "One bucket of the shuffled data: its ranges gathered from the files of the pass before and permuted once more, so that all mixed shards "
             "in order are one uniform permutation of the training rows. The unit of work is a bucket. Every row keeps its row id."
         ),
+        axis=_buckets(config, config.shuffle.passes - 1),
+        reads=(_mixed_from(config.shuffle.passes), whole("shuffle_plan")),
+        artifacts=_mixed,
+        make=_mix,
+        takes=_gathering(config, config.shuffle.passes - 1),
+        needs=_memory(config),
+        code_version=code_version(SHUFFLE_VERSION, config.shuffle),
     )
-    def mixed_shards(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-
-        def work(key: str) -> Made:
-            bucket, hook_points = bucket_index(key), pipeline.config.harvest.hook_points
-            return made([mix_bucket(pipeline, store, hook_point, bucket, progress.advance) for hook_point in hook_points], store.url)
-
-        yield from record(context, work, progress)
-
-    return mixed_shards
 
 
-def _shuffle_certificate(layout: Layout) -> dg.AssetsDefinition:
-    @dg.asset(
-        deps=[every("activations"), every("mixed_shards"), whole("shuffle_plan")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        kinds=layout.kinds("python", "json"),
-        code_version=code_version(SHUFFLE_VERSION),
+def _certificate() -> Asset:
+    return Asset(
+        key=("shuffle_certificate",),
+        group=GROUP,
+        kinds=("python", "json"),
         description=(
             "Proof that no row was lost or doubled (equal multiset hashes before and after) and that the order looks uniform (chi-square of "
             "destinations, autocorrelation of documents). Training refuses data without it. Look at the verdicts and at the lag plot."
         ),
+        reads=(every("activations"), every("mixed_shards").remember(may_be_gone=True), whole("shuffle_plan")),
+        artifacts=per_hook_point(certificate_ref),
+        make=_certify,
+        shows=_show_mixing,
+        takes=_certifying,
+        checks=(CERTIFICATE_PASSED, MIXED_ROW_COUNTS),
+        code_version=code_version(SHUFFLE_VERSION),
     )
-    def shuffle_certificate(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
 
-        def work(_key: str) -> Made:
-            proofs = {hook_point: certify_mixed(pipeline, store, hook_point, progress.advance) for hook_point in pipeline.config.harvest.hook_points}
-            plots = {f"mixing.{hook_point}": dg.MetadataValue.md(plot_certificate(store, item)) for hook_point, item in proofs.items()}
-            return made(list(proofs.values()), store.url, **plots)
 
-        yield from record(context, work, progress)
+def _buckets(config: PipelineConfig, n_passes: int) -> Axis:
+    """Return the buckets that there are after `n_passes` distribution passes."""
+    return Axis("bucket", fixed=tuple(bucket_key(bucket) for bucket in range(config.shuffle.fan_out**n_passes)))
 
-    return shuffle_certificate
+
+def _memory(config: PipelineConfig) -> Needs:
+    """Ask for the memory that the configuration allows a job's rows, and what a process needs besides."""
+    return Needs(memory_bytes=(-(-config.shuffle.memory_bytes // (1 << 20)) + _PROCESS_MIB) << 20)
+
+
+def _mixed_from(passes: int) -> Reads:
+    """Say what mixed shards are gathered from. In other cases than one or two passes `gather_bucket` compares digests when it runs."""
+    if passes > 2:
+        return parent_bucket(pass_name(passes - 1))
+    source = every(pass_name(1)) if passes == 2 else every("activations")
+    return source.remember(may_be_gone=True, counts=lambda pipeline: not has_grown(pipeline))
+
+
+def _splits_of_shard(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
+    """Held-out and pending shards have none."""
+    index = shard_index(key)
+    is_shuffled = index in pipeline.train_indices
+    return [split_shard_ref(pipeline, hook_point, index) for hook_point in pipeline.config.harvest.hook_points] if is_shuffled else []
+
+
+def _mixed(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
+    return [mixed_shard_ref(pipeline, hook_point, bucket_index(key)) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _make_plan(job: Job) -> Callable[[str], list[Produced]]:
+    return lambda _key: [make_shuffle_plan(newest(job.pipeline), job.store)]
+
+
+def _split_shards(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.shuffle.split import split_shard
+
+    def make(key: str) -> list[Produced]:
+        index = shard_index(key)
+        if index not in job.pipeline.train_indices:
+            return []
+        own = generation_of(job.pipeline, index)
+        return [split_shard(own, job.store, hook_point, index, job.progress.advance) for hook_point in job.hook_points]
+
+    return make
+
+
+def _explain_nothing(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
+    if made:
+        return {}
+    is_held_out = shard_index(key) in job.pipeline.held_out_indices
+    return {"note": "held out: measured, not shuffled" if is_held_out else "waits for the next retraining"}
+
+
+def _split_buckets(job: Job, pass_index: int) -> Callable[[str], list[Produced]]:
+    from interp_assets.shuffle.split import split_bucket
+
+    def make(key: str) -> list[Produced]:
+        own, bucket = newest(job.pipeline), bucket_index(key)
+        split = [split_bucket(own, job.store, hook_point, pass_index, bucket, job.progress.advance) for hook_point in job.hook_points]
+        return [item for items in split for item in items]
+
+    return make
+
+
+def _mix(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.shuffle.grown import mix_bucket
+
+    def make(key: str) -> list[Produced]:
+        return [mix_bucket(job.pipeline, job.store, hook_point, bucket_index(key), job.progress.advance) for hook_point in job.hook_points]
+
+    return make
+
+
+def _certify(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.shuffle.grown import certify_mixed
+
+    return lambda _key: [certify_mixed(job.pipeline, job.store, hook_point, job.progress.advance) for hook_point in job.hook_points]
+
+
+def _show_mixing(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.shuffle.plots import plot_certificate
+
+    return {f"mixing.{hook_point}": Markdown(plot_certificate(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+
+
+def _formats(pipeline: Pipeline) -> list[RowFormat]:
+    return [RowFormat(pipeline.d_in(hook_point), pipeline.config.harvest.dtype) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def _held_bytes(pipeline: Pipeline) -> int:
+    """Return what a job holds of each row: one hook point at a time."""
+    return max(item.record_bytes for item in _formats(pipeline)) + SORT_BYTES
+
+
+def _splitting(pipeline: Pipeline, store: Store, key: str) -> Load:
+    index = shard_index(key)
+    n_rows = rows_of(pipeline, store, index) if index in pipeline.train_indices else 0
+    n_bytes = n_rows * sum(item.record_bytes for item in _formats(pipeline))
+    return Load(n_rows, n_bytes, n_bytes, 3, 1 if n_bytes else 0, memory_bytes=n_rows * _held_bytes(pipeline))
+
+
+def _gathering(config: PipelineConfig, n_passes: int) -> Callable[[Pipeline, Store, str], Load]:
+    n_buckets = config.shuffle.fan_out**n_passes
+
+    def take(pipeline: Pipeline, store: Store, _key: str) -> Load:
+        n_rows = count_rows(pipeline, store, pipeline.train_indices) / n_buckets
+        n_bytes = n_rows * sum(item.record_bytes for item in _formats(pipeline))
+        return Load(n_rows, n_bytes, n_bytes, 2 * len(pipeline.train_indices), 1, memory_bytes=n_rows * _held_bytes(pipeline))
+
+    return take
+
+
+def _certifying(pipeline: Pipeline, store: Store, _key: str) -> Load:
+    n_rows = count_rows(pipeline, store, pipeline.train_indices)
+    return Load(n_rows, 2 * n_rows * sum(item.record_bytes for item in _formats(pipeline)), 0, 2 * len(pipeline.train_indices), 1)

@@ -12,35 +12,13 @@ read `n_buckets` times the data.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from interp_assets.errors import PlanError
+from interp_assets.planning.machine import Prices
 from interp_assets.shuffle.rows import SORT_BYTES
 
 MAX_PASSES: Final = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prices:
-    """What work costs; the defaults are Amazon S3's list prices and a machine with 2 cores a job."""
-
-    put_usd: float = 5e-6
-    """One PUT, or one part of a multipart upload."""
-    get_usd: float = 4e-7
-    """One ranged GET."""
-    put_bytes: int = 64 << 20
-    """Size of an upload's part."""
-    get_bytes: int = 16 << 20
-    """Largest ranged GET."""
-    workers: int = 64
-    """Jobs that run at once."""
-    worker_gb_per_s: float = 0.5
-    """Bytes that one job reads and writes, in GB/s."""
-    worker_usd_per_hour: float = 0.1
-    """Price of one worker."""
-    requests_per_s: float = 5500.0
-    """Requests that the store answers; more key prefixes, more of them."""
 
 
 class PassEstimate(NamedTuple):

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError, PlanError
 from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.shuffle.generations import newest
 from interp_assets.shuffle.hypergeometric import count_table
 from interp_assets.shuffle.permutation import Draws
-from interp_assets.shuffle.refs import shuffle_plan_ref
+from interp_assets.shuffle.refs import shuffle_plan_ref, split_bucket_ref
 from interp_assets.shuffle.rows import SORT_BYTES, RowFormat
 from interp_assets.shuffle.sizes import ShuffleSizes
-from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, load_manifest, read_file
+from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest, read_file
 from interp_assets.storage.store import Store
 
 PLAN: Final = "plan.json"
@@ -234,3 +235,10 @@ def _fan_out_advice(sizes: ShuffleSizes, limit: int) -> str:
     if sizes.passes == 1:
         return f"set shuffle.passes to 2 and shuffle.fan_out to {fan_out}"
     return f"raise shuffle.fan_out from {sizes.fan_out} to {fan_out} (or add a pass)"
+
+
+def split_bucket_refs(pipeline: Pipeline, store: Store, pass_index: int, bucket: int) -> list[ArtifactRef]:
+    """Address the output of all jobs on a bucket in a middle pass, by hook point and job. Raises `ArtifactMissingError` without token shards."""
+    own = newest(pipeline)
+    n_jobs = len(make_sizes(own, load_shard_rows(own, store)).job_rows(pass_index, bucket))
+    return [split_bucket_ref(pipeline, name, pass_index, bucket, job) for name in pipeline.config.harvest.hook_points for job in range(n_jobs)]

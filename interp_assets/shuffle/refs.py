@@ -25,7 +25,9 @@ def split_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> Artifact
     pipeline = generation_of(pipeline, index)
     inputs = {"plan": shuffle_plan_ref(pipeline).artifact_id, "activation_shard": activation_shard_ref(pipeline, hook_point, index).artifact_id}
     identity = {"code": SHUFFLE_VERSION, "pass": 1, "shard": index}
-    return make_ref("split_shard", f"{FOLDER}/{hook_folder(hook_point)}/pass-1", identity=identity, inputs=inputs, label=shard_key(index))
+    return make_ref(
+        "split_shard", f"{FOLDER}/{hook_folder(hook_point)}/pass-1", identity=identity, inputs=inputs, label=shard_key(index), hook_point=hook_point
+    )
 
 
 def split_bucket_ref(pipeline: Pipeline, hook_point: str, pass_index: int, bucket: int, job: int) -> ArtifactRef:
@@ -33,7 +35,14 @@ def split_bucket_ref(pipeline: Pipeline, hook_point: str, pass_index: int, bucke
     pipeline = newest(pipeline)
     identity = {"code": SHUFFLE_VERSION, "pass": pass_index, "bucket": bucket, "job": job}
     folder = f"{FOLDER}/{hook_folder(hook_point)}/pass-{pass_index}"
-    return make_ref("split_shard", folder, identity=identity, inputs=_inputs(pipeline, hook_point), label=f"{bucket_key(bucket)}.job-{job:03d}")
+    return make_ref(
+        "split_shard",
+        folder,
+        identity=identity,
+        inputs=_inputs(pipeline, hook_point),
+        label=f"{bucket_key(bucket)}.job-{job:03d}",
+        hook_point=hook_point,
+    )
 
 
 def mixed_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int) -> ArtifactRef:
@@ -42,13 +51,20 @@ def mixed_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int) -> Artifac
         return merged_shard_ref(pipeline, hook_point, bucket, n_mixed_shards(pipeline), mixed_sources(pipeline, hook_point))
     identity = {"code": SHUFFLE_VERSION, "bucket": bucket}
     folder = f"{FOLDER}/{hook_folder(hook_point)}/mixed"
-    return make_ref("mixed_shard", folder, identity=identity, inputs=_inputs(pipeline, hook_point), label=bucket_key(bucket))
+    return make_ref("mixed_shard", folder, identity=identity, inputs=_inputs(pipeline, hook_point), label=bucket_key(bucket), hook_point=hook_point)
 
 
 def merged_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int, n_buckets: int, inputs: dict[str, str]) -> ArtifactRef:
     """Address a merged shard; `inputs` are the combined ids of the mixed shards it was merged from, `old` and `new`."""
     identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "bucket": bucket, "n_buckets": n_buckets}
-    return make_ref("mixed_shard", f"{FOLDER}/{hook_folder(hook_point)}/appended", identity=identity, inputs=inputs, label=bucket_key(bucket))
+    return make_ref(
+        "mixed_shard",
+        f"{FOLDER}/{hook_folder(hook_point)}/appended",
+        identity=identity,
+        inputs=inputs,
+        label=bucket_key(bucket),
+        hook_point=hook_point,
+    )
 
 
 def mixed_sources(pipeline: Pipeline, hook_point: str) -> dict[str, str]:
@@ -60,7 +76,7 @@ def certificate_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
     """Address the proof that the mixed shards hold the same rows in an order that looks uniform."""
     folder = f"{FOLDER}/{hook_folder(hook_point)}"
     inputs = {**_inputs(pipeline, hook_point), **(mixed_sources(pipeline, hook_point) if has_grown(pipeline) else {})}
-    return make_ref("shuffle_certificate", folder, identity={"code": SHUFFLE_VERSION}, inputs=inputs, label="certificate")
+    return make_ref("shuffle_certificate", folder, identity={"code": SHUFFLE_VERSION}, inputs=inputs, label="certificate", hook_point=hook_point)
 
 
 def n_mixed_shards(pipeline: Pipeline) -> int:

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.storage.direct import PIECE_BYTES, PIECES
+from interp_assets.storage.dtypes import ITEM_BYTES
 from interp_assets.storage.manifest import FilePart, read_part
 from interp_assets.storage.store import Store
-from interp_assets.storage.tensors import ITEM_BYTES
 
 ID_BYTES: Final = 8
 SORT_BYTES: Final = 32

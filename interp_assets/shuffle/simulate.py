@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.shuffle.estimate import PassPlan, Prices
+from interp_assets.planning.machine import Prices
+from interp_assets.shuffle.estimate import PassPlan
 from interp_assets.shuffle.hypergeometric import count_table
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.rows import SHARD_SHIFT

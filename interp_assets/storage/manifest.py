@@ -31,6 +31,8 @@ FORMAT: Final = "interp-assets/manifest"
 VERSIONS: Final = (1, 2)
 """Versions that are read. 2 may have `timed` files, and is written only where there are any."""
 MANIFEST: Final = "manifest.json"
+PLAN: Final = "plan.json"
+"""The one mutable file of a pipeline's folder (`planning/pipeline.py`), and no artifact."""
 BLOCK_BYTES: Final = 4 << 20
 """Default bytes per checksum: what one verified ranged read costs at least."""
 
@@ -46,6 +48,8 @@ class ArtifactRef(NamedTuple):
     artifact_id: str
     identity: dict[str, Any]
     inputs: dict[str, str]
+    hook_point: str = ""
+    """Of an artifact that holds the rows of one hook point: which. No part of the id, which has it in its identity or inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +110,14 @@ class Produced(NamedTuple):
     manifest: Manifest
     is_cached: bool
     wall_s: float
+    is_whole: bool = True
+    """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
 
 
-def make_ref(kind: str, folder: str, *, identity: Mapping[str, Any], inputs: Mapping[str, str], label: str) -> ArtifactRef:
+def make_ref(kind: str, folder: str, *, identity: Mapping[str, Any], inputs: Mapping[str, str], label: str, hook_point: str = "") -> ArtifactRef:
     """Compute an artifact's id and place it at `<folder>/<label>-<first 12 digits of the id>`."""
     artifact_id = _hash_json({"kind": kind, "identity": dict(identity), "inputs": dict(inputs)})
-    return ArtifactRef(kind, f"{folder}/{label}-{artifact_id[:12]}", artifact_id, dict(identity), dict(inputs))
+    return ArtifactRef(kind, f"{folder}/{label}-{artifact_id[:12]}", artifact_id, dict(identity), dict(inputs), hook_point)
 
 
 def combine_ids(ids: Sequence[str]) -> str:

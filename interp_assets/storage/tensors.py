@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.errors import ArtifactCorruptError
+from interp_assets.storage.dtypes import ITEM_BYTES
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, read_range
 from interp_assets.storage.store import Store
 
@@ -36,20 +37,6 @@ _CODES: Final = {
     "bool": "BOOL",
 }
 _NAMES: Final = {code: name for name, code in _CODES.items()}
-ITEM_BYTES: Final = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-}
-"""Bytes per value of every dtype that may be stored."""
 
 
 class TensorSpec(NamedTuple):

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from interp_assets.errors import InputError, InterpError
-from interp_assets.planning.pipeline import PLAN
-from interp_assets.storage.manifest import MANIFEST, FileEntry, Manifest, make_ref, read_manifest, read_range
+from interp_assets.storage.manifest import MANIFEST, PLAN, FileEntry, Manifest, make_ref, read_manifest, read_range
 from interp_assets.storage.store import ObjectInfo, Store, open_store
 
 _LABEL_DIGITS: Final = 12

@@ -143,7 +143,7 @@ def plan(
 
         print_plan(out, _load(config, read_again=read_again), workers)
         return
-    from interp_assets.shuffle.estimate import Prices
+    from interp_assets.planning.machine import Prices
     from interp_assets.terminal.quote import parse_size, print_quote, print_simulation
 
     best = print_quote(out, parse_size(rows), row_bytes, parse_size(memory), parse_size(smallest_range), Prices(workers=workers or 64))
@@ -155,13 +155,13 @@ def plan(
 def costs(config: ConfigOption = None) -> None:
     """Show what was expected of each asset's partitions and what they took: bytes, requests, seconds, dollars."""
     from interp_assets.graph.jobs import open_instance, recorded_costs
-    from interp_assets.planning.road import make_road
+    from interp_assets.graph.stages import make_road
     from interp_assets.terminal.forecast import print_costs
 
     warnings.simplefilter("ignore")
     loaded = _load(config)
     with open_instance(loaded) as instance:
-        print_costs(out, loaded, {stop.name: recorded_costs(instance, stop) for stop in make_road(loaded)})
+        print_costs(out, loaded, {asset.name: recorded_costs(instance, asset) for asset in make_road(loaded)})
 
 
 @app.command()
@@ -292,9 +292,9 @@ def _load(path: Path | None, *, read_again: bool = False) -> PipelineConfig:
 def _check_names(config: PipelineConfig, select: list[str]) -> None:
     """Refuse names of assets that there are not, before the libraries are loaded that would make them."""
     if select:
-        from interp_assets.planning.road import make_road, select_stops
+        from interp_assets.graph.stages import make_road
 
-        select_stops(make_road(config), select)
+        make_road(config).select(select)
 
 
 def _run(config: PipelineConfig, select: list[str]) -> None:

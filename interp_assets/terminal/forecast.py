@@ -8,20 +8,25 @@ from typing import Any, Final
 from rich.console import Console
 
 from interp_assets.corpus.plan import describe_empty, plan_corpus
+from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN
 from interp_assets.errors import ArtifactMissingError
+from interp_assets.graph.stages import make_road
+from interp_assets.harvest.assets import ROWS_PER_S
 from interp_assets.planning.config import PipelineConfig
-from interp_assets.planning.costs import HARVEST_ROWS_PER_S, TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN, Cost, add_up
+from interp_assets.planning.costs import Cost, add_up
+from interp_assets.planning.machine import PROCESS_BYTES, Machine, Prices
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
 from interp_assets.planning.rates import load_rates, rates_path
-from interp_assets.planning.schedule import PROCESS_BYTES, Line, make_schedule, workload
-from interp_assets.shuffle.estimate import Prices, compare_plans, estimate_passes
+from interp_assets.planning.schedule import Line, make_schedule
+from interp_assets.shuffle.estimate import compare_plans, estimate_passes
 from interp_assets.shuffle.plan import load_shard_rows
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.store import Store, open_store
 from interp_assets.terminal.console import format_bytes, format_count, print_table
 from interp_assets.terminal.lines import format_duration
 from interp_assets.terminal.quote import print_plans
-from interp_assets.visualize.estimate import Machine, best_plan, estimate
+from interp_assets.visualize.assets import workload
+from interp_assets.visualize.estimate import best_plan, estimate
 
 MAX_PARTITIONS: Final = 5000
 """Above this an asset's page in Dagster becomes slow; larger shards are the remedy."""
@@ -44,7 +49,7 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
         console.print(f"  {sentence}", soft_wrap=True, markup=False)
     for hook_point, width in pipeline.plan.hook_widths.items():
         console.print(f"  {config.model.name} at {hook_point}: {width:,} values a row in {config.harvest.dtype}", soft_wrap=True, markup=False)
-    lines = make_schedule(pipeline, store, load_rates(rates_path()), workers)
+    lines = make_schedule(make_road(config), pipeline, store, load_rates(rates_path()), workers)
     _print_schedule(console, pipeline, lines, workers)
     _print_shuffle(console, pipeline, store, workers)
     _print_slices(console, pipeline, store, workers)
@@ -81,7 +86,7 @@ def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line],
     """Print a line for each asset, the sum, what is assumed, and whether the disk has room."""
     rows = [
         (
-            line.name if line.stage not in ("visualize", "web") else "  ".join(line.name.split("/")[1:]),
+            line.name if len(line.key) == 1 else "  ".join(line.key[1:]),
             f"{line.n_missing:,} of {line.n_partitions:,}",
             _show_rows(line.n_rows),
             *(_or_dash(n_bytes) for n_bytes in (line.read_bytes, line.written_bytes, line.job_bytes)),
@@ -107,7 +112,7 @@ def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line],
     rates = f"{machine.flops / 1e9:,.0f} GFLOP/s, {machine.read_gb_per_s:g} GB/s of files, {TEXT_BYTES_PER_S / 1e6:g} MB/s of text"
     notes = [
         f"Time with {how} (--workers), each of two cores; assumed:",
-        f"  {rates}, at most {HARVEST_ROWS_PER_S:,} rows/s through the model",
+        f"  {rates}, at most {ROWS_PER_S:,} rows/s through the model",
         *(["  * instead as fast as such partitions were on this machine before"] if known else []),
         f"Memory: what the largest job holds, beside {format_bytes(PROCESS_BYTES)} for the process. Writes stay on the disk.",
     ]

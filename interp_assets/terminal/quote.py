@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from interp_assets.errors import InputError
-from interp_assets.shuffle.estimate import PassPlan, Prices, compare_plans
+from interp_assets.planning.machine import Prices
+from interp_assets.shuffle.estimate import PassPlan, compare_plans
 from interp_assets.shuffle.rows import SORT_BYTES
 from interp_assets.shuffle.simulate import simulate
 from interp_assets.terminal.console import format_bytes, format_count, print_table

@@ -1,133 +1,109 @@
 """SAEs as assets: one partition per experiment of the sweep, trained together, measured on the held-out shards, and compared in one table."""
 
-import time
+from collections.abc import Callable
 
-import dagster as dg
-
+from interp_assets.corpus.sizes import TOKEN_BYTES, count_rows
 from interp_assets.errors import CertificateError
-from interp_assets.graph.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, Shared, code_version, interruptible, made, partition_keys, record
-from interp_assets.graph.partitions import Layout, every, only, same, whole
+from interp_assets.harvest.assets import ROWS_PER_S, model_bytes
+from interp_assets.planning.asset import EXPERIMENTS, Asset, Job, Load, Markdown, Needs, Shown, every, only, same, whole
+from interp_assets.planning.config import PipelineConfig, SaeConfig, code_version
+from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_key
-from interp_assets.planning.plots import plot_curves, plot_frequencies, plot_pareto, plot_training
-from interp_assets.planning.progress import Progress
 from interp_assets.shuffle.refs import certificate_ref
-from interp_assets.storage.manifest import load_manifest
+from interp_assets.shuffle.rows import RowFormat
+from interp_assets.storage.manifest import Produced, load_manifest
 from interp_assets.storage.store import Store
-from interp_assets.storage.traffic import METER
-from interp_assets.train.evaluate import evaluate_sae
-from interp_assets.train.launch import run_training
-from interp_assets.train.loop import training_rows
-from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, sae_ref
-from interp_assets.train.reports import describe_speed, describe_sweep, make_listener
-from interp_assets.train.resume import has_checkpoint
-from interp_assets.train.sweep import make_sweep
-from resources.world import World
+from interp_assets.train.checks import FINITE_TRAINING, QUALITY_BOUNDS
+from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, evaluation_ref, sae_ref, sweep_ref
 
 GROUP = "train"
+_PRODUCTS = 5
+"""Matrix products of a training step (benchmarks/bench_train.py)."""
+_WEIGHT_COPIES = 5
+"""Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
 
 
-def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
-    """Make the assets of this stage."""
-    return [_sae(layout), _sae_evaluation(layout), _sweep(layout)]
-
-
-def _sae(layout: Layout) -> dg.AssetsDefinition:
-    @dg.asset(
-        partitions_def=layout.experiments,
-        deps=[every("mixed_shards"), whole("activation_statistics"), whole("shuffle_certificate")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        pool=GPU_POOL,
-        op_tags=layout.on_gpu(),
-        kinds=layout.kinds("pytorch"),
-        code_version=f"{code_version(TRAIN_VERSION)}.{code_version(IMPORT_VERSION)}",
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        description=(
-            "A trained sparse autoencoder: weights and configuration in a folder that SAELens opens, and its training curve. The unit of work is an "
-            "experiment; those of one run share one reader and see identical batches. Look at the loss curve, L0 and FVU, at the profile, and at "
-            "the share of the time that training waited for rows. An experiment with `imported` is read from another tool's folder instead."
+def make_assets(config: PipelineConfig) -> list[Asset]:
+    """List the assets of this stage."""
+    return [
+        Asset(
+            key=("sae",),
+            group=GROUP,
+            kinds=("pytorch",),
+            description=(
+                "A trained sparse autoencoder: weights and configuration in a folder that SAELens opens, and its training curve. The unit of work is "
+                "an experiment; those of one run share one reader and see identical batches. Look at the loss curve, L0 and FVU, at the profile, and "
+                "at the share of the time that training waited for rows. An experiment with `imported` is read from another tool's folder instead."
+            ),
+            axis=EXPERIMENTS,
+            reads=(every("mixed_shards"), whole("activation_statistics"), whole("shuffle_certificate")),
+            artifacts=lambda pipeline, _store, key: [sae_ref(pipeline, key)],
+            make=_train,
+            shows=_show_training,
+            takes=_training,
+            work_kind=lambda config, key: "sae imported" if config.sae(key).imported else "sae",
+            needs=Needs(accelerator=True),
+            is_made_together=True,
+            is_one_run=True,
+            is_relied_on=True,
+            checks=(FINITE_TRAINING,),
+            code_version=f"{code_version(TRAIN_VERSION)}.{code_version(IMPORT_VERSION)}",
         ),
-    )
-    def sae(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        names = partition_keys(context)
-        _require_certificates(pipeline, store, names)
-        progress.begin("sae", ", ".join(names), training_rows(pipeline, names))
-        begun_before = {name for name in names if has_checkpoint(store, sae_ref(pipeline, name))}
-        before, begun = METER.total(), time.monotonic()
-        with interruptible(progress):
-            trained = run_training(pipeline, store, names, progress.advance, make_listener(context.log.info))
-        shared = Shared(METER.total().since(before), time.monotonic() - begun)
-
-        def work(key: str) -> Made:
-            item = trained[key]
-            shown = {name: dg.MetadataValue.md(text) for name, text in describe_speed(store, item).items()}
-            if not pipeline.config.sae(key).imported:
-                shown["training"] = dg.MetadataValue.md(plot_training(store, item))
-            return made([item], store.url, **shown)._replace(is_whole=key not in begun_before)
-
-        yield from record(context, work, progress, shared)
-
-    return sae
-
-
-def _sae_evaluation(layout: Layout) -> dg.AssetsDefinition:
-    held_out = [shard_key(index) for index in range(layout.config.corpus.held_out_shards)]
-
-    @dg.asset(
-        partitions_def=layout.experiments,
-        deps=[same("sae"), only("activations", held_out), whole("activation_statistics")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        pool=GPU_POOL,
-        op_tags=layout.on_gpu(),
-        kinds=layout.kinds("pytorch", "parquet"),
-        code_version=code_version(EVALUATION_VERSION),
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        description=(
-            "An SAE measured on the held-out shards, which it has never seen: L0, FVU, share of the model's loss recovered when its reconstruction "
-            "is put in place, KL divergence, dead latents. The unit of work is an experiment. Look at the histogram of firing frequencies."
+        Asset(
+            key=("sae_evaluation",),
+            group=GROUP,
+            kinds=("pytorch", "parquet"),
+            description=(
+                "An SAE measured on the held-out shards, which it has never seen: L0, FVU, share of the model's loss recovered when its "
+                "reconstruction is put in place, KL divergence, dead latents. The unit of work is an experiment. Look at the histogram of firing "
+                "frequencies."
+            ),
+            axis=EXPERIMENTS,
+            reads=(
+                same("sae").remember(),
+                only("activations", partitions=(shard_key(index) for index in range(config.corpus.held_out_shards))),
+                whole("activation_statistics"),
+            ),
+            artifacts=lambda pipeline, _store, key: [evaluation_ref(pipeline, key)],
+            make=_evaluate,
+            shows=_show_frequencies,
+            takes=_evaluating,
+            work_kind=lambda config, _key: f"sae_evaluation {config.model.name}",
+            needs=Needs(accelerator=True),
+            is_one_run=True,
+            checks=(QUALITY_BOUNDS,),
+            code_version=code_version(EVALUATION_VERSION),
         ),
-    )
-    def sae_evaluation(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        model = world.model()
-
-        def work(key: str) -> Made:
-            item = evaluate_sae(pipeline, store, model, key, progress.advance)
-            return made([item], store.url, firing_frequency=dg.MetadataValue.md(plot_frequencies(store, item)))
-
-        yield from record(context, work, progress)
-
-    return sae_evaluation
-
-
-def _sweep(layout: Layout) -> dg.AssetsDefinition:
-    @dg.asset(
-        deps=[every("sae"), every("sae_evaluation")],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        kinds=layout.kinds("parquet", "polars"),
-        code_version=code_version(SWEEP_VERSION),
-        description=(
-            "All SAEs of the pipeline in one table: configuration, quality on the held-out shards, speed, and artifact ids of each; polars, DuckDB "
-            "and pandas read it. Look at the Pareto plot of L0 and FVU, and at the learning curves side by side."
+        Asset(
+            key=("sweep",),
+            group=GROUP,
+            kinds=("parquet", "polars"),
+            description=(
+                "All SAEs of the pipeline in one table: configuration, quality on the held-out shards, speed, and artifact ids of each; polars, "
+                "DuckDB and pandas read it. Look at the Pareto plot of L0 and FVU, and at the learning curves side by side."
+            ),
+            reads=(every("sae").remember(), every("sae_evaluation").remember()),
+            artifacts=lambda pipeline, _store, _key: [sweep_ref(pipeline)],
+            make=_compare,
+            shows=_show_sweep,
+            takes=lambda pipeline, _store, _key: Load(n_inputs=2 * len(pipeline.config.saes)),
+            code_version=code_version(SWEEP_VERSION),
         ),
-    )
-    def sweep(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
+    ]
 
-        def work(_key: str) -> Made:
-            item = make_sweep(pipeline, store)
-            text = {"pareto": plot_pareto(store, item), "learning_curves": plot_curves(store, item), "saes": describe_sweep(store, item)}
-            return made([item], store.url, **{name: dg.MetadataValue.md(value) for name, value in text.items()})
 
-        yield from record(context, work, progress)
+def _train(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.launch import run_training
+    from interp_assets.train.loop import training_rows
+    from interp_assets.train.reports import make_listener
+    from interp_assets.train.resume import has_checkpoint
 
-    return sweep
+    names = list(job.keys)
+    _require_certificates(job.pipeline, job.store, names)
+    job.progress.begin("sae", ", ".join(names), training_rows(job.pipeline, names))
+    begun_before = {name for name in names if has_checkpoint(job.store, sae_ref(job.pipeline, name))}
+    trained = run_training(job.pipeline, job.store, names, job.progress.advance, make_listener(job.log))
+    return lambda key: [trained[key]._replace(is_whole=key not in begun_before)]
 
 
 def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) -> None:
@@ -140,3 +116,73 @@ def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) ->
                 f"The shuffle of {hook_point} has no valid certificate ({store.url}/{certificate_ref(pipeline, hook_point).path}): training would "
                 "learn its order. Read its verdicts with `interp inspect`, and materialize the mixed shards again."
             )
+
+
+def _show_training(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.train.plots import plot_training
+    from interp_assets.train.reports import describe_speed
+
+    shown: dict[str, Shown] = {name: Markdown(text) for name, text in describe_speed(job.store, made[0]).items()}
+    if not job.config.sae(key).imported:
+        shown["training"] = Markdown(plot_training(job.store, made[0]))
+    return shown
+
+
+def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
+    sae = pipeline.config.sae(key)
+    d_in, weights_bytes = pipeline.d_in(sae.hook_point), 8.0 * pipeline.d_in(sae.hook_point) * sae.d_sae
+    weights, batch = _held_bytes(pipeline, sae)
+    if sae.imported:
+        return Load(0, weights_bytes, weights_bytes, 4, 4, memory_bytes=weights * _WEIGHT_COPIES)
+    return Load(
+        rows=sae.n_rows,
+        read_bytes=sae.n_rows * RowFormat(d_in, pipeline.config.harvest.dtype).record_bytes,
+        written_bytes=weights_bytes,
+        n_inputs=4,
+        n_outputs=4,
+        busy_s=_PRODUCTS * 2.0 * sae.n_rows * d_in * sae.d_sae / ONE_WORKER.flops,
+        memory_bytes=weights * _WEIGHT_COPIES + batch,
+    )
+
+
+def _evaluate(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.evaluate import evaluate_sae
+
+    model = job.world.model()
+    return lambda key: [evaluate_sae(job.pipeline, job.store, model, key, job.progress.advance)]
+
+
+def _show_frequencies(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.train.plots import plot_frequencies
+
+    return {"firing_frequency": Markdown(plot_frequencies(job.store, made[0]))}
+
+
+def _evaluating(pipeline: Pipeline, store: Store, key: str) -> Load:
+    sae = pipeline.config.sae(key)
+    n_rows, n_shards = count_rows(pipeline, store, pipeline.held_out_indices), len(pipeline.held_out_indices)
+    d_in = pipeline.d_in(sae.hook_point)
+    read_bytes = n_rows * (RowFormat(d_in, pipeline.config.harvest.dtype).row_bytes + TOKEN_BYTES) + 8.0 * d_in * sae.d_sae
+    held_bytes = sum(_held_bytes(pipeline, sae)) + model_bytes(pipeline)
+    return Load(n_rows, read_bytes, 0, 4 * n_shards, 2, busy_s=3 * n_rows / ROWS_PER_S, memory_bytes=held_bytes)
+
+
+def _held_bytes(pipeline: Pipeline, sae: SaeConfig) -> tuple[int, int]:
+    """Return what an SAE's weights take, and what a batch of rows, latents, reconstructions and errors does."""
+    d_in, d_out = (sum(pipeline.d_in(hook_point) for hook_point in names) for names in (sae.sources, sae.targets))
+    skip = d_in * d_out if sae.task == "skip_transcoder" else 0
+    return ((d_in + d_out) * sae.d_sae + skip) * 4, sae.batch_rows * (d_in + 3 * d_out + 2 * sae.d_sae) * 4
+
+
+def _compare(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.sweep import make_sweep
+
+    return lambda _key: [make_sweep(job.pipeline, job.store)]
+
+
+def _show_sweep(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.train.plots import plot_curves, plot_pareto
+    from interp_assets.train.reports import describe_sweep
+
+    drawn = {"pareto": plot_pareto, "learning_curves": plot_curves, "saes": describe_sweep}
+    return {name: Markdown(draw(job.store, made[0])) for name, draw in drawn.items()}

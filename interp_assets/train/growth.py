@@ -12,9 +12,13 @@ import json
 from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
+import interp_assets.harvest.assets
+import interp_assets.shuffle.assets
+import interp_assets.train.assets
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import InputError
 from interp_assets.harvest.refs import activation_shard_ref
+from interp_assets.planning.asset import NONE
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, save_plan
 from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_made_from, find_manifest, load_manifest, make_ref
@@ -67,6 +71,13 @@ def make_candidate(config: PipelineConfig, store: Store, stop: int) -> PipelineC
             raise InputError(f"Shards up to {stop - 1} are no new generation of pipeline {config.name!r}: pending are {pipeline.pending_indices}.")
         save_plan(store, replace(pipeline.plan, generations=[*pipeline.plan.generations, stop]), candidate.execution.plan)
     return candidate
+
+
+def made_by_candidate(config: PipelineConfig) -> list[str]:
+    """Name the assets that are made under a candidate's plan before it counts: all between harvested activations and what is compared."""
+    from_rows = [asset for asset in interp_assets.harvest.assets.make_assets(config) if asset.axis is NONE]
+    stages = (interp_assets.shuffle.assets, interp_assets.train.assets)
+    return [asset.name for asset in [*from_rows, *(asset for stage in stages for asset in stage.make_assets(config))]]
 
 
 def compare(config: PipelineConfig, current: Pipeline, candidate: Pipeline, store: Store) -> Produced:

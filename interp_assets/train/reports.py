@@ -7,10 +7,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from interp_assets.planning.plots import COMPARED
 from interp_assets.storage.manifest import Produced, read_file
 from interp_assets.storage.store import Store
 from interp_assets.train.loop import OnMetrics, TrainingMetrics
+from interp_assets.train.plots import COMPARED
 from interp_assets.train.profile import PROFILE
 from interp_assets.train.sweep import MAX_SHOWN, SHOWN, TABLE, read_table, shorten
 from interp_assets.train.times import find_times

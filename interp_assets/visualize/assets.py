@@ -1,24 +1,37 @@
 """Feature evidence as assets: four passes over the activations for each SAE that the configuration wants shown."""
 
-import dagster as dg
+from collections.abc import Callable
+from typing import Any
 
-from interp_assets.graph.faces import GPU_POOL, OWNERS, RETRIES, Events, Made, code_version, made, record
-from interp_assets.graph.partitions import SHARD_DIMENSION, SLICE_DIMENSION, Layout, every, only, same, same_shard, same_slice
-from interp_assets.planning.pipeline import shard_index
-from interp_assets.planning.progress import Progress
-from interp_assets.train.checkpoint import load_sae
-from interp_assets.visualize.candidates import find_candidates
-from interp_assets.visualize.examples import select_examples
-from interp_assets.visualize.records import write_records
-from interp_assets.visualize.refs import FEATURES_VERSION, features_key, slice_index, split_grid_key
-from interp_assets.visualize.windows import fire_windows
-from resources.world import World
+from interp_assets.corpus.sizes import count_rows, rows_of
+from interp_assets.planning.asset import SHARDS, Asset, Axis, Job, Load, Needs, every, grid, only, same, same_shard, same_slice
+from interp_assets.planning.config import PipelineConfig, code_version
+from interp_assets.planning.machine import ONE_WORKER
+from interp_assets.planning.pipeline import Pipeline, shard_index
+from interp_assets.shuffle.rows import RowFormat
+from interp_assets.storage.manifest import Produced, find_manifest
+from interp_assets.storage.store import Store
+from interp_assets.train.refs import sae_ref
+from interp_assets.visualize.checks import records_complete
+from interp_assets.visualize.estimate import EvidencePlan, Workload, estimate
+from interp_assets.visualize.refs import (
+    FEATURES_VERSION,
+    candidates_ref,
+    examples_ref,
+    features_key,
+    records_ref,
+    slice_index,
+    slice_key,
+    split_grid_key,
+    windows_ref,
+)
+
+ON_ACCELERATOR = Needs(accelerator=True)
 
 
-def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
-    """Make the assets of this stage: one group for each SAE of `features.saes`."""
-    passes = (_feature_candidates, _feature_examples, _example_activations, _feature_records)
-    return [make(layout, sae) for sae in layout.config.features.saes for make in passes]
+def make_assets(config: PipelineConfig) -> list[Asset]:
+    """List the assets of this stage: four for each SAE of `features.saes`."""
+    return [asset for sae in config.features.saes for asset in _passes(config, sae)]
 
 
 def group_of(sae: str) -> str:
@@ -26,124 +39,142 @@ def group_of(sae: str) -> str:
     return "features_" + "".join(char if char.isalnum() else "_" for char in sae)
 
 
-def _feature_candidates(layout: Layout, name: str) -> dg.AssetsDefinition:
-    @dg.asset(
-        key=list(features_key(name, "feature_candidates")),
-        partitions_def=layout.grid,
-        deps=[only("sae", [name]), same_shard("activations"), same_shard("token_shards")],
-        group_name=group_of(name),
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        pool=GPU_POOL,
-        op_tags=layout.on_gpu(),
-        kinds=layout.kinds("pytorch", "parquet"),
-        code_version=code_version(FEATURES_VERSION, layout.config.features),
-        backfill_policy=dg.BackfillPolicy.single_run(),
-        description=(
-            f"Where the latents of {name} fire in one shard: their strongest tokens, a uniform random sample of the others, and exact counts. "
-            "The unit of work is a latent slice of one shard. Look at the number of firings and at rows per second."
-        ),
+def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
+    slices = Axis("slice", fixed=tuple(slice_key(index) for index in range(config.features.latent_slices)))
+    candidates, examples, windows, records = (
+        features_key(sae, name) for name in ("feature_candidates", "feature_examples", "example_activations", "feature_records")
     )
-    def feature_candidates(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        sae = load_sae(pipeline, store, name)
-
-        def work(key: str) -> Made:
-            latent_slice, index = split_grid_key(key)
-            return made([find_candidates(pipeline, store, sae, name, index, latent_slice, progress.advance)], store.url)
-
-        yield from record(context, work, progress)
-
-    assert {SLICE_DIMENSION, SHARD_DIMENSION} == set(layout.grid.partition_dimension_names)
-    return feature_candidates
-
-
-def _feature_examples(layout: Layout, name: str) -> dg.AssetsDefinition:
-    @dg.asset(
-        key=list(features_key(name, "feature_examples")),
-        partitions_def=layout.slices,
-        deps=[same_slice(features_key(name, "feature_candidates")), every("token_shards")],
-        group_name=group_of(name),
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        kinds=layout.kinds("python", "parquet"),
-        code_version=code_version(FEATURES_VERSION, layout.config.features),
-        backfill_policy=layout.spread(),
-        description=(
-            f"The dataset examples of {name}, chosen from the candidates of all shards: the strongest, those from each quantile interval, and random "
-            "ones. The unit of work is a latent slice. Look at how many latents are dead."
+    reads_sae = only("sae", partitions=[sae]).remember("sae_digest")
+    common: dict[str, Any] = {"group": group_of(sae), "code_version": code_version(FEATURES_VERSION, config.features)}
+    return [
+        Asset(
+            key=candidates,
+            kinds=("pytorch", "parquet"),
+            description=(
+                f"Where the latents of {sae} fire in one shard: their strongest tokens, a uniform random sample of the others, and exact counts. "
+                "The unit of work is a latent slice of one shard. Look at the number of firings and at rows per second."
+            ),
+            axis=grid(slices, SHARDS),
+            reads=(reads_sae, same_shard("activations"), same_shard("token_shards")),
+            artifacts=lambda pipeline, _store, key: [candidates_ref(pipeline, sae, *reversed(split_grid_key(key)))],
+            make=lambda job: _find(job, sae),
+            takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 0, rows_of(pipeline, store, split_grid_key(key)[1])),
+            needs=ON_ACCELERATOR,
+            is_one_run=True,
+            **common,
         ),
-    )
-    def feature_examples(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        yield from record(context, lambda key: made([select_examples(pipeline, store, name, slice_index(key))], store.url), progress)
-
-    return feature_examples
-
-
-def _example_activations(layout: Layout, name: str) -> dg.AssetsDefinition:
-    @dg.asset(
-        key=list(features_key(name, "example_activations")),
-        partitions_def=layout.shards,
-        deps=[
-            every(features_key(name, "feature_examples")),
-            same_shard(features_key(name, "feature_candidates")),
-            same("activations"),
-            same("token_shards"),
-            only("sae", [name]),
-        ],
-        group_name=group_of(name),
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        pool=GPU_POOL,
-        op_tags=layout.on_gpu(),
-        kinds=layout.kinds("pytorch", "parquet"),
-        code_version=code_version(FEATURES_VERSION, layout.config.features),
-        backfill_policy=layout.spread(),
-        description=(
-            f"How the latents of {name} fire on the tokens around their examples, for the examples that lie in one shard. "
-            "The unit of work is a corpus shard. Look at the number of windows."
+        Asset(
+            key=examples,
+            kinds=("python", "parquet"),
+            description=(
+                f"The dataset examples of {sae}, chosen from the candidates of all shards: the strongest, those from each quantile interval, and "
+                "random ones. The unit of work is a latent slice. Look at how many latents are dead."
+            ),
+            axis=slices,
+            reads=(same_slice(*candidates), every("token_shards"), reads_sae),
+            artifacts=lambda pipeline, _store, key: [examples_ref(pipeline, sae, slice_index(key))],
+            make=lambda job: _select(job, sae),
+            takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 1),
+            **common,
         ),
-    )
-    def example_activations(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        sae = load_sae(pipeline, store, name)
-        yield from record(context, lambda key: made([fire_windows(pipeline, store, sae, name, shard_index(key))], store.url), progress)
-
-    return example_activations
-
-
-def _feature_records(layout: Layout, name: str) -> dg.AssetsDefinition:
-    @dg.asset(
-        key=list(features_key(name, "feature_records")),
-        partitions_def=layout.slices,
-        deps=[
-            same(features_key(name, "feature_examples")),
-            every(features_key(name, "example_activations")),
-            every("token_shards"),
-            only("sae", [name]),
-            only("sae_evaluation", [name]),
-        ],
-        group_name=group_of(name),
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        pool=GPU_POOL,
-        op_tags=layout.on_gpu(),
-        kinds=layout.kinds("pytorch", "json"),
-        code_version=code_version(FEATURES_VERSION, layout.config.features),
-        backfill_policy=layout.spread(),
-        description=(
-            f"What a person sees of each latent of {name}: examples with their tokens coloured, statistics, the words it raises and lowers, its "
-            "neighbours. The unit of work is a latent slice. One range request opens one feature."
+        Asset(
+            key=windows,
+            kinds=("pytorch", "parquet"),
+            description=(
+                f"How the latents of {sae} fire on the tokens around their examples, for the examples that lie in one shard. "
+                "The unit of work is a corpus shard. Look at the number of windows."
+            ),
+            axis=SHARDS,
+            reads=(every(*examples), same_shard(*candidates), same("activations"), same("token_shards"), reads_sae),
+            artifacts=lambda pipeline, _store, key: [windows_ref(pipeline, sae, shard_index(key))],
+            make=lambda job: _fire(job, sae),
+            takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 2, rows_of(pipeline, store, shard_index(key))),
+            needs=ON_ACCELERATOR,
+            **common,
         ),
+        Asset(
+            key=records,
+            kinds=("pytorch", "json"),
+            description=(
+                f"What a person sees of each latent of {sae}: examples with their tokens coloured, statistics, the words it raises and lowers, its "
+                "neighbours. The unit of work is a latent slice. One range request opens one feature."
+            ),
+            axis=slices,
+            reads=(same(*examples), every(*windows), every("token_shards"), reads_sae, only("sae_evaluation", partitions=[sae])),
+            artifacts=lambda pipeline, _store, key: [records_ref(pipeline, sae, slice_index(key))],
+            make=lambda job: _write(job, sae),
+            takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
+            needs=ON_ACCELERATOR,
+            checks=(records_complete(sae),),
+            **common,
+        ),
+    ]
+
+
+def _find(job: Job, name: str) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.checkpoint import load_sae
+    from interp_assets.visualize.candidates import find_candidates
+
+    sae = load_sae(job.pipeline, job.store, name)
+
+    def make(key: str) -> list[Produced]:
+        latent_slice, index = split_grid_key(key)
+        return [find_candidates(job.pipeline, job.store, sae, name, index, latent_slice, job.progress.advance)]
+
+    return make
+
+
+def _select(job: Job, name: str) -> Callable[[str], list[Produced]]:
+    from interp_assets.visualize.examples import select_examples
+
+    return lambda key: [select_examples(job.pipeline, job.store, name, slice_index(key))]
+
+
+def _fire(job: Job, name: str) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.checkpoint import load_sae
+    from interp_assets.visualize.windows import fire_windows
+
+    sae = load_sae(job.pipeline, job.store, name)
+    return lambda key: [fire_windows(job.pipeline, job.store, sae, name, shard_index(key))]
+
+
+def _write(job: Job, name: str) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.checkpoint import load_sae
+    from interp_assets.visualize.records import write_records
+
+    sae, tokenizer, unembedding = load_sae(job.pipeline, job.store, name), job.world.tokenizer(), job.world.model().unembedding()
+    return lambda key: [write_records(job.pipeline, job.store, name, sae, slice_index(key), tokenizer, unembedding, job.progress.advance)]
+
+
+def workload(pipeline: Pipeline, store: Store, name: str) -> Workload:
+    """Return what the feature passes of one SAE are given."""
+    sae, d_in = pipeline.config.sae(name), pipeline.d_in(pipeline.config.sae(name).hook_point)
+    return Workload(
+        n_rows=max(1, count_rows(pipeline, store, pipeline.shard_indices)),
+        n_shards=len(pipeline.shard_indices),
+        d_in=d_in,
+        d_sae=sae.d_sae,
+        l0=expected_l0(pipeline, store, name),
+        row_bytes=RowFormat(d_in, pipeline.config.harvest.dtype).row_bytes,
+        vocabulary_size=pipeline.plan.vocabulary_size,
     )
-    def feature_records(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        sae, tokenizer, unembedding = load_sae(pipeline, store, name), world.tokenizer(), world.model().unembedding()
 
-        def work(key: str) -> Made:
-            return made([write_records(pipeline, store, name, sae, slice_index(key), tokenizer, unembedding, progress.advance)], store.url)
 
-        yield from record(context, work, progress)
+def expected_l0(pipeline: Pipeline, store: Store, name: str) -> float:
+    """Return how many latents of an SAE fire on a row: as its training measured it, and before that `k`, whatever the architecture makes of it."""
+    manifest = find_manifest(store, sae_ref(pipeline, name))
+    return float((manifest.facts.get("l0") if manifest else None) or pipeline.config.sae(name).k)
 
-    return feature_records
+
+def _evidence(pipeline: Pipeline, store: Store, sae: str, which: int, n_rows: int = 0) -> Load:
+    """Return what a partition of one of the four passes takes: its share of the pass."""
+    features = pipeline.config.features
+
+    def plan() -> EvidencePlan:
+        return estimate(workload(pipeline, store, sae), features, features.latent_slices, ONE_WORKER)
+
+    found = pipeline.remember(("evidence", sae), plan)
+    cost, n_shards, n_slices = found.passes[which], len(pipeline.shard_indices), features.latent_slices
+    n_inputs = 2 * (3, n_shards, n_slices, n_shards)[which]
+    busy_s = cost.wall_s / cost.jobs - ONE_WORKER.job_s
+    return Load(n_rows, cost.read_bytes / cost.jobs, cost.written_bytes / cost.jobs, n_inputs, 2, busy_s, found.job_bytes)

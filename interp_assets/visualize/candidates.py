@@ -40,7 +40,7 @@ from interp_assets.visualize.kernels import rank_firings
 from interp_assets.visualize.lineage import check_sae, create_current, find_current, sae_digest
 from interp_assets.visualize.priority import latent_keys, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref, slice_bounds
-from interp_assets.visualize.selection import Limits, n_kept_top, select_firings
+from interp_assets.visualize.selection import Limits, select_firings
 from interp_assets.visualize.spill import SPILL_BYTES, RunStore
 from interp_assets.visualize.statistics import (
     add_firings,
@@ -118,7 +118,7 @@ class Job:
         """Keep nothing yet; `n_full` firings are collected, over all tiles, before they are reduced; for `spill_bytes` see `RunStore`."""
         features, seed = pipeline.config.features, pipeline.config.seed
         self._encoder, self._tokens, self._origin = encoder, tokens, origin
-        self._limits = Limits(n_kept_top(features), features.n_random)
+        self._limits = Limits(features.n_kept_top, features.n_random)
         self._one_per_document, self._keep_all = features.one_per_document, features.keep == "all"
         self._first_id = index << ROW_BITS
         row_ids = self._first_id + np.arange(tokens.n_rows, dtype=np.uint64)

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from interp_assets.errors import PlanError
 from interp_assets.planning.config import FeaturesConfig
-from interp_assets.visualize.selection import n_kept_top
+from interp_assets.planning.machine import Machine
 
 FIRING_BYTES: Final = 4.8
 """A firing in `firings.parquet`."""
@@ -32,29 +32,6 @@ _COLUMN_BYTES: Final = 5
 """A weight in a job's memory: float32, and its digit."""
 KEPT_BYTES: Final = 13
 """A candidate in a job's memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """One worker and how many there are; the defaults are two cores of a recent server CPU, as measured."""
-
-    workers: int = 64
-    flops: float = 300e9
-    """Operations a second of the matrix product."""
-    read_gb_per_s: float = 0.5
-    """What a worker reads from and writes to the store."""
-    memory_bytes: int = 8 << 30
-    """What a job may hold."""
-    firing_ns: float = 100.0
-    """Work of pass A a firing, files included; of the other passes together about as much."""
-    job_s: float = 5.0
-    """What a job takes besides: starting, imports, reading the SAE."""
-    overhead: float = 0.4
-    """Pass A beside its bare matrix products in float32: it multiplies 8-bit digits. 1.1 where these are not fast."""
-
-
-H200: Final = Machine(workers=1, flops=600e12, read_gb_per_s=10.0, memory_bytes=120 << 30, firing_ns=5.0, overhead=1.15)
-"""One H200 with sixteen cores: assumed, not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +126,7 @@ def _cost(machine: Machine, work: tuple[str, int], read_bytes: float, written_by
 def _kept_a_latent(work: Workload, features: FeaturesConfig) -> float:
     """Return how many candidates of a latent one shard keeps."""
     n_fired = work.n_rows * work.l0 / work.d_sae / work.n_shards
-    return min(n_fired, float(n_kept_top(features) + features.n_random))
+    return min(n_fired, float(features.n_kept_top + features.n_random))
 
 
 def _job_bytes(work: Workload, features: FeaturesConfig, latent_slices: int) -> int:

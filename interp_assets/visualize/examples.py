@@ -38,7 +38,7 @@ from interp_assets.visualize.firings import ROW_BITS, Firings, as_firings, expan
 from interp_assets.visualize.lineage import create_current, find_current, load_current, sae_digest
 from interp_assets.visualize.priority import latent_keys, priorities, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref, examples_ref, slice_bounds
-from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP, descending_keys, n_kept_top, smallest_per_segment, smallest_priorities
+from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP, descending_keys, smallest_per_segment, smallest_priorities
 from interp_assets.visualize.statistics import (
     LatentStatistics,
     as_statistics,
@@ -194,7 +194,7 @@ def _choose(group: _Group, pipeline: Pipeline, shards: dict[int, TokenShard]) ->
     strength = descending_keys(pool.activations)
     chosen = np.zeros(len(latents), np.uint8)
     top = np.flatnonzero(group.kinds & TOP)
-    top = top[smallest_per_segment(latents[top], pool.n_latents, n_kept_top(features), strength[top], order[top])]
+    top = top[smallest_per_segment(latents[top], pool.n_latents, features.n_kept_top, strength[top], order[top])]
     if features.distinct_tokens:
         top = top[np.lexsort((order[top], strength[top], latents[top]))]
         top = top[first_of_each(latents[top], _hash_contexts(pool.row_ids[top], shards, features.distinct_tokens), features.top_k)]

@@ -16,7 +16,6 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.planning.config import FeaturesConfig
 from interp_assets.visualize import kernels
 from interp_assets.visualize.firings import Firings
 
@@ -24,8 +23,6 @@ TOP: Final = 1
 RANDOM: Final = 2
 INTERVAL: Final = 4
 """Bits of the column `kind`: which lists of examples a firing belongs to."""
-OVERKEEP: Final = 4
-"""Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
 _FLIP: Final = np.uint64(0xFFFFFFFF)
 
 
@@ -34,11 +31,6 @@ class Limits(NamedTuple):
 
     top_k: int
     n_random: int
-
-
-def n_kept_top(features: FeaturesConfig) -> int:
-    """Return how many of the strongest firings are kept to choose the top examples from: more when repeated texts are left out."""
-    return features.top_k * (OVERKEEP if features.distinct_tokens else 1)
 
 
 def select_firings(firings: Firings, priorities: NDArray[np.uint64], documents: NDArray[np.uint32] | None, limits: Limits) -> NDArray[np.uint8]:

@@ -1,42 +1,49 @@
 """The feature browser as an asset: one bundle for each SAE that is shown."""
 
-import dagster as dg
+from collections.abc import Callable
 
-from interp_assets.graph.faces import OWNERS, RETRIES, Events, code_version, made, record
-from interp_assets.graph.partitions import Layout, every
-from interp_assets.planning.progress import Progress
+from interp_assets.planning.asset import Asset, Job, Load, every, only
+from interp_assets.planning.config import PipelineConfig, code_version
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.manifest import Produced
+from interp_assets.storage.store import Store
 from interp_assets.visualize.refs import features_key
-from interp_assets.web.bundle import build_bundle
-from interp_assets.web.refs import BUNDLE_VERSION
-from resources.world import World
+from interp_assets.web.refs import BUNDLE_VERSION, bundle_ref
 
-GROUP = "web"
-
-
-def make_assets(layout: Layout) -> list[dg.AssetsDefinition]:
-    """Make the assets of this stage."""
-    return [_feature_browser(layout, name) for name in layout.config.features.saes]
+RECORD_BYTES = 8000.0
+"""A latent's record and its share of table and index."""
 
 
-def _feature_browser(layout: Layout, name: str) -> dg.AssetsDefinition:
-    @dg.asset(
-        key=list(features_key(name, "feature_browser")),
-        deps=[every(features_key(name, "feature_records"))],
-        group_name=GROUP,
-        owners=OWNERS,
-        retry_policy=RETRIES,
-        kinds=layout.kinds("python", "sqlite"),
-        code_version=code_version(BUNDLE_VERSION),
+def make_assets(config: PipelineConfig) -> list[Asset]:
+    """List the assets of this stage."""
+    return [_browser(name) for name in config.features.saes]
+
+
+def _browser(name: str) -> Asset:
+    return Asset(
+        key=features_key(name, "feature_browser"),
+        group="web",
+        kinds=("python", "sqlite"),
         description=(
             f"The records of {name} as a bundle that a browser opens by range requests from any folder or bucket: feature table, search index, "
             "records, vocabulary. `interp serve` shows it."
         ),
+        reads=(every(*features_key(name, "feature_records")).remember(), only("sae_evaluation", partitions=[name]).remember()),
+        artifacts=lambda pipeline, _store, _key: [bundle_ref(pipeline, name)],
+        make=lambda job: _bundle(job, name),
+        takes=lambda pipeline, store, _key: _bundling(pipeline, store, name),
+        is_relied_on=True,
+        code_version=code_version(BUNDLE_VERSION),
     )
-    def feature_browser(context: dg.AssetExecutionContext, world: World, progress: dg.ResourceParam[Progress]) -> Events:
-        pipeline, store = world.open()
-        tokenizer = world.tokenizer()
-        yield from record(
-            context, lambda _key: made([build_bundle(pipeline, store, name, tokenizer, progress=progress.advance)], store.url), progress
-        )
 
-    return feature_browser
+
+def _bundle(job: Job, name: str) -> Callable[[str], list[Produced]]:
+    from interp_assets.web.bundle import build_bundle
+
+    tokenizer = job.world.tokenizer()
+    return lambda _key: [build_bundle(job.pipeline, job.store, name, tokenizer, progress=job.progress.advance)]
+
+
+def _bundling(pipeline: Pipeline, _store: Store, name: str) -> Load:
+    n_bytes = pipeline.config.sae(name).d_sae * RECORD_BYTES
+    return Load(0, n_bytes, n_bytes, pipeline.config.features.latent_slices * 2, 8)

@@ -28,7 +28,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -37,7 +37,6 @@ from numpy.typing import NDArray
 from interp_assets.errors import ArtifactCorruptError, InputError
 from interp_assets.storage.manifest import MANIFEST, Manifest, Produced, create_artifact, find_manifest, make_ref, read_manifest, read_range
 from interp_assets.storage.store import Store
-from interp_assets.web.opened import OpenBundle
 
 KIND: Final = "feature_labels"
 FOLDER: Final = "labels"
@@ -66,7 +65,24 @@ class Label(NamedTuple):
     author: str | None
 
 
-def import_labels(bundle: OpenBundle, path: Path, *, source: str | None = None) -> Produced:
+class Labelled(Protocol):
+    """What labels are about: an open bundle."""
+
+    manifest: Manifest
+    description: dict[str, Any]
+
+    @property
+    def place(self) -> Any:
+        """Its store, its path and its name."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
+
+
+def import_labels(bundle: Labelled, path: Path, *, source: str | None = None) -> Produced:
     """Write the labels of a file beside the bundle that they are about.
 
     `source` names the method for rows that do not. Raises `InputError`, naming the first bad rows, for a latent that the SAE does not have, an empty
@@ -232,7 +248,7 @@ class LabelSet:
         return self._copied / FILE
 
 
-def find_labels(bundle: OpenBundle) -> list[LabelSet]:
+def find_labels(bundle: Labelled) -> list[LabelSet]:
     """Find the label sets that were imported for a bundle, oldest first. Raises `ArtifactCorruptError` for a damaged one."""
     store, path = bundle.place
     folder = f"{path.rsplit('/', 1)[0]}/{FOLDER}" if "/" in path else FOLDER

@@ -20,6 +20,7 @@ from interp_assets.storage.manifest import MANIFEST, Manifest, read_file, read_m
 from interp_assets.storage.store import Store, open_store
 from interp_assets.visualize.packing import unpack_record
 from interp_assets.web.bundle import FORMAT, VERSION, decode_offsets
+from interp_assets.web.labels import find_labels
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.table import FeatureTable
 from interp_assets.web.vocabulary import Vocabulary, decode_vocabulary
@@ -86,8 +87,6 @@ class OpenBundle:
         """Return the table of statistics with its search index."""
         with self._lock:
             if self._table is None:
-                from interp_assets.web.labels import find_labels  # noqa: PLC0415 - labels are read through an open bundle
-
                 self._table = FeatureTable(self, find_labels(self))
             return self._table
 

@@ -10,7 +10,8 @@ from fault_tally import Tally
 from road_world import Finished, assert_as_if_nothing_happened, make_road_config
 
 from interp_assets.graph.jobs import open_instance, recorded_versions, run_road
-from interp_assets.planning.road import Stop, make_road
+from interp_assets.graph.stages import make_road
+from interp_assets.planning.asset import Asset
 
 BACKFILL = "restarted"
 
@@ -54,6 +55,6 @@ def runs_with(instance: dg.DagsterInstance, *statuses: dg.DagsterRunStatus) -> l
     return list(instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": BACKFILL}, statuses=list(statuses))))
 
 
-def n_made(instance: dg.DagsterInstance, stops: list[Stop]) -> int:
+def n_made(instance: dg.DagsterInstance, stops: list[Asset]) -> int:
     """Count the partitions that are recorded."""
     return sum(len(recorded_versions(instance, stop)) for stop in stops)

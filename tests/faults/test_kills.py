@@ -21,11 +21,11 @@ from interp_assets.corpus.tokens import make_token_shard
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.graph.jobs import RunError, recorded_versions, run_road
+from interp_assets.graph.stages import make_road
 from interp_assets.harvest.activations import harvest_shard
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import open_pipeline_store
 from interp_assets.planning.progress import Progress
-from interp_assets.planning.road import find_version, make_road
 from interp_assets.storage.manifest import ArtifactWriter, find_manifest, make_ref, remove_artifact
 from interp_assets.storage.store import open_store
 from interp_assets.storage.verify import verify_tree
@@ -87,7 +87,7 @@ def test_a_process_that_is_killed_in_any_stage_loses_and_doubles_nothing(finishe
     config = make_road_config(tiny_world, tmp_path / "data")
     draws = stream(SEED, "faults", "kills")
     n_killed = sum(run_until(config, stop.name, draws.uniform() * MAX_DELAY_S) == stop.name for stop in make_road(config))
-    assert n_killed >= len(make_road(config)) - 1
+    assert n_killed >= len(make_road(config).rest)
     tally.fault("processes killed at a random moment of every asset", n_killed)
     assert run_until(config, "never", 0.0) == "end"
     tally.right(assert_as_if_nothing_happened(config, finished))
@@ -152,11 +152,11 @@ def test_writers_of_one_shard_make_one_artifact(finished: Finished, tiny_world: 
         work(models[0])
         tally.fault("shards written by three writers at once", len(pipeline.shard_indices) * 2)
         made: set[str] = set()
-        for stop in make_road(config)[1:3]:
-            found = {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
+        for stop in make_road(config).rest[:2]:
+            found = {key: make_road(pipeline.config).find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
             assert found == recorded_versions(finished.instance, stop), (stop.name, errors)
             for key in stop.partition_keys(pipeline):
-                made.update(ref.path for ref in stop.refs(pipeline, store, key))
+                made.update(ref.path for ref in stop.artifacts(pipeline, store, key))
         for path in made if round_ < 5 else ():
             remove_artifact(store, path)
     assert verify_tree(store) == []

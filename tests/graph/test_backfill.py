@@ -17,11 +17,11 @@ from sixteen_shards import BAD, N_SHARDS, damage, make_sixteen, open_finished
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ConfigError
 from interp_assets.graph.backfill import BackfillReport, find_failed, run_backfill
-from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import RunError, dagster_home, open_instance, recorded_versions, run_road
+from interp_assets.graph.stages import make_road
+from interp_assets.planning.asset import Asset
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.progress import Progress
-from interp_assets.planning.road import Stop, make_road
 from interp_assets.storage.manifest import create_artifact, load_manifest, read_file
 
 
@@ -41,7 +41,7 @@ def copied(many: Finished, tmp_path: Path, tiny_world: Path) -> PipelineConfig:
     return make_road_config(tiny_world, tmp_path / "data", corpus={"path": many.config.corpus.path, "shard_bytes": 1})
 
 
-def stop_of(config: PipelineConfig, name: str) -> Stop:
+def stop_of(config: PipelineConfig, name: str) -> Asset:
     """Return an asset of the road."""
     return next(stop for stop in make_road(config) if stop.name == name)
 
@@ -60,7 +60,7 @@ def test_three_of_sixteen_fail_and_only_these_are_made_again(copied: PipelineCon
         (first,) = [item for item in run_backfill(copied, instance, select=["activations"]) if item.failed]
         assert first.failed == list(BAD)
         assert "tokens.parquet is damaged in block 0" in first.message
-        assert find_failed(build_defs(copied), stop_of(copied, "activations"), [f"shard-{i:06d}" for i in range(N_SHARDS)], instance) == list(BAD)
+        assert find_failed(stop_of(copied, "activations"), [f"shard-{i:06d}" for i in range(N_SHARDS)], instance) == list(BAD)
         for path, data in good.items():
             path.write_bytes(data)
         assert made(list(run_backfill(copied, instance, only_failed=True))) == {"activations": 3}
@@ -155,8 +155,8 @@ def test_a_run_says_which_shards_failed_and_a_backfill_finishes_the_road(many: F
         done = made(list(run_backfill(config, instance, only_failed=True)))
         assert (done["activations"], done["shuffle_pass_1"], done["sae"]) == (3, 3, 2)
         assert "token_shards" not in done
-        names = {stop.name: recorded_versions(instance, stop) for stop in make_road(config)[1:]}
-        assert names == {stop.name: recorded_versions(many.instance, stop) for stop in make_road(config)[1:]}
+        names = {stop.name: recorded_versions(instance, stop) for stop in make_road(config).rest}
+        assert names == {stop.name: recorded_versions(many.instance, stop) for stop in make_road(config).rest}
 
 
 def test_other_bytes_under_the_same_id_are_noticed(copied: PipelineConfig) -> None:

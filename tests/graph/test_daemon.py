@@ -9,8 +9,8 @@ from daemon_world import daemon, start_sensor, wait_for
 from road_world import make_road_config
 
 from interp_assets.graph.jobs import open_instance, recorded_versions, run_road
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
-from interp_assets.planning.road import make_road
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PATIENCE_S = 400

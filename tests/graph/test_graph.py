@@ -7,8 +7,8 @@ import dagster as dg
 import pytest
 
 from interp_assets.graph.definitions import build_defs
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import make_config
-from interp_assets.planning.road import make_road
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "asset_graph.json"
 THREE_PASSES = {"shuffle": {"passes": 4, "fan_out": 2}, "saes": [{"name": "a.b-c"}], "features": {"saes": ["a.b-c"]}}

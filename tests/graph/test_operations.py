@@ -12,13 +12,14 @@ from sixteen_shards import open_finished
 
 from interp_assets.errors import ConfigError, InputError, InterpError, StoreError
 from interp_assets.graph.definitions import build_defs, make_executor
-from interp_assets.graph.faces import GPU_POOL, RETRIES, Made, record
+from interp_assets.graph.events import Made, record
+from interp_assets.graph.factory import GPU_POOL, RETRIES
 from interp_assets.graph.jobs import RunError, open_instance, recorded_costs, run_road
 from interp_assets.graph.partitions import claim_history
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import make_config
 from interp_assets.planning.costs import UNITS, add_up
 from interp_assets.planning.progress import Progress
-from interp_assets.planning.road import make_road
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.terminal.forecast import print_costs
 from resources.world import World
@@ -35,11 +36,11 @@ def run_failing(error: InterpError, n_failures: int) -> tuple[bool, int]:
         return Made("version", {"seconds": 36.0, "reused": False})
 
     @dg.asset(retry_policy=RETRIES)
-    def some(context: dg.AssetExecutionContext, world: World) -> Any:
+    def some(context: dg.AssetExecutionContext, world: dg.ResourceParam[World]) -> Any:
         yield from record(context, work, Progress())
 
     with dg.DagsterInstance.ephemeral() as instance:
-        result = dg.materialize([some], instance=instance, resources={"world": World.make(make_config({}))}, raise_on_error=False)
+        result = dg.materialize([some], instance=instance, resources={"world": World(make_config({}))}, raise_on_error=False)
     return result.success, len(calls)
 
 
@@ -52,14 +53,14 @@ def test_a_store_that_refuses_is_asked_again() -> None:
 def test_every_partition_shows_what_was_expected_and_what_it_took(finished: Finished) -> None:
     """Bytes, requests and seconds side by side, for every asset of the road: an estimate that nobody can check is no estimate."""
     pipeline, store = open_finished(finished.config)
-    for stop in make_road(finished.config)[1:]:
+    for stop in make_road(finished.config).rest:
         tables = recorded_costs(finished.instance, stop)
         assert len(tables) == len(stop.partition_keys(pipeline)) or stop.name == "shuffle_pass_1", stop.name  # held out: nothing was made
         for table in tables:
             assert [row["what"] for row in table] == list(UNITS)
             assert all(row["estimated"] >= 0 for row in table)
         _, actual = add_up(tables)
-        n_bytes = sum(load_manifest(store, ref).n_bytes for key in stop.partition_keys(pipeline) for ref in stop.refs(pipeline, store, key))
+        n_bytes = sum(load_manifest(store, ref).n_bytes for key in stop.partition_keys(pipeline) for ref in stop.artifacts(pipeline, store, key))
         assert n_bytes <= actual.written_bytes, stop.name
         assert actual.requests >= 2 * len(tables)
         assert actual.seconds > 0

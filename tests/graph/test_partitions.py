@@ -7,7 +7,7 @@ import pytest
 
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import make_ranges
-from interp_assets.graph.partitions import EXPERIMENTS, SHARDS, set_partitions
+from interp_assets.graph.partitions import set_partitions
 from interp_assets.planning.config import PipelineConfig, make_config
 
 SHARD_KEYS = ["shard-000000", "shard-000001", "shard-000002"]
@@ -20,8 +20,8 @@ def parents_of(config: PipelineConfig, name: str, partition: str | None) -> dict
     graph = build_defs(config).resolve_asset_graph()
     key = dg.AssetKey(name.split("/"))
     with dg.DagsterInstance.ephemeral() as instance:
-        set_partitions(instance, SHARDS, SHARD_KEYS)
-        set_partitions(instance, EXPERIMENTS, ["demo", "other"])
+        set_partitions(instance, "shards", SHARD_KEYS)
+        set_partitions(instance, "experiments", ["demo", "other"])
         found: dict[str, list[str]] = {}
         for parent in graph.get(key).parent_keys:
             if not graph.get(parent).is_partitioned:
@@ -117,9 +117,9 @@ def test_a_shuffle_of_one_pass_reads_the_activations() -> None:
 def test_registered_partitions_become_exactly_the_given_ones() -> None:
     """A shard whose text is gone must leave, or a backfill would ask for it for ever."""
     with dg.DagsterInstance.ephemeral() as instance:
-        set_partitions(instance, SHARDS, ["a", "b"])
-        set_partitions(instance, SHARDS, ["b", "c"])
-        assert instance.get_dynamic_partitions(SHARDS) == ["b", "c"]
+        set_partitions(instance, "shards", ["a", "b"])
+        set_partitions(instance, "shards", ["b", "c"])
+        assert instance.get_dynamic_partitions("shards") == ["b", "c"]
 
 
 def test_missing_partitions_are_joined_into_ranges() -> None:

@@ -14,9 +14,9 @@ import yaml
 from daemon_world import wait_for
 
 from interp_assets.graph.jobs import dagster_home, open_instance, recorded_versions, run_road
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
-from interp_assets.planning.road import find_version, make_road
 
 ROOT = Path(__file__).parent.parent.parent
 SHARD = "shard-000001"
@@ -64,7 +64,7 @@ def test_one_partition_from_dagsters_command_line(road_config: PipelineConfig, t
         assert len(instance.fetch_materializations(filters, limit=10).records) == 2
         assert recorded_versions(instance, stop) == before
     store = open_pipeline_store(road_config)
-    assert before[SHARD] == find_version(stop, load_pipeline(road_config, store), store, SHARD)
+    assert before[SHARD] == make_road(road_config).find_version(stop, load_pipeline(road_config, store), store, SHARD)
 
 
 def test_each_pipeline_has_its_own_history(road_config: PipelineConfig, tmp_path: Path) -> None:

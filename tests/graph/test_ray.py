@@ -10,12 +10,13 @@ import pytest
 import yaml
 from road_world import Finished, make_road_config
 
-from interp_assets.graph.fanout import start_fanout
+from interp_assets.graph.fanout import make_partition, start_fanout
 from interp_assets.graph.jobs import run_road
-from interp_assets.harvest.assets import make_partition
+from interp_assets.graph.stages import make_road
+from interp_assets.planning.asset import Job
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
-from interp_assets.planning.road import find_version, make_road
+from resources.world import World
 
 pytestmark = [pytest.mark.slow]
 N_SHARDS = 12
@@ -101,12 +102,15 @@ def versions(config: PipelineConfig) -> dict[str, list[str | None]]:
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     stops = [stop for stop in make_road(config) if stop.name in ("token_shards", "activations", "shuffle_pass_1")]
-    return {stop.name: [find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)] for stop in stops}
+    return {
+        stop.name: [make_road(pipeline.config).find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)] for stop in stops
+    }
 
 
 def test_without_a_cluster_nothing_is_sent(finished: Finished) -> None:
     """Ray is used where it is: elsewhere nothing is imported, started or asked for."""
-    config_json = finished.config.model_dump_json()
-    assert start_fanout(make_partition, config_json, ["shard-000000", "shard-000001"]) is None
-    (item,) = make_partition(config_json, "shard-000001")
+    world = World(finished.config)
+    job = Job(world, *world.open(), keys=("shard-000000", "shard-000001"))
+    assert start_fanout(make_road(finished.config).find("activations"), job) is None
+    (item,) = make_partition(finished.config.model_dump_json(), ("activations",), "shard-000001")
     assert item.is_cached

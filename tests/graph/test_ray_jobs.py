@@ -14,7 +14,7 @@ from daemon_world import daemon, set_up_home, submit_backfill, wait_for
 from road_world import Finished, make_road_config
 
 from interp_assets.graph.jobs import open_instance, recorded_versions, run_road
-from interp_assets.planning.road import make_road
+from interp_assets.graph.stages import make_road
 
 pytest.importorskip("aiohttp_cors", reason="the job server needs `ray[default]`")
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore:.*AssetSelection.sources:DeprecationWarning")]

@@ -11,11 +11,10 @@ from road_world import Finished, make_road_config
 
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import find_missing, recorded_versions, run_road
-from interp_assets.graph.partitions import make_layout
-from interp_assets.graph.retraining import make_sensors, retrain
+from interp_assets.graph.retraining import make_retraining_sensor, retrain
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
-from interp_assets.planning.road import make_road
 from interp_assets.shuffle.append import Appending, appended_ref
 from interp_assets.shuffle.generations import before, newest
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids
@@ -70,9 +69,9 @@ def opened(config: PipelineConfig) -> tuple[Pipeline, Store]:
 
 def tick(config: PipelineConfig, instance: dg.DagsterInstance) -> tuple[list[dg.RunRequest], str]:
     """Evaluate the sensor once."""
-    context = dg.build_sensor_context(instance=instance, resources={"world": World.make(config)}, definitions=build_defs(config))
+    context = dg.build_sensor_context(instance=instance, resources={"world": World(config)}, definitions=build_defs(config))
     with partition_loading_context(dynamic_partitions_store=instance):
-        data = make_sensors(make_layout(config))[0].evaluate_tick(context)
+        data = make_retraining_sensor().evaluate_tick(context)
     return list(data.run_requests or []), data.skip_message or ""
 
 
@@ -115,8 +114,8 @@ def test_a_retraining_takes_new_text_in(copied: PipelineConfig) -> None:
         events = instance.fetch_materializations(dg.AssetKey("shuffle_pass_1"), limit=100).records
         assert len(events) == len(pipeline.plan.shards)  # each shard was split once, in its generation
         assert sae_ref(pipeline, "demo").inputs["warm_start"] == sae_ref(old, "demo").artifact_id
-        for stop in make_road(copied)[1:]:
-            assert find_missing(stop, pipeline, store, instance) == [], stop.name
+        for stop in make_road(copied).rest:
+            assert find_missing(make_road(pipeline.config), stop, pipeline, store, instance) == [], stop.name
         assert retrain(copied, instance, pipeline.plan.generations[-1]).n_made == 0  # a run that is retried finds everything
 
 

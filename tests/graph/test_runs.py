@@ -12,11 +12,11 @@ from road_world import Finished, make_road_config
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import RunError, explain_failure, find_missing, recorded_versions, run_road
+from interp_assets.graph.stages import make_road
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import Progress
-from interp_assets.planning.road import find_version, make_road
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.manifest import create_artifact, remove_artifact
 from interp_assets.storage.store import Store
@@ -71,9 +71,9 @@ def materialize(config: PipelineConfig, instance: dg.DagsterInstance, name: str,
 def test_every_partition_is_recorded_with_the_digest_of_its_artifacts(finished: Finished) -> None:
     """The data version is the digest of what lies in the store; so staleness follows bytes, not clicks."""
     pipeline, store = open_finished(finished.config)
-    for stop in make_road(finished.config)[1:]:
+    for stop in make_road(finished.config).rest:
         recorded = recorded_versions(finished.instance, stop)
-        assert recorded == {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
+        assert recorded == {key: make_road(pipeline.config).find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
 
 
 def test_every_partition_has_one_event(finished: Finished) -> None:
@@ -86,7 +86,7 @@ def test_every_partition_has_one_event(finished: Finished) -> None:
 
 def test_events_say_what_people_ask(finished: Finished) -> None:
     """Rows, bytes, seconds, where, digest and whether it was there before; plots where a number is not enough."""
-    for stop in make_road(finished.config)[1:]:
+    for stop in make_road(finished.config).rest:
         event = finished.instance.get_latest_materialization_event(dg.AssetKey(list(stop.key)))
         assert event is not None
         assert event.asset_materialization is not None
@@ -183,7 +183,7 @@ def test_a_range_keeps_what_it_finished_when_one_partition_fails(finished: Finis
         n_shards = len(pipeline.shard_indices)
         assert f"1 of {n_shards} partitions failed ({SHARD}); the finished ones are kept" in str(caught.value)
         assert "tokens.parquet is damaged in block 0" in str(caught.value)
-        assert find_missing(stop, pipeline, store, instance) == [SHARD]
+        assert find_missing(make_road(pipeline.config), stop, pipeline, store, instance) == [SHARD]
         tokens.write_bytes(good)
         reports = {report.name: report.n_made for report in run_road(copied, instance, select=["activations"])}
         assert reports == {"corpus_plan": 1, "activations": 1}
@@ -276,5 +276,5 @@ def drop_artifacts(config: PipelineConfig, name: str, partition: str) -> None:
     """Delete the artifacts of one partition."""
     pipeline, store = open_finished(config)
     stop = next(stop for stop in make_road(config) if stop.name == name)
-    for ref in stop.refs(pipeline, store, partition):
+    for ref in stop.artifacts(pipeline, store, partition):
         remove_artifact(store, ref.path)

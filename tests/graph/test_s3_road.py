@@ -12,8 +12,8 @@ from road_world import Finished
 from s3_server import S3Server, start_s3_server
 
 from interp_assets.graph.jobs import recorded_versions
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.pipeline import load_pipeline
-from interp_assets.planning.road import find_version, make_road
 from interp_assets.storage.store import ObjectStore, open_store
 from interp_assets.storage.verify import verify_tree
 
@@ -45,8 +45,8 @@ def test_the_whole_graph_on_s3_has_the_digests_of_a_local_folder(server: S3Serve
     assert [path.name for path in tmp_path.iterdir() if path.name != "pipeline.yaml"] == [".dagster"]
     store = open_bucket(server)
     pipeline = load_pipeline(finished.config, store)
-    for stop in make_road(finished.config)[1:]:
-        found = {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
+    for stop in make_road(finished.config).rest:
+        found = {key: make_road(pipeline.config).find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
         assert found == recorded_versions(finished.instance, stop), stop.name
     assert verify_tree(store) == []
     assert _secrets_in(tmp_path / ".dagster", server) == []

@@ -10,7 +10,6 @@ from road_world import make_road_config
 
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import run_road
-from interp_assets.graph.partitions import make_layout
 from interp_assets.graph.sensors import make_sensor
 from interp_assets.planning.config import PipelineConfig
 from resources.world import World
@@ -25,10 +24,10 @@ def config(tiny_world: Path, tmp_path: Path) -> PipelineConfig:
 
 def tick(config: PipelineConfig, instance: dg.DagsterInstance, cursor: str | None) -> tuple[list[dg.RunRequest], str, str | None]:
     """Evaluate the sensor once: its requests, why it skipped, and its new cursor."""
-    world = {"world": World.make(config)}
+    world = {"world": World(config)}
     context = dg.build_sensor_context(instance=instance, cursor=cursor, resources=world, definitions=build_defs(config))
     with partition_loading_context(dynamic_partitions_store=instance):
-        data = make_sensor(make_layout(config)).evaluate_tick(context)
+        data = make_sensor(config).evaluate_tick(context)
     return list(data.run_requests or []), data.skip_message or "", data.cursor
 
 

@@ -14,8 +14,8 @@ from sixteen_shards import BAD, N_SHARDS, damage, make_sixteen
 from interp_assets.graph.backfill import run_backfill
 from interp_assets.graph.jobs import open_instance, recorded_versions, run_road
 from interp_assets.graph.processes import DagsterUi, start_dagster
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import PipelineConfig
-from interp_assets.planning.road import make_road
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(600)]
 

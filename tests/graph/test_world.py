@@ -16,7 +16,7 @@ def test_a_model_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "gpt2")
     write_texts(tmp_path / "texts", n_files=5, n_chars=900)
     config = make_road_config(tmp_path, tmp_path / "data")
-    world = World.make(config)
+    world = World(config)
     plan_corpus(config, world.store())
     assert world.model().d_model > 0
     weights = tmp_path / "model" / "model.safetensors"

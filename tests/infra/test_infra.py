@@ -44,16 +44,18 @@ def test_what_a_pod_asks_for_is_what_dagster_k8s_reads() -> None:
     """The tags of the assets and the launcher's values go through dagster-k8s's own parser: a misspelt key is refused."""
     from dagster_k8s.job import UserDefinedDagsterK8sConfig, get_user_defined_k8s_config
 
-    from interp_assets.graph.partitions import make_layout
+    from interp_assets.graph.partitions import tags_of
+    from interp_assets.graph.stages import make_road
     from interp_assets.planning.config import make_config
 
-    layout = make_layout(make_config({}))
+    config, road = make_config({}), make_road(make_config({}))
+    gpu_needs, memory_needs = road.find("activations").needs, road.find("mixed_shards").needs
     key = "dagster-k8s/config"
-    gpu, memory = (get_user_defined_k8s_config({key: json.dumps(tags[key])}) for tags in (layout.on_gpu(), layout.in_memory()))
+    gpu, memory = (get_user_defined_k8s_config({key: json.dumps(tags[key])}) for tags in (tags_of(gpu_needs, config), tags_of(memory_needs, config)))
     assert gpu.container_config["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert gpu.pod_spec_config["node_selector"] == {"interp-assets/accelerator": "gpu"}
     assert memory.container_config["resources"]["limits"]["memory"] == "2560Mi"
-    on_cpu = make_layout(make_config({"execution": {"device": "cpu"}})).on_gpu()
+    on_cpu = tags_of(gpu_needs, make_config({"execution": {"device": "cpu"}}))
     assert set(on_cpu) == {key}  # a cluster without a GPU would wait for one for ever
     assert "nvidia.com/gpu" not in get_user_defined_k8s_config({key: json.dumps(on_cpu[key])}).container_config["resources"]["limits"]
     values = load("infra/kubernetes/values.yaml")["runLauncher"]["config"]["k8sRunLauncher"]["runK8sConfig"]

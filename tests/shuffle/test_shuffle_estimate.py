@@ -3,7 +3,8 @@
 import pytest
 
 from interp_assets.errors import PlanError
-from interp_assets.shuffle.estimate import Prices, compare_plans, plan_passes
+from interp_assets.planning.machine import Prices
+from interp_assets.shuffle.estimate import compare_plans, plan_passes
 from interp_assets.shuffle.rows import SORT_BYTES
 
 GB = 10**9

@@ -10,10 +10,10 @@ from tiny_models import make_tiny_config
 
 from interp_assets.corpus.tokens import load_tokens
 from interp_assets.graph.jobs import recorded_versions
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport
-from interp_assets.planning.road import find_version, make_road
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.manifest import find_manifest
@@ -62,9 +62,9 @@ def assert_as_if_nothing_happened(config: PipelineConfig, finished: Finished, st
     """
     store = store or open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
-    for stop in make_road(config)[1:]:
+    for stop in make_road(config).rest:
         if not names or stop.name in names:
-            found = {key: find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
+            found = {key: make_road(pipeline.config).find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)}
             assert found == recorded_versions(finished.instance, stop), stop.name
     certificate = find_manifest(store, certificate_ref(pipeline, POINT))
     assert certificate is not None

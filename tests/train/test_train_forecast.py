@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from interp_assets.planning.costs import estimate_cost, expected_l0, make_estimator, rate_kind
+from interp_assets.graph.stages import make_road
+from interp_assets.planning.costs import make_estimator, price
 from interp_assets.planning.pipeline import Pipeline, save_plan
 from interp_assets.planning.rates import Rate, load_rates, rates_path
-from interp_assets.planning.road import make_road
-from interp_assets.planning.schedule import Line, make_schedule, workload
+from interp_assets.planning.schedule import Line, make_schedule
 from interp_assets.storage.manifest import create_artifact
 from interp_assets.storage.store import Store
 from interp_assets.storage.traffic import Traffic
 from interp_assets.train.refs import sae_ref
+from interp_assets.visualize.assets import expected_l0, workload
 
 TRAINED = {"name": "own", "d_sae": 24, "k": 3, "n_rows": 1000, "batch_rows": 100}
 IMPORTED = {"name": "foreign", "d_sae": 48, "k": 3, "imported": "folder", "imported_digest": "12", "batch_rows": 100_000}
@@ -19,17 +20,17 @@ IMPORTED = {"name": "foreign", "d_sae": 48, "k": 3, "imported": "folder", "impor
 
 def forecast(pipeline: Pipeline, store: Store, rates: dict[str, Rate]) -> Line:
     """Return the line of the asset `sae`."""
-    return next(line for line in make_schedule(pipeline, store, rates, 1) if line.name == "sae")
+    return next(line for line in make_schedule(make_road(pipeline.config), pipeline, store, rates, 1) if line.name == "sae")
 
 
 def test_an_import_teaches_nothing_about_trainings(make_planted: Callable[..., Any]) -> None:
     """It is bound by a disk or a network: five times its estimate would make every training look five times as long."""
     planted = make_planted([TRAINED, IMPORTED])
     stop = next(stop for stop in make_road(planted.pipeline.config) if stop.name == "sae")
-    kinds = [rate_kind(stop, planted.pipeline.config, name) for name in ("own", "foreign")]
+    kinds = [stop.kind_of_work(planted.pipeline.config, name) for name in ("own", "foreign")]
     assert kinds == ["sae", "sae imported"]
     plain, slow, slower = (forecast(planted.pipeline, planted.store, rates) for rates in ({}, {"sae imported": Rate(1e6, 3)}, {"sae": Rate(1e6, 3)}))
-    own, foreign = (estimate_cost(stop, planted.pipeline, planted.store, name).seconds for name in ("own", "foreign"))
+    own, foreign = (price(planted.pipeline.config, stop.takes(planted.pipeline, planted.store, name)).seconds for name in ("own", "foreign"))
     assert abs(slow.wall_s - plain.wall_s - foreign * (1e6 - 1)) < 1e-6 * slow.wall_s
     assert abs(slower.wall_s - plain.wall_s - own * (1e6 - 1)) < 1e-6 * slower.wall_s
 
@@ -38,7 +39,7 @@ def test_a_part_of_the_work_is_no_rate(make_planted: Callable[..., Any], tmp_pat
     """A training that went on from a checkpoint did less than the estimate counts."""
     planted = make_planted([TRAINED], root=str(tmp_path))
     save_plan(planted.store, planted.pipeline.plan)
-    compare, before = make_estimator(planted.pipeline.config), load_rates(rates_path()).get("sae")
+    compare, before = make_estimator(planted.pipeline.config, make_road(planted.pipeline.config)), load_rates(rates_path()).get("sae")
     assert compare(["sae"], "own", Traffic(), 60.0, is_whole=False) is not None
     assert load_rates(rates_path()).get("sae") == before
     assert compare(["sae"], "own", Traffic(), 60.0, is_whole=True) is not None

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.planning.pipeline import save_plan
-from interp_assets.planning.plots import find_best, plot_curves, plot_pareto
 from interp_assets.storage.manifest import Produced, create_artifact, load_manifest, read_file
 from interp_assets.terminal.cli import app
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.evaluate import save_evaluation
 from interp_assets.train.loop import train_saes
 from interp_assets.train.metrics import ReconstructionSums
+from interp_assets.train.plots import find_best, plot_curves, plot_pareto
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.reports import describe_sweep
 from interp_assets.train.sweep import SCHEMA, SPEED, load_table, make_sweep

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from interp_assets.errors import PlanError
 from interp_assets.planning.config import FeaturesConfig
+from interp_assets.planning.machine import H200, Machine
 from interp_assets.terminal.forecast import _print_slices
-from interp_assets.visualize.estimate import H200, Machine, Workload, best_plan, estimate
+from interp_assets.visualize.estimate import Workload, best_plan, estimate
 
 MILLION = Workload(n_rows=100_000_000, n_shards=8, d_in=4096, d_sae=1 << 20, l0=100.0, row_bytes=8192)
 

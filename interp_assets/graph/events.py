@@ -1,7 +1,6 @@
-"""What all Dagster faces share: a stage's function becomes recorded partitions, with their data versions and metadata.
+"""A partition that was made becomes Dagster's event: its data version, its metadata, and what it took.
 
-An asset's body says which function makes one partition; `record` does the rest, the same for one partition, a range of them and an asset
-without partitions:
+`record` is the same for one partition, a range of them and an asset without partitions:
 
 1. The event of a partition is yielded as soon as the partition is finished, so a crash later in the range does not lose it.
 2. Its data version is the digest of its artifacts. Dagster offers one version per output, not per partition, so the events are made
@@ -9,10 +8,9 @@ without partitions:
 3. An `InterpError` becomes Dagster's `Failure` with the message alone. An error of one partition does not stop the others; an error of
    the configuration or the store would meet them all, so it does.
 
-Point 2 uses three names that Dagster keeps private (its version is pinned); `tests/graph/test_data_versions.py` holds them.
+Point 2 uses three names that Dagster keeps private (its version is pinned); `tests/graph/test_runs.py` holds them.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,22 +22,14 @@ from dagster._core.definitions.partitions.utils import get_tags_from_multi_parti
 from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION as SUPPRESS_EVENT
 from dagster._core.errors import DagsterExecutionInterruptedError, raise_execution_interrupts
 from dagster._core.execution.plan.execute_step import _build_data_version_tags, _get_code_version, _get_input_provenance_data
-from pydantic import BaseModel
 
 from interp_assets.errors import ConfigError, InterpError, StoreError
+from interp_assets.planning.asset import Markdown, Shown, Table
 from interp_assets.planning.progress import Progress
 from interp_assets.storage.manifest import Produced, data_version
 from interp_assets.storage.traffic import METER, Traffic
 
-OWNERS: Final = ["team:interpretability"]
-GPU_POOL: Final = "gpu"
-"""Runs that hold a subject model or SAEs in memory: Dagster starts as many at once as the pool's limit says (`dagster.yaml`: one)."""
-RETRIES: Final = dg.RetryPolicy(max_retries=2, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
-"""A store that refuses is asked again after about 1 and 3 seconds; what is finished is found, so only the rest is made. Nothing else is retried."""
 _MAX_FACTS_BYTES: Final = 4096
-
-Events = Any
-"""What an asset's body yields. Dagster reads the annotation as the type of the output when a checker wraps the body, so it promises nothing."""
 
 
 class Made(NamedTuple):
@@ -116,10 +106,11 @@ def partition_keys(context: dg.AssetExecutionContext | dg.AssetCheckExecutionCon
     return list(op_context.partition_keys) if op_context.has_partition_key or op_context.has_partition_key_range else [""]
 
 
-def made(produced: Sequence[Produced], url: str, **extra: Any) -> Made:
-    """Describe the artifacts of one partition: rows, bytes, seconds, rows per second, where, digest, and whether they were there before."""
+def describe(produced: Sequence[Produced], url: str, shown: Mapping[str, Shown]) -> Made:
+    """Describe the artifacts of one partition: rows, bytes, seconds, rows per second, where, digest, whether they were there before, and more."""
+    extra = {name: as_metadata(value) for name, value in shown.items()}
     if not produced:
-        return Made(data_version([]), dict(extra))
+        return Made(data_version([]), extra)
     n_bytes = sum(item.manifest.n_bytes for item in produced)
     n_rows = sum(n_rows_of(item) for item in produced)
     wall_s = sum(item.wall_s for item in produced)
@@ -130,24 +121,22 @@ def made(produced: Sequence[Produced], url: str, **extra: Any) -> Made:
         metadata["rows_per_s"] = round(n_rows / wall_s, 1)
     metadata |= {"digest": version, "reused": is_cached}
     metadata |= _where(produced, url) | extra
-    return Made(version, metadata)
+    return Made(version, metadata, is_whole=all(item.is_whole for item in produced))
+
+
+def as_metadata(value: Shown) -> Any:
+    """Return plain data as what Dagster's UI shows."""
+    if isinstance(value, Markdown):
+        return dg.MetadataValue.md(str(value))
+    if isinstance(value, Table):
+        return dg.MetadataValue.table([dg.TableRecord(row) for row in value])
+    return value if isinstance(value, bool | int | float | str) else dg.MetadataValue.json(value)
 
 
 def n_rows_of(produced: Produced) -> int:
     """Return the rows of an artifact: what its facts say, else what its files say."""
     facts = produced.manifest.facts
     return int(facts["n_rows"]) if "n_rows" in facts else max((entry.n_rows or 0 for entry in produced.manifest.files), default=0)
-
-
-def code_version(version: int, *sections: BaseModel) -> str:
-    """Return an asset's code version: its own number, and a hash of the configuration that decides its bytes."""
-    text = json.dumps([section.model_dump() for section in sections], sort_keys=True)
-    return f"{version}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}" if sections else str(version)
-
-
-def hash_version(content: Mapping[str, Any]) -> str:
-    """Return a data version for plain data."""
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _where(produced: Sequence[Produced], url: str) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""An asset's record becomes Dagster's definitions: the asset with its partitions, dependencies and policies, and its checks.
+
+One function makes them all. What a run of it does is said once, too: open the world, prepare the work (or send it to a cluster), then make and
+record one partition after the other.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+import dagster as dg
+
+from interp_assets.graph.events import Made, Shared, as_metadata, describe, interruptible, partition_keys, record
+from interp_assets.graph.fanout import start_fanout
+from interp_assets.graph.partitions import backfill_policy, claim_history, dependency, partitions_of, register, tags_of
+from interp_assets.planning.asset import Asset, Check, Job
+from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.progress import Progress
+from interp_assets.planning.road import Road
+from interp_assets.storage.manifest import Produced
+from interp_assets.storage.traffic import METER
+from resources.world import World
+
+OWNERS: Final = ["team:interpretability"]
+GPU_POOL: Final = "gpu"
+"""Runs that hold a subject model or SAEs in memory: Dagster starts as many at once as the pool's limit says (`dagster.yaml`: one)."""
+RETRIES: Final = dg.RetryPolicy(max_retries=2, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""A store that refuses is asked again after about 1 and 3 seconds; what is finished is found, so only the rest is made. Nothing else is retried."""
+
+Events = Any
+"""What an asset's body yields. Dagster reads the annotation as the type of the output when a checker wraps the body, so it promises nothing."""
+
+
+def make_definition(asset: Asset, road: Road, config: PipelineConfig) -> dg.AssetsDefinition | dg.AssetSpec:
+    """Make Dagster's asset of a record."""
+    what: dict[str, Any] = {
+        "key": list(asset.key),
+        "partitions_def": partitions_of(asset.axis),
+        "group_name": asset.group,
+        "owners": OWNERS,
+        "kinds": kinds_of(asset.kinds, config) if not asset.is_external else set(asset.kinds),
+        "description": asset.description,
+    }
+    if asset.is_external:
+        return dg.AssetSpec(**what)
+
+    @dg.asset(
+        **what,
+        deps=[dependency(road, asset, item) for item in asset.reads],
+        retry_policy=RETRIES,
+        pool=GPU_POOL if asset.needs.accelerator else None,
+        op_tags=tags_of(asset.needs, config),
+        code_version=asset.code_version,
+        backfill_policy=backfill_policy(asset, config),
+        freshness_policy=_freshness(config) if asset.is_relied_on else None,
+    )
+    def body(context: dg.AssetExecutionContext, world: dg.ResourceParam[World], progress: dg.ResourceParam[Progress]) -> Events:
+        yield from _plan(asset, road, context, world, progress) if asset.plan else _make(asset, context, world, progress)
+
+    return body  # pyright: ignore[reportReturnType] - Dagster's overloads do not see through the arguments
+
+
+def make_check(asset: Asset, check: Check) -> dg.AssetChecksDefinition:
+    """Make Dagster's check of a record."""
+
+    @dg.asset_check(
+        asset=dg.AssetKey(list(asset.key)),
+        name=check.name,
+        description=check.description,
+        blocking=check.blocks,
+        partitions_def=partitions_of(asset.axis),
+    )
+    def body(context: dg.AssetCheckExecutionContext, world: dg.ResourceParam[World]) -> dg.AssetCheckResult:
+        pipeline, store = world.open()
+        verdict = check.verdict(pipeline, store, partition_keys(context))
+        severity = dg.AssetCheckSeverity.WARN if verdict.is_warning else dg.AssetCheckSeverity.ERROR
+        return dg.AssetCheckResult(
+            passed=verdict.passed, severity=severity, metadata={name: as_metadata(value) for name, value in verdict.shown.items()}
+        )
+
+    return body
+
+
+def kinds_of(kinds: Sequence[str], config: PipelineConfig) -> set[str]:
+    """Return an asset's kinds, with the kind of its storage."""
+    return {*kinds, "s3"} if config.root.startswith("s3://") else set(kinds)
+
+
+def _freshness(config: PipelineConfig) -> dg.FreshnessPolicy | None:
+    """Return the policy of assets that people rely on, in a pipeline that takes in new text; a finished study does not age."""
+    if not config.retrain.after_tokens:
+        return None
+    days = timedelta(days=config.retrain.stale_after_days)
+    return dg.FreshnessPolicy.time_window(fail_window=days, warn_window=days / 2)
+
+
+def _plan(asset: Asset, road: Road, context: dg.AssetExecutionContext, world: World, progress: Progress) -> Events:
+    """Plan, register the partitions, and note the state of what lies outside."""
+    assert asset.plan is not None
+
+    def tell(sentence: str) -> None:
+        context.log.info(sentence)
+        progress.tell(sentence)
+
+    claim_history(context.instance, world.config.name)
+    store = world.store()
+    pipeline = asset.plan(world.config, store, tell)
+    register(context.instance, pipeline)
+    for outside in road.outside:
+        for key, found in outside.observe(pipeline).items() if outside.observe else ():
+            tags = {"dagster/data_version": found.version}
+            yield dg.AssetObservation(dg.AssetKey(list(outside.key)), partition=key, metadata=found.facts, tags=tags)
+    shown = asset.shows(Job(world, pipeline, store), "", [])
+    version = _hash_version({**pipeline.facts, "corpus": pipeline.config.corpus.model_dump()})
+    yield from record(context, lambda _key: describe([], store.url, shown)._replace(data_version=version), progress)
+
+
+def _make(asset: Asset, context: dg.AssetExecutionContext, world: World, progress: Progress) -> Events:
+    assert asset.make is not None
+    pipeline, store = world.open()
+    job = Job(world, pipeline, store, tuple(partition_keys(context)), progress, context.log.info)
+    fanout = start_fanout(asset, job)
+    shared = None
+    if fanout:
+        make: Callable[[str], list[Produced]] = fanout.take
+    elif asset.is_made_together:
+        before, begun = METER.total(), time.monotonic()
+        with interruptible(progress):
+            make = asset.make(job)
+        shared = Shared(METER.total().since(before), time.monotonic() - begun)
+    else:
+        make = asset.make(job)
+
+    def work(key: str) -> Made:
+        produced = make(key)
+        where = {"node": fanout.where(key)} if fanout else {}
+        return describe(produced, store.url, {**asset.shows(job, key, produced), **where})
+
+    yield from record(context, work, progress, shared)
+
+
+def _hash_version(content: Mapping[str, Any]) -> str:
+    """Return a data version for plain data."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
