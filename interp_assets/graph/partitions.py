@@ -56,7 +56,7 @@ def _mapping(parent: Axis, own: Axis, item: Reads) -> dg.PartitionMapping | None
             return dg.MultiToSingleDimensionPartitionMapping(SLICE_DIMENSION)
         case "parent_bucket":
             n = len(own.fixed) // len(parent.fixed)
-            return dg.StaticPartitionMapping({key: own.fixed[i * n : (i + 1) * n] for i, key in enumerate(parent.fixed)})
+            return dg.StaticPartitionMapping({key: list(own.fixed[i * n : (i + 1) * n]) for i, key in enumerate(parent.fixed)})
         case _:
             return dg.AllPartitionMapping()
 

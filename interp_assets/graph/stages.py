@@ -1,27 +1,23 @@
 """Every stage, in the order of the data; a configuration becomes the road through all of them. A new stage is one line here."""
 
-from types import ModuleType
+from importlib import import_module
 from typing import Final
 
-import interp_assets.corpus.assets
-import interp_assets.harvest.assets
-import interp_assets.shuffle.assets
-import interp_assets.train.assets
-import interp_assets.visualize.assets
-import interp_assets.web.assets
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.road import Road, named
 
-STAGES: Final[tuple[ModuleType, ...]] = (
-    interp_assets.corpus.assets,
-    interp_assets.harvest.assets,
-    interp_assets.shuffle.assets,
-    interp_assets.train.assets,
-    interp_assets.visualize.assets,
-    interp_assets.web.assets,
+STAGES: Final = (
+    "corpus",
+    "harvest",
+    "shuffle",
+    "train",
+    "visualize",
+    "web",
 )
+"""Folders whose `assets.py` has a function `make_assets(config)`. They are imported by name, so that this list is all there is."""
 
 
 def make_road(config: PipelineConfig) -> Road:
     """List every asset of a pipeline, each after those it is made from."""
-    return Road([asset for stage in STAGES for asset in named(stage.make_assets(config), stage.__name__.split(".")[-2])])
+    tables = {stage: import_module(f"interp_assets.{stage}.assets").make_assets(config) for stage in STAGES}
+    return Road([asset for stage, assets in tables.items() for asset in named(assets, stage)])

@@ -28,7 +28,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -65,6 +65,7 @@ class Label(NamedTuple):
     author: str | None
 
 
+@runtime_checkable
 class Labelled(Protocol):
     """What labels are about: an open bundle."""
 

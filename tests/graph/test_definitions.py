@@ -14,6 +14,6 @@ def test_idle_threads_sleep_in_whatever_process_loads_the_definitions(chosen: st
     """Plain `dagster dev`, its run processes and containers too, not our command line alone; who sets the variable is obeyed."""
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     environment |= {"OMP_DISPLAY_ENV": "verbose", "INTERP_ROOT": str(tmp_path), **({"OMP_WAIT_POLICY": chosen} if chosen else {})}
-    command = [sys.executable, "-c", "import interp_assets.graph.definitions"]
+    command = [sys.executable, "-c", "import interp_assets.graph.definitions, torch"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert f"GOMP_SPINCOUNT = {spins}" in done.stderr

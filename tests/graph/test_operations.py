@@ -11,7 +11,8 @@ from road_world import Finished, make_road_config
 from sixteen_shards import open_finished
 
 from interp_assets.errors import ConfigError, InputError, InterpError, StoreError
-from interp_assets.graph.definitions import build_defs, make_executor
+from interp_assets.graph.assembly import make_executor
+from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.events import Made, record
 from interp_assets.graph.factory import GPU_POOL, RETRIES
 from interp_assets.graph.jobs import RunError, open_instance, recorded_costs, run_road

@@ -87,7 +87,7 @@ def test_the_settings_are_valid(name: str, tmp_path: Path) -> None:
 
 def test_the_values_name_the_settings_that_the_stages_read() -> None:
     """A renamed environment variable would leave a cluster on its defaults in silence."""
-    from interp_assets.graph.definitions import CONFIG_VARIABLE, EXECUTOR_VARIABLE
+    from interp_assets.graph.assembly import CONFIG_VARIABLE, EXECUTOR_VARIABLE
     from interp_assets.graph.jobs import POSTGRES_VARIABLE
     from interp_assets.planning.config import ROOT_VARIABLE, load_config
 
