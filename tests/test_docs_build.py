@@ -1,6 +1,9 @@
-"""The generated pages are written for people: types have words and bounds, and one that has no word stops the build."""
+"""The generated pages are written for people: types have words, folders have captions, and what has none is noticed here."""
 
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,7 +12,8 @@ from pydantic import Field
 
 from interp_assets.planning.config import Name
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "build.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "docs" / "build.py"
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +62,69 @@ def test_no_python_word_is_on_the_page(script: Any) -> None:
     assert len(rows) > 60
     for row in rows:
         assert not {"Annotated", "Literal", "str", "int", "float", "bool", "NoneType", "Union"} & set(row[1].replace("`", "").split()), row
+
+
+def test_every_folder_and_module_is_in_the_house(script: Any) -> None:
+    """A new folder without a caption would be left out of the house and of the README, in silence."""
+    modules = [path for folder in ("interp_assets", "resources") for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    assert {f"{path.parent.relative_to(ROOT)}/" for path in modules} == set(script.ROOMS)
+    house = script.make_house()
+    assert [path for path in modules if f"](../{path.relative_to(ROOT)}): " not in house] == []
+
+
+def test_the_house_follows_the_arrows(script: Any) -> None:
+    """The page says that arrows run down it: its order is that of the import contract."""
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\nlayers = [")[2].partition("]")[0]
+    rooms = [room.split("/")[1] for room in script.ROOMS if room.count("/") == 2]
+    assert rooms == re.findall(r'"(\w+)"', contract)[:-1]  # the last one is a module, errors
+
+
+def test_the_readme_has_a_line_for_each_folder(script: Any) -> None:
+    """A person who reads only the table has seen every door."""
+    table = script.make_readme("above\n<!-- rooms -->\nstale\n<!-- /rooms -->\nbelow\n")
+    assert table.startswith("above\n<!-- rooms -->\n| folder |")
+    assert table.endswith("<!-- /rooms -->\nbelow\n")
+    assert "stale" not in table
+    links = re.findall(r"\]\(([^)]+)\)", table)
+    assert all((ROOT / link).exists() for link in links)
+    assert {Path(link).name for link in links} == {path.name for path in (ROOT / "interp_assets").iterdir() if path.name[:2] != "__"} | {"resources"}
+
+
+@pytest.mark.parametrize("text", ["no markers", "<!-- rooms -->\n and no end"])
+def test_a_readme_without_a_place_for_the_table_stops_the_build(script: Any, text: str) -> None:
+    """A marker that is lost in an edit must not freeze the table."""
+    with pytest.raises(ValueError, match="no place for the table"):
+        script.make_readme(text)
+
+
+def test_the_asset_table_comes_from_the_records_alone() -> None:
+    """Whoever reads the page needs no Dagster, and neither does what writes it; every axis has its word."""
+    code = f"import runpy, sys; page = runpy.run_path({str(SCRIPT)!r})['make_assets'](); assert 'dagster' not in sys.modules; print(page)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| `")]
+    rows = {row[0].strip("`"): row for row in table}
+    assert [rows[name][2] for name in ("documents", "corpus_plan", "mixed_shards", "sae")] == ["shard", "-", "bucket", "experiment"]
+    assert rows["features/demo/feature_candidates"][2] == "slice x shard"
+    assert rows["features/demo/feature_records"][2:4] == ["slice", "spread"]
+    assert rows["sae_evaluation"][3:5] == ["one run", "`sae`, `activations`, `activation_statistics`"]
+
+
+def test_no_page_leads_nowhere() -> None:
+    """Links to files and headings inside the repository: README, contributing, and all pages of the documentation."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "infra" / "README.md", *(ROOT / "docs").rglob("*.md")]
+    broken = []
+    for page in pages:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, heading = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if "://" in link or link.startswith("data:"):
+                continue
+            if not target.exists() or (heading and heading not in _anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert broken == []
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -146,7 +146,7 @@ def test_packages_have_empty_inits() -> None:
 
 
 def test_every_module_opens_with_a_sentence() -> None:
-    """The sentence becomes the module's caption in the README tree."""
+    """The sentence becomes the module's line in `docs/house.md`."""
     without = []
     for path in FILES:
         if path.name != "__init__.py":

@@ -7,7 +7,7 @@
 Results are those of computing every pre-activation with `dot` and the bias, bit for bit: they depend neither on the kind of digits, nor on the
 library, the number of threads, or how rows are cut. With 512 dimensions, 4,096 rows and 16,384 latents, in times of the float32 product by MKL on 2
 cores of an AMD Zen 5: digits 0.12, the largest 32 of each row 0.22, what reaches the level of 32 a row 0.2; float32 values instead of digits 1.1,
-as much as a product and a scan of it. For rows on a CPU in float32; elsewhere the product is computed as a whole (`sparsify.py`).
+as much as a product and a scan of it. For rows on a CPU in float32; elsewhere the product is computed as a whole (`train/losses/sparsify.py`).
 
 A NaN or an infinity has no digits, and comparisons with it are false: a damaged row would be one on which nothing fires. `damage` tells.
 """

@@ -10,7 +10,7 @@ is computed and summed is float32. Sums are of what was written, after rounding.
 Numba compiles a loop at its first call (about a second; kept on disk where the disk can be written). Loops hold no lock, so `over_rows`
 runs them on as many Python threads as torch has; parts and the order of their sums depend on that number only. (OpenMP's idle threads spin
 for milliseconds after each product of torch's; with OMP_WAIT_POLICY=PASSIVE, as our command line sets it, steps are 5 to 15% faster.) What
-they compute is defined by the torch forms in `elementwise.py` and `sparsify.py`, which other devices use and the tests compare them with.
+they compute is defined by the torch forms in `elementwise.py` and `train/losses/sparsify.py`, which other devices use and tests compare them with.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,7 +3,7 @@
 Everything that every stage must agree on before it starts is decided here, and what can be refused cheaply is refused here: text that is
 no text, a hook point that does not exist, a context longer than the model's, a tokenizer that is another model's. The model is built on
 the `meta` device, without its weights, so planning for a large model costs no memory. Local text and weights are read once; files that
-have not changed since are known (`seen.py`).
+have not changed since are known (`storage/seen.py`).
 """
 
 from interp_assets.corpus.sources import survey_sources

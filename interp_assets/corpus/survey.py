@@ -1,6 +1,6 @@
 """A file or a folder becomes the measures of all its documents: name, bytes, digest, place; unchanged files are not read again.
 
-What planning needs to know of a text is 40 bytes a document, about 2 % of web text. They are noted for each file (`seen.py`, where the rule
+What planning needs to know of a text is 40 bytes a document, about 2 % of web text. They are noted for each file (`storage/seen.py`, where the rule
 stands by which a file counts as unchanged) under the question that they answer, and a file with a problem is never noted: it is read, and
 named, each time. A file without text is no problem: an empty `__init__.py` is what a folder of sources looks like. It is skipped and counted.
 """

@@ -11,7 +11,7 @@ from interp_assets.errors import InputError
 def choose_device(device: Literal["auto", "cpu", "cuda", "mps"]) -> torch.device:
     """Return the configured device; `auto` takes CUDA, then MPS, then the CPU. Raises `InputError` when it is not there.
 
-    Whoever asks will multiply, so the CPU's products go to its fastest library from here on (`products.py`).
+    Whoever asks will multiply, so the CPU's products go to its fastest library from here on (`compute/products.py`).
     """
     use_fastest_products()
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

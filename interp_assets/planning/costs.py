@@ -2,7 +2,7 @@
 
 Each record says what a partition reads, writes and computes (`Asset.takes`); this is bytes over bandwidth or operations over the rate of two
 cores. Rows are counted where token shards are there, else estimated from the text. What was done is counted by the stores of this process
-(`traffic.py`) and by the clock: cluster tasks in other processes are in the seconds and not in the requests.
+(`storage/traffic.py`) and by the clock: cluster tasks in other processes are in the seconds and not in the requests.
 
 An estimate is for deciding, before anything is bought, whether a pipeline takes minutes or weeks: within a factor of two for bytes, and as
 good as the machine's two numbers (`Machine`) for seconds. Partitions of a few kilobytes are all manifests and start-up, which is not in it.

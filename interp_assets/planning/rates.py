@@ -1,6 +1,6 @@
 """What partitions took on this machine, beside what was expected of them, becomes the factor by which the next forecast is corrected.
 
-A forecast knows operations and bytes, and assumes two cores of a server. A small database in the user's cache folder (`seen.py` tells where)
+A forecast knows operations and bytes, and assumes two cores of a server. A small database in the user's cache folder (`storage/seen.py` tells where)
 sums, for each kind of work, expected and real seconds of the partitions that were made here; older ones count less and less, so that a
 forecast follows the machine. Partitions of less than `SHORT_S` are left out: they are start-up, of which nothing follows for larger ones.
 Nothing but forecasts depends on it, and it may be deleted at any time.

@@ -6,7 +6,7 @@
     gemma_scope           params.npz; read only
 
 `ae.pt` is that tool's own choice, a zip of tensors with a pickled table of contents. It is read with torch's `weights_only`, which rebuilds tensors
-and nothing else, so a stranger's file cannot run code; nothing of ours is ever stored that way. What each format can hold: `exchange.py`.
+and nothing else, so a stranger's file cannot run code; nothing of ours is ever stored that way. What each format can hold: `formats.py`.
 
 Besides weights a folder tells where they come from, each tool in its own words: model, data, and the hook point, which is translated to ours
 where it has a name (`blocks.20.hook_resid_post`, a folder called `layers.20`, `resid_post_layer_20`: all are `resid_post.20`).

@@ -1,6 +1,6 @@
 """A `Sae` becomes the tensors that sparsify and dictionary_learning load, and theirs and SAELens' become a `Sae`.
 
-SAELens' format is the artifact's own (`checkpoint.py`). The others differ in orientation (`nn.Linear`: encoder `[d_sae, d_in]`) and in that
+SAELens' format is the artifact's own (`train/checkpoint.py`). The others differ in orientation (`nn.Linear`: encoder `[d_sae, d_in]`) and in that
 their encoders see x - b_dec, which moves between the biases: bias = b_enc + b_dec W_enc. Only what a format can hold is exported:
 
     sparsify               topk                `cfg.json`, `sae.safetensors`: encoder.weight, encoder.bias, W_dec, b_dec, W_skip [d_out, d_in]
@@ -16,7 +16,7 @@ width. Read is more than is written:
                            AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE, JumpReluAutoEncoder
     Gemma Scope            jump_relu: W_enc, b_enc, W_dec, b_dec, threshold
 
-What cannot be the same function here is refused, not approximated. Files and folders: `exchange_files.py`.
+What cannot be the same function here is refused, not approximated. Files and folders: `folders.py`.
 """
 
 import math

@@ -1,9 +1,9 @@
 """An SAE that another tool trained becomes a published SAE of this pipeline, for evaluation, feature passes and browser to run on like any other.
 
 The configuration names its folder and the digest of its files; only the digest decides the artifact's id, so that the folder may move. Read, the
-weights are checked against the pipeline (widths of the hook points, number of latents) and written in our own form (`checkpoint.py`): raw
+weights are checked against the pipeline (widths of the hook points, number of latents) and written in our own form (`train/checkpoint.py`): raw
 activations in, float32. Nothing is trained, and nothing measured: an artifact that does not depend on the data keeps its id when text is added,
-and `evaluate.py` measures it on the held-out shards.
+and `train/evaluate.py` measures it on the held-out shards.
 """
 
 import time

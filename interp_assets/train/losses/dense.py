@@ -1,13 +1,13 @@
 """Losses of architectures whose every latent may fire: ReLU and JumpReLU, forward and backward in one go over blocks of rows.
 
-Five dense products a block, and one small rule per architecture for what lies between them (`elementwise.py`):
+Five dense products a block, and one small rule per architecture for what lies between them (`compute/elementwise.py`):
 
     pre = x W_enc + b          latents = rule(pre)          error = latents W_dec + b_dec - y
     grad W_dec += latents^T error           grad pre = rule'(error W_dec^T)          grad W_enc += grad pre^T x
 
 The threshold is subtracted from the encoder's bias, so that `pre` is what exceeds it. How much of this is dense depends on the block:
 
-    few latents are within reach of a gradient     these are found without a dense product (`encode.py`), all else by pairs
+    few latents are within reach of a gradient     these are found without a dense product (`compute/encode.py`), all else by pairs
     few fire, more get a gradient                  three products; decoding and the decoder's gradient by pairs
     many fire                                      five products
 

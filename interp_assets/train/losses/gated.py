@@ -6,7 +6,7 @@ Rajamanoharan et al. 2024 (2404.16014), eq. 8. With p = x W_enc, gate = p + b_en
     loss = sum (y - decode f)^2 + lambda sum o + sum (y - o d - b)^2
 
 Seven dense products a block (five for one reconstruction, two for the second), in place, as in `dense.py`; where few gates are open, these
-are found without a dense product (`encode.py`), and each decoder row is read once for both reconstructions.
+are found without a dense product (`compute/encode.py`), and each decoder row is read once for both reconstructions.
 """
 
 from typing import Final, NamedTuple

@@ -1,6 +1,6 @@
 """What every loss receives and returns: one batch of normalised rows becomes a loss, its gradients and firing counts.
 
-Rows are centred and scaled (`recipes.py`), so a row has mean 0 and its squared norm has mean d, the width of its hook point. x is what
+Rows are centred and scaled (`train/recipes.py`), so a row has mean 0 and its squared norm has mean d, the width of its hook point. x is what
 is encoded and y what is reconstructed (the same rows, but for transcoders); |d_i| is a decoder row's norm, summed over the hook points
 of a crosscoder. With pre = x W_enc + b_enc:
 
@@ -20,7 +20,7 @@ Where few latents can fire or get a gradient (`FEW`), a dense architecture takes
 its step costs about what a TopK step costs.
 
 Gradients are written out by hand. Autograd would keep every intermediate tensor of the batch; here a step goes through the batch in
-blocks of rows, forward and backward at once, and what lies between the products is one compiled pass (`elementwise.py`): 1.1 times the
+blocks of rows, forward and backward at once, and what lies between the products is one compiled pass (`compute/elementwise.py`): 1.1 times the
 bare matrix products where autograd took 1.4.
 """
 

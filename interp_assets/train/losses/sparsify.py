@@ -8,7 +8,7 @@ Both rules are stated by a threshold value, so that the answer is a pure functio
 Values that tie with the threshold are all active. Both rules are global: with several ranks the threshold is that of the whole row, or
 of the global batch, found exactly from each rank's own largest values.
 
-On a CPU, float32 pre-activations are not all computed: `encode.py` finds those that reach a level, or the largest of each row, and the rules
+On a CPU, float32 pre-activations are not all computed: `compute/encode.py` finds those that reach a level, or the largest of each row, and the rules
 are applied to these. The level of the batch rule is a guess, the quantile of a few strided rows, with a margin; should too few values reach it,
 the search is repeated with 0.
 
@@ -17,7 +17,7 @@ Elsewhere, and where products are rounded, all pre-activations of a block are th
     per row      the k-th largest of the maxima of 8k strided groups: 34 candidates on average for k = 32
     per batch    the guess
 
-and only the candidates are compared further. On the CPU these scans are compiled loops (`loops.py`): `pick_rows` does the whole row rule, with
+and only the candidates are compared further. On a CPU these scans are compiled loops (`compute/loops.py`): `pick_rows` does the whole row rule, with
 a heap for the k-th largest; the batch rule counts and takes what reaches its bound, and NumPy partitions the candidates. Measured on 16.8M
 pre-activations, 2 cores: `torch.topk` 475 ms over the flat batch and 115 by row; NumPy's partition of whole rows 90; group maxima and
 candidates about 20, before they were compiled.

@@ -1,7 +1,7 @@
 """Losses of the TopK family: one product, of 8-bit digits where that is fast, finds the active latents; all else touches only those.
 
-    1. encode some rows at a time, keep what may be active (`encode.py`), choose what is (`sparsify.py`): O(k) memory a row
-    2. decode the active pairs; error; gradients of values, decoder and encoder from the pairs (`kernels.py`)
+    1. encode some rows at a time, keep what may be active (`compute/encode.py`), choose what is (`sparsify.py`): O(k) memory a row
+    2. decode the active pairs; error; gradients of values, decoder and encoder from the pairs (`compute/kernels.py`)
     3. AuxK: the strongest dead latents of each row reconstruct the error, which is detached
 
 A Matryoshka SAE decodes each row once per group of latents; prefix x_hat_g is the sum of the first g parts, and the gradient of part g
