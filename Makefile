@@ -16,7 +16,7 @@ PYTHON ?=
 SERVE ?= 1
 CONFIG ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 TORCH := torch==2.13.0
 
 BIN := $(VENV)/bin
@@ -95,7 +95,7 @@ test: $(DEV_STAMP) frontend
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 faults: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m faults -n 0 --durations=0 --durations-min=5 tests/faults tests/graph
+	$(BIN)/python -m pytest -m faults -n 0 --durations=0 --durations-min=5 tests/faults tests/graph tests/train
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -1,7 +1,10 @@
 """What all tests share: stores and a small pipeline whose plan is made by hand."""
 
-import os
-import tempfile
+import own_place  # isort: skip - before what reads the environment when it is imported
+
+import shutil
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,34 @@ from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.store import ObjectStore, open_store
 
-os.environ["INTERP_CACHE"] = tempfile.mkdtemp(prefix="interp-cache-")  # commands that tests start must not fill the user's own
 torch.set_num_threads(1)  # small matrices, and a test process on every core: more threads only wait for each other
+
+
+def pytest_unconfigure() -> None:
+    """Remove the folders that tests ran in."""
+    own_place.remove_places()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_place() -> None:
+    """Make what several tests share in an empty folder, too."""
+    own_place.enter(own_place.SESSION)
+
+
+_numbers = count()
+
+
+@pytest.fixture(autouse=True)
+def _place() -> Iterator[None]:
+    """Run each test in an empty folder with an empty home, so that it finds nothing of `make demo`'s; fail one that writes into the checkout."""
+    before = own_place.list_checkout()
+    place = own_place.make_place(f"test-{next(_numbers)}")
+    own_place.enter(place)
+    yield
+    own_place.enter(own_place.SESSION)
+    shutil.rmtree(place, ignore_errors=True)  # a program that was killed may still end there
+    left = own_place.list_checkout() - before
+    assert not left, f"This test, or one beside it, left {sorted(left)} at the root of the checkout: write below tmp_path."
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from interp_assets.compute.compiled import SHARED, digest_of
 
-PACKAGE = Path(SHARED[0]).parent
+PACKAGE = Path(SHARED[0]).parents[1]
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -39,7 +39,7 @@ def test_a_change_of_a_shared_file_reaches_code_that_was_kept(tmp_path: Path) ->
     assert found == again == 255 * 128
     assert compiled > 0
     assert compiled_again == 0
-    coarse = tmp_path / "interp_assets" / "train" / "coarse.py"
+    coarse = tmp_path / "interp_assets" / "compute" / "coarse.py"
     text = coarse.read_text()
     assert text.count("    return (level - offset) * unit") == 1
     coarse.write_text(text.replace("    return (level - offset) * unit", "    return np.float32(1e30) + (level - offset) * unit"))

@@ -14,8 +14,8 @@ from tiny_models import save_model, write_texts
 from interp_assets.graph.jobs import run_road
 
 TALLY = Tally()
-REPORT_VARIABLE = "FAULTS_REPORT"
-"""A file to write the counts to, one JSON object a line."""
+REPORT = Path(os.environ["FAULTS_REPORT"]).resolve() if os.environ.get("FAULTS_REPORT") else None
+"""A file to write the counts to, one JSON object a line; found now, because tests run in folders of their own."""
 CASE_S, DAEMON_CASE_S = 400, 600
 """A case that takes longer has failed. Alone on two cores the slowest takes a fifth of it."""
 
@@ -56,8 +56,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_sep("=", "faults")
     for n, name in TALLY.lines():
         terminalreporter.write_line(f"{n:>8,}  {name}")
-    if path := os.environ.get(REPORT_VARIABLE):
-        TALLY.write(Path(path))
+    if REPORT:
+        TALLY.write(REPORT)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from interp_assets.planning.config import PipelineConfig
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let Dagster warn about its beta features: it pins them by version, and so do we."""
     for item in items:
-        if "/dagster/" in str(item.path):
+        if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.filterwarnings("ignore::dagster.BetaWarning"))
 
 

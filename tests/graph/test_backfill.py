@@ -11,7 +11,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
-from road_world import Finished, make_road_config
+from road_world import Finished, copied_history, make_road_config
 from sixteen_shards import BAD, N_SHARDS, damage, make_sixteen, open_finished
 
 from interp_assets.corpus.refs import token_shard_ref
@@ -51,10 +51,9 @@ def made(reports: list[BackfillReport]) -> dict[str, int]:
     return {item.report.name: item.report.n_made for item in reports}
 
 
-def test_three_of_sixteen_fail_and_only_these_are_made_again(copied: PipelineConfig) -> None:
+def test_three_of_sixteen_fail_and_only_these_are_made_again(many: Finished, copied: PipelineConfig) -> None:
     """The heart of it: 13 shards are kept, 3 are made again, and since their bytes are the old ones nothing behind them runs."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance))
+    with copied_history(many) as instance:
         versions = {stop.name: recorded_versions(instance, stop) for stop in make_road(copied)}
         good = damage(copied)
         (first,) = [item for item in run_backfill(copied, instance, select=["activations"]) if item.failed]
@@ -122,10 +121,9 @@ def test_ctrl_c_stops_a_training_in_the_middle(many: Finished, tiny_world: Path,
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
-def test_a_named_partition_with_a_flipped_byte_is_made_again(copied: PipelineConfig) -> None:
+def test_a_named_partition_with_a_flipped_byte_is_made_again(many: Finished, copied: PipelineConfig) -> None:
     """A file of the right size counts as done wherever nothing is read; who names a partition wants its bytes."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance))
+    with copied_history(many) as instance:
         (rows,) = Path(copied.root).glob("*/2-activations/*/shard-000002-*/rows.safetensors")
         good = rows.read_bytes()
         rows.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -159,10 +157,9 @@ def test_a_run_says_which_shards_failed_and_a_backfill_finishes_the_road(many: F
         assert names == {stop.name: recorded_versions(many.instance, stop) for stop in make_road(config).rest}
 
 
-def test_other_bytes_under_the_same_id_are_noticed(copied: PipelineConfig) -> None:
+def test_other_bytes_under_the_same_id_are_noticed(many: Finished, copied: PipelineConfig) -> None:
     """A token shard that was made elsewhere with another digest makes its own activations and the statistics out of date, and no other shard's."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance))
+    with copied_history(many) as instance:
         pipeline, store = open_finished(copied)
         ref = token_shard_ref(pipeline, 3)
         old = load_manifest(store, ref)
@@ -176,10 +173,9 @@ def test_other_bytes_under_the_same_id_are_noticed(copied: PipelineConfig) -> No
         assert done == {"token_shards": 1, "activations": 1, "activation_statistics": 1}
 
 
-def test_a_named_partition_is_made_whatever_its_state(copied: PipelineConfig) -> None:
+def test_a_named_partition_is_made_whatever_its_state(many: Finished, copied: PipelineConfig) -> None:
     """A person who asks for one shard of one asset gets a run of it, and of nothing else."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance))
+    with copied_history(many) as instance:
         assert made(list(run_backfill(copied, instance, select=["activations"], partitions=[BAD[0]]))) == {"activations": 1}
         with pytest.raises(ConfigError, match=r"There is no partition 'shard-3' in activations. They look like \['shard-000000'"):
             list(run_backfill(copied, instance, select=["activations"], partitions=["shard-3"]))

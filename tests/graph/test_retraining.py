@@ -7,7 +7,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from dagster._core.definitions.partitions.context import partition_loading_context
-from road_world import Finished, make_road_config
+from road_world import Finished, copied_history, make_road_config
 
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import find_missing, recorded_versions, run_road
@@ -75,10 +75,9 @@ def tick(config: PipelineConfig, instance: dg.DagsterInstance) -> tuple[list[dg.
     return list(data.run_requests or []), data.skip_message or ""
 
 
-def test_landed_text_waits_and_changes_nothing(copied: PipelineConfig) -> None:
+def test_landed_text_waits_and_changes_nothing(grown: Finished, copied: PipelineConfig) -> None:
     """A new shard is harvested and pending: every id of the shuffle, the SAEs and their evidence stays what it was."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance))
+    with copied_history(grown) as instance:
         pipeline, _ = opened(copied)
         land(copied, "yy.txt", n_words=40)
         harvest(copied, instance)
@@ -92,10 +91,9 @@ def test_landed_text_waits_and_changes_nothing(copied: PipelineConfig) -> None:
         assert why == f"{n_new:,} new tokens since the last training; a retraining starts at {THRESHOLD}."
 
 
-def test_a_retraining_takes_new_text_in(copied: PipelineConfig) -> None:
+def test_a_retraining_takes_new_text_in(grown: Finished, copied: PipelineConfig) -> None:
     """Old rows are not shuffled again; all rows are there once; the new SAE takes over, with evidence of its own, and nothing is stale."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance))
+    with copied_history(grown) as instance:
         old, _ = opened(copied)
         land(copied, "yy.txt")
         harvest(copied, instance)
@@ -123,8 +121,7 @@ def test_a_worse_sae_is_kept_back(grown: Finished, tiny_world: Path, tmp_path: P
     """With a margin that cannot be met, the plan, the SAEs and their evidence stay; the verdict says by how much it failed."""
     shutil.copytree(Path(grown.config.root).parent, tmp_path / "copy")
     config = configure(tiny_world, tmp_path / "copy", max_fvu_increase=-10.0)
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(config, instance))
+    with copied_history(grown) as instance:
         versions = {stop.name: recorded_versions(instance, stop) for stop in make_road(config) if stop.stage in ("shuffle", "train")}
         land(config, "yy.txt")
         harvest(config, instance)

@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContext
-from road_world import Finished, make_road_config
+from road_world import Finished, copied_history, make_road_config
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.graph.definitions import build_defs
@@ -121,9 +121,10 @@ def test_nothing_is_stale_after_a_run(finished: Finished) -> None:
 
 def test_a_second_run_finds_nothing_to_do(finished: Finished) -> None:
     """`make demo` a second time takes seconds, because finished work is recognised."""
-    reports = list(run_road(finished.config, finished.instance))
-    assert {report.name: report.n_made for report in reports if report.n_made} == {"corpus_plan": 1}
-    assert stale_partitions(finished.config, finished.instance) == []
+    with copied_history(finished) as instance:
+        reports = list(run_road(finished.config, instance))
+        assert {report.name: report.n_made for report in reports if report.n_made} == {"corpus_plan": 1}
+        assert stale_partitions(finished.config, instance) == []
 
 
 def test_the_whole_graph_twice_gives_the_same_bytes(finished: Finished, tiny_world: Path, tmp_path: Path) -> None:
@@ -147,8 +148,7 @@ def copied(finished: Finished, tmp_path: Path, tiny_world: Path) -> PipelineConf
 def test_a_corrupted_shard_that_is_rebuilt_leaves_downstream_fresh(finished: Finished, copied: PipelineConfig) -> None:
     """One flipped byte costs one partition: its reader refuses it, rebuilding it gives the same digest, and nothing else is stale."""
     pipeline, store = open_finished(copied)
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance))
+    with copied_history(finished) as instance:
         before = all_versions(copied, instance)
         ref = activation_shard_ref(pipeline, "resid_post.0", 2)
         flip_byte(Path(copied.root) / copied.name / ref.path / "rows.safetensors", -5)
@@ -191,8 +191,7 @@ def test_a_range_keeps_what_it_finished_when_one_partition_fails(finished: Finis
 
 def test_a_deleted_artifact_is_made_again(finished: Finished, copied: PipelineConfig) -> None:
     """Dagster remembers that a shard was made; the store decides whether it is there."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance))
+    with copied_history(finished) as instance:
         drop_artifacts(copied, "activations", SHARD)
         reports = {report.name: report.n_made for report in run_road(copied, instance)}
         assert {name: n for name, n in reports.items() if n} == {"corpus_plan": 1, "activations": 1}

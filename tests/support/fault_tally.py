@@ -39,7 +39,8 @@ class Tally:
 
     def write(self, path: Path) -> None:
         """Write the counts beside commit and hardware."""
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         where = {"hardware": f"{platform.machine()}, {os.cpu_count()} cores", "commit": commit}
         items = [*((name, n, "count") for n, name in self.lines()), ("wall time", round(self.seconds, 1), "s")]
         path.write_text("".join(json.dumps({"name": name, "value": value, "unit": unit, **where}) + "\n" for name, value, unit in items))

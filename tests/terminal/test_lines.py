@@ -66,7 +66,7 @@ def test_an_asset_without_partitions_is_at_work() -> None:
 def test_a_silent_stage_is_reported_all_the_same() -> None:
     """An hour of one matrix product calls nobody: the line comes from a thread, and ends with the run."""
     file = io.StringIO()
-    with Lines(Console(file=file), every_s=0.01) as lines:
+    with Lines(Console(file=file), every_s=0.01, now=Clock()) as lines:
         lines.expect("sae", 1)
         lines.begin("sae", "demo")
         while file.getvalue().count("\n") < 3:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def make_grid(make_planted, root: Path, n: int, n_slices: int) -> tuple[Pipeline
     return pipeline, store
 
 
-def find_rank(rank: int) -> int:
-    """Return the pid of a rank among the descendants of this process."""
+def find_rank(rank: int) -> int | None:
+    """Return the pid of a rank among the descendants of this process; None when it is through."""
     parents: dict[int, int] = {}
     ranks: dict[int, str] = {}
     for folder in Path("/proc").iterdir():
@@ -63,8 +64,7 @@ def find_rank(rank: int) -> int:
             ranks[int(folder.name)] = next((item.removeprefix("RANK=") for item in variables if item.startswith("RANK=")), "")
         except (ValueError, OSError):
             continue
-    (pid,) = [pid for pid, value in ranks.items() if value == str(rank) and is_below(pid, parents)]
-    return pid
+    return next((pid for pid, value in ranks.items() if value == str(rank) and is_below(pid, parents)), None)
 
 
 def is_below(pid: int, parents: dict[int, int]) -> bool:
@@ -99,8 +99,9 @@ def test_no_rank_outlives_a_launcher_that_is_killed(make_planted, tmp_path: Path
     with subprocess.Popen([sys.executable, "-c", LAUNCHER, str(path)], stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "trains\n"
-        ranks = [find_rank(0), find_rank(1)]
+        ranks = [pid for pid in (find_rank(0), find_rank(1)) if pid]
         launcher.kill()
+    assert len(ranks) == 2
     deadline = time.monotonic() + 60
     while (left := [pid for pid in ranks if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -119,31 +120,46 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in Linux' /proc")
-@pytest.mark.parametrize(("n", "n_slices", "drawn"), [(2, 2, 1), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("n", "n_slices", "drawn"),
+    [pytest.param(2, 2, 1, marks=pytest.mark.faults), (4, 2, 2)],  # the latent-parallel grid is also half of the 2 x 2 one
+)
 def test_a_killed_grid_resumes_to_the_bytes_of_an_uninterrupted_one(make_planted, tmp_path: Path, n: int, n_slices: int, drawn: int) -> None:
-    """SIGKILL of a drawn rank at a drawn step, not one of the last, of latent-parallel and 2 x 2 training: weights, logs, facts of every SAE."""
+    """SIGKILL of a drawn rank at a drawn step, not one of the last, of latent-parallel and 2 x 2 training: weights, logs, facts of every SAE.
+
+    The ranks go on while this process looks for the victim; where the machine is so busy that they were through, it begins again.
+    """
     pipeline, store = make_grid(make_planted, tmp_path / "whole", n, n_slices)
     expected = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES).items()}
-    pipeline, store = make_grid(make_planted, tmp_path / "killed", n, n_slices)
     draw = np.random.default_rng(drawn)
     victim, step = int(draw.integers(n)), int(draw.integers(CHECKPOINT_STEPS + 2, TINY["n_rows"] // TINY["batch_rows"] - 3))
     where = f"rank {victim} of {n}, step {step}, drawn by seed {drawn}"
-    n_left = step * len(SAES)
-
-    def kill(_n: int) -> None:
-        nonlocal n_left
-        n_left -= 1
-        if n_left == 0:
-            os.kill(find_rank(victim), signal.SIGKILL)
-
-    with pytest.raises(InterpError) as failure:
-        run_training(pipeline, store, NAMES, kill)
+    (pipeline, store), message = train_and_kill(lambda root: make_grid(make_planted, tmp_path / root, n, n_slices), victim, step)
     expected_text = rf"of rank {victim} \(pid \d+\) was killed by SIGKILL.*goes on from its last checkpoint"
-    assert re.search(expected_text, str(failure.value)), f"{where}: {failure.value}"
+    assert re.search(expected_text, message), f"{where}: {message}"
     seen: list[int] = []
     found = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES, seen.append).items()}
     assert found == expected, where
     assert seen[0] >= CHECKPOINT_STEPS * TINY["batch_rows"], f"{where}: nothing was resumed"
+
+
+def train_and_kill(make: Callable[[str], tuple[Pipeline, Store]], victim: int, step: int) -> tuple[tuple[Pipeline, Store], str]:
+    """Train and kill a rank at a step, in new folders until a training was killed before its end; return its grid and what it said."""
+    for attempt in range(10):
+        pipeline, store = make(f"killed-{attempt}")
+        n_left = step * len(SAES)
+
+        def kill(_n: int) -> None:
+            nonlocal n_left
+            n_left -= 1
+            if n_left == 0 and (pid := find_rank(victim)):
+                os.kill(pid, signal.SIGKILL)
+
+        try:
+            run_training(pipeline, store, NAMES, kill)
+        except InterpError as error:
+            return (pipeline, store), str(error)
+    pytest.fail("each of ten trainings was over before it could be killed")
 
 
 def test_the_first_process_that_died_is_named_with_its_signal() -> None:

@@ -77,35 +77,42 @@ def test_processes_cannot_share_a_store_in_memory(make_planted) -> None:
         run_training(with_processes(planted.pipeline, "memory://x", 2), planted.store, ["a"])
 
 
+ALL = [{**TINY, "name": architecture, "architecture": architecture} for architecture in RECIPES]
+
+
+def train_all(make_planted, root: str, n: int, n_slices: int) -> dict[str, pl.DataFrame]:
+    """Train an SAE of each architecture with `n` processes that divide the latents `n_slices` times; return their logs."""
+    pipeline = with_processes(make_planted(ALL, root=root).pipeline, root, n, n_slices)
+    store = open_pipeline_store(pipeline.config)
+    save_plan(store, pipeline.plan)
+    seen, heard = [], []
+    produced = run_training(pipeline, store, list(RECIPES), seen.append, heard.append)
+    assert sum(seen) == 1500 * len(RECIPES)
+    assert sorted(metrics.row.step for metrics in heard) == sorted([*range(1, 16)] * len(RECIPES))
+    return {name: pl.read_parquet(io.BytesIO(read_file(store, item.ref.path, item.manifest, "training.parquet"))) for name, item in produced.items()}
+
+
+@pytest.fixture(scope="module")
+def of_one(make_planted, tmp_path_factory) -> dict[str, pl.DataFrame]:
+    """Return the logs of a training in this process alone."""
+    return train_all(make_planted, str(tmp_path_factory.mktemp("one")), 1, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "n_slices"), [(2, 1), (2, 2), (4, 2)])
-def test_a_grid_of_processes_trains_like_one(make_planted, tmp_path, n: int, n_slices: int) -> None:
+def test_a_grid_of_processes_trains_like_one(make_planted, of_one: dict[str, pl.DataFrame], tmp_path, n: int, n_slices: int) -> None:
     """Gradients, the top k of rows and batches, L0, AuxK and dead latents are those of all latents and of the global batch.
 
     Firing counts of the first step, before rounding differs, are equal; `dead_after_rows` is so small that AuxK takes part.
     """
-    saes = [{**TINY, "name": architecture, "architecture": architecture} for architecture in RECIPES]
-    names = [sae["name"] for sae in saes]
-    logs: list[dict[str, pl.DataFrame]] = []
-    for size, slices in ((1, 1), (n, n_slices)):
-        root = str(tmp_path / f"processes-{size}")
-        pipeline = with_processes(make_planted(saes, root=root).pipeline, root, size, slices)
-        store = open_pipeline_store(pipeline.config)
-        save_plan(store, pipeline.plan)
-        seen, heard = [], []
-        produced = run_training(pipeline, store, names, seen.append, heard.append)
-        assert sum(seen) == 1500 * len(names)
-        assert sorted(metrics.row.step for metrics in heard) == sorted([*range(1, 16)] * len(names))
-        logs.append(
-            {name: pl.read_parquet(io.BytesIO(read_file(store, item.ref.path, item.manifest, "training.parquet"))) for name, item in produced.items()}
-        )
-    for name in names:
-        one, many = (log[name] for log in logs)
+    of_many = train_all(make_planted, str(tmp_path / "many"), n, n_slices)
+    for name in RECIPES:
+        one, many = of_one[name], of_many[name]
         assert one["l0"][0] == many["l0"][0]
         for column, tolerance in (("loss", 2e-3), ("fvu", 2e-3), ("l0", 2e-2), ("gradient_norm", 2e-2), ("auxk_loss", 2e-2)):
             torch.testing.assert_close(torch.tensor(many[column].to_list()), torch.tensor(one[column].to_list()), rtol=tolerance, atol=1e-5, msg=name)
         assert list(one["dead_share"]) == pytest.approx(list(many["dead_share"]), abs=0.05)
-    assert max(logs[0]["topk"]["auxk_loss"]) > 0
+    assert max(of_one["topk"]["auxk_loss"]) > 0
 
 
 @pytest.mark.slow

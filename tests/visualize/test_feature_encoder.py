@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,8 +281,6 @@ def test_rounded_operands_give_float32_sums():
 
 
 INTERPRETED = """
-import sys, warnings
-sys.path.insert(0, "tests/visualize")
 import numpy as np, torch
 import interp_assets.visualize.fused as fused
 import test_feature_encoder as plain
@@ -303,7 +302,7 @@ print("the fused kernel finds", len(found))
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed: pip install triton (Linux), no GPU needed")
 def test_the_fused_kernel_finds_the_same_firings():
     """The kernel that a GPU runs, in Triton's interpreter, bins overflowing and growing on the way; the last rows and latents are padding."""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the fused kernel finds" in done.stdout
