@@ -10,6 +10,8 @@ Ray is used where it is: with `RAY_ADDRESS` set and the extra `ray` installed. N
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import chdir
+from pathlib import Path
 from typing import Any, Final
 
 from interp_assets.errors import InterpError
@@ -18,7 +20,8 @@ from interp_assets.storage.manifest import Produced
 ADDRESS_VARIABLE: Final = "RAY_ADDRESS"
 TASK_RETRIES: Final = 5
 """How often a task is run again after its node or worker died; errors of the work itself are not retried by Ray."""
-
+_TRUSTED: Final = Path(__file__).parents[2]
+"""The folder that holds this package."""
 
 Make = Callable[[str, str], list[Produced]]
 
@@ -61,7 +64,8 @@ def start_fanout(make: Make, config_json: str, keys: Sequence[str], *, n_gpus: f
     import ray  # noqa: PLC0415 - as above
 
     if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with chdir(_TRUSTED):  # Ray puts the current directory first on the module path of its workers
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     task = ray.remote(max_retries=TASK_RETRIES, num_cpus=1, num_gpus=n_gpus, scheduling_strategy="SPREAD")(_attempt)
     return Fanout({key: task.remote(make, config_json, key) for key in keys})
 
