@@ -60,6 +60,11 @@ class Connection(H11Protocol):
         if self.conn.their_state not in _INCOMPLETE:
             self._asked = _cancel(self._asked)
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection on: WebSockets have pings."""
+        self._asked = _cancel(self._asked)
+        super().handle_websocket_upgrade(event)
+
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         super().on_response_complete()

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
+import websockets.sync.client
 
 from interp_assets.web.connections import Connection, make_server
 from interp_assets.web.guard import Guard
@@ -35,6 +36,11 @@ class Impatient(Connection):
 
 async def application(scope: Any, receive: Any, send: Any) -> None:
     """Answer `/` with a word after the whole request has come, and `/large` with more than a socket holds."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] != "websocket.disconnect":
+            if message["type"] == "websocket.receive":
+                await send({"type": "websocket.send", "text": message["text"]})
     if scope["type"] != "http":
         return
     while (await receive()).get("more_body"):
@@ -130,6 +136,15 @@ def test_a_connection_answers_more_than_once(port: int) -> None:
                 assert piece
                 said += piece
             time.sleep(0.3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # uvicorn's choice of a protocol
+def test_a_web_socket_may_be_silent(port: int) -> None:
+    """Dagster's UI waits for events over one."""
+    with websockets.sync.client.connect(f"ws://127.0.0.1:{port}/", origin=f"http://127.0.0.1:{port}") as client:  # pyright: ignore[reportArgumentType]
+        time.sleep(2)
+        client.send("still there")
+        assert client.recv() == "still there"
 
 
 def test_a_real_request_is_answered_beside_more_idle_ones_than_there_is_room_for() -> None:
