@@ -7,8 +7,8 @@ problem, and problems are collected by the caller, so that all are raised at onc
 """
 
 import gzip
-import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from interp_assets.corpus.parquet import ColumnMissingError, iter_row_groups
 from interp_assets.errors import InputError
+from interp_assets.storage.foreign import parse_json, read_line
 
 _NEVER_EMPTY = (".parquet", ".gz", ".bz2", ".xz", ".zst", ".zip")
 """Formats with a header: a file of 0 bytes is a download that broke off, not an empty document."""
@@ -105,7 +106,7 @@ def iter_part(path: str, part: dict[str, Any], text_field: str) -> Iterator[tupl
     try:
         for document in found:
             yield document.source, document.text
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
         problems.append(f"{file}: cannot be read: {error}")
     if problems:
         raise InputError(f"{problems[0]}. It has changed since it was planned: run `interp run` again.")
@@ -146,7 +147,7 @@ def _iter_lines(
     with gzip.open(where) if file.endswith(".gz") else where.open("rb") as lines:
         lines.seek(offset)
         for row in range(first, stop):
-            line = lines.readline()
+            line = read_line(lines)
             if not line:
                 break
             text = _text_of_line(line, f"{where}, line {row + 1:,}", text_field, problems) if line.strip() else ""
@@ -157,7 +158,7 @@ def _iter_lines(
 
 def _text_of_line(line: bytes, where: str, text_field: str, problems: list[str]) -> str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         problems.append(f"{where}: is not JSON ({error})")
         return ""

@@ -9,6 +9,9 @@ from functools import lru_cache
 import fsspec
 import pyarrow.parquet as pq
 
+MAX_GROUP_BYTES = 16 << 30
+"""Of one row group, all columns, unpacked: it is read as a whole."""
+
 
 class ColumnMissingError(LookupError):
     """A file without the asked column; `columns` are those it has."""
@@ -50,6 +53,8 @@ def iter_row_groups(parquet: pq.ParquetFile, column: str, first: int, stop: int)
         n_rows = parquet.metadata.row_group(group).num_rows
         low, high = max(first, start), min(stop, start + n_rows)
         if low < high:
+            if parquet.metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES:
+                raise ValueError(f"row group {group} has more than {MAX_GROUP_BYTES:,} bytes: write the file with smaller ones")
             values = parquet.read_row_group(group, columns=[column]).column(column).slice(low - start, high - low).to_pylist()
             yield from enumerate(values, low)
         start += n_rows

@@ -6,6 +6,7 @@ named, each time. A file without text is no problem: an empty `__init__.py` is w
 """
 
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -51,7 +52,7 @@ def iter_measured(path: str, text_field: str, seen: SeenFiles, empty: list[str])
             for document in _iter_file(root, file, text_field, seen, problems):
                 n_found += 1
                 yield document
-        except (OSError, EOFError, pa.ArrowException) as error:
+        except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
             problems.append(f"{root / file}: cannot be read: {error}")
         if not n_found and len(problems) == n_problems:
             empty.append(file)

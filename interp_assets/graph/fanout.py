@@ -10,6 +10,8 @@ Ray is used where it is: with `RAY_ADDRESS` set and the extra `ray` installed. N
 
 import logging
 import os
+from contextlib import chdir
+from pathlib import Path
 from typing import Any, Final
 
 from interp_assets.errors import InterpError
@@ -23,6 +25,8 @@ from resources.world import World
 ADDRESS_VARIABLE: Final = "RAY_ADDRESS"
 TASK_RETRIES: Final = 5
 """How often a task is run again after its node or worker died; errors of the work itself are not retried by Ray."""
+_TRUSTED: Final = Path(__file__).parents[2]
+"""The folder that holds this package."""
 
 
 class Fanout:
@@ -63,7 +67,8 @@ def start_fanout(asset: Asset, job: Job) -> Fanout | None:
     import ray  # noqa: PLC0415 - as above
 
     if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with chdir(_TRUSTED):  # Ray puts the current directory first on the module path of its workers
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     task = ray.remote(max_retries=TASK_RETRIES, num_cpus=1, num_gpus=_n_accelerators(asset, job), scheduling_strategy="SPREAD")(_attempt)
     config_json = job.config.model_dump_json()
     return Fanout({key: task.options(memory=_memory(asset, job, key)).remote(config_json, asset.key, key) for key in job.keys})

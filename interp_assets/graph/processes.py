@@ -1,11 +1,12 @@
 """Dagster's UI as a child process: started in a session of its own, stopped when this process ends, its output kept in a file.
 
-`dagster dev` ignores SIGTERM for a while and, as a shell's background job, SIGINT too; a direct child in its own session that may be
-interrupted obeys SIGINT and takes its code servers and daemon with it. So SIGINT is what it gets, however this process ends:
+A direct child in its own session that may be interrupted obeys SIGINT and takes its code servers and daemon with it (`ui.py`). So SIGINT is
+what it gets, however this process ends:
 
     Ctrl-C, SIGTERM, SIGHUP    `DagsterUi`, a context manager, stops it and waits; what is left of its group is killed
     SIGKILL, a crash           on Linux the kernel tells it (PR_SET_PDEATHSIG); elsewhere it goes on, and `ps` finds it
 
+No process of it runs what lies in the current directory: the safe path, which the environment names, holds for children of children too.
 Source: prctl(2).
 """
 
@@ -20,6 +21,7 @@ from typing import Any, Final
 
 from interp_assets.graph.jobs import open_instance
 from interp_assets.planning.config import PipelineConfig
+from interp_assets.train.launch import SAFE_PATH
 
 _STOP_S: Final = 20
 """Seconds to leave Dagster for an orderly end before it is killed."""
@@ -39,7 +41,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class DagsterUi:
-    """A running `dagster dev`. A context manager: it is stopped at the end, by whatever the end comes."""
+    """A running UI and daemon. A context manager: it is stopped at the end, by whatever the end comes."""
 
     def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         """Hold a started process."""
@@ -91,11 +93,11 @@ def start_dagster(config: PipelineConfig, config_path: Path | None, port: int) -
     with open_instance(config) as instance:
         home = Path(instance.root_directory)
     log = home / "dagster-dev.log"
-    environment = {**os.environ, "DAGSTER_HOME": str(home), "INTERP_ROOT": config.root, "DAGSTER_DISABLE_TELEMETRY": "1"}
+    environment = {**os.environ, "DAGSTER_HOME": str(home), "INTERP_ROOT": config.root, "DAGSTER_DISABLE_TELEMETRY": "1", **SAFE_PATH}
     if config_path is not None:
         environment["INTERP_CONFIG"] = str(config_path.resolve())
-    start = [sys.executable, "-c", _ATTACHED, str(os.getpid())]
-    command = [*start, sys.executable, "-m", "dagster", "dev", "-m", "interp_assets.graph.definitions", "--host", "127.0.0.1", "--port", str(port)]
+    start = [sys.executable, "-P", "-c", _ATTACHED, str(os.getpid())]
+    command = [*start, sys.executable, "-P", "-m", "interp_assets.graph.ui", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True

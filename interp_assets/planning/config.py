@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from interp_assets.errors import ConfigError
+from interp_assets.storage.foreign import parse_yaml
 
 DEMO_MODEL = "builtin:pystdlib_gpt2"
 """The language model that ships with this package."""
@@ -337,9 +338,11 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) ->
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration {where}: {error.strerror}. `interp init` writes one to start from.") from error
     try:
-        content = yaml.safe_load(text) or {}
+        content = parse_yaml(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {_explain_yaml(error)}. Mend it; `interp init` writes a file to compare with.") from error
+    except ValueError as error:
+        raise ConfigError(f"{where} is no configuration: {error}. Write out what is meant; `interp init` writes a file to compare with.") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{where} must hold keys and values (name, corpus, model, ...), not a {type(content).__name__}.")
     moved = {"root": os.environ[ROOT_VARIABLE]} if os.environ.get(ROOT_VARIABLE) else {}

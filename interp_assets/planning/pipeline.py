@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError, StoreMissingError
 from interp_assets.planning.config import PipelineConfig
+from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import PLAN
 from interp_assets.storage.store import Store, open_store
 
@@ -161,7 +162,7 @@ def load_pipeline(config: PipelineConfig, store: Store) -> Pipeline:
     """
     name = config.execution.plan
     try:
-        content = json.loads(store.get(name))
+        content = parse_json(store.get(name))
         found = (content.pop("format"), content.pop("version"))
         if found != (_FORMAT, _VERSION):
             raise ArtifactForeignError(

@@ -25,6 +25,7 @@ from typing import Any, Final, NamedTuple
 import xxhash
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ArtifactRaceError, StoreMissingError
+from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.store import ByteSink, Store, check_path
 
 FORMAT: Final = "interp-assets/manifest"
@@ -328,7 +329,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """Parse and check a manifest; `where` names it in messages. Raises `ArtifactCorruptError` or `ArtifactForeignError`."""
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         found = (content["format"], content["version"])
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactCorruptError(f"{where} is not a manifest (truncated or damaged). Re-materialize its partition.") from error

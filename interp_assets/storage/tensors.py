@@ -18,6 +18,7 @@ from torch import Tensor
 
 from interp_assets.errors import ArtifactCorruptError
 from interp_assets.storage.dtypes import ITEM_BYTES
+from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, read_range
 from interp_assets.storage.store import Store
 
@@ -81,8 +82,8 @@ def parse_header(data: bytes, where: str) -> dict[str, TensorSpan]:
     """Read the header at the start of a safetensors file; `where` names it in messages. Raises `ArtifactCorruptError`."""
     n_header = int.from_bytes(data[:8], "little")
     try:
-        entries = json.loads(data[8 : 8 + n_header])
-        return {
+        entries = parse_json(data[8 : 8 + n_header], _MAX_HEADER_BYTES)
+        spans = {
             name: TensorSpan(
                 _NAMES[entry["dtype"]],
                 tuple(entry["shape"]),
@@ -92,8 +93,17 @@ def parse_header(data: bytes, where: str) -> dict[str, TensorSpan]:
             for name, entry in entries.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_spans(spans, 8 + n_header)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ArtifactCorruptError(f"{where} does not start with a safetensors header ({error}). Re-materialize its partition.") from error
+    return spans
+
+
+def _check_spans(spans: Mapping[str, TensorSpan], first: int) -> None:
+    """Raise `ValueError` unless each tensor has the bytes that its shape needs, behind the header."""
+    for name, span in spans.items():
+        if min((*span.shape, 0)) < 0 or span.start < first or span.n_bytes != math.prod(span.shape) * ITEM_BYTES[span.dtype]:
+            raise ValueError(f"{name}: {span.n_bytes} bytes from {span.start} for {list(span.shape)} of {span.dtype}")
 
 
 def save_tensors(art: ArtifactWriter, name: str, tensors: Mapping[str, Tensor | NDArray[np.generic]], *, n_rows: int | None = None) -> None:

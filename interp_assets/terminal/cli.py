@@ -257,6 +257,8 @@ def explain(
 def main() -> None:
     """Run the command line; errors become one paragraph and an exit code. `--debug` may stand anywhere."""
     is_debug = "--debug" in sys.argv
+    os.environ["PYTHONSAFEPATH"] = "1"  # for whatever starts a Python: a file of the current directory is no module
+    os.environ.setdefault("NUMBA_CACHE_DIR", "")  # else a `.numba_config.yaml` there names the folder whose machine code is run
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its idle threads would spin on the cores that compiled loops use
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"])

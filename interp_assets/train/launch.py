@@ -38,6 +38,8 @@ from interp_assets.train.trainer import LogRow
 _GRACE_S: Final = 10.0
 ATTACHED: Final = "INTERP_TRAINING_ATTACHED"
 """Environment variable that tells training processes to end when their standard input does."""
+SAFE_PATH: Final = {"PYTHONSAFEPATH": "1"}
+"""Environment of every Python that we start: a file of the current directory is no module."""
 _KEPT_LINES: Final = 400
 _SUMMARY: Final = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)", re.MULTILINE)
 """A process in torchrun's summary of failures; the last one is the first that it saw fail."""
@@ -102,7 +104,7 @@ def _command(config: Path, names: Sequence[str], n_processes: int) -> tuple[list
     """Return the command line and environment of the training processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
     threads = max(1, (os.cpu_count() or 1) // n_processes)
-    variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ, ATTACHED: "1"}
+    variables = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ, **SAFE_PATH, ATTACHED: "1"}
     return [*command, "-m", "interp_assets.train", str(config), *names], variables
 
 

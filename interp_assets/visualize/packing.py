@@ -15,7 +15,6 @@ The layout is described in docs/formats/feature_record.md; frontend/src/lib/pack
 
 import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Final
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError
+from interp_assets.storage.foreign import parse_json, unpack_gzip
 from interp_assets.visualize.digits import (
     DIGITS,
     PEAK_DIGITS,
@@ -39,6 +39,8 @@ RECORD_VERSION: Final = 2
 ORDER: Final = "tokens.order"
 """Token ids by falling frequency in the data set, u32: a token's rank is its place here."""
 GZIP_LEVEL: Final = 9
+MAX_RECORD_BYTES: Final = 16 << 20
+"""Of one record's JSON, and tokens that its lists may show; the demo's records have 10 KB."""
 _BIN_SHIFT: Final = 21
 """A float32 shifted by this is its quarter octave, the histogram's bin."""
 
@@ -97,13 +99,13 @@ def unpack_record(member: bytes, order: Sequence[int] | NDArray[Any], where: str
     Raises `ArtifactForeignError` for another version and `ArtifactCorruptError` for what is no record.
     """
     try:
-        packed = json.loads(gzip.decompress(member))
+        packed = parse_json(unpack_gzip(member, MAX_RECORD_BYTES))
         version = packed["version"]
         if version != RECORD_VERSION:
             do = "Upgrade interp-assets." if version > RECORD_VERSION else "Materialize `feature_records` and `feature_browser` again."
             raise ArtifactForeignError(f"{where} has version {version}; this release reads version {RECORD_VERSION}. {do}")
         return _unpack(packed, order)
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ArtifactCorruptError(f"{where} is no feature record ({error!r}). Materialize it again.") from error
 
 
@@ -158,6 +160,10 @@ def _turn(rows: list[list[Any]], n_columns: int) -> list[list[Any]]:
 def _unpack(packed: dict[str, Any], order: Sequence[int] | NDArray[Any]) -> dict[str, Any]:
     statistics, lists, logits = packed["statistics"], packed["lists"], packed["logits"]
     windows = _unpack_windows(packed["windows"], order) if packed["windows"] else []
+    texts = [lists["top"], *(text for _, _, text in lists["intervals"]), lists["random"]]
+    n_tokens = sum(len(windows[place]["tokens"]) for text in texts for place in decode_numbers(text))
+    if n_tokens > MAX_RECORD_BYTES:  # a window that is named often is shown as often
+        raise ValueError(f"its lists show {n_tokens:,} tokens, and {MAX_RECORD_BYTES:,} are allowed")
 
     def listed(text: str) -> list[dict[str, Any]]:
         return [windows[place] for place in decode_numbers(text)]

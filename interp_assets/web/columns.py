@@ -21,6 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError
+from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import ArtifactWriter
 
 WORDS: Final = "words.json"
@@ -93,7 +94,7 @@ def encode_words(words: pa.Array) -> bytes:
 def decode_words(data: bytes, where: str) -> list[str]:
     """Parse `words.json`. Raises `ArtifactCorruptError`."""
     try:
-        words = json.loads(data)["words"]
+        words = parse_json(data)["words"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactCorruptError(f"{where} holds no list of words ({error}). Materialize the bundle again.") from error
     return words

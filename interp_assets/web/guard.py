@@ -3,21 +3,24 @@
 A server on one's own machine is reachable by every page open in the same browser, so
 
 1. `Host` must be a name of this machine (or one that was named): a foreign site cannot rebind its name to the loopback address;
-2. `Origin`, where a browser sends one, must be the server itself;
-3. when a token is set, it must come as `Authorization: Bearer`, as `?token=` (which is turned into a cookie and removed from the
+2. `Origin`, where a browser sends one, must be the server itself, and so must `Sec-Fetch-Site`; another page may hold a link to a page
+   here, and nothing else. WebSockets are asked the same;
+3. what is not a GET must be JSON of a stated and limited length: a form of another site cannot send that without asking first. Where a GET
+   could do what a POST does (`Rules.posted`), it is refused;
+4. when a token is set, it must come as `Authorization: Bearer`, as `?token=` (which is turned into a cookie and removed from the
    address), or as that cookie, which holds a hash of it; all are compared in constant time;
-4. an address longer than `MAX_QUERY_BYTES` is refused, and a body longer than `MAX_BODY_BYTES`, or of unknown length;
-5. every answer carries a content security policy under which nothing but the server's own files is loaded and no inline script runs.
+5. an address longer than `Rules.query_bytes` is refused;
+6. every answer carries `Rules.headers`: here a content security policy under which nothing but the server's own files is loaded and no
+   inline script runs.
 
-Written as plain ASGI, so that streamed answers stay streams.
+Written as plain ASGI, so that streamed answers stay streams. Dagster's UI stands behind the same guard (`graph/ui.py`).
 """
 
 import hashlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 Scope = MutableMapping[str, Any]
@@ -38,12 +41,28 @@ SECURITY_HEADERS: Final = (
 )
 
 
+class Rules(NamedTuple):
+    """What differs between the applications behind a guard."""
+
+    headers: tuple[tuple[bytes, bytes], ...] = SECURITY_HEADERS
+    query_bytes: int = MAX_QUERY_BYTES
+    body_bytes: int = MAX_BODY_BYTES
+    posted: tuple[str, ...] = ()
+    """Paths whose GET is refused, unless it asks for a page."""
+    command: str = "interp serve"
+    """What a person types to start the server."""
+
+
+BROWSER: Final = Rules()
+"""The rules of the feature browser."""
+
+
 class Guard:
     """Refuses requests that must not be answered; adds the security headers to all others."""
 
-    def __init__(self, app: App, token: str | None, hosts: tuple[str, ...]) -> None:
+    def __init__(self, app: App, token: str | None, hosts: tuple[str, ...], rules: Rules = BROWSER) -> None:
         """Guard `app`. `hosts` are allowed besides the loopback names; `"*"` allows any and is for servers with a token."""
-        self._app, self._token = app, token or None
+        self._app, self._token, self._rules = app, token or None, rules
         self._hosts = {*LOOPBACK, *hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,93 +70,132 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":
-            return  # nothing here speaks WebSocket
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = _read_headers(scope)
         refusal = self._refuse(scope, headers)
-        if refusal:
-            await _answer(send, *refusal)
-        elif self._wants_cookie(scope):
-            await _redirect(send, scope, self._token or "")
+        if refusal and scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # before it was accepted: the client sees 403
+        elif refusal:
+            await _answer(send, self._rules.headers, *refusal)
+        elif scope["type"] == "http" and scope["method"] == "GET" and self._token is not None and _query_token(scope) is not None:
+            await _redirect(send, self._rules.headers, scope, self._token)
         else:
-            await self._app(scope, receive, _with_headers(send))
+            await self._app(scope, receive, _with_headers(send, self._rules.headers))
 
     def _refuse(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
         """Return status, what and what to do, or None when the request is welcome."""
-        host = headers.get("host", "")
+        host, rules = headers.get("host", ""), self._rules
         if "*" not in self._hosts and _host_name(host) not in self._hosts:
-            do = "Open the address that `interp serve` printed, or name the host with --host-name."
+            do = f"Open the address that `{rules.command}` printed. Under other names only a server with a token answers."
             return 421, f"This server does not answer for the host {host!r:.100}.", do
-        origin = headers.get("origin")
-        if origin is not None and _network_location(origin) != host:
-            return 403, f"A page of {origin!r:.100} may not read from this server.", "Open the browser pages of this server itself."
-        if len(scope["query_string"]) > MAX_QUERY_BYTES:
-            what = f"The query has {len(scope['query_string']):,} bytes, at most {MAX_QUERY_BYTES:,} are read."
+        if not _is_own(scope, headers, host):
+            what = f"A page of {headers.get('origin', 'another site')!r:.100} may not ask this server."
+            return 403, what, "Open the pages of this server itself."
+        if len(scope["query_string"]) > rules.query_bytes:
+            what = f"The query has {len(scope['query_string']):,} bytes, at most {rules.query_bytes:,} are read."
             return 414, what, "Ask for less: a shorter search, fewer filters."
-        if scope["method"] not in ("GET", "HEAD") and not _is_small(headers.get("content-length", "")):
-            return 413, f"What is sent needs a Content-Length of at most {MAX_BODY_BYTES:,} bytes.", "Send less."
-        if self._token is not None and not self._is_known(scope, headers):
-            return 401, "This server asks for its token.", "Open the address that `interp serve` printed; it ends in ?token=..."
+        return self._refuse_method(scope, headers) or self._ask_for_token(scope, headers)
+
+    def _refuse_method(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
+        rules = self._rules
+        if scope["type"] == "websocket":
+            return None
+        if scope["method"] in ("GET", "HEAD"):
+            if scope["path"].rstrip("/") in rules.posted and "text/html" not in headers.get("accept", ""):
+                return 405, f"{scope['path']:.100} takes no GET: any page could send one.", "Send a POST of JSON."
+            return None
+        if not _is_small(headers.get("content-length", ""), rules.body_bytes):
+            return 413, f"What is sent needs a Content-Length of at most {rules.body_bytes:,} bytes.", "Send less."
+        if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            return 415, f"What is sent must be JSON, and not {headers.get('content-type', '')!r:.100}.", "Send Content-Type: application/json."
         return None
 
-    def _is_known(self, scope: Scope, headers: dict[str, str]) -> bool:
-        token = self._token or ""
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            cookie = None
-        if cookie and hmac.compare_digest(cookie.value.encode(), _cookie_value(token).encode()):
+    def _ask_for_token(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str, str] | None:
+        if self._token is None or self._is_known(self._token, scope, headers):
+            return None
+        do = "Open the address once with ?token=THE_TOKEN at its end, or send it as `Authorization: Bearer THE_TOKEN`."
+        return 401, f"This server asks for the token that `{self._rules.command}` was started with.", do
+
+    def _is_known(self, token: str, scope: Scope, headers: dict[str, str]) -> bool:
+        name, value = _make_cookie(token)
+        if any(hmac.compare_digest(given.encode(), value.encode()) for given in _cookies(headers.get("cookie", ""), name)):
             return True
         given = (headers.get("authorization", "").removeprefix("Bearer "), _query_token(scope) or "")
         return any(hmac.compare_digest(text.encode(), token.encode()) for text in given)
 
-    def _wants_cookie(self, scope: Scope) -> bool:
-        return self._token is not None and scope["method"] == "GET" and _query_token(scope) is not None
+
+def _read_headers(scope: Scope) -> dict[str, str]:
+    """Return the headers by lower-case name; what was sent twice is joined, and then equals nothing that is allowed."""
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]}{';' if name == 'cookie' else ','} {value}" if name in headers else value
+    return headers
 
 
-def _is_small(length: str) -> bool:
-    return length.isdigit() and len(length) < 10 and int(length) <= MAX_BODY_BYTES
+def _is_own(scope: Scope, headers: dict[str, str], host: str) -> bool:
+    """Say whether a page of this server asks, or a person, or a program that is no browser."""
+    origin = headers.get("origin")
+    if origin is not None and _network_location(origin) != host:
+        return False
+    if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
+        return True
+    is_link = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    return is_link and scope.get("method") in ("GET", "HEAD")
+
+
+def _cookies(header: str, name: str) -> list[str]:
+    """Return the values of our cookie. Not by `http.cookies`, which stops at the first one of another application that it does not like."""
+    pairs = (item.strip().partition("=") for item in header.split(";"))
+    return [value for key, _, value in pairs if key == name]
+
+
+def _is_small(length: str, limit: int) -> bool:
+    return length.isascii() and length.isdigit() and len(length) < 10 and int(length) <= limit
 
 
 def _query_token(scope: Scope) -> str | None:
     return dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("token")
 
 
-def _cookie_value(token: str) -> str:
-    return hashlib.blake2b(token.encode(), digest_size=24, person=b"interp-cookie").hexdigest()
+def _make_cookie(token: str) -> tuple[str, str]:
+    """Return name and value. Cookies know no ports: with a piece of the hash in the name, two servers of a host keep one each."""
+    value = hashlib.blake2b(token.encode(), digest_size=24, person=b"interp-cookie").hexdigest()
+    return f"{COOKIE}_{value[:8]}", value[8:]
 
 
 def _host_name(host: str) -> str:
     """Return the name of a `Host` header: without port and without the brackets of an IPv6 address."""
-    name = urlsplit(f"//{host}").hostname if host.count("[") == host.count("]") <= 1 else None
-    return name or ""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, headers: tuple[tuple[bytes, bytes], ...]) -> Send:
     async def wrapped(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
+            message["headers"] = [*message.get("headers", []), *headers]
         await send(message)
 
     return wrapped
 
 
-async def _answer(send: Send, status: int, what: str, do: str) -> None:
+async def _answer(send: Send, security: tuple[tuple[bytes, bytes], ...], status: int, what: str, do: str) -> None:
     body = json.dumps({"error": {"status": status, "what": what, "do": do}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *SECURITY_HEADERS]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *security]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-async def _redirect(send: Send, scope: Scope, token: str) -> None:
+async def _redirect(send: Send, security: tuple[tuple[bytes, bytes], ...], scope: Scope, token: str) -> None:
     """Keep the token in a cookie and take it out of the address, so that it does not end in histories and screenshots."""
     rest = [(name, value) for name, value in parse_qsl(scope["query_string"].decode("latin-1")) if name != "token"]
     path = "/" + scope.get("raw_path", scope["path"].encode()).split(b"?")[0].decode("latin-1").lstrip("/")
     location = path + (f"?{urlencode(rest)}" if rest else "")
-    cookie = f"{COOKIE}={_cookie_value(token)}; HttpOnly; SameSite=Strict; Path=/"
-    headers = [(b"location", location.encode()), (b"set-cookie", cookie.encode()), (b"content-length", b"0"), *SECURITY_HEADERS]
+    cookie = f"{'='.join(_make_cookie(token))}; HttpOnly; SameSite=Strict; Path=/"
+    headers = [(b"location", location.encode()), (b"set-cookie", cookie.encode()), (b"content-length", b"0"), *security]
     await send({"type": "http.response.start", "status": 303, "headers": headers})
     await send({"type": "http.response.body", "body": b""})
 

@@ -16,10 +16,8 @@ is copied to a temporary one when it is first asked for.
 """
 
 import csv
-import gzip
 import hashlib
 import io
-import json
 import math
 import re
 import shutil
@@ -31,10 +29,13 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, InputError
+from interp_assets.storage.foreign import check_parquet, parse_json, unpack_gzip
 from interp_assets.storage.manifest import MANIFEST, Manifest, Produced, create_artifact, find_manifest, make_ref, read_manifest, read_range
 from interp_assets.storage.store import Store
 
@@ -42,6 +43,10 @@ KIND: Final = "feature_labels"
 FOLDER: Final = "labels"
 FILE: Final = "labels.sqlite"
 MAX_TEXT: Final = 2000
+MAX_LABELS: Final = 100_000_000
+MAX_FILE_BYTES: Final = 4 << 30
+"""Of a file after it is unpacked: ten million labels have about one."""
+MAX_VALUE_BYTES: Final = 64 << 10
 _NAMES: Final = {
     "latent": ("latent", "index", "feature"),
     "text": ("label", "description", "text"),
@@ -52,6 +57,7 @@ _NAMES: Final = {
 }
 _SHOWN_FAULTS: Final = 5
 _PIECE: Final = 4 << 20
+_BATCH_ROWS: Final = 4096
 
 
 class Label(NamedTuple):
@@ -111,16 +117,32 @@ def _read_rows(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
     name = path.name.lower()
     try:
         if name.endswith(".parquet"):
-            yield from pq.read_table(io.BytesIO(data)).to_pylist()
+            yield from _read_parquet(data)
         elif name.endswith((".jsonl", ".jsonl.gz")):
-            text = gzip.decompress(data) if name.endswith(".gz") else data
-            yield from (json.loads(line) for line in text.splitlines() if line.strip())
+            text = unpack_gzip(data, MAX_FILE_BYTES) if name.endswith(".gz") else data
+            yield from (parse_json(line, MAX_VALUE_BYTES) for line in text.splitlines() if line.strip())
         elif name.endswith(".csv"):
             yield from csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
         else:
             raise InputError(f"{path} is no file of labels: .parquet, .csv, .jsonl and .jsonl.gz are read.")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, pa.ArrowException, csv.Error) as error:
         raise InputError(f"{path} cannot be read as {path.suffix} ({error}).") from error
+
+
+def _read_parquet(data: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file some at a time. A long text that is stored once and meant by every row is noticed before it is repeated."""
+    plain = pq.ParquetFile(io.BytesIO(data))
+    check_parquet(plain.metadata, rows=MAX_LABELS, n_bytes=MAX_FILE_BYTES)
+    texts = [field.name for field in plain.schema_arrow if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    wanted = [name for names in _NAMES.values() for name in names if name in plain.schema_arrow.names]
+    for batch in pq.ParquetFile(io.BytesIO(data), read_dictionary=texts).iter_batches(_BATCH_ROWS, columns=wanted):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            values = column.dictionary if isinstance(column, pa.DictionaryArray) else column
+            if values.nbytes and (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+                longest = max(pc.call_function("binary_length", [values]).to_pylist(), key=lambda n: n or 0, default=0) or 0
+                if longest > MAX_VALUE_BYTES:
+                    raise ValueError(f"column {name} holds a text of {longest:,} bytes, and {MAX_VALUE_BYTES:,} are allowed")
+        yield from batch.to_pylist()
 
 
 def _check(rows: Iterable[dict[str, Any]], d_sae: int, source: str | None, path: Path) -> list[Label]:

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any, Final
 
 from interp_assets.errors import ArtifactCorruptError, InputError
+from interp_assets.storage.foreign import parse_json
 
 FORMAT: Final = "interp-assets/notes"
 VERSION: Final = 1
@@ -34,7 +35,7 @@ class Notebook:
     def read(self) -> dict[str, Any]:
         """Return lists and notes. Raises `ArtifactCorruptError` for a file that is none of ours."""
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
+            content = parse_json(self._path.read_text(encoding="utf-8"))
             found = (content["format"], content["version"])
             lists = {str(name): [int(latent) for latent in latents] for name, latents in content["lists"].items()}
             notes = {str(int(latent)): str(text) for latent, text in content["notes"].items()}

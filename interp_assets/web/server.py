@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +35,7 @@ from starlette.exceptions import HTTPException
 
 from interp_assets.errors import ArtifactError, ConfigError, InputError, InterpError, StoreError
 from interp_assets.web import table
+from interp_assets.web.connections import make_server
 from interp_assets.web.files import file_response
 from interp_assets.web.guard import LOOPBACK, Guard
 from interp_assets.web.notes import Notebook
@@ -114,7 +114,7 @@ def serve(
     allowed = tuple(hosts) or (("*",) if token else ())
     app = make_app(bundles, token=token, hosts=allowed, desk=desk)
     return_large_memory()
-    uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    make_server(app, host, port).run()
 
 
 def return_large_memory() -> bool:

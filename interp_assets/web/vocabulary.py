@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError
+from interp_assets.storage.foreign import parse_json
 
 FORMAT: Final = "interp-assets/vocabulary"
 VERSION: Final = 2
@@ -78,7 +79,7 @@ def encode_vocabulary(vocabulary: Vocabulary) -> bytes:
 def decode_vocabulary(data: bytes, where: str) -> Vocabulary:
     """Parse `vocabulary.json`; `where` names it in messages. Raises `ArtifactCorruptError` or `ArtifactForeignError`."""
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         if (content["format"], content["version"]) != (FORMAT, VERSION):
             do = "Upgrade interp-assets." if content["version"] > VERSION else "Materialize `feature_browser` again."
             raise ArtifactForeignError(f"{where} is {content['format']!r} version {content['version']}; this release reads version {VERSION}. {do}")

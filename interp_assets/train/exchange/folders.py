@@ -32,6 +32,7 @@ from torch import Tensor
 from interp_assets.errors import InputError
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.foreign import check_npz, check_zip, parse_json
 from interp_assets.storage.manifest import load_manifest, read_file
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors
@@ -49,6 +50,7 @@ from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae
 
 SAE_FORMATS: Final = ("saelens", "sparsify", "dictionary_learning")
+MAX_CONFIG_BYTES: Final = 4 << 20
 _NEVER: Final = 1e-10
 """What SAELens writes for the frequency of a latent that never fires."""
 _NEVER_LOG: Final = -9.99
@@ -66,7 +68,7 @@ _FOLDERS: Final = {
 _FREQUENCIES: Final = "sparsity.safetensors"
 _UNREADABLE: Final = (
     *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError),
-    *(SafetensorError, zipfile.BadZipFile, zlib.error),
+    *(SafetensorError, zipfile.BadZipFile, zlib.error, MemoryError),
 )
 """What libraries raise for files that are cut off, empty, or something else."""
 _LAYER_KINDS: Final = {None: "resid_post", "mlp": "mlp_out", "attn": "attn_out", "self_attn": "attn_out", "attention": "attn_out"}
@@ -187,7 +189,7 @@ def _convert(tool: str, config: Mapping[str, Any], tensors: dict[str, Tensor]) -
 
 
 def _read_config(name: str, data: bytes) -> dict[str, Any]:
-    config = json.loads(data)
+    config = parse_json(data, MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise InputError(f"{name} holds a {type(config).__name__}, expected keys and values.")
     return config
@@ -197,6 +199,7 @@ def _read_tensors(tool: str, data: bytes) -> dict[str, Tensor]:
     if tool == "dictionary_learning":
         return _load_torch_file(data)
     if tool == "gemma_scope":
+        check_npz(data)
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return {re.sub("^w_", "W_", name): torch.from_numpy(arrays[name]) for name in arrays.files}
     return load_safetensors(data)
@@ -308,12 +311,16 @@ def _torch_file(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _load_torch_file(data: bytes) -> dict[str, Tensor]:
+    check_zip(data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"ae.pt is no file of tensors alone ({type(error).__name__}), and anything else is not loaded.") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise InputError(f"ae.pt holds a {type(content).__name__}, expected a state dict of tensors.")
+    n_bytes = sum(value.numel() * value.element_size() for value in content.values())
+    if n_bytes > 2 * len(data):  # views that repeat a few bytes without end
+        raise InputError(f"ae.pt has {len(data):,} bytes, and its tensors claim {n_bytes:,}.")
     return content
 
 
