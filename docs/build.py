@@ -21,7 +21,7 @@ from pydantic import BaseModel
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from interp_assets.graph.stages import make_road  # noqa: E402 - the checkout, not an installed copy
+from interp_assets.graph.stages import STAGES, make_road  # noqa: E402 - the checkout, not an installed copy
 from interp_assets.planning.asset import NONE, Asset  # noqa: E402 - as above
 from interp_assets.planning.config import Name, PipelineConfig, demo_config  # noqa: E402 - as above
 
@@ -43,7 +43,10 @@ ROOMS: Final = {
     "interp_assets/compute/": "Numbers that are fast, exact and the same everywhere: compiled loops, products, digits, random streams",
     "interp_assets/": "The exceptions that people may meet",
 }
-"""Every folder that holds modules, in the order of the arrows, and what it is for: said here once, for the README and the house."""
+"""Folders that hold modules, in the order of the arrows, and what each is for: said here once, for the README and the house.
+
+A stage that is not named here has the first line of its `assets.py`.
+"""
 _DOOR: Final = "interp_assets/"
 OVER_THE_HOUSE: Final = """\
 # The house
@@ -61,10 +64,20 @@ NAME_RULE: Final = get_args(Name)[1]
 SIGNS: Final = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
+def rooms() -> dict[str, str]:
+    """Return every folder with its caption, in the order of the arrows: the stages as `STAGES` lists them."""
+    stages = {f"{_DOOR}{stage}/" for stage in STAGES}
+    own = {stage: [room for room in ROOMS if room.startswith(stage)] or [stage] for stage in stages}
+    above = [room for room in ROOMS if room in ("resources/", f"{_DOOR}terminal/", f"{_DOOR}graph/")]
+    middle = [room for stage in reversed(STAGES) for room in own[f"{_DOOR}{stage}/"]]
+    below = [room for room in ROOMS if room not in above and room not in middle]
+    return {room: ROOMS.get(room) or next(said for path, said in _modules(room) if path.name == "assets.py") for room in (*above, *middle, *below)}
+
+
 def make_house() -> str:
     """Write every module's sentence, folder by folder."""
     parts = [OVER_THE_HOUSE.rstrip()]
-    for room, caption in ROOMS.items():
+    for room, caption in rooms().items():
         modules = [f"- [`{path.name}`](../{room}{path.name}): {said}." for path, said in _modules(room)]
         parts += ["", f"## {_heading(room)}", "", f"{caption}.", "", *modules]
     return "\n".join(parts) + "\n"
@@ -72,8 +85,8 @@ def make_house() -> str:
 
 def make_rooms() -> str:
     """Write the README's table: one line for each folder of the house, but not for those inside another one."""
-    tops = [room for room in ROOMS if room.count("/") <= 2]
-    rows = [f"| [`{_heading(room)}`]({'interp_assets/errors.py' if room == _DOOR else room}) | {ROOMS[room]} |" for room in tops]
+    tops = [room for room in rooms() if room.count("/") <= 2]
+    rows = [f"| [`{_heading(room)}`]({'interp_assets/errors.py' if room == _DOOR else room}) | {rooms()[room]} |" for room in tops]
     return "\n".join(["| folder | what it does |", "|---|---|", *rows])
 
 

@@ -7,7 +7,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import grimp
 import pytest
+from house import LAYERS
 
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import make_config
@@ -79,6 +81,14 @@ def test_a_comparison_with_a_name_is_found(line: str) -> None:
     assert compared_names(line, ROOT / "interp_assets" / "planning" / "example.py", names)
     if "activations" not in line:
         assert not compared_names(line, ROOT / "interp_assets" / "train" / "example.py", names)
+
+
+def test_arrows_run_one_way() -> None:
+    """A stage sees only the stages before it and what serves all; imports inside functions count."""
+    graph = grimp.build_graph("interp_assets", cache_dir=None)
+    assert {path.name.removesuffix(".py") for path in (ROOT / "interp_assets").iterdir() if path.name[:2] != "__"} == set(LAYERS)
+    found = graph.find_illegal_dependencies_for_layers(layers=LAYERS, containers={"interp_assets"})
+    assert [(item.importer, item.imported) for item in found] == []
 
 
 def test_the_house_has_few_rooms() -> None:
