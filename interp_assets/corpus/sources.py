@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from interp_assets.compute.seeds import stream
 from interp_assets.corpus.files import iter_part
-from interp_assets.corpus.hub import iter_hub_documents, plan_hub
 from interp_assets.corpus.stdlib import iter_stdlib_documents
 from interp_assets.corpus.survey import iter_measured, measure
 from interp_assets.errors import ConfigError, InputError
@@ -76,6 +75,8 @@ def survey_sources(config: CorpusConfig, seed: int, closed: Sequence[int], seen:
     """
     empty: list[str] = []
     if config.source == "huggingface":
+        from interp_assets.corpus.hub import plan_hub  # noqa: PLC0415 - the library takes a second to import, and most corpora do without
+
         shards = plan_hub(config)
     elif config.source == "files":
         shards = list(_cut(_file_documents(config, seen, empty), config, closed))
@@ -97,6 +98,8 @@ def iter_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[
     Raises `InputError` at the end when the content is no longer what was planned.
     """
     if config.source == "huggingface":
+        from interp_assets.corpus.hub import iter_hub_documents  # noqa: PLC0415 - as above
+
         yield from iter_hub_documents(config, source)
         return
     content = ContentHash()

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from rich.console import Console
 
-from interp_assets.corpus.plan import describe_empty, plan_corpus
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN
 from interp_assets.errors import ArtifactMissingError
 from interp_assets.graph.stages import make_road
@@ -37,6 +36,8 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
 
     Plans the corpus in memory: a running pipeline keeps its plan.
     """
+    from interp_assets.corpus.plan import describe_empty, plan_corpus  # noqa: PLC0415 - takes transformers, and `interp costs` does without
+
     workers = workers or config.execution.workers
     store = open_pipeline_store(config)
     pipeline = plan_corpus(config, open_store("memory://plan"))

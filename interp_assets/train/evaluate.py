@@ -35,10 +35,9 @@ from interp_assets.storage.manifest import ArtifactWriter, Produced, create_arti
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.metrics import ReconstructionSums
-from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.train.refs import METRICS, evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
 
-METRICS: Final = "metrics.json"
 LATENTS: Final = "latents.parquet"
 MODEL_TOKENS: Final = 1 << 15
 """Token positions that the subject model is run on."""

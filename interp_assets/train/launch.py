@@ -32,8 +32,7 @@ from interp_assets.storage.traffic import METER, Traffic
 from interp_assets.train.exchange.imported import import_sae
 from interp_assets.train.loop import OnMetrics, TrainingMetrics, make_execution, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
-from interp_assets.train.refs import sae_ref
-from interp_assets.train.trainer import LogRow
+from interp_assets.train.refs import LogRow, sae_ref
 
 _GRACE_S: Final = 10.0
 ATTACHED: Final = "INTERP_TRAINING_ATTACHED"

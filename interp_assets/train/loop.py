@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import polars as pl
 import torch
@@ -35,14 +35,12 @@ from interp_assets.train.losses.calibrate import CALIBRATION_ROWS, calibrate_thr
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
 from interp_assets.train.recipes import RECIPES, make_weights
-from interp_assets.train.refs import sae_ref
+from interp_assets.train.refs import TRAINING, LogRow, sae_ref
 from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save_checkpoint
 from interp_assets.train.rows import TrainingData, iter_rows, open_training_data
 from interp_assets.train.times import TIMES, TrainingTimes, WaitClock, describe_times, forget_peaks
-from interp_assets.train.trainer import LogRow, Trainer, n_steps
+from interp_assets.train.trainer import Trainer, n_steps
 from interp_assets.train.warm import unfold_weights
-
-TRAINING: Final = "training.parquet"
 
 
 class TrainingMetrics(NamedTuple):

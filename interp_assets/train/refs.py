@@ -1,6 +1,7 @@
-"""Where SAEs, their evaluations and the table of all of them lie."""
+"""Where SAEs, their evaluations and the table of all of them lie, and what a row of a training curve is."""
 
 from collections.abc import Iterable
+from typing import Final, NamedTuple
 
 from interp_assets.harvest.refs import activation_ids, statistics_ref
 from interp_assets.planning.pipeline import Pipeline
@@ -9,6 +10,10 @@ from interp_assets.shuffle.refs import mixed_ids
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "4-sae"
+TRAINING: Final = "training.parquet"
+"""The logged steps of a training."""
+METRICS: Final = "metrics.json"
+"""The measurements of an SAE, in the terms of SAEBench."""
 TRAIN_VERSION = 6
 """Raise it when the same rows would give other weights."""
 
@@ -20,6 +25,24 @@ EVALUATION_VERSION = 3
 
 SWEEP_VERSION = 1
 """Raise it when the table of the same SAEs would hold something else."""
+
+
+class LogRow(NamedTuple):
+    """One logged step, over the global batch. One row of `training.parquet`."""
+
+    step: int
+    n_rows: int
+    """Rows seen, this batch included."""
+    loss: float
+    mean_squared_error: float
+    """Per dimension, in normalised units."""
+    sparsity_loss: float
+    auxk_loss: float
+    l0: float
+    fvu: float
+    dead_share: float
+    learning_rate: float
+    gradient_norm: float
 
 
 def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:

@@ -16,8 +16,9 @@ from interp_assets.errors import ArtifactError, ArtifactMissingError
 from interp_assets.storage.manifest import ArtifactRef, Manifest, create_artifact, load_manifest, make_ref, read_file, remove_artifact
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
+from interp_assets.train.refs import LogRow
 from interp_assets.train.times import TIMES, TrainingTimes, parse_times
-from interp_assets.train.trainer import LogRow, Trainer
+from interp_assets.train.trainer import Trainer
 
 KEPT: Final = 2
 STATE: Final = "state.safetensors"

@@ -21,11 +21,7 @@ from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file
 from interp_assets.storage.store import Store
-from interp_assets.train.evaluate import METRICS
-from interp_assets.train.loop import TRAINING
-from interp_assets.train.refs import evaluation_ref, sae_ref, sweep_ref
-from interp_assets.train.times import find_times
-from interp_assets.train.trainer import LogRow
+from interp_assets.train.refs import METRICS, TRAINING, LogRow, evaluation_ref, sae_ref, sweep_ref
 
 TABLE: Final = "sweep.parquet"
 CURVES: Final = "curves.parquet"
@@ -180,6 +176,8 @@ def _find_experiments(pipeline: Pipeline, store: Store) -> list[_Experiment]:
 
 
 def _describe(pipeline: Pipeline, store: Store, item: _Experiment) -> dict[str, Any]:
+    from interp_assets.train.times import find_times  # noqa: PLC0415 - takes torch, and reading a table does without
+
     config, trained, measured = item
     sae, evaluation = sae_ref(pipeline, config.name), evaluation_ref(pipeline, config.name)
     metrics = json.loads(read_file(store, evaluation.path, measured, METRICS))

@@ -8,7 +8,7 @@ A checkpoint holds all latents: `state` gathers the slices, `restore` takes this
 """
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 from jaxtyping import Float
@@ -30,27 +30,10 @@ from interp_assets.train.recipes import (
     normalize_decoder,
     project_decoder_gradient,
 )
+from interp_assets.train.refs import LogRow
 
 _LOGGED_STEPS: Final = 200
 """About how many steps of a training are logged."""
-
-
-class LogRow(NamedTuple):
-    """One logged step, over the global batch. One row of `training.parquet`."""
-
-    step: int
-    n_rows: int
-    """Rows seen, this batch included."""
-    loss: float
-    mean_squared_error: float
-    """Per dimension, in normalised units."""
-    sparsity_loss: float
-    auxk_loss: float
-    l0: float
-    fvu: float
-    dead_share: float
-    learning_rate: float
-    gradient_norm: float
 
 
 class Trainer:

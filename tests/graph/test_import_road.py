@@ -12,9 +12,8 @@ from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.storage.manifest import load_manifest, read_file
 from interp_assets.storage.store import open_store
 from interp_assets.terminal.importing import Place, plan_import
-from interp_assets.train.evaluate import METRICS
 from interp_assets.train.exchange.folders import export_sae
-from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.train.refs import METRICS, evaluation_ref, sae_ref
 from interp_assets.train.sweep import load_table
 from interp_assets.visualize.refs import records_ref
 from interp_assets.web.refs import bundle_ref
