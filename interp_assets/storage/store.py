@@ -282,12 +282,23 @@ class _Sink:
         self.n_bytes += data.nbytes if isinstance(data, memoryview) else len(data)
 
 
+def check_address(address: str, where: str) -> None:
+    """Raise `ConfigError`, which does not repeat it, for an address that has a name or a key before its host: addresses are shown and kept."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*@", address):
+        scheme = address.partition("://")[0]
+        raise ConfigError(
+            f"{where} holds credentials in an address ({scheme}://...@...), which would be shown in messages and kept in histories. Write it without "
+            "them, and give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by a role."
+        )
+
+
 def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
     """Open the store at `url`: a local folder (made when missing), `s3://bucket/prefix`, or `memory://name`.
 
     `s3` holds endpoint, region and credentials for obstore's `S3Store`; what is not given comes from the usual `AWS_*` environment
     variables. Raises `ConfigError` for any other scheme.
     """
+    check_address(url, "An address of a store")
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         folder = Path(rest if separator else url).expanduser().resolve()
@@ -301,6 +312,7 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
         config: Any = {key: value for key, value in s3.items() if key != "aws_allow_http"} if s3 else None
         endpoint = (s3 or {}).get("aws_endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         if str(endpoint).startswith("http://") and not _allows_http(s3):
+            check_address(str(endpoint), "The S3 endpoint")
             raise ConfigError(f"The S3 endpoint {endpoint} is not encrypted. Use https, or set AWS_ALLOW_HTTP=true for a server on your own network.")
         backend = S3Store(bucket, config=config, client_options={"timeout": "120 seconds", "allow_http": _allows_http(s3)})
         return ObjectStore(backend, url.rstrip("/"), prefix.strip("/"))

@@ -132,8 +132,8 @@ def check_bind(host: str, token: str | None) -> None:
     """Refuse to open the server to other machines without a token. Raises `ConfigError`."""
     if host not in LOOPBACK and not token:
         raise ConfigError(
-            f"Serving on {host} would let every machine that reaches this one read the bundles. Give --token (any long random text), "
-            "or stay on 127.0.0.1 and use an SSH tunnel."
+            f"Serving on {host} would answer every machine that reaches this one. Set INTERP_TOKEN, or name a file with --token-file, to a long "
+            "random text that is asked for, or stay on 127.0.0.1 and use an SSH tunnel."
         )
 
 
