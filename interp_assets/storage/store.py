@@ -17,10 +17,11 @@ Checksums do not belong here: no client verifies a ranged read, so `manifest.py`
 
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -121,6 +122,7 @@ class ObjectStore:
 
     def get(self, path: str) -> bytes:
         """Read a whole object. Raises `StoreMissingError` when it is not there."""
+        self._check_kind(path)
         with self._explained("read", path):
             data = read_again(lambda: bytes(obstore.get(self._backend, self._key(path)).bytes()))
         METER.read(len(data))
@@ -132,6 +134,7 @@ class ObjectStore:
 
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Read several ranges of one object, concurrently and coalesced. Raises `StoreError` when the object ends earlier."""
+        self._check_kind(path)
         with self._explained("read", path):
             parts = read_again(lambda: obstore.get_ranges(self._backend, self._key(path), starts=starts, lengths=lengths))
         METER.read(sum(map(len, parts)), count_ranges(starts, lengths))
@@ -142,6 +145,7 @@ class ObjectStore:
     def get_into(self, path: str, start: int, out: memoryview) -> memoryview:
         """Read exactly `len(out)` bytes from `start` that nobody will want again. Raises `StoreError` when the object ends earlier."""
         local = self.local_path(path)
+        self._check_kind(path)
         with self._explained("read", path):
             if local is not None:
                 n_read, view = read_into(local, start, out), out
@@ -235,6 +239,13 @@ class ObjectStore:
         if not isinstance(self._backend, LocalStore):
             return None
         return Path(str(self._backend.prefix)) / self._key(path)
+
+    def _check_kind(self, path: str) -> None:
+        """Raise `StoreError` for a pipe, a socket or a device, of which reading would wait for ever."""
+        local = self.local_path(path)
+        with suppress(OSError):
+            if local is not None and not stat.S_ISREG(mode := local.stat().st_mode) and not stat.S_ISDIR(mode):
+                raise StoreError(f"{local} is a pipe, socket or device and no file. Move it away.")
 
     def _check_length(self, path: str, start: int, n_wanted: int, n_found: int) -> None:
         if n_found != n_wanted:
