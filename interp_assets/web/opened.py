@@ -7,9 +7,11 @@ entry explains nothing. Opening reads manifest and description; list, index and 
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from threading import Lock
 from typing import Annotated, Any, NamedTuple
 
@@ -64,9 +66,19 @@ def find_bundles(url: str) -> list[BundlePlace]:
 
 def list_bundles(store: Store) -> list[BundlePlace]:
     """List the bundles below a store, by path: those in `6-web` of a pipeline, or directly in the store's folder."""
-    listed = list(store.list(FOLDER)) or list(store.list())
-    folders = (item.path.removesuffix(f"/{MANIFEST}") for item in listed if item.path.endswith(f"/{MANIFEST}"))
+    listed = list(_list_paths(store, FOLDER)) or list(_list_paths(store, ""))
+    folders = (path.removesuffix(f"/{MANIFEST}") for path in listed if path.endswith(f"/{MANIFEST}"))
     return [BundlePlace(store, folder) for folder in sorted(folders) if "/" not in folder or folder.split("/")[-2] == FOLDER]
+
+
+def _list_paths(store: Store, folder: str) -> Iterator[str]:
+    """List what lies in a folder; of a local one also beside a link that leads nowhere, at which the store's own list stops."""
+    root = store.local_path()
+    if root is None:
+        yield from (item.path for item in store.list(folder))
+        return
+    for parent, _, names in os.walk(root / folder):
+        yield from ((Path(parent) / name).relative_to(root).as_posix() for name in names)
 
 
 class _Part(BaseModel):
