@@ -167,6 +167,7 @@ def test_large_files_arrive_whole_in_pieces(static: Path, memory_store: ObjectSt
     ref = make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="big")
     with create_artifact(memory_store, ref) as art:
         art.put("bundle.json", memory_store.get(f"{place.path}/bundle.json"))
+        art.put("list/rows.bin", memory_store.get(f"{place.path}/list/rows.bin"))
         art.put("big.bin", data, block_bytes=1 << 18)
     site = Site([BundlePlace(memory_store, ref.path)], static)
     address = f"/bundles/{site.name}/big.bin"
