@@ -3,7 +3,8 @@
 # make run CONFIG=my.yaml    the same road with your own model and text
 # make test            the test suite
 # make faults          kill, starve and corrupt a small pipeline in every stage, and see that nothing is lost; follow the runbook: minutes
-# make check           linters, types, import rules, stale documents: under a minute
+# make check           linters, types, import rules, stale documents: under a minute, and without a network
+# make audit           known vulnerabilities of the pinned packages, of which the registry is asked one by one: before a release, not in each run
 # make bench           every benchmark at its small size; make bench-shuffle runs one at full size, make bench-shuffle QUICK=1 at its small one
 # make docs            write the generated parts of the documents
 # make dev             Dagster's UI on the demo pipeline, without running anything
@@ -104,9 +105,8 @@ check: $(DEV_STAMP)
 	$(BIN)/pyright -p . --pythonpath $(BIN)/python
 	$(BIN)/python docs/build.py --check
 	$(BIN)/python -m pytest -p no:cacheprovider tests/test_layering.py
-	@$(MAKE) --no-print-directory audit
 
-# Known vulnerabilities of the pinned packages. Where the registry has no advisories, nothing can be audited, and that is no failure.
+# Where the registry has no advisories, nothing can be audited, and that is no failure.
 audit: $(DEV_STAMP)
 	@out=$$($(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --progress-spinner off 2>&1); status=$$?; \
 	echo "$$out" | grep -v "WARNING\|could not be audited\|^---\|^Name .*Skip" ; \

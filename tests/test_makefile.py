@@ -11,6 +11,16 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(shutil.which("make") is None or not hasattr(os, "openpty"), reason="this system has no make or no terminals")
 
 
+def test_a_check_asks_no_registry() -> None:
+    """It runs at every commit; one request a package and run is what registries lock people out for."""
+    shown = subprocess.run(["make", "-n", "-C", str(ROOT), "check"], capture_output=True, text=True, check=True).stdout
+    assert "pip-audit" not in shown
+    assert "ruff" in shown
+    workflows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github").rglob("*.y*ml")]
+    assert not any("audit" in text for text in workflows)
+    assert "pip-audit" in subprocess.run(["make", "-n", "-C", str(ROOT), "audit"], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_pip_shows_its_bars_in_a_terminal_only(tmp_path: Path, *, is_terminal: bool) -> None:
     """The first installation downloads for minutes: a person wants to see that, a log does not."""

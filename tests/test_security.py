@@ -13,7 +13,7 @@ from interp_assets.graph.definitions import build_defs
 from interp_assets.planning.config import ModelConfig, PipelineConfig, load_config, make_config
 from interp_assets.planning.pipeline import load_pipeline
 from interp_assets.storage.manifest import ArtifactRef, create_artifact, encode_manifest, load_manifest, make_ref, read_file
-from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.store import ObjectStore, check_address, open_store
 from resources.world import World
 
 REF = make_ref("example", "1-stage", identity={}, inputs={}, label="shard-000000")
@@ -67,6 +67,29 @@ def test_a_strange_plan_is_refused(plan: bytes, local_store: ObjectStore, small_
     local_store.put("plan.json", plan)
     with pytest.raises(ArtifactError, match=r"The plan .* is (damaged|\()"):
         load_pipeline(small_config, local_store)
+
+
+@pytest.mark.parametrize(
+    "content", [{"root": "s3://KEY:S3CR3T@bucket/x"}, {"corpus": {"path": "https://me:S3CR3T@host/x"}}, {"model": {"name": "hf://S3CR3T@x/y"}}]
+)
+def test_an_address_with_a_key_in_it_is_refused_and_not_repeated(content: dict[str, object], tmp_path: Path) -> None:
+    """It would be kept in `store.url`, shown in messages, and recorded by Dagster with each run."""
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match="holds credentials in an address") as refused:
+        load_config(tmp_path / "p.yaml")
+    assert "S3CR3T" not in str(refused.value)
+    with pytest.raises(ConfigError, match="holds credentials in an address") as refused:
+        open_store("s3://KEY:S3CR3T@bucket/prefix")
+    assert "S3CR3T" not in str(refused.value)
+    check_address("s3://bucket/a@b", "x")
+
+
+@pytest.mark.parametrize("name", ["/somewhere/of/mine/pythia", "~/models/pythia", "./pythia", "../up/pythia/"])
+def test_what_is_published_names_a_local_model_by_its_folder_alone(name: str) -> None:
+    """Bundles and exported SAEs go to other people; where a folder lay is nobody's business."""
+    assert ModelConfig(name=name).shown_name == "pythia"
+    assert ModelConfig(name="EleutherAI/pythia-70m").shown_name == "EleutherAI/pythia-70m"
+    assert ModelConfig().shown_name == ModelConfig().name
 
 
 def test_code_that_comes_with_a_model_is_off() -> None:

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
 import yaml
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from interp_assets.errors import ConfigError
 from interp_assets.storage.foreign import parse_yaml
+from interp_assets.storage.store import check_address
 
 DEMO_MODEL = "builtin:pystdlib_gpt2"
 """The language model that ships with this package."""
@@ -87,6 +88,11 @@ class ModelConfig(_Config):
     """Type that the model computes in."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+    @property
+    def shown_name(self) -> str:
+        """The name in what is published: of a folder its last part, because the rest describes somebody's machine."""
+        return PurePosixPath(self.name).name if self.name.startswith(("/", "./", "../", "~")) else self.name
 
 
 class HarvestConfig(_Config):
@@ -358,11 +364,20 @@ def _explain_yaml(error: yaml.YAMLError) -> str:
 
 def make_config(content: dict[str, Any], where: str = "the configuration") -> PipelineConfig:
     """Check a configuration given as plain data. Raises `ConfigError`, one line per wrong field."""
+    _check_addresses(content, where)
     try:
         return PipelineConfig.model_validate(content)
     except ValidationError as error:
         lines = [_explain(dict(item)) for item in error.errors()]
         raise ConfigError(f"{where} has {len(lines)} wrong field(s):\n" + "\n".join(lines)) from error
+
+
+def _check_addresses(content: Any, where: str) -> None:
+    """Refuse keys in addresses, wherever they stand, before anything repeats them: Dagster records the configuration with each run."""
+    if isinstance(content, str):
+        check_address(content, where)
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        _check_addresses(value, where)
 
 
 def _explain(item: dict[str, Any]) -> str:

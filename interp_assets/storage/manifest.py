@@ -341,14 +341,26 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         seal = content.pop("seal")
         is_sealed = seal == _hash_json(content) and data == _json({**content, "seal": seal}, indent=1)
         fields = {key: value for key, value in content.items() if key not in ("format", "version", "digest", "files")}
-        manifest = Manifest(files=[FileEntry(**entry) for entry in content["files"]], **fields)
-    except (KeyError, TypeError) as error:
+        manifest = Manifest(files=[_read_entry(entry) for entry in content["files"]], **fields)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactCorruptError(f"{where} lacks or exceeds the fields of a manifest ({error}). Re-materialize its partition.") from error
     if not is_sealed:
         raise ArtifactCorruptError(f"{where} differs from its own seal: a byte has changed. Re-materialize its partition.")
     for entry in manifest.files:
         check_path(entry.name)
     return manifest
+
+
+def _read_entry(content: dict[str, Any]) -> FileEntry:
+    """Make an entry whose sizes can be counted with. Raises `ValueError`."""
+    entry = FileEntry(**content)
+    sizes = (entry.n_bytes, entry.block_bytes)
+    if any(type(size) is not int for size in sizes) or not 0 <= entry.n_bytes < 1 << 62 or not 0 < entry.block_bytes < 1 << 62:
+        raise ValueError(f"{entry.name!r:.80} has {entry.n_bytes!r:.80} bytes in blocks of {entry.block_bytes!r:.80}")
+    n_blocks = -(-entry.n_bytes // entry.block_bytes)
+    if not isinstance(entry.checksums, list) or len(entry.checksums) != n_blocks:
+        raise ValueError(f"{entry.name!r:.80} has not {n_blocks:,} checksums")
+    return entry
 
 
 class FilePart(NamedTuple):

@@ -17,10 +17,11 @@ Checksums do not belong here: no client verifies a ranged read, so `manifest.py`
 
 import os
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -121,6 +122,7 @@ class ObjectStore:
 
     def get(self, path: str) -> bytes:
         """Read a whole object. Raises `StoreMissingError` when it is not there."""
+        self._check_kind(path)
         with self._explained("read", path):
             data = read_again(lambda: bytes(obstore.get(self._backend, self._key(path)).bytes()))
         METER.read(len(data))
@@ -132,6 +134,7 @@ class ObjectStore:
 
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Read several ranges of one object, concurrently and coalesced. Raises `StoreError` when the object ends earlier."""
+        self._check_kind(path)
         with self._explained("read", path):
             parts = read_again(lambda: obstore.get_ranges(self._backend, self._key(path), starts=starts, lengths=lengths))
         METER.read(sum(map(len, parts)), count_ranges(starts, lengths))
@@ -142,6 +145,7 @@ class ObjectStore:
     def get_into(self, path: str, start: int, out: memoryview) -> memoryview:
         """Read exactly `len(out)` bytes from `start` that nobody will want again. Raises `StoreError` when the object ends earlier."""
         local = self.local_path(path)
+        self._check_kind(path)
         with self._explained("read", path):
             if local is not None:
                 n_read, view = read_into(local, start, out), out
@@ -236,6 +240,13 @@ class ObjectStore:
             return None
         return Path(str(self._backend.prefix)) / self._key(path)
 
+    def _check_kind(self, path: str) -> None:
+        """Raise `StoreError` for a pipe, a socket or a device, of which reading would wait for ever."""
+        local = self.local_path(path)
+        with suppress(OSError):
+            if local is not None and not stat.S_ISREG(mode := local.stat().st_mode) and not stat.S_ISDIR(mode):
+                raise StoreError(f"{local} is a pipe, socket or device and no file. Move it away.")
+
     def _check_length(self, path: str, start: int, n_wanted: int, n_found: int) -> None:
         if n_found != n_wanted:
             raise StoreError(
@@ -282,12 +293,23 @@ class _Sink:
         self.n_bytes += data.nbytes if isinstance(data, memoryview) else len(data)
 
 
+def check_address(address: str, where: str) -> None:
+    """Raise `ConfigError`, which does not repeat it, for an address that has a name or a key before its host: addresses are shown and kept."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*@", address):
+        scheme = address.partition("://")[0]
+        raise ConfigError(
+            f"{where} holds credentials in an address ({scheme}://...@...), which would be shown in messages and kept in histories. Write it without "
+            "them, and give them as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by a role."
+        )
+
+
 def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
     """Open the store at `url`: a local folder (made when missing), `s3://bucket/prefix`, or `memory://name`.
 
     `s3` holds endpoint, region and credentials for obstore's `S3Store`; what is not given comes from the usual `AWS_*` environment
     variables. Raises `ConfigError` for any other scheme.
     """
+    check_address(url, "An address of a store")
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         folder = Path(rest if separator else url).expanduser().resolve()
@@ -301,6 +323,7 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
         config: Any = {key: value for key, value in s3.items() if key != "aws_allow_http"} if s3 else None
         endpoint = (s3 or {}).get("aws_endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         if str(endpoint).startswith("http://") and not _allows_http(s3):
+            check_address(str(endpoint), "The S3 endpoint")
             raise ConfigError(f"The S3 endpoint {endpoint} is not encrypted. Use https, or set AWS_ALLOW_HTTP=true for a server on your own network.")
         backend = S3Store(bucket, config=config, client_options={"timeout": "120 seconds", "allow_http": _allows_http(s3)})
         return ObjectStore(backend, url.rstrip("/"), prefix.strip("/"))

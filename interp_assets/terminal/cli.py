@@ -20,7 +20,7 @@ from rich.console import Console
 
 from interp_assets.errors import InputError, InterpError, explain_missing, find_no_room
 from interp_assets.planning.config import PipelineConfig, demo_config, load_config
-from interp_assets.terminal.web import export, labels_app, make_desk
+from interp_assets.terminal.web import export, labels_app, make_desk, read_token
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(labels_app, name="labels")
@@ -211,17 +211,22 @@ def serve(
     config: ConfigOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; other machines need a token.")] = "127.0.0.1",
     port: PortOption = 8420,
-    token: Annotated[str | None, typer.Option(help="Ask for this token.", envvar="INTERP_TOKEN")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token to ask for. Default: INTERP_TOKEN in the environment.")] = None,
     notes: Annotated[Path, typer.Option(help="Folder of lists and notes: one JSON file a bundle, made by the first note.")] = Path("feature-notes"),
 ) -> None:
     """Open the feature browser."""
     from interp_assets.web.opened import find_bundles
+    from interp_assets.web.server import check_bind
     from interp_assets.web.server import serve as serve_bundles
 
+    token = os.environ.get("INTERP_TOKEN") if token_file is None else read_token(token_file)
+    check_bind(host, token)
     pipeline = _load(config)
     bundles = find_bundles(path or f"{pipeline.root}/{pipeline.name}")
     port = _free_port(host, port)
-    out.print(f"Feature browser: http://{host}:{port}   (Ctrl-C stops it)", soft_wrap=True)
+    hint = "add /?token= and the token the first time; " if token else ""
+    shown = f"[{host}]" if ":" in host else host
+    out.print(f"Feature browser: http://{shown}:{port}   ({hint}Ctrl-C stops it)", soft_wrap=True, markup=False)
     serve_bundles(bundles, host=host, port=port, token=token, desk=make_desk(pipeline, bundles, notes))
 
 

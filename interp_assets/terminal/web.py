@@ -141,6 +141,17 @@ def make_desk(config: PipelineConfig, places: "Sequence[BundlePlace]", notes: Pa
     return Desk(notes, examples)
 
 
+def read_token(path: Path) -> str:
+    """Read the token that a server asks for from a file: arguments stand in `ps`. Raises `InputError` when there is none."""
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The token cannot be read from {path} ({error}). Write a long random text into it.") from error
+    if not token:
+        raise InputError(f"The file {path} holds no token. Write a long random text into it.")
+    return token
+
+
 class _Later:
     """Imports torch, and loads model and SAE, when the first text comes."""
 

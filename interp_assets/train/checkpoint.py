@@ -17,7 +17,6 @@ metadata at all.
 """
 
 import json
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -116,8 +115,7 @@ def _architecture(sae: Sae, config: SaeConfig) -> str:
 
 def _source(pipeline: Pipeline, config: SaeConfig) -> Source:
     corpus, model = pipeline.config.corpus, pipeline.config.model
-    name = Path(model.name).name if Path(model.name).is_absolute() else model.name
-    return Source(config.architecture, name, corpus.path if corpus.source == "huggingface" else corpus.source, corpus.context_length)
+    return Source(config.architecture, model.shown_name, corpus.path if corpus.source == "huggingface" else corpus.source, corpus.context_length)
 
 
 def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> dict[str, Any]:

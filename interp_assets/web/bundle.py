@@ -152,7 +152,7 @@ def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Mani
     return {
         "is_synthetic": False,
         "pipeline": config.name,
-        "model": {"name": config.model.name, "revision": config.model.revision, "fingerprint": pipeline.plan.model_fingerprint},
+        "model": {"name": config.model.shown_name, "revision": config.model.revision, "fingerprint": pipeline.plan.model_fingerprint},
         "hook_point": sae.hook_point,
         "d_in": pipeline.d_in(sae.hook_point),
         "d_sae": sae.d_sae,

@@ -6,27 +6,35 @@ entry explains nothing. Opening reads manifest and description; list, index and 
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactForeignError, ArtifactMissingError, InputError, InterpError
+from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range, read_ranges
 from interp_assets.storage.store import Store, open_store
 from interp_assets.visualize.packing import unpack_record
 from interp_assets.web.bundle import FORMAT, VERSION, decode_offsets
+from interp_assets.web.columns import ROW, ROWS
 from interp_assets.web.labels import find_labels
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.table import FeatureTable
 from interp_assets.web.vocabulary import Vocabulary, decode_vocabulary
 
 KIND = "feature_bundle"
+MAX_DESCRIPTION_BYTES = 16 << 20
 _STREAM_BYTES = 1 << 20
+_logger = logging.getLogger(__name__)
 
 
 class BundlePlace(NamedTuple):
@@ -59,9 +67,55 @@ def find_bundles(url: str) -> list[BundlePlace]:
 
 def list_bundles(store: Store) -> list[BundlePlace]:
     """List the bundles below a store, by path: those in `6-web` of a pipeline, or directly in the store's folder."""
-    listed = list(store.list(FOLDER)) or list(store.list())
-    folders = (item.path.removesuffix(f"/{MANIFEST}") for item in listed if item.path.endswith(f"/{MANIFEST}"))
+    listed = list(_list_paths(store, FOLDER)) or list(_list_paths(store, ""))
+    folders = (path.removesuffix(f"/{MANIFEST}") for path in listed if path.endswith(f"/{MANIFEST}"))
     return [BundlePlace(store, folder) for folder in sorted(folders) if "/" not in folder or folder.split("/")[-2] == FOLDER]
+
+
+def _list_paths(store: Store, folder: str) -> Iterator[str]:
+    """List what lies in a folder; of a local one also beside a link that leads nowhere, at which the store's own list stops."""
+    root = store.local_path()
+    if root is None:
+        yield from (item.path for item in store.list(folder))
+        return
+    for parent, _, names in os.walk(root / folder):
+        yield from ((Path(parent) / name).relative_to(root).as_posix() for name in names)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Sae(_Part):
+    name: str
+    artifact_id: str
+
+
+class _Model(_Part):
+    name: str
+
+
+class _Records(_Part):
+    per_file: Annotated[int, Field(ge=1, le=1 << 32)]
+    repeat: Annotated[int, Field(ge=1, le=1 << 32)] | None
+
+
+class _Columns(_Part):
+    sortable: dict[str, str]
+    numeric: dict[str, str]
+
+
+class _Description(_Part):
+    """What every reader of a bundle relies on; pages read more of it."""
+
+    pipeline: str
+    hook_point: str
+    d_sae: Annotated[int, Field(ge=1, le=1 << 32)]
+    n_live: int
+    sae: _Sae
+    model: _Model
+    records: _Records
+    columns: _Columns
 
 
 class OpenBundle:
@@ -161,12 +215,26 @@ class OpenBundle:
     def _read_description(self) -> dict[str, Any]:
         where = f"{self.where}/bundle.json"
         try:
-            content = json.loads(self.read("bundle.json"))
+            n_bytes = min(self.manifest.file("bundle.json").n_bytes, MAX_DESCRIPTION_BYTES + 1)
+            data = read_range(self._store, self._path, self.manifest, "bundle.json", 0, n_bytes)
+            content = parse_json(data, MAX_DESCRIPTION_BYTES)
             found = (content["format"], content["version"])
-        except (ValueError, KeyError, TypeError) as error:
+            json.dumps([self.manifest.created, content], ensure_ascii=False, allow_nan=False).encode()  # as it will be sent
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ArtifactCorruptError(f"{where} describes no bundle ({error}). Materialize `feature_browser` again.") from error
         if found != (FORMAT, VERSION):
             raise ArtifactForeignError(f"{where} is {found[0]!r} version {found[1]}; this release reads version {VERSION}. {_next_step(found[1])}")
+        try:
+            described = _Description.model_validate(content)
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3])
+            raise ArtifactCorruptError(f"{where} lacks what a bundle needs ({faults}). Materialize `feature_browser` again.") from error
+        n_bytes = self.size(ROWS)
+        if n_bytes != described.d_sae * ROW.itemsize or not 0 <= described.n_live <= described.d_sae:
+            raise ArtifactCorruptError(
+                f"{where} speaks of {described.d_sae:,} latents, {described.n_live:,} of them alive, and the rows of its list have {n_bytes} bytes. "
+                "Materialize `feature_browser` again."
+            )
         return content
 
 
@@ -189,3 +257,6 @@ def open_bundle(place: BundlePlace) -> OpenBundle | BrokenBundle:
         return BrokenBundle(place.name, str(error))
     except InterpError as error:
         return BrokenBundle(place.name, f"{error} Is the store reachable?")
+    except Exception as error:  # whatever else is wrong with one bundle, the others are served
+        _logger.warning("The bundle %s cannot be opened", place.name, exc_info=True)
+        return BrokenBundle(place.name, f"It cannot be opened ({type(error).__name__}: {error}). Run `interp verify` on its folder.")

@@ -18,8 +18,10 @@ A feature page needs only the last one, so it works on any static host too. Erro
 
 import ctypes
 import html
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, Protocol, runtime_checkable
 
@@ -33,7 +35,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from interp_assets.errors import ArtifactError, ConfigError, InputError, InterpError, StoreError
+from interp_assets.errors import ArtifactCorruptError, ArtifactError, ConfigError, InputError, InterpError, StoreError
 from interp_assets.web import table
 from interp_assets.web.connections import make_server
 from interp_assets.web.files import file_response
@@ -44,6 +46,7 @@ from interp_assets.web.opened import BrokenBundle, BundlePlace, OpenBundle, open
 STATIC: Final = Path(__file__).parent / "static"
 """The built pages; `frontend/build.py` makes them, wheels carry them."""
 DEFAULT_PORT: Final = 8420
+_logger = logging.getLogger(__name__)
 _M_MMAP_THRESHOLD: Final = -3
 """`mallopt`'s number in <malloc.h>."""
 _BUILD_HINT: Final = "python frontend/build.py"
@@ -132,18 +135,20 @@ def check_bind(host: str, token: str | None) -> None:
     """Refuse to open the server to other machines without a token. Raises `ConfigError`."""
     if host not in LOOPBACK and not token:
         raise ConfigError(
-            f"Serving on {host} would let every machine that reaches this one read the bundles. Give --token (any long random text), "
-            "or stay on 127.0.0.1 and use an SSH tunnel."
+            f"Serving on {host} would answer every machine that reaches this one. Set INTERP_TOKEN, or name a file with --token-file, to a long "
+            "random text that is asked for, or stay on 127.0.0.1 and use an SSH tunnel."
         )
 
 
 def _add_notes(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook]) -> None:
     @app.get("/api/bundles/{name}/notes")
+    @_explained
     def read_notes(name: str) -> dict[str, Any]:
         _find(bundles, name)
         return notebooks[name].read() if name in notebooks else {"file": None, "lists": {}, "notes": {}}
 
     @app.put("/api/bundles/{name}/notes/{latent}")
+    @_explained
     def change_notes(name: str, latent: Annotated[int, PathParameter(ge=0)], change: Change) -> dict[str, Any]:
         d_sae = _find(bundles, name).description["d_sae"]
         if latent >= d_sae:
@@ -161,12 +166,14 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
         return {"mode": "server", "notes": bool(notebooks), "examples": can_try, "bundles": [summarize(bundle) for bundle in bundles.values()]}
 
     @app.get("/api/bundles/{name}")
+    @_explained
     def describe(name: str) -> dict[str, Any]:
         bundle = _find(bundles, name)
         columns = {**bundle.description["columns"], "labels": "label" in bundle.table().sortable}
         return {"name": name, **bundle.description, "columns": columns}
 
     @app.get("/api/bundles/{name}/try")
+    @_explained
     def run_text(name: str, text: str) -> dict[str, Any]:
         _find(bundles, name)
         if name not in examples:
@@ -174,10 +181,12 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
         return examples[name].ask(text)
 
     @app.get("/api/bundles/{name}/labels")
+    @_explained
     def list_labels(name: str, latent: Annotated[int, Query(ge=0)]) -> dict[str, Any]:
         return {"labels": _find(bundles, name).table().labels([latent]).get(latent, [])}
 
     @app.get("/api/bundles/{name}/features")
+    @_explained
     def list_features(
         name: str, request: Request, offset: Annotated[int, Query(ge=0)] = 0, limit: Annotated[int, Query(ge=1, le=table.MAX_ROWS)] = 100
     ) -> dict[str, Any]:
@@ -186,10 +195,12 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
         return {**page._asdict(), "offset": offset}
 
     @app.get("/api/bundles/{name}/rows")
+    @_explained
     def list_rows(name: str, latent: Annotated[list[int], Query()]) -> dict[str, Any]:
         return {"rows": _find(bundles, name).table().rows(latent)}
 
     @app.get("/api/bundles/{name}/place")
+    @_explained
     def find_place(name: str, request: Request, latent: Annotated[int, Query(ge=0)]) -> dict[str, Any]:
         bundle = _find(bundles, name)
         return bundle.table().place(_read_query(request), latent, _listed(bundle, notebooks, request))._asdict()
@@ -197,6 +208,7 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
 
 def _add_files(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle]) -> None:
     @app.api_route("/bundles/{name}/{file:path}", methods=["GET", "HEAD"])
+    @_explained
     def send_file(name: str, file: str, request: Request) -> Response:
         bundle = _find(bundles, name)
         if bundle.size(file) is None:  # only what the manifest lists is ever opened
@@ -242,6 +254,24 @@ def _add_errors(app: FastAPI) -> None:
 
 def _problem(status: int, what: str, do: str) -> JSONResponse:
     return JSONResponse({"error": {"status": status, "what": what, "do": do}}, status_code=status)
+
+
+def _explained(answer: Callable[..., Any]) -> Callable[..., Response]:
+    """Let whatever goes wrong with one bundle be its fault, named as such: bundles come from elsewhere, and may be wrong in any way."""
+
+    @wraps(answer)
+    def wrapped(**given: Any) -> Response:
+        try:
+            made = answer(**given)
+            return made if isinstance(made, Response) else JSONResponse(made)  # here, because not everything is JSON
+        except InterpError:
+            raise
+        except Exception as error:
+            _logger.exception("The bundle %s cannot be read", given["name"])
+            what = f"The bundle {given['name']!r:.200} cannot be read here ({type(error).__name__}: {error!s:.200})."
+            raise ArtifactCorruptError(what) from error
+
+    return wrapped
 
 
 def _find(bundles: dict[str, OpenBundle | BrokenBundle], name: str) -> OpenBundle:

@@ -10,7 +10,7 @@ from interp_assets.errors import InputError
 from interp_assets.planning.config import make_config
 from interp_assets.storage.store import open_store
 from interp_assets.terminal.cli import app
-from interp_assets.terminal.web import make_desk
+from interp_assets.terminal.web import make_desk, read_token
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC
 from interp_assets.web.synthetic import build_synthetic_bundle
@@ -87,3 +87,14 @@ def test_without_a_pipeline_beside_it_a_bundle_is_served_without_search_by_examp
     assert desk.examples == {}
     assert desk.notes == tmp_path / "notes"
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_token_comes_from_a_file_and_not_from_the_command(tmp_path: Path) -> None:
+    """What is typed behind a command stands in `ps`, for everybody on the machine."""
+    (tmp_path / "token").write_text("a long random text\n")
+    assert read_token(tmp_path / "token") == "a long random text"
+    (tmp_path / "empty").write_text("\n")
+    for name in ("empty", "none"):
+        with pytest.raises(InputError, match="Write a long random text into it"):
+            read_token(tmp_path / name)
+    assert "No such option" in _run("serve", "--token", "secret")

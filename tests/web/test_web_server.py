@@ -167,6 +167,7 @@ def test_large_files_arrive_whole_in_pieces(static: Path, memory_store: ObjectSt
     ref = make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="big")
     with create_artifact(memory_store, ref) as art:
         art.put("bundle.json", memory_store.get(f"{place.path}/bundle.json"))
+        art.put("list/rows.bin", memory_store.get(f"{place.path}/list/rows.bin"))
         art.put("big.bin", data, block_bytes=1 << 18)
     site = Site([BundlePlace(memory_store, ref.path)], static)
     address = f"/bundles/{site.name}/big.bin"
@@ -244,6 +245,31 @@ def test_a_token_is_asked_for_and_taken_in_three_ways(store: ObjectStore, static
     assert site.get("/api/bundles", headers={"Cookie": cookie.split(";")[0]}).status_code == 200
 
 
+@pytest.mark.parametrize("others", ["a[b]=1; ", 'json={"a": "b"}; ', "plain=1; x; =; ", "\u00e9=\u00e9; ", 'quoted="; '])
+def test_cookies_of_other_applications_hide_ours_from_nobody(store: ObjectStore, static: Path, others: str) -> None:
+    """Cookies know no ports: those of whatever else runs on this machine come along, and some are none by the book."""
+    site = Site(list_bundles(store), static, token="secret")
+    ours = site.get("/?token=secret").headers["set-cookie"].split(";")[0]
+    for cookie in (others + ours, f"{ours}; {others}", ours):
+        assert site.get("/api/bundles", headers={"Cookie": cookie.encode("latin-1")}).status_code == 200
+    assert site.get("/api/bundles", headers={"Cookie": others.encode("latin-1")}).status_code == 401
+
+
+def test_two_servers_of_one_machine_keep_their_cookies_apart(store: ObjectStore, static: Path) -> None:
+    """The second one would log the first one out."""
+    cookies = [Site([], static, token=token).get(f"/?token={token}").headers["set-cookie"] for token in ("one", "two")]
+    assert len({cookie.partition("=")[0] for cookie in cookies}) == 2
+    assert all(token not in cookie.partition("=")[2] for cookie in cookies for token in ("one", "two"))
+
+
+def test_hints_speak_of_what_there_is(site: Site, store: ObjectStore, static: Path) -> None:
+    """An option that does not exist, an address that was not printed: a person is stuck with those."""
+    assert "--" not in _problem(site.get("/api/bundles", host="http://evil.example"))["do"]
+    asked = _problem(Site(list_bundles(store), static, token="secret").get("/api/bundles"))
+    assert "?token=THE_TOKEN" in asked["do"]
+    assert "printed" not in asked["do"]
+
+
 def test_the_redirect_after_a_token_stays_on_this_server(store: ObjectStore, static: Path) -> None:
     """`//evil.example/` as a path would otherwise become another host."""
     site = Site(list_bundles(store), static, token="secret")
@@ -255,7 +281,7 @@ def test_other_machines_need_a_token() -> None:
     for host in ("127.0.0.1", "localhost", "::1"):
         check_bind(host, None)
     check_bind("0.0.0.0", "secret")
-    with pytest.raises(ConfigError, match=r"Serving on 0\.0\.0\.0 would let every machine.*--token"):
+    with pytest.raises(ConfigError, match=r"Serving on 0\.0\.0\.0 would answer every machine.*--token-file"):
         check_bind("0.0.0.0", None)
 
 

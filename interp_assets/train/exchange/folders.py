@@ -301,7 +301,7 @@ def _saelens_files(sae: Sae, cfg: bytes, weights: bytes, frequency: Tensor | Non
 def _origin(pipeline: Pipeline, config: SaeConfig) -> dict[str, Any]:
     """Say of which model and hook point an SAE is, in the keys of dictionary_learning's trainers."""
     kind, _, layer = config.hook_point.partition(".")
-    return {"lm_name": pipeline.config.model.name, "layer": int(layer) if layer.isdigit() else layer, "submodule_name": f"{kind}_layer_{layer}"}
+    return {"lm_name": pipeline.config.model.shown_name, "layer": int(layer) if layer.isdigit() else layer, "submodule_name": f"{kind}_layer_{layer}"}
 
 
 def _torch_file(tensors: dict[str, Tensor]) -> bytes:
