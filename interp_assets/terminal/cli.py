@@ -13,14 +13,16 @@ import traceback
 import warnings
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from interp_assets.errors import InputError, InterpError, explain_missing, find_no_room
-from interp_assets.planning.config import PipelineConfig, demo_config, load_config
 from interp_assets.terminal.web import export, labels_app, make_desk, read_token
+
+if TYPE_CHECKING:
+    from interp_assets.planning.config import PipelineConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(labels_app, name="labels")
@@ -42,7 +44,7 @@ def demo(
     dagster_port: Annotated[int, typer.Option(help="Port of Dagster's UI.")] = 3000,
 ) -> None:
     """Build everything from the shipped model and the standard library's sources, then show it."""
-    config = demo_config()
+    config = _load(None)
     _run(config, [])
     if serve:
         _show(config, None, port, dagster_port)
@@ -291,12 +293,14 @@ def main() -> None:
         sys.exit(3)
 
 
-def _load(path: Path | None, *, read_again: bool = False) -> PipelineConfig:
+def _load(path: Path | None, *, read_again: bool = False) -> "PipelineConfig":
+    from interp_assets.planning.config import demo_config, load_config
+
     config = demo_config() if path is None else load_config(path)
     return config.model_copy(update={"execution": config.execution.model_copy(update={"read_again": True})}) if read_again else config
 
 
-def _check_names(config: PipelineConfig, select: list[str]) -> None:
+def _check_names(config: "PipelineConfig", select: list[str]) -> None:
     """Refuse names of assets that there are not, before the libraries are loaded that would make them."""
     if select:
         from interp_assets.graph.stages import make_road
@@ -304,7 +308,7 @@ def _check_names(config: PipelineConfig, select: list[str]) -> None:
         make_road(config).select(select)
 
 
-def _run(config: PipelineConfig, select: list[str]) -> None:
+def _run(config: "PipelineConfig", select: list[str]) -> None:
     _check_names(config, select)
     from interp_assets.graph.jobs import open_instance, run_road
     from interp_assets.terminal.console import print_report, print_total
@@ -320,7 +324,7 @@ def _run(config: PipelineConfig, select: list[str]) -> None:
     print_total(out, reports)
 
 
-def _show(config: PipelineConfig, config_path: Path | None, port: int, dagster_port: int) -> None:
+def _show(config: "PipelineConfig", config_path: Path | None, port: int, dagster_port: int) -> None:
     from interp_assets.graph.processes import start_dagster
     from interp_assets.web.opened import find_bundles
     from interp_assets.web.server import serve as serve_bundles

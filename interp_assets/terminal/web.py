@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 
 from interp_assets.errors import InputError, InterpError
-from interp_assets.planning.config import PipelineConfig, demo_config, load_config
 
 if TYPE_CHECKING:
+    from interp_assets.planning.config import PipelineConfig
     from interp_assets.planning.pipeline import Pipeline
     from interp_assets.storage.store import Store
     from interp_assets.web.opened import BundlePlace, OpenBundle
@@ -77,6 +77,7 @@ def export(
 
 
 def _export_sae(format_name: str, target: str, config_path: Path | None, name: str | None) -> None:
+    from interp_assets.planning.config import demo_config, load_config
     from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
     from interp_assets.storage.store import open_store
     from interp_assets.terminal.console import format_bytes
@@ -118,7 +119,7 @@ def import_file(
     out.print(f"{counted} {done}: {chosen.place.store.url}/{made.ref.path}", soft_wrap=True, markup=False)
 
 
-def make_desk(config: PipelineConfig, places: "Sequence[BundlePlace]", notes: Path) -> "Desk":
+def make_desk(config: "PipelineConfig", places: "Sequence[BundlePlace]", notes: Path) -> "Desk":
     """Return what `interp serve` has besides bundles: the folder of notes, and model and SAE of those bundles that this pipeline made."""
     from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
     from interp_assets.train.refs import sae_ref
@@ -194,6 +195,7 @@ def _choose(places: "list[BundlePlace]", sae: str | None) -> "OpenBundle":
 
 
 def _find(bundle: str | None, config: Path | None) -> "list[BundlePlace]":
+    from interp_assets.planning.config import demo_config, load_config
     from interp_assets.web.opened import find_bundles
 
     pipeline = demo_config() if config is None else load_config(config)
