@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.corpus.files import iter_file
 from interp_assets.errors import ArtifactCorruptError, ConfigError, InputError
@@ -31,7 +32,6 @@ from interp_assets.web.columns import decode_words
 from interp_assets.web.labels import import_labels
 from interp_assets.web.notes import Notebook
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.vocabulary import decode_vocabulary
 
 DEEP = b"[" * 200_000

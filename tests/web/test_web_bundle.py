@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from synthetic_bundle import build_synthetic_bundle, make_synthetic_records, make_synthetic_table, make_text
 from transformers import PreTrainedTokenizerFast
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError
@@ -23,7 +24,6 @@ from interp_assets.visualize.refs import records_ref, slice_bounds
 from interp_assets.web import bundle as bundle_module
 from interp_assets.web.bundle import build_bundle, decode_offsets
 from interp_assets.web.opened import OpenBundle, find_bundles, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle, make_synthetic_records, make_synthetic_table, make_text
 
 
 def _write_upstream(pipeline: Pipeline, store: Store, *, drop_row: bool = False, other_order: int = -1) -> list[bytes]:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ArtifactCorruptError, InputError
 from interp_assets.storage.manifest import create_artifact, remove_artifact
@@ -12,7 +13,6 @@ from interp_assets.storage.store import ObjectStore, open_store
 from interp_assets.visualize.packing import TokenOrder, pack_record
 from interp_assets.web.exports import FORMATS, export_bundle
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 KEYS = json.loads((Path(__file__).parents[1] / "golden" / "export_keys.json").read_text())
 """Keys by format, from the other tools' own files."""

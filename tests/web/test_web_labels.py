@@ -10,13 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import InputError
 from interp_assets.storage.store import ObjectStore
 from interp_assets.web.labels import LabelSet, find_labels, import_labels
 from interp_assets.web.notes import Notebook
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.table import Query
 
 ROWS = [

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ConfigError
 from interp_assets.storage.manifest import create_artifact, make_ref
@@ -19,7 +20,6 @@ from interp_assets.web.files import parse_range
 from interp_assets.web.guard import MAX_QUERY_BYTES, SECURITY_HEADERS
 from interp_assets.web.opened import BundlePlace, list_bundles
 from interp_assets.web.server import check_bind, make_app, return_large_memory
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 HOST = "http://127.0.0.1:8420"
 
