@@ -366,7 +366,8 @@ def _upload(folder: Path, path: str, temporary: Path) -> tuple[Any, str]:
         if entry.name != "features.parquet":
             with target.open_writer(f"{path}/{entry.name}") as sink:
                 for start in range(0, entry.n_bytes, 32 << 20):
-                    sink.write(source.get_range(f"{path}/{entry.name}", start, min(32 << 20, entry.n_bytes - start)))
+                    (data,) = source.get_ranges(f"{path}/{entry.name}", [start], [min(32 << 20, entry.n_bytes - start)])
+                    sink.write(data)
     target.put(f"{path}/manifest.json", source.get(f"{path}/manifest.json"))
     return server, "s3://bundles/big"
 

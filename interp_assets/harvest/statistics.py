@@ -164,12 +164,6 @@ def load_statistics(pipeline: Pipeline, store: Store, hook_point: str) -> Activa
     return as_statistics(load_tensors(store, ref.path, load_manifest(store, ref), STATISTICS))
 
 
-def load_shard_statistics(pipeline: Pipeline, store: Store, hook_point: str, index: int) -> ActivationStatistics:
-    """Read the statistics of a hook point over one shard."""
-    ref = activation_shard_ref(pipeline, hook_point, index)
-    return as_statistics(load_tensors(store, ref.path, load_manifest(store, ref), STATISTICS))
-
-
 def as_statistics(tensors: dict[str, Tensor]) -> ActivationStatistics:
     """Take statistics from the tensors of a statistics file."""
     return ActivationStatistics(

@@ -7,11 +7,9 @@ No row exists here; only their numbers are drawn and added up. What is checked, 
 3. a sampled job's order is a permutation, and its row ids are distinct and lead back to their shard;
 4. the ranges of the sampled jobs are about as large, and cost as many requests, as the plan says.
 
-`draw_whole_table` goes further where time allows: the full table of pass 1, whose columns must fill every bucket exactly. Cost for 1 PB
-(10^12 rows of 1 KB, 10,000 jobs, fan-out 100): seconds for the sizes, 5 s for each sampled job, some minutes for the whole table.
+Cost for 1 PB (10^12 rows of 1 KB, 10,000 jobs, fan-out 100): seconds for the sizes, 5 s for each sampled job.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +17,6 @@ from numpy.typing import NDArray
 
 from interp_assets.planning.machine import Prices
 from interp_assets.shuffle.estimate import PassPlan
-from interp_assets.shuffle.hypergeometric import count_table
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.sizes import ShuffleSizes, shares
@@ -68,14 +65,6 @@ def simulate(
     for job in range(min(sampled_orders, n_jobs)):
         check_order(Draws(seed).split_order(1, 0, job, sizes.shard_rows[job]), job)
     return Simulation(sizes, steps, sum(2 * step.n_rows * row_bytes for step in steps))
-
-
-def draw_whole_table(sizes: ShuffleSizes, *, seed: int = 0) -> NDArray[np.int64]:
-    """Draw pass 1's table `[jobs, fan_out]` and check both margins."""
-    table = count_table(partial(Draws(seed).stream, "counts", 1, 0), sizes.job_rows(1, 0), sizes.capacities(1, 0))
-    assert table.sum(axis=0).tolist() == sizes.capacities(1, 0), "the ranges of all jobs fill every bucket"
-    assert table.sum(axis=1).tolist() == sizes.job_rows(1, 0), "the ranges of a job are its rows"
-    return table
 
 
 def check_order(order: NDArray[np.int64], shard_index: int) -> None:

@@ -21,7 +21,7 @@ from chromium import Visit, lowest_contrast, skip_or_fail
 from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.storage.manifest import create_artifact, make_ref
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC, Desk, make_app
@@ -37,7 +37,7 @@ class Site(NamedTuple):
 
     address: str
     name: str
-    store: ObjectStore
+    store: Store
 
     def page(self, path: str = "") -> str:
         return f"{self.address}/#/{self.name}{path}"

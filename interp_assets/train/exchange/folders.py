@@ -145,13 +145,11 @@ def export_sae(pipeline: Pipeline, store: Store, name: str, format_name: str, ou
     return ExportedSae(sorted(files), sum(len(data) for data in files.values()))
 
 
-def read_exchange(folder: Store) -> Sae:
-    """Read the SAE in a folder that SAELens, sparsify or dictionary_learning wrote, or `export_sae`. Raises `InputError`, naming what is wrong."""
-    return read_foreign(folder).sae
-
-
 def read_foreign(folder: Store) -> Foreign:
-    """Read such an SAE and all that the folder tells of it. Raises `InputError`, naming folder, file and what is wrong."""
+    """Read the SAE in a folder that SAELens, sparsify, dictionary_learning or `export_sae` wrote, and all that the folder tells of it.
+
+    Raises `InputError`, naming folder, file and what is wrong.
+    """
     found = {item.path for item in folder.list("")}
     tool = next((tool for tool, files in _FOLDERS.items() if found.issuperset(files)), None)
     if tool is None:
