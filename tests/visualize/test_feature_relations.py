@@ -11,7 +11,7 @@ from interp_assets.garcon.subject import Unembedding
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import open_store
 from interp_assets.visualize.digits import round_significant
-from interp_assets.visualize.firings import FIRING_SCHEMA, sort_firings
+from interp_assets.visualize.firings import FIRING_SCHEMA, Firings, sort_firings
 from interp_assets.visualize.logits import measure_logits, used_token_ids
 from interp_assets.visualize.neighbours import find_coactivations, find_neighbours, make_sample
 from interp_assets.visualize.record_windows import DatasetShard, read_examples
