@@ -12,7 +12,6 @@ carry no hook point, so hook points stay aligned. The merged shards have ids of 
 scratch would. Source: the merging step of MergeShuffle (Bacher et al. 2015), cut into jobs.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Final, NamedTuple
@@ -32,7 +31,7 @@ from interp_assets.shuffle.rows import Progress, Segment, cut_segment
 from interp_assets.shuffle.sizes import shares
 from interp_assets.storage.direct import PIECE_BYTES, allocate
 from interp_assets.storage.dtypes import ITEM_BYTES
-from interp_assets.storage.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, read_part
+from interp_assets.storage.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, read_part, timed
 from interp_assets.storage.store import Store
 
 WORD_ROWS: Final = 4096
@@ -58,16 +57,15 @@ def appended_ref(pipeline: Pipeline, hook_point: str, sources: Appending, bucket
     return merged_shard_ref(pipeline, hook_point, bucket, sources.n_buckets, inputs)
 
 
+@timed
 def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Appending, bucket: int, progress: Progress | None = None) -> Produced:
     """Make merged shard `bucket`: an ordinary mixed shard. Holds some chunks and the shard's row ids, whatever its size."""
-    started = time.monotonic()
     formats = sorted({(shard.d_in, shard.dtype) for shard in [*sources.old, *sources.new]})
     if len(formats) != 1:
         raise PlanError(f"Rows of {len(formats)} kinds cannot be merged at {hook_point}: {formats} (width, dtype). Shuffle them apart.")
     ref = appended_ref(pipeline, hook_point, sources, bucket)
-    manifest = find_manifest(store, ref)
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    if (manifest := find_manifest(store, ref)) is not None:
+        return Produced(ref, manifest, is_cached=True)
     draws, (n_old, n_new) = Draws(pipeline.config.seed), sources.n_rows
     table = merge_counts(draws, n_old, n_new, sources.n_buckets)
     at_old, at_new = (int(count) for count in table[:bucket].sum(axis=0))
@@ -77,8 +75,7 @@ def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Ap
         first = sources.old[0]
         save_mixed(art, merged.rows(), iter(merged.row_ids), mixed_specs(int(table[bucket].sum()), first.d_in, first.dtype))
         art.facts["multiset_hash"] = merged.rows_hash.encode()
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
+    return art.produced
 
 
 def merge_counts(draws: Draws, n_old: int, n_new: int, n_buckets: int) -> NDArray[np.int64]:

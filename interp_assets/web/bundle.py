@@ -17,7 +17,6 @@ records, at bounded memory. Nothing in the bundle tells when it was made: same r
 
 import io
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -38,6 +37,7 @@ from interp_assets.storage.manifest import (
     load_manifest,
     read_file,
     read_ranges,
+    timed,
 )
 from interp_assets.storage.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
@@ -71,18 +71,19 @@ class BundleContent(NamedTuple):
     """Where the latents stand on the map; without one there is none."""
 
 
+@timed
 def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any, *, progress: Callable[[int], None] | None = None) -> Produced:
     """Build the bundle of one SAE from its records; `progress` is advanced by latents.
 
     `tokenizer` is the Hugging Face tokenizer of the corpus. Raises `ArtifactMissingError` when a slice has no records yet, and
     `ArtifactCorruptError` when table, index and records disagree.
     """
-    start, ref = time.perf_counter(), bundle_ref(pipeline, sae_name)
+    ref = bundle_ref(pipeline, sae_name)
     refs = [records_ref(pipeline, sae_name, latent_slice) for latent_slice in range(pipeline.config.features.latent_slices)]
     inputs = [load_manifest(store, source) for source in [*refs, evaluation_ref(pipeline, sae_name)]]
     existing = find_made_from(store, ref, inputs)
     if existing:
-        return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
+        return Produced(ref, existing, is_cached=True)
     sources = [_Source(store, ref.path, inputs[i], *slice_bounds(pipeline, sae_name, i)) for i, ref in enumerate(refs)]
     content = BundleContent(
         _describe(pipeline, store, sae_name, [source.manifest for source in sources]),
@@ -93,8 +94,7 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
     )
     with create_artifact(store, ref, made_from=inputs) as art:
         write_bundle(art, content, progress=progress)
-    assert art.manifest
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - start)
+    return art.produced
 
 
 def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Callable[[int], None] | None = None) -> None:
