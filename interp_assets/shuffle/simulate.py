@@ -35,8 +35,6 @@ class PassSimulation(NamedTuple):
     """Smallest and largest range of the sampled jobs; (0, 0) when none was sampled or the pass is the last."""
     get_requests: int
     """Requests for reading the sampled jobs' ranges in the next pass, manifests included."""
-    planned_get_requests: int
-    """What the plan reckons for as many jobs."""
 
 
 class Simulation(NamedTuple):
@@ -94,9 +92,8 @@ def _simulate_pass(
     found = [] if is_last else _sample_ranges(sizes, pass_index, draws, sampled_jobs)
     lengths = np.concatenate(found) * row_bytes if found else np.zeros(0, np.int64)
     gets = int((np.maximum(1, -(-lengths // prices.get_bytes)) + 1).sum())
-    planned = 0 if is_last else plan.steps[pass_index].get_requests * len(found) // n_jobs
     spread = (int(lengths.min()), int(lengths.max())) if found else (0, 0)
-    return PassSimulation(pass_index, n_inputs, n_jobs, largest, n_rows, spread, gets, planned)
+    return PassSimulation(pass_index, n_inputs, n_jobs, largest, n_rows, spread, gets)
 
 
 def _sample_ranges(sizes: ShuffleSizes, pass_index: int, draws: Draws, sampled_jobs: int) -> list[NDArray[np.int64]]:

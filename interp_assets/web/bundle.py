@@ -15,7 +15,6 @@ records, at bounded memory. Nothing in the bundle tells when it was made: same r
 `docs/formats/feature_bundle.md`.
 """
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
@@ -43,6 +42,7 @@ from interp_assets.storage.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.packing import ORDER, RECORD_VERSION
 from interp_assets.visualize.refs import records_ref, slice_bounds
+from interp_assets.visualize.tables import SinkFile
 from interp_assets.web.columns import WORDS, ListWriter, collect_words, encode_words
 from interp_assets.web.map import Layout, embed_directions, write_map
 from interp_assets.web.refs import bundle_ref
@@ -240,28 +240,9 @@ class _TableWriter:
         writer = None
         for table in tables:
             if writer is None:
-                writer = pq.ParquetWriter(_SinkFile(self._sink), table.schema, compression="zstd")
+                writer = pq.ParquetWriter(SinkFile(self._sink), table.schema, compression="zstd")
             writer.write_table(table, row_group_size=1 << 16)
             self.n_rows += table.num_rows
             yield table
         if writer:
             writer.close()
-
-
-class _SinkFile(io.RawIOBase):
-    """Let the Parquet writer stream into an artifact."""
-
-    def __init__(self, sink: ByteSink) -> None:
-        self._sink, self._n_bytes = sink, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._sink.write(view)
-        self._n_bytes += len(view)
-        return len(view)
-
-    def tell(self) -> int:
-        return self._n_bytes
