@@ -15,7 +15,7 @@ The layout is described in docs/formats/feature_record.md; frontend/src/lib/pack
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Final
 
@@ -126,14 +126,10 @@ def _pack_windows(windows: list[dict[str, Any]], tokens: TokenOrder) -> dict[str
         "exponent": exponent,
         "peak": digits.encode_decimals([window["activation"] for window in windows], exponent, digits.PEAK_DIGITS),
         "firings": digits.encode_numbers(len(pairs) for pairs in beside),
-        "gap": digits.encode_numbers(gap for pairs in beside for gap in _gaps([place for place, _ in pairs])),
+        "gap": digits.encode_numbers(b - a for pairs in beside for a, b in pairwise((0, *(place for place, _ in pairs)))),
         "activation": digits.encode_decimals(values, exponent, digits.DIGITS),
         "tokens": "".join(tokens.codes[token] for window in windows for token in window["tokens"]),
     }
-
-
-def _gaps(places: list[int]) -> Iterator[int]:
-    return (b - a for a, b in pairwise((0, *places)))
 
 
 def _pack_histogram(histogram: dict[str, list[Any]]) -> dict[str, Any]:
