@@ -9,7 +9,7 @@ Sketch before code: a page of an unfiltered list is 0.4 kB of an order and 100 r
 ten million, 20 ms at memory speed, and gathers a mask through the order, 50 ms. A search reads 4 bytes a posting. So everything below 2 s that is
 asked for is bound by the browser and by HTTP, unless something holds the table or walks all rows in Python.
 
-Features are invented (`interp_assets/web/scale.py`): list, orders and index are as long as they say, records repeat. One JSON line a measurement:
+Features are invented (`tests/support/scale_bundle.py`): list, orders and index are as long as they say, records repeat. One JSON line a measurement:
 
     name, value, unit      the median over `--repeat` visits, each with an empty browser cache and its own browser context
     worst, goal            the slowest of them; what issue 6 asks for, null where it asks for nothing
@@ -43,12 +43,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from interp_assets.storage.store import open_store
 from interp_assets.web.files import parse_range
 from interp_assets.web.opened import OpenBundle, find_bundles
-from interp_assets.web.scale import build_scale_bundle
 from interp_assets.web.server import STATIC, summarize
 from interp_assets.web.table import Query
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 ROW = ".row .latent a"
+SUPPORT = str(Path(__file__).resolve().parents[1] / "tests" / "support")
 SEARCHES = ("ber", "raised:quire", "in or")
 
 
@@ -316,6 +316,9 @@ def main() -> int:
     parser.add_argument("--static", action="store_true", help="serve the same files from a plain file server with ranges, without `interp serve`")
     options = parser.parse_args()
     options.repeat = 1 if options.quick else options.repeat
+    sys.path.insert(0, SUPPORT)
+    from scale_bundle import build_scale_bundle  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - tests/support is no package
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.root or Path(temporary)) / f"features-{options.features}"
         start = time.perf_counter()
@@ -353,7 +356,6 @@ def main() -> int:
 
 def _upload(folder: Path, path: str, temporary: Path) -> tuple[Any, str]:
     """Start SeaweedFS and copy the bundle into a bucket."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
     from s3_server import start_s3_server  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - tests/support is no package
 
     server = start_s3_server(temporary / "s3", ("bundles",))
@@ -364,7 +366,8 @@ def _upload(folder: Path, path: str, temporary: Path) -> tuple[Any, str]:
         if entry.name != "features.parquet":
             with target.open_writer(f"{path}/{entry.name}") as sink:
                 for start in range(0, entry.n_bytes, 32 << 20):
-                    sink.write(source.get_range(f"{path}/{entry.name}", start, min(32 << 20, entry.n_bytes - start)))
+                    (data,) = source.get_ranges(f"{path}/{entry.name}", [start], [min(32 << 20, entry.n_bytes - start)])
+                    sink.write(data)
     target.put(f"{path}/manifest.json", source.get(f"{path}/manifest.json"))
     return server, "s3://bundles/big"
 

@@ -23,7 +23,7 @@ from interp_assets.shuffle.plan import load_shuffle_plan, make_shuffle_plan
 from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.sizes import shares
 from interp_assets.storage.manifest import create_artifact, load_manifest
-from interp_assets.storage.store import ObjectStore, Store, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import TensorSpec, read_row_bytes, read_spans, save_stream
 
 HOOK = "resid_post.0"
@@ -72,7 +72,7 @@ class Timed(NamedTuple):
     """Findings of the certificate's battery that refuse the order, or None when there is no order to judge."""
 
 
-def make_pipeline(setting: Setting) -> tuple[Pipeline, ObjectStore]:
+def make_pipeline(setting: Setting) -> tuple[Pipeline, Store]:
     """Return the pipeline of the benchmark's rows, and its store."""
     config = make_config(
         {
@@ -165,7 +165,7 @@ def drop_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def _save_tokens(pipeline: Pipeline, store: ObjectStore, index: int, n: int) -> None:
+def _save_tokens(pipeline: Pipeline, store: Store, index: int, n: int) -> None:
     """Write the token shard of `n` valid rows."""
     first = np.arange(0, n, DOCUMENT_ROWS)
     zeros = np.zeros(n, np.uint32)

@@ -12,7 +12,7 @@ import torch
 
 from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 
 torch.set_num_threads(1)  # small matrices, and a test process on every core: more threads only wait for each other
 
@@ -45,13 +45,13 @@ def _place() -> Iterator[None]:
 
 
 @pytest.fixture
-def memory_store() -> ObjectStore:
+def memory_store() -> Store:
     """Return an empty store in memory."""
     return open_store("memory://test")
 
 
 @pytest.fixture
-def local_store(tmp_path: Path) -> ObjectStore:
+def local_store(tmp_path: Path) -> Store:
     """Return an empty store in a temporary folder."""
     return open_store(str(tmp_path / "store"))
 

@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.corpus.files import iter_file
 from interp_assets.errors import ArtifactCorruptError, ConfigError, InputError
 from interp_assets.planning.config import load_config
 from interp_assets.storage.foreign import MAX_YAML_NODES, parse_json, parse_yaml, read_line, unpack_gzip
 from interp_assets.storage.manifest import decode_manifest
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import parse_header
 from interp_assets.train.exchange.folders import read_foreign
 from interp_assets.visualize.packing import MAX_RECORD_BYTES, unpack_record
@@ -31,7 +32,6 @@ from interp_assets.web.columns import decode_words
 from interp_assets.web.labels import import_labels
 from interp_assets.web.notes import Notebook
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.vocabulary import decode_vocabulary
 
 DEEP = b"[" * 200_000
@@ -176,7 +176,7 @@ def test_weights_that_unpack_without_end_are_refused(tmp_path: Path) -> None:
             read_foreign(open_store(str(tmp_path / name)))
 
 
-def test_labels_that_unpack_without_end_are_refused(memory_store: ObjectStore, tmp_path: Path) -> None:
+def test_labels_that_unpack_without_end_are_refused(memory_store: Store, tmp_path: Path) -> None:
     """One endless line, and a long text that a Parquet file stores once for a million rows."""
     build_synthetic_bundle(memory_store, n_features=20, n_documents=8)
     bundle = OpenBundle(list_bundles(memory_store)[0])

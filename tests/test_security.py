@@ -13,14 +13,14 @@ from interp_assets.graph.definitions import build_defs
 from interp_assets.planning.config import ModelConfig, PipelineConfig, load_config, make_config
 from interp_assets.planning.pipeline import load_pipeline
 from interp_assets.storage.manifest import ArtifactRef, create_artifact, encode_manifest, load_manifest, make_ref, read_file
-from interp_assets.storage.store import ObjectStore, check_address, open_store
+from interp_assets.storage.store import Store, check_address, open_store
 from resources.world import World
 
 REF = make_ref("example", "1-stage", identity={}, inputs={}, label="shard-000000")
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/../../b", "a\\b", "a\0b"])
-def test_a_manifest_cannot_name_a_file_outside_its_artifact(name: str, local_store: ObjectStore, tmp_path: Path) -> None:
+def test_a_manifest_cannot_name_a_file_outside_its_artifact(name: str, local_store: Store, tmp_path: Path) -> None:
     """A reader joins these names to the artifact's folder; a sealed manifest of a malicious bucket is still refused."""
     (tmp_path / "outside").write_text("secret")
     with create_artifact(local_store, REF) as art:
@@ -34,7 +34,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_artifact(name: str, local_sto
 
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b"])
-def test_no_path_leaves_a_store(path: str, local_store: ObjectStore) -> None:
+def test_no_path_leaves_a_store(path: str, local_store: Store) -> None:
     """Whatever a caller was given, the store checks it."""
     for act in (lambda: local_store.get(path), lambda: local_store.put(path, b""), lambda: local_store.child(path)):
         with pytest.raises(StoreError, match="is not a path inside a store"):
@@ -62,7 +62,7 @@ def test_a_name_cannot_become_another_folder(content: dict[str, object], tmp_pat
 @pytest.mark.parametrize(
     "plan", [b"", b"[]", b"null", b'{"format": "interp-assets/plan", "version": 1, "shards": [{"__class__": "os.system"}]}', b"\x80\x04N."]
 )
-def test_a_strange_plan_is_refused(plan: bytes, local_store: ObjectStore, small_config: PipelineConfig) -> None:
+def test_a_strange_plan_is_refused(plan: bytes, local_store: Store, small_config: PipelineConfig) -> None:
     """The plan is the one file that every job trusts: other content is named as damaged, and nothing is unpickled."""
     local_store.put("plan.json", plan)
     with pytest.raises(ArtifactError, match=r"The plan .* is (damaged|\()"):

@@ -132,11 +132,6 @@ def make_frame(rows: Float[Tensor, "n d_in"]) -> Frame:
     return Frame(torch.where(torch.isfinite(mean), mean, 0.0).float().numpy(), scale.float().numpy())
 
 
-def plain_frame(d_in: int) -> Frame:
-    """Return the frame that leaves rows as they are."""
-    return Frame(np.zeros(d_in, np.float32), np.ones(d_in, np.float32))
-
-
 def are_bounded(*sets: Rows | Columns) -> bool:
     """Tell whether all bounds are finite. Those of values near the ends of float32's range may not be, and comparisons with NaN are false."""
     return all(bool(np.isfinite(column).all()) for quantized in sets for column in quantized if isinstance(column, np.ndarray) and column.ndim == 1)

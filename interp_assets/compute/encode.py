@@ -23,29 +23,17 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from interp_assets.compute.coarse import (
-    SLACK,
-    Columns,
-    Frame,
-    Kind,
-    Rows,
-    are_bounded,
-    fastest_kind,
-    make_frame,
-    multiply,
-    quantize_columns,
-    quantize_rows,
-)
+from interp_assets.compute import coarse
 from interp_assets.compute.encode_loops import make_room, take_largest, take_reaching
 from interp_assets.compute.kernels import Few, Found, Scratch, count_true, make_pairs
 from interp_assets.compute.loops import is_native
 from interp_assets.compute.products import make_product_pool
 
-_PRODUCT_VALUES: Final[dict[Kind, int]] = {"int8": 1 << 20, "float32": 1 << 23}
+_PRODUCT_VALUES: Final[dict[coarse.Kind, int]] = {"int8": 1 << 20, "float32": 1 << 23}
 """Of a thread's product: 4 MiB of digits, which are looked at before they leave the cache; a slow product had better be a large one.
 
 With more than 8,192 latents that would be fewer rows than make a fast product: it grows, to 32 MiB."""
-_ROWS: Final[dict[Kind, range]] = {"int8": range(128, 513), "float32": range(128, 1025)}
+_ROWS: Final[dict[coarse.Kind, range]] = {"int8": range(128, 513), "float32": range(128, 1025)}
 """Of one product. Digits: 520 GFLOP/s with 64 rows, 680 with 128, 800 with 256, 910 with 512."""
 _MOST_VALUES: Final = 1 << 23
 _FEWEST_ROWS: Final = 8
@@ -63,15 +51,15 @@ _SAFELY: Final = 0.9
 class Encoder(NamedTuple):
     """Quantized rows and encoder columns."""
 
-    rows: Rows
-    columns: Columns
+    rows: coarse.Rows
+    columns: coarse.Columns
     terms: Float32[np.ndarray, "6 latents"]
     """Of each column: digits a unit; its bias, norm and error in digits, rounded so that bounds hold; one digit, and the bias."""
     scratch: Scratch
     is_finite: bool
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> coarse.Kind:
         """What the digits are."""
         return "int8" if self.rows.digits.dtype == torch.int8 else "float32"
 
@@ -109,7 +97,7 @@ class Encoder(NamedTuple):
 
     def about(self) -> Float32[Tensor, "rows latents"]:
         """Return all pre-activations, wrong by as much as digits are."""
-        product = multiply(self.rows, self.columns, torch.empty(self.n_rows * self.n_latents))
+        product = coarse.multiply(self.rows, self.columns, torch.empty(self.n_rows * self.n_latents))
         inverse, unit, bias = (torch.from_numpy(values) for values in (self.rows.inverse, self.terms[4], self.terms[5]))
         return torch.from_numpy(product) * (unit / inverse[:, None]) + bias
 
@@ -131,7 +119,7 @@ class Encoder(NamedTuple):
             part = encoder.rows.part(slice(start, min(start + n, rows.stop)))
             block, columns = (part.values.reshape(-1), part.inverse, part.error, part.reach), encoder.columns
             arrays = columns.values.reshape(-1), columns.bias, encoder.terms
-            n_found, n_computed, room = loop(multiply(part, columns, product), block, arrays, argument, start * self.n_latents, room)
+            n_found, n_computed, room = loop(coarse.multiply(part, columns, product), block, arrays, argument, start * self.n_latents, room)
             n_wasted += n_computed - n_found
             found.append((room[1][:n_found].copy(), room[0][:n_found].copy()))
         return found
@@ -189,22 +177,22 @@ def make_encoder(
     W_enc_T: Float32[Tensor, "latents d_in"],
     b_enc: Float32[Tensor, " latents"],
     scratch: Scratch,
-    kind: Kind | None = None,
+    kind: coarse.Kind | None = None,
 ) -> Encoder:
     """Quantize a step's rows and encoder, into buffers that the next step will use again; both must stay as they are.
 
     Digits whose scales overflow are of no use; the values themselves are finite, unless a row or a weight is not.
     """
     (n, d), room = W_enc_T.shape, torch.empty(0, dtype=torch.int8)
-    digit_kind = kind or fastest_kind(d)
+    digit_kind = kind or coarse.fastest_kind(d)
     row_digits, digits = (scratch.take(name, shape, room) for name, shape in (("row digits", (len(x), d)), ("digits", (n, d))))
-    frame = Frame(np.zeros(d, np.float32), make_frame(sample_rows(x)).scale)
+    frame = coarse.Frame(np.zeros(d, np.float32), coarse.make_frame(sample_rows(x)).scale)
     with np.errstate(all="ignore"):
-        rows = quantize_rows(x.numpy(), frame, digit_kind, row_digits)
-        columns = quantize_columns(W_enc_T.numpy(), b_enc.numpy(), frame, digit_kind, digits)
-        offset = (columns.offset + abs(columns.offset) * np.float32(SLACK)) * columns.inverse
+        rows = coarse.quantize_rows(x.numpy(), frame, digit_kind, row_digits)
+        columns = coarse.quantize_columns(W_enc_T.numpy(), b_enc.numpy(), frame, digit_kind, digits)
+        offset = (columns.offset + abs(columns.offset) * np.float32(coarse.SLACK)) * columns.inverse
         terms = np.stack([columns.inverse, offset, columns.norm, columns.error, 1 / columns.inverse, columns.bias])
-    is_finite = bool(np.isfinite(terms).all()) and are_bounded(rows)
+    is_finite = bool(np.isfinite(terms).all()) and coarse.are_bounded(rows)
     if not is_finite and kind is None and digit_kind == "int8":
         return make_encoder(x, W_enc_T, b_enc, scratch, "float32")
     return Encoder(rows, columns, terms, scratch, is_finite)

@@ -28,22 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from interp_assets.compute.bags import dot_bags, dot_bags_twice, is_packable, pack, see_strips, sum_bags, sum_bags_twice
-from interp_assets.compute.loops import (
-    add_widened,
-    as_arrays,
-    count_above,
-    is_native,
-    is_readable,
-    order_latents,
-    over_bags,
-    over_parts,
-    over_rows,
-    split_places,
-    sum_latents,
-    take_above,
-    write_widened,
-)
+from interp_assets.compute import loops
+from interp_assets.compute.bags import dot_bags, is_packable, pack, see_strips, sum_bags
 
 _PAIRS_A_ROW: Final = 16
 """From how many pairs for each row of a table on it is worth copying: 2 ns for each row's value that is copied, 20 ns a pair and loop saved."""
@@ -100,10 +86,10 @@ def make_pairs(place_N: Int64[Tensor, " N"], n_rows: int, d_sae: int) -> Pairs:
     places, n_parts = place_N.numpy(), torch.get_num_threads()
     row_N, latent_N, order, ordered = (np.empty(len(places), np.int64) for _ in range(4))
     counts = np.zeros((n_parts, d_sae), np.int64)
-    over_parts(split_places, len(places), [(places, d_sae, row_N, latent_N, counts[i]) for i in range(n_parts)])
+    loops.over_parts(loops.split_places, len(places), [(places, d_sae, row_N, latent_N, counts[i]) for i in range(n_parts)])
     total = counts.sum(0)
     starts = total.cumsum() - total + counts.cumsum(0) - counts
-    over_parts(order_latents, len(places), [(row_N, latent_N, starts[i], order, ordered) for i in range(n_parts)])
+    loops.over_parts(loops.order_latents, len(places), [(row_N, latent_N, starts[i], order, ordered) for i in range(n_parts)])
     row_starts = np.searchsorted(row_N, np.arange(n_rows))
     bags, latents, bag_starts, by_latent = (torch.from_numpy(values) for values in (row_N, latent_N, row_starts, order))
     return Pairs(bags, latents, bag_starts, by_latent, torch.from_numpy(ordered), torch.from_numpy(total))
@@ -121,48 +107,43 @@ def decode_pairs(
     value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch, name: str = "decoded"
 ) -> Float[Tensor, "R D"]:
     """Sum the decoder rows of each bag's pairs, weighted by their values; where that is possible into the buffer `name`."""
-    if is_native(value_N, W_dec_SD) and is_packable(W_dec_SD):
-        x_hat = scratch.take(name, (len(pairs.bag_starts), W_dec_SD.shape[1]), W_dec_SD).zero_()
-        index, values, out = as_arrays(pairs.latents, value_N, x_hat)
-        over_bags(sum_bags, _ends(pairs.bag_starts, pairs), index, values, _strips(W_dec_SD, len(pairs.latents), scratch), out)
-        return x_hat
-    return _sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N)
+    return _decode((value_N,), W_dec_SD, pairs, scratch, (name,))[0]
 
 
 def decode_pairs_twice(
     values: tuple[Float[Tensor, " N"], Float[Tensor, " N"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch
-) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]:
+) -> list[Float[Tensor, "R D"]]:
     """Decode two values of each pair."""
-    if is_native(*values, W_dec_SD) and is_packable(W_dec_SD):
-        shape = len(pairs.bag_starts), W_dec_SD.shape[1]
-        x_hats = [scratch.take(name, shape, W_dec_SD).zero_() for name in ("decoded", "decoded twice")]
-        strips = _strips(W_dec_SD, len(pairs.latents), scratch)
-        over_bags(sum_bags_twice, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), tuple(as_arrays(*values)), strips, tuple(as_arrays(*x_hats)))
-        return x_hats[0], x_hats[1]
-    return decode_pairs(values[0], W_dec_SD, pairs, scratch), decode_pairs(values[1], W_dec_SD, pairs, scratch)
+    return _decode(values, W_dec_SD, pairs, scratch, ("decoded", "decoded twice"))
+
+
+def _decode(values: tuple[Tensor, ...], W_dec_SD: Tensor, pairs: Pairs, scratch: Scratch, names: tuple[str, ...]) -> list[Tensor]:
+    if not loops.is_native(*values, W_dec_SD) or not is_packable(W_dec_SD):
+        return [_sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N) for value_N in values]
+    x_hats = [scratch.take(name, (len(pairs.bag_starts), W_dec_SD.shape[1]), W_dec_SD).zero_() for name in names]
+    factors, outs = tuple(loops.as_arrays(*values)), tuple(loops.as_arrays(*x_hats))
+    strips = _strips(W_dec_SD, len(pairs.latents), scratch)
+    loops.over_bags(sum_bags, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), factors, strips, outs)
+    return x_hats
 
 
 def sampled_product(grad_RD: Float[Tensor, "R D"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch) -> Float[Tensor, " N"]:
     """Multiply each pair's gradient row and decoder row: what `embedding_bag` calls the gradient of its weights."""
-    if is_native(grad_RD, W_dec_SD) and is_packable(W_dec_SD):
-        out = grad_RD.new_zeros(len(pairs.latents))
-        index, grad, found = as_arrays(pairs.latents, grad_RD, out)
-        over_bags(dot_bags, _ends(pairs.bag_starts, pairs), index, _strips(W_dec_SD, len(pairs.latents), scratch), grad, found)
-        return out
-    product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
-    return product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0)
+    return sampled_products((grad_RD,), W_dec_SD, pairs, scratch)[0]
 
 
-def sampled_product_twice(
-    grads: tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Multiply each pair's decoder row with both of its gradient rows."""
-    if is_native(*grads, W_dec_SD) and is_packable(W_dec_SD):
-        outs = [W_dec_SD.new_zeros(len(pairs.latents)) for _ in grads]
-        strips = _strips(W_dec_SD, len(pairs.latents), scratch)
-        over_bags(dot_bags_twice, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), strips, tuple(as_arrays(*grads)), tuple(as_arrays(*outs)))
-        return outs[0], outs[1]
-    return sampled_product(grads[0], W_dec_SD, pairs, scratch), sampled_product(grads[1], W_dec_SD, pairs, scratch)
+def sampled_products(
+    grads: tuple[Float[Tensor, "R D"], ...], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch
+) -> list[Float[Tensor, " N"]]:
+    """Multiply each pair's decoder row with each of its gradient rows, one or two."""
+    if not loops.is_native(*grads, W_dec_SD) or not is_packable(W_dec_SD):
+        product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
+        return [product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0) for grad_RD in grads]
+    products = [W_dec_SD.new_zeros(len(pairs.latents)) for _ in grads]
+    rows, outs = tuple(loops.as_arrays(*grads)), tuple(loops.as_arrays(*products))
+    strips = _strips(W_dec_SD, len(pairs.latents), scratch)
+    loops.over_bags(dot_bags, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), strips, rows, outs)
+    return products
 
 
 def add_by_latent(
@@ -175,18 +156,18 @@ def add_by_latent(
     rows, weights = pairs.bags_by_latent, weight_N[pairs.by_latent]
     if len(table) < len(pairs.bag_starts):
         rows = rows // pairs.n_groups
-    if is_native(gradient_SD, table, weight_N) and is_packable(gradient_SD):
-        index, factors, out = as_arrays(rows, weights, gradient_SD)
-        over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, factors, _strips(table, len(rows), scratch), out)
+    if loops.is_native(gradient_SD, table, weight_N) and is_packable(gradient_SD):
+        index, factors, out = loops.as_arrays(rows, weights, gradient_SD)
+        loops.over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, (factors,), _strips(table, len(rows), scratch), (out,))
     else:
         gradient_SD.add_(_sum_bags(table, rows, pairs.latent_starts, weights))
 
 
 def sum_values(value_N: Float[Tensor, " N"], pairs: Pairs) -> Float[Tensor, " S"]:
     """Sum values by latent."""
-    if is_native(value_N):
+    if loops.is_native(value_N):
         sums = torch.empty(len(pairs.counts))
-        over_bags(sum_latents, _ends(pairs.latent_starts, pairs), *as_arrays(value_N, pairs.by_latent, sums))
+        loops.over_bags(loops.sum_latents, _ends(pairs.latent_starts, pairs), *loops.as_arrays(value_N, pairs.by_latent, sums))
         return sums
     return torch.segment_reduce(value_N[pairs.by_latent], "sum", lengths=pairs.counts)
 
@@ -217,7 +198,7 @@ class Found(NamedTuple):
 
 def find_above(values: Float[Tensor, "rows S"], bound: Float[Tensor, "rows 1"] | float, limit: int | None = None) -> Found | None:
     """Return what is at least `bound`, one for all or one a row; None when that is `limit` or more."""
-    if not is_native(values):
+    if not loops.is_native(values):
         mask = values >= bound
         if limit is not None and count_true(mask) >= limit:
             return None
@@ -225,13 +206,13 @@ def find_above(values: Float[Tensor, "rows S"], bound: Float[Tensor, "rows 1"] |
         return Found(places, values.reshape(-1)[places])
     bounds = bound.reshape(-1).numpy() if isinstance(bound, Tensor) else np.full(len(values), bound, np.float32)
     counts = np.zeros(len(values), np.int64)
-    over_rows(count_above, len(values), (0, 0), values.numpy(), bounds, counts)
+    loops.over_rows(loops.count_above, len(values), (0, 0), values.numpy(), bounds, counts)
     ends = counts.cumsum()
     n = int(ends[-1]) if len(ends) else 0
     if limit is not None and n >= limit:
         return None
     columns = np.empty(n, np.int64), np.empty(n, np.float32)
-    over_rows(take_above, len(values), (0, 0), values.numpy(), bounds, ends - counts, columns)
+    loops.over_rows(loops.take_above, len(values), (0, 0), values.numpy(), bounds, ends - counts, columns)
     return Found(torch.from_numpy(columns[0]), torch.from_numpy(columns[1]))
 
 
@@ -276,12 +257,12 @@ def product(
 
 def _widen(found: Tensor, out: Tensor, bias: Tensor | None, *, is_added: bool) -> Tensor:
     """Write (or add) a product of any type, plus a row vector."""
-    if is_native(out) and is_readable(found):
+    if loops.is_native(out) and loops.is_readable(found):
         if is_added:
-            over_rows(add_widened, len(out), (0, 0), *as_arrays(found, out))
+            loops.over_rows(loops.add_widened, len(out), (0, 0), *loops.as_arrays(found, out))
         else:
             row = out.new_zeros(out.shape[1]) if bias is None else bias
-            over_rows(write_widened, len(out), (0, 0), *as_arrays(found, row, out))
+            loops.over_rows(loops.write_widened, len(out), (0, 0), *loops.as_arrays(found, row, out))
         return out
     if is_added:
         return out.add_(found)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import xxhash
 from datasets import DatasetBuilder, IterableDataset, load_dataset, load_dataset_builder
 from datasets.utils import disable_progress_bars, enable_progress_bars, is_progress_bar_enabled
 from huggingface_hub import HfApi
@@ -24,10 +23,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from interp_assets.corpus.files import text_of
 from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column
 from interp_assets.errors import InputError
+from interp_assets.garcon.locate import digest_file
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import ShardSource
 
-_BLOCK_BYTES: Final = 16 << 20
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 """Base error of the hub client's HTTP library, which has changed from one release to the next."""
 _LOAD_ERRORS: Final = (OSError, _HTTP_ERROR, ValueError, KeyError, RuntimeError, ImportError)
@@ -139,11 +138,7 @@ def _resolve_revision(config: CorpusConfig) -> str:
             ) from error
     total = hashlib.blake2b(digest_size=16)
     for path in sorted(found for found in folder.rglob("*") if found.is_file()):
-        content = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                content.update(block)
-        total.update(f"{path.relative_to(folder).as_posix()}\0{content.hexdigest()}\n".encode())
+        total.update(f"{path.relative_to(folder).as_posix()}\0{digest_file(path).hex()}\n".encode())
     return total.hexdigest()
 
 

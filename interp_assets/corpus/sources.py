@@ -61,12 +61,6 @@ class ContentHash:
         return self._hash.hexdigest()
 
 
-def plan_sources(config: CorpusConfig, seed: int, closed: Sequence[int] = ()) -> list[ShardSource]:
-    """Divide the corpus into shards, reading all of it. Arguments and errors as for `survey_sources`."""
-    with SeenFiles(None) as seen:
-        return survey_sources(config, seed, closed, seen).shards
-
-
 def survey_sources(config: CorpusConfig, seed: int, closed: Sequence[int], seen: SeenFiles) -> Survey:
     """Divide the corpus into shards. Reads of local text what `seen` does not know, and of a dataset on the hub only its description.
 

@@ -9,7 +9,6 @@ The place of a token in `tokens.parquet` is its `row_in_shard`, the identity tha
 """
 
 import io
-import time
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -26,7 +25,7 @@ from interp_assets.errors import InputError
 from interp_assets.garcon.tokenizer import affixes, leading_token, separator_token, special_token_ids, tokenize_texts
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file
+from interp_assets.storage.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 
 TOKENS: Final = "tokens.parquet"
@@ -61,6 +60,7 @@ class DocumentTable(NamedTuple):
     n_rows: NDArray[np.uint64]
 
 
+@timed
 def make_token_shard(
     pipeline: Pipeline, store: Store, tokenizer: PreTrainedTokenizerBase, index: int, progress: Callable[[int], None] | None = None
 ) -> Produced:
@@ -69,10 +69,9 @@ def make_token_shard(
     Raises `InputError` for text that has changed since it was planned, that tokenizes to nothing, or whose token ids the subject model
     does not have.
     """
-    start = time.monotonic()
     ref = token_shard_ref(pipeline, index)
     if (manifest := find_manifest(store, ref)) is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - start)
+        return Produced(ref, manifest, is_cached=True)
     names, texts = _read_documents(pipeline, index)
     documents: list[NDArray[np.uint32]] = []
     for first in range(0, len(texts), _DOCUMENTS_PER_STEP):
@@ -92,8 +91,7 @@ def make_token_shard(
             "n_documents": len(names),
             "n_bytes": sum(len(text.encode()) for text in texts),
         }
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - start)
+    return art.produced
 
 
 def lay_out(corpus: CorpusConfig, tokenizer: PreTrainedTokenizerBase, documents: Sequence[NDArray[np.uint32]]) -> Layout:

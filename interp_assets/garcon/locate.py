@@ -94,13 +94,14 @@ def hash_files(folder: Path, patterns: Sequence[str], seen: SeenFiles | None = N
     """Hash names and contents of the files of `folder` that match `patterns`, in order of name. `seen` spares reading unchanged ones."""
     total = hashlib.blake2b(digest_size=16)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        read = partial(_digest, path)
+        read = partial(digest_file, path)
         digest = seen.answer(path, "xxh3-128", read) if seen else read()
         total.update(f"{path.name}\0{path.stat().st_size}\0{digest.hex()}\n".encode())
     return total.hexdigest()
 
 
-def _digest(path: Path) -> bytes:
+def digest_file(path: Path) -> bytes:
+    """Return the XXH3-128 of a file."""
     content = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):

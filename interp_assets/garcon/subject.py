@@ -5,7 +5,7 @@ the network cannot change it; a hook that did not fire is an error; a forward th
 
     subject = load_subject_model(config.model, config.execution)
     rows = subject.capture(token_ids, attention_mask, ["resid_post.2"])["resid_post.2"]     # [batch, context, d_in]
-    loss = subject.loss_with_patch(token_ids, attention_mask, "resid_post.2", torch.zeros_like)
+    logits = subject.logits_with_patch(token_ids, attention_mask, "resid_post.2", torch.zeros_like)
 
 Contexts are padded on the right. In a decoder nothing looks at what follows, so no mask is passed and a row's bits do not depend on how
 much padding follows it; an encoder gets the mask. Batching, dtypes of stored rows and checks of finiteness belong to `harvest`.
@@ -107,7 +107,7 @@ class SubjectModel:
     def logits_with_patch(
         self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None, hook_point: str, replace: Patch
     ) -> Float[Tensor, "batch context vocabulary"]:
-        """Return the logits when the activations at `hook_point` are replaced by `replace(activations)`."""
+        """Return the logits when the activations at `hook_point` are replaced by `replace(activations)`; `torch.zeros_like` is zero ablation."""
         point = find_point(self.net, hook_point)
         with _replaced(module_of(self.net, point), point, replace) as fired:
             logits = self.logits(token_ids, attention_mask)
@@ -118,12 +118,6 @@ class SubjectModel:
     def loss(self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None) -> Float[Tensor, "batch targets"]:
         """Return the cross entropy in nats of every next token: `[batch, context - 1]` float32, zero where the next token is padding."""
         return token_losses(self.logits(token_ids, attention_mask), token_ids, attention_mask)
-
-    def loss_with_patch(
-        self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None, hook_point: str, replace: Patch
-    ) -> Float[Tensor, "batch targets"]:
-        """Return `loss` when the activations at `hook_point` are replaced; `torch.zeros_like` is zero ablation."""
-        return token_losses(self.logits_with_patch(token_ids, attention_mask, hook_point, replace), token_ids, attention_mask)
 
     def unembedding(self) -> Unembedding:
         """Fold the final norm into the unembedding and take out what no softmax sees.

@@ -29,14 +29,6 @@ class RowBlock(NamedTuple):
     """`[n, d_in]` in the stored dtype."""
 
 
-def load_rows(pipeline: Pipeline, store: Store, hook_point: str, index: int, start: int, stop: int) -> Tensor:
-    """Read and verify rows [start, stop) of corpus shard `index` at `hook_point`: `[stop - start, d_in]` in the stored dtype."""
-    ref = activation_shard_ref(pipeline, hook_point, index)
-    manifest = load_manifest(store, ref)
-    span = read_spans(store, ref.path, manifest, ROWS)["rows"]
-    return read_rows(store, ref.path, manifest, ROWS, span, start, stop)
-
-
 def iter_row_blocks(pipeline: Pipeline, store: Store, hook_point: str, index: int, n_rows: int) -> Iterator[RowBlock]:
     """Yield all rows of corpus shard `index` at `hook_point` in order, in blocks of at most `n_rows`. Holds `READ_BYTES` and one block."""
     ref = activation_shard_ref(pipeline, hook_point, index)

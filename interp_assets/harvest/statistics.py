@@ -8,7 +8,6 @@ The histogram has 64 bins, 4 per octave, from norm 2^-4 to 2^12; smaller and lar
 the bits of its float32 value, so there is no logarithm to round: bin = (bits >> 21) - (bits(2^-4) >> 21).
 """
 
-import time
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import Produced, create_artifact, find_made_from, load_manifest
+from interp_assets.storage.manifest import Produced, create_artifact, find_made_from, load_manifest, timed
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 
@@ -135,14 +134,14 @@ def merge(parts: Sequence[ActivationStatistics]) -> ActivationStatistics:
     return total
 
 
+@timed
 def merge_statistics(pipeline: Pipeline, store: Store, hook_point: str) -> Produced:
     """Publish the statistics of a hook point over all training shards, merged in order of shard."""
-    start = time.monotonic()
     ref = statistics_ref(pipeline, hook_point)
     refs = [activation_shard_ref(pipeline, hook_point, index) for index in pipeline.train_indices]
     shards = [load_manifest(store, shard) for shard in refs]
     if (manifest := find_made_from(store, ref, shards)) is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - start)
+        return Produced(ref, manifest, is_cached=True)
     parts = (load_tensors(store, shard.path, found, STATISTICS) for shard, found in zip(refs, shards, strict=True))
     total = merge([as_statistics(tensors) for tensors in parts])
     with create_artifact(store, ref, made_from=shards) as art:
@@ -154,19 +153,12 @@ def merge_statistics(pipeline: Pipeline, store: Store, hook_point: str) -> Produ
             "variance": total.variance,
             "max_mean_ratio": total.max_mean_ratio,
         }
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - start)
+    return art.produced
 
 
 def load_statistics(pipeline: Pipeline, store: Store, hook_point: str) -> ActivationStatistics:
     """Read the statistics of a hook point over all training shards."""
     ref = statistics_ref(pipeline, hook_point)
-    return as_statistics(load_tensors(store, ref.path, load_manifest(store, ref), STATISTICS))
-
-
-def load_shard_statistics(pipeline: Pipeline, store: Store, hook_point: str, index: int) -> ActivationStatistics:
-    """Read the statistics of a hook point over one shard."""
-    ref = activation_shard_ref(pipeline, hook_point, index)
     return as_statistics(load_tensors(store, ref.path, load_manifest(store, ref), STATISTICS))
 
 

@@ -1,7 +1,7 @@
 """New shards are merged into an already mixed set by one sequential read and write, and the result is again exactly uniform.
 
 A uniform order of old and new rows together is: a uniform order of the old, one of the new, and a uniform interleaving of the two. The old
-rows have theirs; the new rows get one from a shuffle of their own (`make_generation`); what is left is the interleaving:
+rows have theirs; the new rows get one from a shuffle of their own (`generations.py`); what is left is the interleaving:
 
 1. how many old and new rows each output shard takes: a count table with two columns, drawn as every other (`hypergeometric.py`);
 2. inside a shard, chunk by chunk, how many of the next rows are old (hypergeometric on what remains), and a uniform word that says which.
@@ -12,7 +12,6 @@ carry no hook point, so hook points stay aligned. The merged shards have ids of 
 scratch would. Source: the merging step of MergeShuffle (Bacher et al. 2015), cut into jobs.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Final, NamedTuple
@@ -21,12 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.compute.seeds import Stream
-from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.errors import CertificateError, PlanError
-from interp_assets.planning.pipeline import Pipeline, shard_key
-from interp_assets.shuffle.generations import make_own
+from interp_assets.errors import PlanError
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.hypergeometric import count_table, draw_hypergeometric
-from interp_assets.shuffle.mixed import ROWS, MixedShard, make_mixed_shard, mixed_specs, read_mixed_ids, save_mixed
+from interp_assets.shuffle.mixed import ROWS, MixedShard, mixed_specs, read_mixed_ids, save_mixed
 from interp_assets.shuffle.multiset import MultisetHash, hash_rows
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.refs import merged_shard_ref
@@ -34,7 +31,7 @@ from interp_assets.shuffle.rows import Progress, Segment, cut_segment
 from interp_assets.shuffle.sizes import shares
 from interp_assets.storage.direct import PIECE_BYTES, allocate
 from interp_assets.storage.dtypes import ITEM_BYTES
-from interp_assets.storage.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, load_manifest, read_part
+from interp_assets.storage.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, read_part, timed
 from interp_assets.storage.store import Store
 
 WORD_ROWS: Final = 4096
@@ -54,39 +51,21 @@ class Appending(NamedTuple):
         return sum(shard.n_rows for shard in self.old), sum(shard.n_rows for shard in self.new)
 
 
-def make_generation(pipeline: Pipeline, before: Pipeline) -> Pipeline:
-    """Return the pipeline of the shards that `pipeline` has and `before` had not: shuffle it, then append its mixed shards.
-
-    Its seed is its own, so that no stream serves two generations. Raises `PlanError` when an old shard changed or is gone: that is no
-    appending.
-    """
-    old = {index: token_shard_ref(before, index).artifact_id for index in before.train_indices}
-    now = {index: token_shard_ref(pipeline, index).artifact_id for index in pipeline.train_indices}
-    changed = [shard_key(index) for index in old if now.get(index) != old[index]]
-    if changed:
-        raise PlanError(f"Only new shards can be appended, but {len(changed)} old ones changed or are gone: {', '.join(changed[:10])}. Shuffle anew.")
-    added = [index for index in now if index not in old]
-    if not added:
-        raise PlanError(f"Pipeline {pipeline.config.name!r} has no shard that its {len(old)} shuffled ones lack: there is nothing to append.")
-    return make_own(pipeline, added)
-
-
 def appended_ref(pipeline: Pipeline, hook_point: str, sources: Appending, bucket: int) -> ArtifactRef:
     """Address a merged shard. Its inputs are the mixed shards it was merged from."""
     inputs = {role: combine_ids([shard.ref.artifact_id for shard in shards]) for role, shards in (("old", sources.old), ("new", sources.new))}
     return merged_shard_ref(pipeline, hook_point, bucket, sources.n_buckets, inputs)
 
 
+@timed
 def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Appending, bucket: int, progress: Progress | None = None) -> Produced:
     """Make merged shard `bucket`: an ordinary mixed shard. Holds some chunks and the shard's row ids, whatever its size."""
-    started = time.monotonic()
     formats = sorted({(shard.d_in, shard.dtype) for shard in [*sources.old, *sources.new]})
     if len(formats) != 1:
         raise PlanError(f"Rows of {len(formats)} kinds cannot be merged at {hook_point}: {formats} (width, dtype). Shuffle them apart.")
     ref = appended_ref(pipeline, hook_point, sources, bucket)
-    manifest = find_manifest(store, ref)
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    if (manifest := find_manifest(store, ref)) is not None:
+        return Produced(ref, manifest, is_cached=True)
     draws, (n_old, n_new) = Draws(pipeline.config.seed), sources.n_rows
     table = merge_counts(draws, n_old, n_new, sources.n_buckets)
     at_old, at_new = (int(count) for count in table[:bucket].sum(axis=0))
@@ -96,26 +75,7 @@ def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Ap
         first = sources.old[0]
         save_mixed(art, merged.rows(), iter(merged.row_ids), mixed_specs(int(table[bucket].sum()), first.d_in, first.dtype))
         art.facts["multiset_hash"] = merged.rows_hash.encode()
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
-
-
-def open_appended(pipeline: Pipeline, store: Store, hook_point: str, sources: Appending) -> list[MixedShard]:
-    """Open all merged shards, and check that together they hold the old and the new rows and nothing else.
-
-    Raises `ArtifactMissingError` for a shard that is not there, `CertificateError` when rows were lost, doubled or changed.
-    """
-    shards: list[MixedShard] = []
-    for bucket in range(sources.n_buckets):
-        ref = appended_ref(pipeline, hook_point, sources, bucket)
-        shards.append(make_mixed_shard(store, bucket, ref, load_manifest(store, ref)))
-    before, after = _sum_hashes([*sources.old, *sources.new]), _sum_hashes(shards)
-    if before != after:
-        raise CertificateError(
-            f"Appending to {hook_point} in {store.url} did not keep its rows: {before.encode()} went in, {after.encode()} came out. Do not train on "
-            "them. Run `interp verify` on 3-shuffle, delete the folder `appended` and append again."
-        )
-    return shards
+    return art.produced
 
 
 def merge_counts(draws: Draws, n_old: int, n_new: int, n_buckets: int) -> NDArray[np.int64]:
@@ -135,29 +95,6 @@ def merge_words(bits: Stream, n_old: int, n_new: int, word_rows: int = WORD_ROWS
         from_old = draw_hypergeometric(bits, n_old, n_new, n_places)
         yield bits.permutation(n_places) < from_old
         n_old, n_new = n_old - from_old, n_new - (n_places - from_old)
-
-
-def append_indices(draws: Draws, old: NDArray[np.int64], new: NDArray[np.int64], n_buckets: int, word_rows: int = WORD_ROWS) -> NDArray[np.int64]:
-    """Merge two orders in memory as the jobs merge rows: the pure core, for proofs."""
-    table = merge_counts(draws, len(old), len(new), n_buckets)
-    merged: list[NDArray[np.int64]] = []
-    at_old, at_new = 0, 0
-    for bucket in range(n_buckets):
-        bits = merge_stream(draws, len(old), len(new), bucket)
-        for is_old in merge_words(bits, int(table[bucket, 0]), int(table[bucket, 1]), word_rows):
-            n_places, from_old = len(is_old), int(is_old.sum())
-            places = np.empty(n_places, np.int64)
-            places[is_old], places[~is_old] = old[at_old : at_old + from_old], new[at_new : at_new + n_places - from_old]
-            merged.append(places)
-            at_old, at_new = at_old + from_old, at_new + n_places - from_old
-    return np.concatenate(merged) if merged else np.zeros(0, np.int64)
-
-
-def _sum_hashes(shards: Sequence[MixedShard]) -> MultisetHash:
-    total = MultisetHash()
-    for shard in shards:
-        total = total.merge(MultisetHash.decode(shard.manifest.facts["multiset_hash"]))
-    return total
 
 
 class _Merged:

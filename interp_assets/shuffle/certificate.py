@@ -12,7 +12,6 @@ training by an asset check; rows that are lost or doubled are an error. Format: 
 """
 
 import json
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -29,7 +28,7 @@ from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.shuffle.rows import SHARD_SHIFT, Progress
 from interp_assets.shuffle.sources import list_splits, load_manifests
-from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from
+from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, timed
 from interp_assets.storage.store import Store
 
 CERTIFICATE: Final = "certificate.json"
@@ -56,15 +55,14 @@ def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Progres
     return certify_against(pipeline, store, hook_point, find_sources, progress)
 
 
+@timed
 def certify_against(pipeline: Pipeline, store: Store, hook_point: str, find_sources: FindSources, progress: Progress | None = None) -> Produced:
     """Certify the mixed shards against the rows that `find_sources` tells of: their shards, and their multiset hash. Raises like `certify`."""
-    started = time.monotonic()
     ref = certificate_ref(pipeline, hook_point)
     shards = open_mixed(pipeline, store, hook_point)
     mixed = [shard.manifest for shard in shards]
-    manifest = find_made_from(store, ref, mixed)
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    if (manifest := find_made_from(store, ref, mixed)) is not None:
+        return Produced(ref, manifest, is_cached=True)
     (plan, before), after = find_sources(shards), hash_after(store, shards)
     meter = MixingMeter(load_layout(pipeline, store, plan), [shard.n_rows for shard in shards])
     for shard in shards:
@@ -79,8 +77,7 @@ def certify_against(pipeline: Pipeline, store: Store, hook_point: str, find_sour
         art.put(CERTIFICATE, encode_certificate(content))
         art.facts |= {key: value for key, value in content.items() if key not in ("format", "version", "findings", "lags")}
         art.facts["p_values"] = {item["name"]: item["p"] for item in content["findings"]}
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
+    return art.produced
 
 
 def hash_before(pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, shards: list[MixedShard]) -> MultisetHash:

@@ -58,21 +58,14 @@ class PassPlan(NamedTuple):
         return self.request_usd + self.worker_usd
 
 
-def plan_passes(
-    n_rows: int, row_bytes: int, memory_bytes: int, range_bytes: int = 8 << 20, *, sort_bytes: int = SORT_BYTES, prices: Prices | None = None
-) -> PassPlan:
-    """Return the cheapest shuffle of `n_rows` records of `row_bytes` (row and id) whose jobs fit `memory_bytes`.
-
-    `range_bytes`: the smallest range that a bucket may have in a job's file; `sort_bytes`: memory a row beside the row. Raises `PlanError`
-    when nothing fits, naming the knob.
-    """
-    return compare_plans(n_rows, row_bytes, memory_bytes, range_bytes, sort_bytes=sort_bytes, prices=prices)[0]
-
-
 def compare_plans(
     n_rows: int, row_bytes: int, memory_bytes: int, range_bytes: int = 8 << 20, *, sort_bytes: int = SORT_BYTES, prices: Prices | None = None
 ) -> list[PassPlan]:
-    """Return a plan for every number of passes that fits, cheapest first. Arguments and errors as for `plan_passes`."""
+    """Plan the shuffle of `n_rows` records of `row_bytes` (row and id) in jobs that fit `memory_bytes`, in every number of passes that fits.
+
+    Cheapest first. `range_bytes`: the smallest range that a bucket may have in a job's file; `sort_bytes`: memory a row beside the row.
+    Raises `PlanError` when nothing fits, naming the knob.
+    """
     prices = Prices() if prices is None else prices
     job_rows = memory_bytes // (row_bytes + sort_bytes)
     if job_rows < 1:

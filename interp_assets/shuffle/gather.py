@@ -5,7 +5,6 @@ out, chunk by chunk, so that the certificate (`certificate.py`) can compare what
 Format: `docs/formats/mixed_shard.md`.
 """
 
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,10 +20,11 @@ from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref
 from interp_assets.shuffle.rows import ID_BYTES, Progress, RowFormat, RowSource, iter_chunks, record_ids
 from interp_assets.shuffle.sources import InputRange, find_current, list_inputs, load_records, load_shards
 from interp_assets.storage.direct import Workspace
-from interp_assets.storage.manifest import Produced, create_artifact
+from interp_assets.storage.manifest import Produced, create_artifact, timed
 from interp_assets.storage.store import Store
 
 
+@timed
 def gather_bucket(
     pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Progress | None = None, space: Workspace | None = None
 ) -> Produced:
@@ -33,7 +33,6 @@ def gather_bucket(
     Raises `ArtifactMissingError` that names every job file which is missing, `ArtifactCorruptError` when rows or ranges differ from
     the manifests or the plan, and `PlanError` for a bucket that the plan does not have.
     """
-    started = time.monotonic()
     ref = mixed_shard_ref(pipeline, hook_point, bucket)
     plan = load_shuffle_plan(pipeline, store)
     if not 0 <= bucket < plan.sizes.n_buckets:
@@ -41,9 +40,8 @@ def gather_bucket(
             f"There is no {bucket_key(bucket)}: the shuffle of {plan.sizes.passes} passes and fan-out {plan.sizes.fan_out} "
             f"has {plan.sizes.n_buckets} mixed shards."
         )
-    manifest = find_current(store, ref, list_inputs(pipeline, hook_point, plan, plan.sizes.passes, bucket))
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    if (manifest := find_current(store, ref, list_inputs(pipeline, hook_point, plan, plan.sizes.passes, bucket))) is not None:
+        return Produced(ref, manifest, is_cached=True)
     fmt = row_format(pipeline, hook_point)
     with create_artifact(store, ref) as art, (space or Workspace()).lend(_buffer_bytes(plan, bucket, fmt)) as buffer:
         order = Draws(plan.seed).gather_order(bucket, plan.sizes.input_rows(plan.sizes.passes, bucket))  # its working space is free again
@@ -52,8 +50,7 @@ def gather_bucket(
         outgoing = _Outgoing(source, order, fmt, progress)
         save_mixed(art, outgoing.rows(), outgoing.row_ids(), mixed_specs(source.n_rows, fmt.d_in, fmt.dtype))
         art.facts |= {**facts, "multiset_hash": outgoing.rows_hash.encode(), "made_from": source.made_from}
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
+    return art.produced
 
 
 def _buffer_bytes(plan: ShufflePlan, bucket: int, fmt: RowFormat) -> int:

@@ -12,7 +12,6 @@ stay aligned. Every choice goes through a `Draws`, so that the tests can plant a
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -59,23 +58,3 @@ def split_job(draws: Draws, sizes: ShuffleSizes, pass_index: int, bucket: int, j
     job_rows = sizes.job_rows(pass_index, bucket)
     counts = draws.split_counts(pass_index, bucket, job, job_rows, sizes.capacities(pass_index, bucket))
     return JobSplit(draws.split_order(pass_index, bucket, job, job_rows[job]), offsets(counts))
-
-
-def shuffle_indices(sizes: ShuffleSizes, draws: Draws) -> list[NDArray[np.int64]]:
-    """Shuffle the numbers 0..n_rows-1 in memory as the jobs shuffle rows; returns each mixed shard's numbers in their final order."""
-    buckets = [np.arange(sizes.n_rows)]
-    for pass_index in range(1, sizes.passes):
-        buckets = [part for bucket, rows in enumerate(buckets) for part in _distribute(sizes, draws, pass_index, bucket, rows)]
-    return [rows[draws.gather_order(bucket, len(rows))] for bucket, rows in enumerate(buckets)]
-
-
-def _distribute(sizes: ShuffleSizes, draws: Draws, pass_index: int, bucket: int, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Run all jobs of one input bucket; returns the output buckets."""
-    ranges: list[list[NDArray[np.int64]]] = [[] for _ in range(sizes.fan_out)]
-    starts = offsets(sizes.job_rows(pass_index, bucket))
-    for job, (start, stop) in enumerate(pairwise(starts)):
-        split = split_job(draws, sizes, pass_index, bucket, job)
-        mixed = rows[start:stop][split.order]
-        for part, parts in enumerate(ranges):
-            parts.append(mixed[split.offsets[part] : split.offsets[part + 1]])
-    return [np.concatenate(parts) for parts in ranges]

@@ -10,7 +10,6 @@ Format: `docs/formats/shuffle_plan.md`.
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.refs import shuffle_plan_ref, split_bucket_ref
 from interp_assets.shuffle.rows import SORT_BYTES, RowFormat
 from interp_assets.shuffle.sizes import ShuffleSizes
-from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest, read_file
+from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 
 PLAN: Final = "plan.json"
@@ -67,20 +66,19 @@ class ShufflePlan:
         )
 
 
+@timed
 def make_shuffle_plan(pipeline: Pipeline, store: Store) -> Produced:
     """Write the shuffle's plan from the row counts of the training shards.
 
     Raises `PlanError` when a job would not fit `shuffle.memory_bytes`, naming the knobs and values that work, and `ArtifactMissingError`
     that names all token shards which are missing.
     """
-    started = time.monotonic()
     ref = shuffle_plan_ref(pipeline)
     shards = load_shard_rows(pipeline, store)
     sizes = make_sizes(pipeline, shards)
     check_memory(pipeline, shards, sizes)
-    manifest = find_manifest(store, ref)
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    if (manifest := find_manifest(store, ref)) is not None:
+        return Produced(ref, manifest, is_cached=True)
     with create_artifact(store, ref) as art:
         content = make_content(pipeline.config.seed, shards, sizes)
         art.put(PLAN, encode_plan(content))
@@ -93,8 +91,7 @@ def make_shuffle_plan(pipeline: Pipeline, store: Store) -> Produced:
             "largest_shard_rows": max(sizes.shard_rows),
             "largest_mixed_shard_rows": sizes.largest_bucket_rows,
         }
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
+    return art.produced
 
 
 def load_shuffle_plan(pipeline: Pipeline, store: Store) -> ShufflePlan:

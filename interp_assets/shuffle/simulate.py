@@ -7,11 +7,9 @@ No row exists here; only their numbers are drawn and added up. What is checked, 
 3. a sampled job's order is a permutation, and its row ids are distinct and lead back to their shard;
 4. the ranges of the sampled jobs are about as large, and cost as many requests, as the plan says.
 
-`draw_whole_table` goes further where time allows: the full table of pass 1, whose columns must fill every bucket exactly. Cost for 1 PB
-(10^12 rows of 1 KB, 10,000 jobs, fan-out 100): seconds for the sizes, 5 s for each sampled job, some minutes for the whole table.
+Cost for 1 PB (10^12 rows of 1 KB, 10,000 jobs, fan-out 100): seconds for the sizes, 5 s for each sampled job.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +17,6 @@ from numpy.typing import NDArray
 
 from interp_assets.planning.machine import Prices
 from interp_assets.shuffle.estimate import PassPlan
-from interp_assets.shuffle.hypergeometric import count_table
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.sizes import ShuffleSizes, shares
@@ -38,8 +35,6 @@ class PassSimulation(NamedTuple):
     """Smallest and largest range of the sampled jobs; (0, 0) when none was sampled or the pass is the last."""
     get_requests: int
     """Requests for reading the sampled jobs' ranges in the next pass, manifests included."""
-    planned_get_requests: int
-    """What the plan reckons for as many jobs."""
 
 
 class Simulation(NamedTuple):
@@ -70,14 +65,6 @@ def simulate(
     return Simulation(sizes, steps, sum(2 * step.n_rows * row_bytes for step in steps))
 
 
-def draw_whole_table(sizes: ShuffleSizes, *, seed: int = 0) -> NDArray[np.int64]:
-    """Draw pass 1's table `[jobs, fan_out]` and check both margins."""
-    table = count_table(partial(Draws(seed).stream, "counts", 1, 0), sizes.job_rows(1, 0), sizes.capacities(1, 0))
-    assert table.sum(axis=0).tolist() == sizes.capacities(1, 0), "the ranges of all jobs fill every bucket"
-    assert table.sum(axis=1).tolist() == sizes.job_rows(1, 0), "the ranges of a job are its rows"
-    return table
-
-
 def check_order(order: NDArray[np.int64], shard_index: int) -> None:
     """Check that a job's order is a permutation, and that the row ids of its rows are distinct and name the shard."""
     met = np.zeros(len(order), bool)
@@ -105,9 +92,8 @@ def _simulate_pass(
     found = [] if is_last else _sample_ranges(sizes, pass_index, draws, sampled_jobs)
     lengths = np.concatenate(found) * row_bytes if found else np.zeros(0, np.int64)
     gets = int((np.maximum(1, -(-lengths // prices.get_bytes)) + 1).sum())
-    planned = 0 if is_last else plan.steps[pass_index].get_requests * len(found) // n_jobs
     spread = (int(lengths.min()), int(lengths.max())) if found else (0, 0)
-    return PassSimulation(pass_index, n_inputs, n_jobs, largest, n_rows, spread, gets, planned)
+    return PassSimulation(pass_index, n_inputs, n_jobs, largest, n_rows, spread, gets)
 
 
 def _sample_ranges(sizes: ShuffleSizes, pass_index: int, draws: Draws, sampled_jobs: int) -> list[NDArray[np.int64]]:

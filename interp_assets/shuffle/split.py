@@ -9,7 +9,6 @@ Format: `docs/formats/split_shard.md`.
 """
 
 import math
-import time
 from typing import Final, NamedTuple
 
 from interp_assets.errors import ArtifactCorruptError, PlanError
@@ -23,7 +22,7 @@ from interp_assets.shuffle.rows import Progress, Records, RowFormat, RowSource, 
 from interp_assets.shuffle.sizes import offsets
 from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, find_current, list_inputs, load_records, load_shards
 from interp_assets.storage.direct import Workspace
-from interp_assets.storage.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact
+from interp_assets.storage.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact, timed
 from interp_assets.storage.store import Store
 
 _MIN_BLOCK_BYTES: Final = 64 << 10
@@ -42,6 +41,7 @@ class _Job(NamedTuple):
     rows_hash: MultisetHash
 
 
+@timed
 def split_shard(
     pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Progress | None = None, space: Workspace | None = None
 ) -> Produced:
@@ -49,11 +49,9 @@ def split_shard(
 
     Raises `ArtifactCorruptError` when the shard's rows differ from its manifest, from its token shard or from the plan.
     """
-    started = time.monotonic()
     ref = split_shard_ref(pipeline, hook_point, index)
-    manifest = find_current(store, ref, [activation_shard_ref(pipeline, hook_point, index)])
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    if (manifest := find_current(store, ref, [activation_shard_ref(pipeline, hook_point, index)])) is not None:
+        return Produced(ref, manifest, is_cached=True)
     plan = load_shuffle_plan(pipeline, store)
     if plan.sizes.passes == 1:
         raise PlanError(f"A shuffle of one pass splits nothing (shuffle.passes is 1): gather {bucket_key(0)} of {hook_point} directly.")
@@ -63,7 +61,7 @@ def split_shard(
     with (space or Workspace()).lend(plan.shards[job].n_rows * fmt.row_bytes) as buffer:
         source = load_shards(pipeline, store, hook_point, [plan.shards[job]], buffer)
         rows_hash = hash_kept(source.row_ids, source.rows, source.kept)
-        return _write_split(store, _Job(ref, source, split, fmt, rows_hash), started, progress)
+        return _write_split(store, _Job(ref, source, split, fmt, rows_hash), progress)
 
 
 def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Progress | None = None) -> list[Produced]:
@@ -73,6 +71,7 @@ def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: 
     return [split_bucket_job(pipeline, store, hook_point, (pass_index, bucket, job), progress, space) for job in range(n_jobs)]
 
 
+@timed
 def split_bucket_job(
     pipeline: Pipeline,
     store: Store,
@@ -85,19 +84,17 @@ def split_bucket_job(
 
     Raises like `load_records`. Holds the job's rows in memory.
     """
-    started = time.monotonic()
     pass_index, bucket, job = address
     ref = split_bucket_ref(pipeline, hook_point, pass_index, bucket, job)
     plan = _middle_plan(pipeline, store, pass_index)
-    manifest = find_current(store, ref, list_inputs(pipeline, hook_point, plan, pass_index, bucket))
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=time.monotonic() - started)
+    if (manifest := find_current(store, ref, list_inputs(pipeline, hook_point, plan, pass_index, bucket))) is not None:
+        return Produced(ref, manifest, is_cached=True)
     split = draw_split(plan, pass_index, bucket, job, store.url)
     starts = offsets(plan.sizes.job_rows(pass_index, bucket))
     wanted, fmt = InputRange(pass_index, bucket, starts[job], starts[job + 1]), row_format(pipeline, hook_point)
     with (space or Workspace()).lend((wanted.stop - wanted.start) * fmt.record_bytes) as buffer:
         source = load_records(pipeline, store, hook_point, plan, wanted, buffer)
-        return _write_split(store, _Job(ref, source, split, fmt, _hash_all(source)), started, progress)
+        return _write_split(store, _Job(ref, source, split, fmt, _hash_all(source)), progress)
 
 
 def draw_split(plan: ShufflePlan, pass_index: int, bucket: int, job: int, where: str) -> JobSplit:
@@ -130,7 +127,7 @@ def _hash_all(source: Records) -> MultisetHash:
     return total
 
 
-def _write_split(store: Store, job: _Job, started: float, progress: Progress | None) -> Produced:
+def _write_split(store: Store, job: _Job, progress: Progress | None) -> Produced:
     assert job.source.n_rows == len(job.split.order) == job.split.offsets[-1], f"{job.source.n_rows} rows read, {len(job.split.order)} ordered"
     n_rows = job.source.n_rows
     shape = [n_rows, job.fmt.record_bytes]
@@ -149,8 +146,7 @@ def _write_split(store: Store, job: _Job, started: float, progress: Progress | N
                 sink.write(chunk.reshape(-1).data)
                 if progress is not None:
                     progress(len(chunk))
-    assert art.manifest is not None
-    return Produced(job.ref, art.manifest, is_cached=False, wall_s=time.monotonic() - started)
+    return art.produced
 
 
 def block_bytes(file_bytes: int) -> int:

@@ -16,11 +16,13 @@ The format is described in `docs/formats/manifest.md`.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from functools import wraps
+from typing import Any, Final, NamedTuple, ParamSpec
 
 import xxhash
 
@@ -28,6 +30,7 @@ from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, Art
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.store import ByteSink, Store, check_path
 
+P = ParamSpec("P")
 FORMAT: Final = "interp-assets/manifest"
 VERSIONS: Final = (1, 2)
 """Versions that are read. 2 may have `timed` files, and is written only where there are any."""
@@ -110,9 +113,21 @@ class Produced(NamedTuple):
     ref: ArtifactRef
     manifest: Manifest
     is_cached: bool
-    wall_s: float
+    wall_s: float = 0.0
     is_whole: bool = True
     """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
+
+
+def timed(make: Callable[P, Produced]) -> Callable[P, Produced]:
+    """Let what a stage answers say how long it took."""
+
+    @wraps(make)
+    def measure(*arguments: P.args, **named: P.kwargs) -> Produced:
+        started_s = time.perf_counter()
+        produced = make(*arguments, **named)
+        return produced._replace(wall_s=time.perf_counter() - started_s)
+
+    return measure
 
 
 def make_ref(kind: str, folder: str, *, identity: Mapping[str, Any], inputs: Mapping[str, str], label: str, hook_point: str = "") -> ArtifactRef:
@@ -215,6 +230,12 @@ class ArtifactWriter:
         self._put_timed()  # ours were written over the winner's: the manifest has to be ours as well
         self._store.put(path, encode_manifest(manifest))
         return manifest
+
+    @property
+    def produced(self) -> Produced:
+        """What a stage answers when the artifact is written."""
+        assert self.manifest is not None
+        return Produced(self._ref, self.manifest, is_cached=False)
 
     def _is_published(self) -> bool:
         try:

@@ -1,6 +1,6 @@
 """A store: all that a stage may ask of a folder, a bucket or memory.
 
-One implementation, `ObjectStore`, over the `obstore` library serves local folders, S3 and memory alike: whole and ranged reads,
+One implementation, `Store`, over the `obstore` library serves local folders, S3 and memory alike: whole and ranged reads,
 streaming writes, conditional creation, listing and deletion. Only the bulk of local data goes another way, past the page cache
 (`direct.py`, `docs/decisions/0003-direct-io.md`). Paths are relative, with `/` between their parts.
 
@@ -21,7 +21,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -54,65 +54,10 @@ class ByteSink(Protocol):
 
     def write(self, data: bytes | memoryview) -> Any:
         """Append `data`. A writable buffer is copied and may be reused at once; a read-only one is not, and must not change afterwards."""
-        ...
 
 
-@runtime_checkable
-class Store(Protocol):
-    """What a stage may ask of storage. `url` names the store for people and messages."""
-
-    url: str
-
-    def get(self, path: str) -> bytes:
-        """Read a whole object."""
-        ...
-
-    def get_range(self, path: str, start: int, n_bytes: int) -> bytes:
-        """Read `n_bytes` from `start`."""
-        ...
-
-    def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
-        """Read several ranges of one object at once."""
-        ...
-
-    def get_into(self, path: str, start: int, out: memoryview) -> memoryview:
-        """Read `len(out)` bytes from `start`, once and for all: a local disk's go into `out`, past the page cache.
-
-        The returned view holds the bytes: it is `out` or memory of its own.
-        """
-        ...
-
-    def put(self, path: str, data: bytes, *, create: bool = False) -> bool:
-        """Write a whole object; with `create`, answer False and change nothing when it exists already."""
-        ...
-
-    def open_writer(self, path: str) -> AbstractContextManager[ByteSink]:
-        """Stream an object; it appears when the block ends, and never if the block raises."""
-        ...
-
-    def size(self, path: str) -> int | None:
-        """Return the size in bytes, or None when there is no such object."""
-        ...
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """List the objects under a folder, in no promised order."""
-        ...
-
-    def delete(self, paths: Sequence[str]) -> None:
-        """Delete objects; those that do not exist are no error."""
-        ...
-
-    def child(self, prefix: str) -> "Store":
-        """Return the store of a folder of this one."""
-        ...
-
-    def local_path(self, path: str = "") -> Path | None:
-        """Return the file behind a path, or None when the store is not a local folder."""
-        ...
-
-
-class ObjectStore:
-    """A `Store` over one of obstore's stores. Make it with `open_store`."""
+class Store:
+    """What a stage may ask of storage, over one of obstore's stores. Make it with `open_store`; `url` names it for people and messages."""
 
     def __init__(self, backend: LocalStore | S3Store | MemoryStore, url: str, prefix: str = "") -> None:
         """Wrap `backend`; every path is taken relative to `prefix` inside it."""
@@ -127,10 +72,6 @@ class ObjectStore:
             data = read_again(lambda: bytes(obstore.get(self._backend, self._key(path)).bytes()))
         METER.read(len(data))
         return data
-
-    def get_range(self, path: str, start: int, n_bytes: int) -> bytes:
-        """Read exactly `n_bytes` from `start`. Raises `StoreError` when the object ends earlier."""
-        return self.get_ranges(path, [start], [n_bytes])[0]
 
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Read several ranges of one object, concurrently and coalesced. Raises `StoreError` when the object ends earlier."""
@@ -230,9 +171,9 @@ class ObjectStore:
             except StoreMissingError:
                 continue
 
-    def child(self, prefix: str) -> "ObjectStore":
+    def child(self, prefix: str) -> "Store":
         """Return the store of a folder of this one."""
-        return ObjectStore(self._backend, f"{self.url}/{check_path(prefix)}", self._key(prefix))
+        return Store(self._backend, f"{self.url}/{check_path(prefix)}", self._key(prefix))
 
     def local_path(self, path: str = "") -> Path | None:
         """Return the file behind a path, or None when the store is not a local folder."""
@@ -280,7 +221,7 @@ class ObjectStore:
 class _Sink:
     """Hand bytes to a writer and explain its failures."""
 
-    def __init__(self, writer: Any, store: ObjectStore, path: str) -> None:
+    def __init__(self, writer: Any, store: Store, path: str) -> None:
         self._writer, self._store, self._path = writer, store, path
         self._copies = isinstance(writer, DirectWriter)
         self.n_bytes = 0
@@ -303,7 +244,7 @@ def check_address(address: str, where: str) -> None:
         )
 
 
-def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
+def open_store(url: str, *, s3: dict[str, Any] | None = None) -> Store:
     """Open the store at `url`: a local folder (made when missing), `s3://bucket/prefix`, or `memory://name`.
 
     `s3` holds endpoint, region and credentials for obstore's `S3Store`; what is not given comes from the usual `AWS_*` environment
@@ -317,7 +258,7 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"Could not make the folder {folder}: {_reason(error)}") from error
-        return ObjectStore(LocalStore(str(folder)), str(folder))
+        return Store(LocalStore(str(folder)), str(folder))
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         config: Any = {key: value for key, value in s3.items() if key != "aws_allow_http"} if s3 else None
@@ -326,9 +267,9 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> ObjectStore:
             check_address(str(endpoint), "The S3 endpoint")
             raise ConfigError(f"The S3 endpoint {endpoint} is not encrypted. Use https, or set AWS_ALLOW_HTTP=true for a server on your own network.")
         backend = S3Store(bucket, config=config, client_options={"timeout": "120 seconds", "allow_http": _allows_http(s3)})
-        return ObjectStore(backend, url.rstrip("/"), prefix.strip("/"))
+        return Store(backend, url.rstrip("/"), prefix.strip("/"))
     if scheme == "memory":
-        return ObjectStore(MemoryStore(), url)
+        return Store(MemoryStore(), url)
     raise ConfigError(f"No store for {url!r}: use a folder, s3://bucket/prefix or memory://name.")
 
 

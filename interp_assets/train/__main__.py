@@ -28,7 +28,7 @@ from interp_assets.planning.config import load_config
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.storage.traffic import METER
 from interp_assets.train.launch import ATTACHED
-from interp_assets.train.loop import TrainingMetrics, make_execution, train_saes
+from interp_assets.train.loop import make_execution, train_saes
 from interp_assets.train.parallel import make_ranks
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
             store,
             chosen.names,
             (lambda n: _tell("progress", n=n)) if is_first else None,
-            _tell_metrics if is_first else None,
+            (lambda metrics: _tell("metrics", **{**metrics._asdict(), "row": metrics.row._asdict()})) if is_first else None,
             make_execution(config, ranks),
         )
     except InterpError as error:  # told by every rank: memory may run out on one of them alone
@@ -80,10 +80,6 @@ def _end_with_launcher() -> None:
         os._exit(1)  # the threads that train are inside torch, and would not hear of it
 
     threading.Thread(target=wait, name="waits for the launcher's end", daemon=True).start()
-
-
-def _tell_metrics(metrics: TrainingMetrics) -> None:
-    _tell("metrics", **{**metrics._asdict(), "row": metrics.row._asdict()})
 
 
 def _tell(event: str, **content: Any) -> None:

@@ -36,7 +36,7 @@ CONFIG: Final = "cfg.json"
 FREQUENCY: Final = "firing_frequency.safetensors"
 """How often each latent fired on the calibration rows; of an imported SAE where its tool says so."""
 _ARCHITECTURES: Final[dict[SaeKind, str]] = {"relu": "standard", "jump_relu": "jumprelu", "topk": "topk"}
-_KINDS: Final[dict[str, SaeKind]] = {
+KINDS: Final[dict[str, SaeKind]] = {
     **{name: kind for kind, name in _ARCHITECTURES.items()},
     "transcoder": "relu",
     "skip_transcoder": "relu",
@@ -45,6 +45,7 @@ _KINDS: Final[dict[str, SaeKind]] = {
     "topk_transcoder": "topk",
     "topk_skip_transcoder": "topk",
 }
+"""By SAELens' names; the last two are ours: SAELens does not have them."""
 _HOOK_SUFFIXES: Final = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
 
 
@@ -82,14 +83,14 @@ def load_sae(pipeline: Pipeline, store: Store, name: str) -> Sae:
 def read_sae(store: Store, path: str, manifest: Manifest) -> Sae:
     """Read and verify the SAE artifact at `path`. Raises `ArtifactForeignError` for an architecture that this release does not know."""
     cfg = json.loads(read_file(store, path, manifest, CONFIG))
-    if cfg["architecture"] not in _KINDS or cfg["apply_b_dec_to_input"] or cfg["normalize_activations"] != "none":
+    if cfg["architecture"] not in KINDS or cfg["apply_b_dec_to_input"] or cfg["normalize_activations"] != "none":
         raise ArtifactForeignError(
             f"{store.url}/{path}/{CONFIG} describes a {cfg['architecture']!r} SAE (apply_b_dec_to_input {cfg['apply_b_dec_to_input']}, "
-            f"normalize_activations {cfg['normalize_activations']!r}); this release reads {sorted(_KINDS)} with false and 'none'. Train it again."
+            f"normalize_activations {cfg['normalize_activations']!r}); this release reads {sorted(KINDS)} with false and 'none'. Train it again."
         )
     tensors: dict[str, Tensor] = load_tensors(store, path, manifest, WEIGHTS)
     return Sae(
-        kind=_KINDS[cfg["architecture"]],
+        kind=KINDS[cfg["architecture"]],
         W_enc=tensors["W_enc"],
         b_enc=tensors["b_enc"],
         W_dec=tensors["W_dec"],

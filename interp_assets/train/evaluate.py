@@ -15,7 +15,6 @@ beside it. Formats: `docs/formats/sae_evaluation.md`.
 import io
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
@@ -31,7 +30,7 @@ from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest
+from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.metrics import ReconstructionSums
@@ -64,16 +63,15 @@ class ModelSums(NamedTuple):
     kl_zero: float
 
 
+@timed
 def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: str, progress: Callable[[int], None] | None = None) -> Produced:
     """Measure the SAE called `name` on the held-out shards; `progress` advances by stored rows, then by tokens run through the model.
 
     Raises `NonFiniteError` when the model's loss is not finite, `InputError` when the held-out shards have no valid row.
     """
     ref, trained = evaluation_ref(pipeline, name), load_manifest(store, sae_ref(pipeline, name))
-    manifest = find_made_from(store, ref, [trained])
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=0.0)
-    started_s = time.perf_counter()
+    if (manifest := find_made_from(store, ref, [trained])) is not None:
+        return Produced(ref, manifest, is_cached=True)
     config = pipeline.config.sae(name)
     sae = load_sae(pipeline, store, name).to(model.device)
     sums = _measure_rows(pipeline, store, sae, config, progress)
@@ -83,8 +81,7 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
     model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, progress)
     with create_artifact(store, ref, made_from=[trained]) as art:
         save_evaluation(art, sums, model_sums, reason)
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)
+    return art.produced
 
 
 def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig, progress: Callable[[int], None] | None) -> ReconstructionSums:

@@ -91,7 +91,7 @@ def compare(config: PipelineConfig, current: Pipeline, candidate: Pipeline, stor
     pairs = [(load_manifest(store, evaluation_ref(current, name)), load_manifest(store, evaluation_ref(candidate, name))) for name in names]
     inputs = [manifest for pair in pairs for manifest in pair]
     if (manifest := find_made_from(store, ref, inputs)) is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=0.0)
+        return Produced(ref, manifest, is_cached=True)
     found = [_compare(config, name, before.facts, after.facts) for name, (before, after) in zip(names, pairs, strict=True)]
     kept_back = [item for item in found if item.worse and item.name in config.features.saes]
     with create_artifact(store, ref, made_from=inputs) as art:
@@ -102,8 +102,7 @@ def compare(config: PipelineConfig, current: Pipeline, candidate: Pipeline, stor
             "shards": candidate.plan.generations[-1],
             "generation": len(candidate.plan.generations) - 1,
         }
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=0.0)
+    return art.produced
 
 
 def promote(config: PipelineConfig, candidate: Pipeline, store: Store) -> bool:

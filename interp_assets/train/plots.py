@@ -10,20 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from interp_assets.planning.plots import (
-    COLOUR,
-    DPI,
-    GREY,
-    LARGE,
-    MAX_NAMES,
-    SECOND,
-    add_legend,
-    as_markdown,
-    colour,
-    dress,
-    make_figure,
-    read_table,
-)
+from interp_assets.planning import plots
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 
@@ -37,29 +24,29 @@ _CURVES: Final = (("loss", "loss", True), ("l0", "L0", True), ("fvu", "FVU", Tru
 
 def plot_training(store: Store, sae: Produced) -> str:
     """Draw the loss of a training run, and its L0 on a second axis."""
-    frame = read_table(store, sae, "training.parquet")
-    figure, axes = make_figure("step", "loss")
+    frame = plots.read_table(store, sae, "training.parquet")
+    figure, axes = plots.make_figure("step", "loss")
     steps = frame["step"].to_numpy()
     losses = frame["loss"].to_numpy()
-    axes.plot(steps, losses, color=COLOUR)
+    axes.plot(steps, losses, color=plots.COLOUR)
     if len(losses) and losses.max() > 5 * losses.min() > 0:
         axes.set_yscale("log")
     if "l0" in frame.columns:
         second = axes.twinx()
-        second.plot(steps, frame["l0"].to_numpy(), color=SECOND, linewidth=1)
-        second.set_ylabel("L0", color=SECOND)
-    return as_markdown(figure, "Loss and L0 over the training steps")
+        second.plot(steps, frame["l0"].to_numpy(), color=plots.SECOND, linewidth=1)
+        second.set_ylabel("L0", color=plots.SECOND)
+    return plots.as_markdown(figure, "Loss and L0 over the training steps")
 
 
 def plot_curves(store: Store, sweep: Produced) -> str:
     """Draw loss, L0, FVU and dead share of all SAEs over the rows that they were trained on."""
-    frame = read_table(store, sweep, "curves.parquet")
-    figure = Figure(figsize=LARGE, dpi=DPI, layout="constrained")
+    frame = plots.read_table(store, sweep, "curves.parquet")
+    figure = Figure(figsize=plots.LARGE, dpi=plots.DPI, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2).flat
-    colours = colour(frame["name"].unique(maintain_order=True).to_list())
+    colours = plots.colour(frame["name"].unique(maintain_order=True).to_list())
     for axes, (column, label, is_log) in zip(panels, _CURVES, strict=True):
-        dress(axes, "rows", label)
+        plots.dress(axes, "rows", label)
         for (name,), part in frame.group_by("name", maintain_order=True):
             axes.plot(part["n_rows"].to_numpy(), part[column].to_numpy(), color=colours[str(name)], linewidth=1, label=str(name))
         if is_log and _is_positive(frame[column]):
@@ -67,30 +54,30 @@ def plot_curves(store: Store, sweep: Produced) -> str:
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
-    add_legend(figure, [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in colours.items()])
-    return as_markdown(figure, "Learning curves of all SAEs")
+    plots.add_legend(figure, [Line2D([], [], color=shade, linewidth=2, label=name) for name, shade in colours.items()])
+    return plots.as_markdown(figure, "Learning curves of all SAEs")
 
 
 def plot_pareto(store: Store, sweep: Produced) -> str:
     """Draw FVU against L0 on the held-out shards, one point per SAE, and a line of the best among those that do the same."""
-    frame = read_table(store, sweep, "sweep.parquet")
-    figure, axes = make_figure("L0 on held-out rows", "FVU on held-out rows")
-    figure.set_size_inches(*LARGE)
+    frame = plots.read_table(store, sweep, "sweep.parquet")
+    figure, axes = plots.make_figure("L0 on held-out rows", "FVU on held-out rows")
+    figure.set_size_inches(*plots.LARGE)
     architectures = frame["architecture"].unique(maintain_order=True).sort().to_list()
-    colours = colour(architectures)
+    colours = plots.colour(architectures)
     marked = [Line2D([], [], color=colours[name], linewidth=0, marker="o", label=name) for name in architectures]
     groups = frame.sort(*COMPARED).group_by(COMPARED, maintain_order=True)
     for (key, part), marker, dash in zip(groups, cycle(_MARKERS), cycle(_DASHES)):
         best = find_best(part)
-        axes.plot(best["l0"].to_numpy(), best["fvu"].to_numpy(), color=GREY, linewidth=1, linestyle=(0, dash), zorder=1)
+        axes.plot(best["l0"].to_numpy(), best["fvu"].to_numpy(), color=plots.GREY, linewidth=1, linestyle=(0, dash), zorder=1)
         axes.scatter(part["l0"].to_numpy(), part["fvu"].to_numpy(), c=[colours[name] for name in part["architecture"]], marker=marker, s=28, zorder=2)
-        marked.append(Line2D([], [], color=GREY, linewidth=1, linestyle=(0, dash), marker=marker, label=_describe_group(*map(str, key))))
-    if frame.height <= MAX_NAMES:
+        marked.append(Line2D([], [], color=plots.GREY, linewidth=1, linestyle=(0, dash), marker=marker, label=_describe_group(*map(str, key))))
+    if frame.height <= plots.MAX_NAMES:
         for row in frame.iter_rows(named=True):
             axes.annotate(row["name"], (row["l0"], row["fvu"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.margins(x=0.12)
-    add_legend(figure, marked)
-    return as_markdown(figure, "FVU against L0 of all SAEs")
+    plots.add_legend(figure, marked)
+    return plots.as_markdown(figure, "FVU against L0 of all SAEs")
 
 
 def find_best(table: pl.DataFrame) -> pl.DataFrame:
@@ -101,13 +88,13 @@ def find_best(table: pl.DataFrame) -> pl.DataFrame:
 
 def plot_frequencies(store: Store, evaluation: Produced) -> str:
     """Draw the histogram of log10 firing frequency over latents; dead ones are counted in the title."""
-    frame = read_table(store, evaluation, "latents.parquet")
+    frame = plots.read_table(store, evaluation, "latents.parquet")
     frequency = frame["firing_frequency"].to_numpy()
     alive = frequency[frequency > 0]
-    figure, axes = make_figure("log10 firing frequency", "latents")
-    axes.hist(np.log10(alive), bins=50, color=COLOUR)
+    figure, axes = plots.make_figure("log10 firing frequency", "latents")
+    axes.hist(np.log10(alive), bins=50, color=plots.COLOUR)
     axes.set_title(f"{len(alive):,} latents fire, {len(frequency) - len(alive):,} do not", fontsize=9)
-    return as_markdown(figure, "Histogram of firing frequencies")
+    return plots.as_markdown(figure, "Histogram of firing frequencies")
 
 
 def _describe_group(sources: str, targets: str, task: str) -> str:

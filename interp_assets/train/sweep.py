@@ -11,7 +11,6 @@ instead is the fact `table_digest`, the hash of all columns but those. Columns: 
 import hashlib
 import io
 import json
-import time
 from typing import Any, Final, NamedTuple
 
 import polars as pl
@@ -19,7 +18,7 @@ import polars as pl
 from interp_assets.errors import ArtifactMissingError
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file
+from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.refs import METRICS, TRAINING, LogRow, evaluation_ref, sae_ref, sweep_ref
 
@@ -115,15 +114,15 @@ class _Experiment(NamedTuple):
     measured: Manifest
 
 
+@timed
 def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
     """Collect what is known of every SAE of the pipeline. Raises `ArtifactMissingError` when none is trained and measured yet."""
-    started_s = time.perf_counter()
     ref = sweep_ref(pipeline)
     experiments = _find_experiments(pipeline, store)
     made_from = [manifest for item in experiments for manifest in (item.trained, item.measured)]
     manifest = find_made_from(store, ref, made_from) if experiments else None
     if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=0.0)
+        return Produced(ref, manifest, is_cached=True)
     names = [config.name for config in pipeline.config.saes]
     if not experiments:
         raise ArtifactMissingError(f"None of the SAEs {names} is trained and measured yet. Materialize `sae` and `sae_evaluation` first.")
@@ -137,8 +136,7 @@ def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
             "missing": [name for name in names if name not in set(table["name"])],
             "table_digest": hashlib.blake2b(_as_parquet(table.drop(*SPEED)), digest_size=16).hexdigest(),
         }
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)
+    return art.produced
 
 
 def load_table(pipeline: Pipeline, store: Store) -> pl.DataFrame:

@@ -18,18 +18,10 @@ from torch.profiler import record_function
 from interp_assets.compute.kernels import Scratch
 from interp_assets.errors import NonFiniteError
 from interp_assets.planning.config import SaeConfig
+from interp_assets.train import recipes
 from interp_assets.train.losses.loss import REPLICATED, LossContext, StepLoss, Weights
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import COLLECTIVE, LOSS, UPDATE
-from interp_assets.train.recipes import (
-    GRADIENT_CLIP,
-    RECIPES,
-    coefficient_at,
-    keeps_unit_norm,
-    learning_rate_at,
-    normalize_decoder,
-    project_decoder_gradient,
-)
 from interp_assets.train.refs import LogRow
 
 _LOGGED_STEPS: Final = 200
@@ -43,7 +35,7 @@ class Trainer:
         self, config: SaeConfig, weights: Weights, device: torch.device, ranks: Ranks = ONE_RANK, widths: tuple[int, ...] | None = None
     ) -> None:
         """Start from the weights of all latents; `widths` are those of the hook points that are reconstructed, one by default."""
-        self.config, self.recipe, self.ranks = config, RECIPES[config.architecture], ranks
+        self.config, self.recipe, self.ranks = config, recipes.RECIPES[config.architecture], ranks
         self.widths = widths if widths is not None else (weights["W_dec"].shape[1],)
         self._slice = ranks.latents(config.d_sae)
         self.weights: Weights = {name: self._own(name, value).to(device, torch.float32).clone() for name, value in weights.items()}
@@ -54,7 +46,7 @@ class Trainer:
         self.step = 0
         self.log: list[LogRow] = []
         self._scratch = Scratch()
-        self._is_unit_norm = keeps_unit_norm(config)
+        self._is_unit_norm = recipes.keeps_unit_norm(config)
 
     @property
     def n_steps(self) -> int:
@@ -123,7 +115,7 @@ class Trainer:
     def _context(self) -> LossContext:
         return LossContext(
             k=self.config.k,
-            coefficient=coefficient_at(self.config, self.step, self.n_steps),
+            coefficient=recipes.coefficient_at(self.config, self.step, self.n_steps),
             n_rows=self.config.batch_rows,
             is_dead=self.is_dead,
             ranks=self.ranks,
@@ -145,16 +137,16 @@ class Trainer:
         return self.ranks.sum(torch.stack([value.double() for value in own])).tolist()
 
     def _update(self) -> tuple[float, float]:
-        learning_rate = learning_rate_at(self.config, self.step, self.n_steps)
+        learning_rate = recipes.learning_rate_at(self.config, self.step, self.n_steps)
         W_dec = self.weights["W_dec"]
         if self._is_unit_norm and W_dec.grad is not None:
-            project_decoder_gradient(W_dec, W_dec.grad)
+            recipes.project_decoder_gradient(W_dec, W_dec.grad)
         gradient_norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
         if self._is_unit_norm:
-            normalize_decoder(W_dec)
+            recipes.normalize_decoder(W_dec)
         if "threshold" in self.weights:
             self.weights["threshold"].clamp_(min=0)
         return learning_rate, gradient_norm
@@ -166,9 +158,9 @@ class Trainer:
         sliced = torch.stack([value for name, value in squares.items() if name not in REPLICATED]).sum()
         whole = torch.stack([value for name, value in squares.items() if name in REPLICATED]).sum()
         norm = float((self.ranks.sum_slices(sliced) + whole).sqrt())
-        if norm > GRADIENT_CLIP:
+        if norm > recipes.GRADIENT_CLIP:
             for gradient in gradients.values():
-                gradient.mul_(GRADIENT_CLIP / norm)
+                gradient.mul_(recipes.GRADIENT_CLIP / norm)
         return norm
 
     def _log(self, totals: list[float], learning_rate: float, gradient_norm: float) -> LogRow | None:

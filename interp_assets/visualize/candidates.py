@@ -12,7 +12,6 @@ candidates of disjoint rows merge exactly (examples.py), so shards may be cut an
 docs/formats/feature_candidates.md.
 """
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
@@ -30,7 +29,7 @@ from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import ArtifactWriter, Produced, load_manifest
+from interp_assets.storage.manifest import ArtifactWriter, Produced, load_manifest, timed
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import read_spans, save_tensors
 from interp_assets.train.sae import Sae
@@ -64,6 +63,7 @@ CANDIDATE_SCHEMA: Final = pa.schema([*FIRING_SCHEMA, ("kind", pa.uint8())])
 SAMPLE_SCHEMA: Final = pa.schema([("latent", pa.uint32()), ("row_id", pa.uint64())])
 
 
+@timed
 def find_candidates(
     pipeline: Pipeline, store: Store, sae: Sae, name: str, index: int, latent_slice: int, progress: Callable[[int], None] | None = None
 ) -> Produced:
@@ -71,11 +71,10 @@ def find_candidates(
 
     Raises `InputError` when the SAE, the activations and the tokens do not fit each other, `NonFiniteError` for damaged rows or weights.
     """
-    begun = time.perf_counter()
     ref = candidates_ref(pipeline, name, index, latent_slice)
     digest = sae_digest(pipeline, store, name)
     if current := find_current(store, ref, digest):
-        return Produced(ref, current, is_cached=True, wall_s=time.perf_counter() - begun)
+        return Produced(ref, current, is_cached=True)
     hook_point = pipeline.config.sae(name).hook_point
     tokens = load_tokens(pipeline, store, index)
     _check_inputs(pipeline, store, sae, name, index, tokens)
@@ -91,8 +90,7 @@ def find_candidates(
     with create_current(store, ref, digest) as art:
         job.write(art)
         art.facts |= {"start": encoder.start, "stop": encoder.stop}
-    assert art.manifest
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)
+    return art.produced
 
 
 class _Kept(NamedTuple):

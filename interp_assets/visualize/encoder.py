@@ -18,7 +18,7 @@ A latent fires where its pre-activation exceeds both thresholds, its own (`relu`
 - the row's is minus infinity, or plus infinity where the row is not valid;
 - for `topk` it is the midpoint between the row's k-th and (k+1)-th largest pre-activation over *all* latents. The midpoint rather than the
   k-th value, because a pre-activation recomputed in another order differs in its last bits: that flips 1% of all firings at the k-th
-  value, none at the midpoint. On a CPU, `scan_topk` finds it and the firings in one pass: the (k+1)-th largest so far is a bound that rises
+  value, none at the midpoint. On a CPU, `begin_scan_topk` finds it and the firings in one pass: the (k+1)-th largest so far is a bound that rises
   (rising.py). Elsewhere the thresholds are found first, by torch's top-k over some tiles at a time, and then what exceeds them.
 
 With `dtype` bfloat16, rows and columns are rounded to it; products and sums are float32, on every device. (Torch's bfloat16 product on a CPU
@@ -174,12 +174,11 @@ class Encoder:
         rows, tiles = torch.from_numpy(limits).to(self._device), zip(self._tiles, thresholds, strict=True)
         return [_scan_plainly(i, block, tile, torch.from_numpy(own).to(self._device), rows) for i, (tile, own) in enumerate(tiles)]
 
-    def scan_topk(self, block: Float[Tensor, "block d_in"], is_valid: NDArray[np.bool_]) -> TopKScan:
-        """Return the firings of a `topk` SAE on the valid rows of a block, and all rows' thresholds. Needs the columns of all latents."""
-        return self.begin_scan_topk(block, is_valid)()
-
     def begin_scan_topk(self, block: Float[Tensor, "block d_in"], is_valid: NDArray[np.bool_]) -> Callable[[], TopKScan]:
-        """Begin what `scan_topk` does and return what waits for it."""
+        """Begin to find the firings of a `topk` SAE on the valid rows of a block, and all rows' thresholds; return what waits for them.
+
+        Needs the columns of all latents.
+        """
         k, d_sae, n_rows = self._sae.k, self._sae.d_sae, len(is_valid)
         assert (self.start, self.stop) == (0, d_sae)
         if k >= d_sae or not self._is_compiled:

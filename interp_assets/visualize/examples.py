@@ -15,7 +15,6 @@ Cost: one read of the candidates and of the firings' activations, about 50 ns fo
 `distinct_tokens`, the token shards (13 bytes a token). The format is described in docs/formats/feature_examples.md.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, NamedTuple
@@ -29,7 +28,7 @@ from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import ArtifactCorruptError
 from interp_assets.planning.config import FeaturesConfig
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced
+from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, timed
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, STATISTICS
@@ -64,16 +63,16 @@ EXAMPLE_SCHEMA: Final = pa.schema(
 )
 
 
+@timed
 def select_examples(pipeline: Pipeline, store: Store, name: str, latent_slice: int) -> Produced:
     """Run pass B for one latent slice of the SAE called `name`.
 
     Raises `ArtifactMissingError` that names every missing (shard, slice), `ArtifactForeignError` for candidates of an earlier training.
     """
-    begun = time.perf_counter()
     ref = examples_ref(pipeline, name, latent_slice)
     digest = sae_digest(pipeline, store, name)
     if current := find_current(store, ref, digest):
-        return Produced(ref, current, is_cached=True, wall_s=time.perf_counter() - begun)
+        return Produced(ref, current, is_cached=True)
     refs = [candidates_ref(pipeline, name, index, latent_slice) for index in pipeline.shard_indices]
     inputs = list(zip(refs, load_current(store, refs, digest), strict=True))
     start, stop = slice_bounds(pipeline, name, latent_slice)
@@ -100,8 +99,7 @@ def select_examples(pipeline: Pipeline, store: Store, name: str, latent_slice: i
             "n_valid": sum(manifest.facts["n_valid"] for _, manifest in inputs),
             "histogram_origin": origin,
         }
-    assert art.manifest
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)
+    return art.produced
 
 
 class _Group(NamedTuple):

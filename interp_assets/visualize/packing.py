@@ -15,7 +15,7 @@ The layout is described in docs/formats/feature_record.md; frontend/src/lib/pack
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Final
 
@@ -24,16 +24,7 @@ from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError
 from interp_assets.storage.foreign import parse_json, unpack_gzip
-from interp_assets.visualize.digits import (
-    DIGITS,
-    PEAK_DIGITS,
-    decode_decimals,
-    decode_numbers,
-    encode_decimals,
-    encode_number,
-    encode_numbers,
-    round_significant,
-)
+from interp_assets.visualize import digits
 
 RECORD_VERSION: Final = 2
 ORDER: Final = "tokens.order"
@@ -53,7 +44,7 @@ class TokenOrder:
         self.order = np.asarray(order, np.uint32)
         ranks = np.empty(len(self.order), np.int64)
         ranks[self.order] = np.arange(len(self.order))
-        self.codes = [encode_number(rank) for rank in ranks.tolist()]
+        self.codes = [digits.encode_number(rank) for rank in ranks.tolist()]
 
 
 def order_tokens(shards: Iterable[NDArray[Any]], n_tokens: int) -> NDArray[np.uint32]:
@@ -73,7 +64,7 @@ def pack_record(record: dict[str, Any], tokens: TokenOrder) -> bytes:
     place = {tuple(window["row"]): i for i, window in enumerate(windows)}
 
     def listed(shown: list[dict[str, Any]]) -> str:
-        return encode_numbers(place[tuple(window["row"])] for window in shown)
+        return digits.encode_numbers(place[tuple(window["row"])] for window in shown)
 
     packed = {
         "version": RECORD_VERSION,
@@ -123,26 +114,22 @@ def _pack_windows(windows: list[dict[str, Any]], tokens: TokenOrder) -> dict[str
     documents = {name: i for i, name in enumerate(dict.fromkeys(window["document"] for window in windows))}
     beside = [[pair for pair in window["activations"] if pair[0] != window["peak"]] for window in windows]
     values = [value for pairs in beside for _, value in pairs]
-    exponent = max(int(f"{value:.{DIGITS - 1}e}".partition("e")[2]) for value in [*values, *(window["activation"] for window in windows)])
+    exponent = max(int(f"{value:.{digits.DIGITS - 1}e}".partition("e")[2]) for value in [*values, *(window["activation"] for window in windows)])
     return {
         "documents": list(documents),
-        "document": encode_numbers(documents[window["document"]] for window in windows),
-        "shard": encode_numbers(b - a for a, b in pairwise((0, *shards))),
-        "row": encode_numbers(row - (rows[i - 1] if i and shards[i] == shards[i - 1] else 0) for i, row in enumerate(rows)),
-        "before": encode_numbers(window["peak"] for window in windows),
-        "after": encode_numbers(len(window["tokens"]) - 1 - window["peak"] for window in windows),
+        "document": digits.encode_numbers(documents[window["document"]] for window in windows),
+        "shard": digits.encode_numbers(b - a for a, b in pairwise((0, *shards))),
+        "row": digits.encode_numbers(row - (rows[i - 1] if i and shards[i] == shards[i - 1] else 0) for i, row in enumerate(rows)),
+        "before": digits.encode_numbers(window["peak"] for window in windows),
+        "after": digits.encode_numbers(len(window["tokens"]) - 1 - window["peak"] for window in windows),
         "masked": {str(i): window["masked"] for i, window in enumerate(windows) if window["masked"]},
         "exponent": exponent,
-        "peak": encode_decimals([window["activation"] for window in windows], exponent, PEAK_DIGITS),
-        "firings": encode_numbers(len(pairs) for pairs in beside),
-        "gap": encode_numbers(gap for pairs in beside for gap in _gaps([place for place, _ in pairs])),
-        "activation": encode_decimals(values, exponent, DIGITS),
+        "peak": digits.encode_decimals([window["activation"] for window in windows], exponent, digits.PEAK_DIGITS),
+        "firings": digits.encode_numbers(len(pairs) for pairs in beside),
+        "gap": digits.encode_numbers(b - a for pairs in beside for a, b in pairwise((0, *(place for place, _ in pairs)))),
+        "activation": digits.encode_decimals(values, exponent, digits.DIGITS),
         "tokens": "".join(tokens.codes[token] for window in windows for token in window["tokens"]),
     }
-
-
-def _gaps(places: list[int]) -> Iterator[int]:
-    return (b - a for a, b in pairwise((0, *places)))
 
 
 def _pack_histogram(histogram: dict[str, list[Any]]) -> dict[str, Any]:
@@ -161,12 +148,12 @@ def _unpack(packed: dict[str, Any], order: Sequence[int] | NDArray[Any]) -> dict
     statistics, lists, logits = packed["statistics"], packed["lists"], packed["logits"]
     windows = _unpack_windows(packed["windows"], order) if packed["windows"] else []
     texts = [lists["top"], *(text for _, _, text in lists["intervals"]), lists["random"]]
-    n_tokens = sum(len(windows[place]["tokens"]) for text in texts for place in decode_numbers(text))
+    n_tokens = sum(len(windows[place]["tokens"]) for text in texts for place in digits.decode_numbers(text))
     if n_tokens > MAX_RECORD_BYTES:  # a window that is named often is shown as often
         raise ValueError(f"its lists show {n_tokens:,} tokens, and {MAX_RECORD_BYTES:,} are allowed")
 
     def listed(text: str) -> list[dict[str, Any]]:
-        return [windows[place] for place in decode_numbers(text)]
+        return [windows[place] for place in digits.decode_numbers(text)]
 
     return {
         "version": packed["version"],
@@ -187,9 +174,9 @@ def _unpack(packed: dict[str, Any], order: Sequence[int] | NDArray[Any]) -> dict
 
 def _unpack_windows(packed: dict[str, Any], order: Sequence[int] | NDArray[Any]) -> list[dict[str, Any]]:
     names = ("document", "shard", "row", "before", "after", "firings", "gap", "tokens")
-    columns = {name: decode_numbers(packed[name]) for name in names}
-    peaks = decode_decimals(packed["peak"], packed["exponent"], PEAK_DIGITS)
-    values = decode_decimals(packed["activation"], packed["exponent"], DIGITS)
+    columns = {name: digits.decode_numbers(packed[name]) for name in names}
+    peaks = digits.decode_decimals(packed["peak"], packed["exponent"], digits.PEAK_DIGITS)
+    values = digits.decode_decimals(packed["activation"], packed["exponent"], digits.DIGITS)
     _check_lengths(columns, len(peaks), len(values))
     tokens = np.asarray(order)[columns["tokens"]].tolist() if columns["tokens"] else []
     shards = list(accumulate(columns["shard"]))
@@ -230,7 +217,7 @@ def _check_lengths(columns: dict[str, list[int]], n_peaks: int, n_values: int) -
 def _unpack_histogram(packed: dict[str, Any]) -> dict[str, list[Any]]:
     counts = packed["counts"]
     numbers = np.arange(packed["first"], packed["first"] + len(counts) + 1, dtype=np.uint32) << np.uint32(_BIN_SHIFT)
-    return {"edges": round_significant(numbers.view(np.float32)).tolist() if counts else [], "counts": counts}
+    return {"edges": digits.round_significant(numbers.view(np.float32)).tolist() if counts else [], "counts": counts}
 
 
 def _turn_back(columns: list[list[Any]]) -> list[list[Any]]:

@@ -9,7 +9,6 @@ A record holds its windows' tokens, so one range request opens one feature. Show
 and one latent group. A gzip member carries no time, so equal inputs give equal bytes. The format is described in docs/formats/feature_record.md.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -27,7 +26,7 @@ from interp_assets.errors import InputError
 from interp_assets.garcon.points import MODULE
 from interp_assets.garcon.subject import Unembedding
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import Produced
+from interp_assets.storage.manifest import Produced, timed
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.sae import Sae
@@ -69,6 +68,7 @@ FEATURE_SCHEMA: Final = pa.schema(
 )
 
 
+@timed
 def write_records(
     pipeline: Pipeline,
     store: Store,
@@ -84,11 +84,10 @@ def write_records(
     Raises `ArtifactMissingError` or `ArtifactForeignError` that names every partition of an earlier pass that is missing or of an earlier
     training, and `InputError` when no latent of the whole SAE fires.
     """
-    begun = time.perf_counter()
     ref = records_ref(pipeline, name, latent_slice)
     digest = sae_digest(pipeline, store, name)
     if current := find_current(store, ref, digest):
-        return Produced(ref, current, is_cached=True, wall_s=time.perf_counter() - begun)
+        return Produced(ref, current, is_cached=True)
     check_sae(pipeline, sae, name)
     evidence = _load_evidence(pipeline, store, name, latent_slice, digest)
     sample = _load_sample(pipeline, store, name, digest, evidence.n_valid)
@@ -120,8 +119,7 @@ def write_records(
             "logits_reason": relations.logits_reason,
             "coactivation_rows": len(sample.offsets) - 1,
         }
-    assert art.manifest
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)
+    return art.produced
 
 
 class _Evidence(NamedTuple):

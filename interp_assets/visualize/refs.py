@@ -59,11 +59,6 @@ def slice_index(key: str) -> int:
     return int(key.removeprefix("slice-"))
 
 
-def grid_key(latent_slice: int, index: int) -> str:
-    """Return the partition key of a latent slice of one dataset shard, as Dagster writes keys of two dimensions."""
-    return f"{slice_key(latent_slice)}|{shard_key(index)}"
-
-
 def split_grid_key(key: str) -> tuple[int, int]:
     """Return latent slice and dataset shard of a partition key."""
     latent_slice, _, shard = key.partition("|")

@@ -36,7 +36,6 @@ class RunStore:
         self._runs: list[list[_Run]] = [[] for _ in range(n_tiles)]
         self._room = spill_bytes
         self._file: IO[bytes] | None = None
-        self.spilled_bytes = 0
 
     def add(self, tile: int, run: Firings) -> None:
         """Keep a run of a tile, whose rows follow those of the tile's earlier runs."""
@@ -51,7 +50,6 @@ class RunStore:
             weakref.finalize(self, self._file.close)
         place = self._file.seek(0, 2)
         self._file.write(rows.tobytes() + run.activations.tobytes())
-        self.spilled_bytes += n_bytes
         self._runs[tile].append(_Run(run.start, run.offsets, None, None, place))
 
     def take(self, tile: int) -> list[Firings]:

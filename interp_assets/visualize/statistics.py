@@ -64,13 +64,6 @@ def empty_statistics(start: int, n_latents: int) -> LatentStatistics:
     )
 
 
-def measure_firings(firings: Firings, origin: int) -> LatentStatistics:
-    """Compute the statistics of `firings`; the histogram's first bin starts at 2^origin. A few ns a firing."""
-    found = empty_statistics(firings.start, firings.n_latents)
-    add_firings(found, firings, origin)
-    return found
-
-
 def add_firings(statistics: LatentStatistics, firings: Firings, origin: int) -> None:
     """Add the firings of the same latents on other rows to `statistics`, in place."""
     first_bin = (_EXPONENT_BIAS + origin) * BINS_PER_OCTAVE

@@ -62,7 +62,7 @@ def create_table(art: ArtifactWriter, name: str, schema: pa.Schema) -> Iterator[
         if pa.types.is_floating(field.type) or field.type in (pa.uint32(), pa.uint64())
     }
     with art.open(name, block_bytes=_BLOCK_BYTES) as sink:
-        target = pa.PythonFile(_WriteOnly(sink), mode="w")
+        target = pa.PythonFile(SinkFile(sink), mode="w")
         options = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["latent"], "column_encoding": encodings}
         with pq.ParquetWriter(target, schema, **options) as writer:
             table = TableWriter(writer, schema)
@@ -135,21 +135,25 @@ class _VerifiedFile(io.RawIOBase):
         return n_bytes
 
 
-class _WriteOnly(io.RawIOBase):
+class SinkFile(io.RawIOBase):
     """A sink as Python's file objects are."""
 
     def __init__(self, sink: ByteSink) -> None:
+        """Write into `sink`."""
         super().__init__()
         self._sink = sink
         self._place = 0
 
     def writable(self) -> bool:
+        """Say yes."""
         return True
 
     def tell(self) -> int:
+        """Return how many bytes were written."""
         return self._place
 
     def write(self, data: Any) -> int:
+        """Append bytes."""
         self._sink.write(bytes(data))
         self._place += len(data)
         return len(data)

@@ -13,7 +13,6 @@ With `features.gather` the rows around the examples are written as well, a file 
 Rows that are not valid carry no activation. The format is described in docs/formats/example_activations.md.
 """
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,7 +28,7 @@ from torch import Tensor
 from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.harvest.rows import RowBlock, iter_row_blocks
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import Produced
+from interp_assets.storage.manifest import Produced, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import kernels
@@ -90,16 +89,16 @@ class Spikes(NamedTuple):
     activations: NDArray[np.float32]
 
 
+@timed
 def fire_windows(pipeline: Pipeline, store: Store, sae: Sae, name: str, index: int) -> Produced:
     """Run pass C for dataset shard `index`, over the examples of all latent slices of the SAE called `name`.
 
     Raises `ArtifactMissingError` that names the slices without examples, `ArtifactForeignError` for those of an earlier training.
     """
-    begun = time.perf_counter()
     ref = windows_ref(pipeline, name, index)
     digest = sae_digest(pipeline, store, name)
     if current := find_current(store, ref, digest):
-        return Produced(ref, current, is_cached=True, wall_s=time.perf_counter() - begun)
+        return Produced(ref, current, is_cached=True)
     check_sae(pipeline, sae, name)
     slices = range(pipeline.config.features.latent_slices)
     examples = [examples_ref(pipeline, name, latent_slice) for latent_slice in slices]
@@ -129,8 +128,7 @@ def fire_windows(pipeline: Pipeline, store: Store, sae: Sae, name: str, index: i
                 pass
             art.facts["n_gathered_rows"] = gatherer.write(art)
         art.facts |= {"n_windows": table.n_rows, "n_rows": tokens.n_rows}
-    assert art.manifest
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - begun)
+    return art.produced
 
 
 def window_bounds(

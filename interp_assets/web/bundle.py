@@ -15,9 +15,7 @@ records, at bounded memory. Nothing in the bundle tells when it was made: same r
 `docs/formats/feature_bundle.md`.
 """
 
-import io
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -38,11 +36,13 @@ from interp_assets.storage.manifest import (
     load_manifest,
     read_file,
     read_ranges,
+    timed,
 )
 from interp_assets.storage.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.packing import ORDER, RECORD_VERSION
 from interp_assets.visualize.refs import records_ref, slice_bounds
+from interp_assets.visualize.tables import SinkFile
 from interp_assets.web.columns import WORDS, ListWriter, collect_words, encode_words
 from interp_assets.web.map import Layout, embed_directions, write_map
 from interp_assets.web.refs import bundle_ref
@@ -71,18 +71,19 @@ class BundleContent(NamedTuple):
     """Where the latents stand on the map; without one there is none."""
 
 
+@timed
 def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any, *, progress: Callable[[int], None] | None = None) -> Produced:
     """Build the bundle of one SAE from its records; `progress` is advanced by latents.
 
     `tokenizer` is the Hugging Face tokenizer of the corpus. Raises `ArtifactMissingError` when a slice has no records yet, and
     `ArtifactCorruptError` when table, index and records disagree.
     """
-    start, ref = time.perf_counter(), bundle_ref(pipeline, sae_name)
+    ref = bundle_ref(pipeline, sae_name)
     refs = [records_ref(pipeline, sae_name, latent_slice) for latent_slice in range(pipeline.config.features.latent_slices)]
     inputs = [load_manifest(store, source) for source in [*refs, evaluation_ref(pipeline, sae_name)]]
     existing = find_made_from(store, ref, inputs)
     if existing:
-        return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
+        return Produced(ref, existing, is_cached=True)
     sources = [_Source(store, ref.path, inputs[i], *slice_bounds(pipeline, sae_name, i)) for i, ref in enumerate(refs)]
     content = BundleContent(
         _describe(pipeline, store, sae_name, [source.manifest for source in sources]),
@@ -93,8 +94,7 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
     )
     with create_artifact(store, ref, made_from=inputs) as art:
         write_bundle(art, content, progress=progress)
-    assert art.manifest
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - start)
+    return art.produced
 
 
 def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Callable[[int], None] | None = None) -> None:
@@ -240,28 +240,9 @@ class _TableWriter:
         writer = None
         for table in tables:
             if writer is None:
-                writer = pq.ParquetWriter(_SinkFile(self._sink), table.schema, compression="zstd")
+                writer = pq.ParquetWriter(SinkFile(self._sink), table.schema, compression="zstd")
             writer.write_table(table, row_group_size=1 << 16)
             self.n_rows += table.num_rows
             yield table
         if writer:
             writer.close()
-
-
-class _SinkFile(io.RawIOBase):
-    """Let the Parquet writer stream into an artifact."""
-
-    def __init__(self, sink: ByteSink) -> None:
-        self._sink, self._n_bytes = sink, 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        self._sink.write(view)
-        self._n_bytes += len(view)
-        return len(view)
-
-    def tell(self) -> int:
-        return self._n_bytes

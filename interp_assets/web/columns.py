@@ -51,7 +51,6 @@ ORDERS: Final = {"latent": "latent", "count": "frequency", **{name: name for nam
 """Columns that can be sorted by, and the order file of each: count and frequency stand in one order."""
 _DISTRIBUTED: Final = ("frequency", "max", "mean")
 _N_BINS: Final = 48
-_ROWS_AT_ONCE: Final = 1 << 20
 
 
 class WordIds(NamedTuple):

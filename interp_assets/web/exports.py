@@ -38,8 +38,8 @@ class _File(NamedTuple):
     n_features: int
 
 
-def export_bundle(bundle: OpenBundle, format_name: str, out: Store, *, progress: Callable[[int], None] | None = None) -> Exported:
-    """Write all live features of a bundle into `out` in another tool's format; `progress` is advanced by features.
+def export_bundle(bundle: OpenBundle, format_name: str, out: Store) -> Exported:
+    """Write all live features of a bundle into `out` in another tool's format.
 
     Raises `InputError` with the names of the formats for an unknown one.
     """
@@ -49,8 +49,6 @@ def export_bundle(bundle: OpenBundle, format_name: str, out: Store, *, progress:
     for file in FORMATS[format_name](bundle):
         out.put(file.path, file.data)
         n_features, n_files, n_bytes = n_features + file.n_features, n_files + 1, n_bytes + len(file.data)
-        if progress:
-            progress(file.n_features)
     return Exported(n_features, int(bundle.description["d_sae"]) - n_features, n_files, n_bytes)
 
 

@@ -20,8 +20,6 @@ from interp_assets.storage.store import Store
 from interp_assets.web.opened import BundlePlace, OpenBundle
 from interp_assets.web.server import STATIC, summarize
 
-_NOT_NEEDED: Final = ("features.parquet",)
-"""Files that pages never read."""
 _PIECE: Final = 16 << 20
 
 
@@ -32,9 +30,7 @@ class SiteExport(NamedTuple):
     n_bytes: int
 
 
-def export_site(
-    places: Sequence[BundlePlace], out: Store, *, static: Path = STATIC, with_table: bool = True, progress: Callable[[int], None] | None = None
-) -> SiteExport:
+def export_site(places: Sequence[BundlePlace], out: Store, *, static: Path = STATIC, progress: Callable[[int], None] | None = None) -> SiteExport:
     """Write pages and bundles into `out`; `progress` is advanced by bytes.
 
     Raises `ConfigError` when the pages are not built, and `ArtifactError` for a bundle that cannot be read.
@@ -48,8 +44,6 @@ def export_site(
         n_files, n_bytes = n_files + 1, n_bytes + path.stat().st_size
     for place, bundle in bundles:
         for entry in bundle.manifest.files:
-            if entry.name in _NOT_NEEDED and not with_table:
-                continue
             with out.open_writer(f"bundles/{bundle.name}/{entry.name}") as sink:
                 for start in range(0, entry.n_bytes, _PIECE):
                     for piece in bundle.stream(entry.name, start, min(_PIECE, entry.n_bytes - start)):

@@ -14,7 +14,6 @@ from interp_assets.compute.coarse import (
     least,
     make_frame,
     multiply,
-    plain_frame,
     quantize_columns,
     quantize_rows,
 )
@@ -24,6 +23,11 @@ from interp_assets.compute.dots import dot, rounding
 KINDS: list[Kind] = ["int8", "float32"]
 if fastest_kind(64) != "int8":  # a processor whose 8-bit products are wrong or slow never uses them
     KINDS = ["float32"]
+
+
+def plain_frame(d_in: int) -> Frame:
+    """Return the frame that leaves rows as they are."""
+    return Frame(np.zeros(d_in, np.float32), np.ones(d_in, np.float32))
 
 
 @compiled

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from planned import plan_sources
 
-from interp_assets.corpus.sources import iter_documents, plan_sources, survey_sources
+from interp_assets.corpus.sources import iter_documents, survey_sources
 from interp_assets.errors import ConfigError, InputError
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.storage.seen import SeenFiles
@@ -128,11 +129,12 @@ def test_a_folder_that_cannot_be_listed_is_named_with_the_other_problems() -> No
     program = (
         "import os, sys\n"
         "from interp_assets.planning.config import CorpusConfig\n"
-        "from interp_assets.corpus.sources import plan_sources\n"
+        "from interp_assets.corpus.sources import survey_sources\n"
+        "from interp_assets.storage.seen import SeenFiles\n"
         "from interp_assets.errors import InputError\n"
         "b'x'.decode('utf-8-sig')  # whoever it becomes may not load our Python's modules\n"
         "if os.geteuid() == 0: os.setuid(54321)\n"
-        "try: plan_sources(CorpusConfig(source='files', path=sys.argv[1], shard_bytes=40), 0)\n"
+        "try: survey_sources(CorpusConfig(source='files', path=sys.argv[1], shard_bytes=40), 0, (), SeenFiles(None).__enter__())\n"
         "except InputError as error: print(error)\n"
     )
     with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to others
@@ -269,10 +271,11 @@ def test_a_dataset_out_of_reach_is_named_with_the_next_step(environment: dict[st
     """No network is the commonest trouble of all, and its own traceback is three screens long."""
     program = (
         "from interp_assets.planning.config import CorpusConfig\n"
-        "from interp_assets.corpus.sources import plan_sources\n"
+        "from interp_assets.corpus.sources import survey_sources\n"
+        "from interp_assets.storage.seen import SeenFiles\n"
         "from interp_assets.errors import InputError\n"
         "try:\n"
-        "    plan_sources(CorpusConfig(source='huggingface', path='no/such'), 0)\n"
+        "    survey_sources(CorpusConfig(source='huggingface', path='no/such'), 0, (), SeenFiles(None))\n"
         "except InputError as error:\n"
         "    print(error)\n"
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from planned import plan_sources
 
-from interp_assets.corpus.sources import Survey, iter_documents, plan_sources, survey_sources
+from interp_assets.corpus.sources import Survey, iter_documents, survey_sources
 from interp_assets.errors import InputError
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.storage.seen import SETTLED_NS, SeenFiles

@@ -16,7 +16,7 @@ from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import PLAN, Pipeline, load_pipeline
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def config(decoder: Path, tmp_path: Path) -> PipelineConfig:
     return make_tiny_config(decoder, write_texts(tmp_path / "texts"))
 
 
-def test_a_plan_is_saved_and_read_back(config: PipelineConfig, memory_store: ObjectStore) -> None:
+def test_a_plan_is_saved_and_read_back(config: PipelineConfig, memory_store: Store) -> None:
     """Jobs on other machines know only the plan."""
     pipeline = plan_corpus(config, memory_store)
     assert load_pipeline(config, memory_store) == pipeline
@@ -48,7 +48,7 @@ def test_a_plan_is_saved_and_read_back(config: PipelineConfig, memory_store: Obj
     assert memory_store.get(PLAN) == before
 
 
-def test_an_empty_file_leaves_the_plan_as_every_release_reads_it(config: PipelineConfig, memory_store: ObjectStore) -> None:
+def test_an_empty_file_leaves_the_plan_as_every_release_reads_it(config: PipelineConfig, memory_store: Store) -> None:
     """Releases refuse keys that they do not know: after a rollback, or beside an older worker, one `__init__.py` would damage the plan."""
     plan_corpus(config, memory_store)
     before = memory_store.get(PLAN)
@@ -62,7 +62,7 @@ def test_an_empty_file_leaves_the_plan_as_every_release_reads_it(config: Pipelin
     assert plan.keys() == known, "a key was added to or taken from version 1: raise the plan's version"
 
 
-def test_the_text_comes_back_from_the_tokens(config: PipelineConfig, memory_store: ObjectStore) -> None:
+def test_the_text_comes_back_from_the_tokens(config: PipelineConfig, memory_store: Store) -> None:
     """Any row must lead back to its text, by its row and its document."""
     pipeline = plan_corpus(config, memory_store)
     tokenizer = load_tokenizer(config.model)
@@ -86,7 +86,7 @@ def test_the_text_comes_back_from_the_tokens(config: PipelineConfig, memory_stor
         assert facts["n_valid"] == facts["n_bytes"], "one token per byte"
 
 
-def test_the_name_of_a_special_token_in_a_text_is_text(config: PipelineConfig, memory_store: ObjectStore, tmp_path: Path) -> None:
+def test_the_name_of_a_special_token_in_a_text_is_text(config: PipelineConfig, memory_store: Store, tmp_path: Path) -> None:
     """Sources and papers spell `</s>` out; as a special token it would end the text there for the model, and its rows would not count."""
     text = "a </s> b <s>[PAD] c"
     (tmp_path / "texts" / "9.txt").write_text(text)
@@ -100,7 +100,7 @@ def test_the_name_of_a_special_token_in_a_text_is_text(config: PipelineConfig, m
     assert rows.sum() == len(text.encode())
 
 
-def test_every_packed_context_opens_with_bos(config: PipelineConfig, memory_store: ObjectStore) -> None:
+def test_every_packed_context_opens_with_bos(config: PipelineConfig, memory_store: Store) -> None:
     """Language models expect it; its activations are outliers and never trained on."""
     pipeline = plan_corpus(config, memory_store)
     make_token_shard(pipeline, memory_store, load_tokenizer(config.model), 1)
@@ -111,7 +111,7 @@ def test_every_packed_context_opens_with_bos(config: PipelineConfig, memory_stor
     assert set(tokens.token_ids[~tokens.valid].tolist()) == {256, 257}
 
 
-def test_an_encoder_gets_one_document_per_context(encoder: Path, tmp_path: Path, memory_store: ObjectStore) -> None:
+def test_an_encoder_gets_one_document_per_context(encoder: Path, tmp_path: Path, memory_store: Store) -> None:
     """Each context is [CLS] text [SEP]."""
     config = make_tiny_config(encoder, write_texts(tmp_path / "texts"), corpus={"contexts": "per_document"})
     pipeline = plan_corpus(config, memory_store)
@@ -138,7 +138,7 @@ def test_the_same_text_gives_the_same_bytes(config: PipelineConfig) -> None:
     assert digests[0] == digests[1]
 
 
-def test_polars_reads_the_tables(config: PipelineConfig, local_store: ObjectStore) -> None:
+def test_polars_reads_the_tables(config: PipelineConfig, local_store: Store) -> None:
     """Tables are for everybody, not for our code only."""
     pipeline = plan_corpus(config, local_store)
     make_token_shard(pipeline, local_store, load_tokenizer(config.model), 0)
@@ -148,21 +148,21 @@ def test_polars_reads_the_tables(config: PipelineConfig, local_store: ObjectStor
     assert counts["len"].to_list() == pl.read_parquet(folder / "documents.parquet")["n_rows"].to_list()
 
 
-def test_a_shard_that_was_never_made_is_missing(config: PipelineConfig, memory_store: ObjectStore) -> None:
+def test_a_shard_that_was_never_made_is_missing(config: PipelineConfig, memory_store: Store) -> None:
     """The error of the manifest comes through."""
     pipeline = plan_corpus(config, memory_store)
     with pytest.raises(ArtifactMissingError, match="Materialize it first"):
         load_tokens(pipeline, memory_store, 0)
 
 
-def test_a_context_longer_than_the_models_is_refused_at_planning(config: PipelineConfig, memory_store: ObjectStore, decoder: Path) -> None:
+def test_a_context_longer_than_the_models_is_refused_at_planning(config: PipelineConfig, memory_store: Store, decoder: Path) -> None:
     """Not after hours of tokenizing."""
     long = make_tiny_config(decoder, Path(config.corpus.path), corpus={"context_length": CONTEXT + 1})
     with pytest.raises(InputError, match=rf"context_length is {CONTEXT + 1}, but .* takes at most {CONTEXT} tokens"):
         plan_corpus(long, memory_store)
 
 
-def test_an_unknown_hook_point_is_refused_at_planning(config: PipelineConfig, memory_store: ObjectStore, decoder: Path) -> None:
+def test_an_unknown_hook_point_is_refused_at_planning(config: PipelineConfig, memory_store: Store, decoder: Path) -> None:
     """With the near ones."""
     wrong = make_tiny_config(
         decoder, Path(config.corpus.path), harvest={"hook_points": ["resid_pst.0"]}, saes=[{"name": "demo", "hook_point": "resid_pst.0", "k": 4}]
@@ -172,7 +172,7 @@ def test_an_unknown_hook_point_is_refused_at_planning(config: PipelineConfig, me
     assert memory_store.size(PLAN) is None
 
 
-def test_a_tokenizer_of_another_model_is_refused(config: PipelineConfig, memory_store: ObjectStore, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(config: PipelineConfig, memory_store: Store, tmp_path: Path) -> None:
     """A larger vocabulary cannot belong to the model."""
     folder = save_model(tmp_path / "mixed", "gpt2")
     tokenizer = make_tokenizer()
@@ -188,7 +188,7 @@ def test_a_tokenizer_of_another_model_is_refused(config: PipelineConfig, memory_
         load_tokens(pipeline, memory_store, 0)
 
 
-def test_text_that_tokenizes_to_nothing_is_refused(config: PipelineConfig, memory_store: ObjectStore) -> None:
+def test_text_that_tokenizes_to_nothing_is_refused(config: PipelineConfig, memory_store: Store) -> None:
     """A document without rows would vanish silently."""
     pipeline = plan_corpus(config, memory_store)
     tokenizer = make_tokenizer()

@@ -23,7 +23,7 @@ from s3_server import start_s3_server
 from interp_assets.errors import StoreError
 from interp_assets.graph.jobs import dagster_home
 from interp_assets.planning.config import PipelineConfig, load_config
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "runbook.md"
 NAME = "my-pipeline"
@@ -248,7 +248,7 @@ def test_a_full_bucket(finished: Finished, tiny_world: Path, tmp_path: Path, tal
         server.stop()
 
 
-def can_write(store: ObjectStore) -> bool:
+def can_write(store: Store) -> bool:
     """Say whether a store takes an object."""
     try:
         store.put(".probe", b"1")

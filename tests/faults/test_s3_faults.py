@@ -21,7 +21,7 @@ from interp_assets.shuffle.certificate import certify
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.plan import make_shuffle_plan
 from interp_assets.shuffle.split import split_shard
-from interp_assets.storage.store import ObjectStore, Store, open_store
+from interp_assets.storage.store import Store, open_store
 
 pytestmark = [pytest.mark.s3]
 POINT = "resid_post.0"
@@ -45,7 +45,7 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FaultProxy
     server.stop()
 
 
-def open_bucket(server: S3Server, endpoint: str, prefix: str) -> ObjectStore:
+def open_bucket(server: S3Server, endpoint: str, prefix: str) -> Store:
     """Open a prefix through an endpoint."""
     options = {key.lower(): value for key, value in server.environment.items() if key != "AWS_ENDPOINT_URL"}
     return open_store(f"s3://test/{prefix}", s3={**options, "aws_endpoint": endpoint})

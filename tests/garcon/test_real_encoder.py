@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stored_rows import load_rows
 from tiny_models import make_tiny_config, write_texts
 
 from interp_assets.corpus.plan import plan_corpus
@@ -12,9 +13,8 @@ from interp_assets.corpus.tokens import context_offsets, load_tokens, make_token
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import affixes, load_tokenizer
 from interp_assets.harvest.activations import harvest_shard
-from interp_assets.harvest.rows import load_rows
 from interp_assets.planning.config import ExecutionConfig, ModelConfig
-from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_its_last_layer_says_that_like_sentences_are_alike(folder: Path, encoder
     assert affixes(tokenizer) == ([101], [102])
 
 
-def test_its_activations_are_harvested_as_it_computes_them(folder: Path, encoder: SubjectModel, tmp_path: Path, memory_store: ObjectStore) -> None:
+def test_its_activations_are_harvested_as_it_computes_them(folder: Path, encoder: SubjectModel, tmp_path: Path, memory_store: Store) -> None:
     """From text files to stored rows, with documents of unequal length, padded and long."""
     texts = write_texts(tmp_path / "texts", n_files=4, n_chars=400)
     (texts / "short.txt").write_text("Cats purr.")

@@ -58,8 +58,9 @@ def test_an_identity_patch_changes_nothing_and_a_zero_patch_something(kind: str,
     token_ids = _tokens()
     loss = subject.loss(token_ids, None)
     assert loss.shape == (3, 9)
-    assert torch.equal(subject.loss_with_patch(token_ids, None, point, lambda rows: rows), loss)
-    assert not torch.allclose(subject.loss_with_patch(token_ids, None, point, torch.zeros_like), loss)
+    logits = subject.logits(token_ids, None)
+    assert torch.equal(subject.logits_with_patch(token_ids, None, point, lambda rows: rows), logits)
+    assert not torch.allclose(subject.logits_with_patch(token_ids, None, point, torch.zeros_like), logits)
     assert torch.equal(subject.loss(token_ids, None), loss), "a hook was left behind"
 
 
@@ -153,7 +154,7 @@ def test_an_encoder_has_no_loss() -> None:
 def test_a_patch_of_another_shape_is_refused() -> None:
     """Broadcasting would hide it."""
     with pytest.raises(InputError, match=r"replacement at 'resid_post.0' has shape \[3, 10, 1\]"):
-        make_subject("gpt2").loss_with_patch(_tokens(), None, "resid_post.0", lambda rows: rows[..., :1])
+        make_subject("gpt2").logits_with_patch(_tokens(), None, "resid_post.0", lambda rows: rows[..., :1])
 
 
 @pytest.mark.parametrize("kind", DECODERS)

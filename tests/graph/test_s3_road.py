@@ -14,7 +14,7 @@ from s3_server import S3Server, start_s3_server
 from interp_assets.graph.jobs import recorded_versions
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.pipeline import load_pipeline
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.verify import verify_tree
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     server.stop()
 
 
-def open_bucket(server: S3Server) -> ObjectStore:
+def open_bucket(server: S3Server) -> Store:
     """Open the pipeline's folder in the bucket from this process, whose environment knows nothing of the server."""
     options = {key.lower(): value for key, value in server.environment.items() if key != "AWS_ENDPOINT_URL"}
     return open_store("s3://test/data", s3=options).child("tiny")

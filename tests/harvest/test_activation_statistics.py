@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_rows import load_rows
 from tiny_models import make_tiny_config, save_model, write_texts
 
 from interp_assets.corpus.plan import plan_corpus
@@ -16,7 +17,6 @@ from interp_assets.errors import ArtifactMissingError
 from interp_assets.garcon.subject import load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.harvest.activations import harvest_shard
-from interp_assets.harvest.rows import load_rows
 from interp_assets.harvest.statistics import (
     BLOCK_ROWS,
     StatisticsAccumulator,
@@ -29,7 +29,7 @@ from interp_assets.harvest.statistics import (
     norm_histogram,
 )
 from interp_assets.planning.config import ExecutionConfig
-from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.store import Store
 
 
 def _rows(n_rows: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_the_histogram_is_numpys_with_clipped_ends() -> None:
     assert (int(ends[0]), int(ends[-1])) == (2, 1)
 
 
-def test_merged_statistics_are_those_of_all_valid_training_rows(tmp_path: Path, memory_store: ObjectStore) -> None:
+def test_merged_statistics_are_those_of_all_valid_training_rows(tmp_path: Path, memory_store: Store) -> None:
     """BOS and the held-out shard must not leak into the normalisation."""
     config = make_tiny_config(save_model(tmp_path / "model", "gpt2"), write_texts(tmp_path / "texts"))
     pipeline = plan_corpus(config, memory_store)

@@ -19,7 +19,7 @@ from interp_assets.harvest.statistics import measure_rows, merge_statistics, nor
 from interp_assets.planning.config import ExecutionConfig
 from interp_assets.planning.pipeline import shard_key
 from interp_assets.storage.manifest import Produced
-from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import read_spans
 
 PAGES = Path(__file__).parents[2] / "docs" / "formats"
@@ -45,7 +45,7 @@ def _table(page: str, column: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def made(tmp_path: Path, local_store: ObjectStore) -> dict[str, Produced]:
+def made(tmp_path: Path, local_store: Store) -> dict[str, Produced]:
     """Make one artifact of each kind."""
     config = make_tiny_config(save_model(tmp_path / "model", "gpt2"), write_texts(tmp_path / "texts", n_files=4))
     pipeline = plan_corpus(config, local_store)
@@ -59,7 +59,7 @@ def made(tmp_path: Path, local_store: ObjectStore) -> dict[str, Produced]:
     return made
 
 
-def test_token_tables_have_the_documented_columns(made: dict[str, Produced], local_store: ObjectStore) -> None:
+def test_token_tables_have_the_documented_columns(made: dict[str, Produced], local_store: Store) -> None:
     """Names and types, for readers without our code."""
     folder = local_store.local_path(made["token_shard"].ref.path)
     assert folder is not None
@@ -72,7 +72,7 @@ def test_token_tables_have_the_documented_columns(made: dict[str, Produced], loc
 
 
 @pytest.mark.parametrize("kind", ["activation_shard", "activation_statistics"])
-def test_tensor_files_have_the_documented_tensors(kind: str, made: dict[str, Produced], local_store: ObjectStore) -> None:
+def test_tensor_files_have_the_documented_tensors(kind: str, made: dict[str, Produced], local_store: Store) -> None:
     """Names, types and shapes."""
     produced = made[kind]
     n_rows = produced.manifest.facts.get("n_rows")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_rows import load_rows
 from tiny_models import make_tiny_config, save_model, write_texts
 
 from interp_assets.corpus.plan import plan_corpus
@@ -19,10 +20,10 @@ from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.harvest.activations import PADDING_STEP, harvest_shard, make_batches
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.harvest.rows import iter_row_blocks, load_rows
+from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.planning.config import ExecutionConfig
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 
 POINTS = ["resid_pre.0", "resid_post.0", "mlp_out.1", "module:transformer.h.1.mlp.c_fc"]
 ENCODER_POINTS = ["resid_post.0", "attn_out.1"]
@@ -32,7 +33,7 @@ class World(NamedTuple):
     """A planned pipeline with its tokens, and its subject model."""
 
     pipeline: Pipeline
-    store: ObjectStore
+    store: Store
     subject: SubjectModel
 
 
@@ -47,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_world(folders: dict[str, Path]) -> Callable[..., World]:
     """Return a function that plans a pipeline and makes its token shards in a store of its own."""
 
-    def make(kind: str = "gpt2", *, store: ObjectStore | None = None, dtype: str = "bfloat16", tokens_per_batch: int = 200) -> World:
+    def make(kind: str = "gpt2", *, store: Store | None = None, dtype: str = "bfloat16", tokens_per_batch: int = 200) -> World:
         store = store or open_store("memory://world")
         if kind not in folders:
             folders[kind] = save_model(folders["root"] / kind, kind)
@@ -121,7 +122,7 @@ def test_hook_points_that_are_there_are_kept(make_world: Callable[..., World]) -
     assert again["mlp_out.1"].manifest.digest == first["mlp_out.1"].manifest.digest
 
 
-def test_a_damaged_shard_is_found_on_reading_and_rebuilt_with_the_same_digest(make_world: Callable[..., World], local_store: ObjectStore) -> None:
+def test_a_damaged_shard_is_found_on_reading_and_rebuilt_with_the_same_digest(make_world: Callable[..., World], local_store: Store) -> None:
     """So everything that was made of it stays fresh."""
     world = make_world(store=local_store)
     first = harvest_shard(world.pipeline, local_store, world.subject, 0)["resid_post.0"]

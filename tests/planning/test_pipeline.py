@@ -10,7 +10,7 @@ from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, Art
 from interp_assets.harvest.refs import activation_shard_ref, hook_folder, statistics_ref
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, save_plan, shard_index, shard_key
 from interp_assets.shuffle.refs import mixed_shard_ref, shuffle_plan_ref, split_shard_ref
-from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.store import Store
 from interp_assets.train.refs import sae_ref
 from interp_assets.visualize.refs import candidates_ref, slice_bounds
 from interp_assets.web.refs import bundle_ref
@@ -76,14 +76,14 @@ def test_a_changed_model_leaves_the_tokens_alone(small_pipeline: Pipeline) -> No
     assert "2-activations/resid_post.0/shard-000000" in changed
 
 
-def test_the_plan_survives_the_store(small_pipeline: Pipeline, memory_store: ObjectStore) -> None:
+def test_the_plan_survives_the_store(small_pipeline: Pipeline, memory_store: Store) -> None:
     """Every job starts by reading it; writing the same plan again changes nothing."""
     assert save_plan(memory_store, small_pipeline.plan)
     assert not save_plan(memory_store, small_pipeline.plan)
     assert load_pipeline(small_pipeline.config, memory_store) == small_pipeline
 
 
-def test_no_plan_and_a_damaged_plan_say_what_to_do(small_pipeline: Pipeline, memory_store: ObjectStore) -> None:
+def test_no_plan_and_a_damaged_plan_say_what_to_do(small_pipeline: Pipeline, memory_store: Store) -> None:
     """The first thing a new user meets."""
     with pytest.raises(ArtifactMissingError, match=r"'small' has no plan at .*Materialize `corpus_plan`"):
         load_pipeline(small_pipeline.config, memory_store)
@@ -92,7 +92,7 @@ def test_no_plan_and_a_damaged_plan_say_what_to_do(small_pipeline: Pipeline, mem
         load_pipeline(small_pipeline.config, memory_store)
 
 
-def test_a_newer_plan_is_named_and_not_called_damaged(small_pipeline: Pipeline, memory_store: ObjectStore) -> None:
+def test_a_newer_plan_is_named_and_not_called_damaged(small_pipeline: Pipeline, memory_store: Store) -> None:
     """In a cluster of two releases the remedy is to update, not to look for a broken disk."""
     save_plan(memory_store, small_pipeline.plan)
     plan = json.loads(memory_store.get("plan.json"))
@@ -101,7 +101,7 @@ def test_a_newer_plan_is_named_and_not_called_damaged(small_pipeline: Pipeline, 
         load_pipeline(small_pipeline.config, memory_store)
 
 
-def test_a_plan_that_counts_empty_files_is_still_read(small_pipeline: Pipeline, memory_store: ObjectStore) -> None:
+def test_a_plan_that_counts_empty_files_is_still_read(small_pipeline: Pipeline, memory_store: Store) -> None:
     """Some plans of version 1 have two keys more, and what was made under them must not be refused."""
     save_plan(memory_store, small_pipeline.plan)
     plan = json.loads(memory_store.get("plan.json"))

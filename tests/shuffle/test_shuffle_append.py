@@ -1,36 +1,33 @@
 """Appending is exact: old and new rows come out as one uniform permutation, and each is read and written once."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import stats
+from shuffle_orders import append_indices, shuffle_indices
 from shuffle_world import HOOK, World, make_world, row_values, run_shuffle
 
 from interp_assets.compute.seeds import Stream
-from interp_assets.errors import ArtifactMissingError, CertificateError, PlanError
+from interp_assets.errors import PlanError
 from interp_assets.shuffle.append import (
     Appending,
     append_bucket,
-    append_indices,
-    appended_ref,
-    make_generation,
     merge_words,
-    open_appended,
 )
-from interp_assets.shuffle.mixed import MixedShard, open_mixed, read_mixed_rows
-from interp_assets.shuffle.permutation import Draws, shuffle_indices
+from interp_assets.shuffle.generations import make_own
+from interp_assets.shuffle.mixed import MixedShard, make_mixed_shard, open_mixed, read_mixed_rows
+from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.plan import load_shuffle_plan
 from interp_assets.shuffle.sizes import ShuffleSizes
-from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.store import Store
 
 OLD, NEW = ShuffleSizes(passes=2, fan_out=2, shard_rows=(2, 1)), ShuffleSizes(passes=1, fan_out=2, shard_rows=(1, 1))
 
 
 def generation_seed(seed: int) -> int:
-    """Return the seed of the new rows' own shuffle, as `make_generation` draws it."""
+    """Return the seed of the new rows' own shuffle, as `newest` draws it."""
     return Draws(seed).stream("generation", 3, 4).torch_seed()
 
 
@@ -105,23 +102,23 @@ def test_one_seed_for_both_generations_is_caught() -> None:
     assert sum(relation(shuffle(seed, generation_seed(seed))) for seed in range(300)) < 90  # one sixth is expected: 50
 
 
-def grown(n_shards: int, store: ObjectStore | None = None, hooks: tuple[str, ...] = (HOOK,)) -> World:
+def grown(n_shards: int, store: Store | None = None, hooks: tuple[str, ...] = (HOOK,)) -> World:
     """Return the same world with its first shards only."""
     return make_world((40, 30, 25, 50)[:n_shards], passes=2, fan_out=2, invalid_every=7, hooks=hooks, store=store)
 
 
 def append_all(world: World, before: World, old: list[MixedShard], hook: str = HOOK, n_buckets: int = 3) -> tuple[Appending, list[MixedShard]]:
     """Shuffle the new shards of a grown world, append them, and open the result."""
-    generation = make_generation(world.pipeline, before.pipeline)
+    added = [index for index in world.pipeline.train_indices if index not in before.pipeline.train_indices]
+    generation = make_own(world.pipeline, added)
     new_world = World(generation, world.store, [])
     run_shuffle(new_world, hook)
     sources = Appending(old, open_mixed(generation, world.store, hook), n_buckets)
-    for bucket in reversed(range(n_buckets)):
-        append_bucket(world.pipeline, world.store, hook, sources, bucket)
-    return sources, open_appended(world.pipeline, world.store, hook, sources)
+    made = [append_bucket(world.pipeline, world.store, hook, sources, bucket) for bucket in reversed(range(n_buckets))]
+    return sources, [make_mixed_shard(world.store, bucket, item.ref, item.manifest) for bucket, item in enumerate(reversed(made))]
 
 
-def read_ids(store: ObjectStore, shards: list[MixedShard], hook: str = HOOK) -> NDArray[np.uint64]:
+def read_ids(store: Store, shards: list[MixedShard], hook: str = HOOK) -> NDArray[np.uint64]:
     """Read the ids of all rows in order, and check that each row kept its content."""
     ids = []
     for shard in shards:
@@ -131,7 +128,7 @@ def read_ids(store: ObjectStore, shards: list[MixedShard], hook: str = HOOK) -> 
     return np.concatenate(ids)
 
 
-def test_the_bytes_follow_the_pure_order_and_every_row_is_there_once(memory_store: ObjectStore) -> None:
+def test_the_bytes_follow_the_pure_order_and_every_row_is_there_once(memory_store: Store) -> None:
     """The proof above is about files too; shards land twice here, the second time on an appended set."""
     before, world, later = grown(2, memory_store), grown(3, memory_store), grown(4, memory_store)
     run_shuffle(before)
@@ -147,7 +144,7 @@ def test_the_bytes_follow_the_pure_order_and_every_row_is_there_once(memory_stor
     assert append_bucket(world.pipeline, memory_store, HOOK, sources, 0).is_cached
 
 
-def test_hook_points_stay_aligned_after_appending(memory_store: ObjectStore) -> None:
+def test_hook_points_stay_aligned_after_appending(memory_store: Store) -> None:
     """Crosscoders read several hook points of one row."""
     hooks = ("resid_post.0", "mlp_out.1")
     before, world = grown(2, memory_store, hooks), grown(3, memory_store, hooks)
@@ -159,19 +156,7 @@ def test_hook_points_stay_aligned_after_appending(memory_store: ObjectStore) -> 
     assert orders[0] == orders[1]
 
 
-def test_only_new_shards_can_be_appended(memory_store: ObjectStore) -> None:
-    """A shard that changed is not new; its old rows would stay in the set."""
-    before, world = grown(2, memory_store), grown(3, memory_store)
-    with pytest.raises(PlanError, match="has no shard that its 2 shuffled ones lack: there is nothing to append"):
-        make_generation(before.pipeline, before.pipeline)
-    with pytest.raises(PlanError, match="Only new shards can be appended, but 1 old ones changed or are gone: shard-000003"):
-        make_generation(before.pipeline, world.pipeline)
-    generation = make_generation(world.pipeline, before.pipeline)
-    assert generation.train_indices == [3]
-    assert generation.config.seed != world.pipeline.config.seed
-
-
-def test_rows_of_different_kinds_are_not_merged(memory_store: ObjectStore) -> None:
+def test_rows_of_different_kinds_are_not_merged(memory_store: Store) -> None:
     """Half precision and single precision rows do not make one tensor."""
     before = grown(2, memory_store)
     run_shuffle(before)
@@ -181,21 +166,7 @@ def test_rows_of_different_kinds_are_not_merged(memory_store: ObjectStore) -> No
         append_bucket(before.pipeline, memory_store, HOOK, Appending(old, other, 2), 0)
 
 
-def test_lost_rows_and_missing_shards_are_errors(memory_store: ObjectStore) -> None:
-    """A merged set is only opened when it holds what went in."""
-    before, world = grown(2, memory_store), grown(3, memory_store)
-    run_shuffle(before)
-    sources, _ = append_all(world, before, open_mixed(before.pipeline, memory_store, HOOK))
-    facts = {**sources.old[0].manifest.facts, "multiset_hash": "5:" + "0" * 32}
-    wrong = [sources.old[0]._replace(manifest=dataclasses.replace(sources.old[0].manifest, facts=facts)), *sources.old[1:]]
-    with pytest.raises(CertificateError, match=r"Appending to resid_post.0 in memory.* did not keep its rows"):
-        open_appended(world.pipeline, memory_store, HOOK, sources._replace(old=wrong))
-    memory_store.delete([f"{appended_ref(world.pipeline, HOOK, sources, 1).path}/manifest.json"])
-    with pytest.raises(ArtifactMissingError, match="bucket-00001"):
-        open_appended(world.pipeline, memory_store, HOOK, sources)
-
-
-def test_rows_larger_than_a_read_are_joined_across_pieces(local_store: ObjectStore) -> None:
+def test_rows_larger_than_a_read_are_joined_across_pieces(local_store: Store) -> None:
     """Rows lie across checksum blocks and reads; 12 MB of them."""
     before, world = (make_world((10_000, 5000)[:n], passes=1, d_in=200, store=local_store) for n in (1, 2))
     run_shuffle(before)

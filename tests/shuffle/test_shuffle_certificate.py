@@ -19,6 +19,7 @@ from shuffle_mutants import (
     buffered,
     shards_then_rows,
 )
+from shuffle_orders import shuffle_indices
 from shuffle_world import HOOK, make_world, run_shuffle, run_splits
 
 from interp_assets.compute.seeds import stream
@@ -28,7 +29,7 @@ from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import mixed_specs, open_mixed, read_mixed_rows, save_mixed
 from interp_assets.shuffle.mixing import Mixing, MixingMeter, SourceLayout, expected_entropy
 from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records, hash_rows
-from interp_assets.shuffle.permutation import Draws, shuffle_indices
+from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.plan import load_shuffle_plan
 from interp_assets.shuffle.significance import chi_square_p, coincidence_p, expect_coincidences, normal_p, poisson_p, student_p
 from interp_assets.shuffle.sizes import ShuffleSizes, shares

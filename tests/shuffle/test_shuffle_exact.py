@@ -23,8 +23,9 @@ from shuffle_mutants import (
     buffered,
     shards_then_rows,
 )
+from shuffle_orders import shuffle_indices
 
-from interp_assets.shuffle.permutation import Draws, shuffle_indices
+from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.sizes import ShuffleSizes
 
 Order = Sequence[int] | NDArray[np.int64]

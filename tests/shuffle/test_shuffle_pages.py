@@ -11,7 +11,7 @@ from interp_assets.shuffle.certificate import certify
 from interp_assets.shuffle.plan import PLAN, decode_plan, encode_plan, make_content
 from interp_assets.shuffle.refs import mixed_shard_ref, shuffle_plan_ref, split_shard_ref
 from interp_assets.storage.manifest import load_manifest, read_file
-from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.store import Store
 
 PAGES = Path(__file__).parents[2] / "docs" / "formats"
 
@@ -32,7 +32,7 @@ def test_the_example_of_a_plan_is_one_to_the_last_byte() -> None:
     assert encode_plan(make_content(plan.seed, plan.shards, plan.sizes)).decode() == block("shuffle_plan", "json")
 
 
-def test_a_split_shard_is_read_as_the_page_says(local_store: ObjectStore) -> None:
+def test_a_split_shard_is_read_as_the_page_says(local_store: Store) -> None:
     """With NumPy alone."""
     world = make_world((40, 30), invalid_every=7, store=local_store)
     run_shuffle(world)
@@ -46,7 +46,7 @@ def test_a_split_shard_is_read_as_the_page_says(local_store: ObjectStore) -> Non
     assert len(records) == ranges[2] - ranges[1] > 0
 
 
-def test_a_mixed_shard_is_read_as_the_page_says(local_store: ObjectStore) -> None:
+def test_a_mixed_shard_is_read_as_the_page_says(local_store: Store) -> None:
     """With safetensors alone; the first row's bytes are where the page puts them."""
     world = make_world((40, 30), store=local_store)
     run_shuffle(world)

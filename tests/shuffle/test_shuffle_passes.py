@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shuffle_orders import shuffle_indices
 from shuffle_world import HOOK, make_world, run_shuffle, run_splits
 
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_ids, read_mixed_rows
-from interp_assets.shuffle.permutation import Draws, shuffle_indices, split_job
+from interp_assets.shuffle.permutation import Draws, split_job
 from interp_assets.shuffle.plan import job_bytes, load_shuffle_plan, make_shuffle_plan, row_format
 from interp_assets.shuffle.refs import mixed_shard_ref, split_shard_ref
 from interp_assets.shuffle.rows import FIXED_BYTES, Segment, cut_segment
@@ -23,7 +24,7 @@ from interp_assets.shuffle.sizes import ShuffleSizes, offsets, shares
 from interp_assets.shuffle.sources import list_splits, load_manifests
 from interp_assets.shuffle.split import block_bytes, split_bucket, split_shard
 from interp_assets.storage.manifest import create_artifact, file_part, load_manifest, remove_artifact
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import save_tensors
 
 
@@ -131,7 +132,7 @@ def test_progress_counts_every_row_of_every_job() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_rows_of_any_type_and_odd_width_arrive_on_a_disk(local_store: ObjectStore, dtype: str) -> None:
+def test_rows_of_any_type_and_odd_width_arrive_on_a_disk(local_store: Store, dtype: str) -> None:
     """Rows move as bytes; a width that is no multiple of a word must not matter."""
     world = make_world((64, 33), passes=2, fan_out=2, d_in=5, dtype=dtype, store=local_store)
     assert sorted(np.concatenate(run_shuffle(world)).tolist()) == world.row_ids.tolist()
@@ -180,7 +181,7 @@ def test_mixed_shards_outlive_the_files_they_were_made_from() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
 @pytest.mark.parametrize("passes", [1, 2])
-def test_memory_stays_within_the_bound(local_store: ObjectStore, passes: int) -> None:
+def test_memory_stays_within_the_bound(local_store: Store, passes: int) -> None:
     """`shuffle.memory_bytes` is a promise: rows with their ids are held once, an order needs `SORT_BYTES` a row, the rest is fixed."""
     n_rows = 800_000
     pipeline = make_world((n_rows,) * passes, passes=passes, fan_out=passes, d_in=128, dtype="bfloat16", store=local_store, invalid_every=50).pipeline

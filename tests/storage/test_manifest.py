@@ -23,7 +23,7 @@ from interp_assets.storage.manifest import (
     read_range,
     read_ranges,
 )
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 
 DATA = bytes(range(256)) * 40
 
@@ -32,7 +32,7 @@ def _ref(code: int = 1, kind: str = "example") -> ArtifactRef:
     return make_ref(kind, "1-stage", identity={"code": code}, inputs={"up": "0123"}, label="shard-000000")
 
 
-def _publish(store: ObjectStore, data: bytes = DATA, ref: ArtifactRef | None = None) -> Manifest:
+def _publish(store: Store, data: bytes = DATA, ref: ArtifactRef | None = None) -> Manifest:
     ref = ref or _ref()
     with create_artifact(store, ref, replace=True) as art:
         art.put("rows.bin", data, n_rows=len(data), block_bytes=1000)
@@ -40,7 +40,7 @@ def _publish(store: ObjectStore, data: bytes = DATA, ref: ArtifactRef | None = N
     return load_manifest(store, ref)
 
 
-def test_a_published_artifact_reads_back(memory_store: ObjectStore) -> None:
+def test_a_published_artifact_reads_back(memory_store: Store) -> None:
     """Write, publish, read: the base of every stage."""
     manifest = _publish(memory_store)
     assert read_file(memory_store, _ref().path, manifest, "rows.bin") == DATA
@@ -68,7 +68,7 @@ def test_the_artifact_id_follows_identity_and_inputs_only() -> None:
     assert make_ref("example", "1-stage", identity={"code": 1}, inputs={"up": "4567"}, label="shard-000000").artifact_id != _ref().artifact_id
 
 
-def test_same_content_has_one_digest_at_any_time(memory_store: ObjectStore) -> None:
+def test_same_content_has_one_digest_at_any_time(memory_store: Store) -> None:
     """The digest is Dagster's data version: a rebuilt shard must not make downstream stale."""
     first = _publish(memory_store)
     second = _publish(memory_store)
@@ -76,7 +76,7 @@ def test_same_content_has_one_digest_at_any_time(memory_store: ObjectStore) -> N
     assert _publish(memory_store, DATA[:-1] + b"x").digest != first.digest
 
 
-def test_what_another_job_has_published_meanwhile_stays(memory_store: ObjectStore) -> None:
+def test_what_another_job_has_published_meanwhile_stays(memory_store: Store) -> None:
     """Two jobs may make one shard: the slower one must neither delete what the faster one published nor let a reader meet half of it."""
     first = _publish(memory_store)
     path = f"{_ref().path}/rows.bin"
@@ -92,7 +92,7 @@ def test_what_another_job_has_published_meanwhile_stays(memory_store: ObjectStor
     assert load_manifest(memory_store, _ref()) == first
 
 
-def test_every_flipped_byte_of_a_file_is_found(memory_store: ObjectStore) -> None:
+def test_every_flipped_byte_of_a_file_is_found(memory_store: Store) -> None:
     """No storage client verifies a ranged read."""
     manifest = _publish(memory_store)
     path = f"{_ref().path}/rows.bin"
@@ -104,7 +104,7 @@ def test_every_flipped_byte_of_a_file_is_found(memory_store: ObjectStore) -> Non
             read_range(memory_store, _ref().path, manifest, "rows.bin", place, 1)
 
 
-def test_every_flipped_byte_of_a_manifest_is_found(memory_store: ObjectStore) -> None:
+def test_every_flipped_byte_of_a_manifest_is_found(memory_store: Store) -> None:
     """The manifest guards the files; its seal guards the manifest, to the last space."""
     _publish(memory_store)
     data = memory_store.get(f"{_ref().path}/manifest.json")
@@ -115,7 +115,7 @@ def test_every_flipped_byte_of_a_manifest_is_found(memory_store: ObjectStore) ->
             decode_manifest(bytes(damaged), "here")
 
 
-def test_a_truncated_manifest_is_no_artifact(memory_store: ObjectStore) -> None:
+def test_a_truncated_manifest_is_no_artifact(memory_store: Store) -> None:
     """A half-written artifact is rebuilt, and reading it says how."""
     _publish(memory_store)
     path = f"{_ref().path}/manifest.json"
@@ -125,13 +125,13 @@ def test_a_truncated_manifest_is_no_artifact(memory_store: ObjectStore) -> None:
         load_manifest(memory_store, _ref())
 
 
-def test_a_missing_manifest_says_what_to_do(memory_store: ObjectStore) -> None:
+def test_a_missing_manifest_says_what_to_do(memory_store: Store) -> None:
     """The commonest case: upstream was not materialized."""
     with pytest.raises(ArtifactMissingError, match=r"There is no artifact at .*Materialize it first"):
         load_manifest(memory_store, _ref())
 
 
-def test_an_artifact_that_raises_is_not_published(memory_store: ObjectStore) -> None:
+def test_an_artifact_that_raises_is_not_published(memory_store: Store) -> None:
     """Nothing may look finished that is not."""
 
     def fail() -> None:
@@ -145,7 +145,7 @@ def test_an_artifact_that_raises_is_not_published(memory_store: ObjectStore) -> 
     assert find_manifest(memory_store, _ref()) is None
 
 
-def test_a_shorter_file_makes_the_artifact_unfinished(memory_store: ObjectStore) -> None:
+def test_a_shorter_file_makes_the_artifact_unfinished(memory_store: Store) -> None:
     """The cheap skip test compares sizes, so a truncated or lost file is rebuilt."""
     _publish(memory_store)
     memory_store.put(f"{_ref().path}/rows.bin", DATA[:-1])
@@ -154,7 +154,7 @@ def test_a_shorter_file_makes_the_artifact_unfinished(memory_store: ObjectStore)
     assert find_manifest(memory_store, _ref()) is None
 
 
-def test_a_foreign_artifact_is_refused(memory_store: ObjectStore) -> None:
+def test_a_foreign_artifact_is_refused(memory_store: Store) -> None:
     """A folder copied from another pipeline must not be taken for ours."""
     _publish(memory_store)
     foreign = _ref(code=2)
@@ -163,14 +163,14 @@ def test_a_foreign_artifact_is_refused(memory_store: ObjectStore) -> None:
         load_manifest(memory_store, foreign)
 
 
-def test_a_newer_version_is_refused(memory_store: ObjectStore) -> None:
+def test_a_newer_version_is_refused(memory_store: Store) -> None:
     """An old release must not misread a new format."""
     data = encode_manifest(_publish(memory_store)).replace(b'"version": 1', b'"version": 3')
     with pytest.raises(ArtifactForeignError, match=r"version 3; this release reads .* versions \(1, 2\)\. Upgrade"):
         decode_manifest(data, "here")
 
 
-def test_of_two_writers_with_other_bytes_the_second_is_told(memory_store: ObjectStore) -> None:
+def test_of_two_writers_with_other_bytes_the_second_is_told(memory_store: Store) -> None:
     """Equal bytes are harmless; different bytes mean that something is not deterministic."""
     _publish(memory_store)
     writer = ArtifactWriter(memory_store, _ref())
@@ -179,20 +179,20 @@ def test_of_two_writers_with_other_bytes_the_second_is_told(memory_store: Object
         writer.publish(datetime.now(UTC))
 
 
-def test_a_hostile_file_name_is_refused(memory_store: ObjectStore) -> None:
+def test_a_hostile_file_name_is_refused(memory_store: Store) -> None:
     """A manifest from an untrusted bucket must not read outside its folder."""
     with create_artifact(memory_store, _ref(), replace=True) as art, pytest.raises(StoreError, match="is not a path inside a store"):
         art.put("../../secret", b"")
 
 
-def test_unfinished_files_of_an_earlier_attempt_are_removed(local_store: ObjectStore) -> None:
+def test_unfinished_files_of_an_earlier_attempt_are_removed(local_store: Store) -> None:
     """Garbage of a crashed attempt must not stay beside the rebuilt artifact."""
     local_store.put(f"{_ref().path}/left-over.bin", b"x")
     _publish(local_store)
     assert sorted(Path(item.path).name for item in local_store.list(_ref().path)) == ["manifest.json", "rows.bin"]
 
 
-def test_files_that_hold_times_are_verified_but_not_part_of_the_digest(memory_store: ObjectStore) -> None:
+def test_files_that_hold_times_are_verified_but_not_part_of_the_digest(memory_store: Store) -> None:
     """Rates and profiles belong to what they measure; the same inputs must still give the same digest."""
     digests = []
     for rate in (b"1.5", b"2.5"):
@@ -217,7 +217,7 @@ def test_files_that_hold_times_are_verified_but_not_part_of_the_digest(memory_st
 
 
 @pytest.mark.parametrize("order", ["one after the other", "while the first was writing", "over the first's times"])
-def test_two_writers_with_different_times_leave_a_whole_artifact(order: str, local_store: ObjectStore) -> None:
+def test_two_writers_with_different_times_leave_a_whole_artifact(order: str, local_store: Store) -> None:
     """Times of two runs differ: the file of one beside the manifest of the other would make a finished SAE look damaged."""
     writers = [create_artifact(local_store, _ref()) for _ in range(2)]
     arts = [writer.__enter__() for writer in writers]
@@ -241,7 +241,7 @@ def test_two_writers_with_different_times_leave_a_whole_artifact(order: str, loc
     assert arts[1].manifest == manifest
 
 
-def test_a_manifest_says_version_2_only_where_it_has_timed_files(memory_store: ObjectStore) -> None:
+def test_a_manifest_says_version_2_only_where_it_has_timed_files(memory_store: Store) -> None:
     """An older release must say "upgrade" about what it cannot read, and go on reading all the rest."""
     found = []
     for is_timed in (False, True):

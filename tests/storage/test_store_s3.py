@@ -9,7 +9,7 @@ from s3_server import S3Server, start_s3_server
 
 from interp_assets.errors import StoreError
 from interp_assets.storage.manifest import create_artifact, find_manifest, load_manifest, make_ref, read_file, read_ranges
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 
 pytestmark = pytest.mark.s3
 REF = make_ref("example", "1-stage", identity={}, inputs={}, label="shard-000000")
@@ -24,13 +24,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def store(server: S3Server) -> ObjectStore:
+def store(server: S3Server) -> Store:
     """Open a prefix of its bucket with options, the way `resources/` does."""
     options = {key.lower(): value for key, value in server.environment.items() if key != "AWS_ENDPOINT_URL"}
     return open_store("s3://test/prefix", s3=options)
 
 
-def test_streams_ranges_and_listings_work(store: ObjectStore) -> None:
+def test_streams_ranges_and_listings_work(store: Store) -> None:
     """Multipart writes, ranged reads and listings below a prefix."""
     data = os.urandom(20 << 20)
     with store.child("a").open_writer("big.bin") as sink:
@@ -43,14 +43,14 @@ def test_streams_ranges_and_listings_work(store: ObjectStore) -> None:
     assert store.size("a/big.bin") is None
 
 
-def test_only_one_creator_wins(store: ObjectStore) -> None:
+def test_only_one_creator_wins(store: Store) -> None:
     """Conditional puts carry the whole publication protocol."""
     assert store.put("m", b"1", create=True)
     assert not store.put("m", b"2", create=True)
     assert store.get("m") == b"1"
 
 
-def test_a_stream_that_raises_publishes_nothing(store: ObjectStore) -> None:
+def test_a_stream_that_raises_publishes_nothing(store: Store) -> None:
     """Other clients complete the upload when the block raises."""
 
     def write_and_fail() -> None:
@@ -64,7 +64,7 @@ def test_a_stream_that_raises_publishes_nothing(store: ObjectStore) -> None:
     assert store.size("broken") is None
 
 
-def test_an_artifact_has_the_same_digest_as_on_disk(store: ObjectStore, tmp_path: Path) -> None:
+def test_an_artifact_has_the_same_digest_as_on_disk(store: Store, tmp_path: Path) -> None:
     """Moving a pipeline to a bucket must not change what it holds."""
     digests = []
     for target in (store, open_store(str(tmp_path))):

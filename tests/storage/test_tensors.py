@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from interp_assets.errors import ArtifactCorruptError
 from interp_assets.storage.manifest import Manifest, create_artifact, load_manifest, make_ref
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import TensorSpec, as_bytes, load_tensors, parse_header, read_rows, read_spans, save_stream, save_tensors
 
 REF = make_ref("example", "x", identity={}, inputs={}, label="a")
 DTYPES = ["float32", "float16", "bfloat16", "float64", "int64", "uint8", "bool"]
 
 
-def _save(store: ObjectStore, tensors: dict[str, torch.Tensor | np.ndarray]) -> Manifest:
+def _save(store: Store, tensors: dict[str, torch.Tensor | np.ndarray]) -> Manifest:
     with create_artifact(store, REF) as art:
         save_tensors(art, "t.safetensors", tensors)
     return load_manifest(store, REF)
@@ -37,7 +37,7 @@ def test_any_tensor_makes_the_round_trip(n_rows: int, width: int, dtype: str, se
         assert found["ids"].tolist() == list(range(n_rows))
 
 
-def test_rows_are_one_aligned_range(memory_store: ObjectStore) -> None:
+def test_rows_are_one_aligned_range(memory_store: Store) -> None:
     """A reader fetches rows [a, b) alone, and O_DIRECT wants 4 KiB."""
     x = torch.arange(700).reshape(100, 7).to(torch.bfloat16)
     manifest = _save(memory_store, {"rows": x})
@@ -46,7 +46,7 @@ def test_rows_are_one_aligned_range(memory_store: ObjectStore) -> None:
     assert torch.equal(read_rows(memory_store, REF.path, manifest, "t.safetensors", span, 13, 29), x[13:29])
 
 
-def test_a_stream_cut_anywhere_is_the_same_file(memory_store: ObjectStore) -> None:
+def test_a_stream_cut_anywhere_is_the_same_file(memory_store: Store) -> None:
     """Stages stream blocks whose borders mean nothing."""
     x = torch.arange(60, dtype=torch.float32).reshape(20, 3)
     whole = _save(memory_store, {"rows": x})
@@ -56,7 +56,7 @@ def test_a_stream_cut_anywhere_is_the_same_file(memory_store: ObjectStore) -> No
     assert load_manifest(memory_store, REF).files[0].checksums == whole.files[0].checksums
 
 
-def test_a_short_stream_is_never_published(memory_store: ObjectStore) -> None:
+def test_a_short_stream_is_never_published(memory_store: Store) -> None:
     """The header promises rows; a file without them must not exist."""
     with pytest.raises(AssertionError, match="8 bytes streamed, the tensors need 240"), create_artifact(memory_store, REF) as art:
         save_stream(art, "t.safetensors", {"rows": TensorSpec("float32", (20, 3))}, [bytes(8)])

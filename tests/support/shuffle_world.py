@@ -18,7 +18,7 @@ from interp_assets.shuffle.mixed import open_mixed, read_mixed_rows
 from interp_assets.shuffle.plan import load_shuffle_plan, make_shuffle_plan
 from interp_assets.shuffle.split import split_bucket, split_shard
 from interp_assets.storage.manifest import create_artifact
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import save_tensors
 
 HOOK = "resid_post.0"
@@ -28,7 +28,7 @@ class World(NamedTuple):
     """A pipeline, its store, and which rows of each training shard are valid."""
 
     pipeline: Pipeline
-    store: ObjectStore
+    store: Store
     valid: list[NDArray[np.bool_]]
 
     @property
@@ -49,7 +49,7 @@ def make_world(
     d_in: int = 4,
     dtype: str = "float32",
     memory_bytes: int = 1 << 30,
-    store: ObjectStore | None = None,
+    store: Store | None = None,
 ) -> World:
     """Write training shards of `shard_rows` token positions (shard 0 is held out and absent); every `invalid_every`-th row is not valid."""
     config = make_config(
@@ -88,7 +88,7 @@ def make_world(
     return World(pipeline, store, valid)
 
 
-def write_tokens(pipeline: Pipeline, store: ObjectStore, index: int, valid: NDArray[np.bool_]) -> None:
+def write_tokens(pipeline: Pipeline, store: Store, index: int, valid: NDArray[np.bool_]) -> None:
     """Write a token shard: documents of about ten rows."""
     n_rows = len(valid)
     rows = np.arange(n_rows)
@@ -125,7 +125,7 @@ def row_values(hook: str, row_ids: NDArray[np.uint64], d_in: int) -> NDArray[np.
     return values
 
 
-def write_activations(pipeline: Pipeline, store: ObjectStore, hook: str, index: int, n_rows: int) -> None:
+def write_activations(pipeline: Pipeline, store: Store, hook: str, index: int, n_rows: int) -> None:
     """Write an activation shard whose rows name themselves."""
     ids = np.arange(n_rows).astype(np.uint64) + np.uint64(index << 40)
     rows = torch.from_numpy(row_values(hook, ids, pipeline.d_in(hook))).to(getattr(torch, pipeline.config.harvest.dtype))

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+from synthetic_bundle import build_synthetic_bundle
 from typer.testing import CliRunner
 
 from interp_assets.errors import InputError
@@ -13,7 +14,6 @@ from interp_assets.terminal.cli import app
 from interp_assets.terminal.web import make_desk, read_token
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from interp_assets.storage.store import open_store
 from interp_assets.terminal.cli import app
 from interp_assets.terminal.web import SAE_FORMATS as COMMAND_FORMATS
 from interp_assets.train.checkpoint import load_sae
-from interp_assets.train.exchange.folders import SAE_FORMATS, export_sae, read_exchange
+from interp_assets.train.exchange.folders import SAE_FORMATS, export_sae, read_foreign
 from interp_assets.train.loop import train_saes
 from interp_assets.train.sae import Sae
 
@@ -118,14 +118,14 @@ def test_a_tool_opens_our_folder_and_encodes_alike(answers: Answers, tool: str, 
 def test_we_open_what_a_tool_saved_and_encode_alike(answers: Answers, tool: str, what: str) -> None:
     """Whoever trained it: encoders that see x - b_dec, gates, decoder norms in the competition."""
     folder = answers.folder / "theirs" / tool / what
-    compare(read_exchange(open_store(str(folder))), answers, folder)
+    compare(read_foreign(open_store(str(folder))).sae, answers, folder)
 
 
 @pytest.mark.parametrize(("tool", "name"), EXPORTED)
 def test_our_own_folders_come_back(exported: Answers, tool: str, name: str) -> None:
     """Export and import are inverse functions."""
     sae, x = exported.saes[name], exported.rows
-    again = read_exchange(open_store(str(exported.folder / tool / name)))
+    again = read_foreign(open_store(str(exported.folder / tool / name))).sae
     torch.testing.assert_close(again.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(again.reconstruct(x, again.encode(x)), sae.reconstruct(x, sae.encode(x)), rtol=1e-4, atol=1e-4)
 
@@ -213,7 +213,7 @@ def test_the_command_exports_an_sae(make_planted, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "--sae", "topk"], catch_exceptions=False)
     assert " ".join(done.output.split()).startswith("SAE topk: cfg.json, sae.safetensors,")
     sae, x = load_sae(planted.pipeline, planted.store, "topk"), planted.rows[:50].float()
-    torch.testing.assert_close(read_exchange(open_store(str(tmp_path / "out"))).encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(read_foreign(open_store(str(tmp_path / "out"))).sae.encode(x), sae.encode(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match=r"There are 2 SAEs: topk, batch_topk. Name one with --sae."):
         CliRunner().invoke(app, command, catch_exceptions=False)
     assert COMMAND_FORMATS == SAE_FORMATS
@@ -224,12 +224,12 @@ def test_a_folder_that_is_no_sae_says_what_was_expected(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.put("readme.md", b"")
     with pytest.raises(InputError, match=r"holds no SAE: expected cfg.json and sae_weights.safetensors \(SAELens\).*found \['readme.md'\]"):
-        read_exchange(store)
+        read_foreign(store)
     store.put("config.json", b'{"trainer": {"dict_class": "AutoEncoderTopK"}}')
     store.put("ae.pt", b"\x80\x04cposix\nsystem\n\x85R.")
     with pytest.raises(InputError, match=r"ae.pt is no file of tensors alone"):
-        read_exchange(store)
+        read_foreign(store)
     store.put("cfg.json", b'{"architecture": "temporal", "d_in": 4, "d_sae": 8, "dtype": "float32"}')
     store.put("sae_weights.safetensors", b"")
     with pytest.raises(InputError, match=r"cannot be read \(cfg.json, sae_weights.safetensors: SafetensorError.*Copy it again"):
-        read_exchange(store)
+        read_foreign(store)

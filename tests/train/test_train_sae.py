@@ -10,7 +10,7 @@ from interp_assets.errors import ArtifactMissingError
 from interp_assets.planning.config import PipelineConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.manifest import create_artifact, load_manifest, read_file
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.train.checkpoint import load_sae, sae_lens_hook_name, save_sae
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae, SaeKind
@@ -129,7 +129,7 @@ def test_hook_points_get_the_names_of_transformer_lens() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["relu", "jump_relu", "topk"])
-def test_saelens_itself_loads_the_folder_and_encodes_alike(kind: SaeKind, local_store: ObjectStore) -> None:
+def test_saelens_itself_loads_the_folder_and_encodes_alike(kind: SaeKind, local_store: Store) -> None:
     """Runs where SAELens is installed; it is no dependency."""
     sae_lens = pytest.importorskip("sae_lens")
     pipeline, sae = make_pipeline(), make_sae(kind)

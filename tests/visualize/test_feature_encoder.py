@@ -57,7 +57,7 @@ def find(sae, rows, is_valid, n_block=64, start=0, stop=None, **how):
         block = encoder.prepare(rows[first : first + n_block], n_block, "here")
         valid = is_valid[first : first + n_block]
         if sae.kind == "topk":
-            scans, own = encoder.scan_topk(block, valid)
+            scans, own = encoder.begin_scan_topk(block, valid)()
             thresholds += own.tolist()
         else:
             scans = encoder.scan(block, row_limits(valid, -np.inf))
@@ -234,7 +234,7 @@ def test_a_guess_that_fails_too_often_is_made_more_carefully():
     sae, rows, is_valid = make_normal_topk(16, 32, order=100.0)
     encoder, guesses = Encoder(sae, 0, sae.d_sae, CPU), []
     for first in range(0, 160, 40):
-        encoder.scan_topk(encoder.prepare(rows[first : first + 40], 40, "here"), is_valid[first : first + 40])
+        encoder.begin_scan_topk(encoder.prepare(rows[first : first + 40], 40, "here"), is_valid[first : first + 40])()
         guesses.append(encoder.guess)
     assert guesses == [Guess(2, 32), certain(32, 16), certain(32, 16), certain(32, 16)]
 

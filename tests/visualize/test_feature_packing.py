@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_bundle import make_synthetic_records, make_text
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError
 from interp_assets.visualize.digits import ALPHABET, decode_decimals, decode_numbers, encode_decimals, encode_number, encode_numbers
 from interp_assets.visualize.packing import TokenOrder, order_tokens, pack_record, unpack_record
-from interp_assets.web.synthetic import make_synthetic_records, make_text
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "packed_record.json").read_text(encoding="utf-8"))
 """One record as it is and packed; the browser's tests read the same file."""

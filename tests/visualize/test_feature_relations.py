@@ -11,21 +11,30 @@ from interp_assets.garcon.subject import Unembedding
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import open_store
 from interp_assets.visualize.digits import round_significant
-from interp_assets.visualize.firings import FIRING_SCHEMA, sort_firings
+from interp_assets.visualize.firings import FIRING_SCHEMA, Firings, sort_firings
 from interp_assets.visualize.logits import measure_logits, used_token_ids
 from interp_assets.visualize.neighbours import find_coactivations, find_neighbours, make_sample
 from interp_assets.visualize.record_windows import DatasetShard, read_examples
 from interp_assets.visualize.records import _at, write_records
 from interp_assets.visualize.statistics import (
+    LatentStatistics,
+    add_firings,
     bin_edges,
+    empty_statistics,
     exact_quantiles,
     histogram_origin,
     histogram_quantiles,
-    measure_firings,
     merge_statistics,
 )
 from interp_assets.visualize.tables import LatentTable, create_table
 from interp_assets.visualize.windows import window_bounds
+
+
+def measure_firings(firings: Firings, origin: int) -> LatentStatistics:
+    """Compute the statistics of firings alone."""
+    found = empty_statistics(firings.start, firings.n_latents)
+    add_firings(found, firings, origin)
+    return found
 
 
 def random_firings(seed, n=4000, n_latents=7):

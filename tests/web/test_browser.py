@@ -18,13 +18,13 @@ from typing import NamedTuple
 import pytest
 import uvicorn
 from chromium import Visit, lowest_contrast, skip_or_fail
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.storage.manifest import create_artifact, make_ref
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC, Desk, make_app
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 pytestmark = pytest.mark.browser
 
@@ -37,7 +37,7 @@ class Site(NamedTuple):
 
     address: str
     name: str
-    store: ObjectStore
+    store: Store
 
     def page(self, path: str = "") -> str:
         return f"{self.address}/#/{self.name}{path}"

@@ -11,19 +11,19 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from synthetic_bundle import build_synthetic_bundle, make_synthetic_records, make_synthetic_table, make_text
 from transformers import PreTrainedTokenizerFast
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import create_artifact, read_file
-from interp_assets.storage.store import ObjectStore, Store, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.train.refs import evaluation_ref
 from interp_assets.visualize.packing import TokenOrder, pack_record
 from interp_assets.visualize.refs import records_ref, slice_bounds
 from interp_assets.web import bundle as bundle_module
 from interp_assets.web.bundle import build_bundle, decode_offsets
 from interp_assets.web.opened import OpenBundle, find_bundles, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle, make_synthetic_records, make_synthetic_table, make_text
 
 
 def _write_upstream(pipeline: Pipeline, store: Store, *, drop_row: bool = False, other_order: int = -1) -> list[bytes]:
@@ -63,7 +63,7 @@ def _with_slices(pipeline: Pipeline, n_slices: int) -> Pipeline:
     return replace(pipeline, config=pipeline.config.model_copy(update={"features": features}))
 
 
-def test_every_record_reaches_the_bundle_byte_for_byte(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+def test_every_record_reaches_the_bundle_byte_for_byte(small_pipeline: Pipeline, memory_store: Store, tiny_tokenizer) -> None:
     """The browser opens what the feature pass wrote, found by division alone."""
     members = _write_upstream(small_pipeline, memory_store)
     made = build_bundle(small_pipeline, memory_store, "demo", tiny_tokenizer)
@@ -76,7 +76,7 @@ def test_every_record_reaches_the_bundle_byte_for_byte(small_pipeline: Pipeline,
     assert made.manifest.facts["n_live"] == int((~table["is_dead"]).sum()) == bundle.description["n_live"]
 
 
-def test_a_record_file_holds_a_fixed_number_of_latents(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+def test_a_record_file_holds_a_fixed_number_of_latents(small_pipeline: Pipeline, memory_store: Store, tiny_tokenizer) -> None:
     """However the slices were cut, file and place of a latent follow by division."""
     members = iter([b"a", b"bb", b"", b"dddd", b"e"])
     with create_artifact(memory_store, evaluation_ref(small_pipeline, "demo")) as art:
@@ -98,14 +98,14 @@ def test_same_records_give_the_same_bytes_however_they_were_sliced(small_pipelin
     assert digests[0] == digests[1] == digests[2]
 
 
-def test_a_second_build_skips_the_work(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+def test_a_second_build_skips_the_work(small_pipeline: Pipeline, memory_store: Store, tiny_tokenizer) -> None:
     """Finished work is recognised by its manifest."""
     _write_upstream(small_pipeline, memory_store)
     assert not build_bundle(small_pipeline, memory_store, "demo", tiny_tokenizer).is_cached
     assert build_bundle(small_pipeline, memory_store, "demo", tiny_tokenizer).is_cached
 
 
-def test_the_description_says_where_everything_comes_from(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+def test_the_description_says_where_everything_comes_from(small_pipeline: Pipeline, memory_store: Store, tiny_tokenizer) -> None:
     """A feature without its model, hook point and quality of the SAE is worth little."""
     _write_upstream(small_pipeline, memory_store)
     build_bundle(small_pipeline, memory_store, "demo", tiny_tokenizer)
@@ -117,13 +117,13 @@ def test_the_description_says_where_everything_comes_from(small_pipeline: Pipeli
     assert not description["is_synthetic"]
 
 
-def test_missing_slices_are_an_error_that_says_what_to_do(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+def test_missing_slices_are_an_error_that_says_what_to_do(small_pipeline: Pipeline, memory_store: Store, tiny_tokenizer) -> None:
     """A bundle of half the features would look like a whole one."""
     with pytest.raises(ArtifactMissingError, match=r"slice-000.*Materialize it first"):
         build_bundle(small_pipeline, memory_store, "demo", tiny_tokenizer)
 
 
-def test_a_table_that_lacks_a_latent_is_refused(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+def test_a_table_that_lacks_a_latent_is_refused(small_pipeline: Pipeline, memory_store: Store, tiny_tokenizer) -> None:
     """Row i of the table is latent i; a gap would show every later feature under a wrong number."""
     _write_upstream(small_pipeline, memory_store, drop_row=True)
     with pytest.raises(ArtifactCorruptError, match=r"features\.parquet should hold latents 0 to 16"):
@@ -131,7 +131,7 @@ def test_a_table_that_lacks_a_latent_is_refused(small_pipeline: Pipeline, memory
     assert list_bundles(memory_store) == []
 
 
-def test_slices_that_name_tokens_differently_are_refused(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+def test_slices_that_name_tokens_differently_are_refused(small_pipeline: Pipeline, memory_store: Store, tiny_tokenizer) -> None:
     """Records hold ranks of tokens: another order would show other words, and nobody would notice."""
     _write_upstream(small_pipeline, memory_store, other_order=1)
     with pytest.raises(ArtifactCorruptError, match="name tokens by different orders"):
@@ -188,7 +188,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>")
 
 
-def test_tables_of_all_slices_keep_their_columns(small_pipeline: Pipeline, memory_store: ObjectStore, tiny_tokenizer) -> None:
+def test_tables_of_all_slices_keep_their_columns(small_pipeline: Pipeline, memory_store: Store, tiny_tokenizer) -> None:
     """The page and the exports read the columns that docs/formats/feature_record.md names."""
     _write_upstream(small_pipeline, memory_store)
     made = build_bundle(small_pipeline, memory_store, "demo", tiny_tokenizer)

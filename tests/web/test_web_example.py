@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from synthetic_bundle import build_synthetic_bundle
 from tiny_models import make_subject, make_tokenizer
 
 from interp_assets.errors import InputError
@@ -13,7 +14,6 @@ from interp_assets.train.sae import Sae
 from interp_assets.web.example import MAX_TEXT, Examples, Probe, run_example
 from interp_assets.web.opened import list_bundles
 from interp_assets.web.server import Desk, make_app
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 TEXT = "some words of a small text"
 

@@ -5,14 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ArtifactCorruptError, InputError
 from interp_assets.storage.manifest import create_artifact, remove_artifact
-from interp_assets.storage.store import ObjectStore, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.visualize.packing import TokenOrder, pack_record
 from interp_assets.web.exports import FORMATS, export_bundle
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 KEYS = json.loads((Path(__file__).parents[1] / "golden" / "export_keys.json").read_text())
 """Keys by format, from the other tools' own files."""
@@ -26,14 +26,14 @@ def bundle() -> OpenBundle:
     return OpenBundle(list_bundles(store)[0])
 
 
-def _export(bundle: OpenBundle, name: str, store: ObjectStore) -> dict[str, bytes]:
+def _export(bundle: OpenBundle, name: str, store: Store) -> dict[str, bytes]:
     done = export_bundle(bundle, name, store)
     files = {item.path: store.get(item.path) for item in store.list()}
     assert (done.n_features, done.n_dead, done.n_files, done.n_bytes) == (13, 1, len(files), sum(map(len, files.values())))
     return files
 
 
-def test_attribution_graph_features_have_the_keys_of_their_viewer(bundle: OpenBundle, memory_store: ObjectStore) -> None:
+def test_attribution_graph_features_have_the_keys_of_their_viewer(bundle: OpenBundle, memory_store: Store) -> None:
     """The front end of circuit-tracer reads one such JSON per feature."""
     files = _export(bundle, "attribution-graph", memory_store)
     feature = json.loads(files[f"features/{bundle.name}/3.json"])
@@ -47,7 +47,7 @@ def test_attribution_graph_features_have_the_keys_of_their_viewer(bundle: OpenBu
     assert example["tokens_acts_list"][example["train_token_ind"]] == record["examples"]["top"][0]["activation"]
 
 
-def test_neuronpedia_lines_have_the_keys_of_its_importer(bundle: OpenBundle, memory_store: ObjectStore) -> None:
+def test_neuronpedia_lines_have_the_keys_of_its_importer(bundle: OpenBundle, memory_store: Store) -> None:
     """Its importer reads JSONL, gzipped, a batch of 1,024 features per file."""
     files = _export(bundle, "neuronpedia", memory_store)
     folder = "exports/synthetic/2-synthetic"
@@ -61,7 +61,7 @@ def test_neuronpedia_lines_have_the_keys_of_its_importer(bundle: OpenBundle, mem
     assert all(activation["values"][activation["maxValueTokenIndex"]] > 0 for activation in activations)
 
 
-def test_dashboard_batches_have_the_keys_of_their_reader(bundle: OpenBundle, memory_store: ObjectStore) -> None:
+def test_dashboard_batches_have_the_keys_of_their_reader(bundle: OpenBundle, memory_store: Store) -> None:
     """SAEDashboard marks the group of top examples with -1."""
     files = _export(bundle, "saedashboard", memory_store)
     batch = json.loads(files["batch-0.json"])
@@ -81,7 +81,7 @@ def test_the_same_bundle_is_exported_to_the_same_bytes(bundle: OpenBundle, name:
     assert _export(bundle, name, open_store("memory://a")) == _export(bundle, name, open_store("memory://b"))
 
 
-def test_an_unknown_format_names_the_known_ones(bundle: OpenBundle, memory_store: ObjectStore) -> None:
+def test_an_unknown_format_names_the_known_ones(bundle: OpenBundle, memory_store: Store) -> None:
     """Nothing is written then."""
     with pytest.raises(InputError, match="attribution-graph, neuronpedia, saedashboard"):
         export_bundle(bundle, "html", memory_store)
@@ -95,7 +95,7 @@ def test_records_are_read_one_by_one_and_checked(bundle: OpenBundle) -> None:
         bundle.record(14)
 
 
-def test_a_record_of_another_feature_is_refused(memory_store: ObjectStore) -> None:
+def test_a_record_of_another_feature_is_refused(memory_store: Store) -> None:
     """Index and records that disagree would show evidence of the wrong feature."""
     made = build_synthetic_bundle(memory_store, n_features=3, n_documents=4)
     description = OpenBundle(list_bundles(memory_store)[0]).description

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.planning.config import FeaturesConfig
 from interp_assets.storage.store import open_store
@@ -15,7 +16,6 @@ from interp_assets.web.bundle import FORMAT, RECORDS_PER_FILE, VERSION
 from interp_assets.web.columns import NO_WORD, ROW, VALUES
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.search import COLUMNS
-from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.vocabulary import decode_vocabulary
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats" / "feature_bundle.md").read_text(encoding="utf-8")

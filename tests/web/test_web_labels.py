@@ -10,13 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import InputError
-from interp_assets.storage.store import ObjectStore
+from interp_assets.storage.store import Store
 from interp_assets.web.labels import LabelSet, find_labels, import_labels
 from interp_assets.web.notes import Notebook
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.table import Query
 
 ROWS = [
@@ -28,7 +28,7 @@ ROWS = [
 
 
 @pytest.fixture
-def bundle(memory_store: ObjectStore) -> OpenBundle:
+def bundle(memory_store: Store) -> OpenBundle:
     """Return an invented bundle of 20 features; 12 is dead."""
     build_synthetic_bundle(memory_store, n_features=20, n_documents=8)
     return OpenBundle(list_bundles(memory_store)[0])

@@ -181,7 +181,7 @@ def test_a_pipe_is_refused_by_every_way_of_reading(tmp_path: Path) -> None:
     """Reading it waits for ever."""
     store = open_store(str(tmp_path))
     os.mkfifo(tmp_path / "pipe")
-    for read in (lambda: store.get("pipe"), lambda: store.get_range("pipe", 0, 4), lambda: store.get_into("pipe", 0, memoryview(bytearray(4)))):
+    for read in (lambda: store.get("pipe"), lambda: store.get_ranges("pipe", [0], [4]), lambda: store.get_into("pipe", 0, memoryview(bytearray(4)))):
         with pytest.raises(StoreError, match="is a pipe"):
             read()
 

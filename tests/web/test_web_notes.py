@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ArtifactCorruptError, InputError
 from interp_assets.storage.store import open_store
@@ -12,7 +13,6 @@ from interp_assets.web.guard import MAX_BODY_BYTES
 from interp_assets.web.notes import MAX_NOTE, Notebook
 from interp_assets.web.opened import list_bundles
 from interp_assets.web.server import Desk, make_app
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ConfigError
 from interp_assets.storage.manifest import create_artifact, make_ref
-from interp_assets.storage.store import ObjectStore, Store, open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.web.files import parse_range
 from interp_assets.web.guard import MAX_QUERY_BYTES, SECURITY_HEADERS
 from interp_assets.web.opened import BundlePlace, list_bundles
 from interp_assets.web.server import check_bind, make_app, return_large_memory
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 HOST = "http://127.0.0.1:8420"
 
@@ -75,7 +75,7 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Return a folder with one invented bundle, and a secret beside it."""
     root = tmp_path_factory.mktemp("served")
     (root / "secret.txt").write_text("secret")
@@ -93,7 +93,7 @@ def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def site(store: ObjectStore, static: Path) -> Site:
+def site(store: Store, static: Path) -> Site:
     """Return a server of that bundle, without a token."""
     return Site(list_bundles(store), static)
 
@@ -116,7 +116,7 @@ def _bytes(store: Store, name: str) -> bytes:
     ("header", "expected"),
     [("bytes=0-0", (0, 1)), ("bytes=10-19", (10, 10)), ("bytes=-5", (-5, 5)), ("bytes=100-", (100, None)), ("bytes=5-99999999", (5, None))],
 )
-def test_a_range_is_answered_with_those_bytes(site: Site, store: ObjectStore, header: str, expected: tuple[int, int | None]) -> None:
+def test_a_range_is_answered_with_those_bytes(site: Site, store: Store, header: str, expected: tuple[int, int | None]) -> None:
     """Opening a feature is one such request."""
     data = _bytes(store, "records/00000.bin")
     start = expected[0] if expected[0] >= 0 else len(data) + expected[0]
@@ -130,14 +130,14 @@ def test_a_range_is_answered_with_those_bytes(site: Site, store: ObjectStore, he
 
 
 @pytest.mark.parametrize("header", ["bytes=5-2", "bytes=0-1,4-5", "lines=1-2", "bytes=a-b", "", "bytes=-"])
-def test_a_header_that_is_no_single_range_brings_the_whole_file(site: Site, store: ObjectStore, header: str) -> None:
+def test_a_header_that_is_no_single_range_brings_the_whole_file(site: Site, store: Store, header: str) -> None:
     """RFC 9110: what a server does not understand it ignores."""
     response = site.get(f"/bundles/{site.name}/records/00000.idx", headers={"Range": header})
     assert (response.status_code, response.content) == (200, _bytes(store, "records/00000.idx"))
 
 
 @pytest.mark.parametrize("header", ["bytes=99999999-", "bytes=99999999-99999999", "bytes=-0"])
-def test_a_range_outside_the_file_is_416_with_its_size(site: Site, store: ObjectStore, header: str) -> None:
+def test_a_range_outside_the_file_is_416_with_its_size(site: Site, store: Store, header: str) -> None:
     """The client learns the size and can ask again."""
     response = site.get(f"/bundles/{site.name}/records/00000.bin", headers={"Range": header})
     assert response.status_code == 416
@@ -159,7 +159,7 @@ def test_a_range_never_leaves_the_file(size: int, first: int, last: int) -> None
             assert len(data[span.start : span.start + span.n_bytes]) == span.n_bytes
 
 
-def test_large_files_arrive_whole_in_pieces(static: Path, memory_store: ObjectStore) -> None:
+def test_large_files_arrive_whole_in_pieces(static: Path, memory_store: Store) -> None:
     """A stream is cut at checksum blocks; nothing may be lost or doubled at the cuts."""
     data = bytes(range(256)) * 12_000
     build_synthetic_bundle(memory_store, n_features=2, n_documents=4)
@@ -195,7 +195,7 @@ def test_a_range_of_a_changed_file_brings_the_new_file(site: Site) -> None:
     assert site.get(address, headers={"Range": "bytes=0-3", "If-Range": '"old"'}).status_code == 200
 
 
-def test_head_tells_the_size_and_sends_nothing(site: Site, store: ObjectStore) -> None:
+def test_head_tells_the_size_and_sends_nothing(site: Site, store: Store) -> None:
     """Clients look before they ask."""
     response = site.get(f"/bundles/{site.name}/records/00000.bin", "HEAD")
     assert (response.status_code, response.content) == (200, b"")
@@ -228,7 +228,7 @@ def test_pages_of_other_origins_are_refused(site: Site, origin: str) -> None:
     assert site.get("/api/bundles", headers={"Origin": HOST}).status_code == 200
 
 
-def test_a_token_is_asked_for_and_taken_in_three_ways(store: ObjectStore, static: Path) -> None:
+def test_a_token_is_asked_for_and_taken_in_three_ways(store: Store, static: Path) -> None:
     """Scripts send a header; people open an address, and the token leaves it for a cookie."""
     site = Site(list_bundles(store), static, token="correct horse", hosts=["*"])
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Cookie": "interp_token=wrong"}, {"Cookie": 'a="b;;,'}):
@@ -246,7 +246,7 @@ def test_a_token_is_asked_for_and_taken_in_three_ways(store: ObjectStore, static
 
 
 @pytest.mark.parametrize("others", ["a[b]=1; ", 'json={"a": "b"}; ', "plain=1; x; =; ", "\u00e9=\u00e9; ", 'quoted="; '])
-def test_cookies_of_other_applications_hide_ours_from_nobody(store: ObjectStore, static: Path, others: str) -> None:
+def test_cookies_of_other_applications_hide_ours_from_nobody(store: Store, static: Path, others: str) -> None:
     """Cookies know no ports: those of whatever else runs on this machine come along, and some are none by the book."""
     site = Site(list_bundles(store), static, token="secret")
     ours = site.get("/?token=secret").headers["set-cookie"].split(";")[0]
@@ -255,14 +255,14 @@ def test_cookies_of_other_applications_hide_ours_from_nobody(store: ObjectStore,
     assert site.get("/api/bundles", headers={"Cookie": others.encode("latin-1")}).status_code == 401
 
 
-def test_two_servers_of_one_machine_keep_their_cookies_apart(store: ObjectStore, static: Path) -> None:
+def test_two_servers_of_one_machine_keep_their_cookies_apart(store: Store, static: Path) -> None:
     """The second one would log the first one out."""
     cookies = [Site([], static, token=token).get(f"/?token={token}").headers["set-cookie"] for token in ("one", "two")]
     assert len({cookie.partition("=")[0] for cookie in cookies}) == 2
     assert all(token not in cookie.partition("=")[2] for cookie in cookies for token in ("one", "two"))
 
 
-def test_hints_speak_of_what_there_is(site: Site, store: ObjectStore, static: Path) -> None:
+def test_hints_speak_of_what_there_is(site: Site, store: Store, static: Path) -> None:
     """An option that does not exist, an address that was not printed: a person is stuck with those."""
     assert "--" not in _problem(site.get("/api/bundles", host="http://evil.example"))["do"]
     asked = _problem(Site(list_bundles(store), static, token="secret").get("/api/bundles"))
@@ -270,7 +270,7 @@ def test_hints_speak_of_what_there_is(site: Site, store: ObjectStore, static: Pa
     assert "printed" not in asked["do"]
 
 
-def test_the_redirect_after_a_token_stays_on_this_server(store: ObjectStore, static: Path) -> None:
+def test_the_redirect_after_a_token_stays_on_this_server(store: Store, static: Path) -> None:
     """`//evil.example/` as a path would otherwise become another host."""
     site = Site(list_bundles(store), static, token="secret")
     assert site.get(f"{HOST}//evil.example/?token=secret").headers["location"] == "/evil.example/"
@@ -389,7 +389,7 @@ def test_wrong_addresses_are_explained_in_json(site: Site, path: str, status: in
 
 
 @pytest.fixture
-def damage(memory_store: ObjectStore) -> Callable[[str, Callable[[bytes], bytes | None]], BundlePlace]:
+def damage(memory_store: Store) -> Callable[[str, Callable[[bytes], bytes | None]], BundlePlace]:
     """Return a function that changes one file of a fresh bundle."""
     build_synthetic_bundle(memory_store, n_features=5, n_documents=4)
 
@@ -429,7 +429,7 @@ def test_a_truncated_or_missing_record_file_is_named(damage, static: Path, edit,
     assert "records/00000.bin" in _problem(response)["what"]
 
 
-def test_a_bundle_of_a_newer_version_is_listed_with_the_reason(static: Path, memory_store: ObjectStore) -> None:
+def test_a_bundle_of_a_newer_version_is_listed_with_the_reason(static: Path, memory_store: Store) -> None:
     """A missing entry explains nothing."""
     ref = make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="newer")
     with create_artifact(memory_store, ref) as art:
@@ -440,7 +440,7 @@ def test_a_bundle_of_a_newer_version_is_listed_with_the_reason(static: Path, mem
     assert "version 99" in _problem(site.get(f"/api/bundles/{site.name}"))["what"]
 
 
-def test_a_bundle_of_an_older_version_says_how_to_renew_it(static: Path, memory_store: ObjectStore) -> None:
+def test_a_bundle_of_an_older_version_says_how_to_renew_it(static: Path, memory_store: Store) -> None:
     """Upgrading would not help there."""
     with create_artifact(memory_store, make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="older")) as art:
         art.put("bundle.json", json.dumps({"format": "interp-assets/feature-bundle", "version": 1}).encode())
@@ -448,7 +448,7 @@ def test_a_bundle_of_an_older_version_says_how_to_renew_it(static: Path, memory_
     assert "Materialize `feature_browser` again" in listed["error"]["what"]
 
 
-def test_an_artifact_of_another_kind_is_listed_with_the_reason(static: Path, memory_store: ObjectStore) -> None:
+def test_an_artifact_of_another_kind_is_listed_with_the_reason(static: Path, memory_store: Store) -> None:
     """Somebody points the server at the wrong folder."""
     ref = make_ref("sae", "6-web", identity={}, inputs={}, label="sae")
     with create_artifact(memory_store, ref):
@@ -457,7 +457,7 @@ def test_an_artifact_of_another_kind_is_listed_with_the_reason(static: Path, mem
 
 
 @pytest.mark.parametrize("kind", ["memory", "folder"])
-def test_a_damaged_search_index_is_explained(static: Path, memory_store: ObjectStore, local_store: ObjectStore, kind: str) -> None:
+def test_a_damaged_search_index_is_explained(static: Path, memory_store: Store, local_store: Store, kind: str) -> None:
     """The list works without it; a search says what is wrong."""
     store = memory_store if kind == "memory" else local_store
     build_synthetic_bundle(store, n_features=5, n_documents=4)
@@ -474,14 +474,14 @@ def test_the_allocator_takes_the_limit_where_it_can() -> None:
     assert return_large_memory() == (platform.libc_ver()[0] == "glibc")
 
 
-def test_without_built_pages_the_server_says_how_to_build_them(store: ObjectStore, tmp_path: Path) -> None:
+def test_without_built_pages_the_server_says_how_to_build_them(store: Store, tmp_path: Path) -> None:
     """A checkout that was never built must not be a blank page."""
     response = Site(list_bundles(store), tmp_path).get("/")
     assert response.status_code == 503
     assert "python frontend/build.py" in response.text
 
 
-def test_a_bundle_in_memory_is_served_like_one_in_a_folder(static: Path, memory_store: ObjectStore) -> None:
+def test_a_bundle_in_memory_is_served_like_one_in_a_folder(static: Path, memory_store: Store) -> None:
     """Everything is read by range from wherever it is."""
     build_synthetic_bundle(memory_store, n_features=5, n_documents=4)
     site = Site(list_bundles(memory_store), static)

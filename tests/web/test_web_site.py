@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from chromium import Visit
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ConfigError
 from interp_assets.storage.manifest import read_manifest
@@ -18,7 +19,6 @@ from interp_assets.web.files import parse_range
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC
 from interp_assets.web.site import export_site
-from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.table import Query
 
 

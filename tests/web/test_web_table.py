@@ -5,13 +5,13 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import InputError
 from interp_assets.storage.store import open_store
 from interp_assets.web.columns import order_by
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.search import Span, encode_latents, join_spans, mark_latents
-from interp_assets.web.synthetic import build_synthetic_bundle
 from interp_assets.web.table import FeatureTable, Query
 
 

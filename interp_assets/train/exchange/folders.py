@@ -37,15 +37,7 @@ from interp_assets.storage.manifest import load_manifest, read_file
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.checkpoint import CONFIG, FREQUENCY, WEIGHTS, read_sae
-from interp_assets.train.exchange.formats import (
-    from_dictionary_learning,
-    from_gemma_scope,
-    from_saelens,
-    from_sparsify,
-    modern_saelens,
-    to_dictionary_learning,
-    to_sparsify,
-)
+from interp_assets.train.exchange import formats
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae
 
@@ -134,10 +126,10 @@ def export_sae(pipeline: Pipeline, store: Store, name: str, format_name: str, ou
         frequency = load_tensors(store, ref.path, manifest, FREQUENCY)["firing_frequency"] if is_counted else None
         files = _saelens_files(sae, read_file(store, ref.path, manifest, CONFIG), read_file(store, ref.path, manifest, WEIGHTS), frequency)
     elif format_name == "sparsify":
-        exchange = to_sparsify(sae)
+        exchange = formats.to_sparsify(sae)
         files = {"cfg.json": _json(exchange.config), "sae.safetensors": save_safetensors(exchange.tensors)}
     else:
-        exchange = to_dictionary_learning(sae)
+        exchange = formats.to_dictionary_learning(sae)
         trainer = {**exchange.config["trainer"], **_origin(pipeline, config)}
         files = {"config.json": _json({**exchange.config, "trainer": trainer}), "ae.pt": _torch_file(exchange.tensors)}
     for file, data in files.items():
@@ -145,13 +137,11 @@ def export_sae(pipeline: Pipeline, store: Store, name: str, format_name: str, ou
     return ExportedSae(sorted(files), sum(len(data) for data in files.values()))
 
 
-def read_exchange(folder: Store) -> Sae:
-    """Read the SAE in a folder that SAELens, sparsify or dictionary_learning wrote, or `export_sae`. Raises `InputError`, naming what is wrong."""
-    return read_foreign(folder).sae
-
-
 def read_foreign(folder: Store) -> Foreign:
-    """Read such an SAE and all that the folder tells of it. Raises `InputError`, naming folder, file and what is wrong."""
+    """Read the SAE in a folder that SAELens, sparsify, dictionary_learning or `export_sae` wrote, and all that the folder tells of it.
+
+    Raises `InputError`, naming folder, file and what is wrong.
+    """
     found = {item.path for item in folder.list("")}
     tool = next((tool for tool, files in _FOLDERS.items() if found.issuperset(files)), None)
     if tool is None:
@@ -179,13 +169,13 @@ def read_foreign(folder: Store) -> Foreign:
 def _convert(tool: str, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Sae:
     match tool:
         case "saelens":
-            return from_saelens(config, tensors)
+            return formats.from_saelens(config, tensors)
         case "sparsify":
-            return from_sparsify(config, tensors)
+            return formats.from_sparsify(config, tensors)
         case "dictionary_learning":
-            return from_dictionary_learning(config, tensors)
+            return formats.from_dictionary_learning(config, tensors)
         case _:
-            return from_gemma_scope(tensors)
+            return formats.from_gemma_scope(tensors)
 
 
 def _read_config(name: str, data: bytes) -> dict[str, Any]:
@@ -211,7 +201,7 @@ def _describe(tool: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
     last = url.rstrip("/").rpartition("/")[2]
     match tool:
         case "saelens":
-            modern = modern_saelens(config)
+            modern = formats.modern_saelens(config)
             told: Mapping[str, Any] = modern["metadata"]
             hook = str(told.get("hook_name") or "")
             return Origin(

@@ -27,21 +27,10 @@ import torch
 from torch import Tensor
 
 from interp_assets.errors import InputError
+from interp_assets.train.checkpoint import KINDS
 from interp_assets.train.sae import Sae, SaeKind
 
-_SAELENS_KINDS: Final[dict[str, SaeKind]] = {
-    "standard": "relu",
-    "topk": "topk",
-    "jumprelu": "jump_relu",
-    "gated": "jump_relu",
-    "transcoder": "relu",
-    "skip_transcoder": "relu",
-    "jumprelu_transcoder": "jump_relu",
-    "jumprelu_skip_transcoder": "jump_relu",
-    "topk_transcoder": "topk",
-    "topk_skip_transcoder": "topk",
-}
-"""The last two are ours: SAELens does not have them."""
+_SAELENS_KINDS: Final[dict[str, SaeKind]] = {**KINDS, "gated": "jump_relu"}
 _IDLE_SCALINGS: Final = ("none", "expected_average_only_in", "covariance_whitening", None)
 """Values of `normalize_activations` that do nothing when SAELens runs a saved SAE."""
 

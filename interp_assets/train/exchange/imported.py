@@ -6,7 +6,6 @@ activations in, float32. Nothing is trained, and nothing measured: an artifact t
 and `train/evaluate.py` measures it on the held-out shards.
 """
 
-import time
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +14,7 @@ import torch
 from interp_assets.errors import InputError
 from interp_assets.planning.config import Architecture, SaeConfig
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import Produced, create_artifact, find_manifest
+from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, timed
 from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import FREQUENCY, Source, save_sae
@@ -27,16 +26,16 @@ NEAREST: Final[dict[SaeKind, Architecture]] = {"relu": "relu", "jump_relu": "jum
 """What an imported SAE is called here, by what it computes, however it was trained."""
 
 
+@timed
 def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
     """Publish the imported SAE called `name`.
 
     Raises `InputError` when its folder has changed since the configuration was written, or holds an SAE of other sizes than the pipeline's.
     """
     ref = sae_ref(pipeline, name)
-    manifest = find_manifest(store, ref)
-    if manifest is not None:
-        return Produced(ref, manifest, is_cached=True, wall_s=0.0)
-    started_s, config = time.perf_counter(), pipeline.config.sae(name)
+    if (manifest := find_manifest(store, ref)) is not None:
+        return Produced(ref, manifest, is_cached=True)
+    config = pipeline.config.sae(name)
     foreign = open_foreign(config.imported)
     if foreign.digest != config.imported_digest:
         raise InputError(
@@ -61,8 +60,7 @@ def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
             "n_rows": 0,
             "imported": {**told._asdict(), "digest": foreign.digest},
         }
-    assert art.manifest is not None
-    return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - started_s)
+    return art.produced
 
 
 def open_foreign(address: str) -> Foreign:

@@ -28,20 +28,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from interp_assets.compute import kernels
 from interp_assets.compute.elementwise import Slopes, fire, pull, sum_squares
 from interp_assets.compute.encode import FewEncoder
-from interp_assets.compute.kernels import (
-    Few,
-    Pairs,
-    add_by_latent,
-    count_true,
-    decode_pairs,
-    find_few,
-    nonzero,
-    product,
-    sampled_product,
-    sum_values,
-)
 from interp_assets.train.losses.loss import (
     FEW,
     LossContext,
@@ -98,7 +87,7 @@ class _Block(NamedTuple):
     """What was encoded, as products take it."""
     pre: Tensor | None
     """Pre-activations less the thresholds; they last until the next block. None where all that counts is near."""
-    near: Few | None
+    near: kernels.Few | None
     """All that is within reach, or, for a rule without one, all that fires; None when it is much."""
 
 
@@ -117,8 +106,8 @@ class _Encoder(NamedTuple):
         x, context, limit = self.x[rows], self.context, int(FEW * out.numel())
         if only_near and (near := self.few.find(rows, level, limit)):
             return _Block(rows, x, None, near)
-        pre = product(x, self.W_enc_T.T, out, bias=self.bias, dtype=context.dtype, scratch=context.scratch)
-        return _Block(rows, x, pre, find_few(pre, level, limit))
+        pre = kernels.product(x, self.W_enc_T.T, out, bias=self.bias, dtype=context.dtype, scratch=context.scratch)
+        return _Block(rows, x, pre, kernels.find_few(pre, level, limit))
 
 
 def _dense_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, rule: "_Rule") -> StepLoss:
@@ -149,19 +138,19 @@ def _add_dense(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
         error = reconstruct(weights, x, latents, context, "error").sub_(y)
     else:
         latents = rule.activate_pairs(near.values, near.pairs)
-        error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(latents, rule.W_dec, near.pairs, scratch))).sub_(y)
+        error = add_offsets(weights, x, context.ranks.sum_slices(kernels.decode_pairs(latents, rule.W_dec, near.pairs, scratch))).sub_(y)
     squared_error = sum_squares(error)
     error.mul_(2 * rule.error_scale / context.n_rows)
     operand = scratch.cast("error operand", error, dtype)
     if pairs is None:
-        product(latents.T, operand, gradients["W_dec"], is_added=True, dtype=dtype, scratch=scratch)
+        kernels.product(latents.T, operand, gradients["W_dec"], is_added=True, dtype=dtype, scratch=scratch)
     else:
-        add_by_latent(gradients["W_dec"], error, latents, pairs, scratch)
+        kernels.add_by_latent(gradients["W_dec"], error, latents, pairs, scratch)
     add_offset_gradients(weights, gradients, x, error)
-    grad = product(operand, weights["W_dec"].T, scratch.take("gradient", shape, x, dtype), dtype=dtype)
+    grad = kernels.product(operand, weights["W_dec"].T, scratch.take("gradient", shape, x, dtype), dtype=dtype)
     rule.add_penalty(grad, latents, pairs)
     gradients["b_enc"].add_(rule.backward(pre, grad))
-    product(grad.T, block.x, gradients["W_enc_T"], is_added=True, dtype=dtype, scratch=scratch)
+    kernels.product(grad.T, block.x, gradients["W_enc_T"], is_added=True, dtype=dtype, scratch=scratch)
     return squared_error
 
 
@@ -170,14 +159,14 @@ def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
     assert block.near is not None
     (pairs, above), scratch = block.near, context.scratch
     values = rule.activate_pairs(above, pairs)
-    error = add_offsets(weights, x, context.ranks.sum_slices(decode_pairs(values, rule.W_dec, pairs, scratch))).sub_(y)
+    error = add_offsets(weights, x, context.ranks.sum_slices(kernels.decode_pairs(values, rule.W_dec, pairs, scratch))).sub_(y)
     squared_error = sum_squares(error)
     error.mul_(2 * rule.error_scale / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)
-    add_by_latent(gradients["W_dec"], error, values, pairs, scratch)
-    grad = rule.backward_pairs(above, sampled_product(error, rule.W_dec, pairs, scratch), pairs)
-    add_by_latent(gradients["W_enc_T"], x, grad, pairs, scratch)
-    gradients["b_enc"].add_(sum_values(grad, pairs))
+    kernels.add_by_latent(gradients["W_dec"], error, values, pairs, scratch)
+    grad = rule.backward_pairs(above, kernels.sampled_product(error, rule.W_dec, pairs, scratch), pairs)
+    kernels.add_by_latent(gradients["W_enc_T"], x, grad, pairs, scratch)
+    gradients["b_enc"].add_(kernels.sum_values(grad, pairs))
     return squared_error
 
 
@@ -213,14 +202,14 @@ class _Rule:
         fired = fire(pre, self.threshold, latents)
         self.sums, self.n_fired = self.sums + fired.latents, self.n_fired + fired.n_fired
 
-    def activate_pairs(self, above: Tensor, pairs: Pairs) -> Tensor:
+    def activate_pairs(self, above: Tensor, pairs: kernels.Pairs) -> Tensor:
         """Do the same for pairs alone; `above` is their pre-activation less the threshold."""
         fires = (above > 0).to(above.dtype)
         values = (above + self.threshold[pairs.latents]).mul_(fires)
-        self.sums, self.n_fired = self.sums + sum_values(values, pairs), self.n_fired + sum_values(fires, pairs)
+        self.sums, self.n_fired = self.sums + kernels.sum_values(values, pairs), self.n_fired + kernels.sum_values(fires, pairs)
         return values
 
-    def add_penalty(self, grad: Tensor, latents: Tensor, pairs: Pairs | None) -> None:
+    def add_penalty(self, grad: Tensor, latents: Tensor, pairs: kernels.Pairs | None) -> None:
         """Add to the gradient of a block's latents what no slope can say; `latents` are the block's, or those of the pairs."""
 
     def backward(self, pre: Tensor, grad: Tensor) -> Tensor:
@@ -229,7 +218,7 @@ class _Rule:
         self.through, self.pre, self.n_rows = self.through + pulled.through, self.pre + pulled.pre, self.n_rows + len(pre)
         return pulled.grad
 
-    def backward_pairs(self, above: Tensor, grad: Tensor, pairs: Pairs) -> Tensor:
+    def backward_pairs(self, above: Tensor, grad: Tensor, pairs: kernels.Pairs) -> Tensor:
         """Do the same for pairs alone, which are all that is within reach."""
         slopes = self.slopes
         grad = grad.add_(slopes.rise[pairs.latents])
@@ -237,7 +226,7 @@ class _Rule:
             return grad
         through = torch.addcmul(slopes.grad_n_fired, grad, self.threshold[pairs.latents])
         through = torch.where(above.abs() < slopes.width / 2, through, 0.0).div_(slopes.width)
-        self.through = self.through + sum_values(through, pairs)
+        self.through = self.through + kernels.sum_values(through, pairs)
         grad = torch.where(above > 0, grad, 0.0)
         return grad.add_(through) if slopes.reaches_encoder else grad
 
@@ -305,7 +294,7 @@ class _TargetJump(_Jump):
         context, shape = self.context, (len(encoder.x), len(encoder.bias))
         encoded = context.scratch.take("encoded", shape, encoder.bias)
         blocks = [encoder.encode(rows, encoded[rows], 0.0) for rows in row_blocks(encoder.x, shape[1])]
-        n_own = sum(len(block.near.values) if block.near else count_true(encoded[block.rows] > 0) for block in blocks)
+        n_own = sum(len(block.near.values) if block.near else kernels.count_true(encoded[block.rows] > 0) for block in blocks)
         n_fired = context.ranks.sum(torch.tensor(float(n_own), dtype=torch.float64, device=encoder.x.device))
         miss = n_fired / (context.n_rows * context.k) - 1
         self.loss = (context.coefficient * miss.square() / context.ranks.size).float()
@@ -329,13 +318,13 @@ class _TanhJump(_Jump):
         self.slopes = self.slopes._replace(rise=self.rise)
         self.grad_norms = torch.zeros_like(norms)
 
-    def add_penalty(self, grad: Tensor, latents: Tensor, pairs: Pairs | None) -> None:
+    def add_penalty(self, grad: Tensor, latents: Tensor, pairs: kernels.Pairs | None) -> None:
         """Take back what the slope adds too much where a latent fires: tanh is 0, and its slope the rise, everywhere else.
 
         d tanh(c f n) = (1 - tanh^2) (c n df + c f dn).
         """
         if pairs is None:
-            places = nonzero(latents > 0)
+            places = kernels.nonzero(latents > 0)
             column, f = places % latents.shape[1], latents.view(-1)[places].to(self.rise.dtype)
         else:
             column, f, places = pairs.latents, latents, pairs.bags * grad.shape[1] + pairs.latents

@@ -14,17 +14,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from interp_assets.compute import kernels
 from interp_assets.compute.elementwise import Gates, close_gates, open_gates, sum_squares
 from interp_assets.compute.encode import FewEncoder
-from interp_assets.compute.kernels import (
-    Few,
-    add_by_latent,
-    decode_pairs_twice,
-    find_few,
-    product,
-    sampled_product_twice,
-    sum_values,
-)
 from interp_assets.train.losses.loss import (
     LossContext,
     StepLoss,
@@ -53,8 +45,8 @@ def gated_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> 
         shape, limit = (rows.stop - rows.start, width), int(FEW_GATES * (rows.stop - rows.start) * width)
         few, gate = finder.find(rows, 0.0, limit), scratch.take("pre", shape, x)
         if few is None:
-            product(operand[rows], W_enc_T.T, gate, bias=weights["b_enc"], dtype=dtype, scratch=scratch)
-            few = find_few(gate, 0.0, limit)
+            kernels.product(operand[rows], W_enc_T.T, gate, bias=weights["b_enc"], dtype=dtype, scratch=scratch)
+            few = kernels.find_few(gate, 0.0, limit)
         if few is None:
             block = _add_dense(cast, gradients, (x[rows], operand[rows]), y[rows], context, gate, gates)
         else:
@@ -84,37 +76,37 @@ def _add_dense(
     gate_error = reconstruct(weights, x, opened, context, "gate_error").sub_(y)
     sums = torch.stack([sum_squares(error), sum_squares(gate_error), counts.opened.sum()])
     errors = [scratch.cast(f"{i} operand", value.mul_(2 / context.n_rows), dtype) for i, value in enumerate((error, gate_error))]
-    product(latents.T, errors[0], gradients["W_dec"], is_added=True, dtype=dtype, scratch=scratch)
+    kernels.product(latents.T, errors[0], gradients["W_dec"], is_added=True, dtype=dtype, scratch=scratch)
     # The skip of a transcoder, unlike the gates, has no sparsity to gain: it learns from the first error only.
     add_offset_gradients(weights, gradients, x, error)
-    grad = product(errors[0], weights["W_dec"].T, scratch.take("gradient", shape, x, dtype), dtype=dtype)
-    grad_gate = product(errors[1], weights["W_dec"].T, opened, dtype=dtype)
+    grad = kernels.product(errors[0], weights["W_dec"].T, scratch.take("gradient", shape, x, dtype), dtype=dtype)
+    grad_gate = kernels.product(errors[1], weights["W_dec"].T, opened, dtype=dtype)
     closed = close_gates(gate, gates, (grad, grad_gate), latents, context.coefficient / context.n_rows)
     for name, gradient in (("b_mag", closed.bias_magnitude), ("r_mag", closed.log_gain), ("b_enc", closed.bias)):
         gradients[name].add_(gradient)
-    product(grad.T, operand, gradients["W_enc_T"], is_added=True, dtype=dtype, scratch=scratch)
+    kernels.product(grad.T, operand, gradients["W_enc_T"], is_added=True, dtype=dtype, scratch=scratch)
     return _Block(sums, counts.n_fired)
 
 
-def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, opened: Few) -> _Block:
+def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, context: LossContext, opened: kernels.Few) -> _Block:
     """Add the gradients of a block in which few gates are open."""
     pairs, gates, W_dec, scratch = opened.pairs, opened.values, weights["W_dec"], context.scratch
     gain = weights["r_mag"].exp()[pairs.latents]
     projection = gates - weights["b_enc"][pairs.latents]
     values = torch.addcmul(weights["b_mag"][pairs.latents], projection, gain).relu_()
     fires = values.sign()
-    x_hat, gate_x_hat = decode_pairs_twice((values, gates), W_dec, pairs, scratch)
+    x_hat, gate_x_hat = kernels.decode_pairs_twice((values, gates), W_dec, pairs, scratch)
     error = add_offsets(weights, x, context.ranks.sum_slices(x_hat)).sub_(y)
     gate_error = add_offsets(weights, x, context.ranks.sum_slices(gate_x_hat)).sub_(y)
     sums = torch.stack([sum_squares(error), sum_squares(gate_error), gates.sum()])
     error.mul_(2 / context.n_rows)
     gate_error.mul_(2 / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)
-    add_by_latent(gradients["W_dec"], error, values, pairs, scratch)
-    grad, grad_gate = sampled_product_twice((error, gate_error), W_dec, pairs, scratch)
-    gradients["b_mag"].add_(sum_values(grad.mul_(fires), pairs))
+    kernels.add_by_latent(gradients["W_dec"], error, values, pairs, scratch)
+    grad, grad_gate = kernels.sampled_products((error, gate_error), W_dec, pairs, scratch)
+    gradients["b_mag"].add_(kernels.sum_values(grad.mul_(fires), pairs))
     grad.mul_(gain)
-    gradients["r_mag"].add_(sum_values(grad * projection, pairs))
-    gradients["b_enc"].add_(sum_values(grad_gate.add_(context.coefficient / context.n_rows), pairs))
-    add_by_latent(gradients["W_enc_T"], x, grad.add_(grad_gate), pairs, scratch)
-    return _Block(sums, sum_values(fires, pairs))
+    gradients["r_mag"].add_(kernels.sum_values(grad * projection, pairs))
+    gradients["b_enc"].add_(kernels.sum_values(grad_gate.add_(context.coefficient / context.n_rows), pairs))
+    kernels.add_by_latent(gradients["W_enc_T"], x, grad.add_(grad_gate), pairs, scratch)
+    return _Block(sums, kernels.sum_values(fires, pairs))

@@ -20,20 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_assets.compute import kernels
 from interp_assets.compute.elementwise import keep_above, sum_rows, sum_squares
 from interp_assets.compute.encode import can_encode, find_damage, make_encoder, sample_rows
 from interp_assets.compute.encode_loops import SMALLEST
-from interp_assets.compute.kernels import (
-    Pairs,
-    Scratch,
-    add_by_latent,
-    decode_pairs,
-    make_pairs,
-    product,
-    sampled_product,
-    split_bags,
-    sum_values,
-)
 from interp_assets.compute.loops import is_native, over_rows, sum_prefixes
 from interp_assets.train.losses.loss import (
     LossContext,
@@ -94,22 +84,22 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
     scale = torch.where(variance > 0, 1 / variance, 0.0)
     W_enc_T, W_dec = weights["W_enc_T"][dead], weights["W_dec"][dead]
     n_active = min(auxk_count(x.shape[1]), n_dead)
-    pre = product(x, W_enc_T.T, context.scratch.take("dead", (len(x), len(dead)), x), bias=weights["b_enc"][dead], dtype=context.dtype)
+    pre = kernels.product(x, W_enc_T.T, context.scratch.take("dead", (len(x), len(dead)), x), bias=weights["b_enc"][dead], dtype=context.dtype)
     if len(dead) > _DENSE_AUXK_FACTOR * n_active:
         # Whole rows are partitioned: for so large a share of a row the heap of `pick_per_row` takes four times as long.
         active = candidates_above(pre, row_levels(pre, n_active, ranks, n_dead))
-        pairs = make_pairs(active.places, len(x), len(dead))
-        missed = ranks.sum_slices(decode_pairs(active.values, W_dec, pairs, context.scratch, "missed")).sub_(error)
+        pairs = kernels.make_pairs(active.places, len(x), len(dead))
+        missed = ranks.sum_slices(kernels.decode_pairs(active.values, W_dec, pairs, context.scratch, "missed")).sub_(error)
         loss = sum_squares(missed) * scale / ranks.n_slices
         missed.mul_(2 * AUXK_COEFFICIENT * scale)
         found = {"W_dec": torch.zeros_like(W_dec), "W_enc_T": torch.zeros_like(W_enc_T), "b_enc": x.new_zeros(len(dead))}
         _pair_gradients({"W_dec": W_dec}, x, missed, active.values, pairs, found, context.scratch)
     else:
         latents = pre.mul_(pre >= row_levels(pre, n_active, ranks, n_dead))
-        missed = ranks.sum_slices(product(latents, W_dec, context.scratch.take("missed", tuple(error.shape), error))).sub_(error)
+        missed = ranks.sum_slices(kernels.product(latents, W_dec, context.scratch.take("missed", tuple(error.shape), error))).sub_(error)
         loss = sum_squares(missed) * scale / ranks.n_slices
         missed.mul_(2 * AUXK_COEFFICIENT * scale)
-        grad = keep_above(product(missed, W_dec.T, context.scratch.take("dead_gradient", tuple(pre.shape), x)), latents)
+        grad = keep_above(kernels.product(missed, W_dec.T, context.scratch.take("dead_gradient", tuple(pre.shape), x)), latents)
         found = {"W_dec": latents.T @ missed, "W_enc_T": grad.T @ x, "b_enc": sum_rows(grad)}
     for name, gradient in found.items():
         gradients[name].index_add_(0, dead, gradient)
@@ -130,7 +120,7 @@ def _encode(W_enc_T: Tensor, b_enc: Tensor, x: Tensor, context: LossContext) -> 
     W_enc_T = W_enc_T.to(context.dtype)
     for rows in row_blocks(x, len(b_enc)):
         buffer = context.scratch.take("pre", (rows.stop - rows.start, len(b_enc)), x)
-        yield rows, product(x[rows], W_enc_T.T, buffer, bias=b_enc, dtype=context.dtype)
+        yield rows, kernels.product(x[rows], W_enc_T.T, buffer, bias=b_enc, dtype=context.dtype)
 
 
 class _Picked(NamedTuple):
@@ -188,10 +178,10 @@ def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, pi
     """Return loss and gradients of the active pairs; `ends` are those of a Matryoshka SAE's groups in this slice."""
     active = picked.active
     n_latents, (n_rows, d_out), scratch = len(weights["b_enc"]), y.shape, context.scratch
-    pairs = make_pairs(active.places, n_rows, n_latents)
+    pairs = kernels.make_pairs(active.places, n_rows, n_latents)
     gradients = make_gradients(weights, scratch)
-    bags = split_bags(pairs, ends) if ends else pairs
-    parts = context.ranks.sum_slices(decode_pairs(active.values, weights["W_dec"], bags, scratch))
+    bags = kernels.split_bags(pairs, ends) if ends else pairs
+    parts = context.ranks.sum_slices(kernels.decode_pairs(active.values, weights["W_dec"], bags, scratch))
     scale = 2 / (context.n_rows * d_out * (len(ends) + 1 if ends else 1))
     if ends:
         errors = _prefix_errors(weights, x, y, parts.view(n_rows, len(ends), d_out), scratch)
@@ -218,7 +208,7 @@ class _PrefixErrors(NamedTuple):
     """Sum of the errors of all prefixes."""
 
 
-def _prefix_errors(weights: Weights, x: Tensor, y: Tensor, parts: Float[Tensor, "batch groups d_out"], scratch: Scratch) -> _PrefixErrors:
+def _prefix_errors(weights: Weights, x: Tensor, y: Tensor, parts: Float[Tensor, "batch groups d_out"], scratch: kernels.Scratch) -> _PrefixErrors:
     """Turn each group's part of the reconstruction, in place, into the sum of the errors of the prefixes that contain it."""
     empty, whole = (scratch.take(name, tuple(y.shape), y) for name in ("empty", "whole"))
     add_offsets(weights, x, empty.zero_()).sub_(y)
@@ -240,16 +230,16 @@ def _pair_gradients(
     x: Tensor,
     grad: Float[Tensor, "bags d_out"],
     values: Tensor,
-    pairs: Pairs,
+    pairs: kernels.Pairs,
     gradients: Weights,
-    scratch: Scratch,
+    scratch: kernels.Scratch,
     scale: float = 1.0,
 ) -> None:
     """Add the gradients of decoder, encoder and its bias, given that of each bag's reconstruction as `scale` times `grad`."""
-    grad_values = sampled_product(grad, weights["W_dec"], pairs, scratch).mul_(scale)
-    add_by_latent(gradients["W_dec"], grad, values * scale, pairs, scratch)
-    add_by_latent(gradients["W_enc_T"], x, grad_values, pairs, scratch)
-    gradients["b_enc"].add_(sum_values(grad_values, pairs))
+    grad_values = kernels.sampled_product(grad, weights["W_dec"], pairs, scratch).mul_(scale)
+    kernels.add_by_latent(gradients["W_dec"], grad, values * scale, pairs, scratch)
+    kernels.add_by_latent(gradients["W_enc_T"], x, grad_values, pairs, scratch)
+    gradients["b_enc"].add_(kernels.sum_values(grad_values, pairs))
 
 
 def _shift(active: Active, start: int) -> Active:

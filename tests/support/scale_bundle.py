@@ -15,15 +15,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-
-from interp_assets.compute.seeds import stream
-from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, make_ref
-from interp_assets.storage.store import Store
-from interp_assets.visualize.packing import RECORD_VERSION, TokenOrder, pack_record
-from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
-from interp_assets.web.map import Layout
-from interp_assets.web.refs import FOLDER
-from interp_assets.web.synthetic import (
+from synthetic_bundle import (
     BOS,
     TABLE,
     InventedText,
@@ -34,6 +26,14 @@ from interp_assets.web.synthetic import (
     make_synthetic_vocabulary,
     rounded,
 )
+
+from interp_assets.compute.seeds import stream
+from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, make_ref
+from interp_assets.storage.store import Store
+from interp_assets.visualize.packing import RECORD_VERSION, TokenOrder, pack_record
+from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
+from interp_assets.web.map import Layout
+from interp_assets.web.refs import FOLDER
 from interp_assets.web.vocabulary import Vocabulary
 
 POOL: Final = RECORDS_PER_FILE
