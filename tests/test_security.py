@@ -124,11 +124,12 @@ def test_the_world_carries_no_secret() -> None:
 
 
 def test_no_run_sets_the_configuration() -> None:
-    """Who may start a run must not choose a model whose code is trusted: Dagster's run configuration has no place for the world."""
-    job = build_defs(make_config({})).resolve_implicit_global_asset_job_def()
-    hostile = {"resources": {"world": {"config": {"config_json": make_config({"model": {"trust_remote_code": True}}).model_dump_json()}}}}
-    with pytest.raises(dg.DagsterInvalidConfigError):
-        dg.validate_run_config(job, hostile)
+    """Who may start a run must not choose a model whose code is trusted: what its configuration says of the world is not heard."""
+    world = (build_defs(make_config({})).resources or {})["world"]
+    hostile = {"world": {"config": {"config_json": make_config({"model": {"trust_remote_code": True}}).model_dump_json()}}}
+    with dg.build_resources({"world": world}, resource_config=hostile) as resources:
+        assert resources.world is world
+        assert not resources.world.config.model.trust_remote_code
 
 
 def test_a_ref_is_plain() -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ArtifactCorruptError, StoreError
 from interp_assets.storage.manifest import ArtifactWriter, create_artifact, encode_manifest, make_ref, read_manifest
 from interp_assets.storage.store import open_store
 from interp_assets.web.opened import list_bundles
 from interp_assets.web.server import make_app
-from interp_assets.web.synthetic import build_synthetic_bundle
 
 VALUES = (None, True, -1, 0, 1 << 80, 1e308, "x", "\ud800", [], {}, [[]], {"a": None}, float("nan"), float("inf"))
 ROUTES = (
