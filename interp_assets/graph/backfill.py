@@ -22,6 +22,7 @@ from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 
 from interp_assets.errors import ArtifactError, ConfigError
 from interp_assets.graph.assembly import assemble
+from interp_assets.graph.fanout import side_by_side
 from interp_assets.graph.jobs import find_missing, run_asset
 from interp_assets.graph.partitions import partitions_of
 from interp_assets.graph.stages import make_road
@@ -29,7 +30,7 @@ from interp_assets.planning.asset import NONE, Asset
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
-from interp_assets.planning.road import Partition
+from interp_assets.planning.road import Partition, group_siblings
 from interp_assets.storage.manifest import remove_artifact
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_artifact
@@ -72,7 +73,9 @@ def run_backfill(
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
     touched: set[Partition] = set()
     broken: set[Partition] = set()
-    for asset in selected:
+
+    def find_due(asset: Asset) -> tuple[list[str], list[str]]:
+        """List the partitions that are due and can be made, and those that wait for failed ones."""
         keys = asset.partition_keys(pipeline)
         failed_before = set(find_failed(asset, keys, instance))
         due = set(find_missing(road, asset, pipeline, store, instance)) | failed_before
@@ -82,16 +85,22 @@ def run_backfill(
             due = {key for key in due if key in failed_before or road.parents(asset, pipeline, key) & touched}
         waiting = [key for key in keys if key in due and broken and road.parents(asset, pipeline, key) & broken]
         ready = [key for key in keys if key in due and key not in set(waiting)]
-        if not due:
-            continue
         if partitions:
             _remove_damaged(asset, pipeline, store, ready)
-        progress.plan(len(ready))
-        progress.expect(asset.name, len(ready))
-        outcome = run_asset(job, instance, asset, ready, keys)
-        touched |= {(asset.name, key) for key in ready}
-        broken |= {(asset.name, key) for key in [*outcome.failed, *waiting]}
-        yield BackfillReport(outcome.report, outcome.failed, waiting, str(outcome.errors[0]) if outcome.errors else "")
+        return ready, waiting
+
+    for siblings in group_siblings(selected):
+        all_due = [(asset, *find_due(asset)) for asset in siblings]
+        with side_by_side([asset for asset, ready, _ in all_due if ready], config):
+            for asset, ready, waiting in all_due:
+                if not ready and not waiting:
+                    continue
+                progress.plan(len(ready))
+                progress.expect(asset.name, len(ready))
+                outcome = run_asset(job, instance, asset, ready, asset.partition_keys(pipeline))
+                touched |= {(asset.name, key) for key in ready}
+                broken |= {(asset.name, key) for key in [*outcome.failed, *waiting]}
+                yield BackfillReport(outcome.report, outcome.failed, waiting, str(outcome.errors[0]) if outcome.errors else "")
 
 
 def find_failed(asset: Asset, keys: Sequence[str], instance: DagsterInstance) -> list[str]:

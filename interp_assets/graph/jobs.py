@@ -3,6 +3,7 @@
     for each asset, in the order of the data
         which partitions are missing?   an artifact is not in the store, or Dagster does not know that it is
         for each contiguous range of them: one Dagster run
+    siblings, such as the bundles of several SAEs, are looked at together: on a cluster the first sends the tasks of all (`fanout.py`)
 
 One process and one run per range, because a Dagster run costs about a second of bookkeeping on SQLite and a queued backfill walks the
 graph in steps of 30 seconds. The instance is the persistent one, so the UI shows every run, partition and plot.
@@ -21,13 +22,14 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.graph.assembly import assemble
+from interp_assets.graph.fanout import side_by_side
 from interp_assets.graph.partitions import claim_history
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.asset import NONE, Asset
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
-from interp_assets.planning.road import Road
+from interp_assets.planning.road import Road, group_siblings
 from interp_assets.storage.manifest import Manifest
 from interp_assets.storage.process_names import name_process
 from interp_assets.storage.store import Store
@@ -106,12 +108,14 @@ def run_road(
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
-    for asset in rest:
-        keys = asset.partition_keys(pipeline)
-        missing = find_missing(road, asset, pipeline, store, instance)
-        progress.skip(len(keys) - len(missing))
-        progress.expect(asset.name, len(missing))
-        yield _report(run_asset(job, instance, asset, missing, keys))
+    for siblings in group_siblings(rest):
+        due = [(asset, find_missing(road, asset, pipeline, store, instance)) for asset in siblings]
+        with side_by_side([asset for asset, missing in due if missing], config):
+            for asset, missing in due:
+                keys = asset.partition_keys(pipeline)
+                progress.skip(len(keys) - len(missing))
+                progress.expect(asset.name, len(missing))
+                yield _report(run_asset(job, instance, asset, missing, keys))
 
 
 def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:

@@ -273,8 +273,8 @@ class Asset:
 
     @property
     def can_spread(self) -> bool:
-        """Whether its partitions can be made apart from each other."""
-        return self.make is not None and self.axis is not NONE and not self.is_made_together
+        """Whether a partition can be made on any machine; one without partitions is sent there beside siblings only."""
+        return self.make is not None and not self.is_made_together
 
     def partition_keys(self, pipeline: Pipeline) -> list[str]:
         """List all partitions in order; `[""]` without partitions."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from interp_assets.errors import ArtifactError, ConfigError
-from interp_assets.planning.asset import Asset, Key, Reads
+from interp_assets.planning.asset import NONE, Asset, Key, Reads
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.storage.manifest import ArtifactRef, Manifest, combine_ids, data_version, find_manifest, load_manifest
 from interp_assets.storage.store import Store
@@ -138,6 +138,22 @@ class Road:
 def named(assets: Sequence[Asset], stage: str) -> list[Asset]:
     """Return a stage's assets with its name."""
     return [replace(asset, stage=stage) for asset in assets]
+
+
+def group_siblings(assets: Sequence[Asset]) -> list[list[Asset]]:
+    """Join assets without partitions that follow each other, have the same name behind what they are of, and do not read each other.
+
+    `features/a/feature_browser` and `features/b/feature_browser` can be made side by side; every other asset stands alone.
+    """
+    groups: list[list[Asset]] = []
+    for asset in assets:
+        before = groups[-1] if groups else []
+        is_alike = all(other.axis is asset.axis is NONE and other.can_spread and other.key[-1] == asset.key[-1] for other in before)
+        if before and asset.can_spread and is_alike and not {item.key for item in asset.reads} & {other.key for other in before}:
+            before.append(asset)
+        else:
+            groups.append([asset])
+    return groups
 
 
 def _along(asset: Asset, parent: Asset, dimension: int, pipeline: Pipeline, key: str) -> list[str]:

@@ -1,82 +1,172 @@
-"""A local Ray cluster of two nodes: shards are made on both, one node is killed in the middle, and the run ends with the right digests."""
+"""A local Ray cluster of two nodes makes a whole road, loses a node in the middle of every asset that spreads, and ends with the right digests."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 import yaml
 from road_world import Finished, make_road_config
 
-from interp_assets.graph.fanout import make_partition, start_fanout
-from interp_assets.graph.jobs import run_road
+from interp_assets.graph.fanout import Task, find_unmet, make_partition, make_request, side_by_side, start_fanout
+from interp_assets.graph.jobs import recorded_versions, run_road
 from interp_assets.graph.stages import make_road
-from interp_assets.planning.asset import Job
+from interp_assets.planning.asset import NONE, Asset, Job, whole
 from interp_assets.planning.config import PipelineConfig
-from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.planning.machine import PROCESS_BYTES
+from interp_assets.planning.road import Road, group_siblings
 from resources.world import World
 
-pytestmark = [pytest.mark.slow]
-N_SHARDS = 12
+CHANGES: dict[str, Any] = {
+    "shuffle": {"passes": 3, "fan_out": 2},
+    "features": {
+        "saes": ["demo", "other"],
+        "latent_slices": 2,
+        "top_k": 4,
+        "n_random": 8,
+        "window": 4,
+        "n_intervals": 2,
+        "examples_per_interval": 2,
+    },
+}
+"""A middle pass, mixed shards, and the features of two SAEs, so that their bundles spread."""
 DRIVER = """
-import sys, time, threading, os, warnings
+import json, os, sys, threading, time, warnings
+from dataclasses import replace
 from pathlib import Path
 warnings.simplefilter("ignore")
-folder, n_shards = Path(sys.argv[1]).parent, int(sys.argv[2])
+folder = Path(sys.argv[1]).parent
+groups = {tuple(key): folder / "watch" / name for key, name in json.loads(sys.argv[2])}
+for place in groups.values():
+    place.mkdir(parents=True, exist_ok=True)
 import ray
 from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000})
-nodes = [cluster.add_node(num_cpus=1, object_store_memory=80_000_000) for _ in range(2)]
+def add_node():
+    node = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    (folder / "next").write_text(node.node_id)
+    (folder / "next").rename(folder / "youngest")
+    return node
+add_node(), add_node()
 os.environ["RAY_ADDRESS"] = cluster.address
-print("nodes 2", flush=True)
 import dagster as dg
-from interp_assets.planning.config import load_config
+from interp_assets.errors import ConfigError
 from interp_assets.graph import fanout
-from interp_assets.graph.jobs import run_road
+from interp_assets.graph.jobs import recorded_versions, run_road
+from interp_assets.graph.stages import make_road
+from interp_assets.planning.asset import Job, Load
+from interp_assets.planning.config import load_config
+from resources.world import World
 config = load_config(sys.argv[1])
 attempt = fanout._attempt
-def wait_and_attempt(*arguments):
-    if len(list(folder.glob("data/*/1-corpus/*/manifest.json"))) == n_shards:
-        first = folder / f"first-{os.getpid()}"
-        is_first = not first.exists()
-        (first if is_first else folder / f"second-{os.getpid()}").touch()
-        while not (folder / "killed").exists() and not (is_first and len(list(folder.glob("first-*"))) == 2):
-            time.sleep(0.01)
-    return attempt(*arguments)
-fanout._attempt = wait_and_attempt
-def kill() -> None:
-    while len(list(folder.glob("second-*"))) < 2:
+def wait_for(path):
+    while not path.exists():
         time.sleep(0.01)
-    cluster.remove_node(nodes[0], allow_graceful=False)
-    (folder / "killed").touch()
-    print("killed", flush=True)
-killer = threading.Thread(target=kill)
+def wait_and_attempt(config_json, asset_key, key):
+    place = groups[asset_key]
+    if (folder / "youngest").read_text() == ray.get_runtime_context().get_node_id():
+        (place / "held").touch()
+        wait_for(place / "killed")
+    answer = attempt(config_json, asset_key, key)
+    (place / "finished").touch()
+    wait_for(place / "held")
+    return answer
+fanout._attempt = wait_and_attempt
+victims = {}
+def kill(place):
+    wait_for(place / "finished")
+    wait_for(place / "held")
+    node = next(node for node in cluster.worker_nodes if node.node_id == (folder / "youngest").read_text())
+    victims[place.name] = node.node_id
+    cluster.remove_node(node, allow_graceful=False)
+    (place / "killed").touch()
+def kill_one_in_each():
+    for place in dict.fromkeys(groups.values()):
+        kill(place)
+begun = time.monotonic()
+killer = threading.Thread(target=kill_one_in_each, daemon=True)
 killer.start()
 with dg.DagsterInstance.ephemeral() as instance:
-    for report in run_road(config, instance, select=["token_shards", "activations", "shuffle_plan", "shuffle_pass_1"]):
-        print("made", report.name, report.n_made, flush=True)
-    events = instance.fetch_materializations(dg.AssetKey("activations"), limit=100).records
-    killer.join()
-    print("nodes used", len({event.asset_materialization.metadata["node"].value for event in events}), flush=True)
-while sum(node["Alive"] for node in ray.nodes()) > 2:
-    time.sleep(0.2)
-print("alive 2", flush=True)
+    for report in run_road(config, instance):
+        print(f"{time.monotonic() - begun:6.1f} s {report.name} {report.n_made}", flush=True)
+        if len(cluster.worker_nodes) < 2:
+            add_node()
+    versions = {asset.name: recorded_versions(instance, asset) for asset in make_road(config).rest}
+    nodes = {}
+    for asset in make_road(config).rest:
+        events = [record.asset_materialization for record in instance.fetch_materializations(dg.AssetKey(list(asset.key)), limit=100).records]
+        nodes[asset.name] = {event.partition or "": event.metadata["node"].value for event in events if "node" in event.metadata}
+killer.join()
+asset = make_road(config).find("activations")
+world = World(config)
+job = Job(world, *world.open(), keys=("shard-000000", "shard-000001"))
+huge = fanout.start_fanout(replace(asset, takes=lambda *_: Load(memory_bytes=1 << 45)), job)
+heard = []
+impatient = fanout.Fanout(huge._tasks, heard.append, patience_s=0)
+try:
+    impatient.take("shard-000001")
+    message = ""
+except ConfigError as error:
+    message = str(error)
+report = {"versions": versions, "nodes": nodes, "victims": victims, "message": message, "heard": heard}
+(folder / "report.json").write_text(json.dumps(report))
+print(f"{time.monotonic() - begun:6.1f} s in all", flush=True)
+ray.shutdown()
+cluster.shutdown()
 os._exit(0)
 """
-"""A node makes one shard at a time. When all texts are tokenized, each waits with its first until the other has begun one, and with its second
-until a node is dead: whatever their speed, both have made one and hold another when the first of them is killed."""
+"""Of every asset (and of all bundles together) the younger node holds the task that it is given, the older one returns none before that, and when
+it has finished one the younger node is killed; a fresh one joins after the asset. So each asset loses a node that holds one of its tasks,
+whatever their speed, and the older node, which has imported everything, stays."""
 
 
-def test_shards_on_two_nodes_survive_the_loss_of_one(tiny_world: Path, tmp_path: Path) -> None:
-    """Twelve shards, two nodes; one dies at its second activation shard: Ray runs its tasks again on the other, and no digest changes."""
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for i in range(N_SHARDS):
-        (texts / f"{i:02d}.txt").write_text(" ".join(f"word{(i * 37 + j * j) % 101}" for j in range(40 + i)))
-    config = make_road_config(tiny_world, tmp_path / "data", corpus={"path": str(texts), "shard_bytes": 1})
-    (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_asset_that_can_spread_survives_the_loss_of_a_node(tiny_world: Path, tmp_path: Path) -> None:
+    """Whatever a cluster loses, and wherever the road is at that moment: no digest differs from those of one undisturbed process."""
+    config = make_road_config(tiny_world, tmp_path / "data", **CHANGES)
+    with start_driver(config, tmp_path) as driver:
+        try:
+            alone = made_alone(make_road_config(tiny_world, tmp_path / "alone", **CHANGES))
+            said = driver.communicate(timeout=500)[0]
+        finally:
+            driver.terminate()
+    assert driver.returncode == 0, said[-4000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    road = make_road(config)
+    for asset in road.rest:
+        assert report["versions"][asset.name] == alone[asset.name], asset.name
+    assert {name for name, nodes in report["nodes"].items() if nodes} == {asset.name for asset in spreading(road)}
+    for asset in spreading(road):
+        nodes = report["nodes"][asset.name]
+        assert set(nodes) == set(alone[asset.name]), asset.name
+        assert not set(nodes.values()) & set(report["victims"].values()), asset.name  # what the dead node held was made again
+    assert set(report["victims"]) == {group for _, group in groups_of(road)}
+    assert len(set(report["victims"].values())) == len(report["victims"])  # a node dies once
+    assert "activations shard-000001 asks for 1 CPU, 0 GPU and 32768.7 GiB" in report["message"]
+    assert report["heard"] == [f"{report['message']} Waiting for one."]
+
+
+def spreading(road: Road) -> list[Asset]:
+    """List what can be sent as tasks, from what the records say of partitions: all that divide but `sae`, and bundles of several SAEs."""
+    siblings = [asset for group in group_siblings(road.rest) for asset in group if len(group) > 1]
+    return [asset for asset in road.rest if asset.axis is not NONE and asset.name != "sae"] + siblings
+
+
+def groups_of(road: Road) -> list[tuple[Sequence[str], str]]:
+    """Pair the key of every asset that spreads with the name of what loses a node: itself, or all siblings together."""
+    return [(asset.key, ".".join(asset.key if asset.axis is not NONE else asset.key[-1:])) for asset in spreading(road)]
+
+
+def start_driver(config: PipelineConfig, folder: Path) -> subprocess.Popen[str]:
+    """Start the process that has a cluster."""
+    (folder / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
@@ -84,41 +174,66 @@ def test_shards_on_two_nodes_survive_the_loss_of_one(tiny_world: Path, tmp_path:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
     }
-    run = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "p.yaml"), str(N_SHARDS)],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=250,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
-    lines = run.stdout.splitlines()
-    assert "killed" in run.stdout
-    for name in ("token_shards", "activations", "shuffle_pass_1"):
-        assert f"made {name} {N_SHARDS}" in lines
-    assert "nodes used 2" in lines
-    assert "alive 2" in lines  # the head and one worker
-    alone = make_road_config(tiny_world, tmp_path / "alone", corpus={"path": str(texts), "shard_bytes": 1})
-    assert versions(config) == versions(made_alone(alone))
+    command = [sys.executable, "-c", DRIVER, str(folder / "p.yaml"), json.dumps(groups_of(make_road(config)))]
+    return subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def made_alone(config: PipelineConfig) -> PipelineConfig:
-    """Make the same shards in this process."""
+def made_alone(config: PipelineConfig) -> dict[str, dict[str, str]]:
+    """Make the same road in this process, and return the data version of every partition."""
     with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(config, instance, select=["token_shards", "activations", "shuffle_plan", "shuffle_pass_1"]))
-    return config
+        list(run_road(config, instance))
+        return {asset.name: recorded_versions(instance, asset) for asset in make_road(config).rest}
 
 
-def versions(config: PipelineConfig) -> dict[str, list[str | None]]:
-    """Return the data version of every shard."""
-    store = open_pipeline_store(config)
-    pipeline = load_pipeline(config, store)
-    stops = [stop for stop in make_road(config) if stop.name in ("token_shards", "activations", "shuffle_pass_1")]
-    return {
-        stop.name: [make_road(pipeline.config).find_version(stop, pipeline, store, key) for key in stop.partition_keys(pipeline)] for stop in stops
-    }
+def test_all_that_divides_can_spread_except_trainings(finished: Finished) -> None:
+    """Who adds an asset has to do nothing for it; trainings share their rows, so they are one piece of work."""
+    road = make_road(finished.config)
+    assert {asset.name for asset in road.rest if asset.axis is not NONE and not asset.can_spread} == {"sae"}
+
+
+@pytest.mark.parametrize(
+    ("device", "n_gpus", "is_asked_for"), [("cuda", 0, True), ("cuda", 8, True), ("auto", 8, True), ("auto", 0, False), ("cpu", 8, False)]
+)
+def test_a_task_asks_for_what_its_record_says(finished: Finished, device: str, n_gpus: int, *, is_asked_for: bool) -> None:
+    """A node that is given more than it holds kills its tasks; one that is given a model without a GPU makes other bytes, slowly."""
+    execution = finished.config.execution.model_copy(update={"device": device})
+    config = finished.config.model_copy(update={"execution": execution})
+    pipeline, store = World(config).open()
+    for asset in make_road(config).rest:
+        for key in asset.partition_keys(pipeline):
+            request = make_request(asset, Job(World(config), pipeline, store), key, n_gpus)
+            assert request["memory"] == PROCESS_BYTES + int(asset.takes(pipeline, store, key).memory_bytes)
+            assert request["GPU"] == (asset.needs.accelerator and is_asked_for)
+            assert request["CPU"] == 1
+
+
+def test_a_request_that_no_living_node_can_satisfy_is_told() -> None:
+    """Ray lets such a task wait for ever without a word. A node that is busy is large enough; a dead one is not, nor two that are so together."""
+    task = Task("mixed_shards bucket-3", None, {"CPU": 1, "GPU": 0, "memory": 8 << 30})
+    small = {"Alive": True, "Resources": {"CPU": 4.0, "memory": float(5 << 30)}}
+    large = {"Alive": True, "Resources": {"CPU": 1.0, "memory": float(9 << 30)}}
+    assert find_unmet(task, [small, large]) == ""
+    told = find_unmet(task, [small, small, {**large, "Alive": False}])
+    assert "mixed_shards bucket-3 asks for 1 CPU, 0 GPU and 8.0 GiB of memory" in told
+    assert "the nearest has 4 CPU, 0 GPU and 5.0 GiB" in told
+    assert "0 CPU, 0 GPU and 0.0 GiB" in find_unmet(task, [])
+    assert "1 GPU" in find_unmet(task._replace(request={"CPU": 1, "GPU": 1, "memory": 1}), [large])
+
+
+def test_siblings_are_those_of_one_name_that_follow_each_other_and_do_not_read_each_other() -> None:
+    """Bundles of several SAEs can be made side by side; whoever waits for another cannot, nor can two things that only look alike."""
+    browser = replace(Asset(key=("a", "browser"), group="", kinds=(), description=""), make=lambda _job: lambda _key: [])
+    first, second, reader, other = (
+        browser,
+        replace(browser, key=("b", "browser")),
+        replace(browser, key=("c", "browser"), reads=(whole("b", "browser"),)),
+        replace(browser, key=("d", "table")),
+    )
+    together = replace(browser, key=("e", "browser"), is_made_together=True)
+    assert group_siblings([first, second]) == [[first, second]]
+    assert group_siblings([first, second, reader]) == [[first, second], [reader]]
+    assert group_siblings([first, other, second]) == [[first], [other], [second]]
+    assert group_siblings([first, together]) == [[first], [together]]
 
 
 def test_without_a_cluster_nothing_is_sent(finished: Finished) -> None:
@@ -126,5 +241,8 @@ def test_without_a_cluster_nothing_is_sent(finished: Finished) -> None:
     world = World(finished.config)
     job = Job(world, *world.open(), keys=("shard-000000", "shard-000001"))
     assert start_fanout(make_road(finished.config).find("activations"), job) is None
+    bundle = make_road(finished.config).find("features/demo/feature_browser")
+    with side_by_side([bundle, replace(bundle, key=("features", "other", "feature_browser"))], finished.config):
+        assert start_fanout(bundle, Job(world, *world.open())) is None
     (item,) = make_partition(finished.config.model_dump_json(), ("activations",), "shard-000001")
     assert item.is_cached
