@@ -11,8 +11,11 @@ graph in steps of 30 seconds. The instance is the persistent one, so the UI show
 
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -205,9 +208,10 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
         tags = {"interp/asset": asset.name, "interp/stage": asset.stage, PROCESS_TAG: name_process()}
         if first:
             tags |= {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
-        result = job.execute_in_process(
-            instance=instance, asset_selection=[dg.AssetKey(list(asset.key))], tags=tags, run_config=_QUIET, raise_on_error=False
-        )
+        with _own_signals():
+            result = job.execute_in_process(
+                instance=instance, asset_selection=[dg.AssetKey(list(asset.key))], tags=tags, run_config=_QUIET, raise_on_error=False
+            )
         events = result.asset_materializations_for_node(_node_name(asset))
         if not result.success:
             if _was_interrupted(result):
@@ -218,6 +222,18 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
         failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
     report = AssetReport(asset.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
     return Outcome(report, failed, errors)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what SIGTERM does: after a run Dagster gives it SIGINT's handler, and a shell's background jobs, which ignore that, could not be ended."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if is_ours and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _report(outcome: Outcome) -> AssetReport:

@@ -1,6 +1,7 @@
 """The road is run: everything is recorded with the digests of its bytes, twice gives the same, and faults cost one partition."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import dagster as dg
@@ -143,6 +144,17 @@ def copied(finished: Finished, tmp_path: Path, tiny_world: Path) -> PipelineConf
     root = Path(finished.config.root)
     shutil.copytree(root, tmp_path / "copy")
     return make_road_config(tiny_world, tmp_path / "copy")
+
+
+def test_a_run_in_the_background_can_still_be_ended(finished: Finished, copied: PipelineConfig) -> None:
+    """A shell's background job ignores SIGINT; Dagster would let SIGTERM do the same after its first run, and `kill` would do nothing."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with copied_history(finished) as instance:
+            assert list(run_road(copied, instance, select=["token_shards"]))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_corrupted_shard_that_is_rebuilt_leaves_downstream_fresh(finished: Finished, copied: PipelineConfig) -> None:
