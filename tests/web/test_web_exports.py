@@ -11,6 +11,7 @@ from interp_assets.errors import ArtifactCorruptError, InputError
 from interp_assets.storage.manifest import create_artifact, remove_artifact
 from interp_assets.storage.store import Store, open_store
 from interp_assets.visualize.packing import TokenOrder, pack_record
+from interp_assets.web.columns import ROWS
 from interp_assets.web.exports import FORMATS, export_bundle
 from interp_assets.web.opened import OpenBundle, list_bundles
 
@@ -101,9 +102,10 @@ def test_a_record_of_another_feature_is_refused(memory_store: Store) -> None:
     description = OpenBundle(list_bundles(memory_store)[0]).description
     bundle = OpenBundle(list_bundles(memory_store)[0])
     member = pack_record({**bundle.record(1), "latent": 7}, TokenOrder(bundle.vocabulary.order))
-    vocabulary = bundle.read("vocabulary.json")
+    vocabulary, rows = bundle.read("vocabulary.json"), bundle.read(ROWS)
     remove_artifact(memory_store, made.ref.path)
     with create_artifact(memory_store, made.ref) as art:
+        art.put(ROWS, rows)
         art.put("bundle.json", json.dumps(description).encode())
         art.put("vocabulary.json", vocabulary)
         art.put("records/00000.bin", member * 3)
