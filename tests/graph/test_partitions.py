@@ -58,7 +58,7 @@ EXPECTED: list[tuple[str, str | None, dict[str, list[str]]]] = [
     (
         FEATURES + "feature_examples",
         "slice-001",
-        {FEATURES + "feature_candidates": [f"slice-001|{shard}" for shard in SHARD_KEYS], "token_shards": SHARD_KEYS},
+        {FEATURES + "feature_candidates": [f"slice-001|{shard}" for shard in SHARD_KEYS], "token_shards": SHARD_KEYS, "sae": ["demo"]},
     ),
     (
         FEATURES + "example_activations",
@@ -82,7 +82,7 @@ EXPECTED: list[tuple[str, str | None, dict[str, list[str]]]] = [
             "sae_evaluation": ["demo"],
         },
     ),
-    (FEATURES + "feature_browser", None, {FEATURES + "feature_records": SLICES}),
+    (FEATURES + "feature_browser", None, {FEATURES + "feature_records": SLICES, "sae_evaluation": ["demo"]}),
 ]
 
 
