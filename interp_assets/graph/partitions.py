@@ -1,7 +1,7 @@
 """How work divides, in Dagster's terms: the partitions of every asset, and which upstream partitions each one reads.
 
 Dagster guesses a mapping where none is written, and two different definitions without one become "identity, no upstream partitions"
-in silence. So every dependency has one, made from what the record reads, and a test compares all of them with the road.
+in silence. So every dependency has one, made from what the record reads; a test compares them with what the road says of each partition.
 """
 
 from collections.abc import Sequence

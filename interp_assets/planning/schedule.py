@@ -15,7 +15,7 @@ from interp_assets.planning.costs import price
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.rates import Rate
 from interp_assets.planning.road import Road
-from interp_assets.storage.manifest import data_version
+from interp_assets.storage.manifest import Manifest, data_version
 from interp_assets.storage.store import Store
 
 START_S: Final = 0.3
@@ -53,7 +53,8 @@ def make_schedule(road: Road, pipeline: Pipeline, store: Store, rates: dict[str,
 
 def _line(road: Road, asset: Asset, where: tuple[Pipeline, Store], rates: dict[str, Rate], workers: int) -> Line:
     pipeline, store = where
-    versions = {key: road.find_version(asset, pipeline, store, key) for key in asset.partition_keys(pipeline)}
+    known: dict[str, Manifest] = {}
+    versions = {key: road.find_version(asset, pipeline, store, key, known) for key in asset.partition_keys(pipeline)}
     missing = [key for key, version in versions.items() if version is None]
     loads = [asset.takes(pipeline, store, key) for key in missing]
     costs = [price(pipeline.config, load) for load in loads]

@@ -1,6 +1,7 @@
 """Which upstream partitions each partition reads, for every dependency of the graph: Dagster guesses wrong in silence."""
 
 from itertools import product
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import make_ranges
 from interp_assets.graph.partitions import set_partitions
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import PipelineConfig, make_config
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 
 SHARD_KEYS = ["shard-000000", "shard-000001", "shard-000002"]
 SLICES = ["slice-000", "slice-001"]
@@ -112,6 +115,23 @@ def test_a_bucket_of_a_later_pass_reads_only_the_bucket_it_is_divided_from() -> 
 def test_a_shuffle_of_one_pass_reads_the_activations() -> None:
     """One pass gathers all shards into one mixed shard."""
     assert parents_of(two_experiments(passes=1), "mixed_shards", "bucket-00000") == {"activations": SHARD_KEYS, "shuffle_plan": []}
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+def test_the_road_and_dagster_agree_on_what_each_partition_reads(passes: int) -> None:
+    """A backfill waits for, and follows, what the road says; people see what Dagster's mappings say."""
+    config = two_experiments(passes)
+    shards = [ShardSource(index=index, fingerprint="", n_documents=1, n_bytes=1, spec={}) for index in range(len(SHARD_KEYS))]
+    facts: dict[str, Any] = {"tokenizer_fingerprint": "", "model_fingerprint": "", "hook_widths": {}, "vocabulary_size": 1, "max_context": 1}
+    pipeline, road = Pipeline(config, PipelinePlan(shards=shards, **facts)), make_road(config)
+    every_shard = {("activations", key) for key in SHARD_KEYS}
+    for asset in road.rest:
+        for key in {asset.partition_keys(pipeline)[0], asset.partition_keys(pipeline)[-1]}:
+            ours = road.parents(asset, pipeline, key)
+            theirs = {(parent, item) for parent, items in parents_of(config, asset.name, key or None).items() for item in items or [""]}
+            held_out = every_shard - ours if any(item.how == "training" for item in asset.reads) else set()
+            assert theirs - held_out == ours, (asset.name, key)
+            assert held_out <= {("activations", SHARD_KEYS[0])}  # Dagster is told of all shards: which are held out is no mapping of its
 
 
 def test_registered_partitions_become_exactly_the_given_ones() -> None:

@@ -67,7 +67,7 @@ class FaultProxy:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Asset it."""
+        """Stop it."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
 

@@ -17,7 +17,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from synthetic_bundle import (
     BOS,
-    TABLE,
     InventedText,
     Shown,
     describe_firings,
@@ -31,6 +30,7 @@ from interp_assets.compute.seeds import stream
 from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, make_ref
 from interp_assets.storage.store import Store
 from interp_assets.visualize.packing import RECORD_VERSION, TokenOrder, pack_record
+from interp_assets.visualize.records import FEATURE_SCHEMA
 from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
 from interp_assets.web.map import Layout
 from interp_assets.web.refs import FOLDER
@@ -163,7 +163,7 @@ def _make_tables(words: pa.Array, seed: int, n_features: int) -> Iterator[pa.Tab
             "n_examples": np.where(live, 70, 0).astype(np.uint32),
             "decoder_norm": generator.normal(1, 0.02, n).astype(np.float32),
         }
-        yield pa.table(columns, schema=TABLE)
+        yield pa.table(columns, schema=FEATURE_SCHEMA)
 
 
 def _make_lists(generator: np.random.Generator, words: pa.Array, counts: NDArray[np.int64]) -> pa.ListArray:

@@ -19,6 +19,7 @@ from interp_assets.compute.seeds import stream
 from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, make_ref
 from interp_assets.storage.store import Store
 from interp_assets.visualize.packing import RECORD_VERSION, TokenOrder, order_tokens, pack_record
+from interp_assets.visualize.records import FEATURE_SCHEMA
 from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
 from interp_assets.web.map import embed_directions
 from interp_assets.web.refs import FOLDER
@@ -36,22 +37,6 @@ _BROKEN: Final = [b"\xe2\x86", b"\x92", b"\xf0\x9f", b"\x8c\x8d", b"\xc3", b"\xa
 """An arrow, a globe and an accented letter, each cut inside the character, and a byte that never joins."""
 _WINDOW: Final = 32
 _N_INTERVALS: Final = 5
-TABLE: Final = pa.schema(
-    [
-        ("latent", pa.uint32()),
-        ("is_dead", pa.bool_()),
-        ("count", pa.int64()),
-        ("frequency", pa.float64()),
-        ("mean", pa.float32()),
-        ("max", pa.float32()),
-        ("top_token", pa.string()),
-        ("top_tokens", pa.list_(pa.string())),
-        ("top_logits", pa.list_(pa.string())),
-        ("bottom_logits", pa.list_(pa.string())),
-        ("n_examples", pa.uint32()),
-        ("decoder_norm", pa.float32()),
-    ]
-)
 
 
 class Shown(NamedTuple):
@@ -131,7 +116,7 @@ def make_synthetic_table(vocabulary: Vocabulary, records: list[dict[str, Any]]) 
                 "decoder_norm": 1.0,
             }
         )
-    return pa.Table.from_pylist(rows, schema=TABLE)
+    return pa.Table.from_pylist(rows, schema=FEATURE_SCHEMA)
 
 
 def make_text(seed: int, n_documents: int, length: int = 256) -> InventedText:
