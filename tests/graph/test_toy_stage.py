@@ -43,46 +43,32 @@ def walked(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return found
 
 
-def test_it_is_planned(walked: dict[str, Any]) -> None:
-    """`interp plan` shows its partitions, rows, bytes and memory."""
+def test_a_stage_of_one_folder_and_one_line_has_all_that_a_stage_has(walked: dict[str, Any]) -> None:
+    """One test, because the walk takes half a minute, and test processes would each take it."""
+    # `interp plan` shows its partitions, rows, bytes and memory.
     lengths, summary = walked["plan"]["document_lengths"], walked["plan"]["length_summary"]
     assert (lengths["n_missing"], lengths["n_partitions"]) == (4, 4)
     assert lengths["n_rows"] == summary["n_rows"] > 0
     assert lengths["read_bytes"] > lengths["n_rows"]
     assert lengths["job_bytes"] > 0
     assert (summary["n_missing"], summary["n_partitions"]) == (1, 1)
-
-
-def test_it_is_made_once(walked: dict[str, Any]) -> None:
-    """A run makes what is missing, and a second run nothing."""
+    # A run makes what is missing, and a second run nothing.
     assert walked["made"] == {"corpus_plan": 1, "token_shards": 0, "document_lengths": 4, "length_summary": 1}
     assert walked["again"] == {"corpus_plan": 1, "token_shards": 0, "document_lengths": 0, "length_summary": 0}
-
-
-def test_it_is_verified_and_one_shard_is_made_again(walked: dict[str, Any]) -> None:
-    """`interp verify` names a flipped byte, and a backfill of that shard mends it."""
+    # `interp verify` names a flipped byte, and a backfill of that shard mends it.
     (fault,) = walked["faults"]
     assert fault.startswith("7-lengths/shard-000001-")
     assert walked["backfilled"] == {"document_lengths": 1}
     assert walked["faults after"] == []
-
-
-def test_a_changed_text_makes_its_shard_and_the_summary_again(walked: dict[str, Any]) -> None:
-    """What depends on other bytes is out of date, and nothing else is."""
+    # What depends on other bytes is out of date, and nothing else is.
     assert walked["after a change"] == {"corpus_plan": 1, "token_shards": 1, "document_lengths": 1, "length_summary": 1}
-
-
-def test_dagster_shows_it(walked: dict[str, Any]) -> None:
-    """Dependencies, check, costs, and the plot among the metadata."""
+    # Dependencies, check, costs, and the plot among the metadata.
     assert walked["graph"] == {"document_lengths": ["token_shards"], "length_summary": ["document_lengths"]}
     assert walked["check"] == "SUCCEEDED"
     assert walked["costs"] == {"document_lengths": 4, "length_summary": 1}
     assert {"longest", "rows", "bytes", "digest", "cost"} <= set(walked["metadata"]["document_lengths"])
     assert {"longest", "digest", "cost"} <= set(walked["metadata"]["length_summary"])
-
-
-def test_its_shards_are_tasks_on_a_cluster(walked: dict[str, Any]) -> None:
-    """Both nodes' tasks give the bytes that one process gives."""
+    # As tasks on a cluster its shards have the bytes that one process gives.
     spread = walked["spread"]
     assert len(spread["nodes"]) == 4
     assert all(spread["nodes"])
@@ -90,9 +76,6 @@ def test_its_shards_are_tasks_on_a_cluster(walked: dict[str, Any]) -> None:
     assert {key: spread["versions"]["document_lengths"][key] for key in unchanged} == {
         key: walked["versions"]["document_lengths"][key] for key in unchanged
     }
-
-
-def test_the_documents_list_it(walked: dict[str, Any]) -> None:
-    """`docs/assets.md` follows from the records."""
+    # `docs/assets.md` follows from the records.
     assert len(walked["documents"]) == 2
     assert "`token_shards`" in walked["documents"][0]

@@ -15,7 +15,7 @@ import pytest
 from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ArtifactCorruptError, StoreError
-from interp_assets.storage.manifest import ArtifactWriter, create_artifact, encode_manifest, make_ref, read_manifest
+from interp_assets.storage.manifest import create_artifact, encode_manifest, make_ref, read_manifest
 from interp_assets.storage.store import open_store
 from interp_assets.web.opened import list_bundles
 from interp_assets.web.server import make_app
@@ -76,21 +76,17 @@ def check(root: Path) -> None:
 
 def sealed(bad: Path, name: str, data: bytes) -> None:
     """Put other bytes into a bundle, with checksums and seal that agree: what whoever makes a bundle can do."""
-    store = open_store(str(bad.parent))
-    manifest = read_manifest(store, bad.name)
-    with create_artifact(store, make_ref("feature_bundle", "x", identity={}, inputs={}, label="x")) as art:
-        _put_all(art, bad, name, data)
+    manifest = read_manifest(open_store(str(bad.parent)), bad.name)
+    with create_artifact(open_store("memory://seal"), make_ref("feature_bundle", "x", identity={}, inputs={}, label="x"), replace=True) as art:
+        art.put(name, data)
     assert art.manifest
+    own = art.manifest.file(name)
+    files = [
+        replace(entry, n_bytes=own.n_bytes, block_bytes=own.block_bytes, checksums=own.checksums) if entry.name == name else entry
+        for entry in manifest.files
+    ]
     (bad / name).write_bytes(data)
-    (bad / "manifest.json").write_bytes(encode_manifest(replace(manifest, files=art.manifest.files)))
-    shutil.rmtree(bad.parent / "x")
-
-
-def _put_all(art: ArtifactWriter, bad: Path, name: str, data: bytes) -> None:
-    for path in sorted(bad.rglob("*")):
-        file = path.relative_to(bad).as_posix()
-        if path.is_file() and file != "manifest.json":
-            art.put(file, data if file == name else path.read_bytes())
+    (bad / "manifest.json").write_bytes(encode_manifest(replace(manifest, files=files)))
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
