@@ -45,21 +45,37 @@ def pack(table: Tensor, out: Tensor) -> Tensor:
 
 
 @reordered
-def sum_bags(index: Any, weights: Any, strips: Any, outs: Any, starts: Any, first: Any, last: Any) -> None:
-    """Add to each bag's row of `outs[i]` the rows of the table that it names, times their `weights[i]`: one or two of both."""
+def sum_bags(index: Any, weights: Any, strips: Any, out: Any, starts: Any, first: Any, last: Any) -> None:
+    """Add to each bag's row of `out` the weighted rows of the table that it names."""
     for strip in range(len(strips)):
         for bag in range(first, last):
-            for i in range(len(outs)):
-                _sum_strip(strips, index, weights[i], outs[i], (strip, bag, starts[bag], starts[bag + 1]))
+            _sum_strip(strips, index, weights, out, (strip, bag, starts[bag], starts[bag + 1]))
 
 
 @reordered
-def dot_bags(index: Any, strips: Any, grads: Any, outs: Any, starts: Any, first: Any, last: Any) -> None:
-    """Add to `outs[i]` the product of each pair's row of the table with its bag's row of `grads[i]`: one or two of both."""
+def sum_bags_twice(index: Any, weights: Any, strips: Any, outs: Any, starts: Any, first: Any, last: Any) -> None:
+    """Do the same for two weights of each pair."""
     for strip in range(len(strips)):
         for bag in range(first, last):
-            for i in range(len(outs)):
-                _dot_strip(strips, index, grads[i], outs[i], (strip, bag, starts[bag], starts[bag + 1]))
+            _sum_strip(strips, index, weights[0], outs[0], (strip, bag, starts[bag], starts[bag + 1]))
+            _sum_strip(strips, index, weights[1], outs[1], (strip, bag, starts[bag], starts[bag + 1]))
+
+
+@reordered
+def dot_bags(index: Any, strips: Any, grad: Any, out: Any, starts: Any, first: Any, last: Any) -> None:
+    """Add to `out` the product of each pair's row of the table with its bag's row of `grad`."""
+    for strip in range(len(strips)):
+        for bag in range(first, last):
+            _dot_strip(strips, index, grad, out, (strip, bag, starts[bag], starts[bag + 1]))
+
+
+@reordered
+def dot_bags_twice(index: Any, strips: Any, grads: Any, outs: Any, starts: Any, first: Any, last: Any) -> None:
+    """Do the same for two gradients."""
+    for strip in range(len(strips)):
+        for bag in range(first, last):
+            _dot_strip(strips, index, grads[0], outs[0], (strip, bag, starts[bag], starts[bag + 1]))
+            _dot_strip(strips, index, grads[1], outs[1], (strip, bag, starts[bag], starts[bag + 1]))
 
 
 def _write_sum(typing: Any, table: Any, index: Any, weights: Any, out: Any, place: Any) -> Any:  # noqa: ARG001

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from interp_assets.compute import loops
-from interp_assets.compute.bags import dot_bags, is_packable, pack, see_strips, sum_bags
+from interp_assets.compute.bags import dot_bags, dot_bags_twice, is_packable, pack, see_strips, sum_bags, sum_bags_twice
 
 _PAIRS_A_ROW: Final = 16
 """From how many pairs for each row of a table on it is worth copying: 2 ns for each row's value that is copied, 20 ns a pair and loop saved."""
@@ -107,43 +107,50 @@ def decode_pairs(
     value_N: Float[Tensor, " N"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch, name: str = "decoded"
 ) -> Float[Tensor, "R D"]:
     """Sum the decoder rows of each bag's pairs, weighted by their values; where that is possible into the buffer `name`."""
-    return _decode((value_N,), W_dec_SD, pairs, scratch, (name,))[0]
+    if loops.is_native(value_N, W_dec_SD) and is_packable(W_dec_SD):
+        x_hat = scratch.take(name, (len(pairs.bag_starts), W_dec_SD.shape[1]), W_dec_SD).zero_()
+        index, values, out = loops.as_arrays(pairs.latents, value_N, x_hat)
+        loops.over_bags(sum_bags, _ends(pairs.bag_starts, pairs), index, values, _strips(W_dec_SD, len(pairs.latents), scratch), out)
+        return x_hat
+    return _sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N)
 
 
 def decode_pairs_twice(
     values: tuple[Float[Tensor, " N"], Float[Tensor, " N"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch
-) -> list[Float[Tensor, "R D"]]:
+) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]]:
     """Decode two values of each pair."""
-    return _decode(values, W_dec_SD, pairs, scratch, ("decoded", "decoded twice"))
-
-
-def _decode(values: tuple[Tensor, ...], W_dec_SD: Tensor, pairs: Pairs, scratch: Scratch, names: tuple[str, ...]) -> list[Tensor]:
-    if not loops.is_native(*values, W_dec_SD) or not is_packable(W_dec_SD):
-        return [_sum_bags(W_dec_SD, pairs.latents, pairs.bag_starts, value_N) for value_N in values]
-    x_hats = [scratch.take(name, (len(pairs.bag_starts), W_dec_SD.shape[1]), W_dec_SD).zero_() for name in names]
-    factors, outs = tuple(loops.as_arrays(*values)), tuple(loops.as_arrays(*x_hats))
-    strips = _strips(W_dec_SD, len(pairs.latents), scratch)
-    loops.over_bags(sum_bags, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), factors, strips, outs)
-    return x_hats
+    if loops.is_native(*values, W_dec_SD) and is_packable(W_dec_SD):
+        shape = len(pairs.bag_starts), W_dec_SD.shape[1]
+        x_hats = [scratch.take(name, shape, W_dec_SD).zero_() for name in ("decoded", "decoded twice")]
+        strips = _strips(W_dec_SD, len(pairs.latents), scratch)
+        factors, out = tuple(loops.as_arrays(*values)), tuple(loops.as_arrays(*x_hats))
+        loops.over_bags(sum_bags_twice, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), factors, strips, out)
+        return x_hats[0], x_hats[1]
+    return decode_pairs(values[0], W_dec_SD, pairs, scratch), decode_pairs(values[1], W_dec_SD, pairs, scratch)
 
 
 def sampled_product(grad_RD: Float[Tensor, "R D"], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch) -> Float[Tensor, " N"]:
     """Multiply each pair's gradient row and decoder row: what `embedding_bag` calls the gradient of its weights."""
-    return sampled_products((grad_RD,), W_dec_SD, pairs, scratch)[0]
+    if loops.is_native(grad_RD, W_dec_SD) and is_packable(W_dec_SD):
+        out = grad_RD.new_zeros(len(pairs.latents))
+        index, grad, found = loops.as_arrays(pairs.latents, grad_RD, out)
+        loops.over_bags(dot_bags, _ends(pairs.bag_starts, pairs), index, _strips(W_dec_SD, len(pairs.latents), scratch), grad, found)
+        return out
+    product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
+    return product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0)
 
 
-def sampled_products(
-    grads: tuple[Float[Tensor, "R D"], ...], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch
-) -> list[Float[Tensor, " N"]]:
-    """Multiply each pair's decoder row with each of its gradient rows, one or two."""
-    if not loops.is_native(*grads, W_dec_SD) or not is_packable(W_dec_SD):
-        product = torch.ops.aten._embedding_bag_per_sample_weights_backward  # noqa: SLF001 - no public name, and nothing public is as fast
-        return [product(grad_RD, W_dec_SD, pairs.latents, pairs.bag_starts, pairs.bags, 0) for grad_RD in grads]
-    products = [W_dec_SD.new_zeros(len(pairs.latents)) for _ in grads]
-    rows, outs = tuple(loops.as_arrays(*grads)), tuple(loops.as_arrays(*products))
-    strips = _strips(W_dec_SD, len(pairs.latents), scratch)
-    loops.over_bags(dot_bags, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), strips, rows, outs)
-    return products
+def sampled_product_twice(
+    grads: tuple[Float[Tensor, "R D"], Float[Tensor, "R D"]], W_dec_SD: Float[Tensor, "S D"], pairs: Pairs, scratch: Scratch
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Multiply each pair's decoder row with both of its gradient rows."""
+    if loops.is_native(*grads, W_dec_SD) and is_packable(W_dec_SD):
+        outs = [W_dec_SD.new_zeros(len(pairs.latents)) for _ in grads]
+        strips = _strips(W_dec_SD, len(pairs.latents), scratch)
+        grad, out = tuple(loops.as_arrays(*grads)), tuple(loops.as_arrays(*outs))
+        loops.over_bags(dot_bags_twice, _ends(pairs.bag_starts, pairs), pairs.latents.numpy(), strips, grad, out)
+        return outs[0], outs[1]
+    return sampled_product(grads[0], W_dec_SD, pairs, scratch), sampled_product(grads[1], W_dec_SD, pairs, scratch)
 
 
 def add_by_latent(
@@ -158,7 +165,7 @@ def add_by_latent(
         rows = rows // pairs.n_groups
     if loops.is_native(gradient_SD, table, weight_N) and is_packable(gradient_SD):
         index, factors, out = loops.as_arrays(rows, weights, gradient_SD)
-        loops.over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, (factors,), _strips(table, len(rows), scratch), (out,))
+        loops.over_bags(sum_bags, _ends(pairs.latent_starts, pairs), index, factors, _strips(table, len(rows), scratch), out)
     else:
         gradient_SD.add_(_sum_bags(table, rows, pairs.latent_starts, weights))
 

@@ -53,8 +53,8 @@ def make_schedule(road: Road, pipeline: Pipeline, store: Store, rates: dict[str,
 
 def _line(road: Road, asset: Asset, where: tuple[Pipeline, Store], rates: dict[str, Rate], workers: int) -> Line:
     pipeline, store = where
-    known: dict[str, Manifest] = {}
-    versions = {key: road.find_version(asset, pipeline, store, key, known) for key in asset.partition_keys(pipeline)}
+    inputs: dict[str, Manifest] = {}
+    versions = {key: road.find_version(asset, pipeline, store, key, inputs) for key in asset.partition_keys(pipeline)}
     missing = [key for key, version in versions.items() if version is None]
     loads = [asset.takes(pipeline, store, key) for key in missing]
     costs = [price(pipeline.config, load) for load in loads]

@@ -14,7 +14,7 @@ from interp_assets.compute.kernels import (
     make_pairs,
     product,
     sampled_product,
-    sampled_products,
+    sampled_product_twice,
     split_bags,
     sum_values,
 )
@@ -63,7 +63,7 @@ def test_pairs_give_the_values_and_gradients_of_the_dense_formula(share: float, 
     torch.testing.assert_close(decode_pairs(values, W, pairs, scratch), expected)
     torch.testing.assert_close(torch.stack(decode_pairs_twice((values, 2 * values), W, pairs, scratch)), torch.stack([expected, 2 * expected]))
     grad_values = sampled_product(grad, W, pairs, scratch)
-    twice = sampled_products((other, grad), W, pairs, scratch)
+    twice = sampled_product_twice((other, grad), W, pairs, scratch)
     torch.testing.assert_close(torch.stack(twice), torch.stack([sampled_product(other, W, pairs, scratch), grad_values]))
     found = torch.ones_like(W)
     add_by_latent(found, grad, values, pairs, scratch)

@@ -103,7 +103,7 @@ def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
     gate_error.mul_(2 / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)
     kernels.add_by_latent(gradients["W_dec"], error, values, pairs, scratch)
-    grad, grad_gate = kernels.sampled_products((error, gate_error), W_dec, pairs, scratch)
+    grad, grad_gate = kernels.sampled_product_twice((error, gate_error), W_dec, pairs, scratch)
     gradients["b_mag"].add_(kernels.sum_values(grad.mul_(fires), pairs))
     grad.mul_(gain)
     gradients["r_mag"].add_(kernels.sum_values(grad * projection, pairs))
