@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
-from transformers import AutoConfig, PretrainedConfig
 
 from interp_assets.errors import InputError
 from interp_assets.planning.config import ModelConfig
 from interp_assets.storage.seen import SeenFiles
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 BUILTIN: Final = "builtin:"
 _WEIGHT_FILES: Final = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -60,8 +62,10 @@ def locate_model(model: ModelConfig) -> ModelPlace:
     return ModelPlace(model.name, {**options, "revision": model.revision}, None)
 
 
-def load_model_config(model: ModelConfig) -> PretrainedConfig:
+def load_model_config(model: ModelConfig) -> "PretrainedConfig":
     """Read a model's architecture without its weights. Raises `InputError` when it cannot be found or is of an unknown type."""
+    from transformers import AutoConfig  # noqa: PLC0415 - takes PyTorch, and where a local model lies is known without
+
     place = locate_model(model)
     try:
         config = AutoConfig.from_pretrained(place.name, **place.options)

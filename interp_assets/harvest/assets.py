@@ -5,6 +5,7 @@ from functools import partial
 from typing import Final
 
 from interp_assets.corpus.sizes import TOKEN_BYTES, rows_of
+from interp_assets.garcon.facts import find_facts
 from interp_assets.harvest.checks import ACTIVATION_ROWS, OUTLIER_DIMENSIONS
 from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, statistics_ref
 from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, per_hook_point, same, training
@@ -13,6 +14,7 @@ from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.storage.dtypes import ITEM_BYTES
 from interp_assets.storage.manifest import ArtifactRef, Produced
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store
 
 GROUP = "harvest"
@@ -67,10 +69,9 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
 
 def count_parameters(pipeline: Pipeline) -> int:
     """Return the number of the subject model's parameters, without its weights."""
-    from interp_assets.garcon.subject import make_meta_model
-
-    model = pipeline.config.model
-    return pipeline.remember("parameters", lambda: sum(weight.numel() for weight in make_meta_model(model).net.parameters()))
+    config = pipeline.config
+    with open_seen() as seen:
+        return pipeline.remember("parameters", lambda: find_facts(config.model, config.harvest.hook_points, seen).n_parameters)
 
 
 def model_bytes(pipeline: Pipeline) -> int:
