@@ -1,5 +1,6 @@
 """Batches are a pure function of (manifests, seed, number)."""
 
+import threading
 from itertools import islice
 
 import pytest
