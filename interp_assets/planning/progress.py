@@ -9,6 +9,10 @@ Advance = Callable[[int], None]
 """What a stage calls with the units of work that it has done since the last call."""
 
 
+def unheard(_n: int) -> None:
+    """Hear of work and ignore it."""
+
+
 @runtime_checkable
 class Estimator(Protocol):
     """Knows what partitions should take, and learns from what they took."""

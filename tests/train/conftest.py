@@ -62,7 +62,7 @@ def _make_planted(
             "shuffle": {"fan_out": 3},
             "saes": [{"hook_point": HOOK, **fields} for fields in saes],
             "features": {"saes": []},
-            "execution": {"device": "cpu"},
+            "execution": {"device": "cpu", "profile_steps": 0},
         }
     )
     shards = [ShardSource(index=i, fingerprint=f"text-{i}", n_documents=2, n_bytes=100, spec={}) for i in range(3)]
