@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    Olmo2Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -51,6 +52,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma3_text": Gemma3TextConfig(**_GROUPED),
     "qwen2": Qwen2Config(**{**_SIZES, "num_key_value_heads": 1}),
     "qwen3": Qwen3Config(**_GROUPED),
+    "olmo2": Olmo2Config(**{**_SIZES, "num_key_value_heads": 1}),
     "bert": BertConfig(**_SIZES),
 }
 DECODERS = [name for name in CONFIGS if name != "bert"]
