@@ -17,6 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from interp_assets.errors import ConfigError
+from interp_assets.planning.hook_names import canonical_name
 from interp_assets.storage.foreign import parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -46,6 +47,10 @@ Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+HookPointName = Annotated[str, AfterValidator(canonical_name)]
+"""A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
 class CorpusConfig(_Config):
@@ -98,8 +103,8 @@ class ModelConfig(_Config):
 class HarvestConfig(_Config):
     """Which activations are kept. All identity."""
 
-    hook_points: Annotated[list[str], Field(min_length=1)] = ["resid_post.2"]
-    """Canonical names, `<kind>.<layer>`: `resid_pre.0`, `resid_post.2`, `mlp_out.1`, `attn_out.1`; or `module:<path>`."""
+    hook_points: Annotated[list[HookPointName], Field(min_length=1)] = ["resid_post.2"]
+    """Names `<kind>.<layer>`: `resid_post.2`, `mlp_out.1`, `z.0`, `mlp_act.1` (docs/garcon.md has all); TransformerLens' names; `module:<path>`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored rows."""
 
@@ -120,15 +125,15 @@ class SaeConfig(_Config):
 
     name: Name = "demo"
     """Name of the experiment; it becomes a partition and a folder."""
-    hook_point: str = "resid_post.2"
+    hook_point: HookPointName = "resid_post.2"
     """Where its rows come from; one of `harvest.hook_points`."""
     architecture: Architecture = "batch_topk"
     """Sparsifying function and its recipe."""
     task: Literal["sae", "transcoder", "skip_transcoder", "crosscoder"] = "sae"
     """What is reconstructed: the rows themselves, those of `target_hook_point`, or those of several hook points by shared latents."""
-    target_hook_point: str = ""
+    target_hook_point: HookPointName = ""
     """`transcoder` and `skip_transcoder`: where the rows come from that are reconstructed. Unused for others."""
-    more_hook_points: tuple[str, ...] = ()
+    more_hook_points: tuple[HookPointName, ...] = ()
     """`crosscoder`: the hook points besides `hook_point`. Unused for others."""
     d_sae: Annotated[int, Field(ge=1)] = 2048
     """Number of latents."""

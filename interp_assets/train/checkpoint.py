@@ -24,6 +24,7 @@ from torch import Tensor
 
 from interp_assets.errors import ArtifactForeignError
 from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.hook_names import alias_of
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, load_manifest, read_file
 from interp_assets.storage.store import Store
@@ -46,7 +47,6 @@ KINDS: Final[dict[str, SaeKind]] = {
     "topk_skip_transcoder": "topk",
 }
 """By SAELens' names; the last two are ours: SAELens does not have them."""
-_HOOK_SUFFIXES: Final = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
 
 
 class Source(NamedTuple):
@@ -103,8 +103,7 @@ def read_sae(store: Store, path: str, manifest: Manifest) -> Sae:
 
 def sae_lens_hook_name(hook_point: str) -> str:
     """Return the name that SAELens and TransformerLens give a hook point: `resid_post.2` is `blocks.2.hook_resid_post`."""
-    kind, _, layer = hook_point.partition(".")
-    return f"blocks.{layer}.hook_{kind}" if kind in _HOOK_SUFFIXES and layer.isdigit() else hook_point
+    return alias_of(hook_point) or hook_point
 
 
 def _architecture(sae: Sae, config: SaeConfig) -> str:
@@ -134,7 +133,7 @@ def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> 
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if config.hook_point.startswith("z.") else "none",
         "metadata": {
             "sae_lens_version": "6.0.0",
             **{name: value for name, value in told.items() if value},

@@ -25,8 +25,8 @@ from interp_assets.planning.config import ExecutionConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.store import Store, open_store
 
-POINTS = ["resid_pre.0", "resid_post.0", "mlp_out.1", "module:transformer.h.1.mlp.c_fc"]
-ENCODER_POINTS = ["resid_post.0", "attn_out.1"]
+POINTS = ["resid_pre.0", "resid_post.0", "mlp_out.1", "z.1", "k.0", "mlp_act.1", "module:transformer.h.1.mlp.c_fc"]
+ENCODER_POINTS = ["resid_post.0", "attn_out.1", "z.0"]
 
 
 class World(NamedTuple):

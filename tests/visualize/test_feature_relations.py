@@ -188,13 +188,13 @@ def test_an_encoder_or_another_width_has_no_logits_and_says_why(make_world, run_
         assert (record["logits"], record["logits_reason"]) == (None, reason)
 
 
-@pytest.mark.parametrize(("hook_point", "is_on_stream"), [("resid_post.0", True), ("module:h.0", True), ("module:h.0.attn.q_norm", False)])
+@pytest.mark.parametrize(("hook_point", "is_on_stream"), [("resid_post.0", True), ("z.0", False), ("module:h.0", True), ("module:h.0.q_norm", False)])
 def test_logit_effects_are_shown_only_where_they_mean_something(hook_point, is_on_stream):
-    """A query projection may be as wide as the residual stream, and its directions move no logits."""
+    """A query projection, or the heads before W_O, may be as wide as the residual stream, and their directions move no logits."""
     matrix = torch.zeros(8, 52)
     found = _at(Unembedding(matrix, "", frozenset({"h.0", "h.0.mlp"})), hook_point)
     assert (found.matrix is matrix) == is_on_stream
-    assert ("h.0.attn.q_norm is not known to write to it" in found.reason) != is_on_stream
+    assert (f"{hook_point.removeprefix('module:')} is not known to write to it" in found.reason) != is_on_stream
 
 
 def test_tables_are_read_by_ranges_of_latents_across_row_groups():

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from interp_assets.errors import InputError
 from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.foreign import check_npz, check_zip, parse_json
 from interp_assets.storage.manifest import load_manifest, read_file
@@ -64,12 +65,12 @@ _UNREADABLE: Final = (
 )
 """What libraries raise for files that are cut off, empty, or something else."""
 _LAYER_KINDS: Final = {None: "resid_post", "mlp": "mlp_out", "attn": "attn_out", "self_attn": "attn_out", "attention": "attn_out"}
+_TRANSFORMER_LENS: Final = re.compile(r"(?:^|\.)(blocks\..+)$")
 _HOOKS: Final = (
-    re.compile(r"(?:^|\.)blocks\.(?P<layer>\d+)\.hook_(?P<kind>resid_pre|resid_mid|resid_post|mlp_out|attn_out)$"),
     re.compile(r"^(?P<kind>resid_pre|resid_post|mlp_out|attn_out)_layer_(?P<layer>\d+)$"),
     re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<module>mlp|attn|self_attn|attention))?$"),
 )
-"""What tools call hook points: TransformerLens' names, dictionary_learning's, and modules, of which the output is meant."""
+"""What tools call hook points besides TransformerLens' names: dictionary_learning's, and modules, of which the output is meant."""
 
 
 class Origin(NamedTuple):
@@ -249,6 +250,8 @@ def _whole(told: Any) -> int | None:
 
 def translate_hook(name: str) -> str:
     """Return our name of what another tool calls a hook point; empty when it has none."""
+    if (found := _TRANSFORMER_LENS.search(name)) and (ours := canonical_name(found[1])) != found[1]:
+        return ours
     for pattern in _HOOKS:
         if found := pattern.search(name):
             parts = found.groupdict()

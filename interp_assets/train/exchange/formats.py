@@ -164,7 +164,7 @@ def from_saelens(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sa
     if architecture not in _SAELENS_KINDS:
         raise InputError(f"This SAELens SAE is of architecture {architecture!r}; {sorted(_SAELENS_KINDS)} are read.")
     scaling, reshaping = config.get("normalize_activations", "none"), config.get("reshape_activations", "none")
-    if scaling not in _IDLE_SCALINGS or reshaping not in ("none", None):
+    if scaling not in _IDLE_SCALINGS or reshaping not in ("none", "hook_z", None):  # rows at z have their heads side by side
         raise InputError(
             f"This SAELens SAE changes its input (normalize_activations {scaling!r}, reshape_activations {reshaping!r}); 'none' is read, and what "
             "does nothing at inference. Fold the scale into the weights with SAELens' own fold_activation_norm_scaling_factor first."
