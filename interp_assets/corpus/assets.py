@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from interp_assets.corpus.checks import TOKEN_COUNTS
-from interp_assets.corpus.refs import TOKEN_SHARD_VERSION, token_shard_ref
+from interp_assets.corpus.refs import TOKEN_SHARD_VERSION, read_corpus, token_shard_ref
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TOKEN_BYTES, rows_of
 from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Observed, Shown, same, whole
 from interp_assets.planning.config import PipelineConfig, code_version
@@ -41,7 +41,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             plan=_plan,
             shows=_show_plan,
             is_relied_on=True,
-            code_version=code_version(1, config.corpus, config.model, config.harvest),
+            code_version=code_version(1, corpus=config.corpus, model=config.model, harvest=config.harvest),
         ),
         Asset(
             key=("token_shards",),
@@ -58,7 +58,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             make=_tokenize,
             takes=_tokenizing,
             checks=(TOKEN_COUNTS,),
-            code_version=code_version(TOKEN_SHARD_VERSION, config.corpus),
+            code_version=code_version(TOKEN_SHARD_VERSION, corpus=read_corpus(config.corpus)),
         ),
     ]
 

@@ -43,7 +43,7 @@ def plan_hub(config: CorpusConfig) -> list[ShardSource]:
     for index in range(n_shards):
         first = index * config.documents_per_shard
         stop = min(n_rows, first + config.documents_per_shard)
-        spec = {"dataset": _label(config), "revision": revision, "subset": config.subset, "split": config.split, "first": first, "stop": stop}
+        spec = {"dataset": _name(config), "revision": revision, "subset": config.subset, "split": config.split, "first": first, "stop": stop}
         fingerprint = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=16).hexdigest()
         shards.append(ShardSource(index=index, fingerprint=fingerprint, n_documents=stop - first, n_bytes=0, spec=spec))
     return shards
@@ -61,7 +61,7 @@ def iter_hub_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tu
             if problems:
                 raise InputError(f"{problems[0]}.")
             if text.strip():
-                yield f"{_label(config)}/{config.split}:{row}", text
+                yield f"{_name(config)}{config.split}:{row}", text
     except _LOAD_ERRORS as error:
         raise InputError(f"Reading {config.path!r} ({source.key}) failed: {_reason(error)}. Try again; finished shards are kept.") from error
 
@@ -99,10 +99,9 @@ def _local(config: CorpusConfig) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _label(config: CorpusConfig) -> str:
-    """Name the dataset independently of where its folder lies."""
-    folder = _local(config)
-    return config.path if folder is None else folder.resolve().name
+def _name(config: CorpusConfig) -> str:
+    """Return what stands before split and row in the names of documents: nothing for a folder, whose own name is no content."""
+    return f"{config.path}/" if _local(config) is None else ""
 
 
 def _open(config: CorpusConfig, revision: str) -> IterableDataset:

@@ -1,5 +1,8 @@
 """Where token shards lie: the plan and the corpus configuration become artifact ids and paths."""
 
+from typing import Any
+
+from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 
@@ -15,9 +18,12 @@ def token_shard_ref(pipeline: Pipeline, index: int) -> ArtifactRef:
         "code": TOKEN_SHARD_VERSION,
         "shard": index,
         "text": pipeline.source(index).fingerprint,
-        "text_field": corpus.text_field,
         "tokenizer": pipeline.plan.tokenizer_fingerprint,
-        "context_length": corpus.context_length,
-        "contexts": corpus.contexts,
+        **read_corpus(corpus),
     }
     return make_ref("token_shard", FOLDER, identity=identity, inputs={}, label=shard_key(index))
+
+
+def read_corpus(corpus: CorpusConfig) -> dict[str, Any]:
+    """Return what the bytes of a token shard depend on of the configuration of the corpus, besides the text itself."""
+    return corpus.model_dump(include={"text_field", "context_length", "contexts"})

@@ -7,7 +7,7 @@ from typing import Final
 from interp_assets.corpus.sizes import TOKEN_BYTES, rows_of
 from interp_assets.garcon.facts import find_facts
 from interp_assets.harvest.checks import ACTIVATION_ROWS, OUTLIER_DIMENSIONS
-from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, statistics_ref
+from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, read_dtypes, statistics_ref
 from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, per_hook_point, same, training
 from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.machine import ONE_WORKER
@@ -46,7 +46,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             work_kind=lambda config, _key: f"activations {config.model.name}",
             needs=Needs(accelerator=True),
             checks=(ACTIVATION_ROWS,),
-            code_version=code_version(ACTIVATION_SHARD_VERSION, config.model, config.harvest),
+            code_version=code_version(ACTIVATION_SHARD_VERSION, dtypes=read_dtypes(config)),
         ),
         Asset(
             key=("activation_statistics",),

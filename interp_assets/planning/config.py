@@ -405,10 +405,10 @@ def _model_at(path: list[str]) -> type[BaseModel] | None:
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 
 
-def code_version(version: int, *sections: BaseModel) -> str:
-    """Return an asset's code version: its own number, and a hash of the configuration that decides its bytes."""
-    text = json.dumps([section.model_dump() for section in sections], sort_keys=True)
-    return f"{version}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}" if sections else str(version)
+def code_version(version: int, **identity: object) -> str:
+    """Return an asset's code version: its own number, and a hash of what decides its bytes of the configuration, by any names."""
+    text = json.dumps(identity, sort_keys=True, default=BaseModel.model_dump)
+    return f"{version}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}" if identity else str(version)
 
 
 def demo_config() -> PipelineConfig:

@@ -63,7 +63,7 @@ def _plan(config: PipelineConfig) -> Asset:
         artifacts=lambda pipeline, _store, _key: [shuffle_plan_ref(pipeline)],
         make=_make_plan,
         takes=lambda pipeline, _store, _key: Load(n_inputs=len(pipeline.train_indices)),
-        code_version=code_version(SHUFFLE_VERSION, config.shuffle),
+        code_version=code_version(SHUFFLE_VERSION, shuffle=config.shuffle),
     )
 
 
@@ -84,7 +84,7 @@ def _first_pass(config: PipelineConfig) -> Asset:
         shows=_explain_nothing,
         takes=_splitting,
         needs=_memory(config),
-        code_version=code_version(SHUFFLE_VERSION, config.shuffle),
+        code_version=code_version(SHUFFLE_VERSION, shuffle=config.shuffle),
     )
 
 
@@ -103,7 +103,7 @@ def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
         make=lambda job: _split_buckets(job, pass_index),
         takes=_gathering(config, pass_index - 1),
         needs=_memory(config),
-        code_version=code_version(SHUFFLE_VERSION, config.shuffle),
+        code_version=code_version(SHUFFLE_VERSION, shuffle=config.shuffle),
     )
 
 
@@ -122,7 +122,7 @@ def _mixed_shards(config: PipelineConfig) -> Asset:
         make=_mix,
         takes=_gathering(config, config.shuffle.passes - 1),
         needs=_memory(config),
-        code_version=code_version(SHUFFLE_VERSION, config.shuffle),
+        code_version=code_version(SHUFFLE_VERSION, shuffle=config.shuffle),
     )
 
 

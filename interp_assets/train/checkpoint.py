@@ -17,6 +17,7 @@ metadata at all.
 """
 
 import json
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -115,7 +116,13 @@ def _architecture(sae: Sae, config: SaeConfig) -> str:
 
 def _source(pipeline: Pipeline, config: SaeConfig) -> Source:
     corpus, model = pipeline.config.corpus, pipeline.config.model
-    return Source(config.architecture, model.shown_name, corpus.path if corpus.source == "huggingface" else corpus.source, corpus.context_length)
+    dataset = _public_name(corpus.path) if corpus.source == "huggingface" else corpus.source
+    return Source(config.architecture, _public_name(model.name), dataset, corpus.context_length)
+
+
+def _public_name(name: str) -> str:
+    """Return an id of the hub, or nothing for a folder: its content is in the SAE's id, and equal ids are to have equal bytes."""
+    return "" if Path(name).expanduser().is_dir() else name
 
 
 def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
     config = pipeline.config.sae(name)
     sae = load_sae(pipeline, store, name).to(model.device)
     sums = _measure_rows(pipeline, store, sae, config, progress)
-    reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else f"{model.name} has no causal language-model head"
+    reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else "the subject model has no causal language-model head"
     if config.task == "crosscoder":
         reason = "a crosscoder reconstructs several hook points at once"
     model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, progress)

@@ -19,6 +19,7 @@ from interp_assets.visualize.refs import (
     candidates_ref,
     examples_ref,
     features_key,
+    read_features,
     records_ref,
     slice_index,
     slice_key,
@@ -45,7 +46,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
         features_key(sae, name) for name in ("feature_candidates", "feature_examples", "example_activations", "feature_records")
     )
     reads_sae = only("sae", partitions=[sae]).remember("sae_digest")
-    common: dict[str, Any] = {"group": group_of(sae), "code_version": code_version(FEATURES_VERSION, config.features)}
+    common: dict[str, Any] = {"group": group_of(sae)}
     return [
         Asset(
             key=candidates,
@@ -61,6 +62,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 0, rows_of(pipeline, store, split_grid_key(key)[1])),
             needs=ON_ACCELERATOR,
             is_one_run=True,
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "candidates")),
             **common,
         ),
         Asset(
@@ -75,6 +77,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             artifacts=lambda pipeline, _store, key: [examples_ref(pipeline, sae, slice_index(key))],
             make=lambda job: _select(job, sae),
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 1),
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "examples")),
             **common,
         ),
         Asset(
@@ -90,6 +93,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             make=lambda job: _fire(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 2, rows_of(pipeline, store, shard_index(key))),
             needs=ON_ACCELERATOR,
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "windows")),
             **common,
         ),
         Asset(
@@ -106,6 +110,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
             needs=ON_ACCELERATOR,
             checks=(records_complete(sae),),
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "records")),
             **common,
         ),
     ]

@@ -29,6 +29,8 @@ GROUP: Final = 8
 """Rows that are looked at together."""
 N_BINS: Final = 64
 _BIN_SHIFT: Final = 21
+_MANTISSA_BITS: Final = 23
+_LEADING: Final = 1 << _MANTISSA_BITS
 _AHEAD: Final = 8
 """Pre-activations whose rows are on their way from memory while others are computed."""
 _LAST_WORD: Final = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -123,17 +125,25 @@ def sort_by_latent(latents: Any, row_ids: Any, activations: Any, offsets: Any, s
 
 @compiled
 def measure(offsets: Any, activations: Any, first_bin: Any, sums: Any, histogram: Any, maximum: Any) -> None:
-    """Add the firings of each latent to `sums` (units of 2^-16), `histogram [L, 64]` and `maximum`."""
+    """Add the firings of each latent to `sums [L, digits]` (units of 2^-149, base 2^32; less than 2^31 firings), `histogram [L, 64]`, `maximum`."""
     bits = activations.view(np.int32)
+    by_exponent = np.zeros(1 << (31 - _MANTISSA_BITS), np.int64)
     for latent in range(len(offsets) - 1):
-        total, largest = np.int64(0), np.float32(0)
+        largest, smallest = np.int32(0), np.int32(0x7FFFFFFF)  # as integers, positive floats keep their order
         for i in range(offsets[latent], offsets[latent + 1]):
-            total += np.int64(np.float64(activations[i]) * 65536.0)
-            largest = max(largest, activations[i])
+            largest, smallest = max(largest, bits[i]), min(smallest, bits[i])
+            exponent = bits[i] >> _MANTISSA_BITS
+            by_exponent[exponent] += (bits[i] & (_LEADING - 1)) | (_LEADING if exponent > 0 else 0)
             place = np.int64(bits[i] >> _BIN_SHIFT) - first_bin
             histogram[latent, min(max(place, 0), N_BINS - 1)] += 1
-        sums[latent] += total
-        maximum[latent] = max(maximum[latent], largest)
+        for exponent in range(smallest >> _MANTISSA_BITS, (largest >> _MANTISSA_BITS) + 1):
+            low, high = by_exponent[exponent] & 0xFFFFFFFF, by_exponent[exponent] >> 32
+            shift = max(exponent - 1, 0)  # numbers without a leading one are in the same units as those of exponent 1
+            for digit, part in ((shift >> 5, low << (shift & 31)), ((shift >> 5) + 1, high << (shift & 31))):
+                sums[latent, digit] += part & 0xFFFFFFFF
+                sums[latent, digit + 1] += part >> 32
+            by_exponent[exponent] = 0
+        maximum[latent] = max(maximum[latent], np.array([largest], np.int32).view(np.float32)[0])
 
 
 @compiled

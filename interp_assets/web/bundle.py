@@ -162,7 +162,7 @@ def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Mani
         "tokens_scanned": slices[0].facts["n_rows"],
         "coactivation_rows": slices[0].facts.get("coactivation_rows"),
         "logits_reason": slices[0].facts.get("logits_reason"),
-        "features": config.features.model_dump(exclude={"saes", "latent_slices"}),
+        "features": config.features.model_dump(exclude={"saes", "latent_slices", "gather"}),
         "records": {"version": RECORD_VERSION, "per_file": RECORDS_PER_FILE, "n_files": -(-sae.d_sae // RECORDS_PER_FILE), "repeat": None},
     }
 

@@ -125,7 +125,9 @@ def export_sae(pipeline: Pipeline, store: Store, name: str, format_name: str, ou
     if format_name == "saelens":
         is_counted = any(entry.name == FREQUENCY for entry in manifest.files)
         frequency = load_tensors(store, ref.path, manifest, FREQUENCY)["firing_frequency"] if is_counted else None
-        files = _saelens_files(sae, read_file(store, ref.path, manifest, CONFIG), read_file(store, ref.path, manifest, WEIGHTS), frequency)
+        cfg = json.loads(read_file(store, ref.path, manifest, CONFIG))
+        cfg["metadata"].setdefault("model_name", pipeline.config.model.shown_name)  # of a folder, which the artifact leaves out
+        files = _saelens_files(sae, cfg, read_file(store, ref.path, manifest, WEIGHTS), frequency)
     elif format_name == "sparsify":
         exchange = formats.to_sparsify(sae)
         files = {"cfg.json": _json(exchange.config), "sae.safetensors": save_safetensors(exchange.tensors)}
@@ -281,14 +283,14 @@ def _read_frequency(data: bytes, d_sae: int) -> Tensor | None:
     return frequency.clamp(max=1)
 
 
-def _saelens_files(sae: Sae, cfg: bytes, weights: bytes, frequency: Tensor | None) -> dict[str, bytes]:
-    """Return an artifact's own files, and the firing frequencies, where they are known, as SAELens keeps them."""
-    if sae.kind == "topk" and json.loads(cfg)["architecture"] != "topk":
+def _saelens_files(sae: Sae, cfg: dict[str, Any], weights: bytes, frequency: Tensor | None) -> dict[str, bytes]:
+    """Return an artifact's files, and the firing frequencies, where they are known, as SAELens keeps them."""
+    if sae.kind == "topk" and cfg["architecture"] != "topk":
         raise InputError("SAELens has no TopK transcoders. Export this one as sparsify, or train it as batch_topk.")
     if frequency is None:
-        return {"cfg.json": cfg, "sae_weights.safetensors": weights}
+        return {"cfg.json": _json(cfg), "sae_weights.safetensors": weights}
     sparsity = frequency.clamp(min=_NEVER).log10().float().contiguous()
-    return {"cfg.json": cfg, "sae_weights.safetensors": weights, _FREQUENCIES: save_safetensors({"sparsity": sparsity})}
+    return {"cfg.json": _json(cfg), "sae_weights.safetensors": weights, _FREQUENCIES: save_safetensors({"sparsity": sparsity})}
 
 
 def _origin(pipeline: Pipeline, config: SaeConfig) -> dict[str, Any]:

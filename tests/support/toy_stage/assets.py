@@ -17,7 +17,7 @@ LENGTHS = "lengths.json"
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
     """List the assets of this stage."""
-    common: dict[str, Any] = {"group": "lengths", "kinds": ("python", "json"), "code_version": code_version(1, config.corpus)}
+    common: dict[str, Any] = {"group": "lengths", "kinds": ("python", "json"), "code_version": code_version(1, corpus=config.corpus)}
     return [
         Asset(
             key=("document_lengths",),
