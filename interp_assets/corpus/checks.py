@@ -10,9 +10,13 @@ from interp_assets.storage.manifest import Manifest, load_manifest
 from interp_assets.storage.store import Store
 
 
-def _token_counts(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
-    wrong = {key: fault for key in keys if (fault := count_fault(load_manifest(store, token_shard_ref(pipeline, shard_index(key)))))}
-    return Verdict(not wrong, {"shards": len(keys), "wrong": wrong})
+def _token_counts(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
+    return {key: _judge_counts(load_manifest(store, token_shard_ref(pipeline, shard_index(key)))) for key in keys}
+
+
+def _judge_counts(manifest: Manifest) -> Verdict:
+    fault = count_fault(manifest)
+    return Verdict(not fault, {"valid_rows": manifest.facts["n_valid"], "wrong": fault or "nothing"})
 
 
 def count_fault(manifest: Manifest) -> str:

@@ -220,6 +220,7 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
             failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
         n_bytes += sum(_bytes_of(event) for event in events)
         failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
+    failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
     report = AssetReport(asset.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
     return Outcome(report, failed, errors)
 

@@ -8,7 +8,7 @@ from interp_assets.corpus.sizes import TOKEN_BYTES, rows_of
 from interp_assets.garcon.facts import find_facts
 from interp_assets.harvest.checks import ACTIVATION_ROWS, OUTLIER_DIMENSIONS
 from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, read_dtypes, statistics_ref
-from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, per_hook_point, same, training
+from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, name_facts, per_hook_point, same, training
 from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_index
@@ -91,7 +91,7 @@ def _harvest(job: Job) -> Callable[[str], list[Produced]]:
 
 
 def _show_norms(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
-    return {f"mean_norm.{name}": float(item.manifest.facts["mean_norm"]) for name, item in zip(job.hook_points, made, strict=True)}
+    return name_facts(made, job.hook_points, "mean_norm", "mean_squared_norm")
 
 
 def _harvesting(pipeline: Pipeline, store: Store, key: str) -> Load:
@@ -119,7 +119,8 @@ def _merge(job: Job) -> Callable[[str], list[Produced]]:
 def _show_histograms(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
     from interp_assets.harvest.plots import plot_norms
 
-    return {f"norms.{hook_point}": Markdown(plot_norms(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+    drawn = {f"norms.{hook_point}": Markdown(plot_norms(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+    return {**name_facts(made, job.hook_points, "mean_norm", "mean_squared_norm", "variance", "max_mean_ratio"), **drawn}
 
 
 def _merging(pipeline: Pipeline, _store: Store, _key: str) -> Load:

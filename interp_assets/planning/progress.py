@@ -64,3 +64,13 @@ class AssetReport(NamedTuple):
     wall_s: float
     failed_checks: list[str]
     """Checks that did not pass and do not block."""
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Write a size with a unit: 1.5 GB."""
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"

@@ -14,6 +14,7 @@ from interp_assets.planning.asset import (
     Reads,
     Shown,
     every,
+    name_facts,
     parent_bucket,
     per_hook_point,
     same,
@@ -227,7 +228,8 @@ def _certify(job: Job) -> Callable[[str], list[Produced]]:
 def _show_mixing(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
     from interp_assets.shuffle.plots import plot_certificate
 
-    return {f"mixing.{hook_point}": Markdown(plot_certificate(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+    drawn = {f"mixing.{hook_point}": Markdown(plot_certificate(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+    return {**name_facts(made, job.hook_points, "passed", "lowest_p", "p_values", "failed"), **drawn}
 
 
 def _formats(pipeline: Pipeline) -> list[RowFormat]:

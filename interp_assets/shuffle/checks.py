@@ -11,20 +11,21 @@ from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
 
 
-def _certificate_passed(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> Verdict:
+def _certificate_passed(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> dict[str, Verdict]:
     hook_points = pipeline.config.harvest.hook_points
     verdicts = {hook_point: load_manifest(store, certificate_ref(pipeline, hook_point)).facts for hook_point in hook_points}
-    return Verdict(all(facts["passed"] for facts in verdicts.values()), {"verdicts": verdicts})
+    lowest = {f"lowest_p.{name}": facts["lowest_p"] for name, facts in verdicts.items()}
+    return {"": Verdict(all(facts["passed"] for facts in verdicts.values()), {**lowest, "verdicts": verdicts})}
 
 
-def _mixed_row_counts(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> Verdict:
+def _mixed_row_counts(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> dict[str, Verdict]:
     n_expected = sum(load_manifest(store, token_shard_ref(pipeline, index)).facts["n_valid"] for index in pipeline.train_indices)
     buckets = range(n_mixed_shards(pipeline))
     found = {
         hook_point: sum(load_manifest(store, mixed_shard_ref(pipeline, hook_point, bucket)).facts["n_rows"] for bucket in buckets)
         for hook_point in pipeline.config.harvest.hook_points
     }
-    return Verdict(set(found.values()) == {n_expected}, {"expected": n_expected, "found": found})
+    return {"": Verdict(set(found.values()) == {n_expected}, {"expected_rows": n_expected, **{f"rows.{name}": n for name, n in found.items()}})}
 
 
 CERTIFICATE_PASSED: Final = Check("certificate_passed", "No row lost or doubled, and an order that looks uniform.", _certificate_passed, blocks=True)

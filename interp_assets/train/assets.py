@@ -19,6 +19,7 @@ from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_V
 GROUP = "train"
 _PRODUCTS = 5
 """Matrix products of a training step (benchmarks/bench_train.py)."""
+_SPEEDS = ("step_rows_per_s", "input_wait_share", "peak_memory_bytes", "peak_device_bytes")
 _WEIGHT_COPIES = 5
 """Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
 
@@ -121,8 +122,11 @@ def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) ->
 def _show_training(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
     from interp_assets.train.plots import plot_training
     from interp_assets.train.reports import describe_speed
+    from interp_assets.train.times import find_times
 
-    shown: dict[str, Shown] = {name: Markdown(text) for name, text in describe_speed(job.store, made[0]).items()}
+    times = find_times(job.store, made[0].ref.path, made[0].manifest) or {}
+    shown: dict[str, Shown] = {name: times[name] for name in _SPEEDS if times.get(name) is not None}
+    shown |= {name: Markdown(text) for name, text in describe_speed(job.store, made[0]).items()}
     if not job.config.sae(key).imported:
         shown["training"] = Markdown(plot_training(job.store, made[0]))
     return shown

@@ -1,8 +1,8 @@
 """Checks of SAEs: finite losses, and held-out quality inside bounds that a sound training run meets."""
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from interp_assets.planning.asset import Check, Verdict
 from interp_assets.planning.pipeline import Pipeline
@@ -16,20 +16,23 @@ MAX_DEAD_SHARE: Final = 0.5
 """More dead latents than this: lower `d_sae`, or train on more rows."""
 
 
-def _finite_training(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
-    wrong = {}
-    for name in keys:
-        facts = load_manifest(store, sae_ref(pipeline, name)).facts
-        bad = [key for key, value in facts.items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            wrong[name] = bad
-    return Verdict(not wrong, {"wrong": wrong})
+def _finite_training(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
+    return {name: _judge_numbers(load_manifest(store, sae_ref(pipeline, name)).facts) for name in keys}
 
 
-def _quality_bounds(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
-    measured = {name: load_manifest(store, evaluation_ref(pipeline, name)).facts for name in keys}
-    is_sound = all(facts["fvu"] <= MAX_FVU and facts["dead_share"] <= MAX_DEAD_SHARE for facts in measured.values())
-    return Verdict(is_sound, {"measured": measured, "fvu_limit": MAX_FVU, "dead_share_limit": MAX_DEAD_SHARE}, is_warning=True)
+def _judge_numbers(facts: Mapping[str, Any]) -> Verdict:
+    wrong = [key for key, value in facts.items() if isinstance(value, float) and not math.isfinite(value)]
+    return Verdict(not wrong, {"wrong": ", ".join(wrong) or "nothing"})
+
+
+def _quality_bounds(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
+    return {name: _judge_quality(load_manifest(store, evaluation_ref(pipeline, name)).facts) for name in keys}
+
+
+def _judge_quality(facts: Mapping[str, Any]) -> Verdict:
+    is_sound = facts["fvu"] <= MAX_FVU and facts["dead_share"] <= MAX_DEAD_SHARE
+    shown = {"fvu": facts["fvu"], "fvu_limit": MAX_FVU, "dead_share": facts["dead_share"], "dead_share_limit": MAX_DEAD_SHARE}
+    return Verdict(is_sound, shown, is_warning=True)
 
 
 FINITE_TRAINING: Final = Check("finite_training", "Every number that training reports is finite.", _finite_training)

@@ -1,7 +1,7 @@
 """The lengths of documents as assets: one per shard, and their summary. A whole stage in one file, as small as one can be."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from interp_assets.corpus.refs import token_shard_ref
@@ -77,9 +77,9 @@ def _measuring(pipeline: Pipeline, store: Store, key: str) -> Load:
     return Load(n_rows, read_bytes=n_rows * TOKEN_BYTES, written_bytes=100, memory_bytes=n_rows * 8)
 
 
-def _has_documents(pipeline: Pipeline, store: Store, keys: list[str]) -> Verdict:
+def _has_documents(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
     counts = {key: load_manifest(store, _lengths_ref(pipeline, shard_index(key))).file(LENGTHS).n_rows or 0 for key in keys}
-    return Verdict(all(counts.values()), {"documents": counts})
+    return {key: Verdict(count > 0, {"documents": count}) for key, count in counts.items()}
 
 
 def _summarize(job: Job) -> Callable[[str], list[Produced]]:
