@@ -85,7 +85,7 @@ def find_point(net: PreTrainedModel, name: str) -> HookPoint:
 
 
 def name_module(net: PreTrainedModel, path: str) -> list[str]:
-    """Return the names of a module's output: the canonical one first, where it has one, then `module:<path>`; none for no module of the network.
+    """Return the names of a module's output: canonical ones first, the contribution before the raw output, last `module:<path>`; [] for no module.
 
     `path` is as other tools write it: from the loaded model or from its base model. Whether the output of `layers.3.mlp` is `mlp_out.3` is for
     the model to say: where a norm follows, it is not what is added to the residual stream.
@@ -94,7 +94,8 @@ def name_module(net: PreTrainedModel, path: str) -> list[str]:
     full = next((candidate for candidate in (path, f"{net.base_model_prefix}.{path}") if candidate in known), None)
     if full is None:
         return []
-    return [*(point.name for point in list_points(net) if point.module_path == full and point.side == "output"), MODULE + full]
+    found = [point.name for point in list_points(net) if point.module_path == full and point.side == "output"]
+    return [*sorted(found, key=lambda name: "_raw" in name), MODULE + full]
 
 
 def module_of(net: PreTrainedModel, point: HookPoint) -> nn.Module:

@@ -9,14 +9,14 @@ from interp_assets.garcon.points import name_module, tensor_in
 
 TOKENS = torch.randint(0, VOCABULARY - 3, (2, 9), generator=torch.Generator().manual_seed(4))
 MODULES = {
-    "gpt2": {"h.1": "resid_post.1", "h.1.mlp": "mlp_out.1", "transformer.h.1.attn": "attn_out.1"},
-    "llama": {"layers.1": "resid_post.1", "model.layers.1.mlp": "mlp_out.1", "layers.1.self_attn": "attn_out.1"},
-    "gpt_neox": {"layers.1": "resid_post.1", "gpt_neox.layers.1.mlp": "mlp_out.1", "layers.1.attention": "attn_out.1"},
-    "gemma2": {"layers.1": "resid_post.1", "layers.1.mlp": "", "layers.1.self_attn": "", "layers.1.post_feedforward_layernorm": "mlp_out.1"},
-    "gemma3_text": {"layers.1": "resid_post.1", "layers.1.mlp": "", "layers.1.self_attn": "", "layers.1.post_attention_layernorm": "attn_out.1"},
-    "olmo2": {"layers.1": "resid_post.1", "layers.1.mlp": "", "layers.1.self_attn": "", "layers.1.post_feedforward_layernorm": "mlp_out.1"},
-    "qwen3": {"layers.1.mlp": "mlp_out.1", "layers.1.mlp.down_proj": ""},
-    "bert": {"encoder.layer.1": "resid_post.1", "encoder.layer.1.attention": "", "encoder.layer.1.output.dense": "mlp_out.1"},
+    "gpt2": {"h.1": "resid_post.1", "h.1.mlp": "mlp_out.1 mlp_raw.1", "transformer.h.1.attn": "attn_out.1 attn_raw.1"},
+    "llama": {"layers.1": "resid_post.1", "model.layers.1.mlp": "mlp_out.1 mlp_raw.1", "layers.1.self_attn": "attn_out.1 attn_raw.1"},
+    "gpt_neox": {"layers.1": "resid_post.1", "gpt_neox.layers.1.mlp": "mlp_out.1 mlp_raw.1", "layers.1.attention": "attn_out.1 attn_raw.1"},
+    "gemma2": {"layers.1.mlp": "mlp_raw.1", "layers.1.self_attn": "attn_raw.1", "layers.1.post_feedforward_layernorm": "mlp_out.1"},
+    "gemma3_text": {"layers.1.mlp": "mlp_raw.1", "layers.1.self_attn": "attn_raw.1", "layers.1.post_attention_layernorm": "attn_out.1"},
+    "olmo2": {"layers.1.mlp": "mlp_raw.1", "layers.1.self_attn": "attn_raw.1", "layers.1.post_feedforward_layernorm": "mlp_out.1"},
+    "qwen3": {"layers.1.mlp": "mlp_out.1 mlp_raw.1", "layers.1.mlp.down_proj": ""},
+    "bert": {"encoder.layer.1": "resid_post.1", "encoder.layer.1.attention": "", "encoder.layer.1.output.dense": "mlp_out.1 mlp_raw.1"},
 }
 
 
@@ -25,8 +25,7 @@ def test_a_modules_name_reads_that_very_tensor(kind: str, path: str) -> None:
     """An SAE of `layers.1.mlp` belongs to what that module returns, whatever is called `mlp_out` here. The oracle is a hook on the module."""
     subject = make_subject(kind)
     names = name_module(subject.net, path)
-    canonical = MODULES[kind][path]
-    assert names[:-1] == ([canonical] if canonical else [])
+    assert names[:-1] == MODULES[kind][path].split()
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: object, output: object) -> None:
