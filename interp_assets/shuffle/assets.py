@@ -24,7 +24,7 @@ from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.shuffle.checks import CERTIFICATE_PASSED, MIXED_ROW_COUNTS
 from interp_assets.shuffle.generations import generation_of, has_grown, newest
-from interp_assets.shuffle.plan import make_shuffle_plan, split_bucket_refs
+from interp_assets.shuffle.plan import make_shuffle_plan, row_formats, split_bucket_refs
 from interp_assets.shuffle.refs import (
     SHUFFLE_VERSION,
     bucket_index,
@@ -35,7 +35,7 @@ from interp_assets.shuffle.refs import (
     shuffle_plan_ref,
     split_shard_ref,
 )
-from interp_assets.shuffle.rows import SORT_BYTES, RowFormat
+from interp_assets.shuffle.rows import SORT_BYTES
 from interp_assets.storage.manifest import ArtifactRef, Produced
 from interp_assets.storage.store import Store
 
@@ -211,7 +211,7 @@ def _split_buckets(job: Job, pass_index: int) -> Callable[[str], list[Produced]]
 
 
 def _mix(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.shuffle.grown import mix_bucket
+    from interp_assets.shuffle.append import mix_bucket
 
     def make(key: str) -> list[Produced]:
         return [mix_bucket(job.pipeline, job.store, hook_point, bucket_index(key), job.progress.advance) for hook_point in job.hook_points]
@@ -220,9 +220,9 @@ def _mix(job: Job) -> Callable[[str], list[Produced]]:
 
 
 def _certify(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.shuffle.grown import certify_mixed
+    from interp_assets.shuffle.certificate import certify
 
-    return lambda _key: [certify_mixed(job.pipeline, job.store, hook_point, job.progress.advance) for hook_point in job.hook_points]
+    return lambda _key: [certify(job.pipeline, job.store, hook_point, job.progress.advance) for hook_point in job.hook_points]
 
 
 def _show_mixing(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
@@ -232,19 +232,15 @@ def _show_mixing(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
     return {**name_facts(made, job.hook_points, "passed", "lowest_p", "p_values", "failed"), **drawn}
 
 
-def _formats(pipeline: Pipeline) -> list[RowFormat]:
-    return [RowFormat(pipeline.d_in(hook_point), pipeline.config.harvest.dtype) for hook_point in pipeline.config.harvest.hook_points]
-
-
 def _held_bytes(pipeline: Pipeline) -> int:
     """Return what a job holds of each row: one hook point at a time."""
-    return max(item.record_bytes for item in _formats(pipeline)) + SORT_BYTES
+    return max(item.record_bytes for item in row_formats(pipeline)) + SORT_BYTES
 
 
 def _splitting(pipeline: Pipeline, store: Store, key: str) -> Load:
     index = shard_index(key)
     n_rows = rows_of(pipeline, store, index) if index in pipeline.train_indices else 0
-    n_bytes = n_rows * sum(item.record_bytes for item in _formats(pipeline))
+    n_bytes = n_rows * sum(item.record_bytes for item in row_formats(pipeline))
     return Load(n_rows, n_bytes, n_bytes, 3, 1 if n_bytes else 0, memory_bytes=n_rows * _held_bytes(pipeline))
 
 
@@ -253,7 +249,7 @@ def _gathering(config: PipelineConfig, n_passes: int) -> Callable[[Pipeline, Sto
 
     def take(pipeline: Pipeline, store: Store, _key: str) -> Load:
         n_rows = count_rows(pipeline, store, pipeline.train_indices) / n_buckets
-        n_bytes = n_rows * sum(item.record_bytes for item in _formats(pipeline))
+        n_bytes = n_rows * sum(item.record_bytes for item in row_formats(pipeline))
         return Load(n_rows, n_bytes, n_bytes, 2 * len(pipeline.train_indices), 1, memory_bytes=n_rows * _held_bytes(pipeline))
 
     return take
@@ -261,4 +257,4 @@ def _gathering(config: PipelineConfig, n_passes: int) -> Callable[[Pipeline, Sto
 
 def _certifying(pipeline: Pipeline, store: Store, _key: str) -> Load:
     n_rows = count_rows(pipeline, store, pipeline.train_indices)
-    return Load(n_rows, 2 * n_rows * sum(item.record_bytes for item in _formats(pipeline)), 0, 2 * len(pipeline.train_indices), 1)
+    return Load(n_rows, 2 * n_rows * sum(item.record_bytes for item in row_formats(pipeline)), 0, 2 * len(pipeline.train_indices), 1)

@@ -14,11 +14,12 @@ from typing import Final, NamedTuple
 from interp_assets.errors import ArtifactCorruptError, PlanError
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import Advance, unheard
 from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
 from interp_assets.shuffle.permutation import Draws, JobSplit, split_job
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
 from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
-from interp_assets.shuffle.rows import Progress, Records, RowFormat, RowSource, iter_chunks
+from interp_assets.shuffle.rows import Records, RowFormat, RowSource, iter_chunks
 from interp_assets.shuffle.sizes import offsets
 from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, find_current, list_inputs, load_records, load_shards
 from interp_assets.storage.direct import Workspace
@@ -43,7 +44,7 @@ class _Job(NamedTuple):
 
 @timed
 def split_shard(
-    pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Progress | None = None, space: Workspace | None = None
+    pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Advance = unheard, space: Workspace | None = None
 ) -> Produced:
     """Distribute the valid rows of training shard `index` over the buckets of pass 1. Holds the shard in memory, that of `space` if given.
 
@@ -64,7 +65,7 @@ def split_shard(
         return _write_split(store, _Job(ref, source, split, fmt, rows_hash), progress)
 
 
-def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Progress | None = None) -> list[Produced]:
+def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Advance = unheard) -> list[Produced]:
     """Run all jobs of input bucket `bucket` of a middle pass, one after the other. See `split_bucket_job`."""
     n_jobs = len(_middle_plan(pipeline, store, pass_index).sizes.job_rows(pass_index, bucket))
     space = Workspace()
@@ -77,7 +78,7 @@ def split_bucket_job(
     store: Store,
     hook_point: str,
     address: tuple[int, int, int],
-    progress: Progress | None = None,
+    progress: Advance = unheard,
     space: Workspace | None = None,
 ) -> Produced:
     """Distribute one job's rows of a bucket over the buckets of a middle pass; `address` is (pass >= 2, input bucket, job).
@@ -127,7 +128,7 @@ def _hash_all(source: Records) -> MultisetHash:
     return total
 
 
-def _write_split(store: Store, job: _Job, progress: Progress | None) -> Produced:
+def _write_split(store: Store, job: _Job, progress: Advance) -> Produced:
     assert job.source.n_rows == len(job.split.order) == job.split.offsets[-1], f"{job.source.n_rows} rows read, {len(job.split.order)} ordered"
     n_rows = job.source.n_rows
     shape = [n_rows, job.fmt.record_bytes]
@@ -144,8 +145,7 @@ def _write_split(store: Store, job: _Job, progress: Progress | None) -> Produced
         with art.open(SPLIT_ROWS, n_rows=n_rows, dtype="uint8", shape=shape, block_bytes=n_block) as sink:
             for chunk in iter_chunks(job.source, job.split.order, job.fmt.record_bytes):
                 sink.write(chunk.reshape(-1).data)
-                if progress is not None:
-                    progress(len(chunk))
+                progress(len(chunk))
     return art.produced
 
 
