@@ -127,7 +127,6 @@ class Store:
             raise
         with self._explained("write", path):
             writer.__exit__(None, None, None)
-            self._sync(path)
         METER.written(sink.n_bytes, count_upload(sink.n_bytes, PART_BYTES))
 
     @contextmanager
