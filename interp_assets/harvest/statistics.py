@@ -121,13 +121,7 @@ def merge(parts: Sequence[ActivationStatistics]) -> ActivationStatistics:
     """Add up statistics, in the given order."""
     total = parts[0]
     for part in parts[1:]:
-        total = ActivationStatistics(
-            total.n_rows + part.n_rows,
-            total.sum + part.sum,
-            total.sum_of_squares + part.sum_of_squares,
-            total.sum_of_norms + part.sum_of_norms,
-            total.norm_histogram + part.norm_histogram,
-        )
+        total = ActivationStatistics(*(mine + theirs for mine, theirs in zip(total, part, strict=True)))
     return total
 
 

@@ -98,12 +98,4 @@ class Sae:
 
     def to(self, device: torch.device | str) -> "Sae":
         """Return the SAE on another device."""
-        return replace(
-            self,
-            W_enc=self.W_enc.to(device),
-            b_enc=self.b_enc.to(device),
-            W_dec=self.W_dec.to(device),
-            b_dec=self.b_dec.to(device),
-            threshold=self.threshold.to(device),
-            W_skip=None if self.W_skip is None else self.W_skip.to(device),
-        )
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)})
