@@ -10,7 +10,7 @@ Latents and gradients of a block may be bfloat16, where products want them so: t
 is computed and summed is float32. Sums are of what was written, after rounding.
 
 Numba compiles a loop at its first call (about a second; kept on disk where the disk can be written). Loops hold no lock, so `over_rows`
-runs them on as many Python threads as torch has; parts and the order of their sums depend on that number only. (OpenMP's idle threads spin
+runs them on as many Python threads as torch has; parts and the order of their sums depend on the number of rows only. (OpenMP's idle threads spin
 for milliseconds after each product of torch's; with OMP_WAIT_POLICY=PASSIVE, as our command line sets it, steps are 5 to 15% faster.) What
 they compute is defined by the torch forms in `elementwise.py` and `train/losses/sparsify.py`, which other devices use and tests compare them with.
 """
@@ -35,6 +35,11 @@ _STRIP: Final = 4096
 _HALVINGS: Final = 64
 
 
+_PART_ROWS: Final = 32
+"""Rows that are summed apart from others, at least."""
+_MOST_PARTS: Final = 32
+
+
 def is_native(*values: Tensor) -> bool:
     """Tell whether the loops can work on these tensors."""
     return all(value.dtype == torch.float32 for value in values) and is_readable(*values)
@@ -51,11 +56,20 @@ def as_arrays(*values: Tensor) -> list[NDArray[Any]]:
 
 
 def over_rows(loop: Callable[..., Any], n_rows: int, shape: tuple[int, int], *arguments: Any) -> NDArray[np.float32]:
-    """Call `loop(*arguments, sums, first, last)` for equal parts of the rows side by side; return the sums `shape` of all parts."""
-    n = max(1, min(torch.get_num_threads(), n_rows))
+    """Call `loop(*arguments, sums, first, last)` for parts of the rows side by side; return the sums `shape` of all parts.
+
+    What is summed is divided by the number of rows alone, and added in order of part: equal bits for any number of threads.
+    """
+    n_threads = torch.get_num_threads()
+    n = max(1, min(n_rows // _PART_ROWS, _MOST_PARTS) if shape[0] else min(n_threads, n_rows))
     sums = np.zeros((n, *shape), np.float32)
     edges = [n_rows * i // n for i in range(n + 1)]
-    _call([(loop, *arguments, sums[i], edges[i], edges[i + 1]) for i in range(n)])
+
+    def work(first: int, last: int) -> None:
+        for i in range(first, last):
+            loop(*arguments, sums[i], edges[i], edges[i + 1])
+
+    over_parts(work, n, [()] * min(n_threads, n))
     return sums.sum(0)
 
 
@@ -176,6 +190,16 @@ def close_rows(gate: Any, parameters: Any, grads: Any, latents: Any, penalty: An
                 total_gate[c] += opened[c]
             for c in range(len(p)):
                 g[c] = narrow(magnitude[c] + opened[c], g)
+
+
+@reordered
+def add_rows(values: Any, sums: Any, first: Any, last: Any) -> None:
+    """Sum the rows."""
+    total = sums[0]
+    for row in range(first, last):
+        v = values[row]
+        for c in range(len(v)):
+            total[c] += v[c]
 
 
 @reordered
