@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from interp_assets.errors import InputError, InterpError, explain_missing, find_no_room
-from interp_assets.terminal.web import export, labels_app, make_desk, read_token
+from interp_assets.terminal.web import export, find_notes, labels_app, make_desk, read_token
 
 if TYPE_CHECKING:
     from interp_assets.planning.config import PipelineConfig
@@ -189,8 +189,9 @@ def sweep(
 @app.command()
 def verify(path: PathArgument = "data") -> None:
     """Read every block of every artifact below a folder, and name each fault; exit code 1 when there is one."""
+    from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.verify import list_tree, locate, verify_tree
-    from interp_assets.terminal.console import byte_bar, format_bytes, format_count
+    from interp_assets.terminal.console import byte_bar, format_count
 
     place = locate(path)
     tree = list_tree(place.store, place.path)
@@ -214,7 +215,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; other machines need a token.")] = "127.0.0.1",
     port: PortOption = 8420,
     token_file: Annotated[Path | None, typer.Option(help="File with the token to ask for. Default: INTERP_TOKEN in the environment.")] = None,
-    notes: Annotated[Path, typer.Option(help="Folder of lists and notes: one JSON file a bundle, made by the first note.")] = Path("feature-notes"),
+    notes: Annotated[
+        Path | None, typer.Option(help="Folder of lists and notes: one JSON file a bundle, made by the first note. Default: beside the pipeline.")
+    ] = None,
 ) -> None:
     """Open the feature browser."""
     from interp_assets.web.opened import find_bundles
@@ -229,7 +232,7 @@ def serve(
     hint = "add /?token= and the token the first time; " if token else ""
     shown = f"[{host}]" if ":" in host else host
     out.print(f"Feature browser: http://{shown}:{port}   ({hint}Ctrl-C stops it)", soft_wrap=True, markup=False)
-    serve_bundles(bundles, host=host, port=port, token=token, desk=make_desk(pipeline, bundles, notes))
+    serve_bundles(bundles, host=host, port=port, token=token, desk=make_desk(pipeline, bundles, notes or find_notes(bundles)))
 
 
 @app.command()
@@ -335,7 +338,7 @@ def _show(config: "PipelineConfig", config_path: Path | None, port: int, dagster
     out.print(f"\nFeature browser: http://127.0.0.1:{port}", soft_wrap=True)
     out.print(f"Dagster's UI:    {dagster.url}   (ready in some seconds; log: {dagster.log})\nCtrl-C stops both.", soft_wrap=True)
     with dagster:
-        serve_bundles(bundles, port=port, desk=make_desk(config, bundles, Path("feature-notes")))
+        serve_bundles(bundles, port=port, desk=make_desk(config, bundles, find_notes(bundles)))
 
 
 def _free_port(host: str, port: int) -> int:

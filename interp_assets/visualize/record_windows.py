@@ -1,7 +1,7 @@
 """Examples and windows of one latent slice, which lie with slices and shards, become the windows of its records.
 
 A latent group at a time: the examples that are shown, then from each dataset shard the windows of those that lie there, with token ids, the
-place of the peak, activations and masked places. Every example must have its window.
+place of the peak in it and in its context, activations and masked places. Every example must have its window.
 """
 
 from collections.abc import Iterator
@@ -110,15 +110,19 @@ def _make_windows(shard: DatasetShard, row_ids: NDArray[np.uint64], peaks: NDArr
     offsets, activations = table.column("offsets").combine_chunks(), table.column("activations").combine_chunks()
     bounds = np.concatenate([[0], np.cumsum(offsets.value_lengths().to_numpy())]).tolist()
     spikes = list(map(list, zip(offsets.flatten().to_numpy().tolist(), activations.flatten().to_numpy().tolist(), strict=True)))
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(tokens.contexts)) + 1])
+    positions = rows - starts[np.searchsorted(starts, rows, side="right") - 1]
     masked = np.flatnonzero(~tokens.valid)
     masked_low, masked_high = np.searchsorted(masked, firsts).tolist(), np.searchsorted(masked, stops).tolist()
-    columns = zip(rows.tolist(), firsts.tolist(), stops, tokens.documents[rows].tolist(), peaks.tolist(), strict=True)
-    for i, (row, first, stop, document, peak) in enumerate(columns):
+    documents = tokens.documents[rows].tolist()
+    columns = zip(rows.tolist(), firsts.tolist(), stops, positions.tolist(), documents, peaks.tolist(), strict=True)
+    for i, (row, first, stop, position, document, peak) in enumerate(columns):
         yield {
             "row": [shard.number, row],
             "document": shard.sources[document],
             "tokens": tokens.token_ids[first:stop].tolist(),
             "peak": row - first,
+            "position": position,
             "activation": peak,
             "activations": spikes[bounds[i] : bounds[i + 1]],
             "masked": [place - first for place in masked[masked_low[i] : masked_high[i]].tolist()],

@@ -49,14 +49,14 @@ class Examples:
         """`make` loads model and SAE."""
         self._make, self._probe, self._lock = make, None, Lock()
 
-    def ask(self, text: str) -> dict[str, Any]:
-        """Run a text. Raises `InputError` for one that is empty or too long."""
+    def ask(self, text: str, latent: int | None = None) -> dict[str, Any]:
+        """Run a text. Raises `InputError` for one that is empty or too long. `latent` is told of, even if it is not among the strongest."""
         if not text.strip() or len(text) > MAX_TEXT:
             raise InputError(f"The text has {len(text):,} characters; give 1 to {MAX_TEXT:,}.")
         with self._lock:  # one forward at a time
             if self._probe is None:
                 self._probe = self._make()
-            return run_example(self._probe, text)
+            return run_example(self._probe, text, latent)
 
 
 def load_probe(pipeline: Pipeline, store: Store, name: str) -> Probe:
@@ -67,8 +67,10 @@ def load_probe(pipeline: Pipeline, store: Store, name: str) -> Probe:
 
 
 @torch.no_grad()
-def run_example(probe: Probe, text: str) -> dict[str, Any]:
+def run_example(probe: Probe, text: str, latent: int | None = None) -> dict[str, Any]:
     """Return `tokens`, `masked` places and `features`: latent, its largest activation, and [place, activation] wherever it fires.
+
+    The features are those that fire most strongly, and `latent`, which may not fire at all.
 
     `by_token` lists for every place its strongest [latent, activation].
     """
@@ -84,13 +86,15 @@ def run_example(probe: Probe, text: str) -> dict[str, Any]:
     valid = torch.from_numpy(~np.isin(layout.token_ids, special_token_ids(probe.tokenizer)))
     fired = torch.cat(latents) * valid[:, None]
     largest, order = fired.amax(0).topk(min(SHOWN, fired.shape[1]))
-    chosen = order[largest > 0]
+    chosen = order[largest > 0].tolist()
+    if latent is not None and latent not in chosen:
+        chosen.append(latent)
     strongest, owners = fired.topk(min(SHOWN_AT_TOKEN, fired.shape[1]), dim=1)
     return {
         "tokens": layout.token_ids.tolist(),
         "masked": (~valid).nonzero()[:, 0].tolist(),
         "l0": round(float((fired > 0).sum() / valid.sum().clamp_min(1)), 2),
-        "features": [{"latent": int(latent), "max": _round(fired[:, latent].max()), "activations": _sparse(fired[:, latent])} for latent in chosen],
+        "features": [{"latent": shown, "max": _round(fired[:, shown].max()), "activations": _sparse(fired[:, shown])} for shown in chosen],
         "by_token": [
             [[int(latent), _round(value)] for value, latent in zip(values, names, strict=True) if value > 0]
             for values, names in zip(strongest, owners, strict=True)
