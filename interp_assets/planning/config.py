@@ -45,6 +45,9 @@ Name = Annotated[str, AfterValidator(_check_name)]
 Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu", "jump_relu_tanh", "jump_relu_step"]
 
 
+TextKind = Literal["plain", "with_special_tokens", "messages"]
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -67,11 +70,13 @@ class CorpusConfig(_Config):
     revision: str = "main"
     """`huggingface`: the dataset's revision."""
     text_field: str = "text"
-    """Column or key that holds the text, in JSONL, Parquet and Hugging Face datasets."""
+    """Column or key that holds the text (or the messages), in JSONL, Parquet and Hugging Face datasets."""
+    text_kind: Annotated[TextKind, Field(exclude_if=lambda kind: kind == "plain")] = "plain"
+    """`plain`: names of special tokens are text; `with_special_tokens`: they are these tokens; `messages`: the chat template renders them."""
     context_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per context, a leading BOS included."""
     contexts: Literal["packed", "per_document"] = "packed"
-    """`packed`: documents follow each other inside a context (language models); `per_document`: a context holds one document (encoders)."""
+    """`packed`: documents follow each other in a context and attend to those before; `per_document`: a context holds one (encoders, messages)."""
     shard_bytes: Annotated[int, Field(ge=1)] = 256 << 10
     """UTF-8 bytes of text per shard, reached by whole documents."""
     documents_per_shard: Annotated[int, Field(ge=1)] = 1000
@@ -80,6 +85,13 @@ class CorpusConfig(_Config):
     """Stop after this many shards."""
     held_out_shards: Annotated[int, Field(ge=1)] = 1
     """The first shards are never trained on: they measure FVU, L0 and loss recovered."""
+
+    @model_validator(mode="after")
+    def _check_contexts(self) -> "CorpusConfig":
+        if self.text_kind == "messages" and self.contexts != "per_document":
+            message = "text_kind messages needs contexts: per_document, because a chat template begins and ends a conversation itself"
+            raise ValueError(message)
+        return self
 
 
 class ModelConfig(_Config):
