@@ -26,7 +26,7 @@ from huggingface_hub import HfApi
 from interp_assets.corpus.files import TextIn, text_of
 from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column
 from interp_assets.errors import InputError, InterpError, first_line
-from interp_assets.garcon.locate import digest_file
+from interp_assets.garcon.locate import digest_file, is_hub_id
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import ShardSource
 from interp_assets.storage.foreign import mend_text
@@ -165,7 +165,9 @@ def _open(config: CorpusConfig, revision: str) -> IterableDataset:
 def _resolve_revision(config: CorpusConfig) -> str:
     folder = _local(config)
     if folder is None:
-        next_step = "Check the id and the network; without one, give the folder of a downloaded copy."
+        if not is_hub_id(config.path):
+            raise InputError(f"There is no folder of a dataset {config.path!r}{config.looked_in}, and it is no id on the Hugging Face hub.")
+        next_step = f"It is no folder{config.looked_in}. Check the id and the network; without one, give the folder of a downloaded copy."
         with _explained(f"Cannot look up the dataset {config.path!r} at revision {config.revision!r}", next_step):
             return str(HfApi().dataset_info(config.path, revision=config.revision).sha)
     total = hashlib.blake2b(digest_size=16)

@@ -132,6 +132,10 @@ def _stdlib_documents(seed: int) -> Iterator[_Document]:
 
 
 def _file_documents(config: CorpusConfig, seen: SeenFiles, empty: list[str]) -> Iterator[_Document]:
+    if not Path(config.path).expanduser().exists():
+        raise InputError(
+            f"There is nothing at corpus.path = {config.path!r}{config.looked_in}. Give a file or a folder of text, JSONL or Parquet files."
+        )
     for found in iter_measured(config.path, TextIn(config.text_kind, config.text_field), seen, empty):
         yield _Document(found.source, found.n_bytes, found.digest, found.place._asdict())
 
