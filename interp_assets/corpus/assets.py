@@ -57,6 +57,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             artifacts=lambda pipeline, _store, key: [token_shard_ref(pipeline, shard_index(key))],
             make=_tokenize,
             takes=_tokenizing,
+            shows=_show_left_out,
             checks=(TOKEN_COUNTS,),
             code_version=code_version(TOKEN_SHARD_VERSION, corpus=read_corpus(config.corpus)),
         ),
@@ -96,10 +97,24 @@ def _show_plan(job: Job, _key: str, _made: list[Produced]) -> dict[str, Shown]:
 
 
 def _tokenize(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.corpus.tokens import make_token_shard
+    from interp_assets.corpus.tokens import describe_left_out, make_token_shard
 
     make = partial(make_token_shard, job.pipeline, job.store, job.world.tokenizer(), progress=job.progress.advance)
-    return lambda key: [make(shard_index(key))]
+
+    def make_partition(key: str) -> list[Produced]:
+        made = make(shard_index(key))
+        if sentence := describe_left_out(made.manifest):
+            job.progress.tell(f"{key}: {sentence}")
+        return [made]
+
+    return make_partition
+
+
+def _show_left_out(_job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.corpus.tokens import describe_left_out
+
+    sentence = describe_left_out(made[0].manifest)
+    return {"left_out": sentence} if sentence else {}
 
 
 def _tokenizing(pipeline: Pipeline, store: Store, key: str) -> Load:

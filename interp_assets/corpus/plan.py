@@ -84,3 +84,8 @@ def _check_model(config: PipelineConfig, model: ModelFacts) -> None:
             f"The tokenizer of {config.model.name} has {model.tokenizer_size:,} tokens, the model only {model.vocabulary_size:,} embeddings: "
             "they do not belong together. Use the tokenizer that the model was trained with."
         )
+    if config.corpus.text_kind == "messages":
+        from interp_assets.garcon.chat import check_template  # noqa: PLC0415 - takes transformers, and most corpora do without
+        from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415 - as above
+
+        check_template(load_tokenizer(config.model), config.model.name)

@@ -26,4 +26,4 @@ def token_shard_ref(pipeline: Pipeline, index: int) -> ArtifactRef:
 
 def read_corpus(corpus: CorpusConfig) -> dict[str, Any]:
     """Return what the bytes of a token shard depend on of the configuration of the corpus, besides the text itself."""
-    return corpus.model_dump(include={"text_field", "context_length", "contexts"})
+    return corpus.model_dump(include={"text_field", "text_kind", "context_length", "contexts"})

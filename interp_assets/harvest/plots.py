@@ -16,6 +16,7 @@ def plot_norms(store: Store, statistics: Produced) -> str:
     first, last = np.flatnonzero(counts)[[0, -1]] if counts.any() else (0, len(counts) - 1)
     shown = slice(max(0, first - 1), last + 2)
     figure, axes = make_figure("norm of an activation", "rows")
-    axes.bar(edges[:-1][shown], counts[shown], width=np.diff(edges)[shown], align="edge", color=COLOUR, edgecolor="white", linewidth=0.3)
+    edges = edges[shown.start : shown.stop + 1]
+    axes.bar(edges[:-1], counts[shown], width=np.diff(edges), align="edge", color=COLOUR, edgecolor="white", linewidth=0.3)
     use_log(axes, "x", base=2)
     return as_markdown(figure, "Histogram of activation norms")

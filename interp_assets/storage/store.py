@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
+from urllib.parse import unquote
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError
@@ -31,6 +32,7 @@ from obstore.store import LocalStore, MemoryStore, S3Store
 
 from interp_assets.errors import NO_ROOM, ConfigError, StoreError, StoreMissingError
 from interp_assets.storage.direct import DirectWriter, flush, read_into
+from interp_assets.storage.foreign import mend_text
 from interp_assets.storage.traffic import METER, count_ranges, count_upload
 
 T = TypeVar("T")
@@ -250,9 +252,11 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> Store:
     variables. Raises `ConfigError` for any other scheme.
     """
     check_address(url, "An address of a store")
+    if mend_text(url) != url:
+        raise StoreError(f"The name {os.fsencode(url)!r} is not UTF-8. Rename the folder, or use another.")
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
-        folder = Path(rest if separator else url).expanduser().resolve()
+        folder = Path(unquote(rest) if separator else url).expanduser().resolve()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -13,10 +13,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from interp_assets.corpus.tokens import lay_out
+from interp_assets.corpus.tokens import lay_out, tokenize_example
 from interp_assets.errors import InputError
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
-from interp_assets.garcon.tokenizer import load_tokenizer, special_token_ids, tokenize_texts
+from interp_assets.garcon.tokenizer import load_tokenizer, special_token_ids
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.store import Store
@@ -74,12 +74,14 @@ def run_example(probe: Probe, text: str, latent: int | None = None) -> dict[str,
 
     `by_token` lists for every place its strongest [latent, activation].
     """
-    ids = tokenize_texts(probe.tokenizer, [text])[0]
+    ids = tokenize_example(probe.corpus, probe.tokenizer, text)
+    if not len(ids):
+        raise InputError("The tokenizer makes no token of this text.")
     if len(ids) > MAX_TOKENS:
         raise InputError(f"The text has {len(ids):,} tokens, at most {MAX_TOKENS} are run. Shorten it.")
     layout = lay_out(probe.corpus, probe.tokenizer, [ids])
     latents = []
-    for context in range(int(layout.contexts.max()) + 1 if len(layout.contexts) else 0):
+    for context in range(int(layout.contexts.max()) + 1):
         tokens = torch.from_numpy(layout.token_ids[layout.contexts == context].astype("int64"))[None].to(probe.model.device)
         rows = probe.model.capture(tokens, None, [probe.hook_point])[probe.hook_point][0]
         latents.append(probe.sae.encode(rows.float()).cpu())
