@@ -76,6 +76,14 @@ def name_module(net: PreTrainedModel, path: str) -> list[str]:
     return [*(point.name for point in list_points(net) if point.module_path == full and point.side == "output"), MODULE + full]
 
 
+def name_block_part(net: PreTrainedModel, part: Literal["mlp", "attn"], layer: int) -> list[str]:
+    """Return the names, as `name_module` does, of what the MLP or the attention of block `layer` returns; none where the block has no such module."""
+    adapter = ADAPTERS.get(net.config.model_type)
+    modules = {"mlp": ("mlp",), "attn": ("attn", "self_attn", "attention")}[part]
+    found = (name_module(net, f"{adapter.block.format(layer=layer)}.{module}") for module in modules) if adapter else ()
+    return next((names for names in found if names), [])
+
+
 def module_of(net: PreTrainedModel, point: HookPoint) -> nn.Module:
     """Return the module of a hook point."""
     return net.get_submodule(point.module_path)
