@@ -73,7 +73,7 @@ def make_product_pool(n_threads: int, name: str) -> ThreadPoolExecutor:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, is_added: bool = False) -> Tensor:
-    """Write (or add) the product of two matrices into `out`, plus a row vector: on a CPU the same bits for any number of threads. Without gradients."""
+    """Write (or add) the product of two matrices, plus a row vector, into `out`: the same bits for any number of a CPU's threads. No gradients."""
 
     @torch.no_grad()
     def fill(rows: slice, columns: slice) -> None:

@@ -5,7 +5,7 @@ A name that does not fit is answered with the near ones, a point that a model do
 """
 
 import difflib
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -96,6 +96,14 @@ def name_module(net: PreTrainedModel, path: str) -> list[str]:
         return []
     found = [point.name for point in list_points(net) if point.module_path == full and point.side == "output"]
     return [*sorted(found, key=lambda name: "_raw" in name), MODULE + full]
+
+
+def name_block_part(net: PreTrainedModel, part: Literal["mlp", "attn"], layer: int) -> list[str]:
+    """Return the names, as `name_module` does, of what the MLP or the attention of block `layer` returns; none where the block has no such module."""
+    adapter = find_adapter(net.config)
+    modules = {"mlp": ("mlp",), "attn": ("attn", "self_attn", "attention")}[part]
+    found = (name_module(net, f"{adapter.block.format(layer=layer)}.{module}") for module in modules) if adapter else ()
+    return next((names for names in found if names), [])
 
 
 def module_of(net: PreTrainedModel, point: HookPoint) -> nn.Module:

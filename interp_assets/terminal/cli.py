@@ -111,13 +111,14 @@ def import_sae(
     hook_point: Annotated[str, typer.Option(help="One of harvest.hook_points. Default: the one that the folder tells.")] = "",
     target_hook_point: Annotated[str, typer.Option(help="What a transcoder reconstructs. Default: the one that the folder tells.")] = "",
     add: Annotated[bool, typer.Option("--add", help="Put the entry into the configuration's file.")] = False,
+    accept_misfit: Annotated[bool, typer.Option("--accept-misfit", help="Take it in though FVU or L0 on the held-out rows is far off.")] = False,
 ) -> None:
     """Check an SAE that another tool trained against a pipeline, and write the entry by which the pipeline takes it in."""
     from interp_assets.terminal.importing import Place, add_entry, make_entry, plan_import, print_import
 
     if add and config is None:
         raise InputError("--add puts the entry into a file: name it with --config (`interp init` writes one).")
-    found = plan_import(_load(config), Place(folder, name, hook_point, target_hook_point))
+    found = plan_import(_load(config), Place(folder, name, hook_point, target_hook_point), accept_misfit=accept_misfit)
     print_import(err, found)
     out.print(make_entry(found.entry).rstrip(), soft_wrap=True, markup=False)
     shown = f"To browse its features, put {found.entry.name!r} into features.saes too."
