@@ -63,7 +63,7 @@ def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Advance
         raise CertificateError(_describe_loss(store, hook_point, plan, shards, mixing, read, after))
     content = make_content(plan, mixing, read, after)
     with create_artifact(store, ref, made_from=mixed) as art:
-        art.put(CERTIFICATE, encode_certificate(content))
+        art.put(CERTIFICATE, (json.dumps(content, indent=1) + "\n").encode())
         art.facts |= {key: value for key, value in content.items() if key not in ("format", "version", "findings", "lags")}
         art.facts["p_values"] = {item["name"]: item["p"] for item in content["findings"]}
     return art.produced
@@ -120,11 +120,6 @@ def make_content(plan: ShufflePlan, mixing: Mixing, before: MultisetHash, after:
         "findings": findings,
         "lags": [_as_content(item) for item in mixing.lags],
     }
-
-
-def encode_certificate(content: dict[str, Any]) -> bytes:
-    """Serialise a certificate as JSON."""
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def _as_content(item: Finding | LagFinding) -> dict[str, Any]:

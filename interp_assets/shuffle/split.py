@@ -9,7 +9,7 @@ Format: `docs/formats/split_shard.md`.
 """
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 from interp_assets.errors import ArtifactCorruptError, PlanError
 from interp_assets.harvest.refs import activation_shard_ref
@@ -32,16 +32,6 @@ _ENTRY_BYTES: Final = 36
 _BLOCK_ROWS: Final = 1 << 14
 
 
-class _Job(NamedTuple):
-    """What is about to be written: where, which rows in which order, and the hash of the rows as they were read."""
-
-    ref: ArtifactRef
-    source: RowSource
-    split: JobSplit
-    fmt: RowFormat
-    rows_hash: MultisetHash
-
-
 @timed
 def split_shard(
     pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Advance = unheard, space: Workspace | None = None
@@ -62,7 +52,7 @@ def split_shard(
     with (space or Workspace()).lend(plan.shards[job].n_rows * fmt.row_bytes) as buffer:
         source = load_shards(pipeline, store, hook_point, [plan.shards[job]], buffer)
         rows_hash = hash_kept(source.row_ids, source.rows, source.kept)
-        return _write_split(store, _Job(ref, source, split, fmt, rows_hash), progress)
+        return _write_split(store, ref, source, split, fmt, rows_hash, progress)
 
 
 def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Advance = unheard) -> list[Produced]:
@@ -95,7 +85,7 @@ def split_bucket_job(
     wanted, fmt = InputRange(pass_index, bucket, starts[job], starts[job + 1]), row_format(pipeline, hook_point)
     with (space or Workspace()).lend((wanted.stop - wanted.start) * fmt.record_bytes) as buffer:
         source = load_records(pipeline, store, hook_point, plan, wanted, buffer)
-        return _write_split(store, _Job(ref, source, split, fmt, _hash_all(source)), progress)
+        return _write_split(store, ref, source, split, fmt, _hash_all(source), progress)
 
 
 def draw_split(plan: ShufflePlan, pass_index: int, bucket: int, job: int, where: str) -> JobSplit:
@@ -128,22 +118,25 @@ def _hash_all(source: Records) -> MultisetHash:
     return total
 
 
-def _write_split(store: Store, job: _Job, progress: Advance) -> Produced:
-    assert job.source.n_rows == len(job.split.order) == job.split.offsets[-1], f"{job.source.n_rows} rows read, {len(job.split.order)} ordered"
-    n_rows = job.source.n_rows
-    shape = [n_rows, job.fmt.record_bytes]
-    n_block = block_bytes(n_rows * job.fmt.record_bytes)
-    with create_artifact(store, job.ref) as art:
+def _write_split(
+    store: Store, ref: ArtifactRef, source: RowSource, split: JobSplit, fmt: RowFormat, rows_hash: MultisetHash, progress: Advance
+) -> Produced:
+    """Write a source's rows in the order of a split; `rows_hash` is that of the rows as they were read."""
+    assert source.n_rows == len(split.order) == split.offsets[-1], f"{source.n_rows} rows read, {len(split.order)} ordered"
+    n_rows = source.n_rows
+    shape = [n_rows, fmt.record_bytes]
+    n_block = block_bytes(n_rows * fmt.record_bytes)
+    with create_artifact(store, ref) as art:
         art.facts |= {
             "n_rows": n_rows,
-            "d_in": job.fmt.d_in,
-            "dtype": job.fmt.dtype,
-            "ranges": job.split.offsets,
-            "multiset_hash": job.rows_hash.encode(),
-            "made_from": job.source.made_from,
+            "d_in": fmt.d_in,
+            "dtype": fmt.dtype,
+            "ranges": split.offsets,
+            "multiset_hash": rows_hash.encode(),
+            "made_from": source.made_from,
         }
         with art.open(SPLIT_ROWS, n_rows=n_rows, dtype="uint8", shape=shape, block_bytes=n_block) as sink:
-            for chunk in iter_chunks(job.source, job.split.order, job.fmt.record_bytes):
+            for chunk in iter_chunks(source, split.order, fmt.record_bytes):
                 sink.write(chunk.reshape(-1).data)
                 progress(len(chunk))
     return art.produced

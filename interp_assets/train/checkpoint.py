@@ -67,12 +67,8 @@ def save_sae(art: ArtifactWriter, sae: Sae, source: Pipeline | Source, config: S
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.T
     save_tensors(art, WEIGHTS, {name: value.to(torch.float32).contiguous() for name, value in tensors.items()})
-    art.put(
-        CONFIG,
-        (
-            json.dumps(_make_cfg(sae, source if isinstance(source, Source) else _source(source, config), config, l0), sort_keys=True, indent=1) + "\n"
-        ).encode(),
-    )
+    cfg = _make_cfg(sae, source if isinstance(source, Source) else _source(source, config), config, l0)
+    art.put(CONFIG, (json.dumps(cfg, sort_keys=True, indent=1) + "\n").encode())
 
 
 def load_sae(pipeline: Pipeline, store: Store, name: str) -> Sae:
