@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from interp_assets.storage.direct import PIECE_BYTES, PIECES
+from interp_assets.storage.direct import PIECE_BYTES, borrow_piece, give_back
 from interp_assets.storage.dtypes import ITEM_BYTES
 from interp_assets.storage.manifest import FilePart, read_part
 from interp_assets.storage.store import Store
@@ -107,10 +107,10 @@ def fill(store: Store, segments: Sequence[Segment], buffer: NDArray[np.uint8]) -
     pieces = [piece for segment in segments for piece in cut_segment(segment)]
 
     def read(piece: Segment) -> None:
-        scratch = PIECES.borrow()
+        scratch = borrow_piece()
         data = read_part(store, piece.part, memoryview(scratch))
         buffer[piece.at : piece.at + len(data)] = np.frombuffer(data, np.uint8)
-        PIECES.give_back(scratch)
+        give_back(scratch)
 
     with ThreadPoolExecutor(READERS) as readers:
         for _ in readers.map(read, pieces):
