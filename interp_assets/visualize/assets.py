@@ -28,6 +28,7 @@ from interp_assets.visualize.refs import (
 )
 
 ON_ACCELERATOR = Needs(accelerator=True)
+_PASSES = ("feature_candidates", "feature_examples", "example_activations", "feature_records")
 
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
@@ -42,11 +43,9 @@ def group_of(sae: str) -> str:
 
 def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
     slices = Axis("slice", fixed=tuple(slice_key(index) for index in range(config.features.latent_slices)))
-    candidates, examples, windows, records = (
-        features_key(sae, name) for name in ("feature_candidates", "feature_examples", "example_activations", "feature_records")
-    )
+    candidates, examples, windows, records = (features_key(sae, name) for name in _PASSES)
     reads_sae = only("sae", partitions=[sae]).remember("sae_digest")
-    common: dict[str, Any] = {"group": group_of(sae)}
+    common: dict[str, Any] = {"group": group_of(sae), "needs": ON_ACCELERATOR}
     return [
         Asset(
             key=candidates,
@@ -60,7 +59,6 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             artifacts=lambda pipeline, _store, key: [candidates_ref(pipeline, sae, *reversed(split_grid_key(key)))],
             make=lambda job: _find(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 0, rows_of(pipeline, store, split_grid_key(key)[1])),
-            needs=ON_ACCELERATOR,
             is_one_run=True,
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "candidates")),
             **common,
@@ -78,7 +76,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             make=lambda job: _select(job, sae),
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 1),
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "examples")),
-            **common,
+            group=group_of(sae),
         ),
         Asset(
             key=windows,
@@ -92,7 +90,6 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             artifacts=lambda pipeline, _store, key: [windows_ref(pipeline, sae, shard_index(key))],
             make=lambda job: _fire(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 2, rows_of(pipeline, store, shard_index(key))),
-            needs=ON_ACCELERATOR,
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "windows")),
             **common,
         ),
@@ -108,7 +105,6 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             artifacts=lambda pipeline, _store, key: [records_ref(pipeline, sae, slice_index(key))],
             make=lambda job: _write(job, sae),
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
-            needs=ON_ACCELERATOR,
             checks=(records_complete(sae),),
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "records")),
             **common,
