@@ -1,6 +1,7 @@
 """The shuffle as assets: its plan, one asset per distribution pass, the mixed shards and their certificate."""
 
 from collections.abc import Callable
+from typing import Any
 
 from interp_assets.corpus.sizes import count_rows, rows_of
 from interp_assets.planning.asset import (
@@ -71,8 +72,6 @@ def _plan(config: PipelineConfig) -> Asset:
 def _first_pass(config: PipelineConfig) -> Asset:
     return Asset(
         key=(pass_name(1),),
-        group=GROUP,
-        kinds=("python", "numpy"),
         description=(
             "The rows of one corpus shard, permuted in memory and written as one file with a contiguous range for every bucket. The unit of work is "
             "a corpus shard, so a lost shard is one partition all the way to here. Held-out shards measure and are not shuffled: their partitions "
@@ -84,16 +83,13 @@ def _first_pass(config: PipelineConfig) -> Asset:
         make=_split_shards,
         shows=_explain_nothing,
         takes=_splitting,
-        needs=_memory(config),
-        code_version=code_version(SHUFFLE_VERSION, shuffle=config.shuffle),
+        **_common(config),
     )
 
 
 def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
     return Asset(
         key=(pass_name(pass_index),),
-        group=GROUP,
-        kinds=("python", "numpy"),
         description=(
             f"One bucket of pass {pass_index - 1}, gathered from all its jobs, permuted and divided over {config.shuffle.fan_out} smaller buckets. "
             "The unit of work is a bucket; several jobs share one when it exceeds the memory of a job."
@@ -103,16 +99,13 @@ def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
         artifacts=lambda pipeline, store, key: split_bucket_refs(pipeline, store, pass_index, bucket_index(key)),
         make=lambda job: _split_buckets(job, pass_index),
         takes=_gathering(config, pass_index - 1),
-        needs=_memory(config),
-        code_version=code_version(SHUFFLE_VERSION, shuffle=config.shuffle),
+        **_common(config),
     )
 
 
 def _mixed_shards(config: PipelineConfig) -> Asset:
     return Asset(
         key=("mixed_shards",),
-        group=GROUP,
-        kinds=("python", "numpy"),
         description=(
             "One bucket of the shuffled data: its ranges gathered from the files of the pass before and permuted once more, so that all mixed shards "
             "in order are one uniform permutation of the training rows. The unit of work is a bucket. Every row keeps its row id."
@@ -122,8 +115,7 @@ def _mixed_shards(config: PipelineConfig) -> Asset:
         artifacts=_mixed,
         make=_mix,
         takes=_gathering(config, config.shuffle.passes - 1),
-        needs=_memory(config),
-        code_version=code_version(SHUFFLE_VERSION, shuffle=config.shuffle),
+        **_common(config),
     )
 
 
@@ -151,9 +143,10 @@ def _buckets(config: PipelineConfig, n_passes: int) -> Axis:
     return Axis("bucket", fixed=tuple(bucket_key(bucket) for bucket in range(config.shuffle.fan_out**n_passes)))
 
 
-def _memory(config: PipelineConfig) -> Needs:
-    """Ask for the memory that the configuration allows a job's rows, and what a process needs besides."""
-    return Needs(memory_bytes=(-(-config.shuffle.memory_bytes // (1 << 20)) + _PROCESS_MIB) << 20)
+def _common(config: PipelineConfig) -> dict[str, Any]:
+    """Return what all passes share; a job gets the memory that the configuration allows its rows, and what a process needs besides."""
+    needs = Needs(memory_bytes=(-(-config.shuffle.memory_bytes // (1 << 20)) + _PROCESS_MIB) << 20)
+    return {"group": GROUP, "kinds": ("python", "numpy"), "needs": needs, "code_version": code_version(SHUFFLE_VERSION, shuffle=config.shuffle)}
 
 
 def _mixed_from(passes: int) -> Reads:
