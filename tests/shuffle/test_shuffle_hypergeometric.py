@@ -63,6 +63,7 @@ def test_weights_are_summed_as_term_by_term_bit_for_bit(good: int, bad: int, sha
     jobs=st.lists(st.integers(0, 60), min_size=1, max_size=9),
     weights=st.lists(st.integers(1, 5), min_size=1, max_size=6),
 )
+@settings(deadline=None)
 def test_every_job_alone_finds_its_row_of_one_table_with_the_right_margins(jobs: list[int], weights: list[int]) -> None:
     """Jobs never talk; if their rows disagreed, buckets would overflow or starve."""
     total = sum(jobs)
