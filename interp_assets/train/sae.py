@@ -10,7 +10,9 @@ its activation:
     relu        0
     jump_relu   `threshold[latent]`, never negative. BatchTopK and Matryoshka (one calibrated value) and Gated (Rajamanoharan et al.
                 2024, section 3: tied gates equal a threshold) are saved as this kind.
-    topk        one value per row: the midpoint between its k-th and (k+1)-th largest pre-activation, and at least 0
+    topk        one value per row, below its k-th largest pre-activation and not below the next, none below 0: their midpoint, or where they tie
+                the float32 just below. Of those that tie with the k-th the first fire, so many that k do. (In training, where exact
+                ties pass with the next step, all of them do: `losses/sparsify.py`.)
 
 Training does not belong here: see `recipes.py` and `loop.py`.
 """
@@ -71,13 +73,18 @@ class Sae:
             return self.threshold[None]
         if self.k >= pre.shape[1]:
             return pre.new_zeros(pre.shape[0], 1)
-        largest = pre.topk(self.k + 1, dim=1).values
-        return largest[:, -2:].mean(dim=1, keepdim=True).clamp_min_(0.0)
+        return topk_threshold(pre.topk(self.k + 1, dim=1).values)[:, None]
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Return the latent activations of raw activations: the pre-activation where it exceeds its threshold, else 0."""
         pre = self.pre_activations(x)
-        return torch.where(pre > self.threshold_for(pre), pre, 0.0)
+        threshold = self.threshold_for(pre)
+        fires = pre > threshold
+        if self.kind == "topk" and (crowded := fires.sum(1) > self.k).any():
+            kth = torch.nextafter(threshold[crowded], torch.full_like(threshold[crowded], torch.inf))
+            is_tied, n_above = pre[crowded] == kth, (pre[crowded] > kth).sum(1, keepdim=True)
+            fires[crowded] &= ~is_tied | (is_tied.cumsum(1) <= self.k - n_above)
+        return torch.where(fires, pre, 0.0)
 
     def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruct raw activations from latents alone, without the skip of a skip transcoder."""
@@ -101,3 +108,12 @@ class Sae:
     def to(self, device: torch.device | str) -> "Sae":
         """Return the SAE on another device."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+def topk_threshold(largest: Float[Tensor, "batch k_and_1"]) -> Float[Tensor, " batch"]:
+    """Return what a pre-activation must exceed to be among the k largest of its row, given the k + 1 largest in falling order."""
+    following = largest[:, -1].clamp_min(0.0)
+    if largest.shape[1] == 1:
+        return following
+    kth = largest[:, -2].clamp_min(0.0)
+    return torch.minimum((kth + following) / 2, torch.nextafter(kth, torch.full_like(kth, -torch.inf))).clamp_min(0.0)

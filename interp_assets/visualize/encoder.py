@@ -45,7 +45,7 @@ from interp_assets.compute.coarse import Columns, Frame, Kind, Rows, are_bounded
 from interp_assets.compute.fused import has_triton
 from interp_assets.compute.products import make_product_pool
 from interp_assets.errors import NonFiniteError
-from interp_assets.train.sae import Sae
+from interp_assets.train.sae import Sae, topk_threshold
 from interp_assets.visualize import fused, kernels
 from interp_assets.visualize.kernels import GROUP, STRIP, TILE
 from interp_assets.visualize.rising import Guess, RisingBounds, certain, find_thresholds, guess
@@ -66,6 +66,22 @@ Path = Literal["auto", "plain", "fused", "int8", "float32"]
 (`plain`). `auto` takes what is fastest."""
 
 
+class RowLimits(NamedTuple):
+    """What a pre-activation of each row of a `topk` SAE must exceed to be among the k largest; of those just above that tie, the first count."""
+
+    threshold: NDArray[np.float32]
+    last: NDArray[np.int32]
+    """Last latent that fires with the float32 next above the threshold: beyond any where they do not tie."""
+
+    def part(self, rows: slice) -> "RowLimits":
+        """Return the limits of some rows."""
+        return RowLimits(self.threshold[rows], self.last[rows])
+
+    def are_met(self, rows: NDArray[np.integer], latents: NDArray[np.integer], activations: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Tell which activations above their row's threshold are not one tie too many; latents count from the SAE's first."""
+        return (latents <= self.last[rows]) | (activations > np.nextafter(self.threshold[rows], np.float32(np.inf)))
+
+
 class Scan(NamedTuple):
     """Firings of one tile on one block of rows; each latent's in order of row."""
 
@@ -76,6 +92,11 @@ class Scan(NamedTuple):
     """Counted from the block's first row."""
     activations: NDArray[np.float32]
 
+    def within(self, limits: RowLimits, first_latent: int) -> "Scan":
+        """Return the firings that are not one tie too many; `first_latent` is that of the first tile."""
+        kept = limits.are_met(self.rows, self.latents.astype(np.int32) + first_latent + self.tile * TILE, self.activations)
+        return self if kept.all() else Scan(self.tile, self.latents[kept], self.rows[kept], self.activations[kept])
+
     def above(self, row_thresholds: NDArray[np.float32]) -> "Scan":
         """Return the firings that exceed their row's threshold."""
         latents, rows, activations = np.empty_like(self.latents), np.empty_like(self.rows), np.empty_like(self.activations)
@@ -84,10 +105,10 @@ class Scan(NamedTuple):
 
 
 class TopKScan(NamedTuple):
-    """Firings of one block of a `topk` SAE, and what a pre-activation of each row had to exceed."""
+    """Firings of one block of a `topk` SAE, and the limits of its rows."""
 
     scans: list[Scan]
-    thresholds: NDArray[np.float32]
+    limits: RowLimits
 
 
 class Encoder:
@@ -185,7 +206,7 @@ class Encoder:
         if k >= d_sae or not self._is_compiled:
             thresholds = np.zeros(n_rows, np.float32) if k >= d_sae else self._find_thresholds(block)[:n_rows]
             finish_scan = self.begin_scan(block, row_limits(is_valid, thresholds))
-            return lambda: TopKScan(finish_scan(), thresholds)
+            return lambda: _drop_ties(finish_scan(), thresholds, k)
         rows, bounds = self._quantize(block), RisingBounds(len(block), n_rows, self.guess, self._n_threads)
         result, lock = Future[tuple[TopKScan, int]](), Lock()
         scans: dict[int, Scan] = {}
@@ -223,7 +244,7 @@ class Encoder:
         values = block.rows.values
         limits = np.full(len(values), np.inf, np.float32)
         limits[:n_rows] = row_limits(is_valid & ~is_unknown, thresholds)
-        scans, failed = [scan.above(limits) for scan in scans], np.flatnonzero(is_unknown)
+        chosen, failed = _drop_ties([scan.above(limits) for scan in scans], thresholds, k), np.flatnonzero(is_unknown)
         for first in range(0, len(failed), _ROWS_AGAIN):
             rows = failed[first : first + _ROWS_AGAIN]
             some = np.zeros((_ROWS_AGAIN, values.shape[1]), np.float32)
@@ -232,18 +253,19 @@ class Encoder:
             sure = RisingBounds(_ROWS_AGAIN, len(rows), certain(k, self.n_tiles), 1)
             more = [self._scan_compiled(i, again, sure, self._no_thresholds[i]) for i in range(self.n_tiles)]
             found, _ = self._choose_topk(again, is_valid[rows], sure, more)
-            thresholds[rows] = found.thresholds
-            scans = [_insert(scan, other, rows) for scan, other in zip(scans, found.scans, strict=True)]
-        return TopKScan(scans, thresholds), len(failed)
+            for all_rows, own in zip(chosen.limits, found.limits, strict=True):
+                all_rows[rows] = own
+            chosen = chosen._replace(scans=[_insert(scan, other, rows) for scan, other in zip(chosen.scans, found.scans, strict=True)])
+        return chosen, len(failed)
 
     def _find_thresholds(self, block: Tensor) -> NDArray[np.float32]:
-        """Return each row's midpoint between its k-th and next largest pre-activation, at least 0, with a few tiles in memory at a time."""
+        """Return what pre-activations of each row must exceed to be among its k largest, with a few tiles in memory at a time."""
         largest = torch.empty((len(block), 0), device=self._device)
         for first in range(0, self.n_tiles, _TILES_AT_ONCE):
             tiles = self._tiles[first : first + _TILES_AT_ONCE]
             pre = torch.cat([(_multiply(block, tile.W()) + tile.b)[:, : tile.width] for tile in tiles] + [largest], dim=1)
             largest = pre.topk(min(self._sae.k + 1, pre.shape[1]), dim=1).values
-        return ((largest[:, -1] + largest[:, -2 if self._sae.k else -1]) / 2).clamp_min(0).cpu().numpy()
+        return topk_threshold(largest).cpu().numpy()
 
     def _quantize(self, block: Tensor) -> "_Block":
         """Quantize a block that will be scanned, and before the first one the columns. The call after the next overwrites its digits.
@@ -309,6 +331,24 @@ class Encoder:
 def row_limits(is_valid: NDArray[np.bool_], thresholds: NDArray[np.float32] | float) -> NDArray[np.float32]:
     """Return what pre-activations of each row must exceed: the row's threshold, or infinity where the row is not valid."""
     return np.where(is_valid, thresholds, np.inf).astype(np.float32)
+
+
+def _drop_ties(scans: list[Scan], thresholds: NDArray[np.float32], k: int) -> TopKScan:
+    """Keep the k strongest firings of each row, of equal ones the first latents, where more exceed its threshold because they tie."""
+    rows = np.concatenate([scan.rows for scan in scans])
+    limits = RowLimits(thresholds.copy(), np.full(len(thresholds), np.iinfo(np.int32).max, np.int32))
+    is_crowded = np.bincount(rows, minlength=len(thresholds)) > k
+    if not is_crowded.any():
+        return TopKScan(scans, limits)
+    latents = np.concatenate([scan.latents.astype(np.int32) + scan.tile * TILE for scan in scans])
+    activations = np.concatenate([scan.activations for scan in scans])
+    some = np.flatnonzero(is_crowded[rows])
+    order = some[np.lexsort((latents[some], -activations[some], rows[some]))]
+    starts = np.flatnonzero(np.diff(rows[order], prepend=-1))
+    kth = order[starts + k - 1]
+    limits.last[rows[kth]] = latents[kth]
+    limits.threshold[rows[kth]] = np.nextafter(activations[kth], np.float32(-np.inf))
+    return TopKScan([scan.above(limits.threshold).within(limits, 0) for scan in scans], limits)
 
 
 def _insert(scan: Scan, other: Scan, places: NDArray[np.int64]) -> Scan:

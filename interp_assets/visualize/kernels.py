@@ -212,14 +212,14 @@ def _nth_smallest(words: Any, n: Any) -> Any:
 
 @compiled
 def raise_largest(largest: Any, bounds: Any, rows: Any, values: Any) -> None:
-    """Fold values into what each row knows: `largest [rows, n]` are heaps of the n largest, `bounds [rows]` the smallest of each, the root.
+    """Fold values into what each row knows: `largest [rows, n]` are heaps of the n largest, `bounds [rows]` what is just below the root of each.
 
     The bounds lie together: a value that does not count any more costs no look at the heap. Measured and rejected: unordered words whose
     smallest is found anew by whole vectors (1.3 to 3 times slower), sorted words (as fast at n = 33, slower beyond).
     """
     for i in range(len(rows)):
         if values[i] > bounds[rows[i]]:
-            bounds[rows[i]] = _replace_smallest(largest[rows[i]], values[i])
+            bounds[rows[i]] = _just_below(_replace_smallest(largest[rows[i]], values[i]))
 
 
 @compiled
@@ -231,7 +231,13 @@ def fill_largest(largest: Any, bounds: Any, values: Any, weights: Any, bias: Any
             if threshold[j] < np.inf:
                 pre = dot(values, row * d, weights, j * d, d) + bias[j]
                 if pre > bounds[row]:
-                    bounds[row] = _replace_smallest(largest[row], pre)
+                    bounds[row] = _just_below(_replace_smallest(largest[row], pre))
+
+
+@compiled
+def _just_below(root: Any) -> Any:
+    """Return what everything exceeds that is positive and at least `root`; minus infinity while there is no root."""
+    return root if root == -np.inf else max(np.nextafter(root, np.float32(-np.inf)), np.float32(0))
 
 
 @compiled
@@ -266,18 +272,19 @@ def sort_by_row(rows: Any, values: Any, bounds: Any, offsets: Any, sorted_values
 
 
 @compiled
-def middle_of_next(offsets: Any, values: Any, bounds: Any, k: Any, middles: Any) -> None:
-    """Fill the midpoint of each row's k-th largest value and the next, at least 0; values that are missing stand at the row's bound."""
+def middle_of_next(offsets: Any, values: Any, k: Any, middles: Any) -> None:
+    """Fill what is between each row's k-th largest value and the next, or just below where they tie; values that are missing are not positive."""
     for row in range(len(offsets) - 1):
         own = values[offsets[row] : offsets[row + 1]]
-        kth, following = bounds[row], bounds[row]
+        kth, following = np.float32(0), np.float32(0)
         if len(own) > k:
             ordered = np.partition(own, len(own) - 1 - k)
             following = ordered[len(own) - 1 - k]
-            kth = ordered[len(own) - k :].min() if k > 0 else following
+            kth = ordered[len(own) - k :].min() if k > 0 else np.float32(np.inf)
         elif len(own) == k and k > 0:
             kth = own.min()
-        middles[row] = max((kth + following) / np.float32(2), np.float32(0))
+        middle = (kth + following) / np.float32(2) if k > 0 else following
+        middles[row] = max(min(middle, np.nextafter(kth, np.float32(-np.inf))), np.float32(0))
 
 
 @compiled

@@ -1,9 +1,10 @@
 """Bounds of each row that rise while several threads scan a `topk` SAE: what cannot be among the row's k largest pre-activations is not kept.
 
-A row's bound is the `n_kept`-th largest pre-activation of the first `n_tiles` tiles of latents, so far. The threads share what each row knows;
+A row's bound is just below the `n_kept`-th largest pre-activation of the first `n_tiles` tiles of latents, so far, and at least 0. The threads
+share what each row knows;
 each of them looks at the bounds while it scans a strip of latents, and folds in afterwards what exceeded them.
 
-- With `n_kept = k + 1` and all tiles, a bound never passes the (k+1)-th largest; about k (1 + ln(d_sae / 128)) pre-activations a row are kept.
+- With `n_kept = k + 1` and all tiles, a bound never reaches the (k+1)-th largest; about k (1 + ln(d_sae / 128)) pre-activations a row are kept.
 - With fewer, the bound is a guess. It holds where fewer than `n_kept` of the row's k + 1 largest lie in these tiles: if latents are in no
   order, their number is hypergeometric, nearly Poisson, and `guess` allows for one failure in 100,000 rows. Whoever has scanned everything
   counts what exceeds the bounds, and scans rows that kept fewer than k + 1 again. Of 16,384 latents with k = 32, 40 a row are folded in
@@ -104,15 +105,15 @@ class Thresholds(NamedTuple):
     """What a pre-activation of each row must exceed to be among its k largest, and where that is not known."""
 
     values: NDArray[np.float32]
-    """Midpoints of the k-th and the next largest, at least 0."""
+    """As `train.sae.topk_threshold` has them."""
     is_unknown: NDArray[np.bool_]
 
 
 def find_thresholds(bounds: RisingBounds, n_rows: int, k: int, rows: list[NDArray[np.uint32]], activations: list[NDArray[np.float32]]) -> Thresholds:
-    """Find each row's threshold among all that was kept. Where fewer than k + 1 exceed a guess, it is unknown."""
+    """Find each row's threshold among all that was kept. Where fewer than k + 1 exceed a guess that is not 0, it is unknown."""
     every, kept = np.concatenate(rows), np.concatenate(activations)
     offsets, values, thresholds = np.zeros(n_rows + 1, np.int64), np.empty_like(kept), np.empty(n_rows, np.float32)
     n = kernels.sort_by_row(every, kept, bounds.values, offsets, values)
-    kernels.middle_of_next(offsets, values[:n], bounds.values, k, thresholds)
+    kernels.middle_of_next(offsets, values[:n], k, thresholds)
     is_certain = bounds.how.n_kept > k
-    return Thresholds(thresholds, np.diff(offsets) <= (-1 if is_certain else k))
+    return Thresholds(thresholds, (np.diff(offsets) <= (-1 if is_certain else k)) & (bounds.values[:n_rows] > 0))

@@ -5,7 +5,7 @@ several slices, the first job of a shard goes over all latents and publishes the
 multiply their own columns only: two encodes of the data in all, not one for each slice. Jobs that begin at the same time do that pass each
 and publish equal bytes. Pass C reads the same thresholds, so windows and candidates agree on what fires.
 
-The artifact `row_thresholds` holds `thresholds.safetensors`: `threshold` float32, one for each row of the shard.
+The artifact `row_thresholds` holds `thresholds.safetensors`: `threshold` float32 and `last` int32 (encoder.RowLimits), one for each row of the shard.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.train.sae import Sae
-from interp_assets.visualize.encoder import Encoder, Scan, row_limits
+from interp_assets.visualize.encoder import Encoder, RowLimits, Scan, row_limits
 from interp_assets.visualize.lineage import create_current, find_current, load_current
 from interp_assets.visualize.refs import thresholds_ref
 
@@ -35,8 +35,8 @@ class BlockFirings(NamedTuple):
     first_row: int
     n_rows: int
     scans: list[Scan]
-    thresholds: NDArray[np.float32] | None
-    """The rows' thresholds where they were found on the way."""
+    limits: RowLimits | None
+    """The rows' limits where they were found on the way."""
 
 
 class Dataset(NamedTuple):
@@ -53,24 +53,29 @@ def iter_firings(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset, enco
     """Yield what fires of the encoder's latents on the valid rows of a shard. Publishes a `topk` SAE's thresholds when nobody has."""
     is_topk, is_whole = sae.kind == "topk", (encoder.start, encoder.stop) == (0, sae.d_sae)
     if is_topk and is_whole:
-        thresholds = []
+        found = []
         for block in _iter_blocks(pipeline, store, data, encoder, None):
-            assert block.thresholds is not None
-            thresholds.append(block.thresholds)
+            assert block.limits is not None
+            found.append(block.limits)
             yield block
-        _publish(pipeline, store, data, thresholds)
+        _publish(pipeline, store, data, found)
         return
-    if is_topk:
-        _find_thresholds(pipeline, store, sae, data)
-    limits = load_thresholds(pipeline, store, data.name, data.shard, data.digest) if is_topk else -np.inf
-    yield from _iter_blocks(pipeline, store, data, encoder, row_limits(data.is_valid, limits))
+    if not is_topk:
+        yield from _iter_blocks(pipeline, store, data, encoder, row_limits(data.is_valid, -np.inf))
+        return
+    _find_thresholds(pipeline, store, sae, data)
+    limits = load_thresholds(pipeline, store, data.name, data.shard, data.digest)
+    for block in _iter_blocks(pipeline, store, data, encoder, row_limits(data.is_valid, limits.threshold)):
+        own = limits.part(slice(block.first_row, block.first_row + block.n_rows))
+        yield block._replace(scans=[scan.within(own, encoder.start) for scan in block.scans])
 
 
-def load_thresholds(pipeline: Pipeline, store: Store, name: str, index: int, digest: str) -> NDArray[np.float32]:
-    """Read the thresholds of a shard's rows. Raises `ArtifactMissingError` before any slice has been through pass A."""
+def load_thresholds(pipeline: Pipeline, store: Store, name: str, index: int, digest: str) -> RowLimits:
+    """Read the limits of a shard's rows. Raises `ArtifactMissingError` before any slice has been through pass A."""
     ref = thresholds_ref(pipeline, name, index)
     (manifest,) = load_current(store, [ref], digest)
-    return load_tensors(store, ref.path, manifest, THRESHOLDS)["threshold"].numpy()
+    tensors = load_tensors(store, ref.path, manifest, THRESHOLDS)
+    return RowLimits(tensors["threshold"].numpy(), tensors["last"].numpy())
 
 
 def _find_thresholds(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset) -> None:
@@ -79,7 +84,7 @@ def _find_thresholds(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset) 
         return
     device, dtype = choose_device(pipeline.config.execution.device), pipeline.config.features.encode_dtype
     encoder = Encoder(sae, 0, sae.d_sae, device, dtype=dtype)
-    found = [block.thresholds for block in _iter_blocks(pipeline, store, data, encoder, None)]
+    found = [block.limits for block in _iter_blocks(pipeline, store, data, encoder, None)]
     _publish(pipeline, store, data, [part for part in found if part is not None])
 
 
@@ -109,15 +114,16 @@ def _begin(
 
     def finish() -> BlockFirings:
         found = finish_topk()
-        return BlockFirings(here.start, n_rows, found.scans, found.thresholds)
+        return BlockFirings(here.start, n_rows, found.scans, found.limits)
 
     return finish
 
 
-def _publish(pipeline: Pipeline, store: Store, data: Dataset, thresholds: list[NDArray[np.float32]]) -> None:
+def _publish(pipeline: Pipeline, store: Store, data: Dataset, limits: list[RowLimits]) -> None:
     ref = thresholds_ref(pipeline, data.name, data.shard)
     if find_current(store, ref, data.digest):
         return
     with create_current(store, ref, data.digest) as art:
-        save_tensors(art, THRESHOLDS, {"threshold": torch.from_numpy(np.concatenate([np.empty(0, np.float32), *thresholds]))})
+        columns = zip(RowLimits(np.empty(0, np.float32), np.empty(0, np.int32)), *limits, strict=True)
+        save_tensors(art, THRESHOLDS, dict(zip(RowLimits._fields, (torch.from_numpy(np.concatenate(parts)) for parts in columns), strict=True)))
         art.facts |= {"n_rows": len(data.is_valid)}

@@ -33,6 +33,7 @@ from interp_assets.storage.store import Store
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import kernels
 from interp_assets.visualize.candidates import FIRINGS
+from interp_assets.visualize.encoder import RowLimits
 from interp_assets.visualize.examples import EXAMPLES
 from interp_assets.visualize.firings import ROW_BITS, expand_ranges
 from interp_assets.visualize.gather import Gatherer, rows_of_windows
@@ -109,8 +110,8 @@ def fire_windows(pipeline: Pipeline, store: Store, sae: Sae, name: str, index: i
         firings = [LatentTable(store, item.path, manifest, FIRINGS) for item, manifest in zip(candidates, manifests, strict=True)]
         parts = _look_up(firings, requests, index)
     else:
-        thresholds = torch.from_numpy(load_thresholds(pipeline, store, name, index, digest)) if sae.kind == "topk" else None
-        parts = _encode(pipeline, sae, blocks, tokens, requests, thresholds)
+        limits = load_thresholds(pipeline, store, name, index, digest) if sae.kind == "topk" else None
+        parts = _encode(pipeline, sae, blocks, tokens, requests, limits)
     with create_current(store, ref, digest) as art:
         with create_table(art, WINDOWS, WINDOW_SCHEMA) as table:
             for asked, spikes in parts:
@@ -171,7 +172,7 @@ def _make_gatherer(pipeline: Pipeline, name: str, requests: Requests, tokens: To
 
 
 def _encode(
-    pipeline: Pipeline, sae: Sae, blocks: Iterator[RowBlock], tokens: TokenShard, requests: Requests, thresholds: Tensor | None
+    pipeline: Pipeline, sae: Sae, blocks: Iterator[RowBlock], tokens: TokenShard, requests: Requests, limits: RowLimits | None
 ) -> Iterator[tuple[Requests, Spikes]]:
     """Yield all windows at once, computed while the shard's rows stream by."""
     rounds = pipeline.config.features.encode_dtype == "bfloat16"
@@ -184,7 +185,7 @@ def _encode(
     for first_row, rows in blocks:
         buffer = torch.cat([buffer[max(0, len(buffer) - width) :], (rows.bfloat16() if rounds else rows).float()])
         n_ready = int(np.searchsorted(ends, first_row + len(rows), side="right"))
-        fire = partial(_fire, sae, tokens, buffer=buffer, buffer_first=first_row + len(rows) - len(buffer), width=width, thresholds=thresholds)
+        fire = partial(_fire, sae, tokens, buffer=buffer, buffer_first=first_row + len(rows) - len(buffer), width=width, limits=limits)
         parts = [by_end[low : min(low + GROUP_WINDOWS, n_ready)] for low in range(n_done, n_ready, GROUP_WINDOWS)]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for part, dense in zip(parts, pool.map(lambda part, fire=fire: fire(requests.take(part)), parts), strict=True):
@@ -198,7 +199,7 @@ def _encode(
 
 
 def _fire(
-    sae: Sae, tokens: TokenShard, asked: Requests, buffer: Tensor, buffer_first: int, width: int, thresholds: Tensor | None
+    sae: Sae, tokens: TokenShard, asked: Requests, buffer: Tensor, buffer_first: int, width: int, limits: RowLimits | None
 ) -> NDArray[np.float32]:
     """Return `[windows, width]` activations: rows of each window times the encoder column of its latent; the example's own as it is known."""
     rows = asked.firsts[:, None] + np.arange(width)
@@ -209,8 +210,12 @@ def _fire(
     products = np.zeros(rows.shape, np.float32)
     kernels.multiply_windows(buffer.numpy().reshape(-1), asked.firsts - buffer_first, asked.lengths, columns, products)
     pre = torch.from_numpy(products) + sae.b_enc[latents, None]
-    limit = sae.threshold[latents, None].clamp_min(0.0) if thresholds is None else thresholds[torch.from_numpy(rows)]
-    activations = np.where((pre > limit).numpy() & inside & tokens.valid[rows], pre.numpy(), 0)
+    found = pre.numpy()
+    if limits is None:
+        fires = found > sae.threshold[latents, None].clamp_min(0.0).numpy()
+    else:
+        fires = (found > limits.threshold[rows]) & limits.are_met(rows, asked.latents[:, None], found)
+    activations = np.where(fires & inside & tokens.valid[rows], found, 0)
     activations[np.arange(len(rows)), asked.rows - asked.firsts] = asked.activations
     return activations
 

@@ -141,3 +141,29 @@ def test_saelens_itself_loads_the_folder_and_encodes_alike(kind: SaeKind, local_
     torch.testing.assert_close(theirs.encode(x), sae.encode(x), rtol=0, atol=1e-5)
     torch.testing.assert_close(theirs(x), sae.decode(sae.encode(x)), rtol=0, atol=1e-5)
     assert theirs.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
+
+
+@pytest.mark.parametrize(
+    ("pre", "k", "fires"),
+    [
+        ([3, 2, 2, 2, 1], 2, [0, 1]),
+        ([2, 3, 1, 2], 2, [0, 1]),
+        ([1, 1, 1, 1], 3, [0, 1, 2]),
+        ([5, 1 + 2**-23, 1, 0.5], 2, [0, 1]),
+        ([5, 1, 1 + 2**-23, 0.5], 2, [0, 2]),
+        ([5, 1 + 2**-22, 1 + 2**-23, 1], 2, [0, 1]),
+        ([2**-149, 2**-148, -1, 0], 1, [1]),
+        ([0, 0, 0, -1], 2, []),
+        ([3, -1, -2, -3], 2, [0]),
+        ([0, 4, 4, 4], 9, [1, 2, 3]),
+    ],
+)
+def test_topk_fires_the_k_largest_and_of_equal_ones_the_first(pre: list[float], k: int, fires: list[int]) -> None:
+    """Where latents tied at place k, or were one step of float32 apart, all of them stayed silent, or one too many did."""
+    n = len(pre)
+    sae = Sae(kind="topk", W_enc=torch.eye(n), b_enc=torch.zeros(n), W_dec=torch.eye(n), b_dec=torch.zeros(n), threshold=torch.zeros(n), k=k)
+    x = torch.tensor([pre, [9.0 - i for i in range(n)]], dtype=torch.float32)
+    latents = sae.encode(x)
+    assert latents[0].nonzero()[:, 0].tolist() == fires
+    assert torch.equal(latents[0, fires], x[0, fires])
+    assert latents[1].nonzero()[:, 0].tolist() == list(range(min(k, n)))

@@ -23,6 +23,7 @@ from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, SAMPLE, STAT
 from interp_assets.visualize.encoder import Encoder, row_limits
 from interp_assets.visualize.examples import select_examples
 from interp_assets.visualize.statistics import as_statistics
+from interp_assets.visualize.windows import WINDOWS, fire_windows
 
 
 def run_pass(world, index, latent_slice):
@@ -104,6 +105,32 @@ def test_topk_fires_the_same_latents_in_every_slicing(make_world):
     for latent_slices in (1, 5):
         other = world.variant(latent_slices=latent_slices)
         assert sum(run_pass(other, 0, i).manifest.facts["n_firings"] for i in range(latent_slices)) == (dense > 0).sum()
+
+
+@pytest.mark.parametrize("latent_slices", [1, 3])
+@pytest.mark.parametrize("keep", ["all", "candidates"])
+def test_of_latents_that_tie_at_place_k_the_first_fire_everywhere(make_world, latent_slices, keep):
+    """Tied latents stayed silent, all of them; so did the k-th where the next was one step of float32 below."""
+    world = make_world("topk", sizes=(90,), keep=keep, latent_slices=latent_slices)
+    world.sae.W_enc[:, 7], world.sae.b_enc[7] = world.sae.W_enc[:, 3], world.sae.b_enc[3]  # tie on every row
+    world.sae.W_enc[:, 11], world.sae.b_enc[11] = 0, float(np.nextafter(np.float32(3), np.float32(4)))
+    world.sae.W_enc[:, 12], world.sae.b_enc[12] = 0, 3.0
+    world = world.variant()
+    dense, pre = world.dense()[0], world.sae.pre_activations(world.shards[0].rows).numpy()
+    order = np.argsort(-pre, axis=1, kind="stable")[:, :5]
+    expected = np.zeros_like(pre)
+    np.put_along_axis(expected, order, np.maximum(np.take_along_axis(pre, order, axis=1), 0), axis=1)
+    assert (dense == np.where(world.shards[0].valid[:, None], expected, 0)).all()
+    assert (np.sort(pre, axis=1)[:, -6] == np.sort(pre, axis=1)[:, -5]).any()
+    found = [run_pass(world, 0, i) for i in range(latent_slices)]
+    assert sum(produced.manifest.facts["n_firings"] for produced in found) == (dense > 0).sum()
+    for i in range(latent_slices):
+        select_examples(world.pipeline, world.store, "demo", i)
+    table = read_table(world, fire_windows(world.pipeline, world.store, world.sae, "demo", 0), WINDOWS)
+    for row in table.to_pylist():
+        here = dense[row["first_row"] : row["first_row"] + row["length"], row["latent"]]
+        assert row["offsets"] == np.flatnonzero(here).tolist()
+        assert row["activations"] == here[here > 0].tolist()
 
 
 def test_samples_of_lower_rates_lie_inside_those_of_higher_ones():

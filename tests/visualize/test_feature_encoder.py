@@ -58,7 +58,7 @@ def find(sae, rows, is_valid, n_block=64, start=0, stop=None, **how):
         valid = is_valid[first : first + n_block]
         if sae.kind == "topk":
             scans, own = encoder.begin_scan_topk(block, valid)()
-            thresholds += own.tolist()
+            thresholds += own.threshold.tolist()
         else:
             scans = encoder.scan(block, row_limits(valid, -np.inf))
         for scan in scans:
@@ -291,9 +291,7 @@ for kind in ("relu", "jump_relu"):
     assert found == plain.expect(sae, rows, is_valid), kind
     assert len(found) > 1000
 sae, (rows, is_valid) = plain.make_sae("topk"), plain.make_rows(64)
-limits = plain.row_limits(is_valid, sae.threshold_for(sae.pre_activations(rows))[:, 0].numpy())
-scans = plain.Encoder(sae, 0, sae.d_sae, plain.CPU, path="fused").scan(rows.float(), limits)
-found = {(latent + plain.TILE * scan.tile, row): value for scan in scans for latent, row, value in zip(*(c.tolist() for c in scan[1:]))}
+found, _ = plain.find(sae, rows, is_valid, path="fused")
 assert found == plain.expect(sae, rows, is_valid)
 print("the fused kernel finds", len(found))
 """
