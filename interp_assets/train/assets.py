@@ -13,7 +13,7 @@ from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import Produced, load_manifest
 from interp_assets.storage.store import Store
-from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, QUALITY_BOUNDS
+from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
 from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, evaluation_ref, sae_ref, sweep_ref
 
 GROUP = "train"
@@ -72,7 +72,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             work_kind=lambda config, _key: f"sae_evaluation {config.model.name}",
             needs=Needs(accelerator=True),
             is_one_run=True,
-            checks=(QUALITY_BOUNDS, IMPORTED_FIT),
+            checks=(QUALITY_BOUNDS, OUTLIER_ROWS, IMPORTED_FIT),
             code_version=code_version(EVALUATION_VERSION),
         ),
         Asset(

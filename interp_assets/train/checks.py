@@ -9,10 +9,13 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.exchange.fit import Claims, Fit, explain_misfit
+from interp_assets.train.outliers import OUTLIER_MULTIPLE
 from interp_assets.train.refs import evaluation_ref, sae_ref
 
 MAX_FVU: Final = 0.5
 """An SAE that explains less than half of the variance has not learned."""
+MAX_OUTLIER_GAP: Final = 0.05
+"""By how much FVU over ordinary rows may exceed that over all rows."""
 MAX_DEAD_SHARE: Final = 0.5
 """More dead latents than this: lower `d_sae`, or train on more rows."""
 
@@ -31,8 +34,9 @@ def _quality_bounds(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> di
 
 
 def _judge_quality(facts: Mapping[str, Any]) -> Verdict:
-    is_sound = facts["fvu"] <= MAX_FVU and facts["dead_share"] <= MAX_DEAD_SHARE
-    shown = {"fvu": facts["fvu"], "fvu_limit": MAX_FVU, "dead_share": facts["dead_share"], "dead_share_limit": MAX_DEAD_SHARE}
+    ordinary = facts.get("fvu_ordinary") or 0.0
+    is_sound = max(facts["fvu"], ordinary) <= MAX_FVU and facts["dead_share"] <= MAX_DEAD_SHARE
+    shown = {"fvu": facts["fvu"], "fvu_ordinary": ordinary, "fvu_limit": MAX_FVU, "dead_share": facts["dead_share"], "dead_share_limit": MAX_DEAD_SHARE}
     return Verdict(is_sound, shown, is_warning=True)
 
 
@@ -46,8 +50,21 @@ def _imported_fit(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verd
     return Verdict(not misfits, {"misfits": misfits})
 
 
+
+
+def _outlier_rows(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
+    return {name: _judge_outliers(load_manifest(store, evaluation_ref(pipeline, name)).facts) for name in keys}
+
+
+def _judge_outliers(facts: Mapping[str, Any]) -> Verdict:
+    shown = {key: facts[key] for key in ("fvu", "fvu_ordinary", "fvu_outliers", "outlier_share") if facts.get(key) is not None}
+    is_hidden = facts.get("outlier_share") and facts["fvu_ordinary"] is not None and facts["fvu_ordinary"] - facts["fvu"] > MAX_OUTLIER_GAP
+    return Verdict(not is_hidden, {**shown, "norm_multiple": OUTLIER_MULTIPLE, "gap_limit": MAX_OUTLIER_GAP}, is_warning=True)
+
+
 FINITE_TRAINING: Final = Check("finite_training", "Every number that training reports is finite.", _finite_training)
-QUALITY_BOUNDS: Final = Check("quality_bounds", "FVU and dead share are inside their bounds.", _quality_bounds)
+QUALITY_BOUNDS: Final = Check("quality_bounds", "FVU, of ordinary rows too, and dead share are inside their bounds.", _quality_bounds)
 IMPORTED_FIT: Final = Check(
     "imported_fit", "Imported SAEs reconstruct the held-out rows, and fire about as often as their folders say.", _imported_fit
 )
+OUTLIER_ROWS: Final = Check("outlier_rows", "A few rows of huge norm do not make FVU look better than it is on all others.", _outlier_rows)

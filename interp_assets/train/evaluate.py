@@ -8,6 +8,8 @@
 
     CE recovered = (CE_zero - CE_sae) / (CE_zero - CE_clean)        KL = mean of KL(clean || sae), in nats
 
+FVU, L0 and CE are told apart for ordinary rows and for those of huge norm (`outliers.py`), which dominate the whole.
+
 A model without a language-model head, and a crosscoder, which has no one place, have null there, and the reason
 beside it. Formats: `docs/formats/sae_evaluation.md`.
 """
@@ -35,12 +37,15 @@ from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.exchange.fit import N_ROWS, Fit
 from interp_assets.train.metrics import ReconstructionSums
+from interp_assets.train.outliers import OUTLIER_MULTIPLE, GroupSums, find_outliers, norm_limits
 from interp_assets.train.refs import METRICS, evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
 
 LATENTS: Final = "latents.parquet"
 MODEL_TOKENS: Final = 1 << 15
 """Token positions that the subject model is run on."""
+_BLOCK_ROWS: Final = 4096
+"""Stored rows that are measured at once: always as many, because sums round by it."""
 _LOGIT_TOKENS: Final = 2048
 """Token positions per forward: three tensors of logits over the whole vocabulary are in memory at once."""
 
@@ -64,6 +69,18 @@ class ModelSums(NamedTuple):
     kl_zero: float
 
 
+class ModelGroups(NamedTuple):
+    """The same over ordinary rows and over outliers."""
+
+    ordinary: ModelSums
+    outliers: ModelSums
+
+    @property
+    def whole(self) -> ModelSums:
+        """The sums over all measured positions."""
+        return ModelSums(*(a + b for a, b in zip(*self, strict=True)))
+
+
 @timed
 def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: str, progress: Callable[[int], None] | None = None) -> Produced:
     """Measure the SAE called `name` on the held-out shards; `progress` advances by stored rows, then by tokens run through the model.
@@ -75,22 +92,25 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
         return Produced(ref, manifest, is_cached=True)
     config = pipeline.config.sae(name)
     sae = load_sae(pipeline, store, name).to(model.device)
-    sums = _measure_rows(pipeline, store, sae, config, progress)
+    limits = norm_limits(pipeline, store, config)
+    sums = _measure_rows(pipeline, store, sae, config, limits, progress)
     reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else "the subject model has no causal language-model head"
     if config.task == "crosscoder":
         reason = "a crosscoder reconstructs several hook points at once"
-    model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, progress)
+    model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, limits, progress)
     with create_artifact(store, ref, made_from=[trained]) as art:
         save_evaluation(art, sums, model_sums, reason)
     return art.produced
 
 
-def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig, progress: Callable[[int], None] | None) -> ReconstructionSums:
+def _measure_rows(
+    pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig, limits: dict[str, float], progress: Callable[[int], None] | None
+) -> ReconstructionSums:
     sums = ReconstructionSums(sae, torch.cat([load_statistics(pipeline, store, name).mean for name in config.targets]))
-    for x, y, n_rows in iter_held_out_rows(pipeline, store, config):
-        sums.add(x, y)
+    for block in iter_held_out_rows(pipeline, store, config):
+        sums.add(block.x, block.y, find_outliers(block.by_hook_point, limits))
         if progress is not None:
-            progress(n_rows)
+            progress(block.n_rows)
     if sums.n_rows == 0:
         raise InputError(
             f"The held-out shards {pipeline.held_out_indices} have no valid rows at {config.hook_point}: nothing can be measured. "
@@ -103,7 +123,7 @@ def measure_fit(pipeline: Pipeline, store: Store, config: SaeConfig, sae: Sae) -
     """Measure an SAE on the first `N_ROWS` valid held-out rows of its hook points; None where there are none yet."""
     sums = None
     try:
-        for x, y, _ in iter_held_out_rows(pipeline, store, config):
+        for x, y, _, _ in iter_held_out_rows(pipeline, store, config):
             if len(x) == 0:
                 continue
             sums = sums or ReconstructionSums(sae, y.double().mean(0))
@@ -116,26 +136,43 @@ def measure_fit(pipeline: Pipeline, store: Store, config: SaeConfig, sae: Sae) -
     return Fit(sums.n_rows, sums.l0, sums.fvu, sums.median_row_fvu) if sums else None
 
 
-def iter_held_out_rows(pipeline: Pipeline, store: Store, config: SaeConfig) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield the valid held-out rows block by block, what the SAE reads and what it reconstructs, and how many rows are stored of the block."""
+class HeldOutRows(NamedTuple):
+    """The valid rows of one block."""
+
+    x: Tensor
+    """What the SAE reads."""
+    y: Tensor
+    """What it reconstructs."""
+    n_rows: int
+    """Rows that are stored of the block, valid or not."""
+    by_hook_point: dict[str, Tensor]
+
+
+def iter_held_out_rows(pipeline: Pipeline, store: Store, config: SaeConfig) -> Iterator[HeldOutRows]:
+    """Yield the valid held-out rows block by block."""
     hook_points = list(dict.fromkeys((*config.sources, *config.targets)))
-    n_block = pipeline.config.execution.rows_per_block
     for index in pipeline.held_out_indices:
         is_valid = torch.from_numpy(load_tokens(pipeline, store, index).valid.copy())
-        for blocks in zip(*(iter_row_blocks(pipeline, store, name, index, n_block) for name in hook_points), strict=True):
+        for blocks in zip(*(iter_row_blocks(pipeline, store, name, index, _BLOCK_ROWS) for name in hook_points), strict=True):
             first, n_rows = blocks[0].first_row, len(blocks[0].rows)
             kept = {name: block.rows[is_valid[first : first + n_rows]] for name, block in zip(hook_points, blocks, strict=True)}
             x, y = (torch.cat([kept[name] for name in names], dim=1) for names in (config.sources, config.targets))
-            yield x, y, n_rows
+            yield HeldOutRows(x, y, n_rows, kept)
 
 
 def _measure_model(
-    pipeline: Pipeline, store: Store, model: SubjectModel, sae: Sae, config: SaeConfig, progress: Callable[[int], None] | None
-) -> ModelSums:
-    total = torch.zeros(6, dtype=torch.float64)
+    pipeline: Pipeline,
+    store: Store,
+    model: SubjectModel,
+    sae: Sae,
+    config: SaeConfig,
+    limits: dict[str, float],
+    progress: Callable[[int], None] | None,
+) -> ModelGroups:
+    total = torch.zeros(2, 6, dtype=torch.float64)
     n_left = MODEL_TOKENS
     for batch in _iter_contexts(pipeline, store):
-        total += _measure_contexts(model, sae, config, batch)
+        total += _measure_contexts(model, sae, config, batch, limits)
         n_tokens = int(batch.is_token.sum())
         if progress is not None:
             progress(n_tokens)
@@ -147,20 +184,22 @@ def _measure_model(
             f"The loss of {model.name} on the held-out shards is not finite ({total.tolist()}) with the SAE at {config.targets[0]} in place. "
             "Try model.dtype float32, and look at the SAE's training curve."
         )
-    n, *sums = total.tolist()
-    return ModelSums(int(n), *sums)
+    return ModelGroups(*(ModelSums(int(n), *sums) for n, *sums in total.tolist()))
 
 
-def _measure_contexts(model: SubjectModel, sae: Sae, config: SaeConfig, batch: _Contexts) -> Tensor:
-    """Return the six sums of `ModelSums` over one batch of contexts."""
+def _measure_contexts(model: SubjectModel, sae: Sae, config: SaeConfig, batch: _Contexts, limits: dict[str, float]) -> Tensor:
+    """Return the six sums of `ModelSums` over the ordinary rows and over the outliers of one batch of contexts: `[2, 6]`."""
     token_ids, is_valid = batch.token_ids.to(model.device), batch.is_valid.to(model.device)
 
     read: Tensor | None = None
     if config.is_transcoder:
         read = model.capture(token_ids, batch.is_token, [config.hook_point])[config.hook_point]
+    is_outlier = torch.zeros_like(is_valid)
 
     def reconstruct(rows: Tensor) -> Tensor:
         x = (rows if read is None else read.to(rows.device)).flatten(0, 1).float()
+        here = {config.targets[0]: rows} | ({} if read is None else {config.hook_point: read.to(rows.device)})
+        is_outlier.copy_(find_outliers(here, limits))
         x_hat = sae.reconstruct(x, sae.encode(x)).view(rows.shape).to(rows.dtype)
         return torch.where(is_valid[..., None], x_hat, rows)
 
@@ -174,13 +213,14 @@ def _measure_contexts(model: SubjectModel, sae: Sae, config: SaeConfig, batch: _
         return logits[:, :-1].flatten(0, 1)[measured].float().log_softmax(dim=1)
 
     clean = log_probabilities(model.logits(token_ids, batch.is_token))
-    sums = [torch.tensor(float(len(targets))), -clean.gather(1, targets[:, None]).double().sum()]
+    columns = [torch.ones_like(targets), -clean.gather(1, targets[:, None])[:, 0]]
     divergences: list[Tensor] = []
     for replace in (reconstruct, ablate):
         patched = log_probabilities(model.logits_with_patch(token_ids, batch.is_token, config.targets[0], replace))
-        sums.append(-patched.gather(1, targets[:, None]).double().sum())
-        divergences.append((clean.exp() * (clean - patched)).sum(1).double().sum())
-    return torch.stack([value.double().cpu() for value in (*sums, *divergences)])
+        columns.append(-patched.gather(1, targets[:, None])[:, 0])
+        divergences.append((clean.exp() * (clean - patched)).sum(1))
+    found, apart = torch.stack([value.double().cpu() for value in (*columns, *divergences)]), is_outlier[:, :-1].flatten()[measured].cpu()
+    return torch.stack([found[:, ~apart].sum(1), found[:, apart].sum(1)])
 
 
 def _iter_contexts(pipeline: Pipeline, store: Store) -> Iterator[_Contexts]:
@@ -203,13 +243,19 @@ def _pad(parts: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
-def save_evaluation(art: ArtifactWriter, sums: ReconstructionSums, model_sums: ModelSums | None, reason: str) -> None:
+def save_evaluation(art: ArtifactWriter, sums: ReconstructionSums, model_sums: ModelGroups | None, reason: str) -> None:
     """Write the files and facts of an evaluation; `reason` says why there are no sums of the model."""
     metrics: dict[str, Any] = {
         **sums.saebench(),
-        **_model_sections(model_sums),
+        **_model_sections(model_sums and model_sums.whole),
+        "outliers": {
+            "norm_multiple": OUTLIER_MULTIPLE,
+            "share": sums.outliers.n_rows / sums.n_rows,
+            "ordinary": _describe_group(sums.ordinary, model_sums and model_sums.ordinary),
+            "outliers": _describe_group(sums.outliers, model_sums and model_sums.outliers),
+        },
         "token_stats": {
-            "total_tokens_eval_reconstruction": 0 if model_sums is None else model_sums.n,
+            "total_tokens_eval_reconstruction": 0 if model_sums is None else model_sums.whole.n,
             "total_tokens_eval_sparsity_variance": sums.n_rows,
         },
         "fvu": sums.fvu,
@@ -234,6 +280,22 @@ def save_evaluation(art: ArtifactWriter, sums: ReconstructionSums, model_sums: M
         "ce_recovered": metrics["model_performance_preservation"]["ce_loss_score"],
         "kl": metrics["model_behavior_preservation"]["kl_div_with_sae"],
         "dead_share": sums.dead_share,
+        "outlier_share": metrics["outliers"]["share"],
+        **{f"{key}_{group}": metrics["outliers"][group][key] for group in ("ordinary", "outliers") for key in ("fvu", "l0", "ce_recovered")},
+    }
+
+
+def _describe_group(rows: GroupSums, model_sums: ModelSums | None) -> dict[str, Any]:
+    """Return what is told of the ordinary rows, or of the outliers, alone; null where there is nothing to tell it from."""
+    performance = _model_sections(model_sums)["model_performance_preservation"]
+    return {
+        "n_rows": rows.n_rows,
+        "fvu": rows.fvu,
+        "l0": rows.l0,
+        "n_tokens": 0 if model_sums is None else model_sums.n,
+        "ce_loss_with_sae": performance["ce_loss_with_sae"],
+        "ce_loss_without_sae": performance["ce_loss_without_sae"],
+        "ce_recovered": performance["ce_loss_score"],
     }
 
 

@@ -10,16 +10,20 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from interp_assets.compute.elementwise import sum_all
 from interp_assets.compute.products import multiply
+from interp_assets.train.outliers import GroupSums, find_fvu
 from interp_assets.train.sae import Sae
 
 _BLOCK_LATENTS: Final = 2048
 _LOG_BINS: Final = np.arange(-9.0, 0.25, 0.25)
 """Edges of the histogram of log10 firing frequency."""
+_NO_DEVIATION: Final = (8 * torch.finfo(torch.float32).eps) ** 2
+"""Squared distance of a row from the mean, relative to its squared norm, that rounding alone may leave."""
 _PERCENTILES: Final = (5, 25, 50, 75, 95)
 
 
@@ -31,13 +35,16 @@ class ReconstructionSums:
         self._sae, self._mean = sae, mean.to(sae.b_dec)
         self.n_rows = 0
         self._sums: dict[str, float] = {}
-        self._row_sum = torch.zeros(sae.d_out, dtype=torch.float64)
+        self.ordinary, self.outliers = GroupSums(sae.d_out), GroupSums(sae.d_out)
+        """Apart, because a few rows of huge norm are most of all variance (`outliers.py`)."""
         self._row_fvu: list[Tensor] = []
         self._row_l0: list[Tensor] = []
         self.n_fired = torch.zeros(sae.d_sae, dtype=torch.int64)
         self.maximum = torch.zeros(sae.d_sae)
 
-    def add(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"] | None = None) -> None:
+    def add(
+        self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"] | None = None, is_outlier: Bool[Tensor, " batch"] | None = None
+    ) -> None:
         """Encode a block of raw rows, reconstruct `y` (by default the rows themselves) and add what they say."""
         if len(x) == 0:
             return
@@ -47,7 +54,7 @@ class ReconstructionSums:
         y_hat = self._sae.reconstruct(x, latents)
         error, norm_in, norm_out, dot = (y - y_hat).square().sum(1), y.norm(dim=1), y_hat.norm(dim=1), (y * y_hat).sum(1)
         deviation = (y - self._mean).square().sum(1)
-        row_fvu = error / deviation.clamp(min=torch.finfo(x.dtype).tiny)
+        varies = deviation > _NO_DEVIATION * norm_in.square()
         values = {
             "squared_error": error,
             "squared_norm": norm_in.square(),
@@ -55,31 +62,32 @@ class ReconstructionSums:
             "dot": dot,
             "norm_in": norm_in,
             "norm_out": norm_out,
-            "norm_ratio": norm_out / norm_in.clamp(min=1e-4),
+            "norm_ratio": torch.where(norm_in > 0, norm_out / norm_in, 0.0),
             "cosine": dot / (norm_in * norm_out).clamp(min=torch.finfo(x.dtype).tiny),
             "l1": latents.sum(1),
-            "row_fvu": row_fvu,
         }
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(value.double().sum())
         self.n_rows += len(x)
-        self._row_sum += y.double().sum(0).cpu()
-        self._row_fvu.append(row_fvu.cpu())
+        self._row_fvu.append((error[varies] / deviation[varies]).cpu())
         fires = latents > 0
+        is_outlier = torch.zeros_like(varies) if is_outlier is None else is_outlier.to(varies.device)
+        for group, mask in ((self.ordinary, ~is_outlier), (self.outliers, is_outlier)):
+            group.add(y[mask], error[mask], fires[mask].sum(1))
         self.n_fired += fires.sum(0).cpu()
         self._row_l0.append(fires.sum(1).cpu())
         self.maximum = torch.maximum(self.maximum, latents.amax(0).cpu())
 
     @property
     def fvu(self) -> float:
-        """Squared error over squared deviation from the mean of these rows."""
-        deviation = self._sums["squared_norm"] - float(self._row_sum.square().sum()) / self.n_rows
-        return self._sums["squared_error"] / deviation if deviation > 0 else 0.0
+        """Squared error over squared deviation from the mean of these rows; 0 where they do not deviate."""
+        return find_fvu([self.ordinary, self.outliers]) or 0.0
 
     @property
     def median_row_fvu(self) -> float:
-        """Median over rows of squared error over squared deviation from the training rows' mean."""
-        return float(torch.cat(self._row_fvu).median())
+        """Median over rows of squared error over squared deviation from the training rows' mean, which rows at that mean do not have."""
+        found = torch.cat(self._row_fvu)
+        return float(found.median()) if len(found) else 0.0
 
     @property
     def l0(self) -> float:
@@ -94,11 +102,11 @@ class ReconstructionSums:
     def saebench(self) -> dict[str, Any]:
         """Return the sections of SAEBench's core output that need no language model."""
         mean = {name: value / self.n_rows for name, value in self._sums.items()}
-        frequency = (self.n_fired.double() / self.n_rows).numpy()
+        frequency, row_fvu = (self.n_fired.double() / self.n_rows).numpy(), torch.cat(self._row_fvu).double()
         return {
             "reconstruction_quality": {
                 "explained_variance": 1 - self.fvu,
-                "explained_variance_legacy": 1 - mean["row_fvu"],
+                "explained_variance_legacy": 1 - float(sum_all(row_fvu)) / max(1, len(row_fvu)),
                 "mse": mean["squared_error"] / self._sae.d_out,
                 "cossim": mean["cosine"],
             },

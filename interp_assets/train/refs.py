@@ -68,7 +68,7 @@ def evaluation_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     for hook_point in dict.fromkeys((*config.sources, *config.targets)):
         suffix = "" if hook_point == config.hook_point else f".{hook_point}"
         inputs[f"held_out{suffix}"] = activation_ids(pipeline, hook_point, pipeline.held_out_indices)
-    inputs |= imported_statistics(pipeline, name, config.targets)
+    inputs |= imported_statistics(pipeline, name, (*config.sources, *config.targets))
     return make_ref("sae_evaluation", FOLDER, identity={"code": EVALUATION_VERSION}, inputs=inputs, label=f"{name}.evaluation")
 
 

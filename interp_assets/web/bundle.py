@@ -56,7 +56,7 @@ RECORDS_PER_FILE: Final = 4096
 RECORD_BLOCK_BYTES: Final = 256 << 10
 """Bytes per checksum of a record file: what opening one feature reads from the store at most, for blocks it does not straddle."""
 _COPY_BYTES: Final = 8 << 20
-_EVALUATED: Final = ("l0", "fvu", "ce_recovered", "kl", "dead_share")
+_EVALUATED: Final = ("l0", "fvu", "ce_recovered", "kl", "dead_share", "outlier_share", "fvu_ordinary", "l0_ordinary", "ce_recovered_ordinary")
 
 
 class BundleContent(NamedTuple):

@@ -19,16 +19,18 @@ from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors
+from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors, measure_rows
 from interp_assets.planning.config import make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.manifest import create_artifact, read_file
 from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import load_sae, save_sae
-from interp_assets.train.evaluate import evaluate_sae
-from interp_assets.train.metrics import max_cosines
-from interp_assets.train.refs import sae_ref
+from interp_assets.train.checks import OUTLIER_ROWS, QUALITY_BOUNDS
+from interp_assets.train.evaluate import _measure_model, evaluate_sae, save_evaluation
+from interp_assets.train.metrics import ReconstructionSums, max_cosines
+from interp_assets.train.outliers import OUTLIER_MULTIPLE, find_outliers
+from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
 
 TARGET = "mlp_out.1"
@@ -366,3 +368,66 @@ def test_cosines_are_taken_with_other_vectors_only() -> None:
     vectors = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, -2.0]])
     torch.testing.assert_close(max_cosines(vectors), torch.tensor([2**-0.5, 2**-0.5, 0.0]))
     assert max_cosines(vectors[:1]).tolist() == [0.0]
+
+
+def test_rows_of_huge_norm_are_told_apart_and_a_check_speaks() -> None:
+    """An attention sink that is reconstructed makes FVU 0.03 of an SAE that explains little of all other rows."""
+    world, draw = make_world(), torch.Generator().manual_seed(3)
+    rows = torch.randn(500, D_IN, generator=draw)
+    rows[::50] = 300 * torch.nn.functional.normalize(torch.ones(D_IN), dim=0) + torch.randn(10, D_IN, generator=draw)
+    limit = OUTLIER_MULTIPLE * measure_rows(rows).median_norm
+    assert 10 * float(rows.norm(dim=1).median()) == pytest.approx(limit, rel=0.25)
+    direction = torch.ones(D_IN, 1) / D_IN**0.5
+    zeros = torch.zeros(1)
+    sae = Sae(kind="jump_relu", W_enc=direction, b_enc=zeros, W_dec=direction.T, b_dec=torch.zeros(D_IN), threshold=zeros, k=0)
+    is_outlier = find_outliers({HOOK: rows}, {HOOK: limit})
+    assert is_outlier.nonzero()[:, 0].tolist() == list(range(0, 500, 50))
+    sums = ReconstructionSums(sae, rows.double().mean(0))
+    for first in range(0, 500, 128):
+        sums.add(rows[first : first + 128], is_outlier=is_outlier[first : first + 128])
+    ref = evaluation_ref(world.pipeline, "demo")
+    with create_artifact(world.store, ref) as art:
+        save_evaluation(art, sums, None, "this is a test")
+    facts, latents = art.manifest.facts, sae.encode(rows)
+    error = (rows - sae.decode(latents)).double().square().sum(1)
+    for name, mask in (("", torch.ones(500, dtype=torch.bool)), ("_ordinary", ~is_outlier), ("_outliers", is_outlier)):
+        own = rows[mask].double()
+        assert facts[f"fvu{name}"] == pytest.approx(float(error[mask].sum() / (own - own.mean(0)).square().sum()), rel=1e-6)
+        assert facts[f"l0{name}"] == pytest.approx(float((latents[mask] > 0).sum(1).double().mean()))
+    assert facts["outlier_share"] == 0.02
+    assert facts["fvu"] < 0.01
+    assert facts["fvu_ordinary"] > 0.5
+    for check in (OUTLIER_ROWS, QUALITY_BOUNDS):
+        verdict = check.verdict(world.pipeline, world.store, ["demo"])
+        assert not verdict.passed
+        assert verdict.is_warning
+
+
+def test_cross_entropy_is_told_apart_for_outliers_and_others() -> None:
+    """Positions of both kinds add up to all, and without outliers the ordinary ones are all."""
+    world = make_world()
+    usual = evaluate_sae(world.pipeline, world.store, world.model, "demo").manifest.facts
+    assert usual["outlier_share"] == 0
+    assert (usual["fvu_ordinary"], usual["ce_recovered_ordinary"], usual["fvu_outliers"]) == (usual["fvu"], usual["ce_recovered"], None)
+    median = float(world.rows.norm(dim=1).median())
+    model, sae = world.model, load_sae(world.pipeline, world.store, "demo")
+    config = world.pipeline.config.sae("demo")
+    groups = _measure_model(world.pipeline, world.store, model, sae, config, {HOOK: median}, None)
+    whole = _measure_model(world.pipeline, world.store, model, sae, config, {HOOK: math.inf}, None)
+    assert groups.whole == pytest.approx(whole.ordinary)
+    assert whole.outliers.n == 0
+    contexts = zip(split(world.valid), split((world.rows.norm(dim=1) > median).numpy()), strict=True)
+    assert groups.outliers.n == sum(int((valid & large)[:-1].sum()) for valid, large in contexts)
+    assert 0 < groups.outliers.n < whole.ordinary.n
+
+
+def test_rows_without_variance_give_numbers() -> None:
+    """Equal rows deviate by nothing but rounding, a row at the mean by nothing at all, and a row of zeros has no norm to compare with."""
+    world = make_world()
+    sae, row = load_sae(world.pipeline, world.store, "demo"), torch.linspace(-3, 5, D_IN) / 7
+    for rows in (row.repeat(300, 1), torch.zeros(5, D_IN), torch.cat([row[None], -row[None], torch.zeros(1, D_IN)])):
+        sums = ReconstructionSums(sae, rows.double().mean(0))
+        sums.add(rows)
+        numbers = [sums.fvu, sums.median_row_fvu, *(value for part in sums.saebench().values() for value in part.values())]
+        assert all(math.isfinite(value) and abs(value) < 1e6 for value in numbers)
+    assert sums.fvu > 0
