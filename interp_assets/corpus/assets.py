@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from interp_assets.corpus.checks import TOKEN_COUNTS
-from interp_assets.corpus.refs import TOKEN_SHARD_VERSION, read_corpus, token_shard_ref
+from interp_assets.corpus.refs import TOKEN_SHARD_VERSION, read_config, token_shard_ref
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TOKEN_BYTES, rows_of
 from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Observed, Shown, same, whole
 from interp_assets.planning.config import PipelineConfig, code_version
@@ -59,7 +59,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             takes=_tokenizing,
             shows=_show_left_out,
             checks=(TOKEN_COUNTS,),
-            code_version=code_version(TOKEN_SHARD_VERSION, corpus=read_corpus(config.corpus)),
+            code_version=code_version(TOKEN_SHARD_VERSION, read=read_config(config)),
         ),
     ]
 

@@ -75,6 +75,15 @@ def _check_model(config: PipelineConfig, model: ModelFacts) -> None:
             f"corpus.context_length is {config.corpus.context_length:,}, but {config.model.name} takes at most {model.max_context:,} tokens: "
             "lower it."
         )
+    harvest = config.harvest
+    if harvest.excluded_positions >= config.corpus.context_length:
+        raise InputError(
+            f"harvest.excluded_positions is {harvest.excluded_positions:,}, and contexts have {config.corpus.context_length:,} tokens: none would be "
+            "left. Lower it."
+        )
+    unknown = [token_id for token_id in harvest.excluded_token_ids if token_id >= model.vocabulary_size]
+    if unknown:
+        raise InputError(f"harvest.excluded_token_ids names {unknown[:5]}, but {config.model.name} has {model.vocabulary_size:,} tokens.")
     if not model.is_causal and config.corpus.contexts == "packed":
         raise InputError(
             f"{config.model.name} is an encoder ({model.model_type}), which reads one document at a time: set corpus.contexts to per_document."

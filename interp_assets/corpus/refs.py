@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 
@@ -13,17 +13,18 @@ TOKEN_SHARD_VERSION = 2
 
 def token_shard_ref(pipeline: Pipeline, index: int) -> ArtifactRef:
     """Address the token shard of corpus shard `index`."""
-    corpus = pipeline.config.corpus
     identity = {
         "code": TOKEN_SHARD_VERSION,
         "shard": index,
         "text": pipeline.source(index).fingerprint,
         "tokenizer": pipeline.plan.tokenizer_fingerprint,
-        **read_corpus(corpus),
+        **read_config(pipeline.config),
     }
     return make_ref("token_shard", FOLDER, identity=identity, inputs={}, label=shard_key(index))
 
 
-def read_corpus(corpus: CorpusConfig) -> dict[str, Any]:
-    """Return what the bytes of a token shard depend on of the configuration of the corpus, besides the text itself."""
-    return corpus.model_dump(include={"text_field", "text_kind", "context_length", "contexts"})
+def read_config(config: PipelineConfig) -> dict[str, Any]:
+    """Return what the bytes of a token shard depend on of the configuration, besides the text itself."""
+    read = config.corpus.model_dump(include={"text_field", "text_kind", "context_length", "contexts"})
+    excluded = config.harvest.model_dump(include={"excluded_positions", "excluded_token_ids"}, exclude_defaults=True)
+    return {**read, **({"excluded": excluded} if excluded else {})}

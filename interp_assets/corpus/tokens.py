@@ -3,7 +3,7 @@
 1. Tokenize every document without special tokens, in batches, or render it by the tokenizer's chat template (`corpus.text_kind`). Documents
    that become no token, or that the template refuses, are left out, counted and named in the facts.
 2. Lay the tokens into contexts (`packing.py`): whole numbers of arrays, no loop over tokens.
-3. Mark special tokens as not valid: their activations are stored but never trained on.
+3. Mark special tokens, and what `harvest` excludes, as not valid: their activations are stored but neither trained on, measured nor shown.
 4. Write `tokens.parquet` and `documents.parquet` (docs/formats/token_shard.md).
 
 The place of a token in `tokens.parquet` is its `row_in_shard`, the identity that every later stage carries.
@@ -26,7 +26,7 @@ from interp_assets.corpus.sources import iter_documents
 from interp_assets.errors import InputError
 from interp_assets.garcon.chat import tokenize_chat
 from interp_assets.garcon.tokenizer import Affixes, affixes, leading_token, separator_token, special_token_ids, tokenize_texts
-from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.config import CorpusConfig, HarvestConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
@@ -97,13 +97,14 @@ def make_token_shard(
     kept = [i for i, document in enumerate(tokenized) if len(document.token_ids)]
     _check_documents(pipeline, index, names, tokenized)
     layout = lay_out(corpus, tokenizer, [tokenized[i].token_ids for i in kept])
-    valid = ~np.isin(layout.token_ids, np.array(special_token_ids(tokenizer), np.uint32))
+    usual, valid = find_valid(layout, HarvestConfig(), tokenizer), find_valid(layout, pipeline.config.harvest, tokenizer)
     roles = [role for i in kept for role in tokenized[i].roles]
     with create_artifact(store, ref) as art:
         _write_tables(art, layout, valid, [names[i] for i in kept], roles)
         art.facts = {
             "n_rows": len(valid),
             "n_valid": int(valid.sum()),
+            **({"n_excluded": int(usual.sum() - valid.sum())} if not np.array_equal(usual, valid) else {}),
             "n_contexts": int(layout.contexts[-1]) + 1,
             "n_documents": len(kept),
             "n_bytes": sum(len(texts[i].encode()) for i in kept),
@@ -146,6 +147,14 @@ def describe_left_out(manifest: Manifest) -> str:
     shown, rest = manifest.facts["left_out"], n_documents - len(manifest.facts["left_out"])
     noun = "document" if n_documents == 1 else "documents"
     return f"{n_documents:,} {noun} without a token left out: {', '.join(shown)}" + (f" and {rest:,} more" if rest else "")
+
+
+def find_valid(layout: Layout, harvest: HarvestConfig, tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
+    """Tell at which token positions rows count: not at special tokens, nor where the configuration excludes a position or a token."""
+    left_out = np.array([*special_token_ids(tokenizer), *harvest.excluded_token_ids], np.uint32)
+    starts = np.flatnonzero(np.diff(layout.contexts.astype(np.int64), prepend=-1))
+    positions = np.arange(len(layout.contexts)) - np.repeat(starts, np.diff(starts, append=len(layout.contexts)))
+    return ~np.isin(layout.token_ids, left_out) & (positions >= harvest.excluded_positions)
 
 
 def load_tokens(pipeline: Pipeline, store: Store, index: int) -> TokenShard:

@@ -128,6 +128,10 @@ class HarvestConfig(_Config):
     """Names `<kind>.<layer>`: `resid_post.2`, `mlp_out.1`, `z.0`, `mlp_act.1` (docs/garcon.md has all); TransformerLens' names; `module:<path>`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored rows."""
+    excluded_positions: Annotated[int, Field(ge=0)] = 0
+    """First positions of every context, a BOS included, whose rows are neither trained on, measured nor shown: attention sinks sit there."""
+    excluded_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    """Tokens whose rows are left out likewise, such as separators that act as attention sinks."""
 
 
 class ShuffleConfig(_Config):

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactCorruptError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import (
@@ -163,13 +164,22 @@ def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Mani
         "d_sae": sae.d_sae,
         "sae": {"name": sae_name, "artifact_id": sae_ref(pipeline, sae_name).artifact_id, "config": sae.described()},
         "evaluation": {key: quality.get(key) for key in _EVALUATED},
-        "corpus": {"source": config.corpus.source, "n_shards": len(pipeline.plan.shards)},
+        "corpus": {"source": config.corpus.source, "n_shards": len(pipeline.plan.shards), **_describe_excluded(pipeline, store)},
         "tokens_scanned": slices[0].facts["n_rows"],
         "coactivation_rows": slices[0].facts.get("coactivation_rows"),
         "logits_reason": slices[0].facts.get("logits_reason"),
         "features": config.features.model_dump(exclude={"saes", "latent_slices", "gather"}),
         "records": {"version": RECORD_VERSION, "per_file": RECORDS_PER_FILE, "n_files": -(-sae.d_sae // RECORDS_PER_FILE), "repeat": None},
     }
+
+
+def _describe_excluded(pipeline: Pipeline, store: Store) -> dict[str, Any]:
+    """Return which rows the configuration leaves out, and how many these are; nothing where it leaves out none."""
+    excluded = pipeline.config.harvest.model_dump(include={"excluded_positions", "excluded_token_ids"}, exclude_defaults=True)
+    if not excluded:
+        return {}
+    counts = [load_manifest(store, token_shard_ref(pipeline, index)).facts.get("n_excluded", 0) for index in pipeline.shard_indices]
+    return {**excluded, "n_excluded": sum(counts)}
 
 
 def _read_table(source: _Source) -> pa.Table:

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import torch
 
-from interp_assets.corpus.tokens import lay_out, tokenize_example
+from interp_assets.corpus.tokens import find_valid, lay_out, tokenize_example
 from interp_assets.errors import InputError
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
-from interp_assets.garcon.tokenizer import load_tokenizer, special_token_ids
-from interp_assets.planning.config import CorpusConfig
+from interp_assets.garcon.tokenizer import load_tokenizer
+from interp_assets.planning.config import CorpusConfig, HarvestConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
@@ -40,6 +39,7 @@ class Probe(NamedTuple):
     sae: Sae
     hook_point: str
     corpus: CorpusConfig
+    harvest: HarvestConfig = HarvestConfig()
 
 
 class Examples:
@@ -63,7 +63,7 @@ def load_probe(pipeline: Pipeline, store: Store, name: str) -> Probe:
     """Load subject model, tokenizer and the SAE called `name`. Raises `InputError` or `ArtifactMissingError` with the next step."""
     config = pipeline.config
     sae, model = load_sae(pipeline, store, name), load_subject_model(config.model, config.execution)
-    return Probe(model, load_tokenizer(config.model), sae.to(model.device), config.sae(name).hook_point, config.corpus)
+    return Probe(model, load_tokenizer(config.model), sae.to(model.device), config.sae(name).hook_point, config.corpus, config.harvest)
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def run_example(probe: Probe, text: str, latent: int | None = None) -> dict[str,
         tokens = torch.from_numpy(layout.token_ids[layout.contexts == context].astype("int64"))[None].to(probe.model.device)
         rows = probe.model.capture(tokens, None, [probe.hook_point])[probe.hook_point][0]
         latents.append(probe.sae.encode(rows.float()).cpu())
-    valid = torch.from_numpy(~np.isin(layout.token_ids, special_token_ids(probe.tokenizer)))
+    valid = torch.from_numpy(find_valid(layout, probe.harvest, probe.tokenizer))
     fired = torch.cat(latents) * valid[:, None]
     largest, order = fired.amax(0).topk(min(SHOWN, fired.shape[1]))
     chosen = order[largest > 0].tolist()

@@ -256,3 +256,24 @@ def _delete(pattern: str) -> object:
     from tokenizers import Regex, normalizers
 
     return normalizers.Replace(Regex(pattern), "")
+
+
+def test_excluded_positions_and_tokens_are_not_valid_and_are_counted(config: PipelineConfig, memory_store: Store) -> None:
+    """Attention sinks sit at the first positions of contexts and on separators; whatever is not valid is not trained on, measured or shown."""
+    tokenizer, plain = load_tokenizer(config.model), plan_corpus(config, memory_store)
+    make_token_shard(plain, memory_store, tokenizer, 0)
+    usual = load_tokens(plain, memory_store, 0)
+    assert "n_excluded" not in usual.manifest.facts
+    token_id = int(np.bincount(usual.token_ids[usual.valid]).argmax())
+    harvest = config.harvest.model_copy(update={"excluded_positions": 3, "excluded_token_ids": [token_id]})
+    other = Pipeline(config.model_copy(update={"harvest": harvest}), plain.plan)
+    assert token_shard_ref(other, 0).artifact_id != token_shard_ref(plain, 0).artifact_id
+    assert make_token_shard(other, memory_store, tokenizer, 0).manifest.facts["n_rows"] == len(usual.valid)
+    found, starts = load_tokens(other, memory_store, 0), context_offsets(usual.contexts)
+    position = np.arange(len(usual.valid)) - starts[usual.contexts]
+    assert (found.valid == usual.valid & (position >= 3) & (usual.token_ids != token_id)).all()
+    assert found.manifest.facts["n_excluded"] == (usual.valid & ~found.valid).sum() > 0
+    assert found.manifest.facts["n_valid"] == found.valid.sum() > 0
+    for wrong in ({"excluded_positions": config.corpus.context_length}, {"excluded_token_ids": [VOCABULARY]}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            plan_corpus(config.model_copy(update={"harvest": config.harvest.model_copy(update=wrong)}), memory_store)
