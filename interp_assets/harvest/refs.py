@@ -1,7 +1,7 @@
 """Where activation shards and their statistics lie."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.planning.config import PipelineConfig
@@ -9,6 +9,8 @@ from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "2-activations"
+OUTLIER_MULTIPLE: Final = 10.0
+"""A row is an outlier where its norm exceeds so many times the median: ordinary rows are within 3 of it, attention sinks 30 to 1,000 times above."""
 ACTIVATION_SHARD_VERSION = 2
 """Raise it when the same tokens would give other activations, or other statistics of them."""
 

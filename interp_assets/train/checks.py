@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from interp_assets.harvest.refs import OUTLIER_MULTIPLE
 from interp_assets.planning.asset import Check, Verdict
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.exchange.fit import Claims, Fit, explain_misfit
-from interp_assets.train.outliers import OUTLIER_MULTIPLE
 from interp_assets.train.refs import evaluation_ref, sae_ref
 
 MAX_FVU: Final = 0.5

@@ -28,6 +28,8 @@ from torch import Tensor
 from interp_assets.corpus.tokens import context_offsets, load_tokens
 from interp_assets.errors import ArtifactMissingError, InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
+from interp_assets.harvest.outliers import GroupSums, find_outliers, norm_limits
+from interp_assets.harvest.refs import OUTLIER_MULTIPLE
 from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.config import SaeConfig
@@ -37,7 +39,6 @@ from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.exchange.fit import N_ROWS, Fit
 from interp_assets.train.metrics import ReconstructionSums
-from interp_assets.train.outliers import OUTLIER_MULTIPLE, GroupSums, find_outliers, norm_limits
 from interp_assets.train.refs import METRICS, evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
 

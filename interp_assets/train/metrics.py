@@ -16,7 +16,7 @@ from torch import Tensor
 
 from interp_assets.compute.elementwise import sum_all
 from interp_assets.compute.products import multiply
-from interp_assets.train.outliers import GroupSums, find_fvu
+from interp_assets.harvest.outliers import GroupSums, find_fvu
 from interp_assets.train.sae import Sae
 
 _BLOCK_LATENTS: Final = 2048

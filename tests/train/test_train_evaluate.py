@@ -18,7 +18,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
+from interp_assets.harvest.outliers import find_outliers
+from interp_assets.harvest.refs import OUTLIER_MULTIPLE, activation_shard_ref, statistics_ref
 from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors, measure_rows
 from interp_assets.planning.config import make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
@@ -29,7 +30,6 @@ from interp_assets.train.checkpoint import load_sae, save_sae
 from interp_assets.train.checks import OUTLIER_ROWS, QUALITY_BOUNDS
 from interp_assets.train.evaluate import _measure_model, evaluate_sae, save_evaluation
 from interp_assets.train.metrics import ReconstructionSums, max_cosines
-from interp_assets.train.outliers import OUTLIER_MULTIPLE, find_outliers
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
 

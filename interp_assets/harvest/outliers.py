@@ -7,20 +7,17 @@ at a hook point that the SAE reads or reconstructs, its norm exceeds `OUTLIER_MU
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_assets.compute.elementwise import sum_all
+from interp_assets.harvest.refs import OUTLIER_MULTIPLE
 from interp_assets.harvest.statistics import load_statistics, squared_deviation
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.store import Store
-
-OUTLIER_MULTIPLE: Final = 10.0
-"""Ordinary rows are within a factor of 3 of the median norm, attention sinks 30 to 1,000 times above it."""
 
 
 def norm_limits(pipeline: Pipeline, store: Store, config: SaeConfig) -> dict[str, float]:
