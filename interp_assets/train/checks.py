@@ -36,7 +36,8 @@ def _quality_bounds(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> di
 def _judge_quality(facts: Mapping[str, Any]) -> Verdict:
     ordinary = facts.get("fvu_ordinary") or 0.0
     is_sound = max(facts["fvu"], ordinary) <= MAX_FVU and facts["dead_share"] <= MAX_DEAD_SHARE
-    shown = {"fvu": facts["fvu"], "fvu_ordinary": ordinary, "fvu_limit": MAX_FVU, "dead_share": facts["dead_share"], "dead_share_limit": MAX_DEAD_SHARE}
+    shown = {"fvu": facts["fvu"], "fvu_ordinary": ordinary, "fvu_limit": MAX_FVU}
+    shown |= {"dead_share": facts["dead_share"], "dead_share_limit": MAX_DEAD_SHARE}
     return Verdict(is_sound, shown, is_warning=True)
 
 
@@ -48,8 +49,6 @@ def _imported_fit(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verd
         if misfit := explain_misfit(fit, Claims(told["l0"], "its folder")):
             misfits[name] = misfit
     return Verdict(not misfits, {"misfits": misfits})
-
-
 
 
 def _outlier_rows(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:

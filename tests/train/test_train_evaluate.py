@@ -398,7 +398,9 @@ def test_rows_of_huge_norm_are_told_apart_and_a_check_speaks() -> None:
     assert facts["fvu"] < 0.01
     assert facts["fvu_ordinary"] > 0.5
     for check in (OUTLIER_ROWS, QUALITY_BOUNDS):
-        verdict = check.verdict(world.pipeline, world.store, ["demo"])
+        verdicts = check.verdicts(world.pipeline, world.store, ["demo"])
+        assert isinstance(verdicts, dict)
+        verdict = verdicts["demo"]
         assert not verdict.passed
         assert verdict.is_warning
 
