@@ -144,7 +144,7 @@ def describe(produced: Sequence[Produced], url: str, shown: Mapping[str, Shown])
     """Describe the artifacts of one partition: rows, bytes, seconds, rows per second, where, digest, whether they were there before, and more."""
     extra = {name: as_metadata(value) for name, value in shown.items()}
     if not produced:
-        return Made(data_version([]), extra)
+        return Made(data_version([]), _with_sizes(extra))
     n_bytes = sum(item.manifest.n_bytes for item in produced)
     n_rows = sum(n_rows_of(item) for item in produced)
     wall_s = sum(item.wall_s for item in produced)
