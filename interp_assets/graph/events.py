@@ -144,7 +144,7 @@ def describe(produced: Sequence[Produced], url: str, shown: Mapping[str, Shown])
     """Describe the artifacts of one partition: rows, bytes, seconds, rows per second, where, digest, whether they were there before, and more."""
     extra = {name: as_metadata(value) for name, value in shown.items()}
     if not produced:
-        return Made(data_version([]), extra)
+        return Made(data_version([]), _with_sizes(extra))
     n_bytes = sum(item.manifest.n_bytes for item in produced)
     n_rows = sum(n_rows_of(item) for item in produced)
     wall_s = sum(item.wall_s for item in produced)
@@ -164,8 +164,8 @@ def as_metadata(value: Shown) -> Any:
         return dg.MetadataValue.md(str(value))
     if isinstance(value, Table):
         return dg.MetadataValue.table([dg.TableRecord(row) for row in value])
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)  # the artifact has all digits
     return value if isinstance(value, bool | int | float | str) else dg.MetadataValue.json(value)
 
 
@@ -202,8 +202,12 @@ def _where(produced: Sequence[Produced], url: str, named: Mapping[str, Any]) -> 
 
 def _with_sizes(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Write every count of bytes with a unit beside it: the number is for plots, the text for people."""
-    sizes = {key.replace("bytes", "size"): format_bytes(value) for key, value in metadata.items() if key.endswith("bytes") and isinstance(value, int)}
-    return {**metadata, **sizes}
+    beside: dict[str, Any] = {}
+    for key, value in metadata.items():
+        beside[key] = value
+        if key.endswith("bytes") and isinstance(value, int):
+            beside[key.replace("bytes", "size")] = format_bytes(value)
+    return beside
 
 
 def _with_cost(made: Made, table: list[dict[str, Any]] | None) -> Made:
@@ -212,7 +216,14 @@ def _with_cost(made: Made, table: list[dict[str, Any]] | None) -> Made:
         return made
     usd = {row["what"]: row["actual"] for row in table}["USD"]
     more: dict[str, Any] = {"usd": usd} if usd else {}
-    return made._replace(metadata={**made.metadata, **more, "cost": dg.MetadataValue.table([dg.TableRecord(row) for row in table])})
+    rows = [dg.TableRecord({**row, "in short": f"{_shorten(row, 'estimated')} expected, {_shorten(row, 'actual')} taken"}) for row in table]
+    return made._replace(metadata={**made.metadata, **more, "cost": dg.MetadataValue.table(rows)})
+
+
+def _shorten(row: Mapping[str, Any], column: str) -> str:
+    """Write one number of a table of costs for people."""
+    is_size = str(row["what"]).startswith("bytes")
+    return format_bytes(int(row[column])) if is_size else f"{row[column]:,.4g}"
 
 
 def _event(context: dg.AssetExecutionContext, key: str, made: Made, tags: Mapping[str, str]) -> dg.AssetMaterialization:

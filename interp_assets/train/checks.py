@@ -41,14 +41,17 @@ def _judge_quality(facts: Mapping[str, Any]) -> Verdict:
     return Verdict(is_sound, shown, is_warning=True)
 
 
-def _imported_fit(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
-    misfits = {}
-    for name in (name for name in keys if pipeline.config.sae(name).imported):
-        facts, told = load_manifest(store, evaluation_ref(pipeline, name)).facts, load_manifest(store, sae_ref(pipeline, name)).facts["imported"]
-        fit = Fit(**{field: facts[field] for field in Fit._fields})
-        if misfit := explain_misfit(fit, Claims(told["l0"], "its folder")):
-            misfits[name] = misfit
-    return Verdict(not misfits, {"misfits": misfits})
+def _imported_fit(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
+    return {name: _judge_fit(pipeline, store, name) for name in keys}
+
+
+def _judge_fit(pipeline: Pipeline, store: Store, name: str) -> Verdict:
+    if not pipeline.config.sae(name).imported:
+        return Verdict(passed=True, shown={"misfit": "not imported"})
+    facts, told = load_manifest(store, evaluation_ref(pipeline, name)).facts, load_manifest(store, sae_ref(pipeline, name)).facts["imported"]
+    fit = Fit(**{field: facts[field] for field in Fit._fields})
+    misfit = explain_misfit(fit, Claims(told["l0"], "its folder"))
+    return Verdict(not misfit, {**fit._asdict(), "misfit": misfit or "none"})
 
 
 def _outlier_rows(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:

@@ -122,13 +122,15 @@ def test_what_is_measured_is_a_number_of_its_own(finished: Finished) -> None:
             numbers = {key for key, value in event.metadata.items() if isinstance(value, dg.FloatMetadataValue | dg.IntMetadataValue)}
             assert wanted | {"rows", "bytes"} <= numbers, name
             assert event.metadata["size"].value == format_bytes(int(str(event.metadata["bytes"].value)))
+            (row,) = [row.data for row in event.metadata["cost"].records if row.data["what"] == "bytes written"]
+            assert row["in short"].endswith(f"{format_bytes(int(row['actual']))} taken")
             facts = event.metadata.get("facts")
             assert facts is None or not [key for key, value in facts.value.items() if not isinstance(value, str | bool)], name
 
 
 def test_numbers_that_json_lacks_become_text() -> None:
     """A loss of NaN must not break the whole answer of Dagster's server: its floats are JSON's."""
-    assert [as_metadata(value) for value in (float("nan"), float("-inf"), 0.5, 3)] == ["nan", "-inf", 0.5, 3]
+    assert [as_metadata(value) for value in (float("nan"), float("-inf"), 0.1234567, 3)] == ["nan", "-inf", 0.123457, 3]
 
 
 def test_every_check_answers_for_every_partition(finished: Finished) -> None:

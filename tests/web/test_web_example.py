@@ -1,5 +1,7 @@
 """A text shows the features that fire on it: the same numbers as running model and SAE by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,18 @@ def test_every_number_is_the_encoders(probe: Probe) -> None:
         assert dict(map(tuple, item["activations"])) == pytest.approx(wanted, rel=1e-3)
     for place, strongest in enumerate(answer["by_token"]):
         assert [value for _, value in strongest] == pytest.approx(sorted(dense[place][dense[place] > 0], reverse=True)[:8], rel=1e-3)
+
+
+def test_a_feature_that_is_asked_about_is_told_of(probe: Probe) -> None:
+    """Who comes from a feature wants to know how it fires on a text, even if it does not at all."""
+    threshold = probe.sae.threshold.clone()
+    threshold[7] = 1e9
+    quiet = probe._replace(sae=replace(probe.sae, threshold=threshold))
+    every = run_example(quiet, TEXT)
+    assert 7 not in [item["latent"] for item in every["features"]]
+    asked = run_example(quiet, TEXT, 7)
+    assert asked == {**every, "features": [*every["features"], {"latent": 7, "max": 0.0, "activations": []}]}
+    assert run_example(quiet, TEXT, every["features"][0]["latent"]) == every
 
 
 def test_texts_that_make_no_sense_are_refused_before_anything_is_loaded() -> None:
