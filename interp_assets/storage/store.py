@@ -252,8 +252,7 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> Store:
     variables. Raises `ConfigError` for any other scheme.
     """
     check_address(url, "An address of a store")
-    if mend_text(url) != url:
-        raise StoreError(f"The name {os.fsencode(url)!r} is not UTF-8. Rename the folder, or use another.")
+    _check_text(url)
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         folder = Path(unquote(rest) if separator else url).expanduser().resolve()
@@ -300,7 +299,14 @@ def check_path(path: str) -> str:
     parts = path.split("/")
     if not path or path.startswith("/") or "\\" in path or "\0" in path or any(part in ("", ".", "..") for part in parts):
         raise StoreError(f"{path!r} is not a path inside a store: parts separated by single slashes, none of them '.' or '..'.")
+    _check_text(path)
     return path
+
+
+def _check_text(path: str) -> None:
+    """Raise `StoreError` for a name that an operating system allows and no object store."""
+    if mend_text(path) != path:
+        raise StoreError(f"The name {os.fsencode(path)!r} is not UTF-8. Rename it, or use another.")
 
 
 def _reason(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from interp_assets.graph.jobs import dagster_home, open_instance
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.storage.store import open_store
 from interp_assets.storage.verify import list_tree, locate, verify_tree
-from interp_assets.train.exchange.folders import SAE_FORMATS, export_sae, read_foreign
+from interp_assets.train.exchange.folders import export_sae, read_foreign
 from interp_assets.web.exports import FORMATS, export_bundle
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import OpenBundle, find_bundles
@@ -47,7 +47,7 @@ def test_every_export_is_written_to_and_read_from_a_folder_of_any_name(finished:
     assert export_site([bundle], open_store(str(place / "site" / ODD_NAME)), static=static).n_files > 1
     assert [found.name for found in find_bundles(str(place / "site" / ODD_NAME / "bundles"))] == [bundle.name]
     store = open_pipeline_store(finished.config)
-    for name in SAE_FORMATS:
+    for name in ("saelens", "dictionary_learning"):  # sparsify holds no SAE of this kind
         target = open_store(str(place / name / ODD_NAME))
         export_sae(load_pipeline(finished.config, store), store, "demo", name, target)
         assert read_foreign(target).sae.d_sae == finished.config.sae("demo").d_sae

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from odd_names import ODD_NAME
 
 from interp_assets.errors import ConfigError, StoreError, StoreMissingError
 from interp_assets.storage.store import Store, check_path, open_store
@@ -18,8 +19,8 @@ from interp_assets.storage.store import Store, check_path, open_store
 @pytest.fixture(params=["memory", "local"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """Run each test on both kinds of store."""
-    url = "memory://x" if request.param == "memory" else str(tmp_path / "root")
-    return open_store(url).child("a/folder")
+    url = "memory://x" if request.param == "memory" else str(tmp_path / ODD_NAME)
+    return open_store(url).child(f"a {ODD_NAME}/folder")
 
 
 def test_what_is_put_can_be_read_whole_and_in_ranges(store: Store) -> None:
@@ -93,7 +94,7 @@ def test_listing_and_deleting_stay_inside_the_folder(store: Store) -> None:
 
 def test_a_missing_object_names_itself(store: Store) -> None:
     """The message is what a user has to go by."""
-    with pytest.raises(StoreMissingError, match=r"There is no .*a/folder/nope"):
+    with pytest.raises(StoreMissingError, match=r"There is no .*a a#b\?.*/folder/nope"):
         store.get("nope")
 
 
@@ -102,6 +103,20 @@ def test_paths_cannot_leave_the_store(path: str) -> None:
     """Manifests come from buckets that we do not control."""
     with pytest.raises(StoreError, match="is not a path inside a store"):
         check_path(path)
+
+
+def test_a_name_that_is_no_utf8_is_a_sentence(tmp_path: Path) -> None:
+    """An operating system allows it, and no object store does."""
+    name = os.fsdecode(b"caf\xe9")
+    for act in (lambda: open_store(str(tmp_path / name)), lambda: open_store(str(tmp_path)).get(name)):
+        with pytest.raises(StoreError, match=r"The name b'.*caf\\xe9' is not UTF-8"):
+            act()
+
+
+def test_an_address_of_a_file_is_decoded(tmp_path: Path) -> None:
+    """As `Path.as_uri` writes it."""
+    open_store((tmp_path / ODD_NAME).as_uri()).put("x", b"1")
+    assert (tmp_path / ODD_NAME / "x").read_bytes() == b"1"
 
 
 def test_a_full_disk_says_what_to_do_and_publishes_nothing(tmp_path: Path) -> None:

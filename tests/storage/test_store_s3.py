@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from odd_names import ODD_NAME
 from s3_server import S3Server, start_s3_server
 
 from interp_assets.errors import StoreError
@@ -27,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def store(server: S3Server) -> Store:
     """Open a prefix of its bucket with options, the way `resources/` does."""
     options = {key.lower(): value for key, value in server.environment.items() if key != "AWS_ENDPOINT_URL"}
-    return open_store("s3://test/prefix", s3=options)
+    return open_store(f"s3://test/{ODD_NAME}", s3=options)
 
 
 def test_streams_ranges_and_listings_work(store: Store) -> None:
