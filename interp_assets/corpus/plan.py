@@ -10,7 +10,7 @@ from interp_assets.corpus.sources import survey_sources
 from interp_assets.errors import ArtifactError, InputError
 from interp_assets.garcon.facts import ModelFacts, find_facts
 from interp_assets.planning.config import PipelineConfig
-from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource, load_pipeline, save_plan
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource, load_pipeline, save_configuration, save_plan
 from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store
 
@@ -37,6 +37,7 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
     )
     save_plan(store, plan, config.execution.plan)
+    save_configuration(store, config)
     return Pipeline(config, plan, empty)
 
 

@@ -6,6 +6,7 @@ A name that does not fit is answered with the near ones, a point that a model do
 
 import difflib
 from typing import Any, Final, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -40,17 +41,31 @@ class HookPoint(NamedTuple):
         return "module" if self.name.startswith(MODULE) else self.name.partition(".")[0]
 
 
+_known: WeakKeyDictionary[PreTrainedModel, dict[str, HookPoint]] = WeakKeyDictionary()
+
+
 def list_points(net: PreTrainedModel, *, with_refused: bool = False) -> list[HookPoint]:
     """List the canonical hook points of a network in the order of a forward; empty for a model type that is not in the table.
 
     `with_refused` adds those that the model does not have, each with the reason.
     """
+    points = list(_known_points(net).values())
+    return points if with_refused else [point for point in points if not point.refused]
+
+
+def _known_points(net: PreTrainedModel) -> dict[str, HookPoint]:
+    """Return all points of a network by name, found once: a trace asks for them many times."""
+    if net not in _known:
+        _known[net] = {point.name: point for point in _make_points(net)}
+    return _known[net]
+
+
+def _make_points(net: PreTrainedModel) -> list[HookPoint]:
     adapter = find_adapter(net.config)
     if adapter is None:
         return []
     names = [*FIRST_KINDS, *(f"{kind}.{layer}" for layer in range(n_layers(net)) for kind in LAYER_KINDS), *LAST_KINDS]
-    points = [_canonical(net, adapter, name) for name in names]
-    return points if with_refused else [point for point in points if not point.refused]
+    return [_canonical(net, adapter, name) for name in names]
 
 
 def find_point(net: PreTrainedModel, name: str) -> HookPoint:
@@ -61,6 +76,8 @@ def find_point(net: PreTrainedModel, name: str) -> HookPoint:
         if path not in known:
             raise InputError(f"Hook point {name!r}: the model has no module {path!r}. Near: {_near(path, known)}.")
         return HookPoint(name, path, "output", "")
+    if point := _known_points(net).get(name):
+        return _unless_refused(net, point, name)
     adapter = find_adapter(net.config)
     if adapter is None:
         raise InputError(
@@ -68,13 +85,8 @@ def find_point(net: PreTrainedModel, name: str) -> HookPoint:
             f"(known: {sorted(ADAPTERS)}). Name a module instead: {_module_examples(net)}."
         )
     ours = canonical_name(name if adapter.has_rope else name.replace(".hook_q", ".hook_rot_q").replace(".hook_k", ".hook_rot_k"))
-    kind, _, layer = ours.partition(".")
-    is_there = ours in (*FIRST_KINDS, *LAST_KINDS) or (kind in LAYER_KINDS and layer.isdecimal() and layer in map(str, range(n_layers(net))))
-    if is_there:
-        point = _canonical(net, adapter, ours)
-        if point.refused:
-            raise InputError(f"A {net.config.model_type} model has no hook point {name!r}: {point.refused}.")
-        return point
+    if point := _known_points(net).get(ours):
+        return _unless_refused(net, point, name)
     if meant := explain_other(name):
         raise InputError(f"Hook point {name!r} is TransformerLens' name of what has none here: {meant}.")
     near = _near(ours, [point.name for point in list_points(net)])
@@ -189,6 +201,12 @@ _ABSENT: Final = {
     "mlp_act": "its MLP is a mixture of experts, so what the last matrix multiplies differs from token to token",
     "final_norm": "no norm stands after its last block",
 }
+
+
+def _unless_refused(net: PreTrainedModel, point: HookPoint, name: str) -> HookPoint:
+    if point.refused:
+        raise InputError(f"A {net.config.model_type} model has no hook point {name!r}: {point.refused}.")
+    return point
 
 
 def _peculiarity(config: Any) -> str:

@@ -11,6 +11,7 @@ Contexts are padded on the right. In a decoder nothing looks at what follows, so
 much padding follows it; an encoder gets the mask. Batching, dtypes of stored rows and checks of finiteness belong to `harvest`.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -60,6 +61,7 @@ class SubjectModel:
         self.is_causal = not is_encoder(net.config)
         self.vocabulary_size = len(_weight(net.get_input_embeddings()))
         self.max_context = max_context(net.config)
+        self.can_choose_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
         self._widths: dict[str, int] = {}
 
     @property
@@ -97,7 +99,7 @@ class SubjectModel:
         `attention_mask` is False on padding, which stands on the right; None means that there is none. Raises `InputError` for token ids
         outside the vocabulary, contexts longer than the model's, unknown hook points, and a hook point that the forward did not reach.
         """
-        captured = self._run_captured(hook_points, self._arguments(token_ids, attention_mask))
+        captured = self._run_captured(hook_points, self.arguments(token_ids, attention_mask))
         for name in hook_points:
             if name not in captured:
                 raise _did_not_fire(find_point(self.net, name), self.name)
@@ -115,7 +117,7 @@ class SubjectModel:
         if self.net.get_output_embeddings() is None:
             raise InputError(f"{self.name} ({self.net.config.model_type}) has no language-model head: there are no logits and no loss.")
         with torch.no_grad():
-            return self.net(**self._arguments(token_ids, attention_mask)).logits
+            return self.net(**self.arguments(token_ids, attention_mask)).logits
 
     def logits_with_patch(
         self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None, hook_point: str, replace: Patch
@@ -171,8 +173,8 @@ class SubjectModel:
                 f"Token id {highest:,} is outside the {self.vocabulary_size:,} embeddings of {self.name}: the tokenizer belongs to another model."
             )
 
-    def _arguments(self, token_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
-        """Check a batch and return what the network is called with."""
+    def arguments(self, token_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+        """Check a batch of right-padded contexts and return what the network is called with."""
         self.check_tokens(token_ids)
         if token_ids.shape[1] > self.max_context:
             raise InputError(

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import load_manifest
+from interp_assets.storage.manifest import Manifest, load_manifest
 from interp_assets.storage.store import Store
-from interp_assets.storage.tensors import read_rows, read_spans
+from interp_assets.storage.tensors import TensorSpan, read_rows, read_spans
 
 ROWS: Final = "rows.safetensors"
 READ_BYTES: Final = 32 << 20
@@ -29,14 +29,36 @@ class RowBlock(NamedTuple):
     """`[n, d_in]` in the stored dtype."""
 
 
-def iter_row_blocks(pipeline: Pipeline, store: Store, hook_point: str, index: int, n_rows: int) -> Iterator[RowBlock]:
-    """Yield all rows of corpus shard `index` at `hook_point` in order, in blocks of at most `n_rows`. Holds `READ_BYTES` and one block."""
+class OpenedRows(NamedTuple):
+    """One activation shard: its manifest, and where its rows lie in the file."""
+
+    store: Store
+    path: str
+    manifest: Manifest
+    span: TensorSpan
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return self.span.shape[0]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Read and verify rows [start, stop), in the stored dtype."""
+        return read_rows(self.store, self.path, self.manifest, ROWS, self.span, start, stop)
+
+
+def open_rows(pipeline: Pipeline, store: Store, hook_point: str, index: int) -> OpenedRows:
+    """Open corpus shard `index` at `hook_point`. Raises `ArtifactMissingError` before it is harvested."""
     ref = activation_shard_ref(pipeline, hook_point, index)
     manifest = load_manifest(store, ref)
-    span = read_spans(store, ref.path, manifest, ROWS)["rows"]
-    n_total = span.shape[0]
-    n_read = n_rows * max(1, READ_BYTES // max(1, n_rows * span.row_bytes))
-    for first in range(0, n_total, n_read):
-        rows = read_rows(store, ref.path, manifest, ROWS, span, first, min(first + n_read, n_total))
+    return OpenedRows(store, ref.path, manifest, read_spans(store, ref.path, manifest, ROWS)["rows"])
+
+
+def iter_row_blocks(pipeline: Pipeline, store: Store, hook_point: str, index: int, n_rows: int) -> Iterator[RowBlock]:
+    """Yield all rows of corpus shard `index` at `hook_point` in order, in blocks of at most `n_rows`. Holds `READ_BYTES` and one block."""
+    opened = open_rows(pipeline, store, hook_point, index)
+    n_read = n_rows * max(1, READ_BYTES // max(1, n_rows * opened.span.row_bytes))
+    for first in range(0, opened.n_rows, n_read):
+        rows = opened.read(first, min(first + n_read, opened.n_rows))
         for offset in range(0, len(rows), n_rows):
             yield RowBlock(first + offset, rows[offset : offset + n_rows])

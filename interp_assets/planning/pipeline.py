@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, TypeVar
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError, StoreMissingError
-from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import PLAN
 from interp_assets.storage.store import Store, open_store
 
+CONFIGURATION: Final = "pipeline.json"
 _FORMAT: Final = "interp-assets/plan"
 _VERSION: Final = 1
 """Raise it with every key that is added: readers refuse keys that they do not know."""
@@ -152,6 +153,30 @@ def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
     except StoreMissingError:
         pass
     return store.put(name, data)
+
+
+def save_configuration(store: Store, config: PipelineConfig) -> None:
+    """Keep beside the plan what it was made from, so that the folder can be opened without the file that somebody wrote."""
+    data = (json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
+    try:
+        if store.get(CONFIGURATION) == data:
+            return
+    except StoreMissingError:
+        pass
+    store.put(CONFIGURATION, data)
+
+
+def load_configuration(store: Store) -> PipelineConfig:
+    """Read the configuration of the latest planning. Raises `ArtifactMissingError` in a folder that is no pipeline's, or an earlier release's."""
+    try:
+        return make_config(parse_json(store.get(CONFIGURATION)))
+    except StoreMissingError as error:
+        raise ArtifactMissingError(
+            f"There is no {CONFIGURATION} at {store.url}: it is no pipeline's folder, or was planned by an earlier release. Name the pipeline's "
+            "YAML, or plan again with `interp run`."
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise ArtifactCorruptError(f"{store.url}/{CONFIGURATION} is damaged ({error}). Name the pipeline's YAML instead.") from error
 
 
 def load_pipeline(config: PipelineConfig, store: Store) -> Pipeline:

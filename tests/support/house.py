@@ -2,5 +2,5 @@
 
 from interp_assets.graph.stages import STAGES
 
-LAYERS = ("terminal", "graph", *reversed(STAGES), "garcon", "planning", "storage", "compute", "errors")
+LAYERS = ("terminal", "graph", "lab", *reversed(STAGES), "garcon", "planning", "storage", "compute", "errors")
 """Folders of `interp_assets`, from the top: each imports only what stands below it."""

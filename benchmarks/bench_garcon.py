@@ -1,0 +1,235 @@
+"""What reading and changing a model's inside costs beside bare PyTorch hooks, in one process.
+
+    python benchmarks/bench_garcon.py --quick     a small model, few repeats: within 45 s on 2 cores
+    python benchmarks/bench_garcon.py             and a model of 12 layers, d 256
+
+Sketch before code: a trace has to tokenize, to build and check a plan, to set one hook a point, and to copy what is read; the hooks and the
+copies are the floor's too. So on a tiny model the difference is a constant (the goal: 0.2 ms), and nothing on a larger one. A forward that stops
+at its middle layer saves half of the blocks and all of the head. A sweep's copies run through half of the blocks on average, in matrix products
+of many rows instead of one. 1,000 traces must leave no hook and no memory.
+
+    read all       every layer's resid_post read, beside hooks that clone                   goal <= 1.0x + 0.2 ms
+    patch          one position of every layer's resid_post replaced, and a logit difference, beside hooks     goal <= 1.0x + 0.2 ms
+    gradients      of a logit difference at every layer, beside hooks and `autograd.grad`   goal <= 1.05x
+    middle layer   the middle layer read, beside a whole forward                            goal <= 0.8x
+    sweep          4 layers x 16 positions, and 4 layers x 4 heads, beside a trace a cell   goal >= 10x and 6x
+    1,000 traces   growth of resident memory, and hooks that are left                       goal < 1 MB, 0
+
+Times are of this process's CPU, the median of rounds in which floor and ours alternate. One JSON line a case: `value` is ours in milliseconds
+(of the sweeps and the 1,000 traces what their unit says), `ratio_to_floor` ours over the floor's.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from interp_assets.garcon.session import Model
+from interp_assets.garcon.subject import SubjectModel
+
+VOCABULARY = 512
+
+
+class Words:
+    """A tokenizer whose every character is a token."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        """Return one id a character."""
+        return {"input_ids": [ord(char) % VOCABULARY for char in text]}
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the characters."""
+        return "".join(map(chr, ids))
+
+
+def make_model(n_layers: int, d_model: int) -> Model:
+    """Build a GPT-2 with random weights, the same each time."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=n_layers, n_head=4, n_embd=d_model, n_positions=128, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0)
+    return Model(SubjectModel(AutoModelForCausalLM.from_config(config), f"{n_layers} layers, d {d_model}"), Words())
+
+
+def compare(floor: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """Return the medians of both, in milliseconds of CPU, from alternating rounds."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for job in (floor, ours):
+        job()
+    for _ in range(rounds):
+        for job, kept in zip((floor, ours), times, strict=True):
+            start = time.process_time()
+            job()
+            kept.append(1e3 * (time.process_time() - start))
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+class Bare:
+    """The same work by hooks of one's own: what somebody who knows PyTorch would write."""
+
+    def __init__(self, llm: Model, text: str) -> None:
+        """Take the same model and text."""
+        self.net, self.ids = llm.subject.net, torch.tensor(llm.tokenize(text))
+        self.blocks = list(self.net.get_submodule("transformer.h").children())
+
+    def with_hooks(self, hook: Callable[..., Any], run: Callable[[], Any]) -> Any:
+        """Set one hook a block, run, and remove them."""
+        handles = [block.register_forward_hook(hook) for block in self.blocks]
+        try:
+            return run()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def read_all(self) -> list[torch.Tensor]:
+        """Clone what leaves every block."""
+        kept: list[torch.Tensor] = []
+        with torch.no_grad():
+            self.with_hooks(lambda _m, _a, out: kept.append(out.clone()), lambda: self.net.base_model(self.ids, use_cache=False))
+        return kept
+
+    def patch(self, value: torch.Tensor) -> float:
+        """Replace one position after every block and measure."""
+
+        def put(_module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
+            out = out.clone()
+            out[:, 3] = value
+            return out
+
+        with torch.no_grad():
+            logits = self.with_hooks(put, lambda: self.net(self.ids, use_cache=False, logits_to_keep=1).logits)
+        return float(logits[0, -1, 5] - logits[0, -1, 9])
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Differentiate a logit difference at every block."""
+        kept: list[torch.Tensor] = []
+        start = self.net.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_())
+        logits = self.with_hooks(lambda _m, _a, out: kept.append(out), lambda: self.net(self.ids, use_cache=False, logits_to_keep=1).logits)
+        start.remove()
+        return list(torch.autograd.grad(logits[0, -1, 5] - logits[0, -1, 9], kept))
+
+    def forward(self) -> torch.Tensor:
+        """Run to the end."""
+        with torch.no_grad():
+            return self.net(self.ids, use_cache=False).logits
+
+
+def time_traces(llm: Model, text: str, rounds: int) -> list[dict[str, Any]]:
+    """Compare single traces with bare hooks."""
+    bare, vector = Bare(llm, text), torch.ones(llm.subject.d_model)
+
+    def patch() -> None:
+        with llm.trace(text) as t:
+            for layer in range(len(bare.blocks)):
+                t.patch(f"resid_post.{layer}", vector[None], pos=3)
+            t.logit_diff(5, 9)
+
+    def gradients() -> None:
+        with llm.trace(text) as t:
+            t.grad(t.logit_diff(5, 9), at="resid_post.*")
+
+    middle = f"resid_post.{len(bare.blocks) // 2 - 1}"
+    cases: list[tuple[str, Callable[[], Any], Callable[[], Any], str]] = [
+        ("read all", bare.read_all, lambda: llm.run(text, read="resid_post.*"), "<= 1.0x + 0.2 ms"),
+        ("patch", lambda: bare.patch(vector), patch, "<= 1.0x + 0.2 ms"),
+        ("gradients", bare.gradients, gradients, "<= 1.05x"),
+        ("middle layer", bare.forward, lambda: llm.run(text, read=middle), "<= 0.8x"),
+    ]
+    lines = []
+    for name, floor, ours, goal in cases:
+        base, value = compare(floor, ours, rounds)
+        lines.append(
+            {
+                "name": f"{name}, {llm.subject.name}, {len(text)} tokens",
+                "value": value,
+                "unit": "ms",
+                "extra_ms": value - base,
+                "ratio_to_floor": value / base,
+                "goal": goal,
+            }
+        )
+    return lines
+
+
+def time_sweeps(llm: Model, rounds: int) -> list[dict[str, Any]]:
+    """Compare sweeps with a trace a cell; `ratio_to_floor` is how many times faster."""
+    text, other = "the cat sat on a", "the dog ran to b"
+    metric, lines = llm.logit_diff(5, 9), []
+    for by, kind, goal in (("position", "resid_post", ">= 10x"), ("head", "z", ">= 6x")):
+        names = [f"{kind}.{layer}" for layer in range(4)]
+        source = llm.run(other, read=names)
+        cells = [(name, i) for name in names for i in range(len(text) if by == "position" else 4)]
+
+        def serial(cells: Any = cells, source: Any = source, by: str = by) -> None:
+            for name, i in cells:
+                with llm.trace(text) as t:
+                    t.patch(name, source[name], **({"pos": i} if by == "position" else {"heads": [i]}))
+                    t.measure(metric)
+
+        slow, fast = compare(serial, lambda names=names, source=source, by=by: llm.sweep(names, text, source, metric, by=by), rounds)
+        lines.append(
+            {
+                "name": f"sweep {len(names)} x {len(cells) // len(names)} by {by}, {llm.subject.name}",
+                "value": fast,
+                "unit": "ms",
+                "ratio_to_floor": slow / fast,
+                "goal": goal,
+            }
+        )
+    return lines
+
+
+def count_leaks(llm: Model, n: int) -> dict[str, Any]:
+    """Run many traces and return what memory grew by, and the hooks that are left."""
+
+    def once() -> None:
+        with llm.trace("a few words") as t:
+            t.scale("z.0", 0.5)
+            t.grad(t.logit_diff(5, 9), at=["resid_post.*", "pattern.*"])
+
+    for _ in range(100):
+        once()
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(n):
+        once()
+    gc.collect()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in llm.subject.net.modules())  # noqa: SLF001 - no other way to count
+    return {"name": f"{n:,} traces", "value": grown, "unit": "MB grown", "hooks_left": hooks, "goal": "< 1 MB, 0 hooks"}
+
+
+def main() -> None:
+    """Print one line a case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the tiny model alone, few rounds")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    tiny = make_model(4, 64)
+    lines = [
+        *time_traces(tiny, "the cat sat on a", 30 if quick else 200),
+        *time_sweeps(tiny, 3 if quick else 10),
+        count_leaks(tiny, 300 if quick else 1000),
+    ]
+    if not quick:
+        lines += time_traces(make_model(12, 256), "the cat sat on a mat " * 3, 30)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    for line in lines:
+        print(
+            json.dumps(
+                {**line, "ours": True, "ratio_to_best_peer": None, "hardware": f"{platform.machine()}, {os.cpu_count()} cores", "commit": commit}
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

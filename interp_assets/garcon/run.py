@@ -1,0 +1,346 @@
+"""A plan and its tensors become answers: one forward that reads and writes at named points, and one backward if derivatives are asked for.
+
+1. Everything that can be refused is refused before the forward: points that are not there, positions outside a row, a patch whose source
+   lies after it.
+2. At a point, derivatives and reads come first, on what arrives; then the writes, as listed; then the reads that ask to be after them.
+3. A forward without metrics ends at its last point. Metrics need the logits of their positions, and no others are computed.
+4. All derivatives of a metric come from one backward. They are taken at edges of the graph, so that a tensor that is overwritten later
+   (`taps.py`) keeps the derivative of what it was.
+5. What did not happen is an error: a point that did not fire, a source that had not been read, a number that is not finite.
+
+Rows are padded on the right, and padding is no position: no write reaches it, what is read of it is zero.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.garcon.features import AttachedSae, clamp_part, encode_part
+from interp_assets.garcon.metrics import MetricOp, measure, places_of
+from interp_assets.garcon.parts import Part, find_part
+from interp_assets.garcon.plan import (
+    Add,
+    Attribute,
+    Cap,
+    Divergence,
+    Freeze,
+    Grad,
+    Loss,
+    Patch,
+    Plan,
+    ProjectOut,
+    Read,
+    ReadName,
+    SaeClamp,
+    SaeRead,
+    Scale,
+    TensorName,
+    When,
+    Write,
+)
+from interp_assets.garcon.points import HookPoint, find_point
+from interp_assets.garcon.subject import SubjectModel, token_losses
+from interp_assets.garcon.taps import Tap, order_of, tapped
+
+
+class Answer(NamedTuple):
+    """What a plan gave, by the names of its operations."""
+
+    tensors: dict[str, Tensor]
+    """Reads, [rows, positions, ...] or [rows, ...] for a single position; metrics, [rows]."""
+    derivatives: dict[str, dict[str, Tensor]]
+    """Of every `grad` and `attribute`, by point."""
+
+
+def run_plan(subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> Answer:
+    """Execute a plan; `tensors` holds what it names, by digest, `saes` the SAEs by name.
+
+    Raises `InputError` for what does not fit the model, and `NonFiniteError`, with the first place, for what it computes.
+    """
+    answer = _Run(subject, _with_unedited_rows(plan), len(plan.rows), _Beside(tensors, saes or {})).execute()
+    wanted = [operation.name for operation in plan.operations if isinstance(operation, Read | SaeRead | MetricOp)]
+    return answer._replace(tensors={name: answer.tensors[name] for name in wanted})
+
+
+def _with_unedited_rows(plan: Plan) -> Plan:
+    """Return a plan with freezes as one over its rows and as many again that no write reaches, from which the frozen points are taken."""
+    frozen = dict.fromkeys(name for operation in plan.operations if isinstance(operation, Freeze) for name in operation.points)
+    if not frozen:
+        return plan
+    n = len(plan.rows)
+    own, copies = tuple(range(n)), tuple(range(n, 2 * n))
+    operations: list[Any] = []
+    for point in frozen:
+        name = f"unedited {point}"
+        operations += [Read(name=name, point=point, rows=copies), Patch(point=point, rows=own, value=ReadName(read=name))]
+    for operation in plan.operations:
+        if not isinstance(operation, Freeze):
+            is_on_all = isinstance(operation, Read | SaeRead | MetricOp | Write) and operation.rows is None
+            operations.append(operation.model_copy(update={"rows": own}) if is_on_all else operation)
+    return Plan(rows=plan.rows * 2, operations=tuple(operations))
+
+
+class _Beside(NamedTuple):
+    """What lies beside a plan."""
+
+    tensors: Mapping[str, Tensor]
+    saes: Mapping[str, AttachedSae]
+
+    def sae(self, name: str) -> AttachedSae:
+        if name not in self.saes:
+            raise InputError(f"No SAE is called {name!r} here; there are {sorted(self.saes)}.")
+        return self.saes[name]
+
+
+class _AllReadError(Exception):
+    """Ends a forward of which nothing more is wanted."""
+
+
+class _AtPoint:
+    """What a plan does at one point, and what it met there."""
+
+    def __init__(self, point: HookPoint) -> None:
+        self.point = point
+        self.before: list[tuple[Read | SaeRead, Part]] = []
+        self.writes: list[tuple[Write, Part]] = []
+        self.after: list[tuple[Read, Part]] = []
+        self.wants_edge = False
+        self.edge: Any = None
+        self.value = torch.empty(0)
+        self.n_fired = 0
+
+
+class _Run:
+    """One execution: the points of a plan, and what has been read so far."""
+
+    def __init__(self, subject: SubjectModel, plan: Plan, n_rows: int, beside: _Beside) -> None:
+        """Resolve a plan; derivatives are of its first `n_rows` rows."""
+        self.subject, self.plan, self.n_rows, self.beside = subject, plan, n_rows, beside
+        self.lengths = [len(row) for row in plan.rows]
+        if min(self.lengths) == 0:
+            raise InputError(f"Row {self.lengths.index(0)} of the plan has no tokens: give at least one.")
+        self.metrics = [operation for operation in plan.operations if isinstance(operation, MetricOp)]
+        self.derived = [operation for operation in plan.operations if isinstance(operation, Grad | Attribute)]
+        self.points: dict[str, _AtPoint] = {}
+        self.found: dict[str, Tensor] = {}
+        self._resolve()
+        self.n_left = len(self.points)
+        self.places = {metric.name: places_of(metric, self.lengths) for metric in self.metrics}
+
+    def execute(self) -> Answer:
+        """Run the forward, the metrics and the backwards, and return copies of what was asked for."""
+        net: Any = self.subject.net
+        taps = [Tap(at.point, partial(self._meet, at)) for at in self.points.values()]
+        token_ids, mask = self._padded()
+        arguments = self.subject.arguments(token_ids, mask)
+        kept = self._kept_positions()
+        if kept is not None:
+            arguments["logits_to_keep"] = torch.tensor(kept, device=self.subject.device)
+        values: dict[str, Tensor] = {}
+        start = net.get_input_embeddings().register_forward_hook(_start_graph) if self.derived else None
+        try:
+            with torch.set_grad_enabled(bool(self.derived)):
+                with tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
+                    logits = net(**arguments)
+                    values = {metric.name: self._measure(metric, logits.logits, kept) for metric in self.metrics}
+                self._check_fired()
+                derivatives = {operation.name: self._derive(operation, values[operation.of]) for operation in self.derived}
+        finally:
+            if start is not None:
+                start.remove()
+        tensors = {name: value.detach() for name, value in {**self.found, **values}.items()}
+        for name, value in tensors.items():
+            _check_finite(value, name)
+        return Answer(tensors, derivatives)
+
+    def _resolve(self) -> None:
+        """Find every point and part, and refuse sources that lie after their target."""
+        reads = {operation.name: operation for operation in self.plan.operations if isinstance(operation, Read)}
+        for operation in self.plan.operations:
+            if isinstance(operation, Grad | Attribute):
+                for name in operation.at:
+                    self._at(name).wants_edge = True
+            if not isinstance(operation, Read | SaeRead | Write):
+                continue
+            at = self._at(operation.point)
+            part = find_part(self.subject.net, at.point, operation, self.lengths)
+            if isinstance(operation, SaeRead | SaeClamp):
+                self._check_sae(operation.sae, at.point)
+            if isinstance(operation, SaeRead):
+                at.before.append((operation, part))
+                continue
+            if isinstance(operation, Read):
+                (at.after if operation.after else at.before).append((operation, part))
+                continue
+            at.writes.append((operation, part))
+            if operation.when is not None:
+                self._watch(operation.when, at.point)
+            if isinstance(operation, Patch) and isinstance(operation.value, ReadName):
+                source = reads[operation.value.read]
+                here, there = order_of(at.point.name), order_of(self._at(source.point).point.name)
+                if there > here or (there == here and source.after):
+                    raise InputError(
+                        f"A patch at {operation.point!r} takes what is read at {source.point!r}, but a forward reaches that later. Read it in "
+                        "another run and patch from its result."
+                    )
+        if self.metrics and self.subject.net.get_output_embeddings() is None:
+            raise InputError(f"{self.subject.name} ({self.subject.net.config.model_type}) has no language-model head: there is nothing to measure.")
+
+    def _check_sae(self, name: str, point: HookPoint) -> None:
+        if (own := self._at(self.beside.sae(name).hook_point).point) != point:
+            raise InputError(f"The SAE {name!r} belongs to {own.name!r}; the plan has it at {point.name!r}.")
+
+    def _watch(self, when: When, target: HookPoint) -> None:
+        """Read the latent of a condition at its SAE's point, in all rows."""
+        at = self._at(self.beside.sae(when.sae).hook_point)
+        if order_of(at.point.name) > order_of(target.name):
+            raise InputError(f"A write at {target.name!r} waits for a latent at {at.point.name!r}, which a forward reaches later.")
+        read = SaeRead(name=_watched(when), point=at.point.name, sae=when.sae, latents=(when.latent,))
+        at.before.append((read, find_part(self.subject.net, at.point, read, self.lengths)))
+
+    def _at(self, name: str) -> _AtPoint:
+        point = find_point(self.subject.net, name)
+        return self.points.setdefault(point.name, _AtPoint(point))
+
+    def _padded(self) -> tuple[Tensor, Tensor | None]:
+        longest = max(self.lengths)
+        token_ids = torch.zeros((len(self.lengths), longest), dtype=torch.int64)
+        for i, row in enumerate(self.plan.rows):
+            token_ids[i, : len(row)] = torch.tensor(row)
+        return token_ids, None if min(self.lengths) == longest else torch.arange(longest)[None, :] < torch.tensor(self.lengths)[:, None]
+
+    def _kept_positions(self) -> list[int] | None:
+        """Return the positions whose logits are wanted; None for all of them."""
+        if not self.metrics or "logits" in self.points or any(isinstance(metric, Loss) for metric in self.metrics):
+            return None
+        kept = sorted({place for places in self.places.values() for _, place in places})
+        return kept if self.subject.can_choose_logits else None
+
+    def _meet(self, at: _AtPoint, value: Tensor) -> Tensor:
+        """Do at a point what the plan wants there; `value` has the point's own shape."""
+        at.n_fired += 1
+        if at.n_fired > 1:
+            raise InputError(f"Hook point {at.point.name!r} fired more than once in one forward: name a module that is called once.")
+        if at.wants_edge:
+            value = value.clone() if at.point.side == "stream" else value.view_as(value)
+            at.edge, at.value = get_gradient_edge(value), value
+        is_pattern = at.point.kind == "pattern"
+        shown = value.transpose(1, 2) if is_pattern else value  # positions stand second in every part
+        for read, part in at.before:
+            self.found[read.name] = self._read(read, part, shown)
+        if at.writes:
+            shown = shown.clone()
+            for write, part in at.writes:
+                part.put(shown, self._where(write, part, shown, self._replacement(write, part, shown)))
+            value = shown.transpose(1, 2) if is_pattern else shown
+        for read, part in at.after:
+            self.found[read.name] = part.take(shown)
+        self.n_left -= 1
+        if not self.n_left and not self.metrics:
+            raise _AllReadError
+        return value
+
+    def _read(self, read: Read | SaeRead, part: Part, shown: Tensor) -> Tensor:
+        if isinstance(read, Read):
+            return part.take(shown)
+        found = encode_part(self.beside.sae(read.sae), part.select(shown), read.latents)
+        return found if part.is_single else part.arrange(found)
+
+    def _where(self, write: Write, part: Part, shown: Tensor, replacement: Tensor) -> Tensor:
+        """Return the replacement where the write's condition holds, else what is there."""
+        if write.when is None:
+            return replacement
+        fires = self.found[_watched(write.when)][list(part.rows), list(part.positions), 0] > write.when.above
+        now = part.select(shown)
+        return torch.where(fires.reshape(-1, *[1] * (now.ndim - 1)), replacement, now)
+
+    def _replacement(self, write: Write, part: Part, shown: Tensor) -> Tensor:
+        """Return what a write makes of its part, [places, ...]."""
+        now = part.select(shown)
+        if isinstance(write, Scale):
+            return now * write.times
+        if isinstance(write, SaeClamp):
+            return clamp_part(self.beside.sae(write.sae), now, write.latents, write.values)
+        if isinstance(write, Add):
+            return now + write.times * part.fit(self._tensor(write.value), shown, write.point, is_vector_enough=True)
+        if isinstance(write, ProjectOut | Cap):
+            vector = part.fit(self._tensor(write.value), shown, write.point, is_vector_enough=True)
+            length = vector.norm(dim=-1, keepdim=True)
+            if bool((length == 0).any()):
+                raise InputError(f"The vector of {write.op} at {write.point!r} is zero: it has no direction.")
+            along = (now * (vector / length)).sum(-1, keepdim=True)
+            return now - (along if isinstance(write, ProjectOut) else (along - write.limit).clamp_min(0.0)) * (vector / length)
+        if write.value == "zero":
+            return torch.zeros_like(now)
+        if write.value == "mean":
+            return part.row_means(shown)
+        if isinstance(write.value, TensorName):
+            return part.fit(self._tensor(write.value), shown, write.point)
+        if write.value.read not in self.found:
+            raise InputError(f"A patch at {write.point!r} takes the read {write.value.read!r}, which the forward had not reached.")
+        return part.fit(self.found[write.value.read], shown, write.point)
+
+    def _tensor(self, name: TensorName) -> Tensor:
+        if name.tensor not in self.beside.tensors:
+            raise InputError(f"The plan names the tensor {name.tensor}, which does not lie beside it.")
+        return self.beside.tensors[name.tensor].to(self.subject.device)
+
+    def _check_fired(self) -> None:
+        silent = [f"{at.point.name!r} (module {at.point.module_path!r})" for at in self.points.values() if not at.n_fired]
+        if silent:
+            raise InputError(f"Hook point {', '.join(silent)} did not fire: it took no part in the forward of {self.subject.name}.")
+
+    def _measure(self, metric: MetricOp, logits: Tensor, kept: list[int] | None) -> Tensor:
+        if isinstance(metric, Loss):
+            rows = list(range(len(self.lengths)) if metric.rows is None else metric.rows)
+            token_ids, mask = self._padded()
+            losses = token_losses(logits[rows], token_ids[rows], None if mask is None else mask[rows])
+            return losses.sum(1) / torch.tensor([self.lengths[row] - 1 for row in rows], device=losses.device)
+        rows, places = (list(column) for column in zip(*self.places[metric.name], strict=True))
+        there = places if kept is None else [kept.index(place) for place in places]
+        return measure(metric, logits[rows, there], self._tensor(metric.other) if isinstance(metric, Divergence) else None)
+
+    def _derive(self, operation: Grad | Attribute, values: Tensor) -> dict[str, Tensor]:
+        ats = [self._at(name) for name in operation.at]
+        found = torch.autograd.grad(values.sum(), [at.edge for at in ats], retain_graph=True, allow_unused=True)
+        answers: dict[str, Tensor] = {}
+        for i, (at, gradient) in enumerate(zip(ats, found, strict=True)):
+            if gradient is None:
+                raise InputError(f"Metric {operation.of!r} does not depend on {at.point.name!r}: there is no derivative.")
+            own = gradient.reshape(at.value.shape)[: self.n_rows]
+            _check_finite(own, f"{operation.name} at {at.point.name}")
+            if isinstance(operation, Attribute):
+                own = self._attribute(at, own, operation.source if operation.source == "zero" else operation.source[i])
+            answers[at.point.name] = own.detach().clone()
+        return answers
+
+    def _attribute(self, at: _AtPoint, gradient: Tensor, source: Any) -> Tensor:
+        """Return the derivative along the way from each vector to its source's, [rows, positions] or by head."""
+        now = at.value[: self.n_rows]
+        wanted = torch.zeros_like(now) if source == "zero" else self._tensor(source)
+        if wanted.shape != now.shape:
+            raise InputError(f"The source at {at.point.name!r} has shape {list(wanted.shape)}, the activation {list(now.shape)}; give one as long.")
+        return (gradient * (wanted.to(now) - now)).sum(-1)
+
+
+def _watched(when: When) -> str:
+    return f"latent {when.latent} of {when.sae}"
+
+
+def _start_graph(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_()
+
+
+def _check_finite(value: Tensor, name: str) -> None:
+    if not value.is_floating_point() or math.isfinite(float(value.sum())):  # a NaN or an infinity leaves no sum finite
+        return
+    if not bool(torch.isfinite(value).all()):
+        place = (~torch.isfinite(value)).nonzero()[0].tolist()
+        raise NonFiniteError(f"{name} is {float(value[tuple(place)])} at {place}. Run the model in float32, or write smaller values.")

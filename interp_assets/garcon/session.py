@@ -1,0 +1,393 @@
+"""What a person types becomes a plan: texts, tokens and names of points, for a model that is loaded here.
+
+    llm = lab.load("EleutherAI/pythia-160m")
+    clean = llm.run("When Mary and John went, John gave to", read=["z.*"])
+    with llm.trace("When Mary and Anna went, Anna gave to") as t:  # runs when the block ends; the order of the lines is free
+        t.patch("z.8", clean["z.8"], heads=[3])
+        d = t.logit_diff(" Mary", " Anna")
+        g = t.grad(d, at=["resid_post.*"])
+
+Every result is a copy with a leading axis of rows, also for a single text. Texts are tokenized as the tokenizer itself does, with the special
+tokens that it adds; lists of token ids are taken as they are.
+"""
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+import polars as pl
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from interp_assets.errors import InputError
+from interp_assets.garcon.features import AttachedSae
+from interp_assets.garcon.metrics import MetricOp
+from interp_assets.garcon.plan import (
+    Add,
+    Attribute,
+    Cap,
+    Divergence,
+    Freeze,
+    Grad,
+    LogitDiff,
+    LogProb,
+    Loss,
+    Patch,
+    Plan,
+    ProjectOut,
+    Read,
+    ReadName,
+    SaeClamp,
+    SaeRead,
+    Scale,
+    Span,
+    TensorName,
+    When,
+    explain_plan,
+    name_tensor,
+)
+from interp_assets.garcon.points import BY_HEAD, find_point, list_points, point_shape
+from interp_assets.garcon.results import Grid, Result, Results
+from interp_assets.garcon.run import run_plan
+from interp_assets.garcon.subject import SubjectModel
+from interp_assets.garcon.sweep import run_sweep
+
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+Where = int | str | slice | Sequence[int] | None
+Names = str | Sequence[str]
+Value = Tensor | Result | str
+
+
+class Model:
+    """A loaded model: what can be read of it, and traces, sweeps and attributions over it."""
+
+    def __init__(self, subject: SubjectModel, tokenizer: Any, saes: Mapping[str, AttachedSae] | None = None) -> None:
+        """Take a subject model, the tokenizer that belongs to it, and SAEs by name."""
+        self.subject, self.tokenizer, self.saes = subject, tokenizer, saes or {}
+
+    @cached_property
+    def _point_names(self) -> list[str]:
+        return [point.name for point in list_points(self.subject.net)]
+
+    def points(self, pattern: str = "*") -> pl.DataFrame:
+        """Return name, shape, module, TransformerLens' name of every point that fits a pattern, and for those that are not there the reason."""
+        net = self.subject.net
+        found = [point for point in list_points(net, with_refused=True) if fnmatch.fnmatchcase(point.name, pattern)]
+        shapes = ["" if point.refused else str(list(point_shape(net, point) or ())).replace("'", "") for point in found]
+        columns = {"name": "name", "module": "module_path", "alias": "alias", "refused": "refused"}
+        table = {column: [getattr(point, field) for point in found] for column, field in columns.items()}
+        return pl.DataFrame({"name": table.pop("name"), "shape": shapes, **table})
+
+    def tokenize(self, prompt: Prompt) -> list[list[int]]:
+        """Return the token ids of each row. Raises `InputError` for an empty prompt."""
+        if isinstance(prompt, Tensor):
+            prompt = prompt.tolist()
+        items: Any = [prompt] if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], int)) else list(prompt)
+        rows = [list(self.tokenizer(item)["input_ids"]) if isinstance(item, str) else [int(token) for token in item] for item in items]
+        if not rows or not all(rows):
+            raise InputError("The prompt has a row without tokens: give a text, a list of texts, or token ids.")
+        return rows
+
+    def token(self, text: str) -> int:
+        """Return the id of a text that is one token. Raises `InputError` with the ids that it is."""
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if len(ids) != 1:
+            raise InputError(
+                f"{text!r} is {len(ids)} tokens: {ids} ({[self.tokenizer.decode([token]) for token in ids]}). Name one token, or its id."
+            )
+        return int(ids[0])
+
+    def names(self, wanted: Names) -> list[str]:
+        """Return the canonical names of points; `z.*` stands for all layers. Raises `InputError` for what does not exist."""
+        net, names = self.subject.net, []
+        for name in [wanted] if isinstance(wanted, str) else wanted:
+            if "*" in name:
+                found = fnmatch.filter(self._point_names, name)
+                names += found or [find_point(net, name.replace("*", "0")).name]
+            else:
+                names.append(find_point(net, name).name)
+        return list(dict.fromkeys(names))
+
+    def trace(self, prompt: Prompt) -> "Trace":
+        """Begin a trace over one row or several."""
+        return Trace(self, self.tokenize(prompt))
+
+    def run(self, prompt: Prompt, read: Names, *, pos: Where = None, heads: Sequence[int] | None = None) -> Results:
+        """Read points in one forward."""
+        with self.trace(prompt) as trace:
+            results = {name: trace.read(name, pos=pos, heads=heads) for name in self.names(read)}
+        return Results(results)
+
+    def logit_diff(self, token: str | int, other: str | int, *, pos: int = -1) -> LogitDiff:
+        """Return the metric: logit of one token less that of another, at a position."""
+        return LogitDiff(name="metric", token=self._id(token), other=self._id(other), pos=pos)
+
+    def logprob(self, token: str | int, *, pos: int = -1) -> LogProb:
+        """Return the metric: log probability of a token at a position, in nats."""
+        return LogProb(name="metric", token=self._id(token), pos=pos)
+
+    def sweep(self, points: Names, prompt: Prompt, source: Mapping[str, Result] | str, metric: MetricOp, *, by: str = "position") -> Grid:
+        """Put the source's activation into each cell, one at a time, and measure: exact, all cells in one growing batch.
+
+        `by` is `position`, or `head` for all positions of one head. `source` are results of another run as long as this one, or `zero`.
+        """
+        rows = self.tokenize(prompt)
+        if len(rows) != 1:
+            raise InputError(f"A sweep is over one row; the prompt has {len(rows)}. Sweep each by itself.")
+        names = self.names(points)
+        tensors = source if isinstance(source, str) else {name: source[name].tensor for name in names}
+        base, cells = run_sweep(self.subject, rows[0], names, tensors, metric, by)
+        columns = self.pieces(rows[0]) if by == "position" else [f"head {head}" for head in range(cells.shape[1])]
+        return Grid(cells, base, names, columns, f"{metric.metric} with one {by} from {'zero' if isinstance(source, str) else 'another run'}")
+
+    def attribute(self, points: Names, prompt: Prompt, source: Mapping[str, Result] | str, metric: MetricOp) -> Results:
+        """Estimate what `sweep` measures by one backward: derivative times change, [rows, positions] or [rows, positions, heads]."""
+        with self.trace(prompt) as trace:
+            return trace.attribute(trace.measure(metric), points, source)
+
+    def pieces(self, row: Sequence[int]) -> list[str]:
+        """Return every token of a row as text."""
+        return [self.tokenizer.decode([token]) for token in row]
+
+    def _id(self, token: str | int) -> int:
+        return self.token(token) if isinstance(token, str) else token
+
+
+class Trace:
+    """What one forward shall read, write and measure, gathered in a `with` block at whose end it runs."""
+
+    def __init__(self, model: Model, rows: list[list[int]]) -> None:
+        """`Model.trace` makes it."""
+        self._model, self._rows = model, rows
+        self._operations: list[Any] = []
+        self._results: dict[str, Result] = {}
+        self._derived: dict[str, Results] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self.ran = False
+
+    @cached_property
+    def tokens(self) -> list[list[str]]:
+        """Every row's tokens as text."""
+        return [self._model.pieces(row) for row in self._rows]
+
+    def __enter__(self) -> "Trace":  # noqa: PYI034 - beartype knows Self in classes that it decorates whole
+        """Begin to gather."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Run, unless the block failed."""
+        if kind is None:
+            self.execute()
+
+    @property
+    def plan(self) -> Plan:
+        """What has been gathered so far. Raises `InputError` for what no model could do."""
+        try:
+            return Plan(rows=tuple(map(tuple, self._rows)), operations=tuple(self._operations))
+        except ValidationError as error:
+            raise InputError(explain_plan(error)) from error
+
+    def execute(self) -> None:
+        """Run what was gathered and fill the results."""
+        answer = run_plan(self._model.subject, self.plan, self._tensors, self._model.saes)
+        for name, tensor in answer.tensors.items():
+            if name in self._results:
+                self._results[name].fill(tensor)
+        for name, derivatives in answer.derivatives.items():
+            for point, tensor in derivatives.items():
+                self._derived[name][point].fill(tensor)
+        self.ran = True
+
+    def read(
+        self, point: str, *, pos: Where = None, rows: int | Sequence[int] | None = None, heads: Sequence[int] | None = None, after: bool = False
+    ) -> Result:
+        """Keep a copy of the activation at a point, as it arrives there, or `after` the writes."""
+        at = self._at(point, pos, rows, heads)
+        name = self._name("read")
+        self._operations.append(Read(name=name, after=after, **at))
+        chosen = range(len(self._rows)) if at["rows"] is None else at["rows"]
+        self._results[name] = Result(at["point"], self._axes(at), [self._tokens_at(row, at["pos"]) for row in chosen])
+        self._results[name].operation = name
+        return self._results[name]
+
+    def patch(
+        self, point: str, value: Value, *, pos: Where = None, rows: int | Sequence[int] | None = None, heads: Sequence[int] | None = None
+    ) -> None:
+        """Replace the activation by a tensor, a result of this or another run, `zero`, or `mean`, the mean over its row's positions."""
+        known = getattr(value, "operation", "") if isinstance(value, Result) else ""
+        if isinstance(value, str) and value not in ("zero", "mean"):
+            raise InputError(f"A patch takes a tensor, a result, 'zero' or 'mean'; found {value!r}.")
+        source = ReadName(read=known) if known and self._results.get(known) is value else value if isinstance(value, str) else self._keep(value)
+        self._operations.append(Patch(value=source, **self._at(point, pos, rows, heads)))  # type: ignore[arg-type]
+
+    def add(
+        self,
+        point: str,
+        vector: Tensor | Result,
+        *,
+        times: float = 1.0,
+        pos: Where = None,
+        rows: int | Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> None:
+        """Add `times` a vector at every position, or a tensor of the part's own shape."""
+        self._operations.append(Add(value=self._keep(vector), times=times, **self._at(point, pos, rows, heads)))
+
+    def scale(
+        self, point: str, times: float, *, pos: Where = None, rows: int | Sequence[int] | None = None, heads: Sequence[int] | None = None
+    ) -> None:
+        """Multiply the activation."""
+        self._operations.append(Scale(times=times, **self._at(point, pos, rows, heads)))
+
+    def project_out(self, point: str, vector: Tensor | Result, *, pos: Where = None, rows: int | Sequence[int] | None = None) -> None:
+        """Take away what points along a vector."""
+        self._operations.append(ProjectOut(value=self._keep(vector), **self._at(point, pos, rows, None)))
+
+    def cap(self, point: str, vector: Tensor | Result, limit: float, *, pos: Where = None, rows: int | Sequence[int] | None = None) -> None:
+        """Take away what points along a vector beyond a limit."""
+        self._operations.append(Cap(value=self._keep(vector), limit=limit, **self._at(point, pos, rows, None)))
+
+    def freeze(self, points: Names) -> None:
+        """Keep what these points (patterns, for the most part) are in an unedited forward over the same tokens."""
+        self._operations.append(Freeze(points=tuple(self._model.names(points))))
+
+    def sae_read(self, sae: str, latents: Sequence[int] | None = None, *, pos: Where = None) -> Result:
+        """Keep the latent activations of an SAE at its point, all of them or some: [rows, positions, latents]."""
+        at = self._at(self._sae(sae).hook_point, pos, None, None)
+        name = self._name("read")
+        self._operations.append(SaeRead(name=name, sae=sae, latents=None if latents is None else tuple(latents), **at))
+        axes = ["row", *([] if isinstance(at["pos"], int) else ["position"]), "latent"]
+        self._results[name] = Result(f"{sae} at {at['point']}", axes, [self._tokens_at(row, at["pos"]) for row in range(len(self._rows))])
+        self._results[name].operation = name
+        return self._results[name]
+
+    def sae_clamp(self, sae: str, values: Mapping[int, str], *, pos: Where = None, when: tuple[str, int, float] | None = None) -> None:
+        """Set latents of an SAE, each to a value with its unit (`3.5 raw`), and leave all else: what the SAE does not explain, too.
+
+        `when` is an SAE, a latent and a value: only positions where it fires above that are written.
+        """
+        raw = tuple(_raw(value) for value in values.values())
+        condition = None if when is None else When(sae=when[0], latent=when[1], above=when[2])
+        at = self._at(self._sae(sae).hook_point, pos, None, None)
+        self._operations.append(SaeClamp(sae=sae, latents=tuple(values), values=raw, when=condition, **at))
+
+    def logit_diff(self, token: str | int, other: str | int, *, pos: int = -1) -> Result:
+        """Measure the logit of one token less that of another, for every row."""
+        return self.measure(self._model.logit_diff(token, other, pos=pos))
+
+    def logprob(self, token: str | int, *, pos: int = -1) -> Result:
+        """Measure the log probability of a token, in nats, for every row."""
+        return self.measure(self._model.logprob(token, pos=pos))
+
+    def loss(self) -> Result:
+        """Measure the mean cross entropy of the next tokens, in nats, for every row."""
+        return self.measure(Loss(name="metric"))
+
+    def kl(self, logits: Tensor | Result, *, pos: int = -1) -> Result:
+        """Measure the KL divergence in nats from another run's prediction, given as its logits at one position, [rows, vocabulary]."""
+        return self.measure(Divergence(name="metric", other=self._keep(logits), pos=pos))
+
+    def measure(self, metric: MetricOp) -> Result:
+        """Measure a metric, for every row."""
+        name = self._name("metric")
+        self._operations.append(metric.model_copy(update={"name": name}))
+        self._results[name] = Result(metric.metric, ["row"], self.tokens)
+        self._results[name].operation = name
+        return self._results[name]
+
+    def grad(self, metric: Result, at: Names) -> Results:
+        """Differentiate a metric, summed over its rows, at points as they are before the writes."""
+        name = self._name("grad")
+        points = self._model.names(at)
+        self._operations.append(Grad(name=name, of=self._metric_name(metric), at=tuple(points)))
+        whole = {point: self._axes({"point": point, "pos": None}) for point in points}
+        self._derived[name] = Results({point: Result(f"d {metric.name} / d {point}", axes, self.tokens) for point, axes in whole.items()})
+        return self._derived[name]
+
+    def attribute(self, metric: Result, at: Names, source: Mapping[str, Result] | str) -> Results:
+        """Estimate what putting the source's vector in each place would change of a metric: derivative times change."""
+        name = self._name("attribute")
+        points = self._model.names(at)
+        if isinstance(source, str) and source != "zero":
+            raise InputError(f"A source is the result of another run, or 'zero'; found {source!r}.")
+        given: Any = source if isinstance(source, str) else tuple(self._keep(source[point]) for point in points)
+        self._operations.append(Attribute(name=name, of=self._metric_name(metric), at=tuple(points), source=given))
+        axes = {point: self._axes({"point": point, "pos": None})[:-1] for point in points}
+        self._derived[name] = Results({point: Result(f"{metric.name} by {point}", axes[point], self.tokens) for point in points})
+        return self._derived[name]
+
+    def _sae(self, name: str) -> AttachedSae:
+        if name not in self._model.saes:
+            raise InputError(f"No SAE is called {name!r} here; there are {sorted(self._model.saes)}. `lab.open(...).model()` brings a pipeline's.")
+        return self._model.saes[name]
+
+    def _metric_name(self, metric: Result) -> str:
+        name = getattr(metric, "operation", "")
+        if self._results.get(name) is not metric or not name.startswith("metric"):
+            raise InputError(f"{metric!r} is no metric of this trace: take what t.logit_diff, t.logprob, t.loss or t.kl returned.")
+        return name
+
+    def _name(self, kind: str) -> str:
+        return f"{kind}{len(self._operations)}"
+
+    def _keep(self, value: Tensor | Result) -> TensorName:
+        tensor = value.tensor if isinstance(value, Result) else value
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"Expected a tensor or a result, found a {type(tensor).__name__}.")
+        tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
+        name = name_tensor(tensor)
+        self._tensors[name.tensor] = tensor.detach()
+        return name
+
+    def _at(self, point: str, pos: Where, rows: int | Sequence[int] | None, heads: Sequence[int] | None) -> dict[str, Any]:
+        chosen = None if rows is None else (rows,) if isinstance(rows, int) else tuple(rows)
+        name = point if point.startswith("module:") else find_point(self._model.subject.net, point).name
+        where: Any = pos
+        if isinstance(pos, str):
+            where = self._find_token(pos, range(len(self._rows)) if chosen is None else chosen)
+        elif isinstance(pos, slice):
+            where = Span(start=pos.start, stop=pos.stop, step=pos.step)
+        elif pos is not None and not isinstance(pos, int):
+            where = tuple(int(place) for place in pos)
+        return {"point": name, "pos": where, "rows": chosen, "heads": None if heads is None else tuple(heads)}
+
+    def _find_token(self, text: str, rows: Iterable[int]) -> int:
+        """Return the place of a token that occurs once in each row, in the same place. Raises `InputError` with the places."""
+        places = {row: [place for place, piece in enumerate(self.tokens[row]) if piece == text] for row in rows}
+        found = {place for of_row in places.values() for place in of_row}
+        if len(found) != 1 or not all(len(of_row) == 1 for of_row in places.values()):
+            shown = "; ".join(f"row {row}: {of_row or 'nowhere'}" for row, of_row in places.items())
+            raise InputError(f"The token {text!r} must stand once in each row, in one place. Found {shown}. Tokens of row 0: {self.tokens[0]}.")
+        return found.pop()
+
+    def _tokens_at(self, row: int, pos: Any) -> list[str]:
+        pieces = self.tokens[row]
+        if pos is None:
+            return pieces
+        if isinstance(pos, Span):
+            return pieces[slice(pos.start, pos.stop, pos.step)]
+        wanted = [pos] if isinstance(pos, int) else pos
+        return [pieces[place] for place in wanted if -len(pieces) <= place < len(pieces)]
+
+    def _axes(self, at: Mapping[str, Any]) -> list[str]:
+        kind = at["point"].partition(".")[0]
+        position = [] if isinstance(at["pos"], int) else ["position"]
+        if kind == "pattern":
+            return ["row", "head", *position, "key"]
+        return ["row", *position, *(["head"] if kind in BY_HEAD else []), "dimension"]
+
+
+def _raw(value: str) -> float:
+    """Return the number of `3.5 raw`. Raises `InputError` for a number without a unit, and for units that are not known here."""
+    number, _, unit = str(value).partition(" ")
+    try:
+        found = float(number)
+    except ValueError:
+        found = math.nan
+    if unit != "raw" or not math.isfinite(found):
+        raise InputError(f"A latent is set to a number with its unit, such as '3.5 raw' for the units of the activations; found {value!r}.")
+    return found
