@@ -1,7 +1,7 @@
 """A Hugging Face dataset becomes shards by ranges of its rows, and a shard's documents are streamed from its range.
 
-Nothing is downloaded to plan: the number of rows comes from the dataset's description, or, when it has none, from the footers of its Parquet
-files, or from counting the streamed rows up to `max_shards`. A shard's fingerprint is its address: the dataset, the commit that the revision
+Nothing is downloaded to plan but a footer or a few rows, from which the size of the text is estimated. The number of rows comes from the
+dataset's description, or, when it has none, from the footers of its Parquet files, or from counting the streamed rows up to `max_shards`. A shard's fingerprint is its address: the dataset, the commit that the revision
 stands for (of a local folder: the hash of its files), subset, split and range. Rows without text are skipped when they are read.
 
 Of a dataset of Parquet files, which nearly all on the hub are, a shard reads the row groups that hold its range. Of any other kind it streams
@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from interp_assets.corpus.files import text_of
-from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column
+from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column, mean_bytes
 from interp_assets.errors import InputError
 from interp_assets.garcon.locate import digest_file
 from interp_assets.planning.config import CorpusConfig
@@ -29,6 +29,7 @@ from interp_assets.planning.pipeline import ShardSource
 
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 """Base error of the hub client's HTTP library, which has changed from one release to the next."""
+_SAMPLED_ROWS: Final = 100
 _LOAD_ERRORS: Final = (OSError, _HTTP_ERROR, ValueError, KeyError, RuntimeError, ImportError)
 
 
@@ -39,14 +40,28 @@ def plan_hub(config: CorpusConfig) -> list[ShardSource]:
     _check_column(config, dataset)
     n_rows = _count_rows(config, revision, dataset)
     n_shards = min(config.max_shards, -(-n_rows // config.documents_per_shard))
+    text_bytes = estimate_text_bytes(config, revision, dataset)
     shards: list[ShardSource] = []
     for index in range(n_shards):
         first = index * config.documents_per_shard
         stop = min(n_rows, first + config.documents_per_shard)
         spec = {"dataset": _label(config), "revision": revision, "subset": config.subset, "split": config.split, "first": first, "stop": stop}
         fingerprint = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=16).hexdigest()
-        shards.append(ShardSource(index=index, fingerprint=fingerprint, n_documents=stop - first, n_bytes=0, spec=spec))
+        shards.append(
+            ShardSource(index=index, fingerprint=fingerprint, n_documents=stop - first, n_bytes=round(text_bytes * (stop - first)), spec=spec)
+        )
     return shards
+
+
+def estimate_text_bytes(config: CorpusConfig, revision: str, dataset: IterableDataset) -> float:
+    """Return the bytes of text of an average row, for forecasts: as the first Parquet file says, else as the first rows do; 0 if neither can."""
+    try:
+        if files := _list_parquet(config, revision):
+            return mean_bytes(files[0], config.text_field)
+        values = [row.get(config.text_field) for row in dataset.take(_SAMPLED_ROWS)]
+    except _LOAD_ERRORS:
+        return 0.0  # reading them says what is wrong
+    return sum(len(str(value or "").encode()) for value in values) / max(1, len(values))
 
 
 def iter_hub_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[str, str]]:

@@ -6,11 +6,15 @@ the `meta` device, without its weights, so planning for a large model costs no m
 have not changed since are known (`storage/seen.py`).
 """
 
+from dataclasses import replace
+
+from interp_assets.corpus.packing import check_room
+from interp_assets.corpus.refs import token_ids
 from interp_assets.corpus.sources import survey_sources
 from interp_assets.errors import ArtifactError, InputError
 from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer
 from interp_assets.garcon.subject import SubjectModel, make_meta_model
-from interp_assets.garcon.tokenizer import load_tokenizer
+from interp_assets.garcon.tokenizer import affixes, load_tokenizer
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource, load_pipeline, save_plan
 from interp_assets.storage.seen import open_seen
@@ -24,7 +28,8 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
 
     Raises `InputError` or `ConfigError` for text, tokenizer, model, hook points and lengths that do not fit.
     """
-    old = _find_grown(config, store)
+    known = _find_plan(config, store)
+    old = known if config.retrain.after_tokens else None
     subject = make_meta_model(config.model)
     widths = {hook_point: subject.d_in(hook_point) for hook_point in config.harvest.hook_points}
     _check_model(config, subject)
@@ -40,8 +45,17 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
         max_context=subject.max_context,
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
     )
+    plan = carry_shuffle(config, known, plan)
     save_plan(store, plan, config.execution.plan)
     return Pipeline(config, plan, empty)
+
+
+def carry_shuffle(config: PipelineConfig, old: PipelinePlan | None, plan: PipelinePlan) -> PipelinePlan:
+    """Return a new plan with the shuffle that the old one chose, while the tokens are those whose rows it counted."""
+    chosen = old.shuffle if old and config.shuffle.stated is None else None
+    pipeline = Pipeline(config, plan)
+    is_same = chosen is not None and token_ids(pipeline, pipeline.first_indices) == chosen.token_shards
+    return replace(plan, shuffle=chosen) if is_same else plan
 
 
 def carry_generations(old: PipelinePlan | None, shards: list[ShardSource]) -> list[int]:
@@ -63,10 +77,8 @@ def describe_empty(pipeline: Pipeline) -> str:
     return f"{n_files:,} {noun} skipped: {', '.join(shown)}" + (f" and {rest:,} more" if rest else "")
 
 
-def _find_grown(config: PipelineConfig, store: Store) -> PipelinePlan | None:
-    """Return the plan that new text is added to, if the pipeline retrains on new text and has one."""
-    if not config.retrain.after_tokens:
-        return None
+def _find_plan(config: PipelineConfig, store: Store) -> PipelinePlan | None:
+    """Return the plan that there is, if there is one."""
     try:
         return load_pipeline(config, store).plan
     except ArtifactError:
@@ -85,6 +97,8 @@ def _check_model(config: PipelineConfig, subject: SubjectModel) -> None:
             "set corpus.contexts to per_document."
         )
     tokenizer = load_tokenizer(config.model)
+    before, after = affixes(tokenizer) if config.corpus.contexts == "per_document" else ((), ())
+    check_room(config.corpus.context_length, before, after)
     if tokenizer.vocab_size > subject.vocabulary_size:
         raise InputError(
             f"The tokenizer of {config.model.name} has {tokenizer.vocab_size:,} tokens, the model only {subject.vocabulary_size:,} embeddings: "

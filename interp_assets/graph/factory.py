@@ -59,6 +59,8 @@ def make_definition(asset: Asset, road: Road, config: PipelineConfig) -> dg.Asse
     )
     def body(context: dg.AssetExecutionContext, world: dg.ResourceParam[World], progress: dg.ResourceParam[Progress]) -> Events:
         yield from _plan(asset, road, context, world, progress) if asset.plan else _make(asset, context, world, progress)
+        if asset.completes_plan:
+            register(context.instance, road, world.open()[0])
 
     return body  # pyright: ignore[reportReturnType] - Dagster's overloads do not see through the arguments
 
@@ -108,7 +110,8 @@ def _plan(asset: Asset, road: Road, context: dg.AssetExecutionContext, world: Wo
     claim_history(context.instance, world.config.name)
     store = world.store()
     pipeline = asset.plan(world.config, store, tell)
-    register(context.instance, pipeline)
+    register(context.instance, road, pipeline)
+    road.check(pipeline, store)
     for outside in road.outside:
         for key, found in outside.observe(pipeline).items() if outside.observe else ():
             tags = {"dagster/data_version": found.version}

@@ -23,6 +23,7 @@ import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 from dagster._core.errors import DagsterExecutionInterruptedError
 
+from interp_assets.corpus.sizes import are_counted
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.fanout import side_by_side
@@ -111,14 +112,20 @@ def run_road(
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
+    is_certain = are_counted(pipeline, store)
     for siblings in group_siblings(rest):
+        if not is_certain and (is_certain := are_counted(pipeline := load_pipeline(config, store), store)):
+            road.check(pipeline, store)  # the plan could only estimate the rows
         due = [(asset, find_missing(road, asset, pipeline, store, instance)) for asset in siblings]
         with side_by_side([asset for asset, missing in due if missing], config):
             for asset, missing in due:
-                keys = asset.partition_keys(pipeline)
-                progress.skip(len(keys) - len(missing))
-                progress.expect(asset.name, len(missing))
-                yield _report(run_asset(job, instance, asset, missing, keys))
+                if keys := asset.partition_keys(pipeline):
+                    progress.skip(len(keys) - len(missing))
+                    progress.expect(asset.name, len(missing))
+                    yield _count(road, asset, (pipeline, store), missing, _report(run_asset(job, instance, asset, missing, keys)))
+        if any(asset.completes_plan for asset in siblings):
+            pipeline = load_pipeline(config, store)
+            progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
 
 
 def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
@@ -240,6 +247,13 @@ def _report(outcome: Outcome) -> AssetReport:
     if outcome.errors:
         raise outcome.errors[0]
     return outcome.report
+
+
+def _count(road: Road, asset: Asset, where: tuple[Pipeline, Store], missing: Sequence[str], report: AssetReport) -> AssetReport:
+    """Count as `interp plan` does: partitions that hold nothing, as a held-out shard's share of the shuffle, are none."""
+    pipeline, store = where
+    empty = {key for key in asset.partition_keys(pipeline) if not road.holds_anything(asset, pipeline, store, key)}
+    return report._replace(n_partitions=report.n_partitions - len(empty), n_made=report.n_made - len(empty & set(missing)))
 
 
 def _node_name(asset: Asset) -> str:

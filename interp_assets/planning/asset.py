@@ -35,6 +35,8 @@ class Axis:
     """The partition keys that the configuration tells; empty where the plan does."""
     planned: Callable[[Pipeline], list[str]] | None = None
     """The partition keys that the plan tells."""
+    registered: str = ""
+    """With `planned`: the name of the set that Dagster keeps of them."""
     dimensions: tuple["Axis", ...] = ()
     """Two axes whose keys are combined, as `first|second`."""
 
@@ -47,8 +49,8 @@ class Axis:
 
 
 NONE: Final = Axis("none", fixed=("",))
-SHARDS: Final = Axis("shard", planned=lambda pipeline: [shard_key(index) for index in pipeline.shard_indices])
-EXPERIMENTS: Final = Axis("experiment", planned=lambda pipeline: [sae.name for sae in pipeline.config.saes])
+SHARDS: Final = Axis("shard", planned=lambda pipeline: [shard_key(index) for index in pipeline.shard_indices], registered="shards")
+EXPERIMENTS: Final = Axis("experiment", planned=lambda pipeline: [sae.name for sae in pipeline.config.saes], registered="experiments")
 
 
 def grid(first: Axis, second: Axis) -> Axis:
@@ -251,6 +253,10 @@ class Asset:
     work_kind: Callable[[PipelineConfig, str], str] | None = None
     """Names a partition's kind of work, for what is known of this machine; None: the asset's name."""
     needs: Needs = field(default_factory=Needs)
+    obstacles: Callable[[Pipeline, Store], list[str]] = lambda _pipeline, _store: []
+    """What is known to stop it before any work, a sentence each with the next step: rows count as soon as tokens are there, else at their bounds."""
+    completes_plan: bool = False
+    """Whether partitions of later assets are known only when it is made: it adds to the plan."""
     is_made_together: bool = False
     """Whether a run's partitions are one piece of work, done when it is prepared; others are made alone, on any machine."""
     is_one_run: bool = False

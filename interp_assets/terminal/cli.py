@@ -70,6 +70,9 @@ def backfill(
     """Make what has failed, is missing or was made from other bytes, as far as possible; exit code 1 when something failed again."""
     pipeline = _load(config)
     _check_names(pipeline, select or [])
+    from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+
+    load_pipeline(pipeline, open_pipeline_store(pipeline))  # without a plan there is nothing to do, and no history to begin
     from interp_assets.graph.backfill import run_backfill
     from interp_assets.graph.jobs import open_instance
     from interp_assets.terminal.console import print_report, print_total
@@ -156,12 +159,15 @@ def plan(
 @app.command()
 def costs(config: ConfigOption = None) -> None:
     """Show what was expected of each asset's partitions and what they took: bytes, requests, seconds, dollars."""
-    from interp_assets.graph.jobs import open_instance, recorded_costs
+    from interp_assets.graph.jobs import dagster_home, open_instance, recorded_costs
     from interp_assets.graph.stages import make_road
     from interp_assets.terminal.forecast import print_costs
 
     warnings.simplefilter("ignore")
     loaded = _load(config)
+    if not dagster_home(loaded).exists():
+        print_costs(out, loaded, {})
+        return
     with open_instance(loaded) as instance:
         print_costs(out, loaded, {asset.name: recorded_costs(instance, asset) for asset in make_road(loaded)})
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from interp_assets.corpus.sizes import TOKEN_BYTES, count_rows
-from interp_assets.errors import CertificateError
+from interp_assets.corpus.sizes import TOKEN_BYTES, bound_rows, count_rows
+from interp_assets.errors import ArtifactMissingError, CertificateError, InterpError
 from interp_assets.harvest.assets import ROWS_PER_S, model_bytes
 from interp_assets.planning.asset import EXPERIMENTS, Asset, Job, Load, Markdown, Needs, Shown, every, only, same, whole
 from interp_assets.planning.config import PipelineConfig, SaeConfig, code_version
@@ -11,7 +11,7 @@ from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.shuffle.rows import RowFormat
-from interp_assets.storage.manifest import Produced, load_manifest
+from interp_assets.storage.manifest import Produced, find_manifest, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, QUALITY_BOUNDS
 from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, evaluation_ref, sae_ref, sweep_ref
@@ -46,6 +46,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             is_made_together=True,
             is_one_run=True,
             is_relied_on=True,
+            obstacles=_find_obstacles,
             checks=(FINITE_TRAINING,),
             code_version=f"{code_version(TRAIN_VERSION)}.{code_version(IMPORT_VERSION)}",
         ),
@@ -104,6 +105,35 @@ def _train(job: Job) -> Callable[[str], list[Produced]]:
     begun_before = {name for name in names if has_checkpoint(job.store, sae_ref(job.pipeline, name))}
     trained = run_training(job.pipeline, job.store, names, job.progress.advance, make_listener(job.log))
     return lambda key: [trained[key]._replace(is_whole=key not in begun_before)]
+
+
+def _find_obstacles(pipeline: Pipeline, store: Store) -> list[str]:
+    """Say of the SAEs that are not there yet why they cannot be trained or taken in, as far as configuration and rows tell."""
+    from interp_assets.train.exchange.imported import find_folder
+    from interp_assets.train.launch import check_processes
+
+    missing = [sae for sae in pipeline.config.saes if not _is_there(pipeline, store, sae.name)]
+    n_rows = sum(found.most.n_valid for found in bound_rows(pipeline, store, pipeline.train_indices)) if missing else 0
+    found = []
+    for sae in missing:
+        try:
+            find_folder(sae.imported) if sae.imported else check_processes(pipeline, [sae.name])
+        except InterpError as error:
+            found.append(f"SAE {sae.name!r}: {error}")
+        if not sae.imported and n_rows < sae.batch_rows:
+            found.append(
+                f"SAE {sae.name!r} takes {sae.batch_rows:,} rows a batch (batch_rows), and the training shards have at most {n_rows:,}: a batch "
+                "would hold rows twice. Lower batch_rows, or give `corpus` more text."
+            )
+    return found
+
+
+def _is_there(pipeline: Pipeline, store: Store, name: str) -> bool:
+    """Tell whether an SAE is trained; it is not before the shuffle is planned."""
+    try:
+        return find_manifest(store, sae_ref(pipeline, name)) is not None
+    except ArtifactMissingError:
+        return False
 
 
 def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) -> None:
