@@ -1,9 +1,9 @@
 """A Hugging Face dataset becomes shards by ranges of its rows, and a shard's documents are streamed from its range.
 
 Nothing is downloaded to plan but a footer or a few rows, from which the size of the text is estimated. The number of rows comes from the
-dataset's description, or, when it has none, from the footers of its Parquet files, or from counting the streamed rows up to `max_shards`. A shard's fingerprint is its address: the dataset, the commit that the revision
-stands for (of a local folder: the hash of its files), subset, split and range. Rows without text are skipped when they are read.
-
+dataset's description, or, when it has none, from the footers of its Parquet files, or from counting the streamed rows up to `max_shards`. A
+shard's fingerprint is its address: the dataset, the commit that the revision stands for (of a local folder: the hash of its files), subset,
+split and range. Rows without text are skipped when they are read.
 Of a dataset of Parquet files, which nearly all on the hub are, a shard reads the row groups that hold its range. Of any other kind it streams
 and passes over the rows before its range, so that all shards together read it many times: convert such a dataset to Parquet first.
 """

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import dagster as dg
 
+from interp_assets.compute.compiled import n_compilations
 from interp_assets.graph.events import Made, Shared, as_metadata, describe, interruptible, partition_keys, record
 from interp_assets.graph.fanout import start_fanout
 from interp_assets.graph.partitions import backfill_policy, claim_history, dependency, partitions_of, register, tags_of
@@ -80,7 +81,10 @@ def make_check(asset: Asset, check: Check) -> dg.AssetChecksDefinition:
         verdict = check.verdict(pipeline, store, partition_keys(context))
         severity = dg.AssetCheckSeverity.WARN if verdict.is_warning else dg.AssetCheckSeverity.ERROR
         return dg.AssetCheckResult(
-            passed=verdict.passed, severity=severity, metadata={name: as_metadata(value) for name, value in verdict.shown.items()}
+            passed=verdict.passed,
+            severity=severity,
+            description=" ".join(verdict.wrong) or None,
+            metadata={name: as_metadata(value) for name, value in verdict.shown.items()},
         )
 
     return body
@@ -130,10 +134,10 @@ def _make(asset: Asset, context: dg.AssetExecutionContext, world: World, progres
     if fanout:
         make: Callable[[str], list[Produced]] = fanout.take
     elif asset.is_made_together:
-        before, begun = METER.total(), time.monotonic()
+        before, begun, n_compiled = METER.total(), time.monotonic(), n_compilations()
         with interruptible(progress):
             make = asset.make(job)
-        shared = Shared(METER.total().since(before), time.monotonic() - begun)
+        shared = Shared(METER.total().since(before), time.monotonic() - begun, is_rated=n_compilations() == n_compiled)
     else:
         make = asset.make(job)
 

@@ -108,6 +108,7 @@ def run_road(
     road = make_road(config)
     rest = [asset for asset in road.select(select) if not asset.plan]
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
+    progress.expect(road.plan.name, 1)
     yield _report(run_asset(job, instance, road.plan, [""], [""]))
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
@@ -121,7 +122,7 @@ def run_road(
             for asset, missing in due:
                 if keys := asset.partition_keys(pipeline):
                     progress.skip(len(keys) - len(missing))
-                    progress.expect(asset.name, len(missing))
+                    progress.expect(asset.name, len(missing), asset.unit)
                     yield _count(road, asset, (pipeline, store), missing, _report(run_asset(job, instance, asset, missing, keys)))
         if any(asset.completes_plan for asset in siblings):
             pipeline = load_pipeline(config, store)
@@ -226,7 +227,7 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
             errors.append(explain_failure(asset.name, result))
             failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
         n_bytes += sum(_bytes_of(event) for event in events)
-        failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
+        failed_checks += [f"{check.check_name}: {check.description}" for check in result.get_asset_check_evaluations() if not check.passed]
     report = AssetReport(asset.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
     return Outcome(report, failed, errors)
 

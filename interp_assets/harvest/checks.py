@@ -21,16 +21,29 @@ def _activation_rows(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> V
     indices = [shard_index(key) for key in keys]
     hook_points = pipeline.config.harvest.hook_points
     wrong = [fault for hook_point in hook_points for fault in row_faults(pipeline, store, hook_point, indices)]
-    drift = max(norm_drift(pipeline, store, hook_point, indices) for hook_point in hook_points)
+    drifts = {hook_point: norm_drift(pipeline, store, hook_point, indices) for hook_point in hook_points}
+    drift = max(drifts.values())
     shown = {"shards": len(indices), "wrong": wrong, "norm_drift": round(drift, 4), "norm_drift_limit": MAX_NORM_DRIFT}
-    return Verdict(not wrong and drift <= MAX_NORM_DRIFT, shown, is_warning=not wrong)
+    sentences = [f"{fault}. Materialize this shard again." for fault in wrong]
+    sentences += [
+        f"mean norms of {len(indices):,} shard(s) at {hook_point} differ from the others' by {found:.0%}, at most {MAX_NORM_DRIFT:.0%} is usual. "
+        "Look whether they hold other text, or were harvested by another release or device."
+        for hook_point, found in drifts.items()
+        if found > MAX_NORM_DRIFT
+    ]
+    return Verdict(sentences, shown, is_warning=not wrong)
 
 
 def _outlier_dimensions(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> Verdict:
     hook_points = pipeline.config.harvest.hook_points
     ratios = {hook_point: float(load_manifest(store, statistics_ref(pipeline, hook_point)).facts["max_mean_ratio"]) for hook_point in hook_points}
-    is_calm = all(ratio <= MAX_MEAN_RATIO for ratio in ratios.values())
-    return Verdict(is_calm, {"limit": MAX_MEAN_RATIO, **{f"ratio.{name}": ratio for name, ratio in ratios.items()}}, is_warning=True)
+    sentences = [
+        f"one dimension of {hook_point} has a mean {ratio:,.0f} times the typical one, more than {MAX_MEAN_RATIO:,.0f}: it dominates every norm. "
+        "Look at the SAE's FVU with care; rows are centred before training."
+        for hook_point, ratio in ratios.items()
+        if ratio > MAX_MEAN_RATIO
+    ]
+    return Verdict(sentences, {"limit": MAX_MEAN_RATIO, **{f"ratio.{name}": ratio for name, ratio in ratios.items()}}, is_warning=True)
 
 
 def row_faults(pipeline: Pipeline, store: Store, hook_point: str, indices: list[int]) -> list[str]:

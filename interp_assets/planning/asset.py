@@ -202,10 +202,16 @@ Make = Callable[[Job], Callable[[str], list[Produced]]]
 class Verdict(NamedTuple):
     """What a check found."""
 
-    passed: bool
+    wrong: Sequence[str]
+    """For each thing that is wrong a sentence: what, where, the number, its limit, the next step. Empty when the check has passed."""
     shown: Mapping[str, Shown]
     is_warning: bool = False
     """Whether a failure is worth knowing and no more."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.wrong
 
 
 class Check(NamedTuple):
@@ -237,6 +243,8 @@ class Asset:
     description: str
     """What it is, its unit of work, and what to look at; two sentences at least."""
     axis: Axis = NONE
+    unit: str = "rows"
+    """What its progress counts, for people."""
     reads: tuple[Reads, ...] = ()
     artifacts: Callable[[Pipeline, Store, str], list[ArtifactRef]] = lambda _pipeline, _store, _key: []
     """The artifacts of one partition, one for each hook point where there are several."""

@@ -187,8 +187,8 @@ def load_pipeline(config: PipelineConfig, store: Store) -> Pipeline:
         found = (content.pop("format"), content.pop("version"))
         if found[0] != _FORMAT or found[1] not in _VERSIONS:
             raise ArtifactForeignError(
-                f"The plan {store.url}/{name} is {found}, this release reads {_FORMAT!r} of versions {_VERSIONS}. Use the release that wrote it on every "
-                "machine, or materialize `corpus_plan` again with this one."
+                f"The plan {store.url}/{name} is {found}, this release reads {_FORMAT!r} of versions {_VERSIONS}. Use the release that wrote "
+                "it on every machine, or materialize `corpus_plan` again with this one."
             )
         for key in _DROPPED:
             content.pop(key, None)

@@ -19,6 +19,19 @@ from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_V
 GROUP = "train"
 _PRODUCTS = 5
 """Matrix products of a training step (benchmarks/bench_train.py)."""
+_STEP_S = 0.02
+"""What a step of training takes besides its products: optimizer, bookkeeping, on two cores."""
+_OF_PRODUCTS = {
+    "relu": 1.5,
+    "gated": 1.8,
+    "topk": 0.5,
+    "batch_topk": 0.55,
+    "matryoshka_batch_topk": 0.6,
+    "jump_relu": 1.0,
+    "jump_relu_tanh": 1.0,
+    "jump_relu_step": 1.3,
+}
+"""Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
 _WEIGHT_COPIES = 5
 """Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
 
@@ -41,7 +54,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             make=_train,
             shows=_show_training,
             takes=_training,
-            work_kind=lambda config, key: "sae imported" if config.sae(key).imported else "sae",
+            work_kind=lambda config, key: f"sae {'imported' if config.sae(key).imported else config.sae(key).architecture}",
             needs=Needs(accelerator=True),
             is_made_together=True,
             is_one_run=True,
@@ -162,6 +175,8 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
     sae = pipeline.config.sae(key)
     d_in, weights_bytes = pipeline.d_in(sae.hook_point), 8.0 * pipeline.d_in(sae.hook_point) * sae.d_sae
     weights, batch = _held_bytes(pipeline, sae)
+    n_weights = weights / 8  # of either side
+    products_s = _PRODUCTS * 2.0 * sae.n_rows * n_weights / ONE_WORKER.flops
     if sae.imported:
         return Load(0, weights_bytes, weights_bytes, 4, 4, memory_bytes=weights * _WEIGHT_COPIES)
     return Load(
@@ -170,7 +185,7 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
         written_bytes=weights_bytes,
         n_inputs=4,
         n_outputs=4,
-        busy_s=_PRODUCTS * 2.0 * sae.n_rows * d_in * sae.d_sae / ONE_WORKER.flops,
+        busy_s=_OF_PRODUCTS[sae.architecture] * products_s + _STEP_S * sae.n_rows / sae.batch_rows,
         memory_bytes=weights * _WEIGHT_COPIES + batch,
     )
 

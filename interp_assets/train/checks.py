@@ -23,13 +23,25 @@ def _finite_training(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> V
         bad = [key for key, value in facts.items() if isinstance(value, float) and not math.isfinite(value)]
         if bad:
             wrong[name] = bad
-    return Verdict(not wrong, {"wrong": wrong})
+    sentences = [
+        f"SAE {name} reports what is not finite ({', '.join(bad)}). Train it again with a lower learning_rate." for name, bad in wrong.items()
+    ]
+    return Verdict(sentences, {"wrong": wrong})
 
 
 def _quality_bounds(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
     measured = {name: load_manifest(store, evaluation_ref(pipeline, name)).facts for name in keys}
-    is_sound = all(facts["fvu"] <= MAX_FVU and facts["dead_share"] <= MAX_DEAD_SHARE for facts in measured.values())
-    return Verdict(is_sound, {"measured": measured, "fvu_limit": MAX_FVU, "dead_share_limit": MAX_DEAD_SHARE}, is_warning=True)
+    bounds = (
+        ("fvu", "FVU", MAX_FVU, "train on more rows, or raise k or d_sae"),
+        ("dead_share", "a dead share", MAX_DEAD_SHARE, "lower d_sae, or train on more rows"),
+    )
+    sentences = [
+        f"SAE {name} has {what} of {facts[fact]:.3f} on the held-out shards, at most {limit} is sound: {advice}."
+        for name, facts in measured.items()
+        for fact, what, limit, advice in bounds
+        if not facts[fact] <= limit
+    ]
+    return Verdict(sentences, {"measured": measured, "fvu_limit": MAX_FVU, "dead_share_limit": MAX_DEAD_SHARE}, is_warning=True)
 
 
 FINITE_TRAINING: Final = Check("finite_training", "Every number that training reports is finite.", _finite_training)

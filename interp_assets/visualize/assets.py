@@ -103,6 +103,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             reads=(same(*examples), every(*windows), every("token_shards"), reads_sae, only("sae_evaluation", partitions=[sae])),
             artifacts=lambda pipeline, _store, key: [records_ref(pipeline, sae, slice_index(key))],
             make=lambda job: _write(job, sae),
+            unit="features",
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
             needs=ON_ACCELERATOR,
             checks=(records_complete(sae),),

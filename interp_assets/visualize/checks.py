@@ -18,6 +18,11 @@ def records_complete(sae: str) -> Check:
             start, stop = slice_bounds(pipeline, sae, slice_index(key))
             entry = load_manifest(store, records_ref(pipeline, sae, slice_index(key))).file("records.bin")
             counts[key] = {"latents": stop - start, "records": entry.n_rows}
-        return Verdict(all(count["latents"] == count["records"] for count in counts.values()), {"slices": counts})
+        sentences = [
+            f"{key} of {sae} has {count['records']:,} records for {count['latents']:,} latents. Materialize this slice of feature_records again."
+            for key, count in counts.items()
+            if count["latents"] != count["records"]
+        ]
+        return Verdict(sentences, {"slices": counts})
 
     return Check("records_complete", "One record for every latent, dead ones too.", verdict)

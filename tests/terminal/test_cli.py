@@ -275,14 +275,17 @@ def test_a_finished_asset_is_one_line() -> None:
     from interp_assets.terminal.console import print_report, print_total
 
     console = Console(width=200, record=True, file=io.StringIO())
-    reports = [AssetReport("activations", 16, 4, 2_500_000, 12.34, []), AssetReport("sae", 1, 0, 0, 0.0, ["quality_bounds"])]
+    reports = [
+        AssetReport("activations", 16, 4, 2_500_000, 12.34, []),
+        AssetReport("sae", 1, 0, 0, 0.0, ["bounds: SAE a has 0.6"]),
+    ]
     for report in reports:
         print_report(console, report)
     print_total(console, reports)
     lines = console.export_text().splitlines()
     assert lines[0].split() == ["activations", "4", "made,", "12", "there", "already", "12.3", "s", "2.5", "MB"]
-    assert lines[1].endswith("check not passed: quality_bounds")
-    assert lines[2] == "  2 assets, 17 partitions: 4 made in 12.3 s, 2.5 MB written."
+    assert lines[2] == "    check not passed: bounds: SAE a has 0.6"
+    assert lines[3] == "  2 assets, 17 partitions: 4 made in 12.3 s, 2.5 MB written."
 
 
 def test_the_demo_root_comes_from_the_environment(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def _measuring(pipeline: Pipeline, store: Store, key: str) -> Load:
 
 def _has_documents(pipeline: Pipeline, store: Store, keys: list[str]) -> Verdict:
     counts = {key: load_manifest(store, _lengths_ref(pipeline, shard_index(key))).file(LENGTHS).n_rows or 0 for key in keys}
-    return Verdict(all(counts.values()), {"documents": counts})
+    return Verdict([f"{key} has no document. Look at its text." for key, n in counts.items() if not n], {"documents": counts})
 
 
 def _summarize(job: Job) -> Callable[[str], list[Produced]]:
