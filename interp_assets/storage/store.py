@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -166,6 +167,13 @@ class Store:
                 METER.written(0)
                 for item in batch:
                     yield ObjectInfo(item["path"][n_skip:], int(item["size"]))
+
+    def list_times(self, prefix: str = "") -> dict[str, datetime]:
+        """Return when each object under a folder was last written."""
+        n_skip = len(self._prefix) + 1 if self._prefix else 0
+        with self._explained("list", prefix):
+            listed = obstore.list(self._backend, self._key(prefix) or None, chunk_size=1000)
+            return {item["path"][n_skip:]: item["last_modified"] for batch in listed for item in batch}
 
     def delete(self, paths: Sequence[str]) -> None:
         """Delete objects; those that do not exist are no error."""

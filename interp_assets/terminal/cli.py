@@ -48,6 +48,8 @@ def demo(
     _run(config, [])
     if serve:
         _show(config, None, port, dagster_port)
+    else:
+        out.print(explain_opening(config), soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -249,6 +251,21 @@ def dev(config: ConfigOption = None, dagster_port: Annotated[int, typer.Option(h
         dagster.wait()
 
 
+@app.command()
+def gc(
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="Every YAML file that uses the folder, once each. Default: the demo.")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed.")] = False,
+    forget: Annotated[list[str] | None, typer.Option(help="An SAE or hook point of no named configuration that may go.")] = None,
+    hours: Annotated[float, typer.Option(help="Leave what is younger: somebody may be writing it.", min=0)] = 24.0,
+) -> None:
+    """List, or delete, what lies in a pipeline's folder and nothing refers to: older configurations' artifacts, leavings of interrupted writes."""
+    from interp_assets.terminal.clearing import clear
+
+    clear(out, [_load(path) for path in config] if config else [_load(None)], forget=forget or [], hours=hours, delete=delete)
+
+
 app.command()(export)  # after the others: `interp --help` lists commands in this order
 
 
@@ -342,6 +359,15 @@ def _show(config: "PipelineConfig", config_path: Path | None, port: int, dagster
     out.print(f"Dagster's UI:    {dagster.url}   (ready in some seconds; log: {dagster.log})\nCtrl-C stops both.", soft_wrap=True)
     with dagster:
         serve_bundles(bundles, port=port, desk=make_desk(config, bundles, Path("feature-notes")))
+
+
+def explain_opening(config: "PipelineConfig") -> str:
+    """Say how a finished demo is opened again."""
+    return (
+        f"\nTo open it: interp serve {config.root}/{config.name}   (the feature browser)\n"
+        "            interp dev                      (Dagster's UI)\n"
+        "            interp demo                     (both; what is made is found)"
+    )
 
 
 def _free_port(host: str, port: int) -> int:

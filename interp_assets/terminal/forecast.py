@@ -42,14 +42,11 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
 
     Plans the corpus in memory: a running pipeline keeps its plan.
     """
-    from interp_assets.corpus.plan import describe_empty, plan_corpus  # noqa: PLC0415 - takes transformers, and `interp costs` does without
+    from interp_assets.corpus.plan import describe_empty  # noqa: PLC0415 - takes transformers, and `interp costs` does without
 
     workers = workers or config.execution.workers
     store = open_pipeline_store(config)
-    aside = open_store("memory://plan")
-    with suppress(StoreMissingError):  # what it remembers: generations, and the shuffle that was chosen
-        aside.put(config.execution.plan, store.get(config.execution.plan))
-    road, planned = make_road(config), plan_corpus(config, aside)
+    road, planned = make_road(config), plan_aside(config, store)
     road.check(planned, store)
     pipeline = foresee(planned, store)
     shards = pipeline.plan.shards
@@ -70,6 +67,16 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
         if line.n_partitions > MAX_PARTITIONS:
             advice = "Dagster becomes slow. Raise corpus.shard_bytes or lower features.latent_slices."
             console.print(f"\n{line.name} has {line.n_partitions:,} partitions; above {MAX_PARTITIONS:,} {advice}", soft_wrap=True)
+
+
+def plan_aside(config: PipelineConfig, store: Store) -> Pipeline:
+    """Plan a pipeline as a run would now, and leave the plan in its folder as it is."""
+    from interp_assets.corpus.plan import plan_corpus  # noqa: PLC0415 - as above
+
+    aside = open_store("memory://plan")
+    with suppress(StoreMissingError):  # what it remembers: generations, and the shuffle that was chosen
+        aside.put(config.execution.plan, store.get(config.execution.plan))
+    return plan_corpus(config, aside)
 
 
 def print_costs(console: Console, config: PipelineConfig, tables: Mapping[str, list[list[dict[str, Any]]]]) -> None:

@@ -33,6 +33,7 @@ OPTIONS = {
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
     "export": ["--bundle", "--config", "--sae", "format_name", "target"],
+    "gc": ["--config", "--delete", "--forget", "--hours"],
     "import": ["--add", "--config", "--hook-point", "--name", "--target-hook-point", "folder"],
     "init": ["path"],
     "inspect": ["path"],
@@ -391,6 +392,14 @@ def test_looking_at_what_is_not_there_makes_no_folder(tmp_path: Path, command: s
     result = invoke(*words, *named)
     assert result.exit_code == (0 if command == "costs" else 1), result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.yaml"]
+
+
+def test_a_demo_that_was_only_built_says_how_to_open_it() -> None:
+    """Whoever builds it on a server, and comes back, has forgotten."""
+    said = cli.explain_opening(demo_config())
+    assert f"interp serve {demo_config().root}/pystdlib " in said
+    assert "interp dev " in said
+    assert "interp demo " in said
 
 
 def test_an_interrupt_says_what_is_kept() -> None:
