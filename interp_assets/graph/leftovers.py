@@ -145,8 +145,8 @@ def _refuse_unknown(manifests: dict[str, Manifest | None], configs: Sequence[Pip
     if unknown:
         names = ", ".join(sorted(unknown))
         raise InputError(
-            f"There are artifacts of {names}, which no named configuration has: they may be another one's, and nothing was listed. Name every "
-            f"configuration that uses this folder (--config, once for each), or say what may go: {' '.join(f'--forget {name}' for name in sorted(unknown))}"
+            f"There are artifacts of {names}, which no named configuration has: they may be another one's, and nothing was listed. Name "
+            f"every configuration that uses this folder (--config, once for each), or say what may go: {' '.join(f'--forget {name}' for name in sorted(unknown))}"
         )
 
 
