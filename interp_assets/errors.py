@@ -77,6 +77,11 @@ class CertificateError(InterpError):
     """A shuffle lost, doubled or failed to mix rows."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without the full stop; its class where there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def find_no_room(error: BaseException | None) -> BaseException | None:
     """Return the full disk behind an error: an `OSError`, or SQLite's own words for one, anywhere in the chain of its causes. None without.
 

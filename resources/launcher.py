@@ -21,14 +21,15 @@ import grpc
 from dagster import DagsterRun
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.launcher import CheckRunHealthResult, DefaultRunLauncher, WorkerStatus
-from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX
 from dagster._grpc.client import DagsterGrpcClient
 from dagster._grpc.types import GetCurrentRunsResult
 from dagster._serdes import deserialize_value
 
 from interp_assets.storage.process_names import may_run
 
-PROCESS_TAG: Final = "interp/process"
+PROCESS_TAG: Final = f"{HIDDEN_TAG_PREFIX}interp_process"
+"""For machines only: the UI shows no tag of this prefix."""
 
 
 class LocalRunLauncher(DefaultRunLauncher):

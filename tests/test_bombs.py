@@ -19,10 +19,10 @@ import torch
 import yaml
 from synthetic_bundle import build_synthetic_bundle
 
-from interp_assets.corpus.files import iter_file
+from interp_assets.corpus.files import TextIn, iter_file
 from interp_assets.errors import ArtifactCorruptError, ConfigError, InputError
 from interp_assets.planning.config import load_config
-from interp_assets.storage.foreign import MAX_YAML_NODES, parse_json, parse_yaml, read_line, unpack_gzip
+from interp_assets.storage.foreign import MAX_YAML_NODES, parse_json, parse_yaml, read_line, unpack_gzip, unpack_zstd
 from interp_assets.storage.manifest import decode_manifest
 from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import parse_header
@@ -59,6 +59,7 @@ def gzip_of_zeros(n_bytes: int) -> bytes:
 
 
 BOMB = gzip_of_zeros(300 * MB)
+ZSTD_BOMB = bytes(pa.compress(bytes(10 * MB), codec="zstd", asbytes=True)) * 30
 
 
 def test_gzip_stops_at_the_limit_over_all_members() -> None:
@@ -67,6 +68,8 @@ def test_gzip_stops_at_the_limit_over_all_members() -> None:
         unpack_gzip(BOMB, MB)
     with cheaply(), pytest.raises(ValueError, match="more than"):
         unpack_gzip(gzip.compress(bytes(MB)) * 100, 64 * MB)
+    with cheaply(), pytest.raises(ValueError, match="more than the 1,048,576 bytes"):
+        unpack_zstd(ZSTD_BOMB, MB)
     text = gzip.compress(b"one ") + gzip.compress(b"two") + b"\0\0"
     assert unpack_gzip(text, 7) == b"one two"
     for damaged in (text[:-10], b"not gzip", gzip.compress(b"x" * 999)[:-9]):
@@ -137,10 +140,13 @@ def test_a_line_without_an_end_is_a_problem_of_its_file(tmp_path: Path) -> None:
     """A corpus of a third of a MB whose one line has a third of a gigabyte; and lines that are cut, damaged or too deep."""
     (tmp_path / "a.jsonl.gz").write_bytes(BOMB)
     with cheaply(700 * MB), pytest.raises(ValueError, match="a line has more than"):
-        list(iter_file(tmp_path, "a.jsonl.gz", "text", []))
+        list(iter_file(tmp_path, "a.jsonl.gz", TextIn("plain", "text"), []))
+    (tmp_path / "a.txt.zst").write_bytes(ZSTD_BOMB)
+    with cheaply(900 * MB), pytest.raises(ValueError, match="one document has more than"):
+        list(iter_file(tmp_path, "a.txt.zst", TextIn("plain", "text"), []))
     (tmp_path / "b.jsonl").write_bytes(DEEP + b'\n{"text": "good"}\n')
     problems: list[str] = []
-    assert [found.text for found in iter_file(tmp_path, "b.jsonl", "text", problems)] == ["good"]
+    assert [found.text for found in iter_file(tmp_path, "b.jsonl", TextIn("plain", "text"), problems)] == ["good"]
     assert "nested too deeply" in problems[0]
     with pytest.raises(ValueError, match="more than the 3 bytes"):
         read_line(io.BytesIO(b"abcd\n"), 3)

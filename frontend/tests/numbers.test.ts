@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import { formatBytes, formatOneIn, formatShare, formatShort, formatTick, formatValue } from '../src/lib/format';
-import { examplesBetween, findRepeats } from '../src/lib/examples';
+import { crowdAtStart, examplesBetween, findRepeats } from '../src/lib/examples';
 import { countTicks, intensity, linearTicks, logHeight, logPlace, logTicks } from '../src/lib/scale';
 import type { FeatureRecord, Window } from '../src/lib/types';
 
@@ -46,10 +46,17 @@ describe('scales', () => {
   test('the middle of a logarithmic axis is the geometric mean', () => expect(logPlace(10, 1, 100)).toBeCloseTo(0.5));
 });
 
-const window = (tokens: number[], peak: number, activation = 1, row = 0): Window => ({ row: [0, row], document: '', tokens, peak, activation, activations: [], masked: [] });
+const window = (tokens: number[], peak: number, activation = 1, row = 0): Window => ({ row: [0, row], document: '', tokens, peak, position: row, activation, activations: [], masked: [] });
 
 test('a second example with the same tokens around its peak is a repeat', () => {
   expect(findRepeats([window([1, 2, 3], 1), window([1, 2, 4], 1), window([1, 2, 3], 1)])).toEqual([false, false, true]);
+});
+
+test('examples that crowd at the start of their contexts are counted, from half of them on', () => {
+  const at = (...positions: number[]): Window[] => positions.map((position) => ({ ...window([1], 0), position }));
+  expect(crowdAtStart(at(0, 3, 4, 90))).toBe(2);
+  expect(crowdAtStart(at(0, 4, 50, 90))).toBeNull();
+  expect(crowdAtStart(at(0, 1, 2))).toBeNull();
 });
 
 test('a bar of the histogram opens its examples, each once', () => {

@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import { DEFAULT_LIST, boundsOf, formatRoute, listParameters, parseRoute, withBounds } from '../src/lib/route';
+import { DEFAULT_LIST, RELEVANCE, boundsOf, formatRoute, listParameters, parseBound, parseRoute, withBounds, withText } from '../src/lib/route';
 
 describe('addresses', () => {
   test('the whole state survives a copied address', () => {
@@ -22,7 +22,35 @@ describe('addresses', () => {
   test('a broken escape does not break the page', () => expect(parseRoute('#/%E0%A4%A').bundle).toBe('%E0%A4%A'));
 });
 
+describe('the order of a search', () => {
+  test('the best match stands first, until somebody chooses another order, and again when the query is gone', () => {
+    const searched = withText(DEFAULT_LIST, 'def');
+    expect(searched.sort).toBe(RELEVANCE);
+    expect(withText(searched, '')).toEqual(DEFAULT_LIST);
+    expect(withText({ ...DEFAULT_LIST, sort: 'max', isDescending: true }, 'def')).toMatchObject({ sort: 'max', isDescending: true });
+    expect(withText({ ...searched, sort: 'latent' }, 'class').sort).toBe('latent');
+  });
+
+  test('its address says so only where it is not so', () => {
+    expect(parseRoute('#/demo?q=def').list.sort).toBe(RELEVANCE);
+    expect(formatRoute({ bundle: 'demo', list: withText(DEFAULT_LIST, 'def') })).toBe('#/demo?q=def');
+    expect(formatRoute({ bundle: 'demo', list: { ...DEFAULT_LIST, text: 'def' } })).toBe('#/demo?sort=latent&q=def');
+  });
+});
+
 describe('filters', () => {
+  test.each([['0.005', 0.005], ['0.5 %', 0.005], ['5%', 0.05], ['5e-3', 0.005], ['.5', 0.5], ['1,000', 1000], ['−2', -2], ['28.5 %', 0.285]])('%s is understood', (text, value) => {
+    expect(parseBound(text, true)).toBe(value);
+  });
+
+  test.each(['', 'abc', '5 percent', '1e', '%', 'NaN', 'Infinity', '0x10', '1 2', '>3', '1%%'])('%s is not', (text) => expect(parseBound(text, true)).toBeNull());
+
+  test('what is no share has no percent', () => expect(parseBound('5 %', false)).toBeNull());
+
+  test('a percentage in an address is a bound like another', () => {
+    expect(boundsOf(['frequency>=0.5%', 'frequency <= 2 %'], 'frequency')).toEqual({ low: 0.005, high: 0.02 });
+  });
+
   test('bounds of one column replace its old ones and leave the others', () => {
     const filters = withBounds(['max>=1', 'mean<=2'], 'max', 3, null);
     expect(filters).toEqual(['mean<=2', 'max>=3']);

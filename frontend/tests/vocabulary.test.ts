@@ -11,8 +11,8 @@ const vocabulary = parseVocabulary({
   special: [0],
 });
 
-function window(tokens: number[], activations: [number, number][] = [], peak = 0, masked: number[] = []): Window {
-  return { row: [0, 0], document: 'a.py', tokens, peak, activation: 1, activations, masked };
+function window(tokens: number[], activations: [number, number][] = [], peak = 0, masked: number[] = [], position = 50): Window {
+  return { row: [0, 0], document: 'a.py', tokens, peak, position, activation: 1, activations, masked };
 }
 
 describe('units', () => {
@@ -34,6 +34,21 @@ describe('units', () => {
     const units = makeUnits(window([0, 99], [], 1, [0]), vocabulary);
     expect(units.map((unit) => unit.isMasked)).toEqual([true, false]);
     expect(units[1]!.text).toBe('⟨99⟩');
+  });
+});
+
+describe('where a text begins and ends', () => {
+  const edges = (tokens: number[], peak: number, position?: number): string[] => makeUnits(window(tokens, [], peak, [], position), vocabulary).map((unit) => unit.edge);
+
+  test('a special token there is a mark, which tells a context from a document', () => {
+    expect(edges([0, 1, 2], 1, 1)).toEqual(['start of the context', '', '']);
+    expect(edges([0, 1, 0], 1, 90)).toEqual(['start of the document', '', 'end of the document']);
+  });
+
+  test('one in the middle, one that is the example itself, and other tokens stay text', () => {
+    expect(edges([1, 0, 2], 2)).toEqual(['', '', '']);
+    expect(edges([0, 1], 0, 0)).toEqual(['', '']);
+    expect(edges([1, 2], 1, 1)).toEqual(['', '']);
   });
 });
 

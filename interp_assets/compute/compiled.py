@@ -20,7 +20,7 @@ from numba.core import event
 from numba.core.caching import FunctionCache
 
 SHARED: Final = tuple(
-    Path(__file__).parent / name for name in ("compiled.py", "vectors.py", "dots.py", "coarse.py", "bfloat16.py", "encode_loops.py")
+    Path(__file__).parent / name for name in ("compiled.py", "vectors.py", "dots.py", "coarse.py", "bfloat16.py", "loops.py", "encode_loops.py")
 )
 """Files with functions that compiled loops of other files call."""
 

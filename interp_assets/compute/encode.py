@@ -27,7 +27,7 @@ from interp_assets.compute import coarse
 from interp_assets.compute.encode_loops import make_room, take_largest, take_reaching
 from interp_assets.compute.kernels import Few, Found, Scratch, count_true, make_pairs
 from interp_assets.compute.loops import is_native
-from interp_assets.compute.products import make_product_pool
+from interp_assets.compute.products import make_product_pool, multiply
 
 _PRODUCT_VALUES: Final[dict[coarse.Kind, int]] = {"int8": 1 << 20, "float32": 1 << 23}
 """Of a thread's product: 4 MiB of digits, which are looked at before they leave the cache; a slow product had better be a large one.
@@ -152,7 +152,7 @@ class FewEncoder:
         if not can_encode(self._x, self._W_enc_T, self._W_enc_T.dtype):
             return None
         sample = self._x[rows][::_SAMPLED]
-        values = torch.addmm(self._b_enc, sample, self._W_enc_T.T, out=self._scratch.take("sample", (len(sample), len(self._b_enc)), sample))
+        values = multiply(sample, self._W_enc_T.T, self._scratch.take("sample", (len(sample), len(self._b_enc)), sample), bias=self._b_enc)
         shape = rows.stop - rows.start, len(self._b_enc)
         if count_true(values > above) * shape[0] > _SAFELY * limit * len(sample):
             return None

@@ -4,7 +4,6 @@ Rows of a product lie in order, and what is found comes out in order of row and 
 least that a product must be where its pre-activation may reach the level (0.1 ns an element), and 64 answers become one word. What may reach it
 is computed from the rows themselves (`dots.py`), while the columns that come next are asked for: 20 to 30 ns.
 
-The k largest are parted from others by halving an interval and counting whole vectors, 0.1 us for 256: a heap takes 2, its branches can't be guessed.
 Computing in order of latent, so that columns are read as they lie, takes as long as asking for them beforehand, and sorting comes on top.
 
 `_compute` adds in the order that is written; all others may add in any, for which the bounds leave room.
@@ -20,13 +19,11 @@ from numba.extending import intrinsic
 from interp_assets.compute.coarse import SLACK
 from interp_assets.compute.compiled import compiled, reordered
 from interp_assets.compute.dots import dot, prefetch
+from interp_assets.compute.loops import SMALLEST, bound_largest
 
-SMALLEST: Final = np.finfo(np.float32).tiny
-"""The smallest value that counts as positive."""
 _WORD: Final = 64
 _CAREFUL: Final = np.float32(SLACK)
 """Relative error of a level in the units of a product: some eight roundings."""
-_HALVINGS: Final = 64
 _AHEAD: Final = 8
 """Columns that are on their way from memory while others are multiplied."""
 
@@ -102,39 +99,6 @@ def make_room(n: Any) -> Any:
     """Return room for `n` values, places, rows, latents; what they seem to be and may be, in units of the row's last digit; choices and marks."""
     numbers, whole = np.empty((3, n), np.float32), np.empty((2, n), np.int64)
     return numbers[0], whole[0], np.empty(n, np.int32), np.empty(n, np.int32), numbers[1], numbers[2], whole[1], np.empty(n, np.bool_)
-
-
-@reordered
-def bound_largest(values: Any, k: Any) -> Any:
-    """Return a number that k values reach, and more only where they tie with the k-th largest; minus infinity where there are no more than k."""
-    n, square = len(values), np.float32(0)
-    if n <= k:
-        return np.float32(-np.inf)
-    for i in range(n):
-        square += values[i] * values[i]
-    high = np.sqrt(square) * np.float32(1.01) + SMALLEST
-    low = -high
-    for _ in range(_HALVINGS):  # at least k values reach `low`, and fewer `high`
-        middle = low * np.float32(0.5) + high * np.float32(0.5)
-        if not low < middle < high:
-            break
-        count = _count(values, middle)
-        if count == k:
-            return middle
-        if count < k:
-            high = middle
-        else:
-            low = middle
-    return np.partition(values, n - k)[n - k]
-
-
-@reordered
-def _count(values: Any, bound: Any) -> Any:
-    """Count what reaches a bound, of less than 2^24 values."""
-    total = np.float32(0)
-    for i in range(len(values)):
-        total += np.float32(1) if values[i] >= bound else np.float32(0)
-    return total
 
 
 @reordered

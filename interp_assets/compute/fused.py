@@ -26,13 +26,14 @@ Block = Float[Tensor, "T F"]
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Tell whether Triton can be imported: it comes with PyTorch's builds for CUDA."""
     return importlib.util.find_spec("triton") is not None
 
 
 def is_fusable(pre: Tensor, *others: Tensor) -> bool:
     """Tell whether the kernels take these tensors: on a GPU, side by side in memory, pre-activations in float32."""
-    return pre.is_cuda and pre.dtype == torch.float32 and all(value.is_contiguous() for value in (pre, *others)) and _has_triton()
+    return pre.is_cuda and pre.dtype == torch.float32 and all(value.is_contiguous() for value in (pre, *others)) and has_triton()
 
 
 def fire(pre: Block, offset: Float[Tensor, " F"], latents: Block) -> Float[Tensor, "2 F"]:

@@ -30,6 +30,7 @@ from torch.nn.functional import embedding_bag
 
 from interp_assets.compute import loops
 from interp_assets.compute.bags import dot_bags, dot_bags_twice, is_packable, pack, see_strips, sum_bags, sum_bags_twice
+from interp_assets.compute.products import multiply
 
 _PAIRS_A_ROW: Final = 16
 """From how many pairs for each row of a table on it is worth copying: 2 ns for each row's value that is copied, 20 ns a pair and loop saved."""
@@ -252,13 +253,11 @@ def product(
     """
     a, b = a.to(dtype), b.to(dtype)
     if dtype == out.dtype:
-        if is_added:
-            return out.addmm_(a, b)
-        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+        return multiply(a, b, out, bias=bias, is_added=is_added)
     if out.is_cuda and out.dtype == torch.float32 and torch.version.hip is None:  # torch has it for CUDA alone
         found = torch.mm(a, b, out_dtype=torch.float32) if is_added else torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
-        found = torch.mm(a, b, out=None if scratch is None else scratch.take("product", tuple(out.shape), out, dtype))
+        found = multiply(a, b, torch.empty_like(out, dtype=dtype) if scratch is None else scratch.take("product", tuple(out.shape), out, dtype))
     return _widen(found, out, bias, is_added=is_added)
 
 

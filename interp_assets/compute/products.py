@@ -9,6 +9,9 @@ permission only where the processor has tiles (AMX): elsewhere it multiplies by 
 3. a product is compared with float64 before anybody depends on it, and the permission taken back should operands have been rounded;
 4. whoever has set a precision in this process is left alone.
 
+A library divides a product among its threads as it likes, also along the sum, so that its bits depend on how many there are. `multiply` divides
+it into tiles that follow from its sizes alone, each by one thread: equal bits for any number of threads.
+
 Price: `torch.get_float32_matmul_precision()` raises after it, because that older setting cannot express this one. Whoever calls
 `torch.set_float32_matmul_precision` later in the process replaces the permission: do that before, or not at all.
 Numbers: `docs/decisions/0008-products-by-cpu.md`.
@@ -18,17 +21,24 @@ import logging
 import platform
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from threading import Barrier, Lock
 from typing import Any, Final
 
 import torch
 from llvmlite import binding
 from torch import Tensor
+from torch.profiler import record_function
 
 _UNSET: Final = "none"
 """What torch answers where nobody has chosen a precision."""
 _LIMIT: Final = 1e-5
 """Relative error of a product of 512 float32 summands: some 3e-7; 2e-3 with bfloat16 operands, 3e-4 with TF32."""
+_TILE: Final = 256
+"""Rows or columns of a product that one thread computes, at least; a multiple of 64, so that tiles of aligned tensors are aligned."""
+_MOST_TILES: Final = 64
+PRODUCT: Final = "products::multiply"
+"""What a product of several tiles is called in profiles."""
 _SIZES: Final = ((256, 512, 384), (64, 512, 1024))
 _lock = Lock()
 _decided: list[bool] = []
@@ -55,11 +65,49 @@ def make_product_pool(n_threads: int, name: str) -> ThreadPoolExecutor:
     What a thread sets is what threads that begin later take over, wherever: so all of the pool begin here, and the number is set back.
     """
     before, together = torch.get_num_threads(), Barrier(n_threads)
-    pool = ThreadPoolExecutor(n_threads, name, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(n_threads, name, initializer=_use_one_thread)
     for future in [pool.submit(together.wait) for _ in range(n_threads)]:
         future.result()
     torch.set_num_threads(before)
     return pool
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, is_added: bool = False) -> Tensor:
+    """Write (or add) the product of two matrices, plus a row vector, into `out`: the same bits for any number of a CPU's threads. No gradients."""
+
+    @torch.no_grad()
+    def fill(rows: slice, columns: slice) -> None:
+        x, y, part = a[rows], b[:, columns], out[rows, columns]
+        if is_added:
+            part.addmm_(x, y)
+        elif bias is None:
+            torch.mm(x, y, out=part)
+        else:
+            torch.addmm(bias[columns], x, y, out=part)
+
+    if out.device.type != "cpu":
+        fill(slice(None), slice(None))
+        return out
+    n, whole = max(out.shape), slice(None)
+    step = max(_TILE, -(-n // _MOST_TILES // 64) * 64)
+    tiles = [slice(start, min(start + step, n)) for start in range(0, n, step)]
+    pool = _pool(torch.get_num_threads())
+    with record_function(PRODUCT):
+        futures = [pool.submit(fill, *((tile, whole) if out.shape[0] == n else (whole, tile))) for tile in tiles]
+        for future in futures:
+            future.result()
+    return out
+
+
+def _use_one_thread() -> None:
+    """Let torch use one thread in this one. It is asked first: a thread takes over what others have set at its first question, later than here."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+@cache
+def _pool(n_threads: int) -> ThreadPoolExecutor:
+    return make_product_pool(n_threads, "products")
 
 
 def is_faster_by_onednn(machine: str, cpu: str, features: Collection[str]) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from interp_assets.corpus.checks import TOKEN_COUNTS
-from interp_assets.corpus.refs import TOKEN_SHARD_VERSION, token_shard_ref
+from interp_assets.corpus.refs import TOKEN_SHARD_VERSION, read_corpus, token_shard_ref
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TOKEN_BYTES, rows_of
 from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Observed, Shown, same, whole
 from interp_assets.planning.config import PipelineConfig, code_version
@@ -41,7 +41,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             plan=_plan,
             shows=_show_plan,
             is_relied_on=True,
-            code_version=code_version(1, config.corpus, config.model, config.harvest),
+            code_version=code_version(1, corpus=config.corpus, model=config.model, harvest=config.harvest),
         ),
         Asset(
             key=("token_shards",),
@@ -58,8 +58,9 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             make=_tokenize,
             unit="documents",
             takes=_tokenizing,
+            shows=_show_left_out,
             checks=(TOKEN_COUNTS,),
-            code_version=code_version(TOKEN_SHARD_VERSION, config.corpus),
+            code_version=code_version(TOKEN_SHARD_VERSION, corpus=read_corpus(config.corpus)),
         ),
     ]
 
@@ -97,10 +98,24 @@ def _show_plan(job: Job, _key: str, _made: list[Produced]) -> dict[str, Shown]:
 
 
 def _tokenize(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.corpus.tokens import make_token_shard
+    from interp_assets.corpus.tokens import describe_left_out, make_token_shard
 
     make = partial(make_token_shard, job.pipeline, job.store, job.world.tokenizer(), progress=job.progress.advance)
-    return lambda key: [make(shard_index(key))]
+
+    def make_partition(key: str) -> list[Produced]:
+        made = make(shard_index(key))
+        if sentence := describe_left_out(made.manifest):
+            job.progress.tell(f"{key}: {sentence}")
+        return [made]
+
+    return make_partition
+
+
+def _show_left_out(_job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.corpus.tokens import describe_left_out
+
+    sentence = describe_left_out(made[0].manifest)
+    return {"left_out": sentence} if sentence else {}
 
 
 def _tokenizing(pipeline: Pipeline, store: Store, key: str) -> Load:

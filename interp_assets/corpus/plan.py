@@ -12,15 +12,15 @@ from interp_assets.corpus.packing import check_room
 from interp_assets.corpus.refs import token_ids
 from interp_assets.corpus.sources import survey_sources
 from interp_assets.errors import ArtifactError, InputError
-from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer
-from interp_assets.garcon.subject import SubjectModel, make_meta_model
-from interp_assets.garcon.tokenizer import affixes, load_tokenizer
+from interp_assets.garcon.facts import ModelFacts, find_facts
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource, load_pipeline, save_plan
 from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store
 
 _SHOWN_FILES = 5
+_MOST_AFFIXES = 16
+"""No tokenizer puts more special tokens around a text: contexts that are longer have room."""
 
 
 def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
@@ -30,19 +30,17 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
     """
     known = _find_plan(config, store)
     old = known if config.retrain.after_tokens else None
-    subject = make_meta_model(config.model)
-    widths = {hook_point: subject.d_in(hook_point) for hook_point in config.harvest.hook_points}
-    _check_model(config, subject)
     with open_seen(read_again=config.execution.read_again) as seen:
+        facts = find_facts(config.model, config.harvest.hook_points, seen)
+        _check_model(config, facts)
         shards, empty = survey_sources(config.corpus, config.seed, [shard.n_documents for shard in old.shards] if old else (), seen)
-        model_fingerprint = fingerprint_model(config.model, seen)
     plan = PipelinePlan(
         shards=shards,
-        tokenizer_fingerprint=fingerprint_tokenizer(config.model),
-        model_fingerprint=model_fingerprint,
-        hook_widths=widths,
-        vocabulary_size=subject.vocabulary_size,
-        max_context=subject.max_context,
+        tokenizer_fingerprint=facts.tokenizer_fingerprint,
+        model_fingerprint=facts.model_fingerprint,
+        hook_widths=facts.hook_widths,
+        vocabulary_size=facts.vocabulary_size,
+        max_context=facts.max_context,
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
     )
     plan = carry_shuffle(config, known, plan)
@@ -85,22 +83,27 @@ def _find_plan(config: PipelineConfig, store: Store) -> PipelinePlan | None:
         return None
 
 
-def _check_model(config: PipelineConfig, subject: SubjectModel) -> None:
-    if config.corpus.context_length > subject.max_context:
+def _check_model(config: PipelineConfig, model: ModelFacts) -> None:
+    if config.corpus.context_length > model.max_context:
         raise InputError(
-            f"corpus.context_length is {config.corpus.context_length:,}, but {config.model.name} takes at most {subject.max_context:,} tokens: "
+            f"corpus.context_length is {config.corpus.context_length:,}, but {config.model.name} takes at most {model.max_context:,} tokens: "
             "lower it."
         )
-    if not subject.is_causal and config.corpus.contexts == "packed":
+    if not model.is_causal and config.corpus.contexts == "packed":
         raise InputError(
-            f"{config.model.name} is an encoder ({subject.net.config.model_type}), which reads one document at a time: "
-            "set corpus.contexts to per_document."
+            f"{config.model.name} is an encoder ({model.model_type}), which reads one document at a time: set corpus.contexts to per_document."
         )
-    tokenizer = load_tokenizer(config.model)
-    before, after = affixes(tokenizer) if config.corpus.contexts == "per_document" else ((), ())
-    check_room(config.corpus.context_length, before, after)
-    if tokenizer.vocab_size > subject.vocabulary_size:
+    if model.tokenizer_size > model.vocabulary_size:
         raise InputError(
-            f"The tokenizer of {config.model.name} has {tokenizer.vocab_size:,} tokens, the model only {subject.vocabulary_size:,} embeddings: "
+            f"The tokenizer of {config.model.name} has {model.tokenizer_size:,} tokens, the model only {model.vocabulary_size:,} embeddings: "
             "they do not belong together. Use the tokenizer that the model was trained with."
         )
+    if config.corpus.contexts == "per_document" and config.corpus.context_length <= _MOST_AFFIXES:
+        from interp_assets.garcon.tokenizer import affixes, load_tokenizer  # noqa: PLC0415 - takes transformers, and most corpora do without
+
+        check_room(config.corpus.context_length, *affixes(load_tokenizer(config.model)))
+    if config.corpus.text_kind == "messages":
+        from interp_assets.garcon.chat import check_template  # noqa: PLC0415 - takes transformers, and most corpora do without
+        from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415 - as above
+
+        check_template(load_tokenizer(config.model), config.model.name)

@@ -1,7 +1,9 @@
 """Where token shards lie: the plan and the corpus configuration become artifact ids and paths."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
@@ -17,10 +19,8 @@ def token_shard_ref(pipeline: Pipeline, index: int) -> ArtifactRef:
         "code": TOKEN_SHARD_VERSION,
         "shard": index,
         "text": pipeline.source(index).fingerprint,
-        "text_field": corpus.text_field,
         "tokenizer": pipeline.plan.tokenizer_fingerprint,
-        "context_length": corpus.context_length,
-        "contexts": corpus.contexts,
+        **read_corpus(corpus),
     }
     return make_ref("token_shard", FOLDER, identity=identity, inputs={}, label=shard_key(index))
 
@@ -29,3 +29,8 @@ def token_ids(pipeline: Pipeline, indices: Sequence[int]) -> str:
     """Combine the ids of several token shards into one input id."""
     question = ("token_ids", tuple(indices))
     return pipeline.remember(question, lambda: combine_ids([token_shard_ref(pipeline, index).artifact_id for index in indices]))
+
+
+def read_corpus(corpus: CorpusConfig) -> dict[str, Any]:
+    """Return what the bytes of a token shard depend on of the configuration of the corpus, besides the text itself."""
+    return corpus.model_dump(include={"text_field", "text_kind", "context_length", "contexts"})

@@ -15,7 +15,7 @@ from sysconfig import get_path
 from typing import Any, NamedTuple
 
 from interp_assets.compute.seeds import stream
-from interp_assets.corpus.files import iter_part
+from interp_assets.corpus.files import TextIn, iter_part
 from interp_assets.corpus.stdlib import iter_stdlib_documents
 from interp_assets.corpus.survey import iter_measured, measure
 from interp_assets.errors import ConfigError, InputError
@@ -111,7 +111,7 @@ def iter_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[
 def _iter_local(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[str, str]]:
     if config.source == "files":
         for part in source.spec["parts"]:
-            yield from iter_part(config.path, part, config.text_field)
+            yield from iter_part(config.path, part, TextIn(config.text_kind, config.text_field))
         return
     folder = Path(get_path("stdlib"))
     for name in source.spec["files"]:
@@ -132,7 +132,11 @@ def _stdlib_documents(seed: int) -> Iterator[_Document]:
 
 
 def _file_documents(config: CorpusConfig, seen: SeenFiles, empty: list[str]) -> Iterator[_Document]:
-    for found in iter_measured(config.path, config.text_field, seen, empty):
+    if not Path(config.path).expanduser().exists():
+        raise InputError(
+            f"There is nothing at corpus.path = {config.path!r}{config.looked_in}. Give a file or a folder of text, JSONL or Parquet files."
+        )
+    for found in iter_measured(config.path, TextIn(config.text_kind, config.text_field), seen, empty):
         yield _Document(found.source, found.n_bytes, found.digest, found.place._asdict())
 
 

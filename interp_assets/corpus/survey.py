@@ -6,19 +6,17 @@ named, each time. A file without text is no problem: an empty `__init__.py` is w
 """
 
 import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import pyarrow as pa
 import xxhash
 
-from interp_assets.corpus.files import Place, is_lines, iter_file, list_files, name_document
-from interp_assets.errors import InputError
+from interp_assets.corpus.files import UNREADABLE, Place, TextIn, has_columns, iter_file, list_files, name_document
+from interp_assets.errors import InputError, first_line
 from interp_assets.storage.seen import SeenFiles
 
-NOTE_VERSION: Final = 2
+NOTE_VERSION: Final = 3
 """Raise it when the same file would give other documents or digests."""
 _SHOWN_PROBLEMS: Final = 20
 _NOTE: Final = struct.Struct("<qqq16s")
@@ -39,7 +37,7 @@ def measure(text: str) -> tuple[int, bytes]:
     return len(data), xxhash.xxh3_128_digest(data)
 
 
-def iter_measured(path: str, text_field: str, seen: SeenFiles, empty: list[str]) -> Iterator[Measured]:
+def iter_measured(path: str, text_in: TextIn, seen: SeenFiles, empty: list[str]) -> Iterator[Measured]:
     """Yield every document below `path` (a file or a folder), in order; names of files without text are appended to `empty`.
 
     Raises `InputError` after the last one when some could not be read, with a line for each: binary file, wrong JSON, missing column, closed folder.
@@ -49,11 +47,11 @@ def iter_measured(path: str, text_field: str, seen: SeenFiles, empty: list[str])
     for file in files:
         n_problems, n_found = len(problems), 0
         try:
-            for document in _iter_file(root, file, text_field, seen, problems):
+            for document in _iter_file(root, file, text_in, seen, problems):
                 n_found += 1
                 yield document
-        except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
-            problems.append(f"{root / file}: cannot be read: {error}")
+        except UNREADABLE as error:
+            problems.append(f"{root / file}: cannot be read: {first_line(error)}")
         if not n_found and len(problems) == n_problems:
             empty.append(file)
     if Path(path).expanduser().is_dir():
@@ -67,17 +65,16 @@ def iter_measured(path: str, text_field: str, seen: SeenFiles, empty: list[str])
         )
 
 
-def _iter_file(root: Path, file: str, text_field: str, seen: SeenFiles, problems: list[str]) -> Iterator[Measured]:
+def _iter_file(root: Path, file: str, text_in: TextIn, seen: SeenFiles, problems: list[str]) -> Iterator[Measured]:
     """Yield the documents of one file, from its note or from itself; then they are noted, unless there was a problem."""
-    has_field = is_lines(file) or file.endswith(".parquet")
-    question = f"documents {NOTE_VERSION} {text_field if has_field else ''}"
+    question = f"documents {NOTE_VERSION} {text_in.kind} {text_in.field if has_columns(file) else ''}"
     draft, noted = seen.find(root / file, question)
     if noted is not None:
         for row, offset, n_bytes, digest in _NOTE.iter_unpack(noted):
             yield Measured(name_document(file, row), n_bytes, digest, Place(file, row, offset))
         return
     n_problems, notes = len(problems), bytearray()
-    for found in iter_file(root, file, text_field, problems):
+    for found in iter_file(root, file, text_in, problems):
         n_bytes, digest = measure(found.text)
         notes += _NOTE.pack(found.place.row, found.place.offset, n_bytes, digest)
         yield Measured(found.source, n_bytes, digest, found.place)

@@ -1,6 +1,7 @@
 """The documents of one shard become a table with one row per token position, cut into contexts, and a table of the documents.
 
-1. Tokenize every document without special tokens, in batches.
+1. Tokenize every document without special tokens, in batches, or render it by the tokenizer's chat template (`corpus.text_kind`). Documents
+   that become no token, or that the template refuses, are left out, counted and named in the facts.
 2. Lay the tokens into contexts (`packing.py`): whole numbers of arrays, no loop over tokens.
 3. Mark special tokens as not valid: their activations are stored but never trained on.
 4. Write `tokens.parquet` and `documents.parquet` (docs/formats/token_shard.md).
@@ -9,8 +10,9 @@ The place of a token in `tokens.parquet` is its `row_in_shard`, the identity tha
 """
 
 import io
+import json
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +24,8 @@ from interp_assets.corpus.packing import Layout, lay_out_each, pack
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.corpus.sources import iter_documents
 from interp_assets.errors import InputError
-from interp_assets.garcon.tokenizer import affixes, leading_token, separator_token, special_token_ids, tokenize_texts
+from interp_assets.garcon.chat import tokenize_chat
+from interp_assets.garcon.tokenizer import Affixes, affixes, leading_token, separator_token, special_token_ids, tokenize_texts
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file, timed
@@ -32,6 +35,7 @@ TOKENS: Final = "tokens.parquet"
 DOCUMENTS: Final = "documents.parquet"
 _ROWS_PER_GROUP: Final = 1 << 17
 _DOCUMENTS_PER_STEP: Final = 64
+_SHOWN_LEFT_OUT: Final = 5
 
 
 class TokenShard(NamedTuple):
@@ -60,46 +64,88 @@ class DocumentTable(NamedTuple):
     n_rows: NDArray[np.uint64]
 
 
+class Tokenized(NamedTuple):
+    """One document as tokens."""
+
+    token_ids: NDArray[np.uint32]
+    roles: list[str]
+    """Of messages: whose words each token is of, or `template`; else nothing."""
+    reason: str = ""
+    """Why there is no token, where the chat template tells."""
+
+
 @timed
 def make_token_shard(
     pipeline: Pipeline, store: Store, tokenizer: PreTrainedTokenizerBase, index: int, progress: Callable[[int], None] | None = None
 ) -> Produced:
     """Tokenize corpus shard `index` and publish it; `progress` advances by documents.
 
-    Raises `InputError` for text that has changed since it was planned, that tokenizes to nothing, or whose token ids the subject model
-    does not have.
+    Documents that become no token are left out, counted and named in the facts. Raises `InputError` for text that has changed since it was
+    planned, of which nothing is left, or whose token ids the subject model does not have.
     """
     ref = token_shard_ref(pipeline, index)
     if (manifest := find_manifest(store, ref)) is not None:
         return Produced(ref, manifest, is_cached=True)
+    corpus = pipeline.config.corpus
     names, texts = _read_documents(pipeline, index)
-    documents: list[NDArray[np.uint32]] = []
+    tokenized: list[Tokenized] = []
     for first in range(0, len(texts), _DOCUMENTS_PER_STEP):
         step = texts[first : first + _DOCUMENTS_PER_STEP]
-        documents += tokenize_texts(tokenizer, step)
+        tokenized += tokenize_documents(corpus, tokenizer, step)
         if progress is not None:
             progress(len(step))
-    _check_documents(pipeline, index, names, documents)
-    layout = lay_out(pipeline.config.corpus, tokenizer, documents)
+    kept = [i for i, document in enumerate(tokenized) if len(document.token_ids)]
+    _check_documents(pipeline, index, names, tokenized)
+    layout = lay_out(corpus, tokenizer, [tokenized[i].token_ids for i in kept])
     valid = ~np.isin(layout.token_ids, np.array(special_token_ids(tokenizer), np.uint32))
+    roles = [role for i in kept for role in tokenized[i].roles]
     with create_artifact(store, ref) as art:
-        _write_tables(art, layout, valid, names)
+        _write_tables(art, layout, valid, [names[i] for i in kept], roles)
         art.facts = {
             "n_rows": len(valid),
             "n_valid": int(valid.sum()),
             "n_contexts": int(layout.contexts[-1]) + 1,
-            "n_documents": len(names),
-            "n_bytes": sum(len(text.encode()) for text in texts),
+            "n_documents": len(kept),
+            "n_bytes": sum(len(texts[i].encode()) for i in kept),
+            **_count_left_out(names, tokenized),
         }
     return art.produced
 
 
+def tokenize_documents(corpus: CorpusConfig, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokenized]:
+    """Tokenize texts in the configured way; what cannot be tokenized has no tokens."""
+    if corpus.text_kind == "messages":
+        return [Tokenized(*tokenize_chat(tokenizer, json.loads(text))) for text in texts]
+    documents = tokenize_texts(tokenizer, texts, split_special=corpus.text_kind == "plain")
+    if corpus.text_kind == "with_special_tokens" and corpus.contexts == "per_document":
+        around = affixes(tokenizer)
+        documents = [_without(tokens, around) for tokens in documents]
+    return [Tokenized(tokens, []) for tokens in documents]
+
+
+def tokenize_example(corpus: CorpusConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.uint32]:
+    """Tokenize a text that a person has typed or pasted, to be laid out as the corpus is: of a corpus of messages, as the template renders them."""
+    if corpus.text_kind == "messages":
+        return tokenize_texts(tokenizer, [text], split_special=False)[0]
+    return tokenize_documents(corpus, tokenizer, [text])[0].token_ids
+
+
 def lay_out(corpus: CorpusConfig, tokenizer: PreTrainedTokenizerBase, documents: Sequence[NDArray[np.uint32]]) -> Layout:
-    """Lay tokenized documents into contexts, in the configured way."""
+    """Lay tokenized documents into contexts, in the configured way. A chat template puts around a conversation what belongs there."""
     if corpus.contexts == "packed":
         return pack(documents, corpus.context_length, leading=leading_token(tokenizer), separator=separator_token(tokenizer))
-    around = affixes(tokenizer)
+    around = Affixes([], []) if corpus.text_kind == "messages" else affixes(tokenizer)
     return lay_out_each(documents, corpus.context_length, before=around.before, after=around.after)
+
+
+def describe_left_out(manifest: Manifest) -> str:
+    """Say which documents of a shard are not in it, because they become no token; nothing when there are none."""
+    n_documents = manifest.facts.get("n_left_out", 0)
+    if not n_documents:
+        return ""
+    shown, rest = manifest.facts["left_out"], n_documents - len(manifest.facts["left_out"])
+    noun = "document" if n_documents == 1 else "documents"
+    return f"{n_documents:,} {noun} without a token left out: {', '.join(shown)}" + (f" and {rest:,} more" if rest else "")
 
 
 def load_tokens(pipeline: Pipeline, store: Store, index: int) -> TokenShard:
@@ -139,13 +185,13 @@ def _read_documents(pipeline: Pipeline, index: int) -> tuple[list[str], list[str
     return names, texts
 
 
-def _check_documents(pipeline: Pipeline, index: int, names: Sequence[str], documents: Sequence[NDArray[np.uint32]]) -> None:
-    empty = [name for name, tokens in zip(names, documents, strict=True) if len(tokens) == 0]
-    if empty:
+def _check_documents(pipeline: Pipeline, index: int, names: Sequence[str], documents: Sequence[Tokenized]) -> None:
+    if not any(len(document.token_ids) for document in documents):
         raise InputError(
-            f"{len(empty)} document(s) of {pipeline.source(index).key} tokenize to nothing: {empty[:5]}. Remove them from the corpus and plan again."
+            f"None of the {len(names):,} document(s) of {pipeline.source(index).key} becomes a token, the first is "
+            f"{_name_left_out(names, documents)[0]}. Are the tokenizer, the column and `corpus.text_kind` the right ones?"
         )
-    highest = max(int(tokens.max()) for tokens in documents)
+    highest = max(int(document.token_ids.max(initial=0)) for document in documents)
     if highest >= pipeline.plan.vocabulary_size:
         raise InputError(
             f"The tokenizer of {pipeline.config.model.name!r} gives token id {highest:,}, but the model has only "
@@ -153,9 +199,30 @@ def _check_documents(pipeline: Pipeline, index: int, names: Sequence[str], docum
         )
 
 
-def _write_tables(art: ArtifactWriter, layout: Layout, valid: NDArray[np.bool_], names: Sequence[str]) -> None:
+def _without(tokens: NDArray[np.uint32], around: Affixes) -> NDArray[np.uint32]:
+    """Take off what the text has around it already, because the layout puts it there."""
+    n_before, n_after = len(around.before), len(around.after)
+    if n_before and tokens[:n_before].tolist() == around.before:
+        tokens = tokens[n_before:]
+    return tokens[:-n_after] if n_after and tokens[-n_after:].tolist() == around.after else tokens
+
+
+def _count_left_out(names: Sequence[str], documents: Sequence[Tokenized]) -> dict[str, Any]:
+    """Return the facts of what is left out; none where nothing is."""
+    left_out = _name_left_out(names, documents)
+    return {"n_left_out": len(left_out), "left_out": left_out[:_SHOWN_LEFT_OUT]} if left_out else {}
+
+
+def _name_left_out(names: Sequence[str], documents: Sequence[Tokenized]) -> list[str]:
+    pairs = [(name, document.reason) for name, document in zip(names, documents, strict=True) if not len(document.token_ids)]
+    return [f"{name} ({reason})" if reason else name for name, reason in pairs]
+
+
+def _write_tables(art: ArtifactWriter, layout: Layout, valid: NDArray[np.bool_], names: Sequence[str], roles: Sequence[str]) -> None:
     rows_of = np.bincount(layout.documents, minlength=len(names)).astype(np.uint64)
-    tokens = {"token_id": layout.token_ids, "context": layout.contexts, "document": layout.documents, "valid": valid}
+    tokens: dict[str, Any] = {"token_id": layout.token_ids, "context": layout.contexts, "document": layout.documents, "valid": valid}
+    if roles:
+        tokens["role"] = pa.array(roles).dictionary_encode()
     documents = {
         "document": np.arange(len(names), dtype=np.uint32),
         "source": list(names),

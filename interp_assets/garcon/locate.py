@@ -5,18 +5,21 @@ is identified by its bytes, what is on the hub by the commit that the revision s
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import xxhash
-from transformers import AutoConfig, PretrainedConfig
 
-from interp_assets.errors import InputError
+from interp_assets.errors import InputError, first_line
 from interp_assets.planning.config import ModelConfig
 from interp_assets.storage.seen import SeenFiles
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 BUILTIN: Final = "builtin:"
 _WEIGHT_FILES: Final = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -30,6 +33,7 @@ _TOKENIZER_FILES: Final = (
     "merges.txt",
     "*.model",
 )
+_PATIENCE_S: Final = 10.0
 _BLOCK_BYTES: Final = 16 << 20
 
 
@@ -55,13 +59,37 @@ def locate_model(model: ModelConfig) -> ModelPlace:
         if not (folder / "config.json").is_file():
             raise InputError(f"The folder {folder} holds no config.json: `model.name` must be a folder written by `save_pretrained`.")
         return ModelPlace(str(folder), options, folder)
-    if model.name.startswith(("/", "./", "../", "~")):
-        raise InputError(f"There is no model folder {folder}. Give an existing folder, or an id on the Hugging Face hub.")
+    if not is_hub_id(model.name):
+        raise InputError(f"There is no model folder {model.name}{model.looked_in}. Give an existing folder, or an id on the Hugging Face hub.")
+    if not _answers(model.name, model.revision):
+        options["local_files_only"] = True
     return ModelPlace(model.name, {**options, "revision": model.revision}, None)
 
 
-def load_model_config(model: ModelConfig) -> PretrainedConfig:
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name may be an id on the Hugging Face hub: `gpt2` or `EleutherAI/pythia-70m`."""
+    return re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name, re.ASCII) is not None
+
+
+@cache
+def _answers(name: str, revision: str) -> bool:
+    """Ask the hub once whether it can be reached: transformers' own attempts take half a minute for each file. What it has in its cache it finds."""
+    from huggingface_hub import HfApi  # noqa: PLC0415 - takes a second, and local models do without
+    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415 - as above
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=_PATIENCE_S)
+    except HfHubHTTPError:  # an answer, too: transformers explains it
+        return True
+    except Exception:  # noqa: BLE001 - no network, a proxy, offline mode: the client's errors change from one release to the next
+        return False
+    return True
+
+
+def load_model_config(model: ModelConfig) -> "PretrainedConfig":
     """Read a model's architecture without its weights. Raises `InputError` when it cannot be found or is of an unknown type."""
+    from transformers import AutoConfig  # noqa: PLC0415 - takes PyTorch, and where a local model lies is known without
+
     place = locate_model(model)
     try:
         config = AutoConfig.from_pretrained(place.name, **place.options)
@@ -114,14 +142,9 @@ def next_step(model: ModelConfig) -> str:
     if Path(model.name).is_dir() or model.name.startswith(BUILTIN):
         return "The folder must be one that `save_pretrained` wrote, with safetensors weights and a tokenizer."
     return (
-        f"Check the id and revision {model.revision!r}, the network, and HF_TOKEN for gated models; "
+        f"It is no folder{model.looked_in}. Check the id and revision {model.revision!r}, the network, and HF_TOKEN for gated models; "
         "without a network, give the folder of a downloaded copy."
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _commit(model: ModelConfig) -> str:

@@ -1,20 +1,25 @@
-"""A hook point's name becomes a module of a loaded network, and whether its input or its output is meant.
+"""A hook point's name becomes a module of a loaded network, and the side of it on which the tensor is met.
 
-Names are canonical (`resid_post.2`, see `adapters.py`) or raw (`module:model.layers.2.mlp`). A name that does not fit is answered with
-the near ones.
+Names are canonical (`resid_post.2`, see `adapters.py`), TransformerLens' (`blocks.2.hook_resid_post`) or raw (`module:model.layers.2.mlp`).
+A name that does not fit is answered with the near ones, a point that a model does not have with the reason.
 """
 
 import difflib
-from typing import Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.adapters import ADAPTERS, KINDS, Adapter, module_path
+from interp_assets.garcon.adapters import ADAPTERS, Adapter, Side, find_adapter, find_place
+from interp_assets.garcon.attention import explain_blind
+from interp_assets.planning.hook_names import FIRST_KINDS, LAST_KINDS, LAYER_KINDS, alias_of, canonical_name, explain_other
 
-MODULE = "module:"
+MODULE: Final = "module:"
+BY_HEAD: Final = ("q", "k", "v", "z")
+"""Kinds with heads: [batch, context, heads, d_head]; a pattern is [batch, heads, queries, keys], all others are [batch, context, d_in]."""
+_ATTENTION_KINDS: Final = ("q", "k", "v", "pattern")
 
 
 class HookPoint(NamedTuple):
@@ -22,18 +27,30 @@ class HookPoint(NamedTuple):
 
     name: str
     module_path: str
-    """Dotted path from the loaded model."""
-    side: Literal["input", "output"]
+    """Dotted path from the loaded model, which itself is the empty path."""
+    side: Side
     alias: str
     """TransformerLens' name, empty for `module:` paths."""
+    refused: str = ""
+    """Why this model does not have it; empty when it does."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, without the layer; `module` for a module's path."""
+        return "module" if self.name.startswith(MODULE) else self.name.partition(".")[0]
 
 
-def list_points(net: PreTrainedModel) -> list[HookPoint]:
-    """List the canonical hook points of a network, block by block; empty for a model type that is not in the table."""
-    adapter = ADAPTERS.get(net.config.model_type)
+def list_points(net: PreTrainedModel, *, with_refused: bool = False) -> list[HookPoint]:
+    """List the canonical hook points of a network in the order of a forward; empty for a model type that is not in the table.
+
+    `with_refused` adds those that the model does not have, each with the reason.
+    """
+    adapter = find_adapter(net.config)
     if adapter is None:
         return []
-    return [_canonical(net, adapter, kind, layer) for layer in range(n_layers(net)) for kind in KINDS]
+    names = [*FIRST_KINDS, *(f"{kind}.{layer}" for layer in range(n_layers(net)) for kind in LAYER_KINDS), *LAST_KINDS]
+    points = [_canonical(net, adapter, name) for name in names]
+    return points if with_refused else [point for point in points if not point.refused]
 
 
 def find_point(net: PreTrainedModel, name: str) -> HookPoint:
@@ -44,23 +61,49 @@ def find_point(net: PreTrainedModel, name: str) -> HookPoint:
         if path not in known:
             raise InputError(f"Hook point {name!r}: the model has no module {path!r}. Near: {_near(path, known)}.")
         return HookPoint(name, path, "output", "")
-    points = list_points(net)
-    for point in points:
-        if point.name == name:
-            return point
-    if not points:
+    adapter = find_adapter(net.config)
+    if adapter is None:
         raise InputError(
-            f"Hook point {name!r}: where the residual stream of a {net.config.model_type!r} model lies is not known here "
+            f"Hook point {name!r}: where the residual stream of a {net.config.model_type!r} model lies is not known here{_peculiarity(net.config)} "
             f"(known: {sorted(ADAPTERS)}). Name a module instead: {_module_examples(net)}."
         )
-    for point in points:
-        if point.alias == name:
-            raise InputError(f"Hook point {name!r} is TransformerLens' name: here it is {point.name!r}.")
-    near = _near(name, [point.name for point in points])
+    ours = canonical_name(name if adapter.has_rope else name.replace(".hook_q", ".hook_rot_q").replace(".hook_k", ".hook_rot_k"))
+    kind, _, layer = ours.partition(".")
+    is_there = ours in (*FIRST_KINDS, *LAST_KINDS) or (kind in LAYER_KINDS and layer.isdecimal() and layer in map(str, range(n_layers(net))))
+    if is_there:
+        point = _canonical(net, adapter, ours)
+        if point.refused:
+            raise InputError(f"A {net.config.model_type} model has no hook point {name!r}: {point.refused}.")
+        return point
+    if meant := explain_other(name):
+        raise InputError(f"Hook point {name!r} is TransformerLens' name of what has none here: {meant}.")
+    near = _near(ours, [point.name for point in list_points(net)])
     raise InputError(
-        f"{net.config.model_type} has no hook point {name!r}. Near: {near}. The names are {', '.join(f'{kind}.L' for kind in KINDS)} "
-        f"with L from 0 to {n_layers(net) - 1}, or module:<path>."
+        f"{net.config.model_type} has no hook point {name!r}. Near: {near}. The names are {', '.join(f'{kind}.L' for kind in LAYER_KINDS)} "
+        f"with L from 0 to {n_layers(net) - 1}, {', '.join((*FIRST_KINDS, *LAST_KINDS))}, or module:<path>."
     )
+
+
+def name_module(net: PreTrainedModel, path: str) -> list[str]:
+    """Return the names of a module's output: canonical ones first, the contribution before the raw output, last `module:<path>`; [] for no module.
+
+    `path` is as other tools write it: from the loaded model or from its base model. Whether the output of `layers.3.mlp` is `mlp_out.3` is for
+    the model to say: where a norm follows, it is not what is added to the residual stream.
+    """
+    known = {found for found, _ in net.named_modules() if found}
+    full = next((candidate for candidate in (path, f"{net.base_model_prefix}.{path}") if candidate in known), None)
+    if full is None:
+        return []
+    found = [point.name for point in list_points(net) if point.module_path == full and point.side == "output"]
+    return [*sorted(found, key=lambda name: "_raw" in name), MODULE + full]
+
+
+def name_block_part(net: PreTrainedModel, part: Literal["mlp", "attn"], layer: int) -> list[str]:
+    """Return the names, as `name_module` does, of what the MLP or the attention of block `layer` returns; none where the block has no such module."""
+    adapter = find_adapter(net.config)
+    modules = {"mlp": ("mlp",), "attn": ("attn", "self_attn", "attention")}[part]
+    found = (name_module(net, f"{adapter.block.format(layer=layer)}.{module}") for module in modules) if adapter else ()
+    return next((names for names in found if names), [])
 
 
 def module_of(net: PreTrainedModel, point: HookPoint) -> nn.Module:
@@ -71,6 +114,33 @@ def module_of(net: PreTrainedModel, point: HookPoint) -> nn.Module:
 def n_layers(net: PreTrainedModel) -> int:
     """Return the number of blocks."""
     return int(net.config.get_text_config().num_hidden_layers)
+
+
+def n_heads(net: PreTrainedModel, kind: str) -> int:
+    """Return the number of heads of a kind that has heads: of keys and values there may be fewer than of queries."""
+    config = net.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    return int(getattr(config, "num_key_value_heads", None) or heads) if kind in ("k", "v") else heads
+
+
+def point_shape(net: PreTrainedModel, point: HookPoint) -> tuple[int | str, ...] | None:
+    """Return the shape of a canonical point's tensor, with words where it depends on the input; None for a module's path."""
+    config, kind = net.config.get_text_config(), point.kind
+    if kind == "pattern":
+        return ("batch", n_heads(net, kind), "queries", "keys")
+    if kind in BY_HEAD:
+        d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return ("batch", "context", n_heads(net, kind), int(d_head))
+    if kind == "module":
+        return None
+    weight: Any = module_of(net, point).weight if kind in ("embed", "mlp_act") else None
+    if kind == "mlp_act":
+        hidden = set(weight.shape) - {config.hidden_size}
+        return ("batch", "context", int(hidden.pop()) if hidden else int(config.hidden_size))
+    if kind == "logits":
+        head: Any = net.get_output_embeddings()
+        return ("batch", "context", len(head.weight))
+    return ("batch", "context", int(weight.shape[1]) if kind == "embed" else int(config.hidden_size))
 
 
 def tensor_in(value: object, where: str) -> Tensor:
@@ -98,10 +168,38 @@ def with_tensor(value: object, replacement: Tensor) -> object:
     return (replacement, *value[1:])
 
 
-def _canonical(net: PreTrainedModel, adapter: Adapter, kind: str, layer: int) -> HookPoint:
+def _canonical(net: PreTrainedModel, adapter: Adapter, name: str) -> HookPoint:
+    kind, _, layer = name.partition(".")
+    alias = alias_of(name, has_rope=adapter.has_rope)
+    if kind in ("embed", "logits"):
+        path = "" if kind == "logits" else next(path for path, module in net.named_modules() if module is net.get_input_embeddings())
+        is_missing = kind == "logits" and net.get_output_embeddings() is None
+        return HookPoint(name, path, "output", alias, "it has no language-model head" if is_missing else "")
+    place = find_place(adapter, kind)
+    if place is None:
+        return HookPoint(name, "", "output", alias, _ABSENT[kind])
     prefix = "" if net.base_model is net else f"{net.base_model_prefix}."
-    path = prefix + module_path(adapter, kind, layer)
-    return HookPoint(f"{kind}.{layer}", path, "input" if kind == "resid_pre" else "output", f"blocks.{layer}.hook_{kind}")
+    path = prefix + place.path.format(layer=layer)
+    refused = explain_blind(net.get_submodule(path)) if kind in _ATTENTION_KINDS else ""
+    return HookPoint(name, path, place.side, alias, refused)
+
+
+_ABSENT: Final = {
+    "resid_mid": "attention and MLP read the same residual stream side by side, so there is none between them",
+    "mlp_act": "its MLP is a mixture of experts, so what the last matrix multiplies differs from token to token",
+    "final_norm": "no norm stands after its last block",
+}
+
+
+def _peculiarity(config: Any) -> str:
+    """Say what an unknown type has in the place of attention, where its configuration tells."""
+    if getattr(config, "kv_lora_rank", None):
+        return " (its attention is latent: keys and values are not there by head)"
+    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        return " (it has linear attention, which forms no pattern)"
+    if getattr(config, "state_size", None) or getattr(config, "ssm_cfg", None) or getattr(config, "mamba_d_state", None):
+        return " (it has state-space layers, which do not attend)"
+    return ""
 
 
 def _near(name: str, known: list[str]) -> str:

@@ -11,8 +11,10 @@ Contexts are padded on the right. In a decoder nothing looks at what follows, so
 much padding follows it; an encoder gets the mask. Batching, dtypes of stored rows and checks of finiteness belong to `harvest`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +25,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.adapters import DECODERS, ENCODERS
+from interp_assets.garcon.adapters import ENCODERS, find_adapter
+from interp_assets.garcon.attention import observe_attention
 from interp_assets.garcon.device import choose_device
 from interp_assets.garcon.locate import first_line, load_model_config, locate_model, next_step
-from interp_assets.garcon.points import HookPoint, find_point, list_points, module_of, tensor_in, with_tensor
+from interp_assets.garcon.points import BY_HEAD, HookPoint, find_point, list_points, point_shape
+from interp_assets.garcon.taps import Tap, tapped
 from interp_assets.planning.config import ExecutionConfig, ModelConfig
+from interp_assets.planning.hook_names import STREAM_KINDS
 
 Patch = Callable[[Tensor], Tensor]
 """Takes the activations `[batch, context, d_in]` at a hook point and returns what the network goes on with."""
@@ -50,6 +55,7 @@ class SubjectModel:
     def __init__(self, net: PreTrainedModel, name: str = "model") -> None:
         """Take a network in evaluation mode; `name` is for messages."""
         self.net = net.eval().requires_grad_(requires_grad=False)
+        observe_attention(net)
         self.name = name
         self.is_causal = not is_encoder(net.config)
         self.vocabulary_size = len(_weight(net.get_input_embeddings()))
@@ -71,10 +77,16 @@ class SubjectModel:
         return list_points(self.net)
 
     def d_in(self, hook_point: str) -> int:
-        """Return the width of the rows at a hook point. Raises `InputError` for an unknown one, with the near names."""
+        """Return the width of the rows at a hook point; heads stand side by side in a row.
+
+        Raises `InputError` for an unknown one, with the near names, and for one that has no rows.
+        """
         if hook_point not in self._widths:
             point = find_point(self.net, hook_point)
-            self._widths[hook_point] = self.d_model if point.alias else self._probe_width(hook_point)
+            shape = point_shape(self.net, point)
+            if point.kind == "pattern":
+                raise InputError(f"Hook point {hook_point!r} has no rows: a pattern is as wide as its context is long. Read z.L, q.L or k.L instead.")
+            self._widths[hook_point] = math.prod(int(size) for size in shape[2:]) if shape else self._probe_width(hook_point)
         return self._widths[hook_point]
 
     def capture(
@@ -86,13 +98,14 @@ class SubjectModel:
         outside the vocabulary, contexts longer than the model's, unknown hook points, and a hook point that the forward did not reach.
         """
         captured = self._run_captured(hook_points, self._arguments(token_ids, attention_mask))
-        points = [find_point(self.net, name) for name in hook_points]
-        for point in points:
-            if point.name not in captured:
-                raise InputError(f"Hook point {point.name!r} did not fire: module {point.module_path!r} took no part in the forward of {self.name}.")
-            shape = captured[point.name].shape
+        for name in hook_points:
+            if name not in captured:
+                raise _did_not_fire(find_point(self.net, name), self.name)
+            if find_point(self.net, name).kind in BY_HEAD:
+                captured[name] = captured[name].flatten(2)
+            shape = captured[name].shape
             if len(shape) != 3 or shape[:2] != token_ids.shape:
-                raise InputError(f"Hook point {point.name!r} gives {list(shape)}; rows need [batch, context, d_in] = {[*token_ids.shape, 'd_in']}.")
+                raise InputError(f"Hook point {name!r} gives {list(shape)}; rows need [batch, context, d_in] = {[*token_ids.shape, 'd_in']}.")
         return captured
 
     def logits(
@@ -109,10 +122,20 @@ class SubjectModel:
     ) -> Float[Tensor, "batch context vocabulary"]:
         """Return the logits when the activations at `hook_point` are replaced by `replace(activations)`; `torch.zeros_like` is zero ablation."""
         point = find_point(self.net, hook_point)
-        with _replaced(module_of(self.net, point), point, replace) as fired:
+        fired: list[bool] = []
+
+        def act(value: Tensor) -> Tensor:
+            fired.append(True)
+            rows = value.flatten(2) if point.kind in BY_HEAD else value
+            result = replace(rows)
+            if result.shape != rows.shape:
+                raise InputError(f"The replacement at {point.name!r} has shape {list(result.shape)}, the activations {list(rows.shape)}.")
+            return result.to(value).reshape(value.shape)
+
+        with tapped(self.net, [Tap(point, act)], token_ids.shape[1]):
             logits = self.logits(token_ids, attention_mask)
         if not fired:
-            raise InputError(f"Hook point {hook_point!r} did not fire: module {point.module_path!r} took no part in the forward of {self.name}.")
+            raise _did_not_fire(point, self.name)
         return logits
 
     def loss(self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None) -> Float[Tensor, "batch targets"]:
@@ -126,10 +149,10 @@ class SubjectModel:
         is a positive scale, its bias is the same for all directions, and later blocks are ignored (the direct path).
         """
         head = self.net.get_output_embeddings()
-        adapter = DECODERS.get(self.net.config.model_type)
+        adapter = find_adapter(self.net.config)
         if head is None or not self.is_causal:
             return Unembedding(None, f"{self.net.config.model_type} has no language-model head")
-        if adapter is None:
+        if adapter is None or not adapter.final_norm:
             return Unembedding(None, f"the final norm of a {self.net.config.model_type} model is not known here")
         norm = self.net.base_model.get_submodule(adapter.final_norm)
         gamma = _weight(norm).float().cpu()
@@ -137,7 +160,7 @@ class SubjectModel:
         matrix = scale[:, None] * _weight(head).float().cpu().T
         if adapter.norm_kind == "layer":
             matrix = matrix - matrix.mean(dim=0, keepdim=True)
-        on_stream = frozenset(point.module_path for point in list_points(self.net) if point.side == "output")
+        on_stream = frozenset(point.module_path for point in list_points(self.net) if point.kind in STREAM_KINDS and point.side == "output")
         return Unembedding(matrix - matrix.mean(dim=1, keepdim=True), "", on_stream)
 
     def check_tokens(self, token_ids: Int[Tensor, "*shape"]) -> None:
@@ -163,14 +186,23 @@ class SubjectModel:
         return arguments
 
     def _run_captured(self, hook_points: Sequence[str], arguments: dict[str, Any]) -> dict[str, Tensor]:
-        """Run the network up to the last of the hook points."""
+        """Run the network up to the last of the hook points and return what was there, by the names they were asked for."""
+        names: dict[HookPoint, list[str]] = {}
+        for name in dict.fromkeys(hook_points):
+            names.setdefault(find_point(self.net, name), []).append(name)
         captured: dict[str, Tensor] = {}
-        with ExitStack() as stack:
-            for name in hook_points:
-                point = find_point(self.net, name)
-                stack.callback(_read(module_of(self.net, point), point, captured, n_wanted=len(set(hook_points))).remove)
-            with suppress(_AllCapturedError), torch.no_grad():
-                self.net.base_model(**arguments)
+
+        def keep(point: HookPoint, value: Tensor) -> Tensor:
+            if names[point][0] not in captured:
+                captured.update(dict.fromkeys(names[point], value.detach().clone()))
+                if len(captured) == len(set(hook_points)):
+                    raise _AllCapturedError
+            return value
+
+        network = self.net if any(point.kind == "logits" for point in names) else self.net.base_model
+        taps = [Tap(point, partial(keep, point)) for point in names]
+        with tapped(self.net, taps, arguments["input_ids"].shape[1]), suppress(_AllCapturedError), torch.no_grad():
+            network(**arguments)
         return captured
 
     def _probe_width(self, hook_point: str) -> int:
@@ -252,53 +284,8 @@ class _AllCapturedError(Exception):
     """Ends a forward whose activations have all been read."""
 
 
-def _read(module: nn.Module, point: HookPoint, captured: dict[str, Tensor], n_wanted: int) -> torch.utils.hooks.RemovableHandle:
-    def keep(value: Tensor) -> None:
-        captured.setdefault(point.name, value.detach().clone())
-        if len(captured) == n_wanted:
-            raise _AllCapturedError
-
-    def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(_hidden_states(args, kwargs, point))
-
-    def on_output(_module: nn.Module, _args: Any, output: Any) -> None:
-        keep(tensor_in(output, f"Module {point.module_path!r}"))
-
-    if point.side == "input":
-        return module.register_forward_pre_hook(on_input, with_kwargs=True)
-    return module.register_forward_hook(on_output)
-
-
-@contextmanager
-def _replaced(module: nn.Module, point: HookPoint, replace: Patch) -> Iterator[list[bool]]:
-    fired: list[bool] = []
-
-    def changed(value: Tensor) -> Tensor:
-        fired.append(True)
-        result = replace(value)
-        if result.shape != value.shape:
-            raise InputError(f"The replacement at {point.name!r} has shape {list(result.shape)}, the activations {list(value.shape)}.")
-        return result.to(value)
-
-    def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        value = changed(_hidden_states(args, kwargs, point))
-        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
-
-    def on_output(_module: nn.Module, _args: Any, output: Any) -> object:
-        return with_tensor(output, changed(tensor_in(output, f"Module {point.module_path!r}")))
-
-    handle = module.register_forward_pre_hook(on_input, with_kwargs=True) if point.side == "input" else module.register_forward_hook(on_output)
-    try:
-        yield fired
-    finally:
-        handle.remove()
-
-
-def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any], point: HookPoint) -> Tensor:
-    value = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(value, Tensor):
-        raise InputError(f"Module {point.module_path!r} gets no hidden states as input: {point.name!r} cannot be read.")
-    return value
+def _did_not_fire(point: HookPoint, model: str) -> InputError:
+    return InputError(f"Hook point {point.name!r} did not fire: module {point.module_path!r} took no part in the forward of {model}.")
 
 
 @contextmanager

@@ -33,18 +33,18 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-    """Tokenize texts: one array of token ids for each text, none of them special.
+def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, split_special: bool = True) -> list[NDArray[np.uint32]]:
+    """Tokenize texts: one array of token ids for each text, to which no special token is added.
 
     A text that holds the name of a special token, such as `<|endoftext|>` in the source of a tokenizer, becomes the tokens of these characters:
-    else the model would see the text end there.
+    else the model would see the text end there. Without `split_special` it becomes that token, as in text that a chat template has rendered.
     """
     arrays: list[NDArray[np.uint32]] = []
     for first in range(0, len(texts), DOCUMENTS_PER_CALL):
         encoded = tokenizer(
             list(texts[first : first + DOCUMENTS_PER_CALL]),
             add_special_tokens=False,
-            split_special_tokens=True,
+            split_special_tokens=split_special,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,

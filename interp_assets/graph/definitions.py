@@ -19,13 +19,13 @@ from interp_assets.planning.config import PipelineConfig, demo_config, load_conf
 from interp_assets.planning.progress import Progress
 
 
-def build_defs(config: PipelineConfig | None = None, *, progress: Progress | None = None) -> dg.Definitions:
-    """Make the definitions of a pipeline (default: the demo); `progress` hears how in-process runs go."""
+def build_defs(config: PipelineConfig | None = None) -> dg.Definitions:
+    """Make the definitions of a pipeline (default: the demo)."""
     config = config or demo_config()
     retraining = (
         dg.Definitions(assets=[make_retraining(config)], sensors=[make_retraining_sensor()]) if config.retrain.after_tokens else dg.Definitions()
     )
-    return dg.Definitions.merge(assemble(config, progress or Progress()), dg.Definitions(sensors=[make_sensor(config)]), retraining)
+    return dg.Definitions.merge(assemble(config, Progress()), dg.Definitions(sensors=[make_sensor(config)]), retraining)
 
 
 def config_from_environment() -> PipelineConfig:

@@ -7,17 +7,20 @@
    here, with the same tags that Dagster would give them, and the output's own event is suppressed.
 3. An `InterpError` becomes Dagster's `Failure` with the message alone. An error of one partition does not stop the others; an error of
    the configuration or the store would meet them all, so it does.
+4. A check answers for every partition, too, as an evaluation of its own.
 
-Point 2 uses three names that Dagster keeps private (its version is pinned); `tests/graph/test_runs.py` holds them.
+Points 2 and 4 use four names that Dagster keeps private (its version is pinned); `tests/graph/test_runs.py` holds them.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import dagster as dg
+from dagster._core.definitions.asset_checks.asset_check_evaluation import AssetCheckEvaluationTargetMaterializationData
 from dagster._core.definitions.partitions.utils import get_tags_from_multi_partition_key
 from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_ASSET_OBSERVATION as SUPPRESS_EVENT
 from dagster._core.errors import DagsterExecutionInterruptedError, raise_execution_interrupts
@@ -25,8 +28,8 @@ from dagster._core.execution.plan.execute_step import _build_data_version_tags, 
 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.errors import ConfigError, InterpError, StoreError
-from interp_assets.planning.asset import Markdown, Shown, Table
-from interp_assets.planning.progress import Progress
+from interp_assets.planning.asset import Check, Markdown, Shown, Table, Verdict
+from interp_assets.planning.progress import Progress, format_bytes
 from interp_assets.storage.manifest import Produced, data_version
 from interp_assets.storage.traffic import METER, Traffic
 
@@ -86,6 +89,38 @@ def record(
     yield dg.MaterializeResult(metadata={SUPPRESS_EVENT: True})
 
 
+def record_verdicts(
+    context: dg.AssetCheckExecutionContext, check: Check, verdicts: Mapping[str, Verdict]
+) -> Iterator[dg.AssetCheckEvaluation | dg.Output[None]]:
+    """Yield the evaluation of a check for every partition of this run.
+
+    Dagster plans one for each partition, and would show those as skipped that a single result for the whole run leaves without an answer.
+    """
+    asset_key = context.check_specs[0].asset_key
+    for key, verdict in verdicts.items():
+        yield dg.AssetCheckEvaluation(
+            asset_key=asset_key,
+            check_name=check.name,
+            passed=verdict.passed,
+            description=" ".join(verdict.wrong) or None,
+            metadata={name: as_metadata(value) for name, value in verdict.shown.items()},
+            target_materialization_data=_target(context.instance, asset_key, key),
+            severity=dg.AssetCheckSeverity.WARN if verdict.is_warning else dg.AssetCheckSeverity.ERROR,
+            blocking=check.blocks,
+            partition=key or None,
+        )
+    yield dg.Output(None)
+
+
+def _target(instance: dg.DagsterInstance, asset_key: dg.AssetKey, key: str) -> AssetCheckEvaluationTargetMaterializationData | None:
+    """Name the materialization that a check has looked at: the newest of its partition."""
+    wanted = dg.AssetRecordsFilter(asset_key, asset_partitions=[key] if key else None)
+    newest = next(iter(instance.fetch_materializations(wanted, limit=1).records), None)
+    if newest is None:
+        return None
+    return AssetCheckEvaluationTargetMaterializationData(storage_id=newest.storage_id, run_id=newest.run_id, timestamp=newest.timestamp)
+
+
 @contextmanager
 def interruptible(progress: Progress) -> Iterator[None]:
     """Let Ctrl-C end what an asset does here: Dagster defers it between the events of a step, which may be hours apart, and forgets it then."""
@@ -124,16 +159,18 @@ def describe(produced: Sequence[Produced], url: str, shown: Mapping[str, Shown])
     if wall_s and not is_cached:
         metadata["rows_per_s"] = round(n_rows / wall_s, 1)
     metadata |= {"digest": version, "reused": is_cached}
-    metadata |= _where(produced, url) | extra
-    return Made(version, metadata, is_whole=all(item.is_whole for item in produced))
+    metadata |= _where(produced, url, extra) | extra
+    return Made(version, _with_sizes(metadata), is_whole=all(item.is_whole for item in produced))
 
 
 def as_metadata(value: Shown) -> Any:
-    """Return plain data as what Dagster's UI shows."""
+    """Return plain data as what Dagster's UI shows: finite numbers are drawn over partitions and time there, others would break its answer."""
     if isinstance(value, Markdown):
         return dg.MetadataValue.md(str(value))
     if isinstance(value, Table):
         return dg.MetadataValue.table([dg.TableRecord(row) for row in value])
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value if isinstance(value, bool | int | float | str) else dg.MetadataValue.json(value)
 
 
@@ -143,17 +180,35 @@ def n_rows_of(produced: Produced) -> int:
     return int(facts["n_rows"]) if "n_rows" in facts else max((entry.n_rows or 0 for entry in produced.manifest.files), default=0)
 
 
-def _where(produced: Sequence[Produced], url: str) -> dict[str, Any]:
-    """Say where the artifacts lie and what is known of them: directly for one, as a table for several."""
+def _where(produced: Sequence[Produced], url: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Say where the artifacts lie and what is known of them: directly for one, its numbers one by one; as a table for several.
+
+    `named` are the numbers that the asset names itself, `mean_norm.resid_post.2` for the fact `mean_norm`: they are not said twice.
+    """
     if len(produced) == 1:
-        facts = {key: value for key, value in produced[0].manifest.facts.items() if isinstance(value, int | float | str | bool)}
-        shown = {"facts": dg.MetadataValue.json(facts)} if len(json.dumps(facts)) <= _MAX_FACTS_BYTES else {}
-        return {"artifact": dg.MetadataValue.path(f"{url}/{produced[0].ref.path}"), **shown}
+        facts = {key: value for key, value in produced[0].manifest.facts.items() if isinstance(value, int | float | str | bool) and key != "n_rows"}
+        numbers = {key: as_metadata(value) for key, value in facts.items() if not isinstance(value, str | bool)}
+        others = {key: value for key, value in facts.items() if key not in numbers}
+        shown = {"facts": dg.MetadataValue.json(others)} if others and len(json.dumps(others)) <= _MAX_FACTS_BYTES else {}
+        new = {key: value for key, value in numbers.items() if not any(name.partition(".")[0] == key for name in named)}
+        return {"artifact": dg.MetadataValue.path(f"{url}/{produced[0].ref.path}"), **new, **shown}
     rows = [
-        {"artifact": item.ref.path, "rows": n_rows_of(item), "bytes": item.manifest.n_bytes, "digest": item.manifest.digest, "reused": item.is_cached}
+        {
+            "artifact": item.ref.path,
+            "rows": n_rows_of(item),
+            "size": format_bytes(item.manifest.n_bytes),
+            "digest": item.manifest.digest,
+            "reused": item.is_cached,
+        }
         for item in produced
     ]
     return {"artifacts": dg.MetadataValue.table([dg.TableRecord(row) for row in rows]), "root": dg.MetadataValue.path(url)}
+
+
+def _with_sizes(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Write every count of bytes with a unit beside it: the number is for plots, the text for people."""
+    sizes = {key.replace("bytes", "size"): format_bytes(value) for key, value in metadata.items() if key.endswith("bytes") and isinstance(value, int)}
+    return {**metadata, **sizes}
 
 
 def _with_cost(made: Made, table: list[dict[str, Any]] | None) -> Made:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import dagster as dg
 
 from interp_assets.compute.compiled import n_compilations
-from interp_assets.graph.events import Made, Shared, as_metadata, describe, interruptible, partition_keys, record
+from interp_assets.graph.events import Made, Shared, describe, interruptible, partition_keys, record, record_verdicts
 from interp_assets.graph.fanout import start_fanout
 from interp_assets.graph.partitions import backfill_policy, claim_history, dependency, partitions_of, register, tags_of
 from interp_assets.planning.asset import Asset, Check, Job
@@ -76,16 +76,9 @@ def make_check(asset: Asset, check: Check) -> dg.AssetChecksDefinition:
         blocking=check.blocks,
         partitions_def=partitions_of(asset.axis),
     )
-    def body(context: dg.AssetCheckExecutionContext, world: dg.ResourceParam[World]) -> dg.AssetCheckResult:
+    def body(context: dg.AssetCheckExecutionContext, world: dg.ResourceParam[World]) -> Events:
         pipeline, store = world.open()
-        verdict = check.verdict(pipeline, store, partition_keys(context))
-        severity = dg.AssetCheckSeverity.WARN if verdict.is_warning else dg.AssetCheckSeverity.ERROR
-        return dg.AssetCheckResult(
-            passed=verdict.passed,
-            severity=severity,
-            description=" ".join(verdict.wrong) or None,
-            metadata={name: as_metadata(value) for name, value in verdict.shown.items()},
-        )
+        yield from record_verdicts(context, check, check.verdicts(pipeline, store, partition_keys(context)))
 
     return body
 

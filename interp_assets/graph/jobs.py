@@ -9,13 +9,16 @@ One process and one run per range, because a Dagster run costs about a second of
 graph in steps of 30 seconds. The instance is the persistent one, so the UI shows every run, partition and plot.
 """
 
+import atexit
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -42,6 +45,8 @@ from resources.launcher import PROCESS_TAG
 HOME_VARIABLE: Final = "DAGSTER_HOME"
 POSTGRES_VARIABLE: Final = "INTERP_POSTGRES_URL"
 _RESOURCES: Final = Path(__file__).parents[2] / "resources"
+_MISREAD: Final = "?"
+"""What ends a path in the addresses of databases that Dagster makes."""
 _VERSION_TAG: Final = "dagster/data_version"
 _PAGE_EVENTS: Final = 1000
 _QUIET: Final = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -72,7 +77,21 @@ def dagster_home(config: PipelineConfig) -> Path:
     """
     given = os.environ.get(HOME_VARIABLE)
     root = Path() if "://" in config.root else Path(config.root)
-    return (Path(given) if given else root / ".dagster" / config.name).expanduser().resolve()
+    home = (Path(given) if given else root / ".dagster" / config.name).expanduser().resolve()
+    return _detour(home) if _MISREAD in str(home) else home
+
+
+@cache
+def _detour(home: Path) -> Path:
+    """Return a link, for the time of this process, to a folder whose own path Dagster would cut off: it writes addresses of SQLite files by hand."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="interp-assets-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        (folder / "dagster").symlink_to(home, target_is_directory=True)
+    except OSError as error:
+        raise ConfigError(f"The path {home} has a {_MISREAD!r}, and no link to it can be made ({error}). Name another in {HOME_VARIABLE}.") from error
+    return folder / "dagster"
 
 
 def open_instance(config: PipelineConfig) -> DagsterInstance:
@@ -228,6 +247,7 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
             failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
         n_bytes += sum(_bytes_of(event) for event in events)
         failed_checks += [f"{check.check_name}: {check.description}" for check in result.get_asset_check_evaluations() if not check.passed]
+    failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
     report = AssetReport(asset.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
     return Outcome(report, failed, errors)
 

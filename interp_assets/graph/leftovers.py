@@ -146,7 +146,8 @@ def _refuse_unknown(manifests: dict[str, Manifest | None], configs: Sequence[Pip
         names = ", ".join(sorted(unknown))
         raise InputError(
             f"There are artifacts of {names}, which no named configuration has: they may be another one's, and nothing was listed. Name "
-            f"every configuration that uses this folder (--config, once for each), or say what may go: {' '.join(f'--forget {name}' for name in sorted(unknown))}"
+            "every configuration that uses this folder (--config, once for each), or say what may go: "
+            f"{' '.join(f'--forget {name}' for name in sorted(unknown))}"
         )
 
 

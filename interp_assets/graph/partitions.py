@@ -75,22 +75,18 @@ def backfill_policy(asset: Asset, config: PipelineConfig) -> dg.BackfillPolicy |
 
 def tags_of(needs: Needs, config: PipelineConfig) -> dict[str, Any]:
     """Return the tags by which a step's pod or Ray job asks for what it needs. Without a GPU when it is told to use the CPU."""
-    if needs.accelerator and config.execution.device != "cpu":
-        resources = {"requests": {"cpu": _GPU_CPUS, "memory": _GPU_MEMORY}, "limits": {"nvidia.com/gpu": "1", "memory": _GPU_MEMORY}}
-        pod = {
-            "node_selector": {"interp-assets/accelerator": "gpu"},
-            "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-        }
-        return {"dagster-k8s/config": {"container_config": {"resources": resources}, "pod_spec_config": pod}, "dagster-ray/config": {"num_gpus": 1}}
-    if needs.accelerator:
-        resources = {"requests": {"cpu": _GPU_CPUS, "memory": _GPU_MEMORY}, "limits": {"memory": _GPU_MEMORY}}
-        return {"dagster-k8s/config": {"container_config": {"resources": resources}}}
-    if needs.memory_bytes:
-        memory = f"{needs.memory_bytes >> 20}Mi"
-        resources = {"requests": {"cpu": "1", "memory": memory}, "limits": {"memory": memory}}
-        pod = {"node_selector": {"interp-assets/accelerator": "none"}}
-        return {"dagster-k8s/config": {"container_config": {"resources": resources}, "pod_spec_config": pod}}
-    return {}
+    if not needs.accelerator and not needs.memory_bytes:
+        return {}
+    takes_gpu = needs.accelerator and config.execution.device != "cpu"
+    cpu, memory = (_GPU_CPUS, _GPU_MEMORY) if needs.accelerator else ("1", f"{needs.memory_bytes >> 20}Mi")
+    limits = {"memory": memory, **({"nvidia.com/gpu": "1"} if takes_gpu else {})}
+    pod: dict[str, Any] = {"container_config": {"resources": {"requests": {"cpu": cpu, "memory": memory}, "limits": limits}}}
+    if takes_gpu:
+        tolerations = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        pod["pod_spec_config"] = {"node_selector": {"interp-assets/accelerator": "gpu"}, "tolerations": tolerations}
+    elif not needs.accelerator:
+        pod["pod_spec_config"] = {"node_selector": {"interp-assets/accelerator": "none"}}
+    return {"dagster-k8s/config": pod, **({"dagster-ray/config": {"num_gpus": 1}} if takes_gpu else {})}
 
 
 def claim_history(instance: dg.DagsterInstance, pipeline: str) -> None:

@@ -47,11 +47,6 @@ class Retrained(NamedTuple):
     n_made: int
     """Partitions made, by the candidate and after it."""
 
-    @property
-    def is_promoted(self) -> bool:
-        """Whether the new SAEs took the place of the old ones."""
-        return bool(self.comparison.manifest.facts["promoted"])
-
 
 def make_retraining(config: PipelineConfig) -> dg.AssetsDefinition:
     """Make the asset of a pipeline that retrains."""

@@ -35,7 +35,7 @@ def make_sensor(config: PipelineConfig) -> dg.SensorDefinition:
         if corpus.source != "files":
             yield dg.SkipReason(f"The corpus source is {corpus.source!r}; only 'files' can change under a running pipeline.")
             return
-        listing = fingerprint_listing(Path(corpus.path))
+        listing = fingerprint_listing(Path(corpus.path).expanduser())
         if listing != context.cursor:
             context.update_cursor(listing)
             yield dg.RunRequest(run_key=f"plan-{listing}", asset_selection=[dg.AssetKey("corpus_plan")])

@@ -16,7 +16,7 @@ Memory: one window of rows for each hook point (at least 16,384), and one forwar
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Final, NamedTuple
 
@@ -34,6 +34,7 @@ from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
 from interp_assets.harvest.statistics import STATISTICS, StatisticsAccumulator, as_tensors
 from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.manifest import ArtifactWriter, ByteSink, Produced, create_artifact, find_made_from, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import TensorSpec, as_bytes, make_header, save_tensors
@@ -53,9 +54,7 @@ class Batch(NamedTuple):
     """Row in the window of every position that is not padding, in the order of the mask."""
 
 
-def harvest_shard(
-    pipeline: Pipeline, store: Store, model: SubjectModel, index: int, progress: Callable[[int], None] | None = None
-) -> dict[str, Produced]:
+def harvest_shard(pipeline: Pipeline, store: Store, model: SubjectModel, index: int, progress: Advance = unheard) -> dict[str, Produced]:
     """Publish the activation shards of corpus shard `index` at all configured hook points; `progress` advances by rows.
 
     What was made from these very tokens is kept; if some are missing, those are made in one run over the tokens. Raises `NonFiniteError`,
@@ -82,8 +81,7 @@ def harvest_shard(
             art = stack.enter_context(create_artifact(store, refs[name], made_from=[source]))
             writers[name] = _RowWriter(art, stack, pipeline, name, index, tokens)
         for n_rows in _harvest(model, tokens, writers, pipeline.config.execution.tokens_per_batch):
-            if progress is not None:
-                progress(n_rows)
+            progress(n_rows)
         for writer in writers.values():
             writer.finish()
     for name, writer in writers.items():

@@ -5,14 +5,16 @@ from functools import partial
 from typing import Final
 
 from interp_assets.corpus.sizes import TOKEN_BYTES, rows_of
+from interp_assets.garcon.facts import find_facts
 from interp_assets.harvest.checks import ACTIVATION_ROWS, OUTLIER_DIMENSIONS
-from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, statistics_ref
-from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, per_hook_point, same, training
+from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, read_dtypes, statistics_ref
+from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, name_facts, per_hook_point, same, training
 from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.storage.dtypes import ITEM_BYTES
 from interp_assets.storage.manifest import ArtifactRef, Produced
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store
 
 GROUP = "harvest"
@@ -44,7 +46,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             work_kind=lambda config, _key: f"activations {config.model.name}",
             needs=Needs(accelerator=True),
             checks=(ACTIVATION_ROWS,),
-            code_version=code_version(ACTIVATION_SHARD_VERSION, config.model, config.harvest),
+            code_version=code_version(ACTIVATION_SHARD_VERSION, dtypes=read_dtypes(config)),
         ),
         Asset(
             key=("activation_statistics",),
@@ -67,10 +69,9 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
 
 def count_parameters(pipeline: Pipeline) -> int:
     """Return the number of the subject model's parameters, without its weights."""
-    from interp_assets.garcon.subject import make_meta_model
-
-    model = pipeline.config.model
-    return pipeline.remember("parameters", lambda: sum(weight.numel() for weight in make_meta_model(model).net.parameters()))
+    config = pipeline.config
+    with open_seen() as seen:
+        return pipeline.remember("parameters", lambda: find_facts(config.model, config.harvest.hook_points, seen).n_parameters)
 
 
 def model_bytes(pipeline: Pipeline) -> int:
@@ -90,7 +91,7 @@ def _harvest(job: Job) -> Callable[[str], list[Produced]]:
 
 
 def _show_norms(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
-    return {f"mean_norm.{name}": float(item.manifest.facts["mean_norm"]) for name, item in zip(job.hook_points, made, strict=True)}
+    return name_facts(made, job.hook_points, "mean_norm", "mean_squared_norm")
 
 
 def _harvesting(pipeline: Pipeline, store: Store, key: str) -> Load:
@@ -118,7 +119,8 @@ def _merge(job: Job) -> Callable[[str], list[Produced]]:
 def _show_histograms(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
     from interp_assets.harvest.plots import plot_norms
 
-    return {f"norms.{hook_point}": Markdown(plot_norms(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+    drawn = {f"norms.{hook_point}": Markdown(plot_norms(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+    return {**name_facts(made, job.hook_points, "mean_norm", "mean_squared_norm", "variance", "max_mean_ratio"), **drawn}
 
 
 def _merging(pipeline: Pipeline, _store: Store, _key: str) -> Load:

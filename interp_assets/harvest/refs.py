@@ -1,14 +1,16 @@
 """Where activation shards and their statistics lie."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "2-activations"
-ACTIVATION_SHARD_VERSION = 1
-"""Raise it when the same tokens would give other activations."""
+ACTIVATION_SHARD_VERSION = 2
+"""Raise it when the same tokens would give other activations, or other statistics of them."""
 
 
 def activation_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
@@ -16,15 +18,19 @@ def activation_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> Art
     identity = {
         "code": ACTIVATION_SHARD_VERSION,
         "model": pipeline.plan.model_fingerprint,
-        "model_dtype": pipeline.config.model.dtype,
         "hook_point": hook_point,
-        "dtype": pipeline.config.harvest.dtype,
         "shard": index,
+        **read_dtypes(pipeline.config),
     }
     inputs = {"token_shard": token_shard_ref(pipeline, index).artifact_id}
     return make_ref(
         "activation_shard", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label=shard_key(index), hook_point=hook_point
     )
+
+
+def read_dtypes(config: PipelineConfig) -> dict[str, Any]:
+    """Return what the bytes of an activation shard depend on of the configuration, besides its inputs and hook point."""
+    return {"model_dtype": config.model.dtype, "dtype": config.harvest.dtype}
 
 
 def statistics_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:

@@ -200,7 +200,7 @@ Make = Callable[[Job], Callable[[str], list[Produced]]]
 
 
 class Verdict(NamedTuple):
-    """What a check found."""
+    """What a check found of one partition."""
 
     wrong: Sequence[str]
     """For each thing that is wrong a sentence: what, where, the number, its limit, the next step. Empty when the check has passed."""
@@ -215,11 +215,12 @@ class Verdict(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A question to partitions that were made. It divides as its asset does."""
+    """A question to partitions that were made. It divides as its asset does, and answers for each partition."""
 
     name: str
     description: str
-    verdict: Callable[[Pipeline, Store, Sequence[str]], Verdict]
+    verdicts: Callable[[Pipeline, Store, Sequence[str]], Mapping[str, Verdict]]
+    """Answers, by partition key, for the partitions of one run (`""` without partitions)."""
     blocks: bool = False
     """Whether a failure stops what stands behind."""
 
@@ -302,3 +303,9 @@ class Asset:
 def per_hook_point(address: Callable[[Pipeline, str], ArtifactRef]) -> Callable[[Pipeline, Store, str], list[ArtifactRef]]:
     """Return the artifacts of an asset that has one for each hook point."""
     return lambda pipeline, _store, _key: [address(pipeline, hook_point) for hook_point in pipeline.config.harvest.hook_points]
+
+
+def name_facts(made: Sequence[Produced], names: Sequence[str], *facts: str) -> dict[str, Shown]:
+    """Return facts of several artifacts under the name of what each is of: `mean_norm.resid_post.2`. Those that an artifact lacks are left out."""
+    found = ((fact, name, item.manifest.facts.get(fact)) for name, item in zip(names, made, strict=True) for fact in facts)
+    return {f"{fact}.{name}": value for fact, name, value in found if value is not None}

@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from interp_assets.errors import ConfigError
+from interp_assets.planning.hook_names import canonical_name
 from interp_assets.storage.foreign import parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -50,8 +51,24 @@ Name = Annotated[str, AfterValidator(_check_name)]
 Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu", "jump_relu_tanh", "jump_relu_step"]
 
 
+TextKind = Literal["plain", "with_special_tokens", "messages"]
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    _folder: str = PrivateAttr("")
+
+    @property
+    def looked_in(self) -> str:
+        """Where a relative path was looked for in vain, for messages; nothing for others."""
+        return f" (looked in {Path.cwd()} and {self._folder})" if self._folder else ""
+
+
+HookPointName = Annotated[str, AfterValidator(canonical_name)]
+"""A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
+
+
+Section = TypeVar("Section", bound=_Config)
 
 
 class CorpusConfig(_Config):
@@ -68,11 +85,13 @@ class CorpusConfig(_Config):
     revision: str = "main"
     """`huggingface`: the dataset's revision."""
     text_field: str = "text"
-    """Column or key that holds the text, in JSONL, Parquet and Hugging Face datasets."""
+    """Column or key that holds the text (or the messages), in JSONL, Parquet and Hugging Face datasets."""
+    text_kind: Annotated[TextKind, Field(exclude_if=lambda kind: kind == "plain")] = "plain"
+    """`plain`: names of special tokens are text; `with_special_tokens`: they are these tokens; `messages`: the chat template renders them."""
     context_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per context, a leading BOS included."""
     contexts: Literal["packed", "per_document"] = "packed"
-    """`packed`: documents follow each other inside a context (language models); `per_document`: a context holds one document (encoders)."""
+    """`packed`: documents follow each other in a context and attend to those before; `per_document`: a context holds one (encoders, messages)."""
     shard_bytes: Annotated[int, Field(ge=1)] = 256 << 10
     """UTF-8 bytes of text per shard, reached by whole documents."""
     documents_per_shard: Annotated[int, Field(ge=1)] = 1000
@@ -81,6 +100,13 @@ class CorpusConfig(_Config):
     """Stop after this many shards."""
     held_out_shards: Annotated[int, Field(ge=1)] = 1
     """The first shards are never trained on: they measure FVU, L0 and loss recovered."""
+
+    @model_validator(mode="after")
+    def _check_contexts(self) -> "CorpusConfig":
+        if self.text_kind == "messages" and self.contexts != "per_document":
+            message = "text_kind messages needs contexts: per_document, because a chat template begins and ends a conversation itself"
+            raise ValueError(message)
+        return self
 
 
 class ModelConfig(_Config):
@@ -104,8 +130,8 @@ class ModelConfig(_Config):
 class HarvestConfig(_Config):
     """Which activations are kept. All identity."""
 
-    hook_points: Annotated[list[str], Field(min_length=1)] = ["resid_post.2"]
-    """Canonical names, `<kind>.<layer>`: `resid_pre.0`, `resid_post.2`, `mlp_out.1`, `attn_out.1`; or `module:<path>`."""
+    hook_points: Annotated[list[HookPointName], Field(min_length=1)] = ["resid_post.2"]
+    """Names `<kind>.<layer>`: `resid_post.2`, `mlp_out.1`, `z.0`, `mlp_act.1` (docs/garcon.md has all); TransformerLens' names; `module:<path>`."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the stored rows."""
 
@@ -147,15 +173,15 @@ class SaeConfig(_Config):
 
     name: Name = "demo"
     """Name of the experiment; it becomes a partition and a folder."""
-    hook_point: str = "resid_post.2"
+    hook_point: HookPointName = "resid_post.2"
     """Where its rows come from; one of `harvest.hook_points`."""
     architecture: Architecture = "batch_topk"
     """Sparsifying function and its recipe."""
     task: Literal["sae", "transcoder", "skip_transcoder", "crosscoder"] = "sae"
     """What is reconstructed: the rows themselves, those of `target_hook_point`, or those of several hook points by shared latents."""
-    target_hook_point: str = ""
+    target_hook_point: HookPointName = ""
     """`transcoder` and `skip_transcoder`: where the rows come from that are reconstructed. Unused for others."""
-    more_hook_points: tuple[str, ...] = ()
+    more_hook_points: tuple[HookPointName, ...] = ()
     """`crosscoder`: the hook points besides `hook_point`. Unused for others."""
     d_sae: Annotated[int, Field(ge=1)] = 2048
     """Number of latents."""
@@ -365,15 +391,16 @@ def _check_task(sae: SaeConfig, hook_points: list[str]) -> None:
 def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) -> PipelineConfig:
     """Read a YAML configuration; `overrides` replace top-level keys, and `INTERP_ROOT` replaces `root` if it is set.
 
-    Relative paths in it are relative to the working directory.
+    Text, model and imported SAEs of relative paths are looked for in the working directory, then beside the file. `root` is relative to the former.
 
     Raises `ConfigError` that names the file, the field, the value and what is allowed.
     """
     where = Path(path)
     try:
         text = where.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"Cannot read the configuration {where}: {error.strerror}. `interp init` writes one to start from.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"Cannot read the configuration {where}: {reason}. `interp init` writes one to start from.") from error
     try:
         content = parse_yaml(text) or {}
     except yaml.YAMLError as error:
@@ -383,7 +410,26 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) ->
     if not isinstance(content, dict):
         raise ConfigError(f"{where} must hold keys and values (name, corpus, model, ...), not a {type(content).__name__}.")
     moved = {"root": os.environ[ROOT_VARIABLE]} if os.environ.get(ROOT_VARIABLE) else {}
-    return make_config({**content, **moved, **(overrides or {})}, where=str(where))
+    return _find_beside(make_config({**content, **moved, **(overrides or {})}, where=str(where)), where.resolve().parent)
+
+
+def _find_beside(config: PipelineConfig, folder: Path) -> PipelineConfig:
+    """Point relative paths to what lies in `folder`, where it does not lie in the working directory."""
+    saes = [_point(sae, "imported", folder) if sae.imported and "://" not in sae.imported else sae for sae in config.saes]
+    corpus = _point(config.corpus, "path", folder) if config.corpus.source != "stdlib" and config.corpus.path else config.corpus
+    model = config.model if config.model.name.startswith("builtin:") else _point(config.model, "name", folder)
+    return config.model_copy(update={"corpus": corpus, "model": model, "saes": saes})
+
+
+def _point(section: Section, field: str, folder: Path) -> Section:
+    given = Path(getattr(section, field))
+    if given.is_absolute() or str(given).startswith("~") or given.exists():
+        return section
+    if (folder / given).exists():
+        return section.model_copy(update={field: str((folder / given).resolve())})
+    lost = section.model_copy()
+    lost._folder = str(folder)  # noqa: SLF001 - no field: it is no part of what was configured
+    return lost
 
 
 def _explain_yaml(error: yaml.YAMLError) -> str:
@@ -440,10 +486,10 @@ def _model_at(path: list[str]) -> type[BaseModel] | None:
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 
 
-def code_version(version: int, *sections: BaseModel) -> str:
-    """Return an asset's code version: its own number, and a hash of the configuration that decides its bytes."""
-    text = json.dumps([section.model_dump() for section in sections], sort_keys=True)
-    return f"{version}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}" if sections else str(version)
+def code_version(version: int, **identity: object) -> str:
+    """Return an asset's code version: its own number, and a hash of what decides its bytes of the configuration, by any names."""
+    text = json.dumps(identity, sort_keys=True, default=BaseModel.model_dump)
+    return f"{version}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}" if identity else str(version)
 
 
 def demo_config() -> PipelineConfig:

@@ -7,7 +7,7 @@ no global figure state, no display.
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import polars as pl
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from interp_assets.storage.manifest import Produced, read_file
@@ -28,6 +29,11 @@ COLOUR: Final = "#3b6ea8"
 SECOND: Final = "#c8643c"
 GREY: Final = "#999999"
 LARGE: Final = (7.4, 4.4)
+_FEW_DECADES: Final = 100.0
+_PLAIN: Final = 1e-4
+"""Smaller numbers are written with an exponent."""
+_NARROWEST: Final = 0.02
+"""Of its numbers, what the range of an axis shows at least: what does not change shall look so, and not like noise in the seventh digit."""
 MAX_NAMES: Final = 24
 """More lines or points than this are not named: nobody could read it."""
 
@@ -42,11 +48,32 @@ def make_figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def dress(axes: Axes, x_label: str, y_label: str) -> None:
-    """Give axes their labels and a quiet look."""
+    """Give axes their labels, numbers that are written out, and a quiet look."""
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(write_number))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, linewidth=0.6)
+
+
+def use_log(axes: Axes, which: Literal["x", "y"], base: int = 10) -> None:
+    """Make an axis logarithmic, with its decades written out, and 2 and 5 between them where there are few."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=base)
+    low, high = sorted(axis.get_view_interval())
+    if base == 10:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if low > 0 and high < _FEW_DECADES * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(write_number))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def write_number(value: float, _place: int | None = None) -> str:
+    """Write a number of an axis: 1.5M, 20k, 1,024, 32.1, 0.002; never relative to another one in a corner."""
+    for least, size, unit in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:,.5g}" if value == 0 or abs(value) >= _PLAIN else f"{value:.2g}"
 
 
 def colour(names: Sequence[str]) -> dict[str, Any]:
@@ -68,7 +95,17 @@ def read_table(store: Store, produced: Produced, name: str) -> pl.DataFrame:
 
 def as_markdown(figure: Figure, caption: str) -> str:
     """Render a figure as an inline image of few colours, which takes a third of the bytes; the same data give the same bytes."""
+    for axes in figure.axes:
+        _widen(axes)
     drawn, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", metadata={"Software": None})
     Image.open(drawn).convert("RGB").quantize(_PALETTE).save(buffer, format="png", optimize=True)
     return f"![{caption}](data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()})"
+
+
+def _widen(axes: Axes) -> None:
+    """Give a linear axis with numbers that hardly differ a range in which that is seen."""
+    low, high = axes.get_ylim()
+    least = _NARROWEST * max(abs(low), abs(high))
+    if axes.get_yscale() == "linear" and high - low < least:
+        axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)

@@ -9,6 +9,10 @@ Advance = Callable[[int], None]
 """What a stage calls with the units of work that it has done since the last call."""
 
 
+def unheard(_n: int) -> None:
+    """Hear of work and ignore it."""
+
+
 @runtime_checkable
 class Estimator(Protocol):
     """Knows what partitions should take, and learns from what they took."""
@@ -60,3 +64,13 @@ class AssetReport(NamedTuple):
     wall_s: float
     failed_checks: list[str]
     """For each check that did not pass and does not block its name, and what is wrong."""
+
+
+def format_bytes(n_bytes: int) -> str:
+    """Write a size with a unit: 1.5 GB."""
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"

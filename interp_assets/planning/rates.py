@@ -50,7 +50,7 @@ def load_rates(path: Path | None) -> dict[str, Rate]:
     """Return what is known, by kind of work; nothing where there is no database or a damaged one."""
     if path is None:
         return {}
-    with suppress(OSError, sqlite3.Error), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1.0)) as database:
+    with suppress(OSError, sqlite3.Error), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)) as database:
         found = database.execute("SELECT kind, expected_s, taken_s, partitions FROM rates WHERE expected_s > 0").fetchall()
         return {str(kind): Rate(float(taken) / float(expected), int(n)) for kind, expected, taken, n in found}
     return {}

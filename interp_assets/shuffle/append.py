@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 from interp_assets.compute.seeds import Stream
 from interp_assets.errors import PlanError
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import Advance, unheard
+from interp_assets.shuffle.gather import gather_bucket
+from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.shuffle.hypergeometric import count_table, draw_hypergeometric
-from interp_assets.shuffle.mixed import ROWS, MixedShard, mixed_specs, read_mixed_ids, save_mixed
-from interp_assets.shuffle.multiset import MultisetHash, hash_rows
+from interp_assets.shuffle.mixed import ROWS, MixedShard, open_mixed, read_mixed_ids, save_mixed
 from interp_assets.shuffle.permutation import Draws
-from interp_assets.shuffle.refs import merged_shard_ref
-from interp_assets.shuffle.rows import Progress, Segment, cut_segment
+from interp_assets.shuffle.refs import merged_shard_ref, n_mixed_shards
+from interp_assets.shuffle.rows import RowFormat, Segment, cut_segment
 from interp_assets.shuffle.sizes import shares
 from interp_assets.storage.direct import PIECE_BYTES, allocate
 from interp_assets.storage.dtypes import ITEM_BYTES
@@ -57,8 +59,22 @@ def appended_ref(pipeline: Pipeline, hook_point: str, sources: Appending, bucket
     return merged_shard_ref(pipeline, hook_point, bucket, sources.n_buckets, inputs)
 
 
+def mix_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Advance = unheard) -> Produced:
+    """Make mixed shard `bucket` of a pipeline, grown or not.
+
+    The newest generation's mixed shards are small beside the old ones, and each merged shard may need any of them: the first bucket makes them all.
+    Two jobs that do so at once make equal bytes.
+    """
+    if not has_grown(pipeline):
+        return gather_bucket(pipeline, store, hook_point, bucket, progress)
+    for own in range(n_mixed_shards(pipeline)):
+        gather_bucket(newest(pipeline), store, hook_point, own)
+    sources = Appending(open_mixed(before(pipeline), store, hook_point), open_mixed(newest(pipeline), store, hook_point), n_mixed_shards(pipeline))
+    return append_bucket(pipeline, store, hook_point, sources, bucket, progress)
+
+
 @timed
-def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Appending, bucket: int, progress: Progress | None = None) -> Produced:
+def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Appending, bucket: int, progress: Advance = unheard) -> Produced:
     """Make merged shard `bucket`: an ordinary mixed shard. Holds some chunks and the shard's row ids, whatever its size."""
     formats = sorted({(shard.d_in, shard.dtype) for shard in [*sources.old, *sources.new]})
     if len(formats) != 1:
@@ -70,11 +86,9 @@ def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Ap
     table = merge_counts(draws, n_old, n_new, sources.n_buckets)
     at_old, at_new = (int(count) for count in table[:bucket].sum(axis=0))
     words = merge_words(merge_stream(draws, n_old, n_new, bucket), int(table[bucket, 0]), int(table[bucket, 1]))
-    merged = _Merged(_Forward(store, sources.old, at_old), _Forward(store, sources.new, at_new), words, progress)
+    parts = _merge(_Forward(store, sources.old, at_old), _Forward(store, sources.new, at_new), words)
     with create_artifact(store, ref) as art:
-        first = sources.old[0]
-        save_mixed(art, merged.rows(), iter(merged.row_ids), mixed_specs(int(table[bucket].sum()), first.d_in, first.dtype))
-        art.facts["multiset_hash"] = merged.rows_hash.encode()
+        save_mixed(art, parts, int(table[bucket].sum()), RowFormat(*formats[0]), progress)
     return art.produced
 
 
@@ -97,25 +111,13 @@ def merge_words(bits: Stream, n_old: int, n_new: int, word_rows: int = WORD_ROWS
         n_old, n_new = n_old - from_old, n_new - (n_places - from_old)
 
 
-class _Merged:
-    """The rows of one output shard on their way into its file, hashed as they pass; the ids are kept for the file's second tensor."""
-
-    def __init__(self, old: "_Forward", new: "_Forward", words: Iterator[NDArray[np.bool_]], progress: Progress | None) -> None:
-        self._old, self._new, self._words, self._progress = old, new, words, progress
-        self.row_ids: list[NDArray[np.uint64]] = []
-        self.rows_hash = MultisetHash()
-
-    def rows(self) -> Iterator[memoryview]:
-        for is_old in self._words:
-            rows = np.empty((len(is_old), self._old.row_bytes), np.uint8)
-            ids = np.empty(len(is_old), np.uint64)
-            for source, places in ((self._old, is_old), (self._new, ~is_old)):
-                rows[places], ids[places] = source.take(int(places.sum()))
-            self.row_ids.append(ids)
-            self.rows_hash = self.rows_hash.merge(hash_rows(ids, rows))
-            yield rows.reshape(-1).data
-            if self._progress is not None:
-                self._progress(len(ids))
+def _merge(old: "_Forward", new: "_Forward", words: Iterator[NDArray[np.bool_]]) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
+    """Yield row ids and rows of one output shard, a word at a time."""
+    for is_old in words:
+        ids, rows = np.empty(len(is_old), np.uint64), np.empty((len(is_old), old.row_bytes), np.uint8)
+        for source, places in ((old, is_old), (new, ~is_old)):
+            rows[places], ids[places] = source.take(int(places.sum()))
+        yield ids, rows
 
 
 class _Forward:

@@ -1,6 +1,7 @@
 """The shuffle as assets: its plan, one asset per distribution pass, the mixed shards and their certificate."""
 
 from collections.abc import Callable
+from typing import Any
 
 from interp_assets.corpus.sizes import count_rows, rows_of
 from interp_assets.planning.asset import (
@@ -14,6 +15,7 @@ from interp_assets.planning.asset import (
     Reads,
     Shown,
     every,
+    name_facts,
     parent_bucket,
     per_hook_point,
     same,
@@ -25,7 +27,7 @@ from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.shuffle.checks import CERTIFICATE_PASSED, MIXED_ROW_COUNTS
 from interp_assets.shuffle.choice import MAX_CHOSEN_PASSES, find_obstacles, settle
 from interp_assets.shuffle.generations import generation_of, has_grown, newest
-from interp_assets.shuffle.plan import make_shuffle_plan, split_bucket_refs
+from interp_assets.shuffle.plan import make_shuffle_plan, row_formats, split_bucket_refs
 from interp_assets.shuffle.refs import (
     SHUFFLE_VERSION,
     bucket_index,
@@ -38,7 +40,7 @@ from interp_assets.shuffle.refs import (
     shuffle_plan_ref,
     split_shard_ref,
 )
-from interp_assets.shuffle.rows import SORT_BYTES, RowFormat
+from interp_assets.shuffle.rows import SORT_BYTES
 from interp_assets.storage.manifest import ArtifactRef, Produced
 from interp_assets.storage.store import Store
 
@@ -79,8 +81,6 @@ def _plan(config: PipelineConfig) -> Asset:
 def _first_pass(config: PipelineConfig) -> Asset:
     return Asset(
         key=(pass_name(1),),
-        group=GROUP,
-        kinds=("python", "numpy"),
         description=(
             "The rows of one corpus shard, permuted in memory and written as one file with a contiguous range for every bucket. The unit of work is "
             "a corpus shard, so a lost shard is one partition all the way to here. Held-out shards measure and are not shuffled: their partitions "
@@ -92,16 +92,13 @@ def _first_pass(config: PipelineConfig) -> Asset:
         make=_split_shards,
         shows=_explain_nothing,
         takes=_splitting,
-        needs=_memory(config),
-        code_version=_version(config),
+        **_common(config),
     )
 
 
 def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
     return Asset(
         key=(pass_name(pass_index),),
-        group=GROUP,
-        kinds=("python", "numpy"),
         description=(
             f"One bucket of pass {pass_index - 1}, gathered from all its jobs, permuted and divided over {_show_fan_out(config)} smaller buckets. "
             "The unit of work is a bucket; several jobs share one when it exceeds the memory of a job."
@@ -112,16 +109,13 @@ def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
         artifacts=lambda pipeline, store, key: split_bucket_refs(pipeline, store, pass_index, bucket_index(key)),
         make=lambda job: _split_buckets(job, pass_index),
         takes=_gathering(lambda _passes: pass_index - 1),
-        needs=_memory(config),
-        code_version=_version(config),
+        **_common(config),
     )
 
 
 def _mixed_shards(config: PipelineConfig) -> Asset:
     return Asset(
         key=("mixed_shards",),
-        group=GROUP,
-        kinds=("python", "numpy"),
         description=(
             "One bucket of the shuffled data: its ranges gathered from the files of the pass before and permuted once more, so that all mixed shards "
             "in order are one uniform permutation of the training rows. The unit of work is a bucket. Every row keeps its row id."
@@ -131,8 +125,7 @@ def _mixed_shards(config: PipelineConfig) -> Asset:
         artifacts=_mixed,
         make=_mix,
         takes=_gathering(lambda passes: passes - 1),
-        needs=_memory(config),
-        code_version=_version(config),
+        **_common(config),
     )
 
 
@@ -157,7 +150,7 @@ def _certificate() -> Asset:
 
 def _version(config: PipelineConfig) -> str:
     """Return the code version; numbers that the plan has chosen are in the ids, and memory decides no byte."""
-    return code_version(SHUFFLE_VERSION, config.shuffle) if config.shuffle.stated else code_version(SHUFFLE_VERSION)
+    return code_version(SHUFFLE_VERSION, shuffle=config.shuffle) if config.shuffle.stated else code_version(SHUFFLE_VERSION)
 
 
 def _show_fan_out(config: PipelineConfig) -> str:
@@ -182,9 +175,10 @@ def _bucket_keys(n_buckets: int) -> list[str]:
     return [bucket_key(bucket) for bucket in range(n_buckets)]
 
 
-def _memory(config: PipelineConfig) -> Needs:
-    """Ask for the memory that the configuration allows a job's rows, and what a process needs besides."""
-    return Needs(memory_bytes=(-(-config.shuffle.memory_bytes // (1 << 20)) + _PROCESS_MIB) << 20)
+def _common(config: PipelineConfig) -> dict[str, Any]:
+    """Return what all passes share; a job gets the memory that the configuration allows its rows, and what a process needs besides."""
+    needs = Needs(memory_bytes=(-(-config.shuffle.memory_bytes // (1 << 20)) + _PROCESS_MIB) << 20)
+    return {"group": GROUP, "kinds": ("python", "numpy"), "needs": needs, "code_version": _version(config)}
 
 
 def _mixed_from(config: PipelineConfig) -> list[Reads]:
@@ -251,7 +245,7 @@ def _split_buckets(job: Job, pass_index: int) -> Callable[[str], list[Produced]]
 
 
 def _mix(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.shuffle.grown import mix_bucket
+    from interp_assets.shuffle.append import mix_bucket
 
     def make(key: str) -> list[Produced]:
         return [mix_bucket(job.pipeline, job.store, hook_point, bucket_index(key), job.progress.advance) for hook_point in job.hook_points]
@@ -260,30 +254,27 @@ def _mix(job: Job) -> Callable[[str], list[Produced]]:
 
 
 def _certify(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.shuffle.grown import certify_mixed
+    from interp_assets.shuffle.certificate import certify
 
-    return lambda _key: [certify_mixed(job.pipeline, job.store, hook_point, job.progress.advance) for hook_point in job.hook_points]
+    return lambda _key: [certify(job.pipeline, job.store, hook_point, job.progress.advance) for hook_point in job.hook_points]
 
 
 def _show_mixing(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
     from interp_assets.shuffle.plots import plot_certificate
 
-    return {f"mixing.{hook_point}": Markdown(plot_certificate(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
-
-
-def _formats(pipeline: Pipeline) -> list[RowFormat]:
-    return [RowFormat(pipeline.d_in(hook_point), pipeline.config.harvest.dtype) for hook_point in pipeline.config.harvest.hook_points]
+    drawn = {f"mixing.{hook_point}": Markdown(plot_certificate(job.store, item)) for hook_point, item in zip(job.hook_points, made, strict=True)}
+    return {**name_facts(made, job.hook_points, "passed", "lowest_p", "p_values", "failed"), **drawn}
 
 
 def _held_bytes(pipeline: Pipeline) -> int:
     """Return what a job holds of each row: one hook point at a time."""
-    return max(item.record_bytes for item in _formats(pipeline)) + SORT_BYTES
+    return max(item.record_bytes for item in row_formats(pipeline)) + SORT_BYTES
 
 
 def _splitting(pipeline: Pipeline, store: Store, key: str) -> Load:
     index = shard_index(key)
     n_rows = rows_of(pipeline, store, index) if _splits_of_shard(pipeline, store, key) else 0
-    n_bytes = n_rows * sum(item.record_bytes for item in _formats(pipeline))
+    n_bytes = n_rows * sum(item.record_bytes for item in row_formats(pipeline))
     return Load(n_rows, n_bytes, n_bytes, 3, 1 if n_bytes else 0, memory_bytes=n_rows * _held_bytes(pipeline))
 
 
@@ -293,7 +284,7 @@ def _gathering(n_passes: Callable[[int], int]) -> Callable[[Pipeline, Store, str
     def take(pipeline: Pipeline, store: Store, _key: str) -> Load:
         passes, fan_out = shape_of(pipeline)
         n_rows = count_rows(pipeline, store, pipeline.train_indices) / fan_out ** n_passes(passes)
-        n_bytes = n_rows * sum(item.record_bytes for item in _formats(pipeline))
+        n_bytes = n_rows * sum(item.record_bytes for item in row_formats(pipeline))
         return Load(n_rows, n_bytes, n_bytes, 2 * len(pipeline.train_indices), 1, memory_bytes=n_rows * _held_bytes(pipeline))
 
     return take
@@ -301,4 +292,4 @@ def _gathering(n_passes: Callable[[int], int]) -> Callable[[Pipeline, Store, str
 
 def _certifying(pipeline: Pipeline, store: Store, _key: str) -> Load:
     n_rows = count_rows(pipeline, store, pipeline.train_indices)
-    return Load(n_rows, 2 * n_rows * sum(item.record_bytes for item in _formats(pipeline)), 0, 2 * len(pipeline.train_indices), 1)
+    return Load(n_rows, 2 * n_rows * sum(item.record_bytes for item in row_formats(pipeline)), 0, 2 * len(pipeline.train_indices), 1)

@@ -1,7 +1,8 @@
 """A finished shuffle of one hook point becomes a certificate: no row lost, doubled or changed, and an order that looks uniform.
 
 1. *The same rows.* Split jobs hash their rows as they read them, gather jobs as they write them (`multiset.py`); the sums over all jobs
-   must be equal. Nothing is read again for it: between the two, every byte is under a checksum.
+   must be equal. Nothing is read again for it: between the two, every byte is under a checksum. Where newer rows were merged in (`append.py`),
+   those that the certificate before counted went in as well.
 2. *A uniform order.* The row ids of the mixed shards, 8 bytes a row, go through the battery of `mixing.py`; each finding has a p-value
    under the exact law of a uniform permutation.
 
@@ -12,7 +13,6 @@ training by an asset check; rows that are lost or doubled are an error. Format: 
 """
 
 import json
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from interp_assets.corpus.tokens import load_documents
 from interp_assets.errors import ArtifactCorruptError, CertificateError
 from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.planning.progress import Advance, unheard
+from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.shuffle.mixed import MixedShard, open_mixed, read_mixed_ids
 from interp_assets.shuffle.mixing import Finding, LagFinding, Mixing, MixingMeter, SourceLayout
 from interp_assets.shuffle.multiset import MultisetHash
-from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan
+from interp_assets.shuffle.plan import ShufflePlan, load_shard_rows, load_shuffle_plan, make_sizes
 from interp_assets.shuffle.refs import certificate_ref
-from interp_assets.shuffle.rows import SHARD_SHIFT, Progress
+from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.sources import list_splits, load_manifests
-from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, timed
+from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, load_manifest, timed
 from interp_assets.storage.store import Store
 
 CERTIFICATE: Final = "certificate.json"
@@ -37,61 +39,56 @@ VERSION: Final = 1
 P_FAIL: Final = 1e-7
 MIN_ROWS: Final = 1000
 
-FindSources = Callable[[list[MixedShard]], tuple[ShufflePlan, MultisetHash]]
-"""From the mixed shards to the plan of the rows that went in, and their hash."""
 
-
-def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Progress | None = None) -> Produced:
-    """Certify the mixed shards of a hook point. Reads their row ids only; holds those of one shard.
+@timed
+def certify(pipeline: Pipeline, store: Store, hook_point: str, progress: Advance = unheard) -> Produced:
+    """Certify the mixed shards of a hook point, in a pipeline that has grown or not. Reads their row ids only; holds those of one shard.
 
     A verdict on the order is the fact `passed`. Raises `CertificateError` when rows were lost, doubled or changed, and
     `ArtifactMissingError` that names every mixed shard or job file which is missing.
     """
-
-    def find_sources(shards: list[MixedShard]) -> tuple[ShufflePlan, MultisetHash]:
-        plan = load_shuffle_plan(pipeline, store)
-        return plan, hash_before(pipeline, store, hook_point, plan, shards)
-
-    return certify_against(pipeline, store, hook_point, find_sources, progress)
-
-
-@timed
-def certify_against(pipeline: Pipeline, store: Store, hook_point: str, find_sources: FindSources, progress: Progress | None = None) -> Produced:
-    """Certify the mixed shards against the rows that `find_sources` tells of: their shards, and their multiset hash. Raises like `certify`."""
     ref = certificate_ref(pipeline, hook_point)
     shards = open_mixed(pipeline, store, hook_point)
     mixed = [shard.manifest for shard in shards]
     if (manifest := find_made_from(store, ref, mixed)) is not None:
         return Produced(ref, manifest, is_cached=True)
-    (plan, before), after = find_sources(shards), hash_after(store, shards)
+    plan, read = _find_sources(pipeline, store, hook_point, shards)
+    after = _merge_facts(store, [(shard.ref.path, shard.manifest) for shard in shards], "multiset_hash")
     meter = MixingMeter(load_layout(pipeline, store, plan), [shard.n_rows for shard in shards])
     for shard in shards:
         meter.add(read_mixed_ids(store, shard, 0, shard.n_rows))
-        if progress is not None:
-            progress(shard.n_rows)
+        progress(shard.n_rows)
     mixing = meter.findings()
-    if before != after:
-        raise CertificateError(_describe_loss(store, hook_point, plan, shards, mixing, before, after))
-    content = make_content(plan, mixing, before, after)
+    if read != after:
+        raise CertificateError(_describe_loss(store, hook_point, plan, shards, mixing, read, after))
+    content = make_content(plan, mixing, read, after)
     with create_artifact(store, ref, made_from=mixed) as art:
-        art.put(CERTIFICATE, encode_certificate(content))
+        art.put(CERTIFICATE, (json.dumps(content, indent=1) + "\n").encode())
         art.facts |= {key: value for key, value in content.items() if key not in ("format", "version", "findings", "lags")}
         art.facts["p_values"] = {item["name"]: item["p"] for item in content["findings"]}
     return art.produced
 
 
-def hash_before(pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, shards: list[MixedShard]) -> MultisetHash:
-    """Return the hash of all rows as the first pass read them."""
+def _find_sources(pipeline: Pipeline, store: Store, hook_point: str, shards: list[MixedShard]) -> tuple[ShufflePlan, MultisetHash]:
+    """Return the plan of the rows that went in, and their hash: of older generations as the certificate before counted them."""
+    own = newest(pipeline)
+    plan = load_shuffle_plan(own, store)
+    if not has_grown(pipeline):
+        return plan, _hash_read(own, store, hook_point, plan, shards)
+    known = load_manifest(store, certificate_ref(before(pipeline), hook_point)).facts["multiset_hash_before"]
+    added = _hash_read(own, store, hook_point, plan, open_mixed(own, store, hook_point))
+    rows = load_shard_rows(pipeline, store)
+    whole = ShufflePlan(seed=pipeline.config.seed, shards=rows, sizes=make_sizes(pipeline, rows), counts=[])
+    return whole, MultisetHash.decode(known).merge(added)
+
+
+def _hash_read(pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, shards: list[MixedShard]) -> MultisetHash:
+    """Return the hash of all rows of one shuffle as its first pass read them."""
     if plan.sizes.passes == 1:
         return _merge_facts(store, [(shards[0].ref.path, shards[0].manifest)], "source_multiset_hash")
     refs = list_splits(pipeline, hook_point, plan, 1, 0)
     manifests = load_manifests(store, refs, f"the certificate of {hook_point}", "pass 1 of the shuffle")
     return _merge_facts(store, [(ref.path, manifest) for ref, manifest in zip(refs, manifests, strict=True)], "multiset_hash")
-
-
-def hash_after(store: Store, shards: list[MixedShard]) -> MultisetHash:
-    """Return the hash of all rows as the last pass wrote them."""
-    return _merge_facts(store, [(shard.ref.path, shard.manifest) for shard in shards], "multiset_hash")
 
 
 def load_layout(pipeline: Pipeline, store: Store, plan: ShufflePlan) -> SourceLayout:
@@ -123,11 +120,6 @@ def make_content(plan: ShufflePlan, mixing: Mixing, before: MultisetHash, after:
         "findings": findings,
         "lags": [_as_content(item) for item in mixing.lags],
     }
-
-
-def encode_certificate(content: dict[str, Any]) -> bytes:
-    """Serialise a certificate as JSON."""
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def _as_content(item: Finding | LagFinding) -> dict[str, Any]:

@@ -11,19 +11,20 @@ from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
 
 
-def _certificate_passed(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> Verdict:
+def _certificate_passed(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> dict[str, Verdict]:
     hook_points = pipeline.config.harvest.hook_points
     verdicts = {hook_point: load_manifest(store, certificate_ref(pipeline, hook_point)).facts for hook_point in hook_points}
+    lowest = {f"lowest_p.{name}": facts["lowest_p"] for name, facts in verdicts.items()}
     sentences = [
         f"the certificate of {hook_point} says no ({store.url}/{certificate_ref(pipeline, hook_point).path}). Read its findings with "
         "`interp inspect`, and materialize the mixed shards again."
         for hook_point, facts in verdicts.items()
         if not facts["passed"]
     ]
-    return Verdict(sentences, {"verdicts": verdicts})
+    return {"": Verdict(sentences, {**lowest, "verdicts": verdicts})}
 
 
-def _mixed_row_counts(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> Verdict:
+def _mixed_row_counts(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> dict[str, Verdict]:
     n_expected = sum(load_manifest(store, token_shard_ref(pipeline, index)).facts["n_valid"] for index in pipeline.train_indices)
     buckets = range(n_mixed_shards(pipeline))
     found = {
@@ -36,7 +37,7 @@ def _mixed_row_counts(pipeline: Pipeline, store: Store, _keys: Sequence[str]) ->
         for hook_point, n_rows in found.items()
         if n_rows != n_expected
     ]
-    return Verdict(sentences, {"expected": n_expected, "found": found})
+    return {"": Verdict(sentences, {"expected_rows": n_expected, **{f"rows.{name}": n for name, n in found.items()}})}
 
 
 CERTIFICATE_PASSED: Final = Check("certificate_passed", "No row lost or doubled, and an order that looks uniform.", _certificate_passed, blocks=True)

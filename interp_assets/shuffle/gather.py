@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from interp_assets.errors import PlanError
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.shuffle.mixed import mixed_specs, save_mixed
-from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_rows
+from interp_assets.planning.progress import Advance, unheard
+from interp_assets.shuffle.mixed import save_mixed
+from interp_assets.shuffle.multiset import hash_kept
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
 from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref
-from interp_assets.shuffle.rows import ID_BYTES, Progress, RowFormat, RowSource, iter_chunks, record_ids
+from interp_assets.shuffle.rows import ID_BYTES, RowFormat, RowSource, iter_chunks, record_ids
 from interp_assets.shuffle.sources import InputRange, find_current, list_inputs, load_records, load_shards
 from interp_assets.storage.direct import Workspace
 from interp_assets.storage.manifest import Produced, create_artifact, timed
@@ -26,7 +27,7 @@ from interp_assets.storage.store import Store
 
 @timed
 def gather_bucket(
-    pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Progress | None = None, space: Workspace | None = None
+    pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Advance = unheard, space: Workspace | None = None
 ) -> Produced:
     """Make the mixed shard `bucket`. Holds its rows in memory, that of `space` if given.
 
@@ -47,9 +48,8 @@ def gather_bucket(
         order = Draws(plan.seed).gather_order(bucket, plan.sizes.input_rows(plan.sizes.passes, bucket))  # its working space is free again
         source, facts = _load_bucket(pipeline, store, hook_point, plan, bucket, buffer)
         assert source.n_rows == len(order), f"{source.n_rows} rows read, {len(order)} ordered"
-        outgoing = _Outgoing(source, order, fmt, progress)
-        save_mixed(art, outgoing.rows(), outgoing.row_ids(), mixed_specs(source.n_rows, fmt.d_in, fmt.dtype))
-        art.facts |= {**facts, "multiset_hash": outgoing.rows_hash.encode(), "made_from": source.made_from}
+        save_mixed(art, _iter_rows(source, order, fmt), source.n_rows, fmt, progress)
+        art.facts |= {**facts, "made_from": source.made_from}
     return art.produced
 
 
@@ -70,27 +70,12 @@ def _load_bucket(
     return raw, {"source_multiset_hash": hash_kept(raw.row_ids, raw.rows, raw.kept).encode()}
 
 
-class _Outgoing:
-    """The rows of a mixed shard on their way into its file: first all rows, hashed as they pass, then the ids that were met."""
-
-    def __init__(self, source: RowSource, order: NDArray[np.int64], fmt: RowFormat, progress: Progress | None) -> None:
-        self._source, self._order, self._fmt, self._progress = source, order, fmt, progress
-        self._ids: list[NDArray[np.uint64]] = []
-        self.rows_hash = MultisetHash()
-
-    def rows(self) -> Iterator[memoryview]:
-        rows = np.empty((0, self._fmt.row_bytes), np.uint8)
-        for records in iter_chunks(self._source, self._order, self._fmt.record_bytes):
-            if len(rows) < len(records):
-                rows = np.empty((len(records), self._fmt.row_bytes), np.uint8)
-            part = rows[: len(records)]
-            np.copyto(part, records[:, ID_BYTES:])
-            ids = record_ids(records)
-            self.rows_hash = self.rows_hash.merge(hash_rows(ids, part))
-            self._ids.append(ids)
-            yield part.reshape(-1).data
-            if self._progress is not None:
-                self._progress(len(records))
-
-    def row_ids(self) -> Iterator[NDArray[np.uint64]]:
-        yield from self._ids
+def _iter_rows(source: RowSource, order: NDArray[np.int64], fmt: RowFormat) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint8]]]:
+    """Yield row ids and rows of a source in a given order, some at a time. Rows lie in the same memory each time."""
+    rows = np.empty((0, fmt.row_bytes), np.uint8)
+    for records in iter_chunks(source, order, fmt.record_bytes):
+        if len(rows) < len(records):
+            rows = np.empty((len(records), fmt.row_bytes), np.uint8)
+        part = rows[: len(records)]
+        np.copyto(part, records[:, ID_BYTES:])
+        yield record_ids(records), part

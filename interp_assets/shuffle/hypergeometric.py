@@ -27,9 +27,6 @@ from interp_assets.compute.seeds import Stream
 
 MAX_POPULATION: Final = 1 << 52
 """Above it float64 no longer holds every count."""
-_SHORT_WINDOW: Final = 128
-"""Windows up to this length are walked in plain Python: the same operations in the same order, without an array's overhead."""
-
 _BLOCK_TERMS: Final = 1 << 13
 
 NodeStream = Callable[[int, int], Stream]
@@ -54,7 +51,7 @@ def draw_hypergeometric(stream: Stream, n_good: int, n_bad: int, n_drawn: int) -
     return first + min(place, len(cumulative) - 1)
 
 
-def cumulative_weights(n_good: int, n_bad: int, n_drawn: int) -> tuple[int, list[float] | NDArray[np.float64]]:
+def cumulative_weights(n_good: int, n_bad: int, n_drawn: int) -> tuple[int, NDArray[np.float64]]:
     """Return the first count x of the window, and the running sum of p(x) / p(mode) over the window. Wants `2 * n_drawn` <= population."""
     n_items = n_good + n_bad
     lowest, highest = max(0, n_drawn - n_bad), min(n_drawn, n_good)
@@ -62,8 +59,7 @@ def cumulative_weights(n_good: int, n_bad: int, n_drawn: int) -> tuple[int, list
     variance = n_drawn * (n_good / n_items) * (n_bad / n_items) * ((n_items - n_drawn) / max(n_items - 1, 1))
     reach = int(10 * math.sqrt(variance)) + 40
     first, last = max(lowest, mode - reach), min(highest, mode + reach)
-    weigh = _weigh_short if last - first <= _SHORT_WINDOW else _weigh_long
-    return first, weigh(n_good, n_bad, n_drawn, first, mode, last)
+    return first, _weigh(n_good, n_bad, n_drawn, first, mode, last)
 
 
 def draw_multivariate(stream: Stream, capacities: Sequence[int] | NDArray[np.int64], n_drawn: int) -> NDArray[np.int64]:
@@ -119,25 +115,8 @@ def _check_margins(job_rows: Sequence[int], capacities: Sequence[int]) -> NDArra
     return starts
 
 
-def _weigh_short(n_good: int, n_bad: int, n_drawn: int, first: int, mode: int, last: int) -> list[float]:
-    """Return the running sum of p(x) / p(mode) for x = first..last, term by term."""
-    weights = [1.0]
-    for x in range(mode, first, -1):
-        weights.append(weights[-1] * ((float(x) * (n_bad - n_drawn + x)) / (float(n_good - x + 1) * (n_drawn - x + 1))))
-    weights.reverse()
-    weight = 1.0
-    for x in range(mode, last):
-        weight *= (float(n_good - x) * (n_drawn - x)) / (float(x + 1) * (n_bad - n_drawn + x + 1))
-        weights.append(weight)
-    total = 0.0
-    for i, term in enumerate(weights):
-        total += term
-        weights[i] = total
-    return weights
-
-
-def _weigh_long(n_good: int, n_bad: int, n_drawn: int, first: int, mode: int, last: int) -> NDArray[np.float64]:
-    """Return what `_weigh_short` returns, bit for bit, in array operations that stay in the processor's cache (`accumulate` is sequential)."""
+def _weigh(n_good: int, n_bad: int, n_drawn: int, first: int, mode: int, last: int) -> NDArray[np.float64]:
+    """Return the running sum of p(x) / p(mode) for x = first..last, in blocks that stay in the processor's cache (`accumulate` is sequential)."""
     good, bad, drawn = float(n_good), float(n_bad), float(n_drawn)
     weights = np.ones(last - first + 1)
     down, up = weights[mode - first :: -1], weights[mode - first :]

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import Advance, unheard
+from interp_assets.shuffle.multiset import MultisetHash, hash_rows
 from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref, n_mixed_shards
+from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import ArtifactRef, ArtifactWriter, Manifest, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import TensorSpan, TensorSpec, as_bytes, make_header, parse_header, read_rows, save_stream
@@ -101,8 +104,21 @@ def mixed_specs(n_rows: int, d_in: int, dtype: str) -> dict[str, TensorSpec]:
     return {"rows": TensorSpec(dtype, (n_rows, d_in)), "row_ids": TensorSpec("uint64", (n_rows,))}
 
 
-def save_mixed(art: ArtifactWriter, row_parts: Iterable[memoryview], row_ids: Iterator[NDArray[np.uint64]], specs: dict[str, TensorSpec]) -> None:
-    """Stream a mixed shard's file: all rows, cut anywhere, then all row ids. `specs` come from `mixed_specs`."""
-    n_rows, d_in = specs["rows"].shape
-    art.facts |= {"n_rows": n_rows, "d_in": d_in, "dtype": specs["rows"].dtype}
-    save_stream(art, ROWS, specs, chain(row_parts, (as_bytes(part) for part in row_ids)), n_rows=n_rows)
+def save_mixed(
+    art: ArtifactWriter, parts: Iterable[tuple[NDArray[np.uint64], NDArray[np.uint8]]], n_rows: int, fmt: RowFormat, progress: Advance = unheard
+) -> None:
+    """Stream a mixed shard's file from parts of row ids and rows `[n, row_bytes]`: all rows, hashed as they pass, then all ids."""
+    row_ids: list[NDArray[np.uint64]] = []
+    rows_hash = MultisetHash()
+
+    def stream_rows() -> Iterator[memoryview]:
+        nonlocal rows_hash
+        for ids, rows in parts:
+            row_ids.append(ids)
+            rows_hash = rows_hash.merge(hash_rows(ids, rows))
+            yield rows.reshape(-1).data
+            progress(len(ids))
+
+    stream = chain(stream_rows(), (as_bytes(ids) for ids in row_ids))
+    save_stream(art, ROWS, mixed_specs(n_rows, fmt.d_in, fmt.dtype), stream, n_rows=n_rows)
+    art.facts |= {"n_rows": n_rows, "d_in": fmt.d_in, "dtype": fmt.dtype, "multiset_hash": rows_hash.encode()}

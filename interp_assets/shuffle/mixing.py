@@ -234,7 +234,7 @@ def expected_entropy(document_rows: NDArray[np.int64], batch_rows: int) -> float
     total = 0.0
     for size, n_documents in zip(*np.unique(document_rows[document_rows > 0], return_counts=True), strict=True):
         first, cumulative = cumulative_weights(int(size), n_rows - int(size), batch_rows)
-        weights = np.diff(np.asarray(cumulative), prepend=0.0)
+        weights = np.diff(cumulative, prepend=0.0)
         counts = np.arange(first, first + len(weights))
         share = np.maximum(counts, 1) / batch_rows
         total += int(n_documents) * float((weights * np.where(counts > 0, -share * np.log(share), 0.0)).sum() / weights.sum())

@@ -2,7 +2,7 @@
 
 import json
 
-from interp_assets.planning.plots import COLOUR, as_markdown, make_figure
+from interp_assets.planning.plots import COLOUR, as_markdown, make_figure, use_log
 from interp_assets.storage.manifest import Produced, read_file
 from interp_assets.storage.store import Store
 
@@ -14,5 +14,5 @@ def plot_certificate(store: Store, certificate: Produced) -> str:
     lags = content["lags"]
     axes.plot([item["lag"] for item in lags], [item["z"] for item in lags], "o-", color=COLOUR, markersize=4)
     axes.axhspan(-3, 3, color=COLOUR, alpha=0.12)
-    axes.set_xscale("log", base=2)
+    use_log(axes, "x", base=2)
     return as_markdown(figure, "Autocorrelation of documents in the mixed rows")

@@ -52,47 +52,27 @@ def split_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> Artifact
     """Address pass 1's output for one corpus shard: one file with a contiguous range of rows for each bucket."""
     pipeline = generation_of(pipeline, index)
     inputs = {"plan": shuffle_plan_ref(pipeline).artifact_id, "activation_shard": activation_shard_ref(pipeline, hook_point, index).artifact_id}
-    identity = {"code": SHUFFLE_VERSION, "pass": 1, "shard": index}
-    return make_ref(
-        "split_shard", f"{FOLDER}/{hook_folder(hook_point)}/pass-1", identity=identity, inputs=inputs, label=shard_key(index), hook_point=hook_point
-    )
+    return _ref("split_shard", hook_point, "/pass-1", shard_key(index), {"pass": 1, "shard": index}, inputs)
 
 
 def split_bucket_ref(pipeline: Pipeline, hook_point: str, pass_index: int, bucket: int, job: int) -> ArtifactRef:
     """Address the output of job `job` on bucket `bucket` of pass `pass_index` - 1 (`pass_index` >= 2)."""
-    pipeline = newest(pipeline)
-    identity = {"code": SHUFFLE_VERSION, "pass": pass_index, "bucket": bucket, "job": job}
-    folder = f"{FOLDER}/{hook_folder(hook_point)}/pass-{pass_index}"
-    return make_ref(
-        "split_shard",
-        folder,
-        identity=identity,
-        inputs=_inputs(pipeline, hook_point),
-        label=f"{bucket_key(bucket)}.job-{job:03d}",
-        hook_point=hook_point,
-    )
+    identity = {"pass": pass_index, "bucket": bucket, "job": job}
+    label = f"{bucket_key(bucket)}.job-{job:03d}"
+    return _ref("split_shard", hook_point, f"/pass-{pass_index}", label, identity, _inputs(newest(pipeline), hook_point))
 
 
 def mixed_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int) -> ArtifactRef:
     """Address a final, uniformly mixed shard; in a pipeline that has grown, one that old and new rows were merged into."""
     if has_grown(pipeline):
         return merged_shard_ref(pipeline, hook_point, bucket, n_mixed_shards(pipeline), mixed_sources(pipeline, hook_point))
-    identity = {"code": SHUFFLE_VERSION, "bucket": bucket}
-    folder = f"{FOLDER}/{hook_folder(hook_point)}/mixed"
-    return make_ref("mixed_shard", folder, identity=identity, inputs=_inputs(pipeline, hook_point), label=bucket_key(bucket), hook_point=hook_point)
+    return _ref("mixed_shard", hook_point, "/mixed", bucket_key(bucket), {"bucket": bucket}, _inputs(pipeline, hook_point))
 
 
 def merged_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int, n_buckets: int, inputs: dict[str, str]) -> ArtifactRef:
     """Address a merged shard; `inputs` are the combined ids of the mixed shards it was merged from, `old` and `new`."""
-    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "bucket": bucket, "n_buckets": n_buckets}
-    return make_ref(
-        "mixed_shard",
-        f"{FOLDER}/{hook_folder(hook_point)}/appended",
-        identity=identity,
-        inputs=inputs,
-        label=bucket_key(bucket),
-        hook_point=hook_point,
-    )
+    identity = {"seed": pipeline.config.seed, "bucket": bucket, "n_buckets": n_buckets}
+    return _ref("mixed_shard", hook_point, "/appended", bucket_key(bucket), identity, inputs)
 
 
 def mixed_sources(pipeline: Pipeline, hook_point: str) -> dict[str, str]:
@@ -102,9 +82,8 @@ def mixed_sources(pipeline: Pipeline, hook_point: str) -> dict[str, str]:
 
 def certificate_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
     """Address the proof that the mixed shards hold the same rows in an order that looks uniform."""
-    folder = f"{FOLDER}/{hook_folder(hook_point)}"
     inputs = {**_inputs(pipeline, hook_point), **(mixed_sources(pipeline, hook_point) if has_grown(pipeline) else {})}
-    return make_ref("shuffle_certificate", folder, identity={"code": SHUFFLE_VERSION}, inputs=inputs, label="certificate", hook_point=hook_point)
+    return _ref("shuffle_certificate", hook_point, "", "certificate", {}, inputs)
 
 
 def n_mixed_shards(pipeline: Pipeline) -> int:
@@ -133,6 +112,12 @@ def bucket_key(bucket: int) -> str:
 def bucket_index(key: str) -> int:
     """Return the bucket of a partition key."""
     return int(key.removeprefix("bucket-"))
+
+
+def _ref(kind: str, hook_point: str, folder: str, label: str, identity: dict[str, int], inputs: dict[str, str]) -> ArtifactRef:
+    """Address what is made of one hook point's rows."""
+    where = f"{FOLDER}/{hook_folder(hook_point)}{folder}"
+    return make_ref(kind, where, identity={"code": SHUFFLE_VERSION, **identity}, inputs=inputs, label=label, hook_point=hook_point)
 
 
 def _inputs(pipeline: Pipeline, hook_point: str) -> dict[str, str]:

@@ -45,9 +45,7 @@ class Simulation(NamedTuple):
     bytes_moved: int
 
 
-def simulate(
-    plan: PassPlan, row_bytes: int, *, seed: int = 0, sampled_jobs: int = 1, sampled_orders: int = 0, prices: Prices | None = None
-) -> Simulation:
+def simulate(plan: PassPlan, row_bytes: int, *, sampled_jobs: int = 1, sampled_orders: int = 0) -> Simulation:
     """Count a plan's shuffle: every size of every pass, and for `sampled_jobs` jobs of each distributing pass what they would draw.
 
     The first `sampled_orders` jobs of pass 1 also draw the order of their rows: 33 bytes a row, 3.3 GB for a job of 100 million rows.
@@ -58,10 +56,10 @@ def simulate(
     n_jobs = plan.steps[0].jobs
     sizes = ShuffleSizes(passes=plan.passes, fan_out=plan.fan_out, shard_rows=tuple(shares(n_rows, n_jobs)))
     assert sizes.n_buckets == plan.n_buckets, f"{sizes.n_buckets} mixed shards, {plan.n_buckets} planned"
-    prices = Prices() if prices is None else prices
-    steps = [_simulate_pass(plan, sizes, pass_index, row_bytes, Draws(seed), sampled_jobs, prices) for pass_index in range(1, plan.passes + 1)]
+    draws = Draws(0)
+    steps = [_simulate_pass(plan, sizes, pass_index, row_bytes, draws, sampled_jobs) for pass_index in range(1, plan.passes + 1)]
     for job in range(min(sampled_orders, n_jobs)):
-        check_order(Draws(seed).split_order(1, 0, job, sizes.shard_rows[job]), job)
+        check_order(draws.split_order(1, 0, job, sizes.shard_rows[job]), job)
     return Simulation(sizes, steps, sum(2 * step.n_rows * row_bytes for step in steps))
 
 
@@ -76,9 +74,7 @@ def check_order(order: NDArray[np.int64], shard_index: int) -> None:
     assert ((row_ids >> np.uint64(SHARD_SHIFT)) == shard_index).all(), "a row id leads back to its shard"
 
 
-def _simulate_pass(
-    plan: PassPlan, sizes: ShuffleSizes, pass_index: int, row_bytes: int, draws: Draws, sampled_jobs: int, prices: Prices
-) -> PassSimulation:
+def _simulate_pass(plan: PassPlan, sizes: ShuffleSizes, pass_index: int, row_bytes: int, draws: Draws, sampled_jobs: int) -> PassSimulation:
     is_last = pass_index == sizes.passes
     n_inputs = sizes.n_inputs(pass_index)
     n_rows, n_jobs, largest = 0, 0, 0
@@ -91,7 +87,7 @@ def _simulate_pass(
     assert largest * row_bytes <= plan.memory_bytes, f"a job of {largest} rows does not fit {plan.memory_bytes} bytes"
     found = [] if is_last else _sample_ranges(sizes, pass_index, draws, sampled_jobs)
     lengths = np.concatenate(found) * row_bytes if found else np.zeros(0, np.int64)
-    gets = int((np.maximum(1, -(-lengths // prices.get_bytes)) + 1).sum())
+    gets = int((np.maximum(1, -(-lengths // Prices().get_bytes)) + 1).sum())
     spread = (int(lengths.min()), int(lengths.max())) if found else (0, 0)
     return PassSimulation(pass_index, n_inputs, n_jobs, largest, n_rows, spread, gets)
 

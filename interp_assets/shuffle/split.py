@@ -9,16 +9,17 @@ Format: `docs/formats/split_shard.md`.
 """
 
 import math
-from typing import Final, NamedTuple
+from typing import Final
 
 from interp_assets.errors import ArtifactCorruptError, PlanError
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import Advance, unheard
 from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
 from interp_assets.shuffle.permutation import Draws, JobSplit, split_job
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
 from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
-from interp_assets.shuffle.rows import Progress, Records, RowFormat, RowSource, iter_chunks
+from interp_assets.shuffle.rows import Records, RowFormat, RowSource, iter_chunks
 from interp_assets.shuffle.sizes import offsets
 from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, find_current, list_inputs, load_records, load_shards
 from interp_assets.storage.direct import Workspace
@@ -31,19 +32,9 @@ _ENTRY_BYTES: Final = 36
 _BLOCK_ROWS: Final = 1 << 14
 
 
-class _Job(NamedTuple):
-    """What is about to be written: where, which rows in which order, and the hash of the rows as they were read."""
-
-    ref: ArtifactRef
-    source: RowSource
-    split: JobSplit
-    fmt: RowFormat
-    rows_hash: MultisetHash
-
-
 @timed
 def split_shard(
-    pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Progress | None = None, space: Workspace | None = None
+    pipeline: Pipeline, store: Store, hook_point: str, index: int, progress: Advance = unheard, space: Workspace | None = None
 ) -> Produced:
     """Distribute the valid rows of training shard `index` over the buckets of pass 1. Holds the shard in memory, that of `space` if given.
 
@@ -61,10 +52,10 @@ def split_shard(
     with (space or Workspace()).lend(plan.shards[job].n_rows * fmt.row_bytes) as buffer:
         source = load_shards(pipeline, store, hook_point, [plan.shards[job]], buffer)
         rows_hash = hash_kept(source.row_ids, source.rows, source.kept)
-        return _write_split(store, _Job(ref, source, split, fmt, rows_hash), progress)
+        return _write_split(store, ref, source, split, fmt, rows_hash, progress)
 
 
-def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Progress | None = None) -> list[Produced]:
+def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Advance = unheard) -> list[Produced]:
     """Run all jobs of input bucket `bucket` of a middle pass, one after the other. See `split_bucket_job`."""
     n_jobs = len(_middle_plan(pipeline, store, pass_index).sizes.job_rows(pass_index, bucket))
     space = Workspace()
@@ -77,7 +68,7 @@ def split_bucket_job(
     store: Store,
     hook_point: str,
     address: tuple[int, int, int],
-    progress: Progress | None = None,
+    progress: Advance = unheard,
     space: Workspace | None = None,
 ) -> Produced:
     """Distribute one job's rows of a bucket over the buckets of a middle pass; `address` is (pass >= 2, input bucket, job).
@@ -94,7 +85,7 @@ def split_bucket_job(
     wanted, fmt = InputRange(pass_index, bucket, starts[job], starts[job + 1]), row_format(pipeline, hook_point)
     with (space or Workspace()).lend((wanted.stop - wanted.start) * fmt.record_bytes) as buffer:
         source = load_records(pipeline, store, hook_point, plan, wanted, buffer)
-        return _write_split(store, _Job(ref, source, split, fmt, _hash_all(source)), progress)
+        return _write_split(store, ref, source, split, fmt, _hash_all(source), progress)
 
 
 def draw_split(plan: ShufflePlan, pass_index: int, bucket: int, job: int, where: str) -> JobSplit:
@@ -127,25 +118,27 @@ def _hash_all(source: Records) -> MultisetHash:
     return total
 
 
-def _write_split(store: Store, job: _Job, progress: Progress | None) -> Produced:
-    assert job.source.n_rows == len(job.split.order) == job.split.offsets[-1], f"{job.source.n_rows} rows read, {len(job.split.order)} ordered"
-    n_rows = job.source.n_rows
-    shape = [n_rows, job.fmt.record_bytes]
-    n_block = block_bytes(n_rows * job.fmt.record_bytes)
-    with create_artifact(store, job.ref) as art:
+def _write_split(
+    store: Store, ref: ArtifactRef, source: RowSource, split: JobSplit, fmt: RowFormat, rows_hash: MultisetHash, progress: Advance
+) -> Produced:
+    """Write a source's rows in the order of a split; `rows_hash` is that of the rows as they were read."""
+    assert source.n_rows == len(split.order) == split.offsets[-1], f"{source.n_rows} rows read, {len(split.order)} ordered"
+    n_rows = source.n_rows
+    shape = [n_rows, fmt.record_bytes]
+    n_block = block_bytes(n_rows * fmt.record_bytes)
+    with create_artifact(store, ref) as art:
         art.facts |= {
             "n_rows": n_rows,
-            "d_in": job.fmt.d_in,
-            "dtype": job.fmt.dtype,
-            "ranges": job.split.offsets,
-            "multiset_hash": job.rows_hash.encode(),
-            "made_from": job.source.made_from,
+            "d_in": fmt.d_in,
+            "dtype": fmt.dtype,
+            "ranges": split.offsets,
+            "multiset_hash": rows_hash.encode(),
+            "made_from": source.made_from,
         }
         with art.open(SPLIT_ROWS, n_rows=n_rows, dtype="uint8", shape=shape, block_bytes=n_block) as sink:
-            for chunk in iter_chunks(job.source, job.split.order, job.fmt.record_bytes):
+            for chunk in iter_chunks(source, split.order, fmt.record_bytes):
                 sink.write(chunk.reshape(-1).data)
-                if progress is not None:
-                    progress(len(chunk))
+                progress(len(chunk))
     return art.produced
 
 

@@ -33,31 +33,13 @@ PIECE_BYTES: Final = 8 << 20
 """One direct write."""
 _N_PIECES: Final = 3
 """Pieces of a writer: one being filled, the others on their way."""
+_SPARE: Final[SimpleQueue[mmap.mmap]] = SimpleQueue()
+_MOST_SPARE: Final = 8
+"""Pieces of this process that nobody has borrowed and that are kept."""
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _COUNTER: Final = itertools.count()
 _FORGOTTEN_S: Final = 7 * 24 * 3600
 """A file that nobody has written to for so long has no writer, on whatever machine it was."""
-
-
-class PiecePool:
-    """Pieces of `PIECE_BYTES` that readers and writers of this process borrow and give back; a few are kept. Safe for threads."""
-
-    def __init__(self, n_kept: int) -> None:
-        """Keep at most `n_kept` pieces that nobody has borrowed."""
-        self._kept: SimpleQueue[mmap.mmap] = SimpleQueue()
-        self._n_kept = n_kept
-
-    def borrow(self) -> mmap.mmap:
-        """Return a piece with arbitrary content."""
-        try:
-            return self._kept.get_nowait()
-        except Empty:
-            return allocate(PIECE_BYTES)
-
-    def give_back(self, piece: mmap.mmap) -> None:
-        """Take a piece that nothing reads or writes any more."""
-        if self._kept.qsize() < self._n_kept:
-            self._kept.put(piece)
 
 
 class Workspace:
@@ -94,7 +76,18 @@ def allocate(n_bytes: int) -> mmap.mmap:
     return memory
 
 
-PIECES: Final = PiecePool(8)
+def borrow_piece() -> mmap.mmap:
+    """Return a piece of `PIECE_BYTES` with arbitrary content; one that was given back, if there is one. Safe for threads."""
+    try:
+        return _SPARE.get_nowait()
+    except Empty:
+        return allocate(PIECE_BYTES)
+
+
+def give_back(piece: mmap.mmap) -> None:
+    """Take a piece that nothing reads or writes any more; a few are kept."""
+    if _SPARE.qsize() < _MOST_SPARE:
+        _SPARE.put(piece)
 
 
 def read_into(path: Path, start: int, out: memoryview) -> int:
@@ -192,7 +185,7 @@ class DirectWriter:
         self._n_filled = 0
         if self._n_borrowed < _N_PIECES:
             self._n_borrowed += 1
-            return PIECES.borrow()
+            return borrow_piece()
         self._raise_early()
         return self._free.get()
 
@@ -204,7 +197,7 @@ class DirectWriter:
             piece = self._free.get()
             pieces[id(piece)] = piece
         for piece in pieces.values():
-            PIECES.give_back(piece)
+            give_back(piece)
         self._n_borrowed = 0
 
     def _send(self, n_bytes: int) -> None:

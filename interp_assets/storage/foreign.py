@@ -1,22 +1,31 @@
-"""Bytes from elsewhere become values, within bounds that are checked before anything is unpacked, parsed or allocated.
+r"""Bytes from elsewhere become values, within bounds that are checked before anything is unpacked, parsed or allocated.
 
 A few kilobytes can say that they are gigabytes: gzip by a thousand, JSON by twenty, YAML by any factor through aliases, an array's header by a
 number. Whoever reads what somebody else may have written reads it here:
 
     unpack_gzip     at most so many bytes come out, over all members
+    unpack_zstd     likewise, over all frames
     read_line       no line of a (compressed) file is longer
-    parse_json      no deeper than Python can follow, no longer than `MAX_JSON_BYTES`
+    parse_json      no deeper than Python can follow, no longer than `MAX_JSON_BYTES`; its strings are text
     parse_yaml      no more nodes than `MAX_YAML_NODES` after aliases are followed; plain data only
     check_zip       members do not grow by more than weights can
     check_npz       and its arrays are as large as their headers say
     check_parquet   rows and bytes as the footer states them
 
-All raise `ValueError`, which says what was found and what is allowed: callers know the file and the next step.
+All raise `ValueError`, which says what was found and what is allowed: callers know the file and the next step. `DAMAGE` lists what libraries
+raise for files that are cut off, damaged or something else.
+
+Half of a surrogate pair (`"\ud83d"` alone) is valid in JSON, YAML and file names, and no character: no UTF-8 holds it, and whoever writes it
+later fails. It becomes U+FFFD here, as in every decoder (Unicode 16, section 3.9).
 """
 
 import io
 import json
+import lzma
 import math
+import re
+import struct
+import tarfile
 import zipfile
 import zlib
 from typing import Any, Final, Protocol, runtime_checkable
@@ -33,6 +42,13 @@ _GROWTH: Final = 20
 """Weights hardly shrink when they are packed; sparse ones by less than this."""
 _SLACK: Final = 1 << 20
 _GZIP: Final = zlib.MAX_WBITS | 16
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE: Final = re.compile(rb"\\[uU](?:0000)?[dD][89a-fA-F]|\xed[\xa0-\xbf]")
+DAMAGE: Final = (
+    *(OSError, EOFError, ValueError, OverflowError, MemoryError),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError, struct.error),
+)
+"""What libraries raise for bytes that are not what they should be; Arrow's own errors besides."""
 
 
 @runtime_checkable
@@ -63,6 +79,25 @@ def unpack_gzip(data: bytes, most: int) -> bytes:
     return b"".join(pieces)
 
 
+def unpack_zstd(data: bytes, most: int) -> bytes:
+    """Decompress zstd frames one after the other, to at most `most` bytes. Raises `ValueError`."""
+    import pyarrow as pa  # noqa: PLC0415 - a configuration is read without it
+
+    try:
+        with pa.input_stream(pa.py_buffer(data), compression="zstd") as stream:
+            content = stream.read(most + 1)
+    except OSError as error:
+        raise ValueError(f"no zstd: {error}") from error
+    if len(content) > most:
+        raise ValueError(f"{len(data):,} bytes of zstd unpack to more than the {most:,} bytes that are allowed")
+    return content
+
+
+def mend_text(text: str) -> str:
+    """Return a text that UTF-8 can hold: pairs of surrogates become their character, single ones U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _SURROGATE.search(text) else text
+
+
 def read_line(lines: Lines, most: int = MAX_LINE_BYTES) -> bytes:
     """Read one line, with its end. Raises `ValueError` for one that is longer than `most` bytes."""
     line = lines.readline(most + 1)
@@ -76,9 +111,27 @@ def parse_json(data: bytes | str, most: int = MAX_JSON_BYTES) -> Any:
     if len(data) > most:
         raise ValueError(f"{len(data):,} bytes of JSON, and {most:,} are allowed")
     try:
-        return json.loads(data)
+        value = json.loads(data)
+        return _mend(value) if _has_surrogates(data) else value
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
+
+
+def _has_surrogates(data: bytes | str) -> bool:
+    """Tell whether strings in JSON or YAML may hold surrogates: as escapes, or as they are, which Python's JSON lets pass."""
+    if isinstance(data, str):
+        if _SURROGATE.search(data):
+            return True
+        data = data.encode()
+    return _ESCAPED_SURROGATE.search(data) is not None
+
+
+def _mend(value: Any) -> Any:
+    if isinstance(value, str):
+        return mend_text(value)
+    if isinstance(value, dict):
+        return {_mend(key): _mend(item) for key, item in value.items()}
+    return [_mend(item) for item in value] if isinstance(value, list) else value
 
 
 def parse_yaml(text: str) -> Any:
@@ -91,7 +144,8 @@ def parse_yaml(text: str) -> Any:
         if node is None:
             return None
         _count_nodes(node, {})
-        return loader.construct_document(node)
+        value = loader.construct_document(node)
+        return _mend(value) if _has_surrogates(text) else value
     except RecursionError as error:
         raise ValueError("YAML nested too deeply") from error
     finally:

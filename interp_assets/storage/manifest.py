@@ -170,10 +170,9 @@ class ArtifactWriter:
         block_bytes: int = BLOCK_BYTES,
     ) -> Iterator[ByteSink]:
         """Stream one file; it belongs to the artifact when the block ends without an error."""
-        hashing = _HashingSink(block_bytes)
         path = f"{self._ref.path}/{check_path(name)}"
-        with nullcontext(_NullSink()) if self._is_there else self._store.open_writer(path) as sink:
-            hashing.target = sink
+        with nullcontext(_NullSink()) if self._is_there or name in self._timed else self._store.open_writer(path) as sink:
+            hashing = _HashingSink(sink, block_bytes)
             yield hashing
         self._files[name] = FileEntry(
             name=name,
@@ -191,14 +190,7 @@ class ArtifactWriter:
         Such a file waits in memory for `publish`, because two writers of one artifact have different ones.
         """
         if is_timed:
-            hashing = _HashingSink(block_bytes)
-            hashing.target = _NullSink()
-            hashing.write(data)
-            self._files[name] = FileEntry(
-                name=check_path(name), n_bytes=len(data), block_bytes=block_bytes, checksums=hashing.finish(), n_rows=n_rows
-            )
             self._timed[name] = data
-            return
         with self.open(name, n_rows=n_rows, block_bytes=block_bytes) as sink:
             sink.write(data)
 
@@ -420,9 +412,7 @@ def read_part(store: Store, part: FilePart, scratch: memoryview) -> memoryview:
         data = store.get_into(part.path, wide, scratch[:n_wide])
     except StoreMissingError as error:
         raise ArtifactCorruptError(f"{where} is gone, though its manifest lists it. Re-materialize its partition.") from error
-    for block in range(first, last):
-        at = (block - first) * part.block_bytes
-        _verify_block(data[at : at + part.block_bytes], part.checksums[block - part.first_block], block, part.block_bytes, where)
+    _verify_blocks(data, part.checksums[first - part.first_block : last - part.first_block], first, part.block_bytes, where)
     return data[part.start - wide : part.start - wide + part.n_bytes]
 
 
@@ -456,7 +446,7 @@ def read_ranges(store: Store, path: str, manifest: Manifest, name: str, starts: 
     except StoreMissingError as error:
         raise ArtifactCorruptError(f"{where} is gone, though its manifest lists it. Re-materialize its partition.") from error
     for first, part in zip(firsts, parts, strict=True):
-        _verify_blocks(part, entry, first, where)
+        _verify_blocks(part, entry.checksums[first : first + 1 + len(part) // entry.block_bytes], first, entry.block_bytes, where)
     return [
         part if (wide, len(part)) == (start, length) else part[start - wide : start - wide + length]
         for part, wide, start, length in zip(parts, wide_starts, starts, lengths, strict=True)
@@ -470,20 +460,16 @@ def _get_nonempty(store: Store, path: str, starts: Sequence[int], lengths: Seque
     return [parts.get(i, b"") for i in range(len(lengths))]
 
 
-def _verify_blocks(data: bytes, entry: FileEntry, first_block: int, where: str) -> None:
+def _verify_blocks(data: bytes | memoryview, checksums: Sequence[str], first_block: int, block_bytes: int, where: str) -> None:
+    """Compare the blocks from `first_block` on with their checksums. Raises `ArtifactCorruptError`, naming the first that differs."""
     view = memoryview(data)
-    for i in range(math.ceil(len(data) / entry.block_bytes)):
-        block = view[i * entry.block_bytes : (i + 1) * entry.block_bytes]
-        _verify_block(block, entry.checksums[first_block + i], first_block + i, entry.block_bytes, where)
-
-
-def _verify_block(data: memoryview, expected: str, block: int, block_bytes: int, where: str) -> None:
-    found = xxhash.xxh3_128_hexdigest(data)
-    if found != expected:
-        raise ArtifactCorruptError(
-            f"{where} is damaged in block {block} (bytes {block * block_bytes:,} and following): checksum {found}, "
-            f"the manifest says {expected}. Delete its folder and re-materialize the partition."
-        )
+    for i in range(math.ceil(len(data) / block_bytes)):
+        found, block = xxhash.xxh3_128_hexdigest(view[i * block_bytes : (i + 1) * block_bytes]), first_block + i
+        if found != checksums[i]:
+            raise ArtifactCorruptError(
+                f"{where} is damaged in block {block} (bytes {block * block_bytes:,} and following): checksum {found}, "
+                f"the manifest says {checksums[i]}. Delete its folder and re-materialize the partition."
+            )
 
 
 class _NullSink:
@@ -496,17 +482,15 @@ class _NullSink:
 class _HashingSink:
     """Passes bytes on and hashes them block by block."""
 
-    def __init__(self, block_bytes: int) -> None:
-        self.target: ByteSink | None = None
+    def __init__(self, target: ByteSink, block_bytes: int) -> None:
         self.n_bytes = 0
-        self._block_bytes = block_bytes
+        self._target, self._block_bytes = target, block_bytes
         self._hash = xxhash.xxh3_128()
         self._checksums: list[str] = []
 
     def write(self, data: bytes | memoryview) -> None:
-        assert self.target is not None
         view = memoryview(data).cast("B")
-        self.target.write(view)
+        self._target.write(view)
         while len(view):
             room = self._block_bytes - self.n_bytes % self._block_bytes
             piece = view[:room]

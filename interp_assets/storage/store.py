@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
+from urllib.parse import unquote
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, GenericError
@@ -32,6 +33,7 @@ from obstore.store import LocalStore, MemoryStore, S3Store
 
 from interp_assets.errors import NO_ROOM, ConfigError, StoreError, StoreMissingError
 from interp_assets.storage.direct import DirectWriter, flush, read_into
+from interp_assets.storage.foreign import mend_text
 from interp_assets.storage.traffic import METER, count_ranges, count_upload
 
 T = TypeVar("T")
@@ -133,7 +135,6 @@ class Store:
             raise
         with self._explained("write", path):
             writer.__exit__(None, None, None)
-            self._sync(path)
         METER.written(sink.n_bytes, count_upload(sink.n_bytes, PART_BYTES))
 
     @contextmanager
@@ -280,9 +281,11 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> Store:
     variables. Raises `ConfigError` for any other scheme.
     """
     check_address(url, "An address of a store")
+    if mend_text(url) != url:
+        raise StoreError(f"The name {os.fsencode(url)!r} is not UTF-8. Rename the folder, or use another.")
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
-        folder = Path(rest if separator else url).expanduser().resolve()
+        folder = Path(unquote(rest) if separator else url).expanduser().resolve()
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"{folder} is a file and no folder. Name another one.")
         return Store(_Folder(folder), str(folder))

@@ -24,19 +24,9 @@ from interp_assets.storage.store import Store
 
 ALIGNMENT: Final = 4096
 _MAX_HEADER_BYTES: Final = 1 << 20
-_CODES: Final = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+_SHORT: Final = {"bfloat": "BF", "float": "F", "uint": "U", "int": "I", "bool": "BOOL"}
+_CODES: Final = {name: _SHORT[name.rstrip("0123456789")] + name.lstrip("abcdefghijklmnopqrstuvwxyz") for name in ITEM_BYTES}
+"""By dtype, its name in the file: `BF16`, `I64`."""
 _NAMES: Final = {code: name for name, code in _CODES.items()}
 
 

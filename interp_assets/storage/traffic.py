@@ -37,18 +37,14 @@ class Meter:
 
     def read(self, n_bytes: int, n_requests: int = 1) -> None:
         """Count reads."""
-        with self._lock:
-            total = self._total
-            self._total = total._replace(gets=total.gets + n_requests, read_bytes=total.read_bytes + n_bytes)
+        self.add(Traffic(gets=n_requests, read_bytes=n_bytes))
 
     def written(self, n_bytes: int, n_requests: int = 1) -> None:
         """Count writes and listings."""
-        with self._lock:
-            total = self._total
-            self._total = total._replace(puts=total.puts + n_requests, written_bytes=total.written_bytes + n_bytes)
+        self.add(Traffic(puts=n_requests, written_bytes=n_bytes))
 
     def add(self, other: Traffic) -> None:
-        """Count what another process did for this one."""
+        """Count what was done, here or by another process for this one."""
         with self._lock:
             self._total = Traffic(*(mine + theirs for mine, theirs in zip(self._total, other, strict=True)))
 

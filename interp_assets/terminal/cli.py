@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from interp_assets.errors import InputError, InterpError, explain_missing, find_no_room
-from interp_assets.terminal.web import export, labels_app, make_desk, read_token
+from interp_assets.terminal.web import export, find_notes, labels_app, make_desk, read_token
 
 if TYPE_CHECKING:
     from interp_assets.planning.config import PipelineConfig
@@ -116,13 +116,14 @@ def import_sae(
     hook_point: Annotated[str, typer.Option(help="One of harvest.hook_points. Default: the one that the folder tells.")] = "",
     target_hook_point: Annotated[str, typer.Option(help="What a transcoder reconstructs. Default: the one that the folder tells.")] = "",
     add: Annotated[bool, typer.Option("--add", help="Put the entry into the configuration's file.")] = False,
+    accept_misfit: Annotated[bool, typer.Option("--accept-misfit", help="Take it in though FVU or L0 on the held-out rows is far off.")] = False,
 ) -> None:
     """Check an SAE that another tool trained against a pipeline, and write the entry by which the pipeline takes it in."""
     from interp_assets.terminal.importing import Place, add_entry, make_entry, plan_import, print_import
 
     if add and config is None:
         raise InputError("--add puts the entry into a file: name it with --config (`interp init` writes one).")
-    found = plan_import(_load(config), Place(folder, name, hook_point, target_hook_point))
+    found = plan_import(_load(config), Place(folder, name, hook_point, target_hook_point), accept_misfit=accept_misfit)
     print_import(err, found)
     out.print(make_entry(found.entry).rstrip(), soft_wrap=True, markup=False)
     shown = f"To browse its features, put {found.entry.name!r} into features.saes too."
@@ -197,8 +198,9 @@ def sweep(
 @app.command()
 def verify(path: PathArgument = "data") -> None:
     """Read every block of every artifact below a folder, and name each fault; exit code 1 when there is one."""
+    from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.verify import list_tree, locate, verify_tree
-    from interp_assets.terminal.console import byte_bar, format_bytes, format_count
+    from interp_assets.terminal.console import byte_bar, format_count
 
     place = locate(path)
     tree = list_tree(place.store, place.path)
@@ -222,7 +224,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; other machines need a token.")] = "127.0.0.1",
     port: PortOption = 8420,
     token_file: Annotated[Path | None, typer.Option(help="File with the token to ask for. Default: INTERP_TOKEN in the environment.")] = None,
-    notes: Annotated[Path, typer.Option(help="Folder of lists and notes: one JSON file a bundle, made by the first note.")] = Path("feature-notes"),
+    notes: Annotated[
+        Path | None, typer.Option(help="Folder of lists and notes: one JSON file a bundle, made by the first note. Default: beside the pipeline.")
+    ] = None,
 ) -> None:
     """Open the feature browser."""
     from interp_assets.web.opened import find_bundles
@@ -237,7 +241,7 @@ def serve(
     hint = "add /?token= and the token the first time; " if token else ""
     shown = f"[{host}]" if ":" in host else host
     out.print(f"Feature browser: http://{shown}:{port}   ({hint}Ctrl-C stops it)", soft_wrap=True, markup=False)
-    serve_bundles(bundles, host=host, port=port, token=token, desk=make_desk(pipeline, bundles, notes))
+    serve_bundles(bundles, host=host, port=port, token=token, desk=make_desk(pipeline, bundles, notes or find_notes(bundles)))
 
 
 @app.command()
@@ -358,7 +362,7 @@ def _show(config: "PipelineConfig", config_path: Path | None, port: int, dagster
     out.print(f"\nFeature browser: http://127.0.0.1:{port}", soft_wrap=True)
     out.print(f"Dagster's UI:    {dagster.url}   (ready in some seconds; log: {dagster.log})\nCtrl-C stops both.", soft_wrap=True)
     with dagster:
-        serve_bundles(bundles, port=port, desk=make_desk(config, bundles, Path("feature-notes")))
+        serve_bundles(bundles, port=port, desk=make_desk(config, bundles, find_notes(bundles)))
 
 
 def explain_opening(config: "PipelineConfig") -> str:

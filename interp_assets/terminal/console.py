@@ -15,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from interp_assets.compute.compiled import observe_compiling
-from interp_assets.planning.progress import AssetReport, Progress
+from interp_assets.planning.progress import AssetReport, Progress, format_bytes
 
 
 class Bars(Progress):
@@ -155,16 +155,6 @@ def _cell(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,}"
     return "".join(char if char.isprintable() else "\ufffd" for char in str(value))
-
-
-def format_bytes(n_bytes: int) -> str:
-    """Write a size with a unit: 1.5 GB."""
-    size = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
 
 
 def format_count(n: int, one: str, many: str = "") -> str:

@@ -19,6 +19,7 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.costs import Cost, add_up
 from interp_assets.planning.machine import PROCESS_BYTES, Machine, Prices
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
+from interp_assets.planning.progress import format_bytes
 from interp_assets.planning.rates import load_rates, rates_path
 from interp_assets.planning.schedule import Line, make_schedule
 from interp_assets.shuffle.choice import foresee
@@ -27,7 +28,7 @@ from interp_assets.shuffle.plan import load_shard_rows
 from interp_assets.shuffle.refs import shape_of
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.store import Store, open_store
-from interp_assets.terminal.console import format_bytes, format_count, print_table
+from interp_assets.terminal.console import format_count, print_table
 from interp_assets.terminal.lines import format_duration
 from interp_assets.terminal.quote import print_plans
 from interp_assets.visualize.assets import workload

@@ -1,8 +1,8 @@
 """A folder of SAELens, sparsify, dictionary_learning or Gemma Scope becomes an entry of a pipeline's configuration, checked and explained.
 
-What the folder tells (architecture, sizes, hook point, model, data) is shown beside what the pipeline has. What would make the SAE another
-function, or not fit, is an error; what only looks odd (another model's name, no hook point told) is a warning. The entry names the folder and
-the digest of its files; the asset `sae` then reads it instead of training (`train/exchange/imported.py`).
+What the folder tells (architecture, sizes, hook point, model, data, quality) is shown beside what the pipeline has and measures. What would make the
+SAE another function, or not fit, is an error; what only looks odd (another model's name, no hook point told) is a warning. The entry names the folder
+and the digest of its files; the asset `sae` then reads it instead of training (`train/exchange/imported.py`).
 """
 
 import json
@@ -15,10 +15,14 @@ import yaml
 from rich.console import Console
 
 from interp_assets.errors import ArtifactMissingError, ConfigError, InputError
+from interp_assets.garcon.points import MODULE, name_block_part, name_module
+from interp_assets.garcon.subject import make_meta_model
 from interp_assets.planning.config import PipelineConfig, SaeConfig, load_config, make_config
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.terminal.console import print_table
-from interp_assets.train.exchange.folders import Foreign, translate_hook
+from interp_assets.train.evaluate import measure_fit
+from interp_assets.train.exchange.fit import Fit, explain_misfit
+from interp_assets.train.exchange.folders import BLOCK_PART, Foreign, Origin, translate_hook
 from interp_assets.train.exchange.imported import NEAREST, check_sizes, open_foreign
 
 _SHOWN: Final = ("name", "imported", "imported_digest", "hook_point", "architecture", "d_sae", "k")
@@ -41,19 +45,26 @@ class Import(NamedTuple):
 
     foreign: Foreign
     entry: SaeConfig
+    fit: Fit | None
+    """None where the pipeline has no held-out rows yet."""
     warnings: list[str]
 
 
-def plan_import(config: PipelineConfig, place: Place) -> Import:
-    """Read and check a folder against a pipeline. Raises `InputError` or `ConfigError` for what does not fit, with what does."""
+def plan_import(config: PipelineConfig, place: Place, *, accept_misfit: bool = False) -> Import:
+    """Read and check a folder against a pipeline. Raises `InputError` or `ConfigError` for what does not fit, with what does.
+
+    `accept_misfit` makes a warning of a reconstruction or an L0 that is far off.
+    """
     folder = place.folder if "://" in place.folder else str(Path(place.folder).expanduser().resolve())
     foreign = open_foreign(folder)
     origin, sae = foreign.origin, foreign.sae
-    hook_point = _choose(config, "--hook-point", place.hook_point, origin.hook_point, origin.hook)
+    told = _told_names(config, origin.hook_point, origin.hook, place.hook_point)
+    hook_point = _choose(config, "--hook-point", place.hook_point, told, origin.hook)
     is_transcoder = sae.d_in != sae.d_out or "transcoder" in origin.architecture or bool(place.target_hook_point or origin.target_hook_point)
-    target = _choose(config, "--target-hook-point", place.target_hook_point, origin.target_hook_point, "") if is_transcoder else ""
+    told_target = _told_names(config, origin.target_hook_point, origin.target_hook, place.target_hook_point) if is_transcoder else []
+    target = _choose(config, "--target-hook-point", place.target_hook_point, told_target, origin.target_hook) if is_transcoder else ""
     task = "skip_transcoder" if sae.W_skip is not None else "transcoder" if is_transcoder else "sae"
-    name = place.name or _make_name(folder, hook_point)
+    name = place.name or _make_name(folder, hook_point, origin)
     if any(item.name == name for item in config.saes):
         raise InputError(f"The pipeline has an SAE {name!r} already. Give this one another name with --name.")
     fields: dict[str, Any] = {
@@ -68,7 +79,21 @@ def plan_import(config: PipelineConfig, place: Place) -> Import:
         "imported_digest": foreign.digest,
     }
     entry = make_config({**config.model_dump(), "saes": [*(item.model_dump() for item in config.saes), fields]}).sae(name)
-    return Import(foreign, entry, _compare(config, entry, foreign))
+    warnings, fit = _compare(config, entry, foreign, told), None
+    try:
+        store = open_pipeline_store(config)
+        pipeline = load_pipeline(config, store)
+        check_sizes(pipeline, entry, sae)
+        fit = measure_fit(pipeline, store, entry, sae)
+    except ArtifactMissingError:
+        warnings.append(f"the pipeline has no plan yet, so d_in {sae.d_in:,} was not compared with the width of {entry.hook_point}.")
+    if misfit := explain_misfit(fit, foreign.claims) if fit else "":
+        if not accept_misfit:
+            raise InputError(f"The SAE in {folder} does not fit {hook_point}: {misfit} If it is meant so, take it in with --accept-misfit.")
+        warnings.append(misfit)
+    if fit is None:
+        warnings.append(f"no held-out rows of {entry.hook_point} are there yet, so nothing was measured; `interp run` does, in sae_evaluation.")
+    return Import(foreign, entry, fit, warnings)
 
 
 def print_import(console: Console, found: Import) -> None:
@@ -89,7 +114,9 @@ def print_import(console: Console, found: Import) -> None:
         ("model", origin.model or "-"),
         ("data", origin.dataset or "-"),
         ("context length", str(origin.context_length or "-")),
-        ("L0", f"{origin.l0:g}" if origin.l0 else "-"),
+        ("L0", _beside(found.fit and found.fit.l0, found.foreign.claims.l0, found.foreign.claims.l0_from)),
+        ("FVU", _beside(found.fit and found.fit.fvu, found.foreign.claims.fvu, found.foreign.claims.fvu_from)),
+        ("measured on", f"{found.fit.n_rows:,} held-out rows" if found.fit else "nothing: there are no held-out rows yet"),
         ("decoder norms", f"{norms.min():.3g} to {norms.max():.3g}"),
         ("weights", f"{origin.dtype}, read as float32; digest {found.foreign.digest}"),
     ]
@@ -139,15 +166,45 @@ def _scalar(value: str | int) -> str:
     return str(value) if is_plain else json.dumps(value, ensure_ascii=False)
 
 
-def _choose(config: PipelineConfig, option: str, chosen: str, told: str, hook: str) -> str:
-    """Return the hook point that was chosen, or the one that the folder tells."""
+def _beside(measured: float | None, claimed: float | None, source: str) -> str:
+    here = "not measured" if measured is None else f"{measured:.3g} here"
+    return f"{here}; {f'{claimed:.3g} by {source}' if claimed is not None else 'its folder says nothing'}"
+
+
+def _told_names(config: PipelineConfig, told: str, hook: str, chosen: str) -> list[str]:
+    """Return our names of the place that the folder tells. Where the model must say and cannot be read, a person's choice is enough."""
+    if told or not hook:
+        return [told] if told else []
+    try:
+        return _find_names(config, hook)
+    except InputError:
+        if chosen:
+            return []
+        raise
+
+
+def _find_names(config: PipelineConfig, hook: str) -> list[str]:
+    """Return our names of what another tool calls `hook`: of a module's output, several may name the same tensor."""
+    if translated := translate_hook(hook):
+        return [translated]
+    net = make_meta_model(config.model).net
+    if part := BLOCK_PART.search(hook):
+        return name_block_part(net, "mlp" if part["part"] == "mlp" else "attn", int(part["layer"]))
+    return name_module(net, hook)
+
+
+def _choose(config: PipelineConfig, option: str, chosen: str, told: list[str], hook: str) -> str:
+    """Return the hook point that was chosen, or the one that the folder tells; `module:` paths are taken as they are."""
     harvested = config.harvest.hook_points
-    name = translate_hook(chosen) or chosen or told
-    if not name:
+    names = told
+    if chosen:
+        names = [chosen] if chosen in harvested or chosen.startswith(MODULE) else _find_names(config, chosen) or [chosen]
+    if not names:
         what = f"calls its hook point {hook!r}, which has no name here" if hook else "does not tell its hook point"
         raise InputError(f"The folder {what}. Name one of harvest.hook_points with {option}: {', '.join(harvested)}.")
+    name = next((name for name in names if name in harvested), names[0])
     if name not in harvested:
-        source = f"chosen with {option}" if chosen else f"its folder says {hook or told!r}"
+        source = f"chosen with {option}" if chosen else f"its folder says {hook or told[0]!r}"
         raise InputError(
             f"The SAE belongs to {name} ({source}), but harvest.hook_points are {', '.join(harvested)}. Add {name} to them, or name another "
             f"with {option}."
@@ -155,23 +212,19 @@ def _choose(config: PipelineConfig, option: str, chosen: str, told: str, hook: s
     return name
 
 
-def _make_name(folder: str, hook_point: str) -> str:
+def _make_name(folder: str, hook_point: str, origin: Origin) -> str:
     """Make a name of the folder's own, which tools often call after their layers; with the hook point where it does not say it."""
     last = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.rstrip("/").rpartition("/")[2]).strip("-.") or "imported"
-    return last if translate_hook(last) == hook_point or hook_point in last else f"{last}-{hook_point}"
+    point = hook_point.removeprefix(MODULE)
+    is_said = translate_hook(last) == hook_point or point in last or last in (origin.hook, origin.target_hook)
+    return last if is_said else f"{last}-{point}"
 
 
-def _compare(config: PipelineConfig, entry: SaeConfig, foreign: Foreign) -> list[str]:
-    """Check the sizes, where the pipeline is planned, and list what looks odd."""
+def _compare(config: PipelineConfig, entry: SaeConfig, foreign: Foreign, told: list[str]) -> list[str]:
+    """List what looks odd."""
     origin, notes = foreign.origin, []
-    try:
-        check_sizes(load_pipeline(config, open_pipeline_store(config)), entry, foreign.sae)
-    except ArtifactMissingError:
-        notes.append(f"the pipeline has no plan yet, so d_in {foreign.sae.d_in:,} was not compared with the width of {entry.hook_point}.")
-    if origin.hook_point and origin.hook_point != entry.hook_point:
-        notes.append(
-            f"the folder says hook point {origin.hook or origin.hook_point} ({origin.hook_point}); here it becomes one of {entry.hook_point}."
-        )
+    if told and entry.hook_point not in told:
+        notes.append(f"the folder says hook point {origin.hook or told[0]} ({told[0]}); here it becomes one of {entry.hook_point}.")
     if origin.model and _last(origin.model) != _last(config.model.name):
         notes.append(f"the folder says model {origin.model!r}, the pipeline's is {config.model.name!r}.")
     if origin.context_length and origin.context_length != config.corpus.context_length:

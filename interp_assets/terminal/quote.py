@@ -11,10 +11,11 @@ from rich.console import Console
 
 from interp_assets.errors import InputError
 from interp_assets.planning.machine import Prices
+from interp_assets.planning.progress import format_bytes
 from interp_assets.shuffle.estimate import PassPlan, compare_plans
 from interp_assets.shuffle.rows import SORT_BYTES
 from interp_assets.shuffle.simulate import simulate
-from interp_assets.terminal.console import format_bytes, format_count, print_table
+from interp_assets.terminal.console import format_count, print_table
 from interp_assets.terminal.lines import format_duration
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15}

@@ -12,10 +12,11 @@ from rich.console import Console
 from interp_assets.errors import InputError
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.planning.progress import format_bytes
 from interp_assets.storage.manifest import MANIFEST, FileEntry, Manifest, read_file, read_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import Tree, list_tree, locate
-from interp_assets.terminal.console import format_bytes, format_count, print_table
+from interp_assets.terminal.console import format_count, print_table
 
 _HEAD_ROWS: Final = 5
 _MAX_TABLE_BYTES: Final = 256 << 20

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 labels_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Labels of features: import them beside a bundle.")
+NOTES: Final = "feature-notes"
 SITE: Final = "site"
 SAE_FORMATS: Final = ("saelens", "sparsify", "dictionary_learning")
 """What `train/exchange/folders.py` writes; named here, because importing it takes seconds."""
@@ -47,8 +48,9 @@ def export(
     sae: Annotated[str | None, typer.Option(help="Which SAE, by its name. Default: the only one.")] = None,
 ) -> None:
     """Write a bundle or an SAE as another tool reads it, or a bundle as a site for any static host."""
+    from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.store import open_store
-    from interp_assets.terminal.console import byte_bar, format_bytes, format_count
+    from interp_assets.terminal.console import byte_bar, format_count
     from interp_assets.web.exports import FORMATS, export_bundle
     from interp_assets.web.opened import OpenBundle
     from interp_assets.web.site import export_site
@@ -79,8 +81,8 @@ def export(
 def _export_sae(format_name: str, target: str, config_path: Path | None, name: str | None) -> None:
     from interp_assets.planning.config import demo_config, load_config
     from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+    from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.store import open_store
-    from interp_assets.terminal.console import format_bytes
     from interp_assets.train.exchange.folders import export_sae
 
     config = demo_config() if config_path is None else load_config(config_path)
@@ -117,6 +119,25 @@ def import_file(
     done = "were imported before" if made.is_cached else "imported"
     counted = f"{format_count(facts['n_labels'], 'label')} of {format_count(facts['n_latents'], 'feature')}"
     out.print(f"{counted} {done}: {chosen.place.store.url}/{made.ref.path}", soft_wrap=True, markup=False)
+
+
+def find_notes(places: "Sequence[BundlePlace]") -> Path:
+    """Return the folder where lists and notes are kept: `feature-notes` beside the pipeline's folder, where this machine's disk holds it.
+
+    Of bundles in a bucket it lies in the working directory. Says so where that has notes of one of these bundles that are not looked at.
+    """
+    from interp_assets.web.refs import FOLDER
+
+    here, root = Path(NOTES), places[0].store.local_path()
+    if root is None:
+        return here
+    above = (root / places[0].path).resolve().parent
+    found = (above.parent.parent if above.name == FOLDER else above) / NOTES
+    left = [place.name for place in places if found != here.resolve() and (here / f"{place.name}.json").exists()]
+    if left:
+        text = f"Notes lie in {found}; those in {here.resolve()} are not shown. Move them, or name that folder with --notes."
+        out.print(text, soft_wrap=True, markup=False)
+    return found
 
 
 def make_desk(config: "PipelineConfig", places: "Sequence[BundlePlace]", notes: Path) -> "Desk":

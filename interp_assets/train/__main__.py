@@ -26,9 +26,10 @@ from interp_assets.errors import InterpError
 from interp_assets.garcon.device import choose_device
 from interp_assets.planning.config import load_config
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.planning.progress import unheard
 from interp_assets.storage.traffic import METER
 from interp_assets.train.launch import ATTACHED
-from interp_assets.train.loop import make_execution, train_saes
+from interp_assets.train.loop import train_saes
 from interp_assets.train.parallel import make_ranks
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -57,9 +58,9 @@ def main(arguments: list[str]) -> int:
             pipeline,
             store,
             chosen.names,
-            (lambda n: _tell("progress", n=n)) if is_first else None,
+            (lambda n: _tell("progress", n=n)) if is_first else unheard,
             (lambda metrics: _tell("metrics", **{**metrics._asdict(), "row": metrics.row._asdict()})) if is_first else None,
-            make_execution(config, ranks),
+            ranks,
         )
     except InterpError as error:  # told by every rank: memory may run out on one of them alone
         _tell("error", type=type(error).__name__, message=str(error))

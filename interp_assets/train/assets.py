@@ -13,7 +13,7 @@ from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import Produced, find_manifest, load_manifest
 from interp_assets.storage.store import Store
-from interp_assets.train.checks import FINITE_TRAINING, QUALITY_BOUNDS
+from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, QUALITY_BOUNDS
 from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, evaluation_ref, sae_ref, sweep_ref
 
 GROUP = "train"
@@ -32,6 +32,7 @@ _OF_PRODUCTS = {
     "jump_relu_step": 1.3,
 }
 """Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
+_SPEEDS = ("step_rows_per_s", "input_wait_share", "peak_memory_bytes", "peak_device_bytes")
 _WEIGHT_COPIES = 5
 """Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
 
@@ -85,7 +86,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             work_kind=lambda config, _key: f"sae_evaluation {config.model.name}",
             needs=Needs(accelerator=True),
             is_one_run=True,
-            checks=(QUALITY_BOUNDS,),
+            checks=(QUALITY_BOUNDS, IMPORTED_FIT),
             code_version=code_version(EVALUATION_VERSION),
         ),
         Asset(
@@ -164,8 +165,11 @@ def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) ->
 def _show_training(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
     from interp_assets.train.plots import plot_training
     from interp_assets.train.reports import describe_speed
+    from interp_assets.train.times import find_times
 
-    shown: dict[str, Shown] = {name: Markdown(text) for name, text in describe_speed(job.store, made[0]).items()}
+    times = find_times(job.store, made[0].ref.path, made[0].manifest) or {}
+    shown: dict[str, Shown] = {name: times[name] for name in _SPEEDS if times.get(name) is not None}
+    shown |= {name: Markdown(text) for name, text in describe_speed(job.store, made[0]).items()}
     if not job.config.sae(key).imported:
         shown["training"] = Markdown(plot_training(job.store, made[0]))
     return shown

@@ -9,12 +9,12 @@ The rows of all mixed shards of a hook point form one endless line, and batch i 
 3. Batches run across the borders of chunks, shards and epochs: no row is dropped, none comes twice in an epoch.
 
 So a trainer resumes at any batch with nothing but its number, and the number of ranks changes nothing. Memory: two chunks and the
-batches of the queue.
+batches that are read ahead.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -30,7 +30,7 @@ from interp_assets.storage.tensors import read_rows
 
 CHUNK_ROWS: Final = 1 << 14
 """Rows that are read at once, and permuted among themselves in later epochs: 128 MiB of bfloat16 at a width of 4,096."""
-_QUEUED_BATCHES: Final = 4
+_BATCHES_AHEAD: Final = 4
 
 
 class Batch(NamedTuple):
@@ -108,37 +108,14 @@ def make_row_order(shards: Sequence[MixedShard], seed: int, d_in: int, where: st
 
 def iter_batches(store: Store, shards: Sequence[MixedShard], order: RowOrder, batch_rows: int, steps: range) -> Generator[Batch]:
     """Yield the batches of consecutive steps, verified, read ahead by a background thread. Errors of the thread are raised here."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_QUEUED_BATCHES)
-    is_closed = threading.Event()
-
-    def offer(item: Batch | BaseException | None) -> bool:
-        while not is_closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def read() -> None:
-        try:
-            for batch in _cut_batches(store, shards, order, batch_rows, steps):
-                if not offer(batch):
-                    return
-            offer(None)
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-            offer(error)
-
-    thread = threading.Thread(target=read, name="batches", daemon=True)
-    thread.start()
+    batches, reader = _cut_batches(store, shards, order, batch_rows, steps), ThreadPoolExecutor(1, "batches")
+    ahead = deque(reader.submit(next, batches, None) for _ in range(_BATCHES_AHEAD))
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        while (batch := ahead.popleft().result()) is not None:
+            ahead.append(reader.submit(next, batches, None))
+            yield batch
     finally:
-        is_closed.set()
-        thread.join()
+        reader.shutdown(cancel_futures=True)
 
 
 def describe_batch(shards: Sequence[MixedShard], order: RowOrder, batch_rows: int, step: int) -> str:

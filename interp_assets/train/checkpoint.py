@@ -17,6 +17,7 @@ metadata at all.
 """
 
 import json
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from interp_assets.errors import ArtifactForeignError
 from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.hook_names import alias_of
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, load_manifest, read_file
 from interp_assets.storage.store import Store
@@ -46,7 +48,6 @@ KINDS: Final[dict[str, SaeKind]] = {
     "topk_skip_transcoder": "topk",
 }
 """By SAELens' names; the last two are ours: SAELens does not have them."""
-_HOOK_SUFFIXES: Final = {"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"}
 
 
 class Source(NamedTuple):
@@ -66,12 +67,8 @@ def save_sae(art: ArtifactWriter, sae: Sae, source: Pipeline | Source, config: S
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.T
     save_tensors(art, WEIGHTS, {name: value.to(torch.float32).contiguous() for name, value in tensors.items()})
-    art.put(
-        CONFIG,
-        (
-            json.dumps(_make_cfg(sae, source if isinstance(source, Source) else _source(source, config), config, l0), sort_keys=True, indent=1) + "\n"
-        ).encode(),
-    )
+    cfg = _make_cfg(sae, source if isinstance(source, Source) else _source(source, config), config, l0)
+    art.put(CONFIG, (json.dumps(cfg, sort_keys=True, indent=1) + "\n").encode())
 
 
 def load_sae(pipeline: Pipeline, store: Store, name: str) -> Sae:
@@ -103,8 +100,7 @@ def read_sae(store: Store, path: str, manifest: Manifest) -> Sae:
 
 def sae_lens_hook_name(hook_point: str) -> str:
     """Return the name that SAELens and TransformerLens give a hook point: `resid_post.2` is `blocks.2.hook_resid_post`."""
-    kind, _, layer = hook_point.partition(".")
-    return f"blocks.{layer}.hook_{kind}" if kind in _HOOK_SUFFIXES and layer.isdigit() else hook_point
+    return alias_of(hook_point) or hook_point
 
 
 def _architecture(sae: Sae, config: SaeConfig) -> str:
@@ -116,7 +112,13 @@ def _architecture(sae: Sae, config: SaeConfig) -> str:
 
 def _source(pipeline: Pipeline, config: SaeConfig) -> Source:
     corpus, model = pipeline.config.corpus, pipeline.config.model
-    return Source(config.architecture, model.shown_name, corpus.path if corpus.source == "huggingface" else corpus.source, corpus.context_length)
+    dataset = _public_name(corpus.path) if corpus.source == "huggingface" else corpus.source
+    return Source(config.architecture, _public_name(model.name), dataset, corpus.context_length)
+
+
+def _public_name(name: str) -> str:
+    """Return an id of the hub, or nothing for a folder: its content is in the SAE's id, and equal ids are to have equal bytes."""
+    return "" if Path(name).expanduser().is_dir() else name
 
 
 def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> 
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if config.hook_point.startswith("z.") else "none",
         "metadata": {
             "sae_lens_version": "6.0.0",
             **{name: value for name, value in told.items() if value},

@@ -1,13 +1,14 @@
 """Checks of SAEs: finite losses, and held-out quality inside bounds that a sound training run meets."""
 
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from interp_assets.planning.asset import Check, Verdict
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
+from interp_assets.train.exchange.fit import Claims, Fit, explain_misfit
 from interp_assets.train.refs import evaluation_ref, sae_ref
 
 MAX_FVU: Final = 0.5
@@ -16,33 +17,46 @@ MAX_DEAD_SHARE: Final = 0.5
 """More dead latents than this: lower `d_sae`, or train on more rows."""
 
 
-def _finite_training(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
-    wrong = {}
-    for name in keys:
-        facts = load_manifest(store, sae_ref(pipeline, name)).facts
-        bad = [key for key, value in facts.items() if isinstance(value, float) and not math.isfinite(value)]
-        if bad:
-            wrong[name] = bad
-    sentences = [
-        f"SAE {name} reports what is not finite ({', '.join(bad)}). Train it again with a lower learning_rate." for name, bad in wrong.items()
-    ]
-    return Verdict(sentences, {"wrong": wrong})
+def _finite_training(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
+    return {name: _judge_numbers(name, load_manifest(store, sae_ref(pipeline, name)).facts) for name in keys}
 
 
-def _quality_bounds(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> Verdict:
-    measured = {name: load_manifest(store, evaluation_ref(pipeline, name)).facts for name in keys}
+def _judge_numbers(name: str, facts: Mapping[str, Any]) -> Verdict:
+    wrong = [key for key, value in facts.items() if isinstance(value, float) and not math.isfinite(value)]
+    sentences = [f"SAE {name} reports what is not finite ({', '.join(wrong)}). Train it again with a lower learning_rate."] if wrong else []
+    return Verdict(sentences, {"wrong": ", ".join(wrong) or "nothing"})
+
+
+def _quality_bounds(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
+    return {name: _judge_quality(name, load_manifest(store, evaluation_ref(pipeline, name)).facts) for name in keys}
+
+
+def _judge_quality(name: str, facts: Mapping[str, Any]) -> Verdict:
     bounds = (
         ("fvu", "FVU", MAX_FVU, "train on more rows, or raise k or d_sae"),
         ("dead_share", "a dead share", MAX_DEAD_SHARE, "lower d_sae, or train on more rows"),
     )
     sentences = [
         f"SAE {name} has {what} of {facts[fact]:.3f} on the held-out shards, at most {limit} is sound: {advice}."
-        for name, facts in measured.items()
         for fact, what, limit, advice in bounds
         if not facts[fact] <= limit
     ]
-    return Verdict(sentences, {"measured": measured, "fvu_limit": MAX_FVU, "dead_share_limit": MAX_DEAD_SHARE}, is_warning=True)
+    shown = {"fvu": facts["fvu"], "fvu_limit": MAX_FVU, "dead_share": facts["dead_share"], "dead_share_limit": MAX_DEAD_SHARE}
+    return Verdict(sentences, shown, is_warning=True)
+
+
+def _imported_fit(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
+    misfits = dict.fromkeys(keys, "")
+    for name in (name for name in keys if pipeline.config.sae(name).imported):
+        facts, told = load_manifest(store, evaluation_ref(pipeline, name)).facts, load_manifest(store, sae_ref(pipeline, name)).facts["imported"]
+        fit = Fit(**{field: facts[field] for field in Fit._fields})
+        if misfit := explain_misfit(fit, Claims(told["l0"], "its folder")):
+            misfits[name] = misfit
+    return {name: Verdict([f"SAE {name}: {misfit}"] if misfit else [], {"misfit": misfit or "none"}) for name, misfit in misfits.items()}
 
 
 FINITE_TRAINING: Final = Check("finite_training", "Every number that training reports is finite.", _finite_training)
 QUALITY_BOUNDS: Final = Check("quality_bounds", "FVU and dead share are inside their bounds.", _quality_bounds)
+IMPORTED_FIT: Final = Check(
+    "imported_fit", "Imported SAEs reconstruct the held-out rows, and fire about as often as their folders say.", _imported_fit
+)

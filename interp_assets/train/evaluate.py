@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.corpus.tokens import context_offsets, load_tokens
-from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.errors import ArtifactMissingError, InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.harvest.statistics import load_statistics
@@ -33,6 +33,7 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
+from interp_assets.train.exchange.fit import N_ROWS, Fit
 from interp_assets.train.metrics import ReconstructionSums
 from interp_assets.train.refs import METRICS, evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
@@ -75,7 +76,7 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
     config = pipeline.config.sae(name)
     sae = load_sae(pipeline, store, name).to(model.device)
     sums = _measure_rows(pipeline, store, sae, config, progress)
-    reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else f"{model.name} has no causal language-model head"
+    reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else "the subject model has no causal language-model head"
     if config.task == "crosscoder":
         reason = "a crosscoder reconstructs several hook points at once"
     model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, progress)
@@ -86,6 +87,37 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
 
 def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig, progress: Callable[[int], None] | None) -> ReconstructionSums:
     sums = ReconstructionSums(sae, torch.cat([load_statistics(pipeline, store, name).mean for name in config.targets]))
+    for x, y, n_rows in iter_held_out_rows(pipeline, store, config):
+        sums.add(x, y)
+        if progress is not None:
+            progress(n_rows)
+    if sums.n_rows == 0:
+        raise InputError(
+            f"The held-out shards {pipeline.held_out_indices} have no valid rows at {config.hook_point}: nothing can be measured. "
+            "Raise corpus.held_out_shards, or give `corpus` more text."
+        )
+    return sums
+
+
+def measure_fit(pipeline: Pipeline, store: Store, config: SaeConfig, sae: Sae) -> Fit | None:
+    """Measure an SAE on the first `N_ROWS` valid held-out rows of its hook points; None where there are none yet."""
+    sums = None
+    try:
+        for x, y, _ in iter_held_out_rows(pipeline, store, config):
+            if len(x) == 0:
+                continue
+            sums = sums or ReconstructionSums(sae, y.double().mean(0))
+            n_left = N_ROWS - sums.n_rows
+            sums.add(x[:n_left], y[:n_left])
+            if sums.n_rows >= N_ROWS:
+                break
+    except ArtifactMissingError:
+        return None
+    return Fit(sums.n_rows, sums.l0, sums.fvu, sums.median_row_fvu) if sums else None
+
+
+def iter_held_out_rows(pipeline: Pipeline, store: Store, config: SaeConfig) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield the valid held-out rows block by block, what the SAE reads and what it reconstructs, and how many rows are stored of the block."""
     hook_points = list(dict.fromkeys((*config.sources, *config.targets)))
     n_block = pipeline.config.execution.rows_per_block
     for index in pipeline.held_out_indices:
@@ -94,15 +126,7 @@ def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig,
             first, n_rows = blocks[0].first_row, len(blocks[0].rows)
             kept = {name: block.rows[is_valid[first : first + n_rows]] for name, block in zip(hook_points, blocks, strict=True)}
             x, y = (torch.cat([kept[name] for name in names], dim=1) for names in (config.sources, config.targets))
-            sums.add(x, y)
-            if progress is not None:
-                progress(n_rows)
-    if sums.n_rows == 0:
-        raise InputError(
-            f"The held-out shards {pipeline.held_out_indices} have no valid rows at {config.hook_point}: nothing can be measured. "
-            "Raise corpus.held_out_shards, or give `corpus` more text."
-        )
-    return sums
+            yield x, y, n_rows
 
 
 def _measure_model(

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -26,11 +26,12 @@ from typing import Any, Final, NamedTuple
 from interp_assets import errors
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.manifest import Produced, find_manifest, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.traffic import METER, Traffic
 from interp_assets.train.exchange.imported import import_sae
-from interp_assets.train.loop import OnMetrics, TrainingMetrics, make_execution, train_saes
+from interp_assets.train.loop import OnMetrics, TrainingMetrics, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import LogRow, sae_ref
 
@@ -46,11 +47,7 @@ _logger = logging.getLogger(__name__)
 
 
 def run_training(
-    pipeline: Pipeline,
-    store: Store,
-    names: Sequence[str],
-    progress: Callable[[int], None] | None = None,
-    on_metrics: OnMetrics | None = None,
+    pipeline: Pipeline, store: Store, names: Sequence[str], progress: Advance = unheard, on_metrics: OnMetrics | None = None
 ) -> dict[str, Produced]:
     """Train the named SAEs with as many processes as `execution.processes` says; they inherit the environment, and so the credentials.
 
@@ -63,13 +60,11 @@ def run_training(
     return {name: made[name] for name in names}
 
 
-def _train(
-    pipeline: Pipeline, store: Store, names: Sequence[str], progress: Callable[[int], None] | None, on_metrics: OnMetrics | None
-) -> dict[str, Produced]:
+def _train(pipeline: Pipeline, store: Store, names: Sequence[str], progress: Advance, on_metrics: OnMetrics | None) -> dict[str, Produced]:
     n_processes = pipeline.config.execution.processes
     check_processes(pipeline, names)
     if n_processes == 1:
-        return train_saes(pipeline, store, names, progress, on_metrics, make_execution(pipeline.config))
+        return train_saes(pipeline, store, names, progress, on_metrics)
     started_s = time.perf_counter()
     cached = {name for name in names if find_manifest(store, sae_ref(pipeline, name)) is not None}
     with tempfile.TemporaryDirectory() as folder:
@@ -194,13 +189,13 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _listen(process: subprocess.Popen[str], progress: Callable[[int], None] | None, on_metrics: OnMetrics | None) -> InterpError | None:
+def _listen(process: subprocess.Popen[str], progress: Advance, on_metrics: OnMetrics | None) -> InterpError | None:
     """Hand rank 0's lines on until all have closed their output, and count every rank's traffic; return the first error that was reported."""
     failure: InterpError | None = None
     for line in process.stdout or ():
         event = _parse(line)
         match event.get("event"):
-            case "progress" if progress is not None:
+            case "progress":
                 progress(event["n"])
             case "metrics" if on_metrics is not None:
                 on_metrics(TrainingMetrics(event["name"], LogRow(**event["row"]), event["n_steps"], event["rows_per_s"], event["input_wait_share"]))

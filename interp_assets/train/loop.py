@@ -12,7 +12,6 @@ import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import polars as pl
@@ -23,8 +22,9 @@ from torch.profiler import record_function
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.compute.seeds import stream
 from interp_assets.errors import NonFiniteError, PlanError
-from interp_assets.planning.config import PipelineConfig, SaeConfig
+from interp_assets.planning.config import ExecutionConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import Advance, unheard
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest
 from interp_assets.storage.store import Store
@@ -58,38 +58,21 @@ class TrainingMetrics(NamedTuple):
 OnMetrics = Callable[[TrainingMetrics], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """How a training runs; never part of an id."""
-
-    ranks: Ranks = ONE_RANK
-    """The ranks that train together."""
-    checkpoint_steps: int = 500
-    """Steps between two checkpoints."""
-    profile_steps: int = 0
-    """Steps that the profiler watches; 0 for none."""
-
-
 class _Member(NamedTuple):
     ref: ArtifactRef
     trainer: Trainer
     times: TrainingTimes
 
 
-def make_execution(config: PipelineConfig, ranks: Ranks = ONE_RANK) -> Execution:
-    """Take what a configuration says about how a training runs."""
-    return Execution(ranks=ranks, checkpoint_steps=config.execution.checkpoint_steps, profile_steps=config.execution.profile_steps)
-
-
 def train_saes(
     pipeline: Pipeline,
     store: Store,
     names: Sequence[str],
-    progress: Callable[[int], None] | None = None,
+    progress: Advance = unheard,
     on_metrics: OnMetrics | None = None,
-    execution: Execution = Execution(),
+    ranks: Ranks = ONE_RANK,
 ) -> dict[str, Produced]:
-    """Train the named SAEs; those that share hook point and batch size share one read of the data.
+    """Train the named SAEs with the `ranks` that call this; those that share hook point and batch size share one read of the data.
 
     `progress` advances by the rows that each SAE has trained on: `training_rows` is the total. Raises `NonFiniteError` that names step
     and rows when a loss is not finite, `PlanError` when memory runs out.
@@ -103,10 +86,10 @@ def train_saes(
             groups.setdefault((config.sources, config.targets, config.batch_rows), []).append(config)
         else:
             produced[config.name] = Produced(ref, manifest, is_cached=True, wall_s=0.0)
-            _advance(progress, n_steps(config) * config.batch_rows)
-    execution.ranks.barrier()
+            progress(n_steps(config) * config.batch_rows)
+    ranks.barrier()
     for configs in groups.values():
-        produced |= _train_group(pipeline, store, configs, progress, on_metrics, execution)
+        produced |= _train_group(pipeline, store, configs, progress, on_metrics, ranks)
     return {name: produced[name] for name in names}
 
 
@@ -117,20 +100,16 @@ def training_rows(pipeline: Pipeline, names: Sequence[str]) -> int:
 
 
 def _train_group(
-    pipeline: Pipeline,
-    store: Store,
-    configs: list[SaeConfig],
-    progress: Callable[[int], None] | None,
-    on_metrics: OnMetrics | None,
-    execution: Execution,
+    pipeline: Pipeline, store: Store, configs: list[SaeConfig], progress: Advance, on_metrics: OnMetrics | None, ranks: Ranks
 ) -> dict[str, Produced]:
     started_s = time.perf_counter()
-    data, ranks = open_training_data(pipeline, store, configs[0]), execution.ranks
+    data = open_training_data(pipeline, store, configs[0])
     forget_peaks(data.device)
     members = [_open_member(pipeline, store, config, data, ranks) for config in configs]
     for member in members:
-        _advance(progress, member.trainer.step * data.batch_rows)
-    profile = _run_steps(store, members, data, progress, on_metrics, execution)
+        if member.trainer.step:
+            progress(member.trainer.step * data.batch_rows)
+    profile = _run_steps(store, members, data, progress, on_metrics, pipeline.config.execution)
     for member in members:
         _publish(pipeline, store, member, data, profile, members)
     ranks.barrier()
@@ -139,17 +118,12 @@ def _train_group(
 
 
 def _run_steps(
-    store: Store,
-    members: list[_Member],
-    data: TrainingData,
-    progress: Callable[[int], None] | None,
-    on_metrics: OnMetrics | None,
-    execution: Execution,
+    store: Store, members: list[_Member], data: TrainingData, progress: Advance, on_metrics: OnMetrics | None, execution: ExecutionConfig
 ) -> Profile | None:
     """Advance all members to their last step, by one read of the data; return what a watched window of steps showed."""
     steps = range(min(member.trainer.step for member in members), max(member.trainer.n_steps for member in members))
-    share, is_first = execution.ranks.share(data.batch_rows), execution.ranks.rank == 0
-    watched = execution.profile_steps if is_first else 0
+    ranks = members[0].trainer.ranks
+    share, watched = ranks.share(data.batch_rows), execution.profile_steps if ranks.rank == 0 else 0
     with closing(StepProfiler(watched, steps, data.device)) as profiler:
         profiler.before(steps.start)
         clock, together = WaitClock(), TrainingTimes()
@@ -164,7 +138,7 @@ def _run_steps(
                 before_s = clock.elapsed_s
                 row = _train_step(member.trainer, x, y, data)
                 own_s.append(clock.elapsed_s - before_s)
-                _advance(progress, data.batch_rows)
+                progress(data.batch_rows)
                 if row is not None and on_metrics is not None:
                     rates = together.rows_per_s, together.input_wait_share
                     on_metrics(TrainingMetrics(member.trainer.config.name, row, member.trainer.n_steps, *rates))
@@ -270,8 +244,3 @@ def _publish(pipeline: Pipeline, store: Store, member: _Member, data: TrainingDa
             "normalization_scale": float(data.source.scale[0]),
         }
     remove_checkpoints(store, ref)
-
-
-def _advance(progress: Callable[[int], None] | None, n: int) -> None:
-    if progress is not None and n:
-        progress(n)

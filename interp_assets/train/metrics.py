@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from interp_assets.compute.products import multiply
 from interp_assets.train.sae import Sae
 
 _BLOCK_LATENTS: Final = 2048
@@ -162,7 +163,8 @@ def max_cosines(vectors: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return unit.new_zeros(len(unit))
     parts: list[Tensor] = []
     for start in range(0, len(unit), _BLOCK_LATENTS):
-        cosine = unit[start : start + _BLOCK_LATENTS] @ unit.T
+        block = unit[start : start + _BLOCK_LATENTS]
+        cosine = multiply(block, unit.T, block.new_empty(len(block), len(unit)))
         cosine[torch.arange(len(cosine)), torch.arange(start, start + len(cosine))] = -1.0
         parts.append(cosine.amax(1))
     return torch.cat(parts)

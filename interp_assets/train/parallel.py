@@ -89,7 +89,15 @@ class Ranks:
 
     def gather_rows(self, value: Tensor) -> Tensor:
         """Concatenate tensors of any lengths along the first dimension over all ranks, in order of rank."""
-        return _gather(value, self.size, None)
+        if self.size == 1:
+            return value
+        lengths = [torch.zeros(1, dtype=torch.int64, device=value.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(value)], device=value.device))
+        n = max(int(length) for length in lengths)
+        padded = torch.cat([value, value.new_zeros(n - len(value), *value.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
     def gather_slices(self, value: Tensor, dim: int = 0) -> Tensor:
         """Concatenate tensors of one shape over the ranks that hold the same rows, along `dim`, in order of slice."""
@@ -132,18 +140,6 @@ def _own_group(rank: int, groups: list[list[int]]) -> dist.ProcessGroup:
     (own,) = [group for group, members in zip(made, groups, strict=True) if rank in members]
     assert isinstance(own, dist.ProcessGroup)
     return own
-
-
-def _gather(value: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
-    if size == 1:
-        return value
-    lengths = [torch.zeros(1, dtype=torch.int64, device=value.device) for _ in range(size)]
-    dist.all_gather(lengths, torch.tensor([len(value)], device=value.device), group=group)
-    n = max(int(length) for length in lengths)
-    padded = torch.cat([value, value.new_zeros(n - len(value), *value.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
 
 def _divisors(n: int) -> list[int]:

@@ -8,33 +8,38 @@ import polars as pl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import PercentFormatter
 
 from interp_assets.planning import plots
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 
+_BINS: Final = 50
+_LEAST_SHARE: Final = 0.01
+"""What an axis of dead latents shows at least."""
 _MARKERS: Final = "os^Dvp"
 _DASHES: Final = ((4, 2), (1, 1.5), (4, 1.5, 1, 1.5), ())
 COMPARED: Final = ("hook_points", "target_hook_points", "task")
 """SAEs that agree in these columns do the same thing: their L0 and FVU can be compared."""
-_CURVES: Final = (("loss", "loss", True), ("l0", "L0", True), ("fvu", "FVU", True), ("dead_share", "dead share", False))
+_CURVES: Final = (("loss", "loss", True), ("l0", "L0 (latents a row)", True), ("fvu", "FVU", True), ("dead_share", "dead latents", False))
 """Panels of the learning curves: column, label, and whether a logarithmic axis is used where all values are positive."""
 
 
 def plot_training(store: Store, sae: Produced) -> str:
     """Draw the loss of a training run, and its L0 on a second axis."""
     frame = plots.read_table(store, sae, "training.parquet")
-    figure, axes = plots.make_figure("step", "loss")
+    figure, axes = plots.make_figure("training step", "loss")
     steps = frame["step"].to_numpy()
-    losses = frame["loss"].to_numpy()
-    axes.plot(steps, losses, color=plots.COLOUR)
-    if len(losses) and losses.max() > 5 * losses.min() > 0:
-        axes.set_yscale("log")
+    axes.plot(steps, frame["loss"].to_numpy(), color=plots.COLOUR)
+    axes.yaxis.label.set_color(plots.COLOUR)
+    if _spreads(frame["loss"]):
+        plots.use_log(axes, "y")
     if "l0" in frame.columns:
         second = axes.twinx()
+        plots.dress(second, "training step", "L0 (latents a row)")
+        second.grid(visible=False)
         second.plot(steps, frame["l0"].to_numpy(), color=plots.SECOND, linewidth=1)
-        second.set_ylabel("L0", color=plots.SECOND)
+        second.yaxis.label.set_color(plots.SECOND)
     return plots.as_markdown(figure, "Loss and L0 over the training steps")
 
 
@@ -46,14 +51,15 @@ def plot_curves(store: Store, sweep: Produced) -> str:
     panels = figure.subplots(2, 2).flat
     colours = plots.colour(frame["name"].unique(maintain_order=True).to_list())
     for axes, (column, label, is_log) in zip(panels, _CURVES, strict=True):
-        plots.dress(axes, "rows", label)
+        plots.dress(axes, "rows trained on", label)
         for (name,), part in frame.group_by("name", maintain_order=True):
             axes.plot(part["n_rows"].to_numpy(), part[column].to_numpy(), color=colours[str(name)], linewidth=1, label=str(name))
-        if is_log and _is_positive(frame[column]):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+        if is_log and _spreads(frame[column]):
+            plots.use_log(axes, "y")
+        if column == "dead_share":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            top = max(_LEAST_SHARE, 1.05 * float(np.max(frame[column].to_numpy(), initial=0.0)))
+            axes.set_ylim(-0.02 * top, top)
     plots.add_legend(figure, [Line2D([], [], color=shade, linewidth=2, label=name) for name, shade in colours.items()])
     return plots.as_markdown(figure, "Learning curves of all SAEs")
 
@@ -87,12 +93,14 @@ def find_best(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def plot_frequencies(store: Store, evaluation: Produced) -> str:
-    """Draw the histogram of log10 firing frequency over latents; dead ones are counted in the title."""
+    """Draw the histogram of the firing frequency over latents; dead ones are counted in the title."""
     frame = plots.read_table(store, evaluation, "latents.parquet")
     frequency = frame["firing_frequency"].to_numpy()
     alive = frequency[frequency > 0]
-    figure, axes = plots.make_figure("log10 firing frequency", "latents")
-    axes.hist(np.log10(alive), bins=50, color=plots.COLOUR)
+    figure, axes = plots.make_figure("firing frequency (share of rows)", "latents")
+    lowest, highest = (float(alive.min()), float(alive.max())) if len(alive) else (1e-3, 1.0)
+    axes.hist(alive, bins=list(np.geomspace(lowest, max(highest, 1.01 * lowest), _BINS + 1)), color=plots.COLOUR)
+    plots.use_log(axes, "x")
     axes.set_title(f"{len(alive):,} latents fire, {len(frequency) - len(alive):,} do not", fontsize=9)
     return plots.as_markdown(figure, "Histogram of firing frequencies")
 
@@ -102,6 +110,7 @@ def _describe_group(sources: str, targets: str, task: str) -> str:
     return f"{task} {sources}" if sources == targets else f"{task} {sources} to {targets}"
 
 
-def _is_positive(values: pl.Series) -> bool:
+def _spreads(values: pl.Series) -> bool:
+    """Say whether numbers are positive and differ so much that a logarithmic axis shows more."""
     smallest, largest = values.min(), values.max()
     return isinstance(smallest, float) and isinstance(largest, float) and largest > 5 * smallest > 0

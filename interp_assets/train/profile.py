@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from interp_assets.compute.products import PRODUCT
 from interp_assets.storage.manifest import ArtifactWriter
 from interp_assets.train.times import WAIT, peak_memory_bytes
 
@@ -45,7 +46,10 @@ _OUTSIDE: Final = "outside torch (NumPy, Numba, Python)"
 _GROUPS: Final[tuple[tuple[str, tuple[str, ...]], ...]] = (
     ("communication", ("c10d::", "gloo:", "nccl:", "record_param_comms")),
     ("optimizer", ("Optimizer.", "aten::_fused_adam")),
-    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear", "aten::addmv", "aten::mv")),
+    (
+        "matrix products",
+        ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear", "aten::addmv", "aten::mv", PRODUCT),
+    ),
     ("sparse products", ("aten::_embedding_bag", "aten::embedding", "aten::index_add")),
     (
         "sort, select, gather",

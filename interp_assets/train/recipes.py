@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from interp_assets.compute.products import multiply
 from interp_assets.harvest.statistics import ActivationStatistics
 from interp_assets.planning.config import Architecture, SaeConfig
 from interp_assets.train.losses.dense import STEP_WIDTH, jump_relu_loss, jump_relu_step_loss, jump_relu_tanh_loss, relu_loss
@@ -121,7 +122,7 @@ def make_weights(config: SaeConfig, z: Float[Tensor, "sample d_in"], d_out: int,
     if config.architecture in ("jump_relu", "jump_relu_tanh"):
         rate = min(0.5, _INITIAL_L0 * config.k / d_sae)
         n_fire = max(1, round(rate * len(z)))
-        level = (z.cpu() @ W_enc_T.T).topk(n_fire, dim=0).values[-1]
+        level = multiply(z.cpu(), W_enc_T.T, torch.empty(len(z), d_sae)).topk(n_fire, dim=0).values[-1]
         weights |= {"b_enc": JUMP_THRESHOLD - level, "log_threshold": torch.full((d_sae,), JUMP_THRESHOLD).log()}
     if config.architecture == "jump_relu_step":
         weights["threshold"] = torch.full((d_sae,), STEP_WIDTH * d_in**0.5)

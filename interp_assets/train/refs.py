@@ -14,13 +14,13 @@ TRAINING: Final = "training.parquet"
 """The logged steps of a training."""
 METRICS: Final = "metrics.json"
 """The measurements of an SAE, in the terms of SAEBench."""
-TRAIN_VERSION = 6
+TRAIN_VERSION = 7
 """Raise it when the same rows would give other weights."""
 
-IMPORT_VERSION = 2
+IMPORT_VERSION = 3
 """Raise it when the same folder would give other weights."""
 
-EVALUATION_VERSION = 3
+EVALUATION_VERSION = 4
 """Raise it when the same SAE would be measured otherwise."""
 
 SWEEP_VERSION = 1

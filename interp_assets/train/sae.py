@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_assets.compute.products import multiply
+
 SaeKind = Literal["relu", "jump_relu", "topk"]
 
 
@@ -58,7 +60,7 @@ class Sae:
 
     def pre_activations(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Compute `x W_enc + b_enc` for raw activations of any floating dtype, in float32."""
-        return torch.addmm(self.b_enc, x.to(self.W_enc), self.W_enc)
+        return multiply(x.to(self.W_enc), self.W_enc, self.W_enc.new_empty(len(x), self.d_sae), bias=self.b_enc)
 
     def threshold_for(self, pre: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "rows d_sae_or_1"]:
         """Return the thresholds of a block of pre-activations, to be broadcast against it: `[1, d_sae]`, or `[batch, 1]` for `topk`.
@@ -79,12 +81,12 @@ class Sae:
 
     def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruct raw activations from latents alone, without the skip of a skip transcoder."""
-        return torch.addmm(self.b_dec, latents, self.W_dec)
+        return multiply(latents, self.W_dec, self.W_dec.new_empty(len(latents), self.d_out), bias=self.b_dec)
 
     def reconstruct(self, x: Float[Tensor, "batch d_in"], latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
         """Reconstruct raw activations from latents and, in a skip transcoder, from what was encoded."""
         x_hat = self.decode(latents)
-        return x_hat if self.W_skip is None else x_hat.addmm_(x.to(self.W_skip), self.W_skip)
+        return x_hat if self.W_skip is None else multiply(x.to(self.W_skip), self.W_skip, x_hat, is_added=True)
 
     def narrow(self, start: int, stop: int) -> "Sae":
         """Return latents [start, stop) alone (views). A slice of a `topk` SAE cannot tell by itself which of its latents fire."""
@@ -98,12 +100,4 @@ class Sae:
 
     def to(self, device: torch.device | str) -> "Sae":
         """Return the SAE on another device."""
-        return replace(
-            self,
-            W_enc=self.W_enc.to(device),
-            b_enc=self.b_enc.to(device),
-            W_dec=self.W_dec.to(device),
-            b_dec=self.b_dec.to(device),
-            threshold=self.threshold.to(device),
-            W_skip=None if self.W_skip is None else self.W_skip.to(device),
-        )
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)})

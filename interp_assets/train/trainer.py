@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.profiler import record_function
 
+from interp_assets.compute.elementwise import sum_squares
 from interp_assets.compute.kernels import Scratch
 from interp_assets.errors import NonFiniteError
 from interp_assets.planning.config import SaeConfig
@@ -131,7 +132,7 @@ class Trainer:
             result.squared_error,
             result.sparsity_loss,
             result.auxk_loss,
-            y.square().sum() / self.ranks.n_slices,
+            sum_squares(y) / self.ranks.n_slices,
             result.n_fired.sum(),
         ]
         return self.ranks.sum(torch.stack([value.double() for value in own])).tolist()
@@ -154,7 +155,7 @@ class Trainer:
     def _clip(self) -> float:
         """Bring the norm of the gradient over all latents to at most `GRADIENT_CLIP`; return what it was."""
         gradients = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
-        squares = {name: gradient.norm().double().square() for name, gradient in gradients.items()}
+        squares = {name: sum_squares(gradient.view(len(gradient), -1)).double() for name, gradient in gradients.items()}
         sliced = torch.stack([value for name, value in squares.items() if name not in REPLICATED]).sum()
         whole = torch.stack([value for name, value in squares.items() if name in REPLICATED]).sum()
         norm = float((self.ranks.sum_slices(sliced) + whole).sqrt())

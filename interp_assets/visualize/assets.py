@@ -19,6 +19,7 @@ from interp_assets.visualize.refs import (
     candidates_ref,
     examples_ref,
     features_key,
+    read_features,
     records_ref,
     slice_index,
     slice_key,
@@ -27,6 +28,7 @@ from interp_assets.visualize.refs import (
 )
 
 ON_ACCELERATOR = Needs(accelerator=True)
+_PASSES = ("feature_candidates", "feature_examples", "example_activations", "feature_records")
 
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
@@ -41,11 +43,9 @@ def group_of(sae: str) -> str:
 
 def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
     slices = Axis("slice", fixed=tuple(slice_key(index) for index in range(config.features.latent_slices)))
-    candidates, examples, windows, records = (
-        features_key(sae, name) for name in ("feature_candidates", "feature_examples", "example_activations", "feature_records")
-    )
+    candidates, examples, windows, records = (features_key(sae, name) for name in _PASSES)
     reads_sae = only("sae", partitions=[sae]).remember("sae_digest")
-    common: dict[str, Any] = {"group": group_of(sae), "code_version": code_version(FEATURES_VERSION, config.features)}
+    common: dict[str, Any] = {"group": group_of(sae), "needs": ON_ACCELERATOR}
     return [
         Asset(
             key=candidates,
@@ -59,8 +59,8 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             artifacts=lambda pipeline, _store, key: [candidates_ref(pipeline, sae, *reversed(split_grid_key(key)))],
             make=lambda job: _find(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 0, rows_of(pipeline, store, split_grid_key(key)[1])),
-            needs=ON_ACCELERATOR,
             is_one_run=True,
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "candidates")),
             **common,
         ),
         Asset(
@@ -75,7 +75,8 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             artifacts=lambda pipeline, _store, key: [examples_ref(pipeline, sae, slice_index(key))],
             make=lambda job: _select(job, sae),
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 1),
-            **common,
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "examples")),
+            group=group_of(sae),
         ),
         Asset(
             key=windows,
@@ -89,7 +90,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             artifacts=lambda pipeline, _store, key: [windows_ref(pipeline, sae, shard_index(key))],
             make=lambda job: _fire(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 2, rows_of(pipeline, store, shard_index(key))),
-            needs=ON_ACCELERATOR,
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "windows")),
             **common,
         ),
         Asset(
@@ -105,8 +106,8 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             make=lambda job: _write(job, sae),
             unit="features",
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
-            needs=ON_ACCELERATOR,
             checks=(records_complete(sae),),
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "records")),
             **common,
         ),
     ]

@@ -12,8 +12,10 @@ tells how many, so that no commas are needed and a JSON string holds a column. f
     90, then 7                           798,300 and more, to 5 * 10^13
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Final
 
 import numpy as np
@@ -26,11 +28,13 @@ PEAK_DIGITS: Final = 4
 DIGITS: Final = 3
 """Significant digits of the activations beside a peak: at most 0.5% off."""
 _BASE: Final = len(ALPHABET)
-_ONE, _TWO, _THREE, _FOUR = 48, 36, 5, 1
-_PAIRS: Final = _TWO * _BASE
-_TRIPLES: Final = _THREE * _BASE**2
-_QUADS: Final = _BASE**3
-_LONG: Final = 7
+_FORMS: Final = ((48, 0), (36, 1), (5, 2), (1, 3), (1, 7))
+"""The table above: so many first characters are followed by so many digits."""
+_N_MORE: Final = [n_more for n_leads, n_more in _FORMS for _ in range(n_leads)]
+"""How many digits follow each first character."""
+_STARTS: Final = list(accumulate((_BASE**n_more for n_more in _N_MORE[:-1]), initial=0))
+"""The first of the numbers that begin with it."""
+_NO_DIGIT: Final = 127
 
 
 def round_significant(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -43,20 +47,14 @@ def round_significant(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def encode_number(number: int) -> str:
-    """Write a whole number from 0 to 91^7 - 1 in 1, 2, 3, 4 or 8 characters; the first one tells how many."""
-    if number < _ONE:
-        return ALPHABET[number]
-    number -= _ONE
-    if number < _PAIRS:
-        return ALPHABET[_ONE + number // _BASE] + ALPHABET[number % _BASE]
-    number -= _PAIRS
-    if number < _TRIPLES:
-        return ALPHABET[_ONE + _TWO + number // _BASE**2] + _digits(number % _BASE**2, 2)
-    number -= _TRIPLES
-    if number < _QUADS:
-        return ALPHABET[_BASE - 2] + _digits(number, 3)
-    assert number < _BASE**_LONG
-    return ALPHABET[_BASE - 1] + _digits(number - _QUADS, _LONG)
+    """Write a whole number from 0 to 91^7 + 798,299 in 1, 2, 3, 4 or 8 characters; the first one tells how many."""
+    lead = bisect_right(_STARTS, number) - 1
+    rest, text = number - _STARTS[lead], ""
+    for _ in range(_N_MORE[lead]):
+        rest, digit = divmod(rest, _BASE)
+        text = ALPHABET[digit] + text
+    assert rest == 0, f"{number} is no number that a column holds"
+    return ALPHABET[lead] + text
 
 
 def encode_numbers(numbers: Iterable[int]) -> str:
@@ -66,22 +64,11 @@ def encode_numbers(numbers: Iterable[int]) -> str:
 
 def decode_numbers(text: str) -> list[int]:
     """Read what `encode_numbers` wrote. Raises `ValueError` for a character outside the alphabet and for a number that is cut off."""
-    digits = iter(text.translate(_DIGIT_OF).encode("latin-1") if text.isascii() else _refuse(text))
-    numbers = []
-    for lead in digits:
-        if lead < _ONE:
-            numbers.append(lead)
-        elif lead < _ONE + _TWO:
-            numbers.append(_ONE + (lead - _ONE) * _BASE + _read(digits, 1))
-        elif lead < _BASE - 2:
-            numbers.append(_ONE + _PAIRS + (lead - _ONE - _TWO) * _BASE**2 + _read(digits, 2))
-        elif lead == _BASE - 2:
-            numbers.append(_ONE + _PAIRS + _TRIPLES + _read(digits, 3))
-        elif lead == _BASE - 1:
-            numbers.append(_ONE + _PAIRS + _TRIPLES + _QUADS + _read(digits, _LONG))
-        else:
-            _refuse(text)
-    return numbers
+    if not text.isascii() or (values := text.translate(_DIGIT_OF).encode()).find(_NO_DIGIT) >= 0:
+        message = f"{text[:20]!r} is no column of numbers"
+        raise ValueError(message)
+    digits = iter(values)
+    return [_STARTS[lead] + _read(digits, n_more) if (n_more := _N_MORE[lead]) else lead for lead in digits]
 
 
 def encode_decimals(values: Sequence[float], exponent: int, digits: int) -> str:
@@ -100,25 +87,16 @@ def decode_decimals(text: str, exponent: int, digits: int) -> list[float]:
     return [float(f"{largest - code % steps}e{exponent - code // steps - digits + 1}") for code in decode_numbers(text)]
 
 
-_DIGIT_OF: Final = {ord(char): i for i, char in enumerate(ALPHABET)} | {code: 127 for code in range(128) if chr(code) not in ALPHABET}
+_DIGIT_OF: Final = {ord(char): i for i, char in enumerate(ALPHABET)} | {code: _NO_DIGIT for code in range(128) if chr(code) not in ALPHABET}
 _encode_kept = lru_cache(1 << 16)(encode_number)
-
-
-def _digits(number: int, n: int) -> str:
-    return "".join(ALPHABET[number // _BASE**place % _BASE] for place in range(n - 1, -1, -1))
 
 
 def _read(digits: Iterator[int], n: int) -> int:
     number = 0
     for _ in range(n):
         digit = next(digits, None)
-        if digit is None or digit >= _BASE:
+        if digit is None:
             message = "a column of numbers is cut off"
             raise ValueError(message)
         number = number * _BASE + digit
     return number
-
-
-def _refuse(text: str) -> bytes:
-    message = f"{text[:20]!r} is no column of numbers"
-    raise ValueError(message)

@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from interp_assets.compute.coarse import Columns, Frame, Kind, Rows, are_bounded, fastest_kind, make_frame, multiply, quantize_columns, quantize_rows
+from interp_assets.compute.fused import has_triton
 from interp_assets.compute.products import make_product_pool
 from interp_assets.errors import NonFiniteError
 from interp_assets.train.sae import Sae
@@ -104,7 +105,7 @@ class Encoder:
         self.n_tiles = -(-(stop - start) // TILE)
         self._sae, self._device, self._rounds = sae, device, dtype == "bfloat16"
         if path == "auto":
-            path = fastest_kind(sae.d_in) if device.type == "cpu" else "fused" if device.type == "cuda" and fused.is_available() else "plain"
+            path = fastest_kind(sae.d_in) if device.type == "cpu" else "fused" if device.type == "cuda" and has_triton() else "plain"
         self.kind: Kind | None = path if path in ("int8", "float32") else None
         """Which digits the compiled scan multiplies; None where it is not used."""
         self._is_compiled = self.kind is not None

@@ -14,7 +14,6 @@ products at d_in = 4096 and 1.7 at 512 (arithmetic for an H200, not measured yet
 pieces of rows that share a piece of W in the L2 cache. The test runs the kernel in Triton's interpreter on a CPU, against the plain form.
 """
 
-import importlib.util
 from typing import Any, Final
 
 import numpy as np
@@ -37,11 +36,6 @@ _FIRST_PLACES: Final = 4096
 
 Found = tuple[NDArray[np.uint16], NDArray[np.uint32], NDArray[np.float32]]
 """Latents (counted from the tile's first), rows and activations."""
-
-
-def is_available() -> bool:
-    """Tell whether Triton can be imported: it comes with PyTorch's builds for CUDA."""
-    return importlib.util.find_spec("triton") is not None
 
 
 class Columns:

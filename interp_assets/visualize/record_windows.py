@@ -1,7 +1,7 @@
 """Examples and windows of one latent slice, which lie with slices and shards, become the windows of its records.
 
 A latent group at a time: the examples that are shown, then from each dataset shard the windows of those that lie there, with token ids, the
-place of the peak, activations and masked places. Every example must have its window.
+place of the peak in it and in its context, activations and masked places. Every example must have its window.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import TokenShard
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.visualize.digits import round_significant
 from interp_assets.visualize.firings import ROW_BITS
 from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP
 from interp_assets.visualize.tables import LatentTable
@@ -103,24 +102,27 @@ def _pair_keys(latents: NDArray[np.uint32], row_ids: NDArray[np.uint64], start: 
 
 
 def _make_windows(shard: DatasetShard, row_ids: NDArray[np.uint64], peaks: NDArray[np.float32], table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Yield the windows of a table, each a dictionary as in docs/formats/feature_record.md."""
+    """Yield the windows of a table, each a dictionary as in docs/formats/feature_record.md, but for the rounding of activations (packing.py)."""
     tokens = shard.tokens
     rows = (row_ids & _ROW_MASK).astype(np.int64)
     firsts = (table.column("first_row").to_numpy() & _ROW_MASK).astype(np.int64)
     stops = (firsts + table.column("length").to_numpy()).tolist()
     offsets, activations = table.column("offsets").combine_chunks(), table.column("activations").combine_chunks()
     bounds = np.concatenate([[0], np.cumsum(offsets.value_lengths().to_numpy())]).tolist()
-    values = round_significant(activations.flatten().to_numpy()).tolist()
-    spikes = list(map(list, zip(offsets.flatten().to_numpy().tolist(), values, strict=True)))
+    spikes = list(map(list, zip(offsets.flatten().to_numpy().tolist(), activations.flatten().to_numpy().tolist(), strict=True)))
+    starts = np.concatenate([[0], np.flatnonzero(np.diff(tokens.contexts)) + 1])
+    positions = rows - starts[np.searchsorted(starts, rows, side="right") - 1]
     masked = np.flatnonzero(~tokens.valid)
     masked_low, masked_high = np.searchsorted(masked, firsts).tolist(), np.searchsorted(masked, stops).tolist()
-    columns = zip(rows.tolist(), firsts.tolist(), stops, tokens.documents[rows].tolist(), round_significant(peaks).tolist(), strict=True)
-    for i, (row, first, stop, document, peak) in enumerate(columns):
+    documents = tokens.documents[rows].tolist()
+    columns = zip(rows.tolist(), firsts.tolist(), stops, positions.tolist(), documents, peaks.tolist(), strict=True)
+    for i, (row, first, stop, position, document, peak) in enumerate(columns):
         yield {
             "row": [shard.number, row],
             "document": shard.sources[document],
             "tokens": tokens.token_ids[first:stop].tolist(),
             "peak": row - first,
+            "position": position,
             "activation": peak,
             "activations": spikes[bounds[i] : bounds[i + 1]],
             "masked": [place - first for place in masked[masked_low[i] : masked_high[i]].tolist()],

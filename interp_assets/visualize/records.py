@@ -25,6 +25,7 @@ from interp_assets.corpus.tokens import load_documents, load_tokens
 from interp_assets.errors import InputError
 from interp_assets.garcon.points import MODULE
 from interp_assets.garcon.subject import Unembedding
+from interp_assets.planning.hook_names import STREAM_KINDS
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import Produced, timed
 from interp_assets.storage.store import Store
@@ -191,7 +192,8 @@ def _load_sample(pipeline: Pipeline, store: Store, name: str, digest: str, n_val
 def _at(unembedding: Unembedding, hook_point: str) -> Unembedding:
     """Return the way from a hook point to the logits: none from a module that is not known to write to the residual stream, whatever its width."""
     path = hook_point.removeprefix(MODULE)
-    if path == hook_point or unembedding.matrix is None or path in unembedding.residual_modules:
+    is_on_stream = hook_point.partition(".")[0] in STREAM_KINDS if path == hook_point else path in unembedding.residual_modules
+    if unembedding.matrix is None or is_on_stream:
         return unembedding
     return Unembedding(None, f"a direction moves the logits only on the residual stream, and {path} is not known to write to it")
 

@@ -1,14 +1,25 @@
 """Where the evidence for features lies: candidates, examples, windows and records of one SAE."""
 
+from typing import Any, Final, Literal
+
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref
+from interp_assets.planning.config import FeaturesConfig
 from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 from interp_assets.train.refs import evaluation_ref, imported_statistics, sae_ref
 from interp_assets.visualize.packing import RECORD_VERSION
 
 FOLDER = "5-features"
-FEATURES_VERSION = 4
+FEATURES_VERSION = 5
 """Raise it when the same SAE and activations would give other records."""
+Pass = Literal["candidates", "examples", "windows", "records"]
+_UNREAD: Final[dict[Pass, set[str]]] = {
+    "candidates": {"window", "n_intervals", "examples_per_interval", "gather", "top_k", "distinct_tokens"},
+    "examples": {"window", "gather"},
+    "windows": set(),
+    "records": {"gather"},
+}
+"""Fields of the configuration that the bytes of a pass do not depend on."""
 
 
 def candidates_ref(pipeline: Pipeline, sae: str, index: int, latent_slice: int) -> ArtifactRef:
@@ -16,7 +27,7 @@ def candidates_ref(pipeline: Pipeline, sae: str, index: int, latent_slice: int) 
     hook_point = pipeline.config.sae(sae).hook_point
     shard_id = activation_shard_ref(pipeline, hook_point, index).artifact_id
     inputs = {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shard": shard_id, **imported_statistics(pipeline, sae, [hook_point])}
-    identity = {**_identity(pipeline), "shard": index, "latent_slice": latent_slice}
+    identity = {**_identity(pipeline, "candidates"), "shard": index, "latent_slice": latent_slice}
     return make_ref(
         "feature_candidates", f"{FOLDER}/{sae}/candidates", identity=identity, inputs=inputs, label=f"{shard_key(index)}.{slice_key(latent_slice)}"
     )
@@ -32,19 +43,19 @@ def thresholds_ref(pipeline: Pipeline, sae: str, index: int) -> ArtifactRef:
 
 def examples_ref(pipeline: Pipeline, sae: str, latent_slice: int) -> ArtifactRef:
     """Address pass B's output for one latent slice."""
-    identity = {**_identity(pipeline), "latent_slice": latent_slice}
+    identity = {**_identity(pipeline, "examples"), "latent_slice": latent_slice}
     return make_ref("feature_examples", f"{FOLDER}/{sae}/examples", identity=identity, inputs=_inputs(pipeline, sae), label=slice_key(latent_slice))
 
 
 def windows_ref(pipeline: Pipeline, sae: str, index: int) -> ArtifactRef:
     """Address pass C's output for one dataset shard: how latents fire in the windows around their examples."""
-    identity = {**_identity(pipeline), "shard": index}
+    identity = {**_identity(pipeline, "windows"), "shard": index}
     return make_ref("example_activations", f"{FOLDER}/{sae}/windows", identity=identity, inputs=_inputs(pipeline, sae), label=shard_key(index))
 
 
 def records_ref(pipeline: Pipeline, sae: str, latent_slice: int) -> ArtifactRef:
     """Address pass D's output for one latent slice: what a browser shows."""
-    identity = {**_identity(pipeline), "latent_slice": latent_slice, "model": pipeline.plan.model_fingerprint, "record": RECORD_VERSION}
+    identity = {**_identity(pipeline, "records"), "latent_slice": latent_slice, "model": pipeline.plan.model_fingerprint, "record": RECORD_VERSION}
     inputs = {**_inputs(pipeline, sae), "evaluation": evaluation_ref(pipeline, sae).artifact_id}
     return make_ref("feature_records", f"{FOLDER}/{sae}/records", identity=identity, inputs=inputs, label=slice_key(latent_slice))
 
@@ -76,10 +87,14 @@ def slice_bounds(pipeline: Pipeline, sae: str, latent_slice: int) -> tuple[int, 
     return latent_slice * d_sae // n_slices, (latent_slice + 1) * d_sae // n_slices
 
 
-def _identity(pipeline: Pipeline) -> dict[str, object]:
-    features = pipeline.config.features.model_dump()
-    del features["saes"]
-    return {"code": FEATURES_VERSION, "seed": pipeline.config.seed, "features": features}
+def read_features(features: FeaturesConfig, which: Pass) -> dict[str, Any]:
+    """Return what the bytes of one pass depend on of the configuration of the features."""
+    read = features.model_dump(exclude={"saes", *_UNREAD[which]})
+    return {**read, "n_kept_top": features.n_kept_top} if which == "candidates" else read
+
+
+def _identity(pipeline: Pipeline, which: Pass) -> dict[str, object]:
+    return {"code": FEATURES_VERSION, "seed": pipeline.config.seed, "features": read_features(pipeline.config.features, which)}
 
 
 def _inputs(pipeline: Pipeline, sae: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 All but the maximum are integers, so any cut over rows and any order give the same bits:
 
-- `sum_q16` adds activations in units of 2^-16, rounded down;
+- the sum is exact, whatever the scale: a float32 is a whole number of 2^-149, and the sum of such numbers is kept as `SUM_DIGITS` digits of 32
+  bits each, the lowest first (`sum_digits`);
 - the histogram's bins are runs of float bits: `bits >> 21` keeps the exponent and two bits of the mantissa, four bins per octave and no
   logarithm to round. Bins start at a power of two that is the same for all jobs of an SAE (`histogram_origin`); what lies outside the 16
   octaves is counted in the first or last bin.
@@ -26,8 +27,11 @@ from interp_assets.visualize.firings import Firings
 from interp_assets.visualize.kernels import N_BINS
 
 BINS_PER_OCTAVE: Final = 4
+SUM_DIGITS: Final = 9
+_SUM_UNIT: Final = -149
+"""Exponent of the smallest float32."""
 _EXPONENT_BIAS: Final = 127
-_TENSORS: Final = ("count", "sum_q16", "histogram", "maximum")
+_TENSORS: Final = ("count", "sum_digits", "histogram", "maximum")
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class LatentStatistics:
 
     start: int
     count: NDArray[np.int64]
-    sum_q16: NDArray[np.int64]
-    """Sum of the activations in units of 2^-16."""
+    sum_digits: NDArray[np.int64]
+    """`[n, SUM_DIGITS]`: the sum of the activations in units of 2^-149, to base 2^32, lowest digit first."""
     histogram: NDArray[np.int64]
     """`[n, 64]`."""
     maximum: NDArray[np.float32]
@@ -45,8 +49,8 @@ class LatentStatistics:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        """Mean activation over the firings; 0 where there is none."""
-        return self.sum_q16 / 65536 / np.maximum(self.count, 1)
+        """Mean activation over the firings, exact but for float64; 0 where there is none."""
+        return self.sum_digits @ 2.0 ** (32 * np.arange(SUM_DIGITS) + _SUM_UNIT) / np.maximum(self.count, 1)
 
     def narrow(self, first: int, last: int) -> "LatentStatistics":
         """Return the statistics of latents [start + first, start + last)."""
@@ -58,7 +62,7 @@ def empty_statistics(start: int, n_latents: int) -> LatentStatistics:
     return LatentStatistics(
         start,
         np.zeros(n_latents, np.int64),
-        np.zeros(n_latents, np.int64),
+        np.zeros((n_latents, SUM_DIGITS), np.int64),
         np.zeros((n_latents, N_BINS), np.int64),
         np.zeros(n_latents, np.float32),
     )
@@ -67,7 +71,8 @@ def empty_statistics(start: int, n_latents: int) -> LatentStatistics:
 def add_firings(statistics: LatentStatistics, firings: Firings, origin: int) -> None:
     """Add the firings of the same latents on other rows to `statistics`, in place."""
     first_bin = (_EXPONENT_BIAS + origin) * BINS_PER_OCTAVE
-    kernels.measure(firings.offsets, firings.activations, first_bin, statistics.sum_q16, statistics.histogram, statistics.maximum)
+    kernels.measure(firings.offsets, firings.activations, first_bin, statistics.sum_digits, statistics.histogram, statistics.maximum)
+    _carry(statistics.sum_digits)
     np.add(statistics.count, np.diff(firings.offsets), out=statistics.count)
 
 
@@ -76,7 +81,7 @@ def merge_statistics(parts: Sequence[LatentStatistics]) -> LatentStatistics:
     return LatentStatistics(
         parts[0].start,
         np.sum([part.count for part in parts], axis=0),
-        np.sum([part.sum_q16 for part in parts], axis=0),
+        _carry(np.sum([part.sum_digits for part in parts], axis=0)),
         np.sum([part.histogram for part in parts], axis=0),
         np.max([part.maximum for part in parts], axis=0),
     )
@@ -97,13 +102,22 @@ def as_statistics(start: int, tensors: dict[str, Tensor]) -> LatentStatistics:
     return LatentStatistics(start, *(tensors[name].numpy() for name in _TENSORS))
 
 
+def _carry(digits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bring all digits but the highest below 2^32, in place: then equal sums are equal digits."""
+    for i in range(SUM_DIGITS - 1):
+        digits[:, i + 1] += digits[:, i] >> 32
+        digits[:, i] &= 0xFFFFFFFF
+    return digits
+
+
 def histogram_origin(mean_norm: float, W_enc: Tensor) -> int:
-    """Choose the exponent of the first bin: 16 octaves that end two above (mean row norm) x (median length of an encoder column).
+    """Choose the exponent of the first bin: 16 octaves that end two above (mean row norm) x (median length of an encoder column that is not 0).
 
     That product bounds the pre-activation of a typical row and latent (Cauchy-Schwarz), and firings are rarely below 2^-10 of it.
     Raises `NonFiniteError` for statistics of damaged rows.
     """
-    typical = mean_norm * float(W_enc.float().norm(dim=0).median())
+    lengths = W_enc.float().norm(dim=0)
+    typical = mean_norm * float(lengths[lengths > 0].median() if lengths.any() else 0.0)
     if not math.isfinite(typical):
         raise NonFiniteError(
             f"The mean row norm of the activation statistics is {mean_norm}: a row holds a NaN or an infinity. Harvest the shards again."

@@ -73,14 +73,6 @@ class Requests(NamedTuple):
         return Requests(self.latents[places], self.rows[places], self.activations[places], self.firsts[places], self.lengths[places])
 
 
-class Scan(NamedTuple):
-    """Some firings: index of the window among the requests, offset in it, activation."""
-
-    windows: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    activations: NDArray[np.float32]
-
-
 class Spikes(NamedTuple):
     """Activations inside the windows: window i's are [starts[i], starts[i + 1])."""
 
@@ -187,7 +179,7 @@ def _encode(
     by_end = np.argsort(requests.firsts + requests.lengths, kind="stable")
     ends = (requests.firsts + requests.lengths)[by_end]
     width = 2 * pipeline.config.features.window + 1
-    found: list[Scan] = []
+    found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []  # window among the requests, offset in it, activation
     buffer, n_done = torch.empty((0, sae.d_in)), 0
     for first_row, rows in blocks:
         buffer = torch.cat([buffer[max(0, len(buffer) - width) :], (rows.bfloat16() if rounds else rows).float()])
@@ -197,7 +189,7 @@ def _encode(
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             for part, dense in zip(parts, pool.map(lambda part, fire=fire: fire(requests.take(part)), parts), strict=True):
                 windows, offsets = np.nonzero(dense)
-                found.append(Scan(part[windows], offsets, dense[windows, offsets]))
+                found.append((part[windows], offsets, dense[windows, offsets]))
         n_done = n_ready
     windows, offsets, activations = (np.concatenate(columns) for columns in zip(*found, strict=True)) if found else (np.empty(0, np.int64),) * 3
     order = np.argsort(windows, kind="stable")

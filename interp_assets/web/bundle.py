@@ -4,7 +4,7 @@
     features.parquet   one row of statistics per latent, in order of latent (the slices' tables, one after the other)
     list/, words.json  the same statistics as a list reads them: values, orders, rows (`columns.py`)
     search/            inverted index of tokens and logits (`search.py`)
-    map/               decoder directions in two dimensions, in tiles (`map.py`)
+    map/               decoder directions in two dimensions, in tiles, and as they are (`map.py`)
     records/NNNNN.bin  the records of 4,096 latents: independent gzip members of JSON
     records/NNNNN.idx  u64 offsets into it, one more than there are records
     vocabulary.json    the text of every token id, and the ids by frequency
@@ -44,7 +44,7 @@ from interp_assets.visualize.packing import ORDER, RECORD_VERSION
 from interp_assets.visualize.refs import records_ref, slice_bounds
 from interp_assets.visualize.tables import SinkFile
 from interp_assets.web.columns import WORDS, ListWriter, collect_words, encode_words
-from interp_assets.web.map import Layout, embed_directions, write_map
+from interp_assets.web.map import Layout, embed_directions, write_directions, write_map
 from interp_assets.web.refs import bundle_ref
 from interp_assets.web.search import write_index
 from interp_assets.web.vocabulary import Vocabulary, encode_vocabulary, make_vocabulary
@@ -69,6 +69,8 @@ class BundleContent(NamedTuple):
     vocabulary: Vocabulary
     layout: Layout | None = None
     """Where the latents stand on the map; without one there is none."""
+    directions: NDArray[np.float32] | None = None
+    """Decoder rows `[d_sae, d_in]`, by which any two features are compared."""
 
 
 @timed
@@ -85,12 +87,14 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
     if existing:
         return Produced(ref, existing, is_cached=True)
     sources = [_Source(store, ref.path, inputs[i], *slice_bounds(pipeline, sae_name, i)) for i, ref in enumerate(refs)]
+    W_dec = _read_directions(pipeline, store, sae_name)
     content = BundleContent(
         _describe(pipeline, store, sae_name, [source.manifest for source in sources]),
         lambda: (_read_table(source) for source in sources),
         (member for source in sources for member in _read_records(source)),
         make_vocabulary(tokenizer, _read_order(sources)),
-        _lay_out(pipeline, store, sae_name),
+        embed_directions(W_dec) if W_dec is not None else None,
+        W_dec,
     )
     with create_artifact(store, ref, made_from=inputs) as art:
         write_bundle(art, content, progress=progress)
@@ -114,6 +118,7 @@ def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Calla
     facts = listed.finish()
     description = {"format": FORMAT, "version": VERSION, **description, **facts.described()}
     description["map"] = write_map(art, content.layout, facts.frequency) if content.layout else None
+    description["directions"] = write_directions(art, content.directions) if content.directions is not None else None
     art.put("vocabulary.json", encode_vocabulary(content.vocabulary))
     art.put("bundle.json", (json.dumps(description, indent=1) + "\n").encode())
     art.facts |= {
@@ -127,13 +132,13 @@ def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Calla
     }
 
 
-def _lay_out(pipeline: Pipeline, store: Store, sae_name: str) -> Layout | None:
-    """Lay out the decoder directions, where the SAE is still there: a bundle can be made from records alone."""
+def _read_directions(pipeline: Pipeline, store: Store, sae_name: str) -> NDArray[np.float32] | None:
+    """Read the decoder rows, where the SAE is still there: a bundle can be made from records alone."""
     from interp_assets.train.checkpoint import read_sae  # noqa: PLC0415 - torch; the server imports this module for its formats
 
     ref = sae_ref(pipeline, sae_name)
     manifest = find_manifest(store, ref)
-    return embed_directions(read_sae(store, ref.path, manifest).W_dec.numpy()) if manifest else None
+    return read_sae(store, ref.path, manifest).W_dec.numpy() if manifest else None
 
 
 class _Source(NamedTuple):
@@ -162,7 +167,7 @@ def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Mani
         "tokens_scanned": slices[0].facts["n_rows"],
         "coactivation_rows": slices[0].facts.get("coactivation_rows"),
         "logits_reason": slices[0].facts.get("logits_reason"),
-        "features": config.features.model_dump(exclude={"saes", "latent_slices"}),
+        "features": config.features.model_dump(exclude={"saes", "latent_slices", "gather"}),
         "records": {"version": RECORD_VERSION, "per_file": RECORDS_PER_FILE, "n_files": -(-sae.d_sae // RECORDS_PER_FILE), "repeat": None},
     }
 

@@ -13,10 +13,10 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from interp_assets.corpus.tokens import lay_out
+from interp_assets.corpus.tokens import lay_out, tokenize_example
 from interp_assets.errors import InputError
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
-from interp_assets.garcon.tokenizer import load_tokenizer, special_token_ids, tokenize_texts
+from interp_assets.garcon.tokenizer import load_tokenizer, special_token_ids
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.store import Store
@@ -49,14 +49,14 @@ class Examples:
         """`make` loads model and SAE."""
         self._make, self._probe, self._lock = make, None, Lock()
 
-    def ask(self, text: str) -> dict[str, Any]:
-        """Run a text. Raises `InputError` for one that is empty or too long."""
+    def ask(self, text: str, latent: int | None = None) -> dict[str, Any]:
+        """Run a text. Raises `InputError` for one that is empty or too long. `latent` is told of, even if it is not among the strongest."""
         if not text.strip() or len(text) > MAX_TEXT:
             raise InputError(f"The text has {len(text):,} characters; give 1 to {MAX_TEXT:,}.")
         with self._lock:  # one forward at a time
             if self._probe is None:
                 self._probe = self._make()
-            return run_example(self._probe, text)
+            return run_example(self._probe, text, latent)
 
 
 def load_probe(pipeline: Pipeline, store: Store, name: str) -> Probe:
@@ -67,30 +67,36 @@ def load_probe(pipeline: Pipeline, store: Store, name: str) -> Probe:
 
 
 @torch.no_grad()
-def run_example(probe: Probe, text: str) -> dict[str, Any]:
+def run_example(probe: Probe, text: str, latent: int | None = None) -> dict[str, Any]:
     """Return `tokens`, `masked` places and `features`: latent, its largest activation, and [place, activation] wherever it fires.
+
+    The features are those that fire most strongly, and `latent`, which may not fire at all.
 
     `by_token` lists for every place its strongest [latent, activation].
     """
-    ids = tokenize_texts(probe.tokenizer, [text])[0]
+    ids = tokenize_example(probe.corpus, probe.tokenizer, text)
+    if not len(ids):
+        raise InputError("The tokenizer makes no token of this text.")
     if len(ids) > MAX_TOKENS:
         raise InputError(f"The text has {len(ids):,} tokens, at most {MAX_TOKENS} are run. Shorten it.")
     layout = lay_out(probe.corpus, probe.tokenizer, [ids])
     latents = []
-    for context in range(int(layout.contexts.max()) + 1 if len(layout.contexts) else 0):
+    for context in range(int(layout.contexts.max()) + 1):
         tokens = torch.from_numpy(layout.token_ids[layout.contexts == context].astype("int64"))[None].to(probe.model.device)
         rows = probe.model.capture(tokens, None, [probe.hook_point])[probe.hook_point][0]
         latents.append(probe.sae.encode(rows.float()).cpu())
     valid = torch.from_numpy(~np.isin(layout.token_ids, special_token_ids(probe.tokenizer)))
     fired = torch.cat(latents) * valid[:, None]
     largest, order = fired.amax(0).topk(min(SHOWN, fired.shape[1]))
-    chosen = order[largest > 0]
+    chosen = order[largest > 0].tolist()
+    if latent is not None and latent not in chosen:
+        chosen.append(latent)
     strongest, owners = fired.topk(min(SHOWN_AT_TOKEN, fired.shape[1]), dim=1)
     return {
         "tokens": layout.token_ids.tolist(),
         "masked": (~valid).nonzero()[:, 0].tolist(),
         "l0": round(float((fired > 0).sum() / valid.sum().clamp_min(1)), 2),
-        "features": [{"latent": int(latent), "max": _round(fired[:, latent].max()), "activations": _sparse(fired[:, latent])} for latent in chosen],
+        "features": [{"latent": shown, "max": _round(fired[:, shown].max()), "activations": _sparse(fired[:, shown])} for shown in chosen],
         "by_token": [
             [[int(latent), _round(value)] for value, latent in zip(values, names, strict=True) if value > 0]
             for values, names in zip(strongest, owners, strict=True)

@@ -109,7 +109,7 @@ def neuronpedia_activation(bundle: OpenBundle, latent: int, window: dict[str, An
         "layer": _source(bundle),
         "index": str(latent),
         "maxValue": max(values),
-        "maxValueTokenIndex": window["peak"],
+        "maxValueTokenIndex": values.index(max(values)),
         "minValue": min(values),
         "values": values,
         "dfaValues": [],
@@ -186,7 +186,7 @@ def _shared_lists(bundle: OpenBundle, record: dict[str, Any]) -> dict[str, Any]:
         "frac_nonzero": record["statistics"]["frequency"],
         "freq_hist_data_bar_values": [(low + high) / 2 for low, high in pairwise(histogram["edges"])],
         "freq_hist_data_bar_heights": histogram["counts"],
-        "logits_hist_data_bar_values": [round(spread["low"] + (i + 0.5) * step, 6) for i in range(len(spread["counts"]))],
+        "logits_hist_data_bar_values": [spread["low"] + (i + 0.5) * step for i in range(len(spread["counts"]))],
         "logits_hist_data_bar_heights": spread["counts"],
         "decoder_weights_dist": [],
     }

@@ -2,7 +2,7 @@
 
     <folder of the bundle>/labels/<bundle>/<source>-<id>/labels.sqlite    labels(latent, text, source, score, score_kind, author), full-text index
 
-Read are Parquet, CSV and JSON lines (`.jsonl`, `.jsonl.gz`) with these columns, and Neuronpedia's export of explanations under its own names:
+Read are Parquet, CSV and JSON lines (`.jsonl`, also `.gz` and `.zst`) with these columns, and Neuronpedia's explanations under its own names:
 
     latent | index | feature       the latent
     label | description | text     what it means
@@ -34,8 +34,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from interp_assets.errors import ArtifactCorruptError, InputError
-from interp_assets.storage.foreign import check_parquet, parse_json, unpack_gzip
+from interp_assets.errors import ArtifactCorruptError, InputError, first_line
+from interp_assets.storage.foreign import DAMAGE, check_parquet, mend_text, parse_json, unpack_gzip, unpack_zstd
 from interp_assets.storage.manifest import MANIFEST, Manifest, Produced, create_artifact, find_manifest, make_ref, read_manifest, read_range
 from interp_assets.storage.store import Store
 
@@ -108,25 +108,26 @@ def import_labels(bundle: Labelled, path: Path, *, source: str | None = None) ->
     content = _build(labels)
     with create_artifact(place.store, ref) as art:
         art.put(FILE, content, n_rows=len(labels))
-        art.facts |= {"n_labels": len(labels), "n_latents": len({label.latent for label in labels}), "file": path.name}
+        art.facts |= {"n_labels": len(labels), "n_latents": len({label.latent for label in labels}), "file": mend_text(path.name)}
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False, wall_s=0)
 
 
-def _read_rows(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
+def _read_rows(path: Path, data: bytes) -> Iterator[Any]:
     name = path.name.lower()
     try:
         if name.endswith(".parquet"):
             yield from _read_parquet(data)
-        elif name.endswith((".jsonl", ".jsonl.gz")):
-            text = unpack_gzip(data, MAX_FILE_BYTES) if name.endswith(".gz") else data
+        elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+            unpack = unpack_gzip if name.endswith(".gz") else unpack_zstd
+            text = data if name.endswith(".jsonl") else unpack(data, MAX_FILE_BYTES)
             yield from (parse_json(line, MAX_VALUE_BYTES) for line in text.splitlines() if line.strip())
         elif name.endswith(".csv"):
             yield from csv.DictReader(io.StringIO(data.decode("utf-8-sig")))
         else:
-            raise InputError(f"{path} is no file of labels: .parquet, .csv, .jsonl and .jsonl.gz are read.")
-    except (OSError, ValueError, pa.ArrowException, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as {path.suffix} ({error}).") from error
+            raise InputError(f"{path} is no file of labels: .parquet, .csv, .jsonl, .jsonl.gz and .jsonl.zst are read.")
+    except (*DAMAGE, pa.ArrowException, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as {path.suffix} ({first_line(error)}).") from error
 
 
 def _read_parquet(data: bytes) -> Iterator[dict[str, Any]]:
@@ -145,9 +146,12 @@ def _read_parquet(data: bytes) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _check(rows: Iterable[dict[str, Any]], d_sae: int, source: str | None, path: Path) -> list[Label]:
+def _check(rows: Iterable[Any], d_sae: int, source: str | None, path: Path) -> list[Label]:
     labels, faults = [], []
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            faults.append(f"row {number}: it is a {type(row).__name__}, not names and values")
+            continue
         given = {field: next((row[name] for name in names if row.get(name) not in (None, "")), None) for field, names in _NAMES.items()}
         fault, label = _make_label(given, d_sae, source)
         if label is None:
@@ -166,7 +170,7 @@ def _make_label(given: dict[str, Any], d_sae: int, source: str | None) -> tuple[
     try:
         latent = int(str(given["latent"]))
     except ValueError:
-        return f"{given['latent']!r} is no latent", None
+        return f"{given['latent']!r:.40} is no latent", None
     text = str(given["text"] or "").strip()
     if not 0 <= latent < d_sae:
         return f"there is no latent {latent:,}, the SAE has {d_sae:,}", None
@@ -177,8 +181,8 @@ def _make_label(given: dict[str, Any], d_sae: int, source: str | None) -> tuple[
         return "no source is named; give --source", None
     try:
         score = None if given["score"] is None else float(given["score"])
-    except (TypeError, ValueError):
-        return f"{given['score']!r} is no score", None
+    except (TypeError, ValueError, OverflowError):
+        return f"{given['score']!r:.40} is no score", None
     if score is not None and not math.isfinite(score):
         return f"{score} is no score", None
     kind, author = (None if given[name] is None else str(given[name]) for name in ("score_kind", "author"))
@@ -248,7 +252,7 @@ class LabelSet:
 
     def _ask(self, query: str, values: list[Any]) -> list[tuple[Any, ...]]:
         path = self._local_file()
-        connection = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         try:
             return connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:

@@ -7,6 +7,13 @@
     map/tiles.bin    10 bytes a point: x u16, y u16, latent u32, heat u8 (log frequency), 0
     map/tiles.idx    20 bytes a tile: depth, x, y, first point, points (u32), by depth
 
+Beside the map lie the directions themselves, so that a page can compare any two features, of two SAEs of one hook point too:
+
+    map/directions.bin    i8: the decoder row of every latent, scaled so that its largest number is 127
+
+A cosine of two such rows is that of the exact ones within 0.003 at width 256 (the worst of 2,000 random pairs: 0.0022), and closer the wider.
+They take `d_in` bytes a latent; beyond `MAX_DIRECTION_BYTES` they are left out.
+
 Principal components are honest and cheap, and weak: two of some hundred dimensions, whose share of the variance the page states. Near points need
 not be near directions; the neighbours of a feature page are exact. No t-SNE or UMAP: they take hours at ten million rows and invent clusters.
 """
@@ -23,6 +30,9 @@ INDEX: Final = "map/tiles.idx"
 TILE: Final = 2048
 """Points of a tile, except at the greatest depth."""
 MAX_DEPTH: Final = 10
+DIRECTIONS: Final = "map/directions.bin"
+MAX_DIRECTION_BYTES: Final = 4 << 30
+"""A million latents of width 4,096: as much as half of their records."""
 POINT: Final = np.dtype([("x", "<u2"), ("y", "<u2"), ("latent", "<u4"), ("heat", "u1"), ("zero", "u1")])
 _BLOCK_ROWS: Final = 1 << 14
 _BLOCK_BYTES: Final = 64 << 10
@@ -84,6 +94,18 @@ def write_map(art: ArtifactWriter, layout: Layout, frequency: NDArray[np.float32
             points = points[np.sort(order[~is_here])]
     art.put(INDEX, np.array(tiles, "<u4").tobytes(), n_rows=len(tiles))
     return {"method": layout.method, "variance_share": layout.variance_share, "n_points": n_points, "n_tiles": len(tiles)}
+
+
+def write_directions(art: ArtifactWriter, W_dec: NDArray[np.float32]) -> dict[str, int] | None:
+    """Write decoder rows `[d_sae, d_in]`; return what `bundle.json` says of them, None where they are too many."""
+    if W_dec.size > MAX_DIRECTION_BYTES:
+        return None
+    with art.open(DIRECTIONS, n_rows=len(W_dec), block_bytes=_BLOCK_BYTES) as sink:
+        for first in range(0, len(W_dec), _BLOCK_ROWS):
+            rows = W_dec[first : first + _BLOCK_ROWS].astype(np.float64)
+            largest = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30)
+            sink.write(np.round(127 * rows / largest).astype(np.int8).tobytes())
+    return {"width": W_dec.shape[1]}
 
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Any, Final
 
 from interp_assets.errors import ArtifactCorruptError, InputError
-from interp_assets.storage.foreign import parse_json
+from interp_assets.storage.foreign import mend_text, parse_json
 
 FORMAT: Final = "interp-assets/notes"
 VERSION: Final = 1
@@ -49,7 +49,7 @@ class Notebook:
 
     def change(self, latent: int, note: str, lists: list[str]) -> dict[str, Any]:
         """Set the note of one latent and the lists that it stands in; return all. Raises `InputError` for what is too long or too many."""
-        names = list(dict.fromkeys(name.strip() for name in lists))
+        note, names = mend_text(note), list(dict.fromkeys(mend_text(name).strip() for name in lists))
         if len(note) > MAX_NOTE:
             raise InputError(f"The note has {len(note):,} characters, at most {MAX_NOTE:,} are kept.")
         if any(not 0 < len(name) <= MAX_NAME for name in names):

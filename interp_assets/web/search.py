@@ -13,6 +13,10 @@ A query is cut at spaces; each part selects all tokens that contain it (letter c
 find tokens by their own spaces, a part may be quoted: `" in"` finds ` in`, ` int`, ` import`... A part may name its column: `raised:def`.
 A single ASCII letter or digit would select half of all tokens, so it finds only the token that is that character, with or without spaces.
 
+How well a feature matches a part is a number: a label counts most, then tokens that it fires on, that it raises, that it lowers; among them the
+whole token, then one that begins so, then any other. Of several tokens the best one counts, and the parts add up. From the index alone, so a
+page without a server ranks alike (`frontend/src/lib/files.ts`).
+
 Why not SQLite's FTS5, which `labels.py` uses for sentences: it wants a whole local file, so not a bucket and not a static host, and it takes seconds
 for the union of some hundred frequent tokens (docs/decisions/0006). Cost: 1 to 2 bytes a posting, some 40 bytes a feature.
 """
@@ -20,7 +24,7 @@ for the union of some hundred frequent tokens (docs/decisions/0006). Cost: 1 to 
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +37,8 @@ COLUMNS: Final = ("peaks", "raised", "lowered")
 """Tokens at the peaks of the top examples, top logits, bottom logits."""
 LABEL: Final = "label"
 """What a part may name besides: the labels that were imported for the bundle."""
+LABEL_WEIGHT: Final = 10
+"""What a match in a label is worth: more than any in a token."""
 POSTINGS: Final = "search/postings.bin"
 OFFSETS: Final = "search/postings.idx"
 POSTING_BLOCK: Final = 64 << 10
@@ -101,15 +107,16 @@ def encode_latents(latents: NDArray[np.uint32]) -> tuple[bytes, int]:
     return numbers.tobytes(), width
 
 
-def mark_latents(data: bytes | memoryview, width: int, mask: NDArray[np.bool_]) -> None:
-    """Set the latents of a list in `mask`."""
+def mark_latents(data: bytes | memoryview, width: int, marks: NDArray[Any], weight: int = 1) -> None:
+    """Raise the marks of a list's latents to `weight`, where they are lower."""
     numbers = np.frombuffer(data, f"<u{width}")
     at = 0
     for start in range(0, len(numbers), _AT_ONCE):
         part = numbers[start : start + _AT_ONCE]
         places = np.cumsum(part, dtype=np.int64) + at
         at = int(places[-1])
-        mask[places if width == WIDTHS[-1] else places[part != _limit(width)]] = True
+        latents = places if width == WIDTHS[-1] else places[part != _limit(width)]
+        marks[latents] = np.maximum(marks[latents], weight)
 
 
 def _limit(width: int) -> int:
@@ -158,8 +165,8 @@ class Index:
         self._folded = [word.casefold() for word in words]
         self._offsets, self._widths, self._read = entries >> 2, entries & 3, read
 
-    def search(self, query: str, n_features: int, labelled: Callable[[str], Iterable[NDArray[np.uint32]]] | None = None) -> NDArray[np.bool_] | None:
-        """Mark the latents that match `query`; None when it is empty. `labelled` finds latents by a piece of a label.
+    def search(self, query: str, n_features: int, labelled: Callable[[str], Iterable[NDArray[np.uint32]]] | None = None) -> NDArray[np.uint16] | None:
+        """Say how well each latent matches `query`, 0 where it does not; None when it is empty. `labelled` finds latents by a piece of a label.
 
         Raises `InputError` for a query that is too long or reads too much.
         """
@@ -169,33 +176,34 @@ class Index:
         if not parts:
             return None
         plans = [[] if column == LABEL else self._plan(column, text) for column, text in parts]
-        n_bytes = sum(span.stop - span.start for plan in plans for span in plan)
+        n_bytes = sum(span.stop - span.start for plan in plans for span, _ in plan)
         if n_bytes > MAX_BYTES:
             raise InputError(f"{query!r} would read {n_bytes:,} bytes of the index, at most {MAX_BYTES:,} are read. Use longer pieces.")
-        found = np.ones(n_features, bool)
-        for (column, text), plan in zip(parts, plans, strict=True):
-            mask = np.zeros(n_features, bool)
-            for span, data in zip(plan, self._read(plan), strict=True):
-                mark_latents(data, span.width, mask)
+        total = np.zeros(n_features, np.uint16)
+        for place, ((column, text), plan) in enumerate(zip(parts, plans, strict=True)):
+            found = np.zeros(n_features, np.uint16)
+            for (span, weight), data in zip(plan, self._read([span for span, _ in plan]), strict=True):
+                mark_latents(data, span.width, found, weight)
             if labelled and column in ("", LABEL):
                 for latents in labelled(text):
-                    mask[latents] = True
-            found &= mask
-        return found
+                    found[latents] = LABEL_WEIGHT
+            total = np.where((found > 0) & ((total > 0) | (place == 0)), total + found, 0).astype(np.uint16)
+        return total
 
-    def _plan(self, column: str, text: str) -> list[Span]:
-        """Return the lists of one part, in the order of the file."""
+    def _plan(self, column: str, text: str) -> list[tuple[Span, int]]:
+        """Return the lists of one part in the order of the file, and what a match in each is worth."""
         folded = text.casefold()
         if is_single(folded):
             words = [number for number, word in enumerate(self._folded) if word.strip() == folded]
         else:
             words = [number for number, word in enumerate(self._folded) if folded in word]
-        spans: list[Span] = []
+        spans: list[tuple[Span, int]] = []
         for number in words:
+            kind = _compare(self._folded[number], folded)
             for place in [3 * number + COLUMNS.index(column)] if column else range(3 * number, 3 * number + 3):
                 start, stop = int(self._offsets[place]), int(self._offsets[place + 1])
                 if stop > start:
-                    spans.append(Span(start, stop, WIDTHS[int(self._widths[place])]))
+                    spans.append((Span(start, stop, WIDTHS[int(self._widths[place])]), weigh(place % 3, kind)))
         return spans
 
 
@@ -209,6 +217,17 @@ def join_spans(spans: Iterable[Span]) -> Iterator[tuple[int, list[Span]]]:
         group.append(span)
     if group:
         yield group[0].start, group
+
+
+def weigh(column: int, kind: int) -> int:
+    """Return what a match is worth: in which of `COLUMNS`, and whether the token is the text (2), begins with it (1) or holds it (0)."""
+    return 1 + 3 * (len(COLUMNS) - 1 - column) + kind
+
+
+def _compare(word: str, text: str) -> int:
+    """Say how close a token is to the text that it holds, spaces around both aside."""
+    bare, wanted = word.strip(), text.strip()
+    return 2 if bare == wanted else int(bare.startswith(wanted))
 
 
 def is_single(folded: str) -> bool:

@@ -8,7 +8,7 @@
     GET /api/bundles/{name}/place           where `latent` stands in that list, and its neighbours there
     GET /api/bundles/{name}/labels          what was imported about `latent`, with provenance
     GET /api/bundles/{name}/notes           lists and notes, kept in a local file
-    GET /api/bundles/{name}/try             the features that fire on `text`, where model and SAE are at hand
+    GET /api/bundles/{name}/try             the features that fire on `text`, and how `latent` does, where model and SAE are at hand
     PUT /api/bundles/{name}/notes/{latent}  set the note of one latent, and the lists that it stands in
     GET /bundles/{name}/{file}              a file of the bundle: Range, ETag, verified against the manifest
 
@@ -61,8 +61,8 @@ class NotFoundError(InterpError):
 class Asker(Protocol):
     """Answers which features fire on a text."""
 
-    def ask(self, text: str) -> dict[str, Any]:
-        """Run a text."""
+    def ask(self, text: str, latent: int | None = None) -> dict[str, Any]:
+        """Run a text; of `latent` it is told how it fires, however weakly."""
         ...
 
 
@@ -174,11 +174,13 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
 
     @app.get("/api/bundles/{name}/try")
     @_explained
-    def run_text(name: str, text: str) -> dict[str, Any]:
-        _find(bundles, name)
+    def run_text(name: str, text: str, latent: Annotated[int | None, Query(ge=0)] = None) -> dict[str, Any]:
+        d_sae = _find(bundles, name).description["d_sae"]
+        if latent is not None and latent >= d_sae:
+            raise InputError(f"There is no feature {latent:,}: the SAE has {d_sae:,}.")
         if name not in examples:
             raise InputError("Model and SAE of this bundle are not at hand: start `interp serve` with the pipeline's --config, beside its artifacts.")
-        return examples[name].ask(text)
+        return examples[name].ask(text) if latent is None else examples[name].ask(text, latent)
 
     @app.get("/api/bundles/{name}/labels")
     @_explained

@@ -22,11 +22,13 @@ from interp_assets.web.search import LABEL, OFFSETS, POSTINGS, Index, Span, join
 MAX_ROWS: Final = 500
 """Rows of one page."""
 MAX_FILTERS: Final = 16
+RELEVANCE: Final = "relevance"
+"""What a search may be sorted by besides the columns: the best match first, equal ones in order of latent."""
 LIVES: Final = ("all", "live", "dead")
 _KEPT_BYTES: Final = 96 << 20
 _READ_BYTES: Final = 4 << 20
 _AHEAD: Final = 8
-_CONDITION: Final = re.compile(r"(\w+)(>=|<=|>|<)(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)")
+_CONDITION: Final = re.compile(r"(\w+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(%?)")
 _RELATIONS: Final[dict[str, Callable[[Any, Any], Any]]] = {">=": np.greater_equal, "<=": np.less_equal, ">": np.greater, "<": np.less}
 
 
@@ -155,8 +157,9 @@ class FeatureTable:
         return self._keep(query, lambda: self._reduce(query, None))
 
     def _check(self, query: Query) -> None:
-        if query.sort not in self.sortable:
-            raise InputError(f"Cannot sort by {query.sort!r}; the table has {self.sortable}.")
+        sortable = [*self.sortable, *([RELEVANCE] if query.text.strip() else [])]
+        if query.sort not in sortable:
+            raise InputError(f"Cannot sort by {query.sort!r}; the table has {sortable}.")
         if query.life not in LIVES:
             raise InputError(f"{query.life!r} is none of all, live and dead.")
         if len(query.filters) > MAX_FILTERS:
@@ -192,13 +195,19 @@ class FeatureTable:
         return whole[::-1] if query.is_descending else whole
 
     def _reduce(self, query: Query, among: NDArray[np.bool_] | None) -> NDArray[np.uint32]:
-        mask = np.ones(self.n_features, bool) if among is None else among.copy()
+        mask, found = np.ones(self.n_features, bool) if among is None else among.copy(), None
         for name, relation, value in map(parse_filter, query.filters):
             column = self._column(name)
             mask &= _RELATIONS[relation](column, column.dtype.type(value))  # compared in the column's own precision
         if query.text.strip():
             found = self.index().search(query.text, self.n_features, self._search_labels)
-            mask &= found if found is not None else True
+            mask &= found > 0 if found is not None else True
+        if query.sort == RELEVANCE:
+            order = self._whole_order(query._replace(sort="latent", is_descending=False))
+            order = order[mask[order]]
+            if found is not None:
+                order = order[np.argsort(-found[order].astype(np.int32), kind="stable")]
+            return order[::-1] if query.is_descending else order
         order = self._label_order(query) if query.sort == LABEL else self._whole_order(query)
         return order[mask[order]]
 
@@ -313,8 +322,8 @@ def parse_filter(text: str) -> tuple[str, str, float]:
     """Read column, relation and value of a filter. Raises `InputError` for anything else."""
     found = _CONDITION.fullmatch(text.strip())
     if not found:
-        raise InputError(f"{text!r} is no filter; they look like 'max>=3.5' or 'frequency<1e-3'.")
-    return found[1], found[2], float(found[3])
+        raise InputError(f"{text!r} is no filter; they look like 'max>=3.5', 'frequency<1e-3' or 'frequency<0.1%'.")
+    return found[1], found[2], float(found[3]) / (100 if found[4] else 1)
 
 
 def _as_row(latent: int, row: Any, words: Sequence[str]) -> dict[str, Any]:

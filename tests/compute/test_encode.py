@@ -13,8 +13,9 @@ from interp_assets.compute.coarse import Kind, fastest_kind, multiply
 from interp_assets.compute.compiled import compiled
 from interp_assets.compute.dots import dot
 from interp_assets.compute.encode import Encoder, FewEncoder, find_damage, make_encoder
-from interp_assets.compute.encode_loops import bound_largest, make_room, take_largest
+from interp_assets.compute.encode_loops import make_room, take_largest
 from interp_assets.compute.kernels import Found, Scratch
+from interp_assets.compute.loops import bound_largest
 from interp_assets.errors import NonFiniteError
 from interp_assets.planning.config import Architecture, SaeConfig
 from interp_assets.train.losses.sparsify import encode_per_row

@@ -215,7 +215,7 @@ def test_a_local_dataset_streams_by_ranges(tmp_path: Path) -> None:
     shards = plan_sources(config, 0)
     assert [(shard.spec["first"], shard.spec["stop"]) for shard in shards] == [(0, 4), (4, 8), (8, 10)]
     assert [text for _, text in iter_documents(config, shards[1])] == ["row 5", "row 6", "row 7"]
-    assert next(iter_documents(config, shards[2]))[0] == "data/train:8"
+    assert next(iter_documents(config, shards[2]))[0] == "train:8"
     with pytest.raises(InputError, match=r"has no column 'body'; it has \['text'\]"):
         plan_sources(config.model_copy(update={"text_field": "body"}), 0)
     with pytest.raises(InputError, match=r"Cannot open the dataset .*split 'test'"):
@@ -251,7 +251,7 @@ def test_a_shard_of_a_parquet_dataset_reads_its_own_row_groups_only(tmp_path: Pa
     expected = [f"part {row // 10}, row {row % 10}" for row in range(30)]
     for index in (1, 2, 4):
         spec = shards[index].spec
-        assert list(iter_documents(config, shards[index])) == [(f"data/train:{row}", expected[row]) for row in range(spec["first"], spec["stop"])]
+        assert list(iter_documents(config, shards[index])) == [(f"train:{row}", expected[row]) for row in range(spec["first"], spec["stop"])]
     for index in (0, 3):
         with pytest.raises(InputError, match=r"Reading .* failed"):
             list(iter_documents(config, shards[index]))

@@ -11,10 +11,18 @@ from tiny_models import CONTEXT, VOCABULARY, make_tiny_config, make_tokenizer, s
 from interp_assets.corpus.plan import describe_empty, plan_corpus
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.corpus.sources import iter_documents
-from interp_assets.corpus.tokens import context_offsets, load_documents, load_tokens, make_token_shard
+from interp_assets.corpus.tokens import (
+    context_offsets,
+    describe_left_out,
+    lay_out,
+    load_documents,
+    load_tokens,
+    make_token_shard,
+    tokenize_documents,
+)
 from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.garcon.tokenizer import load_tokenizer
-from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.config import CorpusConfig, PipelineConfig
 from interp_assets.planning.pipeline import PLAN, Pipeline, load_pipeline
 from interp_assets.storage.store import Store, open_store
 
@@ -188,16 +196,63 @@ def test_a_tokenizer_of_another_model_is_refused(config: PipelineConfig, memory_
         load_tokens(pipeline, memory_store, 0)
 
 
-def test_text_that_tokenizes_to_nothing_is_refused(config: PipelineConfig, memory_store: Store) -> None:
-    """A document without rows would vanish silently."""
+def test_documents_without_a_token_are_left_out_counted_and_named(config: PipelineConfig, memory_store: Store) -> None:
+    """One such document among a million of a data set on the hub, which nobody can take out, stopped the run."""
+    for i in range(7):
+        (Path(config.corpus.path) / f"0{i}.txt").write_text("?" * 40)
     pipeline = plan_corpus(config, memory_store)
     tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = _delete_everything()
-    with pytest.raises(InputError, match=r"document\(s\) of shard-000000 tokenize to nothing: \['0.txt'"):
+    tokenizer.backend_tokenizer.normalizer = _delete(r"\?")
+    manifest = make_token_shard(pipeline, memory_store, tokenizer, 0).manifest
+    names = [f"0{i}.txt" for i in range(7)]
+    assert (manifest.facts["n_left_out"], manifest.facts["left_out"]) == (7, names[:5])
+    assert describe_left_out(manifest) == f"7 documents without a token left out: {', '.join(names[:5])} and 2 more"
+    expected = [(name, text) for name, text in iter_documents(config.corpus, pipeline.source(0)) if name not in names]
+    tokens, documents = load_tokens(pipeline, memory_store, 0), load_documents(pipeline, memory_store, 0)
+    assert documents.sources == [name for name, _ in expected]
+    assert manifest.facts["n_documents"] == len(expected)
+    assert tokenizer.decode(tokens.token_ids[tokens.valid]) == "".join(text for _, text in expected)
+    assert describe_left_out(make_token_shard(pipeline, memory_store, tokenizer, 1).manifest) == ""
+
+
+def test_a_shard_of_which_no_document_becomes_a_token_is_refused(config: PipelineConfig, memory_store: Store) -> None:
+    """Then it is the tokenizer, the column or the kind of text that is wrong."""
+    pipeline = plan_corpus(config, memory_store)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = _delete(".")
+    with pytest.raises(InputError, match=r"None of the \d document\(s\) of shard-000000 becomes a token, the first is 0\.txt\. Are the tokenizer"):
         make_token_shard(pipeline, memory_store, tokenizer, 0)
 
 
-def _delete_everything() -> object:
+def test_special_tokens_in_a_text_are_tokens_where_the_corpus_says_so(config: PipelineConfig, decoder: Path) -> None:
+    """Text that a chat template has rendered: split into characters, the model would never have seen it so."""
+    folder = Path(config.corpus.path)
+    (folder / "0.txt").write_text("<s>a</s>" * 100)
+    found = {}
+    for kind in ("plain", "with_special_tokens"):
+        chosen = make_tiny_config(decoder, folder, corpus={"text_kind": kind, "contexts": "per_document"})
+        store = open_store(f"memory://{kind}")
+        pipeline = plan_corpus(chosen, store)
+        make_token_shard(pipeline, store, load_tokenizer(chosen.model), 0)
+        found[kind] = load_tokens(pipeline, store, 0), token_shard_ref(pipeline, 0)
+    tokens, _ = found["with_special_tokens"]
+    assert tokens.token_ids[:300].tolist() == [256, 64, 257] * 100
+    assert tokens.valid[:300].tolist() == [False, True, False] * 100
+    assert found["plain"][0].token_ids[:8].tolist() == make_tokenizer()("<s>a</s>", split_special_tokens=True)["input_ids"]
+    assert found["plain"][1].artifact_id != found["with_special_tokens"][1].artifact_id
+
+
+def test_a_text_that_opens_with_bos_gets_no_second_one() -> None:
+    """Rendered chats begin with it, and the tokenizer would put another before it: a context that the model never saw."""
+    corpus = CorpusConfig(text_kind="with_special_tokens", contexts="per_document")
+    tokenizer = make_tokenizer(is_encoder=True)
+    (document,) = tokenize_documents(corpus, tokenizer, ["[CLS]ab[SEP]"])
+    assert lay_out(corpus, tokenizer, [document.token_ids]).token_ids.tolist() == [256, 64, 65, 257]
+    (empty,) = tokenize_documents(corpus, tokenizer, ["[CLS][SEP]"])
+    assert len(empty.token_ids) == 0
+
+
+def _delete(pattern: str) -> object:
     from tokenizers import Regex, normalizers
 
-    return normalizers.Replace(Regex("."), "")
+    return normalizers.Replace(Regex(pattern), "")

@@ -11,7 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM, T5Config
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer, load_model_config, locate_model
-from interp_assets.garcon.points import find_point, list_points, tensor_in, with_tensor
+from interp_assets.garcon.points import HookPoint, find_point, list_points, tensor_in, with_tensor
 from interp_assets.garcon.tokenizer import affixes, leading_token, load_tokenizer, separator_token, special_token_ids, tokenize_texts
 from interp_assets.planning.config import ModelConfig
 
@@ -22,7 +22,8 @@ def test_points_carry_module_path_and_alias() -> None:
     assert points["mlp_out.1"].module_path == "model.layers.1.post_feedforward_layernorm"
     assert points["mlp_out.1"].alias == "blocks.1.hook_mlp_out"
     assert points["resid_pre.0"].side == "input"
-    assert len(points) == 8
+    assert points["z.0"] == HookPoint("z.0", "model.layers.0.self_attn.o_proj", "input", "blocks.0.attn.hook_z")
+    assert len(points) == 2 * 15 + 3
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,11 @@ def test_points_carry_module_path_and_alias() -> None:
     [
         ("resid_pots.1", "gpt2 has no hook point 'resid_pots.1'. Near: resid_post.1"),
         ("resid_post.7", "with L from 0 to 1"),
-        ("blocks.1.hook_resid_post", "is TransformerLens' name: here it is 'resid_post.1'"),
+        ("blocks.2.hook_resid_post", "gpt2 has no hook point 'blocks.2.hook_resid_post'. Near: resid_post"),
+        (
+            "blocks.1.hook_mlp_in",
+            "what has none here: it is the residual stream before the norm: name resid_mid.1, or mlp_in.1",
+        ),
         ("module:transformer.h.1.mpl", "the model has no module 'transformer.h.1.mpl'. Near: transformer.h.1.mlp"),
     ],
 )

@@ -33,9 +33,9 @@ def encoder(folder: Path) -> SubjectModel:
 
 
 def test_it_has_the_canonical_hook_points(encoder: SubjectModel) -> None:
-    """Six layers of width 384, 512 positions."""
+    """Six layers of width 384, 512 positions; four places of the residual stream in each, beside those inside its blocks."""
     assert (encoder.is_causal, encoder.d_in("resid_post.5"), encoder.max_context) == (False, 384, 512)
-    assert len(encoder.points()) == 24
+    assert sum(point.kind in ("resid_pre", "attn_out", "mlp_out", "resid_post") for point in encoder.points()) == 24
 
 
 def test_its_last_layer_says_that_like_sentences_are_alike(folder: Path, encoder: SubjectModel) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from odd_names import ODD_NAME
 from road_world import Finished, make_road_config
 from tiny_models import save_model, write_texts
 
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a tiny model and some texts."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("world") / ODD_NAME
     save_model(folder / "model", "gpt2")
     write_texts(folder / "texts", n_files=5, n_chars=900)
     return folder
@@ -37,6 +38,6 @@ def road_config(tiny_world: Path, tmp_path: Path) -> PipelineConfig:
 @pytest.fixture(scope="session")
 def finished(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     """Return a pipeline whose road has been run once. Tests must not change it."""
-    config = make_road_config(tiny_world, tmp_path_factory.mktemp("finished"))
+    config = make_road_config(tiny_world, tmp_path_factory.mktemp("finished") / ODD_NAME)
     with dg.DagsterInstance.ephemeral() as instance:
         yield Finished(config, instance, list(run_road(config, instance)))

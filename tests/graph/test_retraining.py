@@ -99,7 +99,7 @@ def test_a_retraining_takes_new_text_in(grown: Finished, copied: PipelineConfig)
         harvest(copied, instance)
         done = retrain(copied, instance)
         pipeline, store = opened(copied)
-        assert done.is_promoted
+        assert done.comparison.manifest.facts["promoted"]
         assert pipeline.plan.generations == [len(old.plan.shards), len(pipeline.plan.shards)]
         assert pipeline.pending_indices == []
         ids = [int(i) for shard in open_mixed(pipeline, store, "resid_post.0") for i in read_mixed_ids(store, shard, 0, shard.n_rows)]
@@ -128,7 +128,7 @@ def test_a_worse_sae_is_kept_back(grown: Finished, tiny_world: Path, tmp_path: P
         done = retrain(config, instance)
         facts = done.comparison.manifest.facts
         pipeline, _ = opened(config)
-        assert not done.is_promoted
+        assert not done.comparison.manifest.facts["promoted"]
         assert len(pipeline.plan.generations) == 1
         assert "after" in facts["why"]
         assert "is allowed" in facts["why"]

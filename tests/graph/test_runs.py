@@ -12,12 +12,13 @@ from road_world import Finished, copied_history, make_road_config
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.graph.definitions import build_defs
+from interp_assets.graph.events import as_metadata
 from interp_assets.graph.jobs import RunError, explain_failure, find_missing, recorded_versions, run_road
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
-from interp_assets.planning.progress import Progress
+from interp_assets.planning.progress import Progress, format_bytes
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.manifest import create_artifact, remove_artifact
 from interp_assets.storage.store import Store
@@ -104,15 +105,56 @@ def test_events_say_what_people_ask(finished: Finished) -> None:
         assert len(text) < 40_000
 
 
-def test_checks_are_evaluated(finished: Finished) -> None:
-    """Each check ran with its asset and says what it looked at."""
-    graph = build_defs(finished.config).resolve_asset_graph()
-    for key in graph.asset_check_keys:
-        records = finished.instance.event_log_storage.get_asset_check_execution_history(key, limit=10)
-        evaluation = records[0].event.dagster_event.asset_check_evaluation_data if records else None
-        assert evaluation is not None, key
-        assert evaluation.metadata, key
-        assert evaluation.passed or key.name == "quality_bounds", key  # a tiny SAE on random weights need not be good
+def test_what_is_measured_is_a_number_of_its_own(finished: Finished) -> None:
+    """Dagster's UI draws numbers over experiments and time; inside JSON it draws nothing. What counts bytes stands there for people, too."""
+    measured = {
+        "sae_evaluation": {"fvu", "l0", "ce_recovered", "kl", "dead_share"},
+        "sae": {"fvu", "l0", "loss", "dead_share", "input_wait_share"},
+        "activations": {"mean_norm.resid_post.0"},
+        "activation_statistics": {"mean_norm.resid_post.0", "max_mean_ratio.resid_post.0"},
+        "shuffle_certificate": {"lowest_p.resid_post.0"},
+        "token_shards": {"n_valid"},
+    }
+    for name, wanted in measured.items():
+        for record in finished.instance.fetch_materializations(dg.AssetKey(name), limit=100).records:
+            event = record.asset_materialization
+            assert event is not None
+            numbers = {key for key, value in event.metadata.items() if isinstance(value, dg.FloatMetadataValue | dg.IntMetadataValue)}
+            assert wanted | {"rows", "bytes"} <= numbers, name
+            assert event.metadata["size"].value == format_bytes(int(str(event.metadata["bytes"].value)))
+            facts = event.metadata.get("facts")
+            assert facts is None or not [key for key, value in facts.value.items() if not isinstance(value, str | bool)], name
+
+
+def test_numbers_that_json_lacks_become_text() -> None:
+    """A loss of NaN must not break the whole answer of Dagster's server: its floats are JSON's."""
+    assert [as_metadata(value) for value in (float("nan"), float("-inf"), 0.5, 3)] == ["nan", "-inf", 0.5, 3]
+
+
+def test_every_check_answers_for_every_partition(finished: Finished) -> None:
+    """One answer for a run of many partitions left each of them "skipped" in the UI, however the check went."""
+    pipeline, _ = open_finished(finished.config)
+    checks = [(stop, check.name) for stop in make_road(finished.config) for check in stop.checks]
+    assert len(checks) >= 6
+    for stop, name in checks:
+        key = dg.AssetCheckKey(dg.AssetKey(list(stop.key)), name)
+        records = finished.instance.event_log_storage.get_asset_check_execution_history(key, limit=1000)
+        assert sorted(record.partition or "" for record in records) == sorted(stop.partition_keys(pipeline)), name
+        for record in records:
+            evaluation = record.evaluation
+            assert evaluation is not None, (name, record.partition, record.status)
+            assert evaluation.metadata, key
+            assert evaluation.passed or name == "quality_bounds", key  # a tiny SAE on random weights need not be good
+            target = evaluation.target_materialization_data
+            assert target is not None
+            assert target.run_id == record.run_id
+
+
+def test_tags_that_people_see_are_short(finished: Finished) -> None:
+    """The list of runs shows them under every run; the name of a process, of 80 characters, is for machines."""
+    for run in finished.instance.get_runs():
+        seen = {key: value for key, value in run.tags.items() if not key.startswith(".dagster/")}
+        assert all(len(value) <= 40 for value in seen.values()), seen
 
 
 def test_nothing_is_stale_after_a_run(finished: Finished) -> None:

@@ -14,6 +14,7 @@ from stored_rows import load_rows
 from tiny_models import make_tiny_config, save_model, write_texts
 
 from interp_assets.corpus.plan import plan_corpus
+from interp_assets.corpus.sources import iter_documents
 from interp_assets.corpus.tokens import context_offsets, load_tokens, make_token_shard
 from interp_assets.errors import ArtifactCorruptError, ArtifactMissingError, InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
@@ -25,8 +26,8 @@ from interp_assets.planning.config import ExecutionConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.store import Store, open_store
 
-POINTS = ["resid_pre.0", "resid_post.0", "mlp_out.1", "module:transformer.h.1.mlp.c_fc"]
-ENCODER_POINTS = ["resid_post.0", "attn_out.1"]
+POINTS = ["resid_pre.0", "resid_post.0", "mlp_out.1", "z.1", "k.0", "mlp_act.1", "module:transformer.h.1.mlp.c_fc"]
+ENCODER_POINTS = ["resid_post.0", "attn_out.1", "z.0"]
 
 
 class World(NamedTuple):
@@ -48,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_world(folders: dict[str, Path]) -> Callable[..., World]:
     """Return a function that plans a pipeline and makes its token shards in a store of its own."""
 
-    def make(kind: str = "gpt2", *, store: Store | None = None, dtype: str = "bfloat16", tokens_per_batch: int = 200) -> World:
+    def make(kind: str = "gpt2", *, store: Store | None = None, dtype: str = "bfloat16", tokens_per_batch: int = 200, **corpus: object) -> World:
         store = store or open_store("memory://world")
         if kind not in folders:
             folders[kind] = save_model(folders["root"] / kind, kind)
@@ -56,7 +57,7 @@ def make_world(folders: dict[str, Path]) -> Callable[..., World]:
         config = make_tiny_config(
             folders[kind],
             folders["texts"],
-            corpus={"contexts": "per_document" if kind == "bert" else "packed"},
+            corpus={"contexts": "per_document" if kind == "bert" else "packed", **corpus},
             harvest={"hook_points": points, "dtype": dtype},
             execution={"tokens_per_batch": tokens_per_batch, "device": "cpu"},
         )
@@ -85,6 +86,24 @@ def test_every_row_is_what_the_model_computes_for_its_context_alone(kind: str, m
         for point, expected in world.subject.capture(token_ids, None, points).items():
             assert rows[point].shape == (tokens.n_rows, world.pipeline.d_in(point))
             torch.testing.assert_close(rows[point][first:stop], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
+def test_a_document_in_a_context_of_its_own_is_read_as_if_it_were_alone(kind: str, make_world: Callable[..., World]) -> None:
+    """In packed contexts attention crosses documents; `per_document` is the exact way for decoders too, padding and all."""
+    rows, point = {}, "resid_post.0"
+    for contexts in ("packed", "per_document"):
+        world = make_world(kind, store=open_store(f"memory://{contexts}"), dtype="float32", contexts=contexts, context_length=40, shard_bytes=1200)
+        harvest_shard(world.pipeline, world.store, world.subject, 0)
+        tokens = load_tokens(world.pipeline, world.store, 0)
+        rows[contexts] = load_rows(world.pipeline, world.store, point, 0, 0, tokens.n_rows)[torch.from_numpy(tokens.valid.copy())]
+    tokenizer = load_tokenizer(world.pipeline.config.model)
+    texts = [text for _, text in iter_documents(world.pipeline.config.corpus, world.pipeline.source(0))]
+    pieces = [text[first : first + 40] for text in texts for first in range(0, len(text), 40)]  # a token is a byte, and this tokenizer adds none
+    alone = torch.cat([world.subject.capture(torch.tensor([tokenizer(piece)["input_ids"]]), None, [point])[point][0] for piece in pieces])
+    assert len(texts) > 1
+    torch.testing.assert_close(rows["per_document"], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(rows["packed"], alone, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])

@@ -12,7 +12,8 @@ from interp_assets.planning.pipeline import Pipeline, load_pipeline, save_plan, 
 from interp_assets.shuffle.refs import mixed_shard_ref, shuffle_plan_ref, split_shard_ref
 from interp_assets.storage.store import Store
 from interp_assets.train.refs import sae_ref
-from interp_assets.visualize.refs import candidates_ref, slice_bounds
+from interp_assets.visualize.assets import make_assets
+from interp_assets.visualize.refs import candidates_ref, examples_ref, records_ref, slice_bounds, windows_ref
 from interp_assets.web.refs import bundle_ref
 
 
@@ -66,6 +67,44 @@ def test_a_new_sae_recipe_leaves_the_data_alone(small_pipeline: Pipeline) -> Non
     saes = [small_pipeline.config.saes[0].model_copy(update={"learning_rate": 1e-3})]
     other = replace(small_pipeline, config=small_pipeline.config.model_copy(update={"saes": saes}))
     assert {name.split("/")[0] for name in _changed(small_pipeline, other)} == {"4-sae", "5-features", "6-web"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stay"),
+    [
+        ({"window": 5}, {"candidates", "examples"}),
+        ({"gather": True}, {"candidates", "examples", "records"}),
+        ({"n_intervals": 3}, {"candidates"}),
+        ({"examples_per_interval": 2}, {"candidates"}),
+        ({"distinct_tokens": 5}, {"candidates"}),
+        ({"distinct_tokens": 0}, set()),
+        ({"n_random": 7}, set()),
+        ({"saes": ["demo", "other"]}, {"candidates", "examples", "windows", "records"}),
+    ],
+)
+def test_a_pass_is_made_again_only_for_what_it_reads(small_pipeline: Pipeline, changes: dict, stay: set[str]) -> None:
+    """Pass A reads all activations: a wider window or more intervals must not ask for that again, nor say so in Dagster."""
+
+    def ids(pipeline: Pipeline) -> dict[str, tuple[str, str]]:
+        refs = {
+            "candidates": candidates_ref(pipeline, "demo", 2, 1),
+            "examples": examples_ref(pipeline, "demo", 1),
+            "windows": windows_ref(pipeline, "demo", 2),
+            "records": records_ref(pipeline, "demo", 1),
+        }
+        names = {"candidates": "feature_candidates", "examples": "feature_examples", "windows": "example_activations", "records": "feature_records"}
+        versions = {asset.key: str(asset.code_version) for asset in make_assets(pipeline.config)}
+        return {which: (ref.artifact_id, versions["features", "demo", names[which]]) for which, ref in refs.items()}
+
+    before, after = ids(small_pipeline), ids(_with(small_pipeline, features=changes))
+    for i in range(2):
+        assert {which for which in before if before[which][i] == after[which][i]} == stay
+
+
+def test_names_of_folders_are_no_identity_but_of_the_bundle_that_shows_them(small_pipeline: Pipeline) -> None:
+    """The same weights and text under another path are the same: nothing is harvested or trained again."""
+    moved = _with(small_pipeline, model={"name": "/models/renamed"}, corpus={"path": "/texts/renamed"})
+    assert {name.split("/")[0] for name in _changed(small_pipeline, moved)} == {"6-web"}
 
 
 def test_a_changed_model_leaves_the_tokens_alone(small_pipeline: Pipeline) -> None:

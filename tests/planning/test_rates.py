@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+from odd_names import ODD_NAME
 
 from interp_assets.planning.rates import load_rates, note_rate
 
 
 def test_a_machine_that_takes_twice_as_long_gets_a_factor_of_two(tmp_path: Path) -> None:
     """Sums, not means of ratios: a long partition tells more than a short one."""
-    path = tmp_path / "rates"
+    path = tmp_path / ODD_NAME / "rates"
     assert load_rates(path) == {}
     assert note_rate(path, "activations gpt2", 10.0, 20.0)
     assert note_rate(path, "sae", 4.0, 2.0)

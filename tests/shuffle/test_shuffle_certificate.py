@@ -26,15 +26,15 @@ from interp_assets.compute.seeds import stream
 from interp_assets.errors import ArtifactCorruptError, CertificateError
 from interp_assets.shuffle.certificate import P_FAIL, certify
 from interp_assets.shuffle.gather import gather_bucket
-from interp_assets.shuffle.mixed import mixed_specs, open_mixed, read_mixed_rows, save_mixed
+from interp_assets.shuffle.mixed import open_mixed, read_mixed_rows, save_mixed
 from interp_assets.shuffle.mixing import Mixing, MixingMeter, SourceLayout, expected_entropy
-from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records, hash_rows
+from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.plan import load_shuffle_plan
+from interp_assets.shuffle.rows import RowFormat
 from interp_assets.shuffle.significance import chi_square_p, coincidence_p, expect_coincidences, normal_p, poisson_p, student_p
 from interp_assets.shuffle.sizes import ShuffleSizes, shares
 from interp_assets.storage.manifest import create_artifact, read_file
-from interp_assets.storage.tensors import as_bytes
 
 SHARD_ROWS = (1500, 1500, 1500, 700, 1800, 1500) * 4
 DOCUMENT_ROWS = 37
@@ -213,9 +213,9 @@ def rewrite(world, choose, *, swap_ids: bool = False) -> None:
     if swap_ids:
         ids[[0, 1]] = ids[[1, 0]]
     with create_artifact(world.store, shard.ref, replace=True) as art:
-        save_mixed(art, [as_bytes(values)], iter([ids]), mixed_specs(len(ids), 4, "float32"))
         raw = np.ascontiguousarray(values).view(np.uint8).reshape(len(ids), -1)
-        art.facts |= {"source_multiset_hash": shard.manifest.facts["source_multiset_hash"], "multiset_hash": hash_rows(ids, raw).encode()}
+        save_mixed(art, [(ids, raw)], len(ids), RowFormat(4, "float32"))
+        art.facts["source_multiset_hash"] = shard.manifest.facts["source_multiset_hash"]
 
 
 def test_the_multiset_hash_is_a_hash_of_pairs_in_any_order_and_any_parts() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from interp_assets.compute.seeds import Stream, stream
-from interp_assets.shuffle.hypergeometric import _weigh_long, _weigh_short, count_row, count_table, draw_hypergeometric, draw_multivariate
+from interp_assets.shuffle.hypergeometric import _weigh, count_row, count_table, draw_hypergeometric, draw_multivariate
 
 
 def node_stream(lo: int, hi: int) -> Stream:
@@ -50,19 +50,20 @@ def test_impossible_and_certain_draws_take_no_randomness() -> None:
 
 @given(good=st.integers(1, 10**9), bad=st.integers(0, 10**9), share=st.floats(0, 0.5), width=st.integers(1, 20_000))
 @settings(max_examples=40, deadline=None)
-def test_both_ways_to_sum_the_weights_agree_bit_for_bit(good: int, bad: int, share: float, width: int) -> None:
-    """Short windows are walked in Python, long ones in NumPy: one integer must come out of both."""
+def test_weights_are_summed_as_term_by_term_bit_for_bit(good: int, bad: int, share: float, width: int) -> None:
+    """A draw is one integer on every machine and for ever: arrays must add in the order of the formula."""
     drawn = int(share * (good + bad))
     lowest, highest = max(0, drawn - bad), min(drawn, good)
     mode = min(max((drawn + 1) * (good + 1) // (good + bad + 2), lowest), highest)
     first, last = max(lowest, mode - width), min(highest, mode + width)
-    assert list(_weigh_long(good, bad, drawn, first, mode, last)) == _weigh_short(good, bad, drawn, first, mode, last)
+    assert list(_weigh(good, bad, drawn, first, mode, last)) == weigh_term_by_term(good, bad, drawn, first, mode, last)
 
 
 @given(
     jobs=st.lists(st.integers(0, 60), min_size=1, max_size=9),
     weights=st.lists(st.integers(1, 5), min_size=1, max_size=6),
 )
+@settings(deadline=None)
 def test_every_job_alone_finds_its_row_of_one_table_with_the_right_margins(jobs: list[int], weights: list[int]) -> None:
     """Jobs never talk; if their rows disagreed, buckets would overflow or starve."""
     total = sum(jobs)
@@ -97,3 +98,20 @@ def test_rows_that_do_not_fit_the_buckets_are_our_own_mistake() -> None:
         count_row(node_stream, [2, 3], [4], 0)
     with pytest.raises(AssertionError, match="4 rows into 3 places"):
         draw_multivariate(stream(0, "x"), [1, 2], 4)
+
+
+def weigh_term_by_term(n_good: int, n_bad: int, n_drawn: int, first: int, mode: int, last: int) -> list[float]:
+    """Return the running sum of p(x) / p(mode) for x = first..last, term by term."""
+    weights = [1.0]
+    for x in range(mode, first, -1):
+        weights.append(weights[-1] * ((float(x) * (n_bad - n_drawn + x)) / (float(n_good - x + 1) * (n_drawn - x + 1))))
+    weights.reverse()
+    weight = 1.0
+    for x in range(mode, last):
+        weight *= (float(n_good - x) * (n_drawn - x)) / (float(x + 1) * (n_bad - n_drawn + x + 1))
+        weights.append(weight)
+    total = 0.0
+    for i, term in enumerate(weights):
+        total += term
+        weights[i] = total
+    return weights

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interp_assets.storage.direct import ALIGNMENT, PIECE_BYTES, PIECES, DirectWriter, Workspace, allocate, read_into, remove_remains
+from interp_assets.storage.direct import ALIGNMENT, PIECE_BYTES, DirectWriter, Workspace, allocate, borrow_piece, give_back, read_into, remove_remains
 from interp_assets.storage.process_names import number_process
 
 
@@ -72,10 +72,10 @@ def test_an_aborted_file_leaves_nothing_and_its_pieces_serve_again(tmp_path: Pat
         writer.abort()
         writer.abort()
     assert list(tmp_path.iterdir()) == []
-    borrowed = [PIECES.borrow() for _ in range(12)]
+    borrowed = [borrow_piece() for _ in range(12)]
     assert len({id(piece) for piece in borrowed}) == 12
     for piece in borrowed:
-        PIECES.give_back(piece)
+        give_back(piece)
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path, data: bytes) -> None:

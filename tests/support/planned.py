@@ -1,10 +1,11 @@
-"""The shards of a corpus, planned without notes."""
+"""Pipelines as tests want them: a corpus planned without notes, and a plan that is carried out otherwise."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from interp_assets.corpus.sources import survey_sources
 from interp_assets.planning.config import CorpusConfig
-from interp_assets.planning.pipeline import ShardSource
+from interp_assets.planning.pipeline import Pipeline, ShardSource
 from interp_assets.storage.seen import SeenFiles
 
 
@@ -12,3 +13,9 @@ def plan_sources(config: CorpusConfig, seed: int, closed: Sequence[int] = ()) ->
     """Divide the corpus into shards, reading all of it. Arguments and errors as for `survey_sources`."""
     with SeenFiles(None) as seen:
         return survey_sources(config, seed, closed, seen).shards
+
+
+def executing(pipeline: Pipeline, **changes: Any) -> Pipeline:
+    """Return a pipeline that is the same but for fields of `execution`, which nothing's id depends on."""
+    execution = pipeline.config.execution.model_copy(update=changes)
+    return Pipeline(pipeline.config.model_copy(update={"execution": execution}), pipeline.plan)

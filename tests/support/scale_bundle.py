@@ -75,7 +75,7 @@ def build_scale_bundle(store: Store, *, n_features: int, seed: int = 0, pool: in
     """Write a bundle of `n_features` invented features into `6-web` of `store`; at most `pool` records are made, then they repeat."""
     start = time.perf_counter()
     n_records = min(pool, n_features)
-    identity = {"synthetic": 5, "seed": seed, "n_features": n_features, "pool": n_records}
+    identity = {"synthetic": 6, "seed": seed, "n_features": n_features, "pool": n_records}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=f"synthetic-{n_features}")
     existing = find_manifest(store, ref)
     if existing:

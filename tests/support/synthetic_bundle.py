@@ -62,7 +62,7 @@ class InventedText(NamedTuple):
 def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0, n_documents: int = 48, sae: str = "synthetic") -> Produced:
     """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature."""
     start = time.perf_counter()
-    identity = {"synthetic": 4, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae}
+    identity = {"synthetic": 5, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=sae)
     existing = find_manifest(store, ref)
     if existing:
@@ -71,9 +71,14 @@ def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0,
     records = [_make_record(text, seed, latent, n_features) for latent in range(n_features)]
     tokens = TokenOrder(text.vocabulary.order)
     members = (pack_record(record, tokens) for record in records)
-    layout = embed_directions(stream(seed, "synthetic", "decoder").generator().normal(0, 1, (n_features, 8)).astype(np.float32))
+    W_dec = stream(seed, "synthetic", "decoder").generator().normal(0, 1, (n_features, 8)).astype(np.float32)
     content = BundleContent(
-        describe_invented(n_features, text, sae), lambda: [make_synthetic_table(text.vocabulary, records)], members, text.vocabulary, layout
+        describe_invented(n_features, text, sae),
+        lambda: [make_synthetic_table(text.vocabulary, records)],
+        members,
+        text.vocabulary,
+        embed_directions(W_dec),
+        W_dec,
     )
     with create_artifact(store, ref) as art:
         write_bundle(art, content)
@@ -210,6 +215,7 @@ def _window(text: InventedText, activations: NDArray[np.float64], row: int) -> d
         "document": f"invented/module_{document:03d}.py",
         "tokens": text.token_ids[first:last].tolist(),
         "peak": row - first,
+        "position": place,
         "activation": float(activations[row]),
         "activations": [[int(offset), float(inside[offset])] for offset in np.flatnonzero(inside)],
         "masked": np.flatnonzero(text.token_ids[first:last] == BOS).tolist(),

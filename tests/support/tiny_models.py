@@ -1,5 +1,6 @@
 """Tiny models of several architectures with random weights and a byte-level tokenizer, saved as `save_pretrained` does."""
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,19 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    DistilBertConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OPTConfig,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -51,14 +60,33 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma3_text": Gemma3TextConfig(**_GROUPED),
     "qwen2": Qwen2Config(**{**_SIZES, "num_key_value_heads": 1}),
     "qwen3": Qwen3Config(**_GROUPED),
+    "olmo2": Olmo2Config(**{**_SIZES, "num_key_value_heads": 1}),
     "bert": BertConfig(**_SIZES),
 }
 DECODERS = [name for name in CONFIGS if name != "bert"]
+_OLD = {"n_layer": 2, "n_head": 2, "n_embd": D_MODEL, "n_positions": CONTEXT, "vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 257}
+_OPT = {**_SIZES, "ffn_dim": 32, "word_embed_proj_dim": D_MODEL}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+_LAYERS = {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}
+MORE_CONFIGS: dict[str, PreTrainedConfig] = {
+    "gpt_neo": GPTNeoConfig(**{**_SIZES, **_LAYERS}),
+    "gptj": GPTJConfig(**_OLD, rotary_dim=4),
+    "mistral": MistralConfig(**_GROUPED, sliding_window=4),
+    "phi": PhiConfig(**_SIZES),
+    "gpt_oss": GptOssConfig(**{**_GROUPED, "num_attention_heads": 4, "num_key_value_heads": 2, **_EXPERTS}),
+    "opt": OPTConfig(**_OPT),
+    "opt_350m": OPTConfig(**_OPT, do_layer_norm_before=False),
+    "neox_serial": GPTNeoXConfig(**_SIZES, use_parallel_residual=False),
+    "distilbert": DistilBertConfig(n_layers=2, n_heads=2, dim=D_MODEL, hidden_dim=32, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT),
+}
+"""More architectures, for what is inside a block."""
+INSIDE = [*CONFIGS, *MORE_CONFIGS]
+ENCODERS = ["bert", "distilbert"]
 
 
 def make_net(kind: str) -> PreTrainedModel:
     """Build a network whose every weight, norms and biases too, is random but the same each time."""
-    config = CONFIGS[kind]
+    config = deepcopy({**CONFIGS, **MORE_CONFIGS}[kind])  # a network writes into its own
     net = (AutoModel if is_encoder(config) else AutoModelForCausalLM).from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -433,6 +433,16 @@ def test_a_misspelled_asset_is_refused_before_anything_is_loaded(tmp_path: Path)
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_of_a_known_model_needs_no_pytorch() -> None:
+    """`interp plan` is asked after each change of a line of YAML; PyTorch and transformers alone take six seconds of it."""
+    program = (
+        "import sys, interp_assets.corpus.plan, interp_assets.terminal.forecast\n"
+        "print(sorted({'torch', 'transformers', 'dagster', 'numba'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_a_disk_that_is_full_for_dagsters_history_is_no_bug_of_ours() -> None:
     """The history lies beside the data: SQLite is often the first to find no room, and says it inside other errors."""
     error = RuntimeError("an event was not stored")

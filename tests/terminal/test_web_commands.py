@@ -1,6 +1,8 @@
 """`interp export` and `interp labels import` do from a terminal what the functions do, and say what they did."""
 
+import shutil
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,8 @@ from interp_assets.errors import InputError
 from interp_assets.planning.config import make_config
 from interp_assets.storage.store import open_store
 from interp_assets.terminal.cli import app
-from interp_assets.terminal.web import make_desk, read_token
-from interp_assets.web.opened import OpenBundle, list_bundles
+from interp_assets.terminal.web import find_notes, make_desk, read_token
+from interp_assets.web.opened import OpenBundle, find_bundles, list_bundles
 from interp_assets.web.server import STATIC
 
 
@@ -87,6 +89,23 @@ def test_without_a_pipeline_beside_it_a_bundle_is_served_without_search_by_examp
     assert desk.examples == {}
     assert desk.notes == tmp_path / "notes"
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_notes_lie_beside_the_pipeline_wherever_one_works(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who starts the browser from another folder must find the same notes, and those of earlier releases are not lost in silence."""
+    pipeline = tmp_path / "data" / "demo"
+    shutil.copytree(bundle, pipeline / "6-web" / bundle.name)
+    wanted = tmp_path / "data" / "feature-notes"
+    for url in (tmp_path / "data", pipeline, pipeline / "6-web", pipeline / "6-web" / bundle.name):
+        assert find_notes(find_bundles(str(url))) == wanted
+    sent = shutil.copytree(bundle, tmp_path / "sent" / bundle.name)
+    assert find_notes(find_bundles(str(sent))) == tmp_path / "sent" / "feature-notes"
+    assert capsys.readouterr().out == ""
+    with chdir(tmp_path):
+        (tmp_path / "feature-notes").mkdir()
+        (tmp_path / "feature-notes" / f"{bundle.name}.json").write_text("{}")
+        assert find_notes(find_bundles(str(pipeline))) == wanted
+    assert f"those in {tmp_path / 'feature-notes'} are not shown" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_a_token_comes_from_a_file_and_not_from_the_command(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from interp_assets.harvest.refs import statistics_ref
 from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors
 from interp_assets.planning.config import make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.shuffle.mixed import mixed_specs, save_mixed
+from interp_assets.shuffle.mixed import save_mixed
 from interp_assets.shuffle.refs import mixed_shard_ref, n_mixed_shards
+from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import create_artifact
 from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import as_bytes, save_tensors
@@ -62,7 +63,7 @@ def _make_planted(
             "shuffle": {"fan_out": 3},
             "saes": [{"hook_point": HOOK, **fields} for fields in saes],
             "features": {"saes": []},
-            "execution": {"device": "cpu"},
+            "execution": {"device": "cpu", "profile_steps": 0},
         }
     )
     shards = [ShardSource(index=i, fingerprint=f"text-{i}", n_documents=2, n_bytes=100, spec={}) for i in range(3)]
@@ -98,7 +99,8 @@ def _write_rows(pipeline: Pipeline, store: Store, rows: Tensor, hook_point: str)
         part = rows[bounds[bucket] : bounds[bucket + 1]]
         ids = np.arange(bounds[bucket], bounds[bucket + 1], dtype=np.uint64)
         with create_artifact(store, mixed_shard_ref(pipeline, hook_point, bucket)) as art:
-            save_mixed(art, iter([as_bytes(part)]), iter([ids]), mixed_specs(len(part), d_in, "bfloat16"))
+            fmt = RowFormat(d_in, "bfloat16")
+            save_mixed(art, [(ids, np.frombuffer(as_bytes(part), np.uint8).reshape(-1, fmt.row_bytes))], len(part), fmt)
     exact = rows.double().nan_to_num()
     statistics = ActivationStatistics(
         len(rows), exact.sum(0), exact.square().sum(0), float(exact.norm(dim=1).sum()), torch.zeros(64, dtype=torch.int64)

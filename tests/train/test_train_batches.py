@@ -1,5 +1,6 @@
 """Batches are a pure function of (manifests, seed, number)."""
 
+import threading
 from itertools import islice
 
 import pytest
@@ -96,6 +97,7 @@ def test_a_reader_that_is_left_early_stops_its_thread(make_planted) -> None:
     reader = iter_batches(planted.store, shards, make_row_order(shards, 0, 16, HOOK), 10, range(10_000))
     next(reader)
     reader.close()
+    assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
 
 
 def test_rows_of_another_width_are_refused(make_planted) -> None:

@@ -21,4 +21,4 @@ def test_quality_outside_its_bounds_is_explained(make_planted) -> None:
 def _judge(pipeline: Pipeline, store: Store, name: str, fvu: float, dead_share: float) -> list[str]:
     with create_artifact(store, evaluation_ref(pipeline, name), replace=True) as art:
         art.facts |= {"fvu": fvu, "dead_share": dead_share}
-    return list(QUALITY_BOUNDS.verdict(pipeline, store, [name]).wrong)
+    return list(QUALITY_BOUNDS.verdicts(pipeline, store, [name])[name].wrong)

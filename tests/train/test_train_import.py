@@ -123,18 +123,21 @@ def test_the_classes_of_dictionary_learning_are_the_same_functions(tmp_path: Pat
     [
         ("blocks.20.hook_resid_post", "resid_post.20"),
         ("blocks.3.hook_mlp_out", "mlp_out.3"),
-        ("layers.20", "resid_post.20"),
-        ("model.layers.7.mlp", "mlp_out.7"),
-        ("h.5", "resid_post.5"),
-        ("gpt_neox.layers.4.attention", "attn_out.4"),
         ("resid_post_layer_12", "resid_post.12"),
-        ("blocks.2.attn.hook_z", ""),
+        ("resid_out_layer3", "resid_post.3"),
+        ("layers.20", ""),
+        ("model.layers.7.mlp", ""),
+        ("mlp_out_layer_3", ""),
+        ("input of resid_post_layer_3", ""),
+        ("blocks.3.hook_resid_mid", "resid_mid.3"),
+        ("blocks.2.attn.hook_z", "z.2"),
+        ("blocks.2.attn.hook_q", ""),
         ("layers.2.self_attn.q_proj", ""),
         ("unembed", ""),
     ],
 )
 def test_hook_points_of_other_tools_have_our_names(name: str, expected: str) -> None:
-    """A place that has no name here must not be taken for another one."""
+    """A place that has no name here, or whose name depends on the model, must not be taken for another one."""
     assert translate_hook(name) == expected
 
 
@@ -149,7 +152,7 @@ STANDARD = {"architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "
         (STANDARD, {"b_enc": torch.full((D_SAE,), torch.nan)}, "b_enc of this SAELens SAE holds NaN or infinity. Take another checkpoint"),
         (STANDARD, {"scaling_factor": torch.full((D_SAE,), 2.0)}, "has a scaling_factor of its latents"),
         ({**STANDARD, "normalize_activations": "constant_norm_rescale"}, {}, "normalize_activations 'constant_norm_rescale'"),
-        ({**STANDARD, "normalize_activations": "layer_norm"}, {}, "Fold the scale into the weights"),
+        ({**STANDARD, "normalize_activations": "layer_norm"}, {}, "row by row, which no weights can hold"),
         ({**STANDARD, "architecture": "topk"}, {}, r"cfg.json of this SAELens SAE has no 'k'; it has \['architecture', .*Copy or save it again"),
         ({**STANDARD, "architecture": "temporal"}, {}, r"is of architecture 'temporal'; \['gated', "),
         ({**LEGACY, "activation_fn_str": "tanh-relu"}, {}, "activation function 'tanh-relu'; relu and topk are read"),
@@ -292,7 +295,7 @@ def test_the_digest_identifies_an_imported_sae_not_its_folder(foreign_pipeline: 
     assert sae_ref(again, "foreign") == sae_ref(foreign_pipeline, "foreign")
     assert evaluation_ref(again, "foreign") == evaluation_ref(foreign_pipeline, "foreign")
     cfg = json.loads((moved / "cfg.json").read_text())
-    (moved / "cfg.json").write_text(json.dumps({**cfg, "note": "another file"}))
+    (moved / "cfg.json").write_text(json.dumps({**cfg, "neuronpedia_id": "another file"}))
     store = open_store(config.root).child(config.name)
     with pytest.raises(
         InputError, match=r"have the digest [0-9a-f]{32}, imported_digest says [0-9a-f]{32}: they are not the ones .* `interp import`"

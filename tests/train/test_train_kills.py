@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from planned import executing
 
 from interp_assets.errors import InterpError
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store, save_plan
@@ -46,8 +47,7 @@ def make_grid(make_planted, root: Path, n: int, n_slices: int) -> tuple[Pipeline
     """Plan the sweep under a root of its own, for `n` processes that divide the latents `n_slices` times."""
     planted = make_planted(SAES, root=str(root))
     changes = {"processes": n, "latent_processes": n_slices, "checkpoint_steps": CHECKPOINT_STEPS, "profile_steps": 0}
-    execution = planted.pipeline.config.execution.model_copy(update=changes)
-    pipeline = Pipeline(planted.pipeline.config.model_copy(update={"execution": execution}), planted.pipeline.plan)
+    pipeline = executing(planted.pipeline, **changes)
     store = open_pipeline_store(pipeline.config)
     save_plan(store, pipeline.plan)
     return pipeline, store

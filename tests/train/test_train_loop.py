@@ -6,6 +6,7 @@ import json
 import polars as pl
 import pytest
 import torch
+from planned import executing
 
 from interp_assets.errors import InputError, NonFiniteError, PlanError
 from interp_assets.planning.config import make_config
@@ -16,7 +17,7 @@ from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.batches import make_row_order
 from interp_assets.train.checkpoint import load_sae
-from interp_assets.train.loop import Execution, raise_if_out_of_memory, train_saes, training_rows
+from interp_assets.train.loop import raise_if_out_of_memory, train_saes, training_rows
 from interp_assets.train.losses.topk import auxk_count
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.refs import sae_ref
@@ -73,8 +74,8 @@ def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(make_planted,
     expected = train(whole.pipeline, whole.store)
     for n_batches in (1, 9, 8):
         with pytest.raises(KilledError):
-            train(killed.pipeline, killed.store, progress=kill_after(n_batches, 100), execution=Execution(checkpoint_steps=4))
-    found = train(killed.pipeline, killed.store, execution=Execution(checkpoint_steps=4))
+            train(executing(killed.pipeline, checkpoint_steps=4), killed.store, progress=kill_after(n_batches, 100))
+    found = train(executing(killed.pipeline, checkpoint_steps=4), killed.store)
     assert found.digest == expected.digest
 
 
@@ -104,7 +105,7 @@ def test_saes_that_stopped_at_different_steps_resume_together(make_planted) -> N
     whole, killed = make_planted(saes), make_planted(saes)
     expected = train_saes(whole.pipeline, whole.store, ["a", "b"])
     with pytest.raises(KilledError):
-        train(killed.pipeline, killed.store, "b", progress=kill_after(12, 100), execution=Execution(checkpoint_steps=5))
+        train(executing(killed.pipeline, checkpoint_steps=5), killed.store, "b", progress=kill_after(12, 100))
     found = train_saes(killed.pipeline, killed.store, ["a", "b"])
     assert {name: item.manifest.digest for name, item in found.items()} == {name: item.manifest.digest for name, item in expected.items()}
 
@@ -115,7 +116,7 @@ def test_checkpoints_are_pruned_and_go_when_the_sae_is_published(make_planted) -
     ref = sae_ref(planted.pipeline, "a")
     folder = f"{ref.path}.checkpoints"
     with pytest.raises(KilledError):
-        train(planted.pipeline, planted.store, progress=kill_after(15, 100), execution=Execution(checkpoint_steps=2))
+        train(executing(planted.pipeline, checkpoint_steps=2), planted.store, progress=kill_after(15, 100))
     kept = {item.path.split("/")[2].split("-")[1] for item in planted.store.list(folder)}
     assert kept == {"00000012", "00000014"}
     train(planted.pipeline, planted.store)
@@ -127,7 +128,7 @@ def test_a_damaged_checkpoint_is_passed_over(make_planted) -> None:
     saes = [{"name": "a", **TINY}]
     planted, whole = make_planted(saes), make_planted(saes)
     with pytest.raises(KilledError):
-        train(planted.pipeline, planted.store, progress=kill_after(15, 100), execution=Execution(checkpoint_steps=2))
+        train(executing(planted.pipeline, checkpoint_steps=2), planted.store, progress=kill_after(15, 100))
     path = checkpoint_ref(sae_ref(planted.pipeline, "a"), 14).path + "/state.safetensors"
     data = bytearray(planted.store.get(path))
     data[-1] ^= 1
@@ -257,7 +258,7 @@ def test_a_checkpoint_of_another_configuration_is_passed_over(make_planted) -> N
     saes = [{"name": "a", **TINY}, {"name": "b", **TINY, "learning_rate": 1e-3}]
     planted, whole = make_planted(saes), make_planted(saes)
     with pytest.raises(KilledError):
-        train(planted.pipeline, planted.store, progress=kill_after(15, 100), execution=Execution(checkpoint_steps=5))
+        train(executing(planted.pipeline, checkpoint_steps=5), planted.store, progress=kill_after(15, 100))
     source, target = (checkpoint_ref(sae_ref(planted.pipeline, name), 10).path for name in ("a", "b"))
     for name in ("state.safetensors", "log.json", "manifest.json"):
         planted.store.put(f"{target}/{name}", planted.store.get(f"{source}/{name}"))

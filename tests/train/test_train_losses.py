@@ -327,3 +327,24 @@ def test_groups_are_nested_prefixes_of_the_recipe() -> None:
 def test_auxk_takes_half_the_width_rounded_to_a_power_of_two() -> None:
     """Gao et al. 2024, appendix A.2."""
     assert [auxk_count(d_in) for d_in in (2, 256, 768)] == [1, 128, 1 << round(math.log2(384))]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("n_dead", [2, D_SAE])
+def test_auxk_is_zero_where_all_rows_have_the_same_error(scale: float, n_dead: int) -> None:
+    """Divided by what rounding leaves of a variance it was 2.5e7; errors that do vary a little are measured as in float64."""
+    weights, context = {name: value.detach() for name, value in make_weights("topk").items()}, make_context(dead=list(range(n_dead)))
+    x, row = draw(BATCH, D_IN, seed=9) * scale, draw(1, D_IN, seed=10) * scale
+    steps = torch.tensor([0.0, 1e-7, 1e-2])[:, None, None] * draw(3, BATCH, D_IN, seed=11) * scale
+    with torch.no_grad():
+        found = []
+        for error in (row + step for step in steps):
+            gradients = {name: torch.zeros_like(value) for name, value in weights.items()}
+            found.append((float(add_auxk(weights, gradients, x, error, context)), any(gradient.any() for gradient in gradients.values())))
+    assert found[:2] == [(0.0, False)] * 2
+    dead = torch.arange(n_dead)
+    pre = x.double() @ weights["W_enc_T"][dead].double().T + weights["b_enc"][dead].double()
+    level = pre.topk(min(auxk_count(D_IN), n_dead), dim=1).values[:, -1:]
+    missed = row.double() + steps[2].double() - torch.where((pre >= level) & (pre > 0), pre, 0.0) @ weights["W_dec"][dead].double()
+    error = row.double() + steps[2].double()
+    assert found[2][0] == pytest.approx(float(missed.square().sum() / (error - error.mean(0)).square().sum()), rel=1e-3)

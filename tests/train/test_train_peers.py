@@ -176,7 +176,8 @@ def test_files_have_the_names_shapes_and_keys_that_the_tools_read(exported: Answ
     config = json.loads((folder / ("config.json" if tool == "dictionary_learning" else "cfg.json")).read_text())
     assert set(config) == KEYS[tool] | ({"d_out"} if (tool, name) == ("saelens", "relu_skip") else set())
     if tool == "dictionary_learning":
-        trainer = {"activation_dim": 16, "dict_size": 48, "lm_name": "builtin:pystdlib_gpt2", "layer": 0, "submodule_name": "resid_post_layer_0"}
+        trainer = {"activation_dim": 16, "dict_size": 48, "lm_name": "builtin:pystdlib_gpt2", "layer": 0}
+        trainer |= {"submodule_name": "resid_post_layer_0", "hook_point": "resid_post.0"}
         kind = {"dict_class": "AutoEncoderTopK", "k": 3} if name == "topk" else {"dict_class": "JumpReluAutoEncoder"}
         assert config["trainer"] == {**trainer, **kind}
     if tool == "saelens":

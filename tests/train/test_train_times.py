@@ -13,11 +13,12 @@ import numba
 import numpy as np
 import pytest
 import torch
+from planned import executing
 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.errors import ArtifactCorruptError
 from interp_assets.storage.manifest import Manifest, create_artifact, load_manifest, read_file
-from interp_assets.train.loop import Execution, train_saes
+from interp_assets.train.loop import train_saes
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.profile import LOSS, NORMALIZE, PHASES, UPDATE, StepProfiler, group_of
 from interp_assets.train.recipes import RECIPES
@@ -43,7 +44,7 @@ def test_a_profiled_training_has_the_same_weights(make_planted, architecture: st
     """Watching must not touch what is watched: digest for digest."""
     saes = [{"name": "a", "architecture": architecture, **TINY}]
     watched, alone = make_planted(saes), make_planted(saes)
-    found = train_saes(watched.pipeline, watched.store, ["a"], execution=Execution(profile_steps=3))["a"].manifest
+    found = train_saes(executing(watched.pipeline, profile_steps=3), watched.store, ["a"])["a"].manifest
     expected = train_saes(alone.pipeline, alone.store, ["a"])["a"].manifest
     assert found.timed == ["profile.json", "times.json", "trace.json.gz"]
     assert expected.timed == ["times.json"]
@@ -53,7 +54,7 @@ def test_a_profiled_training_has_the_same_weights(make_planted, architecture: st
 def test_a_profile_says_where_the_time_went(make_planted) -> None:
     """Shares of phases and groups are of the window's wall time, and every SAE of the run takes part."""
     planted = make_planted([{"name": "a", **TINY}, {"name": "b", **TINY, "architecture": "topk"}])
-    produced = train_saes(planted.pipeline, planted.store, ["a", "b"], execution=Execution(profile_steps=4))
+    produced = train_saes(executing(planted.pipeline, profile_steps=4), planted.store, ["a", "b"])
     profile = read_json(planted, produced["b"].manifest, "profile.json", "b")
     assert profile["steps"] == [10, 14]
     assert profile["trace"] == f"{produced['a'].ref.path}/trace.json.gz"
@@ -73,7 +74,7 @@ def test_a_profile_says_where_the_time_went(make_planted) -> None:
 def test_a_trace_opens_in_a_timeline_viewer(make_planted) -> None:
     """Chrome's trace format, with our phases as ranges, and without the name of the machine."""
     planted = make_planted([{"name": "a", **TINY}])
-    manifest = train_saes(planted.pipeline, planted.store, ["a"], execution=Execution(profile_steps=2))["a"].manifest
+    manifest = train_saes(executing(planted.pipeline, profile_steps=2), planted.store, ["a"])["a"].manifest
     path = sae_ref(planted.pipeline, "a").path
     trace = json.loads(gzip.decompress(read_file(planted.store, path, manifest, "trace.json.gz")))
     assert "host_name" not in trace
@@ -148,7 +149,7 @@ def test_times_add_up_over_interruptions(make_planted) -> None:
             raise KilledError
 
     with pytest.raises(KilledError):
-        train_saes(planted.pipeline, planted.store, ["a"], progress, execution=Execution(checkpoint_steps=4))
+        train_saes(executing(planted.pipeline, checkpoint_steps=4), planted.store, ["a"], progress)
     ref = checkpoint_ref(sae_ref(planted.pipeline, "a"), 12)
     before = parse_times(read_file(planted.store, ref.path, load_manifest(planted.store, ref), "times.json"))
     after = read_json(planted, train_saes(planted.pipeline, planted.store, ["a"])["a"].manifest, "times.json")
@@ -174,11 +175,11 @@ def test_rates_are_of_ordinary_steps() -> None:
 def test_watched_steps_and_first_steps_are_in_no_rate(make_planted) -> None:
     """An SAE of which every step is watched has no speed; `b` starts later, and its first step is not `a`'s speed either."""
     planted = make_planted([{"name": "a", **TINY}, {"name": "b", **TINY, "n_rows": 300}])
-    produced = train_saes(planted.pipeline, planted.store, ["a", "b"], execution=Execution(profile_steps=5))
+    produced = train_saes(executing(planted.pipeline, profile_steps=5), planted.store, ["a", "b"])
     a, b = (read_json(planted, produced[name].manifest, "times.json", name) for name in ("a", "b"))
     assert (a["n_rows"], a["rated_rows"], b["n_rows"], b["rated_rows"]) == (2000, 1400, 300, 200)
     alone = make_planted([{"name": "a", **TINY, "n_rows": 300}])
-    item = train_saes(alone.pipeline, alone.store, ["a"], execution=Execution(profile_steps=5))["a"]
+    item = train_saes(executing(alone.pipeline, profile_steps=5), alone.store, ["a"])["a"]
     times = read_json(alone, item.manifest, "times.json")
     assert times["wall_s"] > 0
     assert [times[name] for name in ("rated_rows", "rows_per_s", "step_rows_per_s", "input_wait_share")] == [0, None, None, None]
@@ -197,7 +198,7 @@ def test_the_first_steps_of_a_member_that_joins_are_in_no_rate(make_planted) -> 
             raise KilledError
 
     with pytest.raises(KilledError):
-        train_saes(planted.pipeline, planted.store, ["a"], progress, execution=Execution(checkpoint_steps=7))
+        train_saes(executing(planted.pipeline, checkpoint_steps=7), planted.store, ["a"], progress)
     produced = train_saes(planted.pipeline, planted.store, ["a", "b"])
     a, b = (read_json(planted, produced[name].manifest, "times.json", name) for name in ("a", "b"))
     assert (a["n_rows"], a["rated_rows"]) == (2000, 600 + 1200)
@@ -214,7 +215,7 @@ def test_an_error_inside_the_window_stops_the_profiler(make_planted) -> None:
             raise KilledError
 
     with pytest.raises(KilledError):
-        train_saes(planted.pipeline, planted.store, ["a"], progress, execution=Execution(profile_steps=5))
+        train_saes(executing(planted.pipeline, profile_steps=5), planted.store, ["a"], progress)
     assert seen == [False] * 10 + [True] * 2
     assert not torch.autograd.profiler._is_profiler_enabled  # torch says it nowhere else
 
@@ -271,7 +272,7 @@ def test_a_checkpoint_that_lost_its_times_keeps_its_weights(make_planted, caplog
             raise KilledError
 
     with pytest.raises(KilledError):
-        train_saes(planted.pipeline, planted.store, ["a"], progress, execution=Execution(checkpoint_steps=4))
+        train_saes(executing(planted.pipeline, checkpoint_steps=4), planted.store, ["a"], progress)
     ref = checkpoint_ref(sae_ref(planted.pipeline, "a"), 12)
     state = read_file(planted.store, ref.path, load_manifest(planted.store, ref), "state.safetensors")
     if damage == "gone":

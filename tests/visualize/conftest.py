@@ -305,6 +305,7 @@ def _expect_window(world: World, dense: list[np.ndarray], latent: int, firing: t
         "document": f"text-{index}-{shard.documents[row]}.py",
         "tokens": [int(shard.token_ids[place]) for place in places],
         "peak": row - low,
+        "position": row - int(np.flatnonzero(shard.contexts == shard.contexts[row])[0]),
         "activation": -activation,
         "activations": [[place - low, float(dense[index][place, latent])] for place in places if dense[index][place, latent] > 0],
         "masked": [place - low for place in places if not shard.valid[place]],

@@ -111,7 +111,7 @@ COLUMNS = [name for name, column in GOLDEN["packed"]["windows"].items() if isins
 @pytest.mark.parametrize("change", [lambda column: column[:-1], lambda column: column + "#"])
 def test_a_column_that_is_too_short_or_too_long_is_refused(name, change):
     """One number more in any column, and nobody could say to which window the others belong."""
-    assert len(COLUMNS) == 10
+    assert len(COLUMNS) == 11
     with pytest.raises(ArtifactCorruptError, match="feature 7 is no feature record"):
         unpack_record(_damage(lambda packed: packed["windows"].update({name: change(packed["windows"][name])})), GOLDEN["order"], "feature 7")
 
@@ -129,8 +129,8 @@ def test_no_flipped_or_missing_byte_of_a_member_gets_past():
     assert n_refused > 2 * len(member) - 16
 
 
-@pytest.mark.parametrize(("version", "step"), [(1, "Materialize `feature_records` and `feature_browser` again"), (3, "Upgrade interp-assets")])
+@pytest.mark.parametrize(("version", "step"), [(2, "Materialize `feature_records` and `feature_browser` again"), (4, "Upgrade interp-assets")])
 def test_another_version_says_what_to_do(version, step):
     """The record tells its version, so that no other layout is ever guessed at."""
-    with pytest.raises(ArtifactForeignError, match=rf"has version {version}; this release reads version 2. {step}"):
+    with pytest.raises(ArtifactForeignError, match=rf"has version {version}; this release reads version 3. {step}"):
         unpack_record(_damage(lambda packed: packed.update(version=version)), GOLDEN["order"], "It")

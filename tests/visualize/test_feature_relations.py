@@ -1,10 +1,13 @@
 """What weights, statistics and co-firing tell about a latent, against the obvious formulas."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from interp_assets.errors import ArtifactCorruptError, NonFiniteError
 from interp_assets.garcon.subject import Unembedding
@@ -63,9 +66,32 @@ def test_statistics_merge_to_the_same_bits_however_rows_are_cut():
     whole = measure_firings(firings, -3)
     owner = np.random.default_rng(2).integers(0, 5, len(firings.row_ids))
     merged = merge_statistics([measure_firings(firings.take(owner == i), -3) for i in (3, 0, 4, 1, 2)])
-    for name in ("count", "sum_q16", "histogram", "maximum"):
+    for name in ("count", "sum_digits", "histogram", "maximum"):
         assert (getattr(merged, name) == getattr(whole, name)).all()
-    assert np.allclose(whole.mean[:6], [firings.activations[firings.offsets[i] : firings.offsets[i + 1]].mean() for i in range(6)], atol=1e-4)
+
+
+@given(
+    st.lists(st.lists(st.floats(2.0**-149, 2.0**127, width=32), min_size=1, max_size=40), min_size=1, max_size=6),
+    st.sampled_from([1e-44, 1e-38, 1e-5, 1e-3, 1.0, 1e4, 1e37]),
+    st.randoms(use_true_random=False),
+)
+def test_means_are_exact_at_any_scale_and_in_any_order(latents, scale, order):
+    """A hook point of small activations has means as good as another's, and one latent may be far from the others."""
+    typical = [scale * (1 + i) / 7 for i in range(200)]
+    rows = [(i, np.float32(value)) for i, values in enumerate([typical, *latents]) for value in values]
+    order.shuffle(rows)
+    parts = [rows[start::3] for start in range(3)]
+    total = merge_statistics([_measure_pairs(part, len(latents) + 1) for part in parts])
+    for i in range(len(latents) + 1):
+        values = [float(value) for latent, value in rows if latent == i]
+        assert total.mean[i] == pytest.approx(math.fsum(values) / len(values), rel=1e-15)
+    assert (total.sum_digits == _measure_pairs(rows[::-1], len(latents) + 1).sum_digits).all()
+    assert total.sum_digits[:, :-1].max() < 1 << 32
+
+
+def _measure_pairs(pairs, n_latents):
+    latents, values = np.array([latent for latent, _ in pairs], np.uint16), np.array([value for _, value in pairs], np.float32)
+    return measure_firings(sort_firings(0, n_latents, latents, np.arange(len(pairs), dtype=np.uint64), values), 0)
 
 
 def test_quantiles_are_values_of_firings_and_the_histogram_comes_near():
@@ -88,6 +114,8 @@ def test_the_histogram_covers_what_an_sae_can_do():
     W_enc = torch.zeros(4, 3)
     W_enc[0] = 2.0
     assert histogram_origin(8.0, W_enc) == 4 + 2 - 16
+    pruned = torch.cat([W_enc, torch.zeros(4, 9)], dim=1)
+    assert histogram_origin(8.0, pruned) == 4 + 2 - 16, "latents that were pruned say nothing of the others"
     with pytest.raises(NonFiniteError, match="mean row norm of the activation statistics is inf"):
         histogram_origin(float("inf"), W_enc)
 
@@ -188,13 +216,13 @@ def test_an_encoder_or_another_width_has_no_logits_and_says_why(make_world, run_
         assert (record["logits"], record["logits_reason"]) == (None, reason)
 
 
-@pytest.mark.parametrize(("hook_point", "is_on_stream"), [("resid_post.0", True), ("module:h.0", True), ("module:h.0.attn.q_norm", False)])
+@pytest.mark.parametrize(("hook_point", "is_on_stream"), [("resid_post.0", True), ("z.0", False), ("module:h.0", True), ("module:h.0.q_norm", False)])
 def test_logit_effects_are_shown_only_where_they_mean_something(hook_point, is_on_stream):
-    """A query projection may be as wide as the residual stream, and its directions move no logits."""
+    """A query projection, or the heads before W_O, may be as wide as the residual stream, and their directions move no logits."""
     matrix = torch.zeros(8, 52)
     found = _at(Unembedding(matrix, "", frozenset({"h.0", "h.0.mlp"})), hook_point)
     assert (found.matrix is matrix) == is_on_stream
-    assert ("h.0.attn.q_norm is not known to write to it" in found.reason) != is_on_stream
+    assert (f"{hook_point.removeprefix('module:')} is not known to write to it" in found.reason) != is_on_stream
 
 
 def test_tables_are_read_by_ranges_of_latents_across_row_groups():

@@ -15,16 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import uvicorn
 from chromium import Visit, lowest_contrast, skip_or_fail
 from synthetic_bundle import build_synthetic_bundle
 
+from interp_assets.errors import InputError
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import Store, open_store
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC, Desk, make_app
+from interp_assets.web.table import FeatureTable, Query
 
 pytestmark = pytest.mark.browser
 
@@ -46,9 +49,12 @@ class Site(NamedTuple):
 class Fixed:
     """Stands for model and SAE: feature 3 fires on the second token, feature 1 on all but the first."""
 
-    def ask(self, text: str) -> dict:
-        assert text
+    def ask(self, text: str, latent: int | None = None) -> dict:
+        if text == "break":
+            raise InputError("The text cannot be run.")
         features = [{"latent": 3, "max": 2.5, "activations": [[1, 2.5]]}, {"latent": 1, "max": 1.0, "activations": [[1, 0.5], [2, 1.0]]}]
+        if latent not in (None, 1, 3):
+            features.append({"latent": latent, "max": 0.0, "activations": []})
         return {"tokens": [0, 5, 6], "masked": [0], "l0": 1.5, "features": features, "by_token": [[], [[3, 2.5], [1, 0.5]], [[1, 1.0]]]}
 
 
@@ -96,6 +102,20 @@ def _until(visit: Visit, expression: str) -> None:
             return
         visit.page.wait_for_timeout(25)
     pytest.fail(f"never became true: {expression}")
+
+
+def _table(site: Site) -> FeatureTable:
+    return OpenBundle(next(place for place in list_bundles(site.store) if place.name == site.name)).table()
+
+
+def _cosine(site: Site, *features: tuple[str, int]) -> float:
+    """Compute a cosine from the rows that the bundles hold."""
+    rows = []
+    for name, latent in features:
+        bundle = OpenBundle(next(place for place in list_bundles(site.store) if place.name == name))
+        width = bundle.description["directions"]["width"]
+        rows.append(np.frombuffer(bundle.read("map/directions.bin"), np.int8).reshape(-1, width)[latent].astype(float))
+    return float(rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1]))
 
 
 def _fits(visit: Visit) -> bool:
@@ -267,6 +287,90 @@ def test_a_drag_over_a_distribution_filters_the_list(visit: Visit, site: Site) -
     visit.page.wait_for_selector("[role=status]:has-text('277 of 300')")
 
 
+def test_a_filter_in_percent_is_taken_and_one_that_is_none_turns_red(visit: Visit, site: Site) -> None:
+    """What is not understood must not look as if it were a filter, nor take away the one that is there."""
+    page = visit.page
+    visit.open(site.page(), "[role=row] a")
+    field = page.get_by_label("Firing frequency: at least")
+    field.fill("2 %")
+    field.press("Enter")
+    _until(visit, "location.hash.includes('filter=frequency%3E%3D0.02')")
+    wanted = len(_table(site).order(Query(life="live", filters=("frequency>=2%",))))
+    page.wait_for_selector(f"[role=status]:has-text('{wanted} of 300')")
+    for text, said in (("often", "“often” is not understood"), ("5", "write 5 %"), ("5 percent", "is not understood")):
+        field.fill(text)
+        field.press("Enter")
+        assert said in page.get_by_role("alert").inner_text()
+        assert field.get_attribute("aria-invalid") == "true"
+        assert page.locator(f"#{field.get_attribute('aria-describedby')}").inner_text() == page.get_by_role("alert").inner_text()
+    assert lowest_contrast(visit) >= 4.5
+    upper = page.get_by_label("Firing frequency: at most")
+    field.fill("2 %")
+    upper.fill("1 %")
+    upper.press("Enter")
+    assert "Nothing is at least 2 % and at most 1 %" in page.get_by_role("alert").inner_text()
+    assert "filter=frequency%3E%3D0.02" in page.url
+    upper.fill("3%")
+    upper.press("Enter")
+    page.wait_for_selector("[role=alert]", state="detached")
+    _until(visit, "location.hash.includes('filter=frequency%3C%3D0.03')")
+    assert field.get_attribute("aria-invalid") == "false"
+
+
+def test_a_search_shows_the_best_match_first_and_marks_it(visit: Visit, site: Site) -> None:
+    """A person must see why each feature is in the list, wherever in its evidence the text was found."""
+    page = visit.page
+    visit.open(site.page(), "[role=row] a")
+    page.get_by_role("searchbox").fill("return")
+    _until(visit, "location.hash.includes('q=return')")
+    wanted = [str(row["latent"]) for row in _table(site).page(Query("relevance", life="live", text="return"), 0, 10).rows]
+    _until(visit, f"[...document.querySelectorAll('.row .latent a')].slice(0, 10).map((a) => a.innerText).join() === '{','.join(wanted)}'")
+    _until(visit, "[...document.querySelectorAll('.row')].slice(0, 10).every((row) => row.querySelector('.tokens mark')?.innerText === 'return')")
+    page.locator("[role=columnheader].max button").click()
+    _until(visit, "location.hash.includes('sort=max')")
+    page.get_by_role("button", name="best match first").click()
+    _until(visit, "!location.hash.includes('sort=')")
+    page.get_by_role("button", name="clear all filters").click()
+    page.wait_for_selector("[role=status]:has-text('277 of 300')")
+    assert page.locator("mark").count() == 0
+
+
+def test_examples_say_where_in_their_context_they_lie(visit: Visit, site: Site) -> None:
+    """The start of a context is a mark and not the name of a token, and each example tells its place."""
+    bundle = OpenBundle(next(place for place in list_bundles(site.store) if place.name == site.name))
+    record = next(
+        record for record in map(bundle.record, range(300)) if any(item["position"] == item["peak"] for item in record["examples"]["random"])
+    )
+    visit.open(site.page(f"/{record['latent']}"), f"h1:has-text('Feature {record['latent']}')")
+    visit.page.wait_for_selector("ol[aria-label='Random activations']")
+    for name, windows in (("Top activations", record["examples"]["top"]), ("Random activations", record["examples"]["random"])):
+        shown = visit.page.locator(f"ol[aria-label='{name}'] .position").all_text_contents()
+        assert [int(text.rpartition(":")[2]) for text in shown] == [window["position"] for window in windows][: len(shown)]
+        assert len(shown) >= 8
+    starts = [window for window in record["examples"]["random"] if window["position"] == window["peak"]]
+    marks = visit.page.locator("ol[aria-label='Random activations'] .edge[title^='start of the context']")
+    assert marks.count() == len(starts) > 0
+    assert set(marks.all_inner_texts()) == {"⊢"}
+    assert "<|bos|>" not in visit.page.locator(".column.examples").inner_text()
+
+
+def test_a_feature_leads_to_its_place_on_the_map_in_a_text_and_in_the_list(visit: Visit, site: Site) -> None:
+    """Whoever looks at a feature looks at it from several sides, and comes back to it."""
+    page = visit.page
+    visit.open(site.page("/4"), "h1:has-text('Feature 4')")
+    page.get_by_role("link", name="Map").click()
+    page.wait_for_selector(".below a:has-text('feature 4')")
+    page.get_by_role("link", name="Feature 4", exact=True).click()
+    page.wait_for_selector("h1:has-text('Feature 4')")
+    page.get_by_role("link", name="Try").click()
+    _until(visit, "document.querySelector('textarea')?.value.length > 10")
+    page.get_by_role("button", name="Run").click()
+    page.wait_for_selector(".found .chosen .latent:has-text('4')")
+    assert "does not fire here" in page.locator(".found .chosen").inner_text()
+    page.get_by_role("link", name="List").click()
+    page.wait_for_selector(".row.selected .latent:has-text('4')")
+
+
 def test_a_bar_of_the_histogram_opens_its_examples(visit: Visit, site: Site) -> None:
     """From a number to the text behind it, by mouse or keyboard, and in the address."""
     visit.open(site.page("/1"), "h1:has-text('Feature 1')")
@@ -319,6 +423,10 @@ def test_pages_fit_a_telephone(visit: Visit, site: Site) -> None:
     visit.page.locator(".row .latent a").nth(2).click()
     visit.page.wait_for_selector("h1:has-text('Feature 2')")
     assert _fits(visit)
+    visit.page.wait_for_selector(".evidence section")
+    places = [visit.page.locator(where).bounding_box() for where in (".column.examples", ".column.evidence", ".column.context")]
+    assert [place["y"] for place in places] == sorted(place["y"] for place in places)  # what a person came for stands first
+    assert places[0]["y"] < NARROW["height"] / 2
     visit.page.get_by_role("button", name="Windows").click()
     visit.page.wait_for_selector(".provenance")
     assert _fits(visit)
@@ -450,6 +558,11 @@ def test_two_features_stand_side_by_side(visit: Visit, site: Site) -> None:
     assert visit.page.locator("section h2").all_inner_texts()[0].startswith("Feature 1")
     assert visit.page.locator("section h2").all_inner_texts()[1].startswith("Feature 2")
     assert "decoder cosine" in visit.page.locator("table").inner_text()
+    record = OpenBundle(next(place for place in list_bundles(site.store) if place.name == site.name)).record(1)
+    other = next(latent for latent in range(2, 300) if latent not in {near for near, _ in record["neighbours"]})
+    visit.open(site.page(f"/1/with/{site.name}/{other}"), f"table a:has-text('Feature {other}')")
+    shown = f"{_cosine(site, (site.name, 1), (site.name, other)):.2f}".replace("-", "\N{MINUS SIGN}")
+    assert f"decoder cosine\t{shown}" in visit.page.locator("table").inner_text()
     visit.page.set_viewport_size(NARROW)
     assert _fits(visit)
     visit.page.reload()
@@ -465,7 +578,7 @@ def test_features_of_two_saes_stand_side_by_side(visit: Visit, site: Site) -> No
     visit.page.wait_for_selector("h1:has-text('Two features')")
     rows = dict(row.split("\t", 1) for row in visit.page.locator("table").inner_text().splitlines() if "\t" in row)
     assert rows["SAE"].split("\t") == ["synthetic", "second"]
-    assert rows["decoder cosine"].startswith("of two SAEs: not measured")
+    assert rows["decoder cosine"] == f"{_cosine(site, (site.name, 3), (second, 3)):.2f}".replace("-", "\N{MINUS SIGN}")
     for i, name in enumerate((site.name, second)):
         record = OpenBundle(next(place for place in list_bundles(site.store) if place.name == name)).record(3)
         assert rows["firings"].split("\t")[i] == f"{record['statistics']['count']:,}"
@@ -516,10 +629,30 @@ def test_a_text_shows_which_features_fire_on_it(visit: Visit, site: Site) -> Non
     visit.page.wait_for_selector("h1:has-text('Feature 1')")
 
 
+def test_a_text_that_fails_leaves_no_older_answer(unhappy_visit: Visit, site: Site) -> None:
+    """Results under an error look like its own; while the model is loaded, the page says so."""
+    page = unhappy_visit.page
+    unhappy_visit.open(site.page("/try"), "textarea")
+    field, button = page.get_by_role("textbox", name="Text"), page.locator("form button")
+    page.route(re.compile(r"/try\?"), lambda route: (said.append((button.inner_text(), page.get_by_role("status").inner_text())), route.continue_()))
+    said: list[tuple[str, str]] = []
+    for text in ("def in", "def in"):
+        field.fill(text)
+        button.click()
+        page.wait_for_selector(".found a")
+    field.fill("break")
+    button.click()
+    page.wait_for_selector("[role=alert]:has-text('The text cannot be run.')")
+    assert page.locator(".found, .text").count() == 0
+    assert [shown[0] for shown in said] == ["Loading the model…", "Running…", "Running…"]
+    assert "Loading the model" in said[0][1]
+
+
 def test_the_map_shows_every_live_feature(visit: Visit, site: Site) -> None:
     """Points by range requests, never more than a million; the keyboard moves, zooms and picks; it says what its axes are worth."""
     visit.open(site.page("/map"), "canvas")
     _until(visit, "document.querySelector('canvas').dataset.points === '277'")
+    assert "Two dimensions show too little" not in visit.page.locator("main").inner_text()  # of eight dimensions they show a third
     assert "of the variance" in visit.page.locator("main").inner_text()
     assert [request for request in visit.requests if request.url.endswith("map/tiles.bin") and "range" in request.headers]
     canvas = visit.page.locator("canvas")

@@ -59,7 +59,11 @@ def test_neuronpedia_lines_have_the_keys_of_its_importer(bundle: OpenBundle, mem
     activations = [json.loads(line) for line in gzip.decompress(files[f"{folder}/activations/batch-0.jsonl.gz"]).splitlines()]
     assert set(activations[0]) == set(KEYS["neuronpedia_activation"])
     assert len({activation["id"] for activation in activations}) == len(activations)
-    assert all(activation["values"][activation["maxValueTokenIndex"]] > 0 for activation in activations)
+    for activation in activations:
+        values = activation["values"]
+        assert values[activation["maxValueTokenIndex"]] == activation["maxValue"] == max(values)
+        assert values[activation["qualifyingTokenIndex"]] > 0
+    assert any(activation["maxValueTokenIndex"] != activation["qualifyingTokenIndex"] for activation in activations)
 
 
 def test_dashboard_batches_have_the_keys_of_their_reader(bundle: OpenBundle, memory_store: Store) -> None:

@@ -168,3 +168,23 @@ def test_the_page_of_the_format_is_true(bundle: OpenBundle, tmp_path: Path) -> N
     example = json.loads(PAGE.split("```json")[1].split("```")[0])
     (tmp_path / "demo.json").write_text(json.dumps(example))
     assert Notebook(tmp_path, "demo").read()["lists"] == {"to check": [40, 7]}
+
+
+def test_labels_that_somebody_cut_off_are_read_and_odd_rows_named(bundle: OpenBundle, tmp_path: Path) -> None:
+    """Half a surrogate pair is valid JSON and no text; a row that is a list, or a score beyond any number, is a bad row and no bug of ours."""
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(b'{"latent": 3, "label": "cut \\ud83d off", "source": "\\udc00"}\n')
+    import_labels(bundle, path)
+    assert (find_labels(bundle)[0].of([3])[0]["text"], find_labels(bundle)[0].of([3])[0]["source"]) == ("cut \ufffd off", "\ufffd")
+    path.write_bytes(b'[1]\n7\n{"latent": 3, "label": "x", "source": "s", "score": 1' + b"0" * 400 + b"}\n")
+    with pytest.raises(InputError, match=r"3 bad rows: row 1: it is a list, not names and values; row 2: it is a int.*; row 3: 1000.* is no score"):
+        import_labels(bundle, path)
+
+
+@pytest.mark.parametrize("data", [gzip.compress(b"{}" * 999)[:20], gzip.compress(b"x")[:10] + b"\xff" * 20, b"no gzip", b""])
+def test_a_damaged_file_of_labels_is_named(bundle: OpenBundle, tmp_path: Path, data: bytes) -> None:
+    """Whatever its format's library raises."""
+    for name in ("labels.jsonl.gz", "labels.jsonl.zst", "labels.parquet", "labels.csv", "labels.jsonl"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InputError, match=name):
+            import_labels(bundle, tmp_path / name)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import open_store
-from interp_assets.web.map import MAX_DEPTH, POINT, TILE, Layout, embed_directions, write_map
+from interp_assets.web.map import DIRECTIONS, MAX_DEPTH, POINT, TILE, Layout, embed_directions, write_directions, write_map
 
 
 def _write(layout: Layout, frequency: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -60,6 +60,20 @@ def test_axes_are_the_principal_components_of_the_unit_rows() -> None:
         assert abs(np.corrcoef(found.xy[:, axis], wanted)[0, 1]) > 1 - 1e-6
     assert found.variance_share == pytest.approx((singular[:2] ** 2).sum() / (singular**2).sum(), abs=1e-4)
     assert embed_directions(W).xy.tobytes() == embed_directions(W).xy.tobytes()
+
+
+def test_directions_keep_their_cosines() -> None:
+    """Any two features are compared by a byte a number; what comes of it is the exact cosine to the digits that are shown."""
+    W_dec = np.random.default_rng(0).normal(0, 1, (64, 256)).astype(np.float32) * np.geomspace(1e-3, 1e3, 64, dtype=np.float32)[:, None]
+    W_dec[1] = 0.7 * W_dec[0] * 1e3 + 0.1 * W_dec[1]
+    W_dec[2] = 0
+    store, ref = open_store("memory://directions"), make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="directions")
+    with create_artifact(store, ref) as art:
+        assert write_directions(art, W_dec) == {"width": 256}
+    rows = np.frombuffer(store.get(f"{ref.path}/{DIRECTIONS}"), np.int8).reshape(64, 256).astype(float)
+    exact, found = (values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-30) for values in (W_dec.astype(float), rows))
+    assert np.abs(exact @ exact.T - found @ found.T).max() < 0.003
+    assert (exact @ exact.T)[0, 1] > 0.5
 
 
 def test_one_dimension_has_a_map_too() -> None:

@@ -108,6 +108,8 @@ def test_bodies_are_bounded_and_checked(client: TestClient) -> None:
     assert client.put(address, content=b"x" * (MAX_BODY_BYTES + 1)).status_code == 413
     assert client.put(address, content=iter([b"{}"])).status_code == 413
     assert client.put(address, json={"note": 3}).status_code == 400
+    for half in (b'{"note": "cut \\ud83d off"}', b'{"note": "", "lists": ["\\udc00"]}', b'{"note": "\xed\xa0\x80"}', b"\xff"):
+        assert client.put(address, content=half, headers={"content-type": "application/json"}).status_code in (200, 400), half
     assert client.put(_address(client, "/notes/20"), json={"note": "x"}).json()["error"]["what"].startswith("There is no feature 20")
     assert client.put(_address(client, "/notes/-1"), json={"note": "x"}).status_code == 400
 

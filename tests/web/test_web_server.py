@@ -11,6 +11,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_names import ODD_NAME
 from synthetic_bundle import build_synthetic_bundle
 
 from interp_assets.errors import ConfigError
@@ -79,7 +80,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Return a folder with one invented bundle, and a secret beside it."""
     root = tmp_path_factory.mktemp("served")
     (root / "secret.txt").write_text("secret")
-    store = open_store(str(root / "store"))
+    store = open_store(str(root / ODD_NAME))
     build_synthetic_bundle(store, n_features=40, n_documents=8)
     return store
 

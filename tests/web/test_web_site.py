@@ -90,7 +90,9 @@ def test_a_site_without_pages_is_refused(exported: tuple[Path, OpenBundle], tmp_
         ("?life=dead", Query(life="dead")),
         ("?sort=mean&filter=max%3E%3D4&filter=count%3C400", Query("mean", False, "live", ("max>=4", "count<400"))),
         ("?q=raised%3Adef&sort=frequency&desc=1", Query("frequency", True, "live", (), "raised:def")),
-        ("?q=%22+in%22+1", Query("latent", False, "live", (), '" in" 1')),
+        ("?q=%22+in%22+1", Query("relevance", False, "live", (), '" in" 1')),
+        ("?q=def&sort=latent&filter=frequency%3C5%25", Query("latent", False, "live", ("frequency<5%",), "def")),
+        ("?q=re&life=all&desc=1", Query("relevance", True, "all", (), "re")),
     ],
 )
 def test_lists_are_the_same_as_on_a_server(visit: Visit, exported: tuple[Path, OpenBundle], address: str, path: str, query: Query) -> None:

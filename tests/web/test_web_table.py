@@ -11,7 +11,7 @@ from interp_assets.errors import InputError
 from interp_assets.storage.store import open_store
 from interp_assets.web.columns import order_by
 from interp_assets.web.opened import OpenBundle, list_bundles
-from interp_assets.web.search import Span, encode_latents, join_spans, mark_latents
+from interp_assets.web.search import Span, encode_latents, join_spans, mark_latents, parse_query
 from interp_assets.web.table import FeatureTable, Query
 
 
@@ -137,6 +137,8 @@ def test_dead_and_live_are_a_partition(table: FeatureTable) -> None:
         (Query(filters=("max>=1",) * 17), "17 filters were given, at most 16"),
         (Query(life="undead"), "'undead' is none of all, live and dead"),
         (Query(text="x" * 201), "has 201 characters, at most 200"),
+        (Query("relevance"), "Cannot sort by 'relevance'"),
+        (Query(filters=("frequency>=2 percent",)), "is no filter; they look like"),
     ],
 )
 def test_queries_that_make_no_sense_are_explained(table: FeatureTable, query: Query, text: str) -> None:
@@ -192,6 +194,39 @@ def test_search_finds_pieces_of_tokens_and_nothing_else(table: FeatureTable, fra
     single = [row["latent"] for row in frame.to_dicts() if any(word.strip() == "1" for name in anywhere for word in row[name])]
     assert "1" in words
     assert table.order(Query(text="1")).tolist() == single
+
+
+@pytest.mark.parametrize("text", ["DEF", '" in"', "raised:for import", "re", "1", "peaks:return re", ")"])
+@pytest.mark.parametrize("life", ["all", "live"])
+def test_a_search_is_ranked_by_its_best_matches(table: FeatureTable, frame: pl.DataFrame, text: str, life: str) -> None:
+    """What a feature fires on counts more than what it raises, that more than what it lowers; the whole token more than its beginning or a piece."""
+    columns = {"peaks": "top_tokens", "raised": "top_logits", "lowered": "bottom_logits"}
+    worth = {"peaks": 7, "raised": 4, "lowered": 1}
+
+    def weigh(row: dict, column: str, part: str) -> int:
+        found = [(name, word.casefold()) for name, key in columns.items() if column in ("", name) for word in row[key]]
+        found = [(name, word) for name, word in found if (word.strip() == part if len(part) == 1 and part.isalnum() else part in word)]
+        close = ((name, word.strip() == part.strip(), word.strip().startswith(part.strip())) for name, word in found)
+        return max((worth[name] + (2 if is_whole else int(is_start)) for name, is_whole, is_start in close), default=0)
+
+    def score(row: dict) -> int:
+        each = [weigh(row, column, part.casefold()) for column, part in parse_query(text)]
+        return sum(each) if all(each) else 0
+
+    rows = [row for row in frame.to_dicts() if score(row) and (life == "all" or not row["is_dead"])]
+    wanted = [row["latent"] for row in sorted(rows, key=lambda row: (-score(row), row["latent"]))]
+    assert wanted
+    assert table.order(Query("relevance", life=life, text=text)).tolist() == wanted
+    assert table.order(Query("relevance", True, life, text=text)).tolist() == wanted[::-1]
+    assert sorted(table.order(Query(life=life, text=text)).tolist()) == sorted(wanted)
+
+
+def test_shares_are_filtered_in_percent_too(table: FeatureTable) -> None:
+    """People read frequencies as percentages, so they write them so."""
+    wanted = table.order(Query(filters=("frequency>=0.02",))).tolist()
+    for text in ("frequency>=2%", "frequency >= 2 %", " frequency>=2.0%"):
+        assert table.order(Query(filters=(text,))).tolist() == wanted
+    assert 0 < len(wanted) < 40
 
 
 @pytest.mark.parametrize("text", ['"', "'; DROP TABLE words; --", "a AND", "NEAR(", "*", "col:x", "(((", "\x00", "{peaks}:", "%", "\u202e"])

@@ -1,12 +1,12 @@
 /**
  * Asks the server, or the files of a static host, and keeps what may be asked again: vocabularies, record indices and the latest records.
- * `site.json` tells which of the two it is: `interp serve` answers it, `interp export --format site` writes it.
+ * `site.json` tells which of the two it is: `interp serve` answers it, `interp export site` writes it.
  */
 import { Problem, asProblem } from './problem';
 import { StaticList } from './files';
 import { decodeRecord, locate, readSpan } from './record';
 import { listParameters, type ListState } from './route';
-import { bytesOf, readPoints, readTiles, type Points, type Tile } from './map';
+import { bytesOf, cosine, readPoints, readTiles, type Points, type Tile } from './map';
 import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, Site, Tried } from './types';
 import { parseVocabulary, type Vocabulary } from './vocabulary';
 
@@ -192,11 +192,24 @@ export async function putNote(name: string, latent: number, note: string, lists:
   return (await response.json()) as Notes;
 }
 
-/** Run a text through model and SAE, on the server. */
-export async function tryText(name: string, text: string): Promise<Tried> {
+/** Run a text through model and SAE, on the server; of `latent` it is told how it fires, however weakly. */
+export async function tryText(name: string, text: string, latent: number | null): Promise<Tried> {
   const site = await getSite();
   if (site.mode === 'static') throw new Problem('Search by example needs a server: this site is files only.', 'Open the bundle with `interp serve` beside its pipeline.');
-  return askJson<Tried>(at(name, `/try?${new URLSearchParams({ text })}`));
+  return askJson<Tried>(at(name, `/try?${new URLSearchParams(latent === null ? { text } : { text, latent: String(latent) })}`));
+}
+
+/** The decoder row of a feature, up to its length. */
+async function getDirection(bundle: Bundle, latent: number): Promise<Int8Array> {
+  const width = bundle.directions!.width;
+  return new Int8Array(await readRange(fileOf(bundle.name, 'map/directions.bin'), latent * width, (latent + 1) * width));
+}
+
+/** The cosine of two decoder rows; null where a bundle holds none, or where they are directions of different spaces. */
+export async function getCosine(a: Bundle, i: number, b: Bundle, j: number): Promise<number | null> {
+  const isOneSpace = a.hook_point === b.hook_point && a.model.fingerprint === b.model.fingerprint && a.directions?.width === b.directions?.width;
+  if (!a.directions || !b.directions || !isOneSpace) return null;
+  return cosine(...(await Promise.all([getDirection(a, i), getDirection(b, j)])));
 }
 
 const tileLists = new Memory<Tile[]>(4);

@@ -2,6 +2,15 @@
 import type { FeatureRecord, Window } from './types';
 
 const NEAR = 8;
+/** Places of a context that count as its start. */
+export const START = 4;
+const FEWEST = 4;
+
+/** How many of some windows have their peak at the start of a context; null where that is less than half of them, or where there are few. */
+export function crowdAtStart(windows: Window[]): number | null {
+  const n = windows.filter((window) => window.position < START).length;
+  return windows.length >= FEWEST && 2 * n >= windows.length ? n : null;
+}
 
 /** Say for each window whether an earlier one has the same tokens around its peak: copied code and boilerplate prove nothing twice. */
 export function findRepeats(windows: Window[]): boolean[] {

@@ -1,10 +1,10 @@
 /**
  * The list of a bundle from its files alone, as `interp_assets/web/table.py` and `search.py` do it on a server: an unfiltered page is a range of an
- * order file and some rows; a filter reads the whole column that it names, a search the postings of its words. Orders and columns that were read
+ * order file and some rows; a filter reads the whole column that it names, a search the postings of its words, by which it is ranked. Orders and columns that were read
  * are kept (4 bytes a feature).
  */
 import { Problem } from './problem';
-import type { ListState } from './route';
+import { RELEVANCE, type ListState } from './route';
 import type { Bundle, FeaturePage, FeatureRow, Place } from './types';
 
 const ROW_BYTES = 76;
@@ -18,17 +18,18 @@ const WIDTHS = [1, 2, 4] as const;
 const KEPT = 4;
 const MAX_PLACED = 1 << 18;
 const SEARCHED = ['peaks', 'raised', 'lowered'];
-const CONDITION = /^(\w+)(>=|<=|>|<)(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)$/;
+const CONDITION = /^(\w+)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(%?)$/;
 const CHANGE = 'Change the query.';
 
 export type ReadFile = (file: string) => Promise<Response>;
 export type ReadRange = (file: string, start: number, stop: number) => Promise<ArrayBuffer>;
 
-/** Bytes [start, stop) of the postings: one list, in numbers of `width` bytes. */
+/** Bytes [start, stop) of the postings: one list, in numbers of `width` bytes, and what a match in it is worth. */
 interface Span {
   start: number;
   stop: number;
   width: number;
+  weight: number;
 }
 
 export class StaticList {
@@ -88,7 +89,8 @@ export class StaticList {
 
   private check(state: ListState): void {
     const { sortable, numeric } = this.bundle.columns;
-    if (!(state.sort in sortable)) throw new Problem(`Cannot sort by '${state.sort}'; the table has ${Object.keys(sortable).join(', ')}.`, CHANGE, 400);
+    const known = [...Object.keys(sortable), ...(state.text.trim() ? [RELEVANCE] : [])];
+    if (!known.includes(state.sort)) throw new Problem(`Cannot sort by '${state.sort}'; the table has ${known.join(', ')}.`, CHANGE, 400);
     for (const filter of state.filters) {
       const name = parseFilter(filter).name;
       if (!(name in numeric)) throw new Problem(`Cannot filter by '${name}'; the numeric columns are ${Object.keys(numeric).join(', ')}.`, CHANGE, 400);
@@ -115,12 +117,16 @@ export class StaticList {
     this.check(state);
     return this.keep(JSON.stringify([state.sort, state.isDescending, state.life, state.filters, state.text.trim()]), async () => {
       const { first, length } = this.span(state);
-      const whole = await this.readOrder(state, first, length, 0, length);
+      const isRanked = state.sort === RELEVANCE;
+      const whole = await this.readOrder(isRanked ? { ...state, sort: 'latent', isDescending: false } : state, first, length, 0, length);
       if (isPlain(state)) return whole;
       const mask = new Uint8Array(this.bundle.d_sae).fill(1);
       for (const filter of state.filters) await this.applyFilter(filter, mask);
-      if (state.text.trim()) await this.applySearch(state.text, mask);
-      return whole.filter((latent) => mask[latent]);
+      const scores = await this.search(state.text);
+      const found = whole.filter((latent) => mask[latent] && (!scores || scores[latent]));
+      if (!isRanked) return found;
+      if (scores) found.sort((a, b) => scores[b]! - scores[a]! || a - b);
+      return state.isDescending ? found.toReversed() : found;
     });
   }
 
@@ -137,24 +143,28 @@ export class StaticList {
     }
   }
 
-  private async applySearch(text: string, mask: Uint8Array): Promise<void> {
+  /** How well each latent matches, 0 where it does not; null without a query. */
+  private async search(text: string): Promise<Uint16Array | null> {
+    if (!parseQuery(text).length) return null;
     const [words, entries] = await Promise.all([this.allWords(), this.allEntries()]);
     const folded = words.map((word) => word.toLowerCase());
     const plans = parseQuery(text).map(([column, piece]) => joinSpans(planSpans(folded, entries, column, piece)));
-    const total = plans.flat().reduce((sum, { start, stop }) => sum + stop - start, 0);
-    if (total > MAX_BYTES) {
-      throw new Problem(`This search would read ${Math.round(total / 1e6)} MB of the index from a host without a server.`, 'Use longer pieces, or open the bundle with `interp serve`.');
+    const bytes = plans.flat().reduce((sum, { start, stop }) => sum + stop - start, 0);
+    if (bytes > MAX_BYTES) {
+      throw new Problem(`This search would read ${Math.round(bytes / 1e6)} MB of the index from a host without a server.`, 'Use longer pieces, or open the bundle with `interp serve`.');
     }
-    for (const spans of plans) {
-      const found = new Uint8Array(mask.length);
+    const total = new Uint16Array(this.bundle.d_sae);
+    for (const [part, spans] of plans.entries()) {
+      const found = new Uint8Array(total.length);
       await Promise.all(
         spans.map(async ({ start, stop, inside }) => {
           const data = await this.range('search/postings.bin', start, stop);
-          for (const span of inside) markLatents(data.slice(span.start - start, span.stop - start), span.width, found);
+          for (const span of inside) markLatents(data.slice(span.start - start, span.stop - start), span.width, found, span.weight);
         }),
       );
-      for (let i = 0; i < mask.length; i++) mask[i]! &= found[i]!;
+      for (let i = 0; i < total.length; i++) total[i] = found[i] && (total[i] || part === 0) ? total[i]! + found[i]! : 0;
     }
+    return total;
   }
 
   private keep(key: string, make: () => Promise<Uint32Array>): Promise<Uint32Array> {
@@ -185,15 +195,15 @@ function isPlain(state: ListState): boolean {
 
 function parseFilter(text: string): { name: string; relation: string; value: number } {
   const found = CONDITION.exec(text.trim());
-  if (!found) throw new Problem(`'${text}' is no filter; they look like 'max>=3.5' or 'frequency<1e-3'.`, CHANGE, 400);
-  return { name: found[1]!, relation: found[2]!, value: Number(found[3]) };
+  if (!found) throw new Problem(`'${text}' is no filter; they look like 'max>=3.5', 'frequency<1e-3' or 'frequency<0.1%'.`, CHANGE, 400);
+  return { name: found[1]!, relation: found[2]!, value: Number(found[3]) / (found[4] ? 100 : 1) };
 }
 
-/** Cut a query into [column or '', text], as the server does. */
-export function parseQuery(query: string): [string, string][] {
+/** Cut a query into [column or '', text], as the server does; only a server has labels. */
+export function parseQuery(query: string, hasLabels = false): [string, string][] {
   const parts = [...query.matchAll(/(?:(\w+):)?(?:"([^"]*)"|(\S+))/g)].map(([, column = '', quoted, plain]): [string, string] => {
     const text = quoted ?? plain ?? '';
-    return column && !SEARCHED.includes(column) ? ['', `${column}:${text}`] : [column, text];
+    return column && !SEARCHED.includes(column) && !(hasLabels && column === 'label') ? ['', `${column}:${text}`] : [column, text];
   });
   return parts.filter(([, text]) => text !== '');
 }
@@ -204,14 +214,20 @@ function planSpans(folded: string[], entries: number[], column: string, piece: s
   const spans: Span[] = [];
   folded.forEach((word, number) => {
     if (!(isSingle ? word.trim() === text : word.includes(text))) return;
-    const places = column ? [3 * number + SEARCHED.indexOf(column)] : [3 * number, 3 * number + 1, 3 * number + 2];
-    for (const place of places) {
-      const entry = entries[place]!; // where the list starts, times four, and which width
-      const [start, stop] = [Math.floor(entry / 4), Math.floor(entries[place + 1]! / 4)];
-      if (stop > start) spans.push({ start, stop, width: WIDTHS[entry % 4]! });
+    const kind = compare(word, text);
+    for (const place of column ? [SEARCHED.indexOf(column)] : [0, 1, 2]) {
+      const entry = entries[3 * number + place]!; // where the list starts, times four, and which width
+      const [start, stop] = [Math.floor(entry / 4), Math.floor(entries[3 * number + place + 1]! / 4)];
+      if (stop > start) spans.push({ start, stop, width: WIDTHS[entry % 4]!, weight: 1 + 3 * (2 - place) + kind });
     }
   });
   return spans;
+}
+
+/** How close a token is to the text that it holds, spaces around both aside: it is the text (2), begins with it (1) or holds it (0). */
+function compare(word: string, text: string): number {
+  const [bare, wanted] = [word.trim(), text.trim()];
+  return bare === wanted ? 2 : bare.startsWith(wanted) ? 1 : 0;
 }
 
 /** Spans that lie near each other are read together. */
@@ -228,13 +244,13 @@ function joinSpans(spans: Span[]): { start: number; stop: number; inside: Span[]
 }
 
 /** A list holds steps from one latent to the next; the largest number of its width steps so far without naming one. */
-export function markLatents(data: ArrayBuffer, width: number, found: Uint8Array): void {
+export function markLatents(data: ArrayBuffer, width: number, found: Uint8Array, weight = 1): void {
   const numbers = width === 1 ? new Uint8Array(data) : width === 2 ? new Uint16Array(data) : new Uint32Array(data);
   const limit = 2 ** (8 * width) - 1;
   let latent = 0;
   for (const number of numbers) {
     latent += number;
-    if (number !== limit) found[latent] = 1;
+    if (number !== limit && found[latent]! < weight) found[latent] = weight;
   }
 }
 

@@ -54,6 +54,17 @@ export function tilesOver(tiles: Tile[], box: Box, room: number): Tile[] {
 
 export const bytesOf = (tile: Tile): { start: number; stop: number } => ({ start: tile.first * POINT_BYTES, stop: (tile.first + tile.count) * POINT_BYTES });
 
+/** The cosine of two directions; 0 where one has no length. */
+export function cosine(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  let [product, squareA, squareB] = [0, 0, 0];
+  for (let i = 0; i < a.length; i++) {
+    product += a[i]! * b[i]!;
+    squareA += a[i]! ** 2;
+    squareB += b[i]! ** 2;
+  }
+  return squareA && squareB ? product / Math.sqrt(squareA * squareB) : 0;
+}
+
 export function readPoints(data: ArrayBuffer): Points {
   const view = new DataView(data);
   const n = Math.floor(data.byteLength / POINT_BYTES);

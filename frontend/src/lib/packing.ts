@@ -27,6 +27,7 @@ interface PackedWindows {
   row: string;
   before: string;
   after: string;
+  position: string;
   masked: Record<string, number[]>;
   exponent: number;
   peak: string;
@@ -64,12 +65,12 @@ export function unpackRecord(packed: PackedRecord, order: ArrayLike<number>): Fe
 }
 
 function unpackWindows(packed: PackedWindows, order: ArrayLike<number>): Window[] {
-  const [document, shard, row, before, after, firings, gap, ranks] = [
-    packed.document, packed.shard, packed.row, packed.before, packed.after, packed.firings, packed.gap, packed.tokens,
-  ].map(decodeNumbers) as [number[], number[], number[], number[], number[], number[], number[], number[]];
+  const [document, shard, row, before, after, position, firings, gap, ranks] = [
+    packed.document, packed.shard, packed.row, packed.before, packed.after, packed.position, packed.firings, packed.gap, packed.tokens,
+  ].map(decodeNumbers) as [number[], number[], number[], number[], number[], number[], number[], number[], number[]];
   const peaks = decodeDecimals(packed.peak, packed.exponent, PEAK_DIGITS);
   const values = decodeDecimals(packed.activation, packed.exponent, DIGITS);
-  checkLengths([document, shard, row, before, after, firings], peaks.length);
+  checkLengths([document, shard, row, before, after, position, firings], peaks.length);
   checkLengths([gap, values], sum(firings));
   checkLengths([ranks], sum(before) + sum(after) + peaks.length);
   if (Array.isArray(packed.masked)) throw new TypeError('its masked places name no windows');
@@ -92,6 +93,7 @@ function unpackWindows(packed: PackedWindows, order: ArrayLike<number>): Window[
       document: name,
       tokens,
       peak,
+      position: position[i]!,
       activation: peaks[i]!,
       activations: activations.sort((a, b) => a[0] - b[0]),
       masked: packed.masked[i] ?? [],

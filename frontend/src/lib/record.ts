@@ -6,7 +6,7 @@ import { Problem } from './problem';
 import { unpackRecord, type PackedRecord } from './packing';
 import type { FeatureRecord } from './types';
 
-const RECORD_VERSION = 2;
+const RECORD_VERSION = 3;
 const REBUILD = 'Run `interp verify` on the bundle and materialize `feature_browser` again.';
 
 export interface Span {

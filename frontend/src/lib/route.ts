@@ -4,8 +4,11 @@
  *     #/<bundle>?sort=max&desc=1&life=all&filter=max>=3&q=import&at=17     list
  *     #/<bundle>/<latent>?...the list it was opened from...&view=full&range=2~2.5   feature
  *     #/<bundle>/<latent>/with/<bundle>/<latent>                                    two features side by side
- *     #/<bundle>/map, #/<bundle>/try                                                map of decoder directions, search by example
+ *     #/<bundle>/map?at=17, #/<bundle>/try?at=17                                    map of decoder directions, search by example, for one feature
  */
+/** A search is sorted so unless somebody chooses otherwise: the best match first. */
+export const RELEVANCE = 'relevance';
+
 export interface ListState {
   sort: string;
   isDescending: boolean;
@@ -23,7 +26,7 @@ export interface Route {
   other: { bundle: string; latent: number } | null;
   view: 'map' | 'try' | null;
   list: ListState;
-  /** Feature to bring into view in the list. */
+  /** Feature to bring into view: in the list, on the map, over a text. */
   at: number | null;
   /** Whole windows with their line breaks, instead of one line each. */
   isFull: boolean;
@@ -46,7 +49,7 @@ export function parseRoute(hash: string): Route {
     other: mark === 'with' && otherBundle && /^\d+$/.test(otherLatent) ? { bundle: otherBundle, latent: Number(otherLatent) } : null,
     view,
     list: {
-      sort: given.get('sort') ?? DEFAULT_LIST.sort,
+      sort: given.get('sort') ?? defaultSort(given.get('q') ?? ''),
       isDescending: given.get('desc') === '1',
       life: life === 'all' || life === 'dead' ? life : DEFAULT_LIST.life,
       filters: given.getAll('filter'),
@@ -62,7 +65,7 @@ export function parseRoute(hash: string): Route {
 export function formatRoute(route: { bundle: string; latent?: number | null; list?: ListState; at?: number | null; isFull?: boolean; range?: [number, number] | null; other?: { bundle: string; latent: number } | null; view?: 'map' | 'try' | null }): string {
   const list = route.list ?? DEFAULT_LIST;
   const query = new URLSearchParams();
-  if (list.sort !== DEFAULT_LIST.sort) query.set('sort', list.sort);
+  if (list.sort !== defaultSort(list.text)) query.set('sort', list.sort);
   if (list.isDescending) query.set('desc', '1');
   if (list.life !== DEFAULT_LIST.life) query.set('life', list.life);
   for (const filter of list.filters) query.append('filter', filter);
@@ -78,6 +81,15 @@ export function formatRoute(route: { bundle: string; latent?: number | null; lis
   return text ? `${path}?${text}` : path;
 }
 
+/** What a list is sorted by when nobody has chosen. */
+export const defaultSort = (text: string): string => (text.trim() ? RELEVANCE : DEFAULT_LIST.sort);
+
+/** The same list with another query; an order that nobody has chosen follows it. */
+export function withText(list: ListState, text: string): ListState {
+  const isChosen = list.sort !== defaultSort(list.text) || list.isDescending;
+  return isChosen && list.sort !== RELEVANCE ? { ...list, text } : { ...list, text, sort: defaultSort(text), isDescending: false };
+}
+
 /** The same list, as the server's query. */
 export function listParameters(list: ListState): URLSearchParams {
   const query = new URLSearchParams({ sort: list.sort, life: list.life });
@@ -90,18 +102,25 @@ export function listParameters(list: ListState): URLSearchParams {
 
 /** Replace the bounds of one column among the filters; null means no bound. */
 export function withBounds(filters: string[], column: string, low: number | null, high: number | null): string[] {
-  const kept = filters.filter((filter) => !new RegExp(`^${column}[<>]`).test(filter));
+  const kept = filters.filter((filter) => !new RegExp(`^${column}\\s*[<>]`).test(filter));
   if (low !== null) kept.push(`${column}>=${low}`);
   if (high !== null) kept.push(`${column}<=${high}`);
   return kept;
 }
 
+/** Read a bound as people write it: 0.005, 5e-3, 1,000 and, of a share, 0.5 %. Null where it is none. */
+export function parseBound(text: string, isShare: boolean): number | null {
+  const found = /^([-+]?(?:\d[\d,]*)?\.?\d+(?:e[-+]?\d+)?|[-+]?\d[\d,]*\.)\s*(%?)$/i.exec(text.trim().replaceAll('−', '-'));
+  if (!found || (found[2] && !isShare)) return null;
+  const value = Number(found[1]!.replaceAll(',', ''));
+  return Number.isFinite(value) ? (found[2] ? Number((value / 100).toPrecision(12)) : value) : null;
+}
+
 /** Read the bounds of one column from the filters. */
 export function boundsOf(filters: string[], column: string): { low: number | null; high: number | null } {
   const bound = (relation: string): number | null => {
-    const found = filters.find((filter) => filter.startsWith(`${column}${relation}`));
-    const value = Number(found?.slice(column.length + relation.length));
-    return found === undefined || !Number.isFinite(value) ? null : value;
+    const found = filters.map((filter) => new RegExp(`^${column}\\s*${relation}(.*)$`).exec(filter)).find((match) => match);
+    return found ? parseBound(found[1]!, true) : null;
   };
   return { low: bound('>='), high: bound('<=') };
 }

@@ -45,6 +45,8 @@ export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created'
   coactivation_rows: number | null;
   logits_reason: string | null;
   records: { version: number; per_file: number; n_files: number; repeat: number | null };
+  /** Decoder rows, of so many numbers each, where the bundle holds them. */
+  directions?: { width: number } | null;
   map: { method: string; variance_share: number | null; n_points: number; n_tiles: number } | null;
   /** What can be sorted by, with the order file of each; what can be filtered, with the type of its values. */
   columns: { sortable: Record<string, string>; numeric: Record<string, string>; labels?: boolean };
@@ -108,6 +110,8 @@ export interface Window {
   document: string;
   tokens: number[];
   peak: number;
+  /** Place of the peak in its context, from 0. */
+  position: number;
   activation: number;
   activations: [number, number][];
   masked: number[];

@@ -25,6 +25,8 @@ export interface Unit {
   value: number;
   isPeak: boolean;
   isMasked: boolean;
+  /** Of a special token that begins or ends a text: it is drawn as a mark, and this says what it stands for. */
+  edge: string;
 }
 
 export function parseVocabulary(content: unknown): Vocabulary {
@@ -66,9 +68,14 @@ export function makeUnits(window: Window, vocabulary: Vocabulary): Unit[] {
       value: Math.max(...places.map((i) => values.get(i) ?? 0)),
       isPeak: places.includes(window.peak),
       isMasked: places.every((i) => masked.has(i)),
+      edge: '',
     });
     place += length;
   }
+  const isEdge = (unit: Unit | undefined): unit is Unit => unit !== undefined && !unit.isPeak && unit.value === 0 && vocabulary.special.has(window.tokens[unit.places[0]!]!);
+  const [first, last] = [units[0], units.at(-1)];
+  if (isEdge(first)) first.edge = `start of the ${window.position === window.peak ? 'context' : 'document'}`;
+  if (last !== first && isEdge(last)) last.edge = 'end of the document';
   return units;
 }
 

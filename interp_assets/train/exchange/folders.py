@@ -1,6 +1,7 @@
 """A trained SAE becomes a folder that another tool opens, and such a folder, whoever wrote it, becomes a `Sae`.
 
-    saelens               cfg.json, sae_weights.safetensors, sparsity.safetensors (log10 firing frequency)
+    saelens               cfg.json, sae_weights.safetensors, sparsity.safetensors (log10 firing frequency); of a checkpoint activation_scaler.json
+                          and activation_whitening.safetensors
     sparsify              cfg.json, sae.safetensors
     dictionary_learning   config.json, ae.pt
     gemma_scope           params.npz; read only
@@ -9,7 +10,8 @@
 and nothing else, so a stranger's file cannot run code; nothing of ours is ever stored that way. What each format can hold: `formats.py`.
 
 Besides weights a folder tells where they come from, each tool in its own words: model, data, and the hook point, which is translated to ours
-where it has a name (`blocks.20.hook_resid_post`, a folder called `layers.20`, `resid_post_layer_20`: all are `resid_post.20`).
+where the name alone says it (`blocks.20.hook_resid_post`, `resid_post_layer_20`: both are `resid_post.20`). A path of a module (a folder called
+`layers.20.mlp`) means what that module returns; what that is called here, the subject model says (`garcon/points.py`).
 """
 
 import hashlib
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from interp_assets.errors import InputError
 from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.foreign import check_npz, check_zip, parse_json
 from interp_assets.storage.manifest import load_manifest, read_file
@@ -38,6 +41,8 @@ from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.checkpoint import CONFIG, FREQUENCY, WEIGHTS, read_sae
 from interp_assets.train.exchange import formats
+from interp_assets.train.exchange.fit import Claims
+from interp_assets.train.exchange.known import check_files
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae
 
@@ -56,20 +61,29 @@ _FOLDERS: Final = {
     "dictionary_learning": ("config.json", "ae.pt"),
     "gemma_scope": ("params.npz",),
 }
-"""By what a folder is known; besides these only `_FREQUENCIES` matters."""
+"""By what a folder is known."""
 _FREQUENCIES: Final = "sparsity.safetensors"
+_SCALER: Final = "activation_scaler.json"
+_WHITENING: Final = "activation_whitening.safetensors"
+_EXTRAS: Final = {"saelens": (_SCALER, _WHITENING)}
+"""What is read beside them, and the frequencies, where it is there, and decides what comes out of the import."""
+_RESULTS: Final = "eval_results.json"
+"""dictionary_learning's own measurements: shown, and no part of the SAE."""
 _UNREADABLE: Final = (
     *(ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, EOFError),
     *(SafetensorError, zipfile.BadZipFile, zlib.error, MemoryError),
 )
 """What libraries raise for files that are cut off, empty, or something else."""
-_LAYER_KINDS: Final = {None: "resid_post", "mlp": "mlp_out", "attn": "attn_out", "self_attn": "attn_out", "attention": "attn_out"}
+_TRANSFORMER_LENS: Final = re.compile(r"(?:^|\.)(blocks\..+)$")
 _HOOKS: Final = (
-    re.compile(r"(?:^|\.)blocks\.(?P<layer>\d+)\.hook_(?P<kind>resid_pre|resid_mid|resid_post|mlp_out|attn_out)$"),
-    re.compile(r"^(?P<kind>resid_pre|resid_post|mlp_out|attn_out)_layer_(?P<layer>\d+)$"),
-    re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<module>mlp|attn|self_attn|attention))?$"),
+    re.compile(r"^(?P<kind>resid_pre|resid_post)_layer_(?P<layer>\d+)$"),
+    re.compile(r"^(?P<kind>resid)_out_layer_?(?P<layer>\d+)$"),
 )
-"""What tools call hook points: TransformerLens' names, dictionary_learning's, and modules, of which the output is meant."""
+"""What dictionary_learning calls hook points, where the name says all; TransformerLens' names are everybody's."""
+BLOCK_PART: Final = re.compile(r"^(?P<part>mlp|attn)(?:_out)?_layer_?(?P<layer>\d+)$")
+"""What a module of a block returns, in dictionary_learning's names."""
+_MODULE: Final = re.compile(r"^(?:\w+\.)*(?:layers|layer|h|blocks)\.\d+(?:\.[A-Za-z_]\w*)*$")
+"""A module in a block, as sparsify calls its folders."""
 
 
 class Origin(NamedTuple):
@@ -79,9 +93,10 @@ class Origin(NamedTuple):
     architecture: str
     """In the tool's words."""
     hook: str
-    """Likewise."""
+    """Likewise; `target_hook` too."""
     hook_point: str
-    """The same in ours, where it has a name."""
+    """The same in ours, where the name alone says it; `target_hook_point` too."""
+    target_hook: str
     target_hook_point: str
     model: str
     dataset: str
@@ -99,9 +114,10 @@ class Foreign(NamedTuple):
     recorded: Origin
     """The same without what only the folder's name tells: it may move."""
     digest: str
-    """Of configuration, weights and firing frequencies, byte by byte."""
+    """Of all files that are read for the SAE, byte by byte."""
     firing_frequency: Tensor | None
     """Share of the rows on which each latent fired, where the tool stored it: `[d_sae]`."""
+    claims: Claims
 
 
 class ExportedSae(NamedTuple):
@@ -124,7 +140,9 @@ def export_sae(pipeline: Pipeline, store: Store, name: str, format_name: str, ou
     if format_name == "saelens":
         is_counted = any(entry.name == FREQUENCY for entry in manifest.files)
         frequency = load_tensors(store, ref.path, manifest, FREQUENCY)["firing_frequency"] if is_counted else None
-        files = _saelens_files(sae, read_file(store, ref.path, manifest, CONFIG), read_file(store, ref.path, manifest, WEIGHTS), frequency)
+        cfg = json.loads(read_file(store, ref.path, manifest, CONFIG))
+        cfg["metadata"].setdefault("model_name", pipeline.config.model.shown_name)  # of a folder, which the artifact leaves out
+        files = _saelens_files(sae, cfg, read_file(store, ref.path, manifest, WEIGHTS), frequency)
     elif format_name == "sparsify":
         exchange = formats.to_sparsify(sae)
         files = {"cfg.json": _json(exchange.config), "sae.safetensors": save_safetensors(exchange.tensors)}
@@ -151,31 +169,70 @@ def read_foreign(folder: Store) -> Foreign:
             f"{folder.url} holds no SAE: expected cfg.json and sae_weights.safetensors (SAELens), cfg.json and sae.safetensors (sparsify), "
             f"config.json and ae.pt (dictionary_learning), or params.npz (Gemma Scope); found {sorted(found)[:8]}.{hint}"
         )
-    files = {name: folder.get(name) for name in _FOLDERS[tool]}
-    frequencies = {name: folder.get(name) for name in (_FREQUENCIES,) if name in found}
+    names = (*_FOLDERS[tool], *(name for name in (_FREQUENCIES, *_EXTRAS.get(tool, ())) if name in found))
+    files = {name: folder.get(name) for name in names}
     try:
-        config = _read_config(*next(iter(files.items()))) if tool != "gemma_scope" else {}
-        tensors = _read_tensors(tool, next(reversed(files.values())))
-        sae = _convert(tool, config, tensors)
-        frequency = _read_frequency(frequencies[_FREQUENCIES], sae.d_sae) if frequencies else None
+        config = _read_config(names[0], files[names[0]]) if tool != "gemma_scope" else {}
+        tensors = _read_tensors(tool, files[_FOLDERS[tool][-1]])
+        sae = _convert(tool, config, tensors, files)
+        frequency = _read_frequency(files[_FREQUENCIES], sae.d_sae) if _FREQUENCIES in files else None
+        check_files(tool, found, names)
         origin, recorded = (_describe(tool, config, tensors, url) for url in (folder.url, ""))
-        return Foreign(sae, origin, recorded, _digest(files | frequencies), frequency)
+        results = folder.get(_RESULTS) if tool == "dictionary_learning" and _RESULTS in found else b"{}"
+        return Foreign(sae, origin, recorded, _digest(files), frequency, _read_claims(origin, frequency, results))
     except InputError as error:
         raise InputError(f"The SAE in {folder.url} cannot be used: {error}") from error
     except _UNREADABLE as error:
         raise InputError(f"The SAE in {folder.url} cannot be read ({', '.join(files)}: {type(error).__name__}: {error}). Copy it again.") from error
 
 
-def _convert(tool: str, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Sae:
+def _convert(tool: str, config: Mapping[str, Any], tensors: dict[str, Tensor], files: Mapping[str, bytes]) -> Sae:
     match tool:
         case "saelens":
-            return formats.from_saelens(config, tensors)
+            return formats.from_saelens(config, tensors, _read_scaler(files))
         case "sparsify":
             return formats.from_sparsify(config, tensors)
         case "dictionary_learning":
             return formats.from_dictionary_learning(config, tensors)
         case _:
             return formats.from_gemma_scope(tensors)
+
+
+def _read_scaler(files: Mapping[str, bytes]) -> formats.Scaler | None:
+    """Read how SAELens scaled the rows of a training that has not folded it in yet; None where it did not."""
+    if _SCALER not in files:
+        return None
+    told = _read_config(_SCALER, files[_SCALER])
+    factor, has_whitening = told.get("scaling_factor"), bool(told.get("has_whitening", _WHITENING in files))
+    if unknown := sorted({*told} - {"scaling_factor", "has_whitening"}):
+        raise InputError(f"{_SCALER} has {', '.join(unknown)}, which is not known here and may change what the SAE computes.")
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf):
+        raise InputError(f"scaling_factor in {_SCALER} is {factor!r}, expected a number above 0. Copy that file again.")
+    if has_whitening and _WHITENING not in files:
+        raise InputError(f"{_SCALER} says that rows were whitened, and {_WHITENING} is not beside it. Copy that file too.")
+    if has_whitening:
+        tensors = load_safetensors(files[_WHITENING])
+        mean, matrix, inverse = (tensors[name] for name in ("mean", "matrix", "inverse_matrix"))
+        if mean.ndim != 1 or not matrix.shape == inverse.shape == (len(mean), len(mean)):
+            raise InputError(f"{_WHITENING} holds mean {list(mean.shape)} and matrices {list(matrix.shape)}, {list(inverse.shape)}. Copy it again.")
+        return formats.Scaler(1.0 if factor is None else float(factor), mean, matrix, inverse)
+    return None if factor is None else formats.Scaler(float(factor))
+
+
+def _read_claims(origin: Origin, frequency: Tensor | None, results: bytes) -> Claims:
+    """Collect what the folder says of its SAE's quality: measured where it says so, else what it was trained for."""
+    try:
+        told = parse_json(results, MAX_CONFIG_BYTES)
+        told = told if isinstance(told, dict) else {}
+    except (ValueError, InputError):
+        told = {}
+    explained = told.get("frac_variance_explained")
+    claims = Claims(origin.l0, "its configuration" if origin.tool != "gemma_scope" else "its name") if origin.l0 else Claims()
+    if frequency is not None:
+        claims = Claims(float(frequency.sum()), _FREQUENCIES)
+    if _number(told.get("l0")) is not None:
+        claims = Claims(_number(told["l0"]), _RESULTS)
+    return claims if not isinstance(explained, float) else claims._replace(fvu=1 - explained, fvu_from=_RESULTS)
 
 
 def _read_config(name: str, data: bytes) -> dict[str, Any]:
@@ -209,6 +266,7 @@ def _describe(tool: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
                 architecture=str(told.get("training_architecture") or modern["architecture"]),
                 hook=hook,
                 hook_point=str(told.get("hook_point") or translate_hook(hook)),
+                target_hook=str(told.get("hook_name_out") or ""),
                 target_hook_point=str(told.get("target_hook_point") or translate_hook(str(told.get("hook_name_out") or ""))),
                 model=str(told.get("model_name") or ""),
                 dataset=str(told.get("dataset_path") or ""),
@@ -217,20 +275,23 @@ def _describe(tool: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor
                 dtype=dtype,
             )
         case "dictionary_learning":
-            trainer = config["trainer"]
+            trainer, buffer = config["trainer"], config.get("buffer") or {}
             hook, model = str(trainer.get("submodule_name") or ""), str(trainer.get("lm_name") or "")
-            length, l0 = _whole((config.get("buffer") or {}).get("ctx_len")), _number(trainer.get("k"))
-            return Origin(tool, str(trainer["dict_class"]), hook, translate_hook(hook), "", model, "", length, l0, dtype)
+            hook = f"input of {hook}" if buffer.get("io") == "in" else hook
+            hook_point = str(trainer.get("hook_point") or translate_hook(hook))
+            l0 = _number(trainer.get("k")) or _number(trainer.get("target_l0"))
+            return Origin(tool, str(trainer["dict_class"]), hook, hook_point, "", "", model, "", _whole(buffer.get("ctx_len")), l0, dtype)
         case "sparsify":
-            hook = last if translate_hook(last) else ""
+            module = last if _MODULE.match(last) else ""
+            source, target = (f"input of {module}" if module else "", module) if config.get("transcode") else (module, "")
             task = "transcoder" if config.get("transcode") else "topk"
-            hook_point = "" if config.get("transcode") else translate_hook(hook)
-            return Origin(tool, task, hook, hook_point, "", "", "", None, _number(config.get("k")), dtype)
+            return Origin(tool, task, source, "", target, "", "", "", None, _number(config.get("k")), dtype)
         case _:
             place = re.search(r"-res(?:-all)?/.*?layer_(\d+)/", url + "/")
             l0 = re.search(r"average_l0_(\d+)$", last)
             hook_point = f"resid_post.{place[1]}" if place else ""
-            return Origin(tool, "jumprelu", "", hook_point, "", "", "", None, float(l0[1]) if l0 else None, dtype)
+            kind = "jumprelu_transcoder" if "-transcoders/" in url else "jumprelu"
+            return Origin(tool, kind, "", hook_point, "", "", "", "", None, float(l0[1]) if l0 else None, dtype)
 
 
 def _number(told: Any) -> float | None:
@@ -248,11 +309,13 @@ def _whole(told: Any) -> int | None:
 
 
 def translate_hook(name: str) -> str:
-    """Return our name of what another tool calls a hook point; empty when it has none."""
+    """Return our name of what another tool calls a hook point; empty when the name alone does not say it."""
+    if (found := _TRANSFORMER_LENS.search(name)) and (ours := canonical_name(found[1])) != found[1]:
+        return ours
     for pattern in _HOOKS:
         if found := pattern.search(name):
-            parts = found.groupdict()
-            return f"{parts.get('kind') or _LAYER_KINDS[parts.get('module')]}.{parts['layer']}"
+            kind = found["kind"]
+            return f"{'resid_post' if kind == 'resid' else kind}.{found['layer']}"
     return ""
 
 
@@ -278,20 +341,21 @@ def _read_frequency(data: bytes, d_sae: int) -> Tensor | None:
     return frequency.clamp(max=1)
 
 
-def _saelens_files(sae: Sae, cfg: bytes, weights: bytes, frequency: Tensor | None) -> dict[str, bytes]:
-    """Return an artifact's own files, and the firing frequencies, where they are known, as SAELens keeps them."""
-    if sae.kind == "topk" and json.loads(cfg)["architecture"] != "topk":
+def _saelens_files(sae: Sae, cfg: dict[str, Any], weights: bytes, frequency: Tensor | None) -> dict[str, bytes]:
+    """Return an artifact's files, and the firing frequencies, where they are known, as SAELens keeps them."""
+    if sae.kind == "topk" and cfg["architecture"] != "topk":
         raise InputError("SAELens has no TopK transcoders. Export this one as sparsify, or train it as batch_topk.")
     if frequency is None:
-        return {"cfg.json": cfg, "sae_weights.safetensors": weights}
+        return {"cfg.json": _json(cfg), "sae_weights.safetensors": weights}
     sparsity = frequency.clamp(min=_NEVER).log10().float().contiguous()
-    return {"cfg.json": cfg, "sae_weights.safetensors": weights, _FREQUENCIES: save_safetensors({"sparsity": sparsity})}
+    return {"cfg.json": _json(cfg), "sae_weights.safetensors": weights, _FREQUENCIES: save_safetensors({"sparsity": sparsity})}
 
 
 def _origin(pipeline: Pipeline, config: SaeConfig) -> dict[str, Any]:
-    """Say of which model and hook point an SAE is, in the keys of dictionary_learning's trainers."""
+    """Say of which model and hook point an SAE is, in the keys of dictionary_learning's trainers and, since `mlp_out` is ambiguous there, in ours."""
     kind, _, layer = config.hook_point.partition(".")
-    return {"lm_name": pipeline.config.model.shown_name, "layer": int(layer) if layer.isdigit() else layer, "submodule_name": f"{kind}_layer_{layer}"}
+    place = {"layer": int(layer) if layer.isdigit() else layer, "submodule_name": f"{kind}_layer_{layer}", "hook_point": config.hook_point}
+    return {"lm_name": pipeline.config.model.shown_name, **place}
 
 
 def _torch_file(tensors: dict[str, Tensor]) -> bytes:

@@ -36,7 +36,7 @@ def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
     if (manifest := find_manifest(store, ref)) is not None:
         return Produced(ref, manifest, is_cached=True)
     config = pipeline.config.sae(name)
-    foreign = open_foreign(config.imported)
+    foreign = open_foreign(config.imported, config.looked_in)
     if foreign.digest != config.imported_digest:
         raise InputError(
             f"SAE {name!r}: the files in {config.imported} have the digest {foreign.digest}, imported_digest says {config.imported_digest}: they are "
@@ -63,17 +63,17 @@ def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
     return art.produced
 
 
-def open_foreign(address: str) -> Foreign:
-    """Read the SAE at a folder or `s3://` address. Raises `InputError` when there is none, or one that cannot be read."""
-    find_folder(address)
+def open_foreign(address: str, looked_in: str = "") -> Foreign:
+    """Read the SAE at a folder or `s3://` address; `looked_in` says where else. Raises `InputError` when none can be read."""
+    find_folder(address, looked_in)
     return read_foreign(open_store(address))
 
 
-def find_folder(address: str) -> None:
+def find_folder(address: str, looked_in: str = "") -> None:
     """Raise `InputError` when an address is no folder that is there, without reading it; what a bucket holds is known when it is read."""
     if "://" not in address and not Path(address).expanduser().is_dir():
         kind = "a file: name the folder it lies in" if Path(address).expanduser().is_file() else "not there"
-        raise InputError(f"The folder {address} of an imported SAE is {kind}. Download it first, or correct its address.")
+        raise InputError(f"The folder {address} of an imported SAE is {kind}{looked_in}. Download it first, or correct its address.")
 
 
 def check_sizes(pipeline: Pipeline, config: SaeConfig, sae: Sae) -> None:

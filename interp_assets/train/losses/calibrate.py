@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from interp_assets.compute.elementwise import sum_all
+from interp_assets.harvest.statistics import squared_deviation
 from interp_assets.train.losses.sparsify import largest, pick_per_batch
 from interp_assets.train.sae import Sae
 
@@ -57,15 +59,15 @@ def measure_sae(sae: Sae, blocks: Sequence[Float[Tensor, "batch d_in"]], targets
         x, y = block.to(sae.W_enc), target.to(sae.W_enc)
         latents = sae.encode(x)
         n_fired += (latents > 0).sum(0)
-        squared_error += float((y - sae.reconstruct(x, latents)).double().square().sum())
+        squared_error += float(sum_all((y - sae.reconstruct(x, latents)).double().square().sum(1)))
         total += y.double().sum(0).cpu()
-        squares += float(y.double().square().sum())
-    variance = squares - float(total.square().sum()) / max(1, n_rows)
+        squares += float(sum_all(y.double().square().sum(1)))
+    deviation = squared_deviation(squares, total, n_rows)
     return SaeMeasures(
         n_rows=n_rows,
         n_fired=n_fired.cpu(),
         l0=int(n_fired.sum()) / max(1, n_rows),
-        fvu=squared_error / variance if variance > 0 else 0.0,
+        fvu=squared_error / deviation if deviation else 0.0,
         dead_share=float((n_fired == 0).double().mean()),
     )
 

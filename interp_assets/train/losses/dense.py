@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.compute import kernels
-from interp_assets.compute.elementwise import Slopes, fire, pull, sum_squares
+from interp_assets.compute.elementwise import Slopes, fire, pull, sum_all, sum_squares
 from interp_assets.compute.encode import FewEncoder
 from interp_assets.train.losses.loss import (
     FEW,
@@ -244,7 +244,7 @@ class _Relu(_Rule):
         self.slopes = self.slopes._replace(rise=self.penalty)
 
     def finish(self, gradients: Weights) -> None:
-        self.loss = self.sums @ self.penalty
+        self.loss = sum_all(self.sums * self.penalty)
         add_norm_gradient(gradients["W_dec"], self.weights["W_dec"], self.context.widths, self.sums * self.slope)
 
 
@@ -269,7 +269,7 @@ class _Jump(_Rule):
     def finish_silence(self) -> Tensor:
         """Set the loss on silence and its gradient to the thresholds; return that of the norms."""
         silence = self.sums - self.threshold * self.n_fired - self.pre
-        self.auxiliary = silence @ self.push
+        self.auxiliary = sum_all(silence * self.push)
         self.through = self.through - self.push * (self.n_rows - self.n_fired)
         return silence * self.silence_scale
 
@@ -329,7 +329,7 @@ class _TanhJump(_Jump):
         else:
             column, f, places = pairs.latents, latents, pairs.bags * grad.shape[1] + pairs.latents
         tanh = (f * self.steepness[column]).tanh_()
-        self.loss = self.loss + tanh.sum() * self.slope
+        self.loss = self.loss + sum_all(tanh) * self.slope
         squared = tanh.square_()
         self.grad_norms.index_add_(0, column, (1 - squared).mul_(f))
         flat = grad.view(-1)
@@ -351,5 +351,5 @@ class _StepJump(_Jump):
         self.slopes = self.slopes._replace(grad_n_fired=self.slopes.grad_n_fired + context.coefficient / context.n_rows)
 
     def finish(self, gradients: Weights) -> None:
-        self.loss = self.n_fired.sum() * (self.context.coefficient / self.context.n_rows)
+        self.loss = sum_all(self.n_fired) * (self.context.coefficient / self.context.n_rows)
         super().finish(gradients)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.compute import kernels
-from interp_assets.compute.elementwise import Gates, close_gates, open_gates, sum_squares
+from interp_assets.compute.elementwise import Gates, close_gates, open_gates, sum_all, sum_squares
 from interp_assets.compute.encode import FewEncoder
 from interp_assets.train.losses.loss import (
     LossContext,
@@ -74,7 +74,7 @@ def _add_dense(
     counts = open_gates(gate, gates, opened, latents)
     error = reconstruct(weights, x, latents, context, "error").sub_(y)
     gate_error = reconstruct(weights, x, opened, context, "gate_error").sub_(y)
-    sums = torch.stack([sum_squares(error), sum_squares(gate_error), counts.opened.sum()])
+    sums = torch.stack([sum_squares(error), sum_squares(gate_error), sum_all(counts.opened)])
     errors = [scratch.cast(f"{i} operand", value.mul_(2 / context.n_rows), dtype) for i, value in enumerate((error, gate_error))]
     kernels.product(latents.T, errors[0], gradients["W_dec"], is_added=True, dtype=dtype, scratch=scratch)
     # The skip of a transcoder, unlike the gates, has no sparsity to gain: it learns from the first error only.
@@ -98,7 +98,7 @@ def _add_pairs(weights: Weights, gradients: Weights, x: Tensor, y: Tensor, conte
     x_hat, gate_x_hat = kernels.decode_pairs_twice((values, gates), W_dec, pairs, scratch)
     error = add_offsets(weights, x, context.ranks.sum_slices(x_hat)).sub_(y)
     gate_error = add_offsets(weights, x, context.ranks.sum_slices(gate_x_hat)).sub_(y)
-    sums = torch.stack([sum_squares(error), sum_squares(gate_error), gates.sum()])
+    sums = torch.stack([sum_squares(error), sum_squares(gate_error), sum_all(gates)])
     error.mul_(2 / context.n_rows)
     gate_error.mul_(2 / context.n_rows)
     add_offset_gradients(weights, gradients, x, error)

@@ -118,7 +118,7 @@ def reconstruct(weights: Weights, x: Tensor, latents: Tensor, context: LossConte
 def add_offsets(weights: Weights, x: Tensor, x_hat: Tensor) -> Tensor:
     """Add what every slice holds whole, in place: the decoder's bias, and the linear skip of a skip transcoder."""
     if "W_skip" in weights:
-        x_hat.addmm_(x, weights["W_skip"])
+        product(x, weights["W_skip"], x_hat, is_added=True)
     return x_hat.add_(weights["b_dec"])
 
 
@@ -131,4 +131,4 @@ def add_offset_gradients(weights: Weights, gradients: Weights, x: Tensor, gradie
     """Add the gradients of `add_offsets`, given that of the reconstruction as `scale` times `gradient`."""
     gradients["b_dec"].add_(sum_rows(gradient), alpha=scale)
     if "W_skip" in weights:
-        gradients["W_skip"].addmm_(x.T, gradient, alpha=scale)
+        product(x.T, gradient * scale, gradients["W_skip"], is_added=True)

@@ -17,9 +17,9 @@ Elsewhere, and where products are rounded, all pre-activations of a block are th
     per row      the k-th largest of the maxima of 8k strided groups: 34 candidates on average for k = 32
     per batch    the guess
 
-and only the candidates are compared further. On a CPU these scans are compiled loops (`compute/loops.py`): `pick_rows` does the whole row rule, with
-a heap for the k-th largest; the batch rule counts and takes what reaches its bound, and NumPy partitions the candidates. Measured on 16.8M
-pre-activations, 2 cores: `torch.topk` 475 ms over the flat batch and 115 by row; NumPy's partition of whole rows 90; group maxima and
+and only the candidates are compared further. On a CPU these scans are compiled loops (`compute/loops.py`): `pick_rows` does the whole row rule,
+and halves an interval for the k-th largest; the batch rule counts and takes what reaches its bound, and NumPy partitions the candidates. Measured
+on 16.8M pre-activations, 2 cores: `torch.topk` 475 ms over the flat batch and 115 by row; NumPy's partition of whole rows 90; group maxima and
 candidates about 20, before they were compiled.
 """
 

@@ -1,7 +1,7 @@
 """The lengths of documents as assets: one per shard, and their summary. A whole stage in one file, as small as one can be."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from interp_assets.corpus.refs import token_shard_ref
@@ -17,7 +17,7 @@ LENGTHS = "lengths.json"
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
     """List the assets of this stage."""
-    common: dict[str, Any] = {"group": "lengths", "kinds": ("python", "json"), "code_version": code_version(1, config.corpus)}
+    common: dict[str, Any] = {"group": "lengths", "kinds": ("python", "json"), "code_version": code_version(1, corpus=config.corpus)}
     return [
         Asset(
             key=("document_lengths",),
@@ -77,9 +77,9 @@ def _measuring(pipeline: Pipeline, store: Store, key: str) -> Load:
     return Load(n_rows, read_bytes=n_rows * TOKEN_BYTES, written_bytes=100, memory_bytes=n_rows * 8)
 
 
-def _has_documents(pipeline: Pipeline, store: Store, keys: list[str]) -> Verdict:
+def _has_documents(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
     counts = {key: load_manifest(store, _lengths_ref(pipeline, shard_index(key))).file(LENGTHS).n_rows or 0 for key in keys}
-    return Verdict([f"{key} has no document. Look at its text." for key, n in counts.items() if not n], {"documents": counts})
+    return {key: Verdict([] if count else [f"{key} has no document. Look at its text."], {"documents": count}) for key, count in counts.items()}
 
 
 def _summarize(job: Job) -> Callable[[str], list[Produced]]:

@@ -1,0 +1,129 @@
+"""Attention becomes visible: queries, keys, values and patterns of the layers that are asked for, without changing those that are not.
+
+Fast attention never holds the pattern. So a network is given, once, an attention function of ours in place of its own:
+
+1. A module that nobody asks about is handed to the network's own function, with the network's own mask: the same bits, the same kernels.
+2. A module that is asked about runs its family's eager function, so that soft caps, windows, sinks and grouped heads come along. That one
+   wants an additive mask, which is made here of what the fast function was given (nothing, or a boolean mask).
+3. If the pattern is replaced, the values are mixed again by the new one.
+
+Switching the implementation for one request instead would write into the configuration that all layers share. GPT-J and GPT-Neo do not
+take attention functions; their own method is wrapped while somebody asks.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+Act = Callable[[Tensor], Tensor]
+"""Takes a tensor and returns what the network goes on with: the same object when nothing changes."""
+_SDPA, _EAGER = "observed_sdpa", "observed_eager"
+_OBSERVED: Final = {"sdpa": _SDPA, "eager": _EAGER}
+_asked: WeakKeyDictionary[nn.Module, Mapping[str, Act]] = WeakKeyDictionary()
+
+
+def observe_attention(net: PreTrainedModel) -> None:
+    """Give a network the attention function of this module. Networks with other kernels, and those that are observed already, stay as they are."""
+    config = net.config.get_text_config()
+    observed = _OBSERVED.get(config._attn_implementation or "")  # noqa: SLF001 - the only name it has
+    reorders = getattr(config, "reorder_and_upcast_attn", False)  # a second eager path inside GPT-2, which the name "eager" selects
+    if observed and not reorders and any(_eager_of(module) for module in net.modules()):
+        config._attn_implementation = observed  # noqa: SLF001 - as above
+
+
+def explain_blind(module: nn.Module) -> str:
+    """Say why a module's queries, keys, values and pattern cannot be seen; empty when they can."""
+    if hasattr(module, "_attn"):
+        return ""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation in (_SDPA, _EAGER) and _eager_of(module):
+        return ""
+    return f"{type(module).__name__} computes attention by {implementation!r}, which hands out neither queries and keys nor patterns"
+
+
+@contextmanager
+def attention_tapped(module: nn.Module, acts: Mapping[str, Act]) -> Iterator[None]:
+    """Hand `q`, `k`, `v` [batch, context, heads, d_head] and `pattern` [batch, heads, queries, keys] of a module to `acts` while this is open."""
+    own: Any = getattr(module, "_attn", None)  # GPT-J and GPT-Neo have no other seam
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _mix(acts, query, key, value, lambda *states: own(*states, attention_mask))
+
+    if own:
+        vars(module)["_attn"] = attend
+    else:
+        _asked[module] = acts
+    try:
+        yield
+    finally:
+        vars(module).pop("_attn", None)  # the class's own is found again
+        _asked.pop(module, None)
+
+
+def _observed(own: Callable[..., Any] | None) -> Callable[..., Any]:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Any, Any]:
+        acts = _asked.get(module)
+        if acts is None:
+            return (own or _eager_of(module))(module, query, key, value, attention_mask, **options)
+        eager = _eager_of(module)
+        mask = attention_mask if own is None else _additive(module, query, key, attention_mask, options.get("is_causal"))
+        output, weights = _mix(acts, query, key, value, lambda *states: _first_transposed(eager(module, *states, mask, **options)))
+        return output.transpose(1, 2).contiguous(), weights
+
+    return attend
+
+
+def _mix(acts: Mapping[str, Act], query: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+    """Attend with what the acts make of queries, keys, values and pattern; `attend` returns [batch, heads, queries, d_head] and the pattern."""
+    states = [_by_position(acts.get(name), state) for name, state in zip("qkv", (query, key, value), strict=True)]
+    output, weights = attend(*states)
+    if act := acts.get("pattern"):
+        changed = act(weights)
+        if changed is not weights:
+            values = states[2]
+            output = torch.matmul(changed, repeat_kv(values, changed.shape[1] // values.shape[1]))
+            weights = changed
+    return output, weights
+
+
+def _by_position(act: Act | None, state: Tensor) -> Tensor:
+    """Apply an act to a state whose heads stand before its positions."""
+    if act is None:
+        return state
+    turned = state.transpose(1, 2)
+    changed = act(turned)
+    return state if changed is turned else changed.transpose(1, 2)
+
+
+def _first_transposed(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return result[0].transpose(1, 2), result[1]
+
+
+def _additive(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None) -> Tensor | None:  # noqa: FBT001
+    """Return what an eager function adds to the scores, for a mask as the fast function takes it: none (causal by itself), or boolean."""
+    if mask is None:
+        n_queries, n_keys = query.shape[2], key.shape[2]
+        if n_queries == 1 or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            return None
+        mask = torch.ones((n_queries, n_keys), dtype=torch.bool, device=query.device).tril(n_keys - n_queries)[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
+
+
+def _eager_of(module: nn.Module) -> Any:
+    return getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
+
+
+AttentionInterface.register(_SDPA, _observed(sdpa_attention_forward))
+AttentionMaskInterface.register(_SDPA, sdpa_mask)
+AttentionInterface.register(_EAGER, _observed(None))
+AttentionMaskInterface.register(_EAGER, eager_mask)
