@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from interp_assets.planning.config import load_config, make_config
-from interp_assets.shuffle.estimate import estimate_passes
+from interp_assets.shuffle.choice import choose
+from interp_assets.shuffle.plan import ShardRows, job_bytes
+from interp_assets.shuffle.rows import RowFormat
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
@@ -23,11 +25,14 @@ def test_an_example_is_a_valid_configuration(path: Path) -> None:
 
 
 def test_the_readme_configuration_is_valid() -> None:
-    """It is what people paste: valid, and with a shuffle whose jobs fit the memory that they are given."""
+    """It is what people paste: valid, and its shards fit a job's memory with twice the rows that its comment expects; the plan chooses the rest."""
     import yaml
 
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
     config = make_config(yaml.safe_load(text))
     assert config.features.saes == ["l8"]
-    n_rows, shuffle = 87_000_000, config.shuffle  # what its comment promises; 768 values in bfloat16 and a row id
-    assert estimate_passes(n_rows, 768 * 2 + 8, shuffle.memory_bytes, (shuffle.passes, shuffle.fan_out)).memory_bytes <= shuffle.memory_bytes
+    corpus, fmt = config.corpus, RowFormat(768, config.harvest.dtype)
+    n_rows = 2 * 1000 * corpus.documents_per_shard
+    assert 1000 * corpus.documents_per_shard * corpus.max_shards == 30_000_000
+    assert job_bytes(n_rows, fmt) <= config.shuffle.memory_bytes
+    assert choose([ShardRows(i, n_rows, n_rows) for i in range(corpus.max_shards - 1)], fmt, config.shuffle.memory_bytes).passes == 2

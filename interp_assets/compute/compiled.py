@@ -9,10 +9,11 @@ function that was changed in another: so the files in `SHARED`, whose functions 
 
 import hashlib
 import inspect
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numba
 from numba.core import event
@@ -44,9 +45,11 @@ def _compile(function: Callable[..., Any], *, reorders: bool) -> Callable[..., A
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=freedom)(plain)
     with suppress(RuntimeError):  # nowhere to keep compiled code: a read-only file system
         dispatcher._cache = _Cache(plain)  # noqa: SLF001 - what `cache=True` does, with a stamp of more files
+        _kept.append(dispatcher._cache)  # noqa: SLF001
     return dispatcher
 
 
+_kept: Final[list["_Cache"]] = []
 _shared_digest: Final = digest_of(SHARED)
 
 
@@ -57,22 +60,50 @@ class _Cache(FunctionCache):
         super().__init__(function)
         self._cache_file._source_stamp = (self._cache_file._source_stamp, _shared_digest)  # noqa: SLF001 - no public way to add to it
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is kept that could be used."""
+        return not self._cache_file._load_index()  # noqa: SLF001 - as above
+
 
 class _Compilations(event.Listener):
     """Hears of each loop that is compiled, not of one that is read from disk."""
 
     def __init__(self) -> None:
-        self.n = 0
+        self.n = self.n_open = 0
+        self.took_s = self._began_s = 0.0
 
     def on_start(self, event: event.Event) -> None:  # noqa: ARG002 - the base class' signature
-        self.n += 1
+        if not self.n_open:
+            self._began_s = time.monotonic()
+        self.n, self.n_open = self.n + 1, self.n_open + 1
 
-    def on_end(self, event: event.Event) -> None:
-        """Nothing."""
+    def on_end(self, event: event.Event) -> None:  # noqa: ARG002 - as above
+        self.n_open -= 1
+        if not self.n_open:
+            self.took_s += time.monotonic() - self._began_s
 
 
 _compilations = _Compilations()
 event.register("numba:compile", _compilations)
+
+
+class Compiling(NamedTuple):
+    """What this process has to do with compiling at the moment."""
+
+    is_busy: bool
+    took_s: float
+    """Seconds spent so far, that of the loop at hand left out."""
+
+
+def observe_compiling() -> Compiling:
+    """Tell whether a loop is being compiled right now, and how long the others took: no rate of work is made of that time."""
+    return Compiling(_compilations.n_open > 0, _compilations.took_s)
+
+
+def are_loops_cold() -> bool:
+    """Tell whether none of the loops that are imported has code on disk: the first use of each compiles it, once on this machine."""
+    return all(cache.is_empty for cache in _kept)
 
 
 def n_compilations() -> int:

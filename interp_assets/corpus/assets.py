@@ -56,6 +56,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             reads=(same("documents"), whole("corpus_plan")),
             artifacts=lambda pipeline, _store, key: [token_shard_ref(pipeline, shard_index(key))],
             make=_tokenize,
+            unit="documents",
             takes=_tokenizing,
             shows=_show_left_out,
             checks=(TOKEN_COUNTS,),

@@ -11,12 +11,13 @@ from interp_assets.storage.store import Store
 
 
 def _token_counts(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
-    return {key: _judge_counts(load_manifest(store, token_shard_ref(pipeline, shard_index(key)))) for key in keys}
+    return {key: _judge_counts(key, load_manifest(store, token_shard_ref(pipeline, shard_index(key)))) for key in keys}
 
 
-def _judge_counts(manifest: Manifest) -> Verdict:
+def _judge_counts(key: str, manifest: Manifest) -> Verdict:
     fault = count_fault(manifest)
-    return Verdict(not fault, {"valid_rows": manifest.facts["n_valid"], "wrong": fault or "nothing"})
+    sentences = [f"{key}: {fault}. Materialize it again, or look at its documents."] if fault else []
+    return Verdict(sentences, {"valid_rows": manifest.facts["n_valid"], "wrong": fault or "nothing"})
 
 
 def count_fault(manifest: Manifest) -> str:

@@ -1,9 +1,9 @@
 """A Hugging Face dataset becomes shards by ranges of its rows, and a shard's documents are streamed from its range.
 
-Nothing is downloaded to plan: the number of rows comes from the dataset's description, or, when it has none, from the footers of its Parquet
-files, or from counting the streamed rows up to `max_shards`. A shard's fingerprint is its address: the dataset, the commit that the revision
-stands for (of a local folder: the hash of its files), subset, split and range. Rows without text are skipped when they are read.
-
+Nothing is downloaded to plan but a footer or a few rows, from which the size of the text is estimated. The number of rows comes from the
+dataset's description, or, when it has none, from the footers of its Parquet files, or from counting the streamed rows up to `max_shards`. A
+shard's fingerprint is its address: the dataset, the commit that the revision stands for (of a local folder: the hash of its files), subset,
+split and range. Rows without text are skipped when they are read.
 Of a dataset of Parquet files, which nearly all on the hub are, a shard reads the row groups that hold its range. Of any other kind it streams
 on from where the shard before it ended in the same process, or passes over the rows before its range: better convert such a dataset to Parquet.
 """
@@ -24,13 +24,14 @@ from fsspec.compression import register_compression
 from huggingface_hub import HfApi
 
 from interp_assets.corpus.files import TextIn, text_of
-from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column
+from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column, mean_bytes
 from interp_assets.errors import InputError, InterpError, first_line
 from interp_assets.garcon.locate import digest_file, is_hub_id
 from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import ShardSource
 from interp_assets.storage.foreign import mend_text
 
+_SAMPLED_ROWS: Final = 100
 _PATTERN: Final = "*?["
 _STREAMS: Final[dict[str, tuple[int, Iterator[dict[str, Any]]]]] = {}
 """The dataset that was streamed from last, by its name and revision: the next row, and the rows from there on."""
@@ -51,14 +52,28 @@ def plan_hub(config: CorpusConfig) -> list[ShardSource]:
     _check_column(config, dataset)
     n_rows = _count_rows(config, revision, dataset)
     n_shards = min(config.max_shards, -(-n_rows // config.documents_per_shard))
+    text_bytes = estimate_text_bytes(config, revision, dataset)
     shards: list[ShardSource] = []
     for index in range(n_shards):
         first = index * config.documents_per_shard
         stop = min(n_rows, first + config.documents_per_shard)
         spec = {"dataset": _name(config), "revision": revision, "subset": config.subset, "split": config.split, "first": first, "stop": stop}
         fingerprint = hashlib.blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=16).hexdigest()
-        shards.append(ShardSource(index=index, fingerprint=fingerprint, n_documents=stop - first, n_bytes=0, spec=spec))
+        shards.append(
+            ShardSource(index=index, fingerprint=fingerprint, n_documents=stop - first, n_bytes=round(text_bytes * (stop - first)), spec=spec)
+        )
     return shards
+
+
+def estimate_text_bytes(config: CorpusConfig, revision: str, dataset: IterableDataset) -> float:
+    """Return the bytes of text of an average row, for forecasts: as the first Parquet file says, else as the first rows do; 0 if neither can."""
+    try:
+        if files := _list_parquet(config, revision):
+            return mean_bytes(files[0], config.text_field)
+        values = [row.get(config.text_field) for row in dataset.take(_SAMPLED_ROWS)]
+    except _LOAD_ERRORS:
+        return 0.0  # reading them says what is wrong
+    return sum(len(str(value or "").encode()) for value in values) / max(1, len(values))
 
 
 def iter_hub_documents(config: CorpusConfig, source: ShardSource) -> Iterator[tuple[str, str]]:

@@ -45,11 +45,16 @@ def pack(documents: Sequence[NDArray[np.uint32]], context_length: int, *, leadin
     return Layout(token_ids, (np.arange(n_rows) // context_length).astype(np.uint32), of_document)
 
 
+def check_room(context_length: int, before: Sequence[int], after: Sequence[int]) -> None:
+    """Raise `ConfigError` when special tokens leave no room for text in a context."""
+    if context_length <= len(before) + len(after):
+        raise ConfigError(f"corpus.context_length is {context_length}, but the tokenizer's special tokens take {len(before) + len(after)}: raise it.")
+
+
 def lay_out_each(documents: Sequence[NDArray[np.uint32]], context_length: int, *, before: Sequence[int], after: Sequence[int]) -> Layout:
     """Lay each document into contexts of its own, between `before` and `after`. Raises `ConfigError` when these leave no room."""
+    check_room(context_length, before, after)
     body = context_length - len(before) - len(after)
-    if body < 1:
-        raise ConfigError(f"corpus.context_length is {context_length}, but the tokenizer's special tokens take {len(before) + len(after)}: raise it.")
     stream, _ = _join(documents, None)
     lengths = np.array([len(tokens) for tokens in documents], np.int64)
     per_document = -(-lengths // body)

@@ -32,6 +32,15 @@ def count_rows(files: Sequence[str], revision: str, most: int) -> int:
     return min(n_rows, most)
 
 
+def mean_bytes(file: str, column: str) -> float:
+    """Return the unpacked bytes that a row has in a column, as the file's footer says. Raises what the file system raises."""
+    with fsspec.open(file, "rb") as opened:
+        footer = pq.read_metadata(opened)
+    groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+    parts = [group.column(i) for group in groups for i in range(group.num_columns)]
+    return sum(part.total_uncompressed_size for part in parts if part.path_in_schema == column) / max(1, footer.num_rows)
+
+
 def iter_column(files: Sequence[str], revision: str, column: str, first: int, stop: int) -> Iterator[object]:
     """Yield the column's values in rows [first, stop) of all files. Raises `ColumnMissingError`, and what the file system raises."""
     start = 0

@@ -6,6 +6,10 @@ the `meta` device, without its weights, so planning for a large model costs no m
 have not changed since are known (`storage/seen.py`).
 """
 
+from dataclasses import replace
+
+from interp_assets.corpus.packing import check_room
+from interp_assets.corpus.refs import token_ids
 from interp_assets.corpus.sources import survey_sources
 from interp_assets.errors import ArtifactError, InputError
 from interp_assets.garcon.facts import ModelFacts, find_facts
@@ -15,6 +19,8 @@ from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store
 
 _SHOWN_FILES = 5
+_MOST_AFFIXES = 16
+"""No tokenizer puts more special tokens around a text: contexts that are longer have room."""
 
 
 def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
@@ -22,7 +28,8 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
 
     Raises `InputError` or `ConfigError` for text, tokenizer, model, hook points and lengths that do not fit.
     """
-    old = _find_grown(config, store)
+    known = _find_plan(config, store)
+    old = known if config.retrain.after_tokens else None
     with open_seen(read_again=config.execution.read_again) as seen:
         facts = find_facts(config.model, config.harvest.hook_points, seen)
         _check_model(config, facts)
@@ -36,9 +43,18 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
         max_context=facts.max_context,
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
     )
+    plan = carry_shuffle(config, known, plan)
     save_plan(store, plan, config.execution.plan)
     save_configuration(store, config)
     return Pipeline(config, plan, empty)
+
+
+def carry_shuffle(config: PipelineConfig, old: PipelinePlan | None, plan: PipelinePlan) -> PipelinePlan:
+    """Return a new plan with the shuffle that the old one chose, while the tokens are those whose rows it counted."""
+    chosen = old.shuffle if old and config.shuffle.stated is None else None
+    pipeline = Pipeline(config, plan)
+    is_same = chosen is not None and token_ids(pipeline, pipeline.first_indices) == chosen.token_shards
+    return replace(plan, shuffle=chosen) if is_same else plan
 
 
 def carry_generations(old: PipelinePlan | None, shards: list[ShardSource]) -> list[int]:
@@ -60,10 +76,8 @@ def describe_empty(pipeline: Pipeline) -> str:
     return f"{n_files:,} {noun} skipped: {', '.join(shown)}" + (f" and {rest:,} more" if rest else "")
 
 
-def _find_grown(config: PipelineConfig, store: Store) -> PipelinePlan | None:
-    """Return the plan that new text is added to, if the pipeline retrains on new text and has one."""
-    if not config.retrain.after_tokens:
-        return None
+def _find_plan(config: PipelineConfig, store: Store) -> PipelinePlan | None:
+    """Return the plan that there is, if there is one."""
     try:
         return load_pipeline(config, store).plan
     except ArtifactError:
@@ -94,6 +108,10 @@ def _check_model(config: PipelineConfig, model: ModelFacts) -> None:
             f"The tokenizer of {config.model.name} has {model.tokenizer_size:,} tokens, the model only {model.vocabulary_size:,} embeddings: "
             "they do not belong together. Use the tokenizer that the model was trained with."
         )
+    if config.corpus.contexts == "per_document" and config.corpus.context_length <= _MOST_AFFIXES:
+        from interp_assets.garcon.tokenizer import affixes, load_tokenizer  # noqa: PLC0415 - takes transformers, and most corpora do without
+
+        check_room(config.corpus.context_length, *affixes(load_tokenizer(config.model)))
     if config.corpus.text_kind == "messages":
         from interp_assets.garcon.chat import check_template  # noqa: PLC0415 - takes transformers, and most corpora do without
         from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415 - as above

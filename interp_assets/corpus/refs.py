@@ -1,10 +1,11 @@
 """Where token shards lie: the plan and the corpus configuration become artifact ids and paths."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, shard_key
-from interp_assets.storage.manifest import ArtifactRef, make_ref
+from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "1-corpus"
 TOKEN_SHARD_VERSION = 2
@@ -21,6 +22,12 @@ def token_shard_ref(pipeline: Pipeline, index: int) -> ArtifactRef:
         **read_config(pipeline.config),
     }
     return make_ref("token_shard", FOLDER, identity=identity, inputs={}, label=shard_key(index))
+
+
+def token_ids(pipeline: Pipeline, indices: Sequence[int]) -> str:
+    """Combine the ids of several token shards into one input id."""
+    question = ("token_ids", tuple(indices))
+    return pipeline.remember(question, lambda: combine_ids([token_shard_ref(pipeline, index).artifact_id for index in indices]))
 
 
 def read_config(config: PipelineConfig) -> dict[str, Any]:

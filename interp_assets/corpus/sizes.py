@@ -1,7 +1,7 @@
 """Shards become their rows: counted where their tokens are there, else estimated from the bytes of their text."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.planning.pipeline import Pipeline
@@ -15,16 +15,64 @@ TEXT_BYTES_PER_S: Final = 1e6
 """Tokenized by two cores, files included."""
 
 
+TEXT_BYTES_PER_TOKEN_RANGE: Final = (1, 8)
+"""What an estimate may be wrong by, before something is refused because of it: a token for every byte, or for every eight."""
+DATASET_DOUBT: Final = 2
+"""How much more or less text a dataset may have than its first rows let expect."""
+
+
+class RowCount(NamedTuple):
+    """Rows of a shard: all token positions, and those that are valid."""
+
+    n_rows: int
+    n_valid: int
+
+
+class RowBounds(NamedTuple):
+    """Rows that a shard has at least and at most: the same when its tokens are there."""
+
+    fewest: RowCount
+    most: RowCount
+
+
+def count_shard(pipeline: Pipeline, store: Store, index: int) -> RowCount | None:
+    """Return the rows of a shard whose tokens are there; None for any other."""
+
+    def count() -> RowCount | None:
+        manifest = find_manifest(store, token_shard_ref(pipeline, index))
+        return RowCount(int(manifest.facts["n_rows"]), int(manifest.facts["n_valid"])) if manifest else None
+
+    return pipeline.remember(("counted", index), count)
+
+
+def are_counted(pipeline: Pipeline, store: Store) -> bool:
+    """Tell whether the tokens of all shards are there."""
+    return all(count_shard(pipeline, store, index) for index in pipeline.shard_indices)
+
+
+def bound_rows(pipeline: Pipeline, store: Store, indices: Sequence[int]) -> list[RowBounds]:
+    """Return what is certain of the rows of several shards, whether or not their tokens are there."""
+    return [_bound(pipeline, store, index) for index in indices]
+
+
 def rows_of(pipeline: Pipeline, store: Store, index: int) -> int:
     """Return the rows of a shard."""
-
-    def count() -> int:
-        manifest = find_manifest(store, token_shard_ref(pipeline, index))
-        return int(manifest.facts["n_rows"]) if manifest else pipeline.source(index).n_bytes // TEXT_BYTES_PER_TOKEN
-
-    return pipeline.remember(("rows", index), count)
+    counted = count_shard(pipeline, store, index)
+    return counted.n_rows if counted else pipeline.source(index).n_bytes // TEXT_BYTES_PER_TOKEN
 
 
 def count_rows(pipeline: Pipeline, store: Store, indices: Sequence[int]) -> int:
     """Return the rows of several shards together."""
     return pipeline.remember(("rows of", tuple(indices)), lambda: sum(rows_of(pipeline, store, index) for index in indices))
+
+
+def _bound(pipeline: Pipeline, store: Store, index: int) -> RowBounds:
+    if counted := count_shard(pipeline, store, index):
+        return RowBounds(counted, counted)
+    source = pipeline.source(index)
+    doubt = DATASET_DOUBT if pipeline.config.corpus.source == "huggingface" else 1
+    smallest, largest = TEXT_BYTES_PER_TOKEN_RANGE
+    fewest = source.n_bytes // doubt // largest
+    special = pipeline.config.corpus.context_length  # with special tokens, at most one position more for each that is not
+    most = 2 * source.n_bytes * doubt // smallest + source.n_documents * special if source.n_bytes else 1 << 62
+    return RowBounds(RowCount(fewest, fewest), RowCount(most, most))

@@ -96,7 +96,7 @@ def run_backfill(
                 if not ready and not waiting:
                     continue
                 progress.plan(len(ready))
-                progress.expect(asset.name, len(ready))
+                progress.expect(asset.name, len(ready), asset.unit)
                 outcome = run_asset(job, instance, asset, ready, asset.partition_keys(pipeline))
                 touched |= {(asset.name, key) for key in ready}
                 broken |= {(asset.name, key) for key in [*outcome.failed, *waiting]}

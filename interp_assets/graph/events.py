@@ -26,6 +26,7 @@ from dagster._core.definitions.source_asset import SYSTEM_METADATA_KEY_SOURCE_AS
 from dagster._core.errors import DagsterExecutionInterruptedError, raise_execution_interrupts
 from dagster._core.execution.plan.execute_step import _build_data_version_tags, _get_code_version, _get_input_provenance_data
 
+from interp_assets.compute.compiled import n_compilations
 from interp_assets.errors import ConfigError, InterpError, StoreError
 from interp_assets.planning.asset import Check, Markdown, Shown, Table, Verdict
 from interp_assets.planning.progress import Progress, format_bytes
@@ -49,6 +50,8 @@ class Shared(NamedTuple):
 
     traffic: Traffic
     seconds: float
+    is_rated: bool = True
+    """Whether its time tells how fast such work is: not where a loop was compiled."""
 
 
 def record(
@@ -64,7 +67,7 @@ def record(
     keys = partition_keys(context)
     for key in keys:
         progress.begin("/".join(context.asset_key.path), key)
-        before, begun = METER.total(), time.monotonic()
+        before, begun, n_compiled = METER.total(), time.monotonic(), n_compilations()
         try:
             with interruptible(progress):
                 made = work(key)
@@ -77,8 +80,9 @@ def record(
             continue
         progress.end()
         took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
+        is_rated = made.is_whole and n_compilations() == n_compiled and (shared is None or shared.is_rated)
         is_new = not made.metadata.get("reused", True)
-        table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds, is_whole=made.is_whole) if is_new else None
+        table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds, is_whole=is_rated) if is_new else None
         yield _event(context, key, _with_cost(made, table), tags)
     if failed:
         raise _failure(failed, len(keys)) from next(iter(failed.values()))
@@ -98,6 +102,7 @@ def record_verdicts(
             asset_key=asset_key,
             check_name=check.name,
             passed=verdict.passed,
+            description=" ".join(verdict.wrong) or None,
             metadata={name: as_metadata(value) for name, value in verdict.shown.items()},
             target_materialization_data=_target(context.instance, asset_key, key),
             severity=dg.AssetCheckSeverity.WARN if verdict.is_warning else dg.AssetCheckSeverity.ERROR,

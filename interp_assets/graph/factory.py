@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import dagster as dg
 
+from interp_assets.compute.compiled import n_compilations
 from interp_assets.graph.events import Made, Shared, describe, interruptible, partition_keys, record, record_verdicts
 from interp_assets.graph.fanout import start_fanout
 from interp_assets.graph.partitions import backfill_policy, claim_history, dependency, partitions_of, register, tags_of
@@ -59,6 +60,8 @@ def make_definition(asset: Asset, road: Road, config: PipelineConfig) -> dg.Asse
     )
     def body(context: dg.AssetExecutionContext, world: dg.ResourceParam[World], progress: dg.ResourceParam[Progress]) -> Events:
         yield from _plan(asset, road, context, world, progress) if asset.plan else _make(asset, context, world, progress)
+        if asset.completes_plan:
+            register(context.instance, road, world.open()[0])
 
     return body  # pyright: ignore[reportReturnType] - Dagster's overloads do not see through the arguments
 
@@ -104,7 +107,8 @@ def _plan(asset: Asset, road: Road, context: dg.AssetExecutionContext, world: Wo
     claim_history(context.instance, world.config.name)
     store = world.store()
     pipeline = asset.plan(world.config, store, tell)
-    register(context.instance, pipeline)
+    register(context.instance, road, pipeline)
+    road.check(pipeline, store)
     for outside in road.outside:
         for key, found in outside.observe(pipeline).items() if outside.observe else ():
             tags = {"dagster/data_version": found.version}
@@ -123,10 +127,10 @@ def _make(asset: Asset, context: dg.AssetExecutionContext, world: World, progres
     if fanout:
         make: Callable[[str], list[Produced]] = fanout.take
     elif asset.is_made_together:
-        before, begun = METER.total(), time.monotonic()
+        before, begun, n_compiled = METER.total(), time.monotonic(), n_compilations()
         with interruptible(progress):
             make = asset.make(job)
-        shared = Shared(METER.total().since(before), time.monotonic() - begun)
+        shared = Shared(METER.total().since(before), time.monotonic() - begun, is_rated=n_compilations() == n_compiled)
     else:
         make = asset.make(job)
 

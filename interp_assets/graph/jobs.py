@@ -26,6 +26,7 @@ import dagster as dg
 from dagster import DagsterEventType, DagsterInstance
 from dagster._core.errors import DagsterExecutionInterruptedError
 
+from interp_assets.corpus.sizes import are_counted
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.fanout import side_by_side
@@ -126,18 +127,25 @@ def run_road(
     road = make_road(config)
     rest = [asset for asset in road.select(select) if not asset.plan]
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
+    progress.expect(road.plan.name, 1)
     yield _report(run_asset(job, instance, road.plan, [""], [""]))
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
+    is_certain = are_counted(pipeline, store)
     for siblings in group_siblings(rest):
+        if not is_certain and (is_certain := are_counted(pipeline := load_pipeline(config, store), store)):
+            road.check(pipeline, store)  # the plan could only estimate the rows
         due = [(asset, find_missing(road, asset, pipeline, store, instance)) for asset in siblings]
         with side_by_side([asset for asset, missing in due if missing], config):
             for asset, missing in due:
-                keys = asset.partition_keys(pipeline)
-                progress.skip(len(keys) - len(missing))
-                progress.expect(asset.name, len(missing))
-                yield _report(run_asset(job, instance, asset, missing, keys))
+                if keys := asset.partition_keys(pipeline):
+                    progress.skip(len(keys) - len(missing))
+                    progress.expect(asset.name, len(missing), asset.unit)
+                    yield _count(road, asset, (pipeline, store), missing, _report(run_asset(job, instance, asset, missing, keys)))
+        if any(asset.completes_plan for asset in siblings):
+            pipeline = load_pipeline(config, store)
+            progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
 
 
 def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
@@ -238,7 +246,7 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
             errors.append(explain_failure(asset.name, result))
             failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
         n_bytes += sum(_bytes_of(event) for event in events)
-        failed_checks += [check.check_name for check in result.get_asset_check_evaluations() if not check.passed]
+        failed_checks += [f"{check.check_name}: {check.description}" for check in result.get_asset_check_evaluations() if not check.passed]
     failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
     report = AssetReport(asset.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
     return Outcome(report, failed, errors)
@@ -260,6 +268,13 @@ def _report(outcome: Outcome) -> AssetReport:
     if outcome.errors:
         raise outcome.errors[0]
     return outcome.report
+
+
+def _count(road: Road, asset: Asset, where: tuple[Pipeline, Store], missing: Sequence[str], report: AssetReport) -> AssetReport:
+    """Count as `interp plan` does: partitions that hold nothing, as a held-out shard's share of the shuffle, are none."""
+    pipeline, store = where
+    empty = {key for key in asset.partition_keys(pipeline) if not road.holds_anything(asset, pipeline, store, key)}
+    return report._replace(n_partitions=report.n_partitions - len(empty), n_made=report.n_made - len(empty & set(missing)))
 
 
 def _node_name(asset: Asset) -> str:

@@ -10,15 +10,13 @@ from typing import Any, Final
 import dagster as dg
 
 from interp_assets.errors import ConfigError
-from interp_assets.planning.asset import EXPERIMENTS, NONE, SHARDS, Asset, Axis, Needs, Reads
+from interp_assets.planning.asset import NONE, Asset, Axis, Needs, Reads
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.road import Road
 
 PIPELINE: Final = "pipeline"
 """Set of one key: the name of the pipeline that a history belongs to."""
-REGISTERED: Final = {"shards": SHARDS, "experiments": EXPERIMENTS}
-"""Sets of partitions that come and go with the plan."""
 SHARD_DIMENSION: Final = "shard"
 SLICE_DIMENSION: Final = "latent_slice"
 _GPU_CPUS, _GPU_MEMORY = "4", "32Gi"
@@ -32,8 +30,7 @@ def partitions_of(axis: Axis) -> dg.PartitionsDefinition | None:
         names = (SLICE_DIMENSION, SHARD_DIMENSION)
         parts = {name: partitions for name, item in zip(names, axis.dimensions, strict=True) if (partitions := partitions_of(item))}
         return dg.MultiPartitionsDefinition(parts)
-    registered = next((name for name, item in REGISTERED.items() if item is axis), None)
-    return dg.DynamicPartitionsDefinition(name=registered) if registered else dg.StaticPartitionsDefinition(list(axis.fixed))
+    return dg.DynamicPartitionsDefinition(name=axis.registered) if axis.registered else dg.StaticPartitionsDefinition(list(axis.fixed))
 
 
 def dependency(road: Road, asset: Asset, item: Reads) -> dg.AssetDep:
@@ -108,9 +105,10 @@ def claim_history(instance: dg.DagsterInstance, pipeline: str) -> None:
         instance.add_dynamic_partitions(PIPELINE, [pipeline])
 
 
-def register(instance: dg.DagsterInstance, pipeline: Pipeline) -> None:
-    """Make the registered partitions those of the plan."""
-    for name, axis in REGISTERED.items():
+def register(instance: dg.DagsterInstance, road: Road, pipeline: Pipeline) -> None:
+    """Make the registered partitions of all assets those of the plan."""
+    axes = [axis for asset in (*road.outside, *road) for axis in (asset.axis.dimensions or (asset.axis,))]
+    for name, axis in {axis.registered: axis for axis in axes if axis.registered}.items():
         set_partitions(instance, name, axis.keys(pipeline))
 
 

@@ -25,15 +25,26 @@ def _activation_rows(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> d
     for key, index, *of_shard in zip(keys, indices, *drifts, strict=True):
         wrong = [fault for hook_point in hook_points for fault in row_faults(pipeline, store, hook_point, index)]
         shown = {"norm_drift": round(max(of_shard), 4), "norm_drift_limit": MAX_NORM_DRIFT, "wrong": "; ".join(wrong) or "nothing"}
-        verdicts[key] = Verdict(not wrong and max(of_shard) <= MAX_NORM_DRIFT, shown, is_warning=not wrong)
+        sentences = [f"{fault}. Materialize this shard again." for fault in wrong]
+        if max(of_shard) > MAX_NORM_DRIFT:
+            sentences.append(
+                f"mean norms of {key} differ from the others' by {max(of_shard):.0%}, at most {MAX_NORM_DRIFT:.0%} is usual. Look whether it holds "
+                "other text, or was harvested by another release or device."
+            )
+        verdicts[key] = Verdict(sentences, shown, is_warning=not wrong)
     return verdicts
 
 
 def _outlier_dimensions(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> dict[str, Verdict]:
     hook_points = pipeline.config.harvest.hook_points
     ratios = {hook_point: float(load_manifest(store, statistics_ref(pipeline, hook_point)).facts["max_mean_ratio"]) for hook_point in hook_points}
-    is_calm = all(ratio <= MAX_MEAN_RATIO for ratio in ratios.values())
-    return {"": Verdict(is_calm, {"limit": MAX_MEAN_RATIO, **{f"ratio.{name}": ratio for name, ratio in ratios.items()}}, is_warning=True)}
+    sentences = [
+        f"one dimension of {hook_point} has a mean {ratio:,.0f} times the typical one, more than {MAX_MEAN_RATIO:,.0f}: it dominates every norm. "
+        "Look at the SAE's FVU with care; rows are centred before training."
+        for hook_point, ratio in ratios.items()
+        if ratio > MAX_MEAN_RATIO
+    ]
+    return {"": Verdict(sentences, {"limit": MAX_MEAN_RATIO, **{f"ratio.{name}": ratio for name, ratio in ratios.items()}}, is_warning=True)}
 
 
 def row_faults(pipeline: Pipeline, store: Store, hook_point: str, index: int) -> list[str]:

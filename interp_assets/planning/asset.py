@@ -35,6 +35,8 @@ class Axis:
     """The partition keys that the configuration tells; empty where the plan does."""
     planned: Callable[[Pipeline], list[str]] | None = None
     """The partition keys that the plan tells."""
+    registered: str = ""
+    """With `planned`: the name of the set that Dagster keeps of them."""
     dimensions: tuple["Axis", ...] = ()
     """Two axes whose keys are combined, as `first|second`."""
 
@@ -47,8 +49,8 @@ class Axis:
 
 
 NONE: Final = Axis("none", fixed=("",))
-SHARDS: Final = Axis("shard", planned=lambda pipeline: [shard_key(index) for index in pipeline.shard_indices])
-EXPERIMENTS: Final = Axis("experiment", planned=lambda pipeline: [sae.name for sae in pipeline.config.saes])
+SHARDS: Final = Axis("shard", planned=lambda pipeline: [shard_key(index) for index in pipeline.shard_indices], registered="shards")
+EXPERIMENTS: Final = Axis("experiment", planned=lambda pipeline: [sae.name for sae in pipeline.config.saes], registered="experiments")
 
 
 def grid(first: Axis, second: Axis) -> Axis:
@@ -200,10 +202,16 @@ Make = Callable[[Job], Callable[[str], list[Produced]]]
 class Verdict(NamedTuple):
     """What a check found of one partition."""
 
-    passed: bool
+    wrong: Sequence[str]
+    """For each thing that is wrong a sentence: what, where, the number, its limit, the next step. Empty when the check has passed."""
     shown: Mapping[str, Shown]
     is_warning: bool = False
     """Whether a failure is worth knowing and no more."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.wrong
 
 
 class Check(NamedTuple):
@@ -236,6 +244,8 @@ class Asset:
     description: str
     """What it is, its unit of work, and what to look at; two sentences at least."""
     axis: Axis = NONE
+    unit: str = "rows"
+    """What its progress counts, for people."""
     reads: tuple[Reads, ...] = ()
     artifacts: Callable[[Pipeline, Store, str], list[ArtifactRef]] = lambda _pipeline, _store, _key: []
     """The artifacts of one partition, one for each hook point where there are several."""
@@ -252,6 +262,10 @@ class Asset:
     work_kind: Callable[[PipelineConfig, str], str] | None = None
     """Names a partition's kind of work, for what is known of this machine; None: the asset's name."""
     needs: Needs = field(default_factory=Needs)
+    obstacles: Callable[[Pipeline, Store], list[str]] = lambda _pipeline, _store: []
+    """What is known to stop it before any work, a sentence each with the next step: rows count as soon as tokens are there, else at their bounds."""
+    completes_plan: bool = False
+    """Whether partitions of later assets are known only when it is made: it adds to the plan."""
     is_made_together: bool = False
     """Whether a run's partitions are one piece of work, done when it is prepared; others are made alone, on any machine."""
     is_one_run: bool = False

@@ -3,7 +3,7 @@
 Fields are of two kinds. *Identity* fields decide bytes: they are hashed into artifact ids, so changing one makes new artifacts beside
 the old ones. *Execution* fields decide only how the work is done (`ExecutionConfig`, and the few marked so): they never change an id.
 
-A configuration never changes after it is made, and no value means "choose for me".
+A configuration never changes after it is made. Where a value may be `auto`, what was chosen is kept beside it, in the plan.
 """
 
 import difflib
@@ -27,8 +27,14 @@ DEMO_MODEL = "builtin:pystdlib_gpt2"
 ROOT_VARIABLE = "INTERP_ROOT"
 """Environment variable that moves any pipeline to another folder or bucket."""
 
+_ALTERNATIVES: Final = ("literal['auto']", "constrained-int")
+"""What pydantic puts behind the name of a field that is either of two: both of its errors are one wrong field."""
+
 _OVERKEEP: Final = 4
 """Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
+
+FORMER_SHAPE: Final = {"passes": 2, "fan_out": 8}
+"""What was not stated of the shuffle's numbers before the plan could choose them."""
 
 MAX_MIXED_SHARDS = 100_000
 """More partitions than this make Dagster's pages slow; a mixed shard may be as large as memory."""
@@ -135,14 +141,35 @@ class HarvestConfig(_Config):
 
 
 class ShuffleConfig(_Config):
-    """How the rows are mixed: all identity but the memory."""
+    """How the rows are mixed: all identity but the memory. What is `auto` is chosen once, when the rows are counted, and kept in the plan."""
 
-    passes: Annotated[int, Field(ge=1, le=6)] = 2
-    """Reads and writes of the whole data; `passes` - 1 of them distribute over buckets, the last shuffles each bucket in memory."""
-    fan_out: Annotated[int, Field(ge=1, le=65536)] = 8
-    """Buckets per distribution pass; there are fan_out ** (passes - 1) mixed shards."""
+    passes: Literal["auto"] | Annotated[int, Field(ge=1, le=6)] = "auto"
+    """Reads and writes of the whole data; `passes` - 1 of them distribute over buckets, the last shuffles buckets in memory. `auto`: the fewest."""
+    fan_out: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = "auto"
+    """Buckets per distribution pass; there are fan_out ** (passes - 1) mixed shards. `auto` with `passes`; 8 where `passes` is a number."""
     memory_bytes: Annotated[int, Field(ge=1 << 20)] = 1 << 30
     """Execution: rows that one job may hold in memory, in bytes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, content: Any) -> Any:
+        """Give the one of two numbers that is not stated the value that it always had beside a stated one."""
+        if not isinstance(content, dict):
+            return content
+        given = {name for name in FORMER_SHAPE if content.get(name, "auto") != "auto"}
+        return {**{name: value for name, value in FORMER_SHAPE.items() if given}, **content}
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> "ShuffleConfig":
+        if (self.passes == "auto") != (self.fan_out == "auto"):
+            message = f"passes is {self.passes} and fan_out {self.fan_out}: state both numbers, or leave both `auto`"
+            raise ValueError(message)
+        return self
+
+    @property
+    def stated(self) -> tuple[int, int] | None:
+        """Passes and fan-out where they are stated; None where the plan chooses them."""
+        return None if self.passes == "auto" or self.fan_out == "auto" else (self.passes, self.fan_out)
 
 
 class SaeConfig(_Config):
@@ -317,13 +344,17 @@ class PipelineConfig(_Config):
         if len(set(self.harvest.hook_points)) != len(self.harvest.hook_points):
             message = f"harvest.hook_points names one twice: {self.harvest.hook_points}"
             raise ValueError(message)
-        if self.shuffle.fan_out ** (self.shuffle.passes - 1) > MAX_MIXED_SHARDS:
-            message = f"fan_out ** (passes - 1) is {self.shuffle.fan_out ** (self.shuffle.passes - 1):,} mixed shards, at most {MAX_MIXED_SHARDS:,}"
+        passes, fan_out = self.shuffle.stated or (1, 1)
+        if fan_out ** (passes - 1) > MAX_MIXED_SHARDS:
+            message = f"fan_out ** (passes - 1) is {fan_out ** (passes - 1):,} mixed shards, at most {MAX_MIXED_SHARDS:,}"
             raise ValueError(message)
         for sae in self.saes:
             _check_task(sae, self.harvest.hook_points)
             if sae.task == "crosscoder" and sae.name in self.features.saes:
                 message = f"features.saes names the crosscoder {sae.name!r}: feature passes read one hook point. Take it out of the list"
+                raise ValueError(message)
+            if sae.name in self.features.saes and self.features.latent_slices > sae.d_sae:
+                message = f"features.latent_slices is {self.features.latent_slices:,}, but SAE {sae.name!r} has only {sae.d_sae:,} latents"
                 raise ValueError(message)
             if sae.k > sae.d_sae:
                 message = f"SAE {sae.name!r} wants k = {sae.k} active latents of d_sae = {sae.d_sae}"
@@ -418,7 +449,16 @@ def make_config(content: dict[str, Any], where: str = "the configuration") -> Pi
     try:
         return PipelineConfig.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(dict(item)) for item in error.errors()]
+        found: dict[tuple[int | str, ...], dict[str, Any]] = {}
+        for item in error.errors():
+            where_it_is = tuple(part for part in item["loc"] if str(part) not in _ALTERNATIVES)
+            before = found.get(where_it_is)
+            found[where_it_is] = {
+                **item,
+                "loc": where_it_is,
+                "msg": f"{before['msg']} or {item['msg'].removeprefix('Input should be ')}" if before else item["msg"],
+            }
+        lines = [_explain(item) for item in found.values()]
         raise ConfigError(f"{where} has {len(lines)} wrong field(s):\n" + "\n".join(lines)) from error
 
 
@@ -459,4 +499,5 @@ def code_version(version: int, **identity: object) -> str:
 def demo_config() -> PipelineConfig:
     """Return the embedded default: the shipped model on a million tokens of the standard library, under `INTERP_ROOT` (default `data`)."""
     sae = SaeConfig(batch_rows=2048, learning_rate=1e-3, n_rows=1_500_000)
-    return PipelineConfig(root=os.environ.get(ROOT_VARIABLE, "data"), corpus=CorpusConfig(max_shards=12), saes=[sae])
+    shuffle = ShuffleConfig(passes=2, fan_out=8)  # its rows fit one job: stated, so that it shows what larger data need
+    return PipelineConfig(root=os.environ.get(ROOT_VARIABLE, "data"), corpus=CorpusConfig(max_shards=12), shuffle=shuffle, saes=[sae])

@@ -11,7 +11,7 @@ Changing a text file changes one shard's fingerprint: that shard and what depend
 import json
 from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError, StoreMissingError
 from interp_assets.planning.config import PipelineConfig, make_config
@@ -21,11 +21,21 @@ from interp_assets.storage.store import Store, open_store
 
 CONFIGURATION: Final = "pipeline.json"
 _FORMAT: Final = "interp-assets/plan"
-_VERSION: Final = 1
-"""Raise it with every key that is added: readers refuse keys that they do not know."""
+_VERSIONS: Final = (1, 2)
+"""Versions that are read. 2 has the key `shuffle`, and is written only where the plan chose one. Raise it with every key that is added: readers
+refuse keys that they do not know."""
 _DROPPED: Final = ("n_empty_files", "empty_files")
 """Keys that some plans of version 1 have and nobody needs."""
 T = TypeVar("T")
+
+
+class ChosenShuffle(NamedTuple):
+    """What `shuffle.passes: auto` became."""
+
+    passes: int
+    fan_out: int
+    token_shards: str
+    """Combined ids of the token shards whose rows were counted: for others it is chosen anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +47,7 @@ class ShardSource:
     """Hash of the documents' content (local sources) or of their address (dataset, revision, range)."""
     n_documents: int
     n_bytes: int
-    """UTF-8 bytes of text; 0 when the source cannot tell without reading."""
+    """UTF-8 bytes of text; of a dataset on the hub estimated, 0 when nothing can be told without reading it."""
     spec: dict[str, Any]
     """Where the documents are, in the source's own terms."""
 
@@ -60,6 +70,8 @@ class PipelinePlan:
     max_context: int
     generations: list[int] = field(default_factory=list)
     """For each generation of training shards, the first shard index after it (`shuffle/generations.py`); empty: all shards are one."""
+    shuffle: ChosenShuffle | None = None
+    """The shuffle's numbers where the configuration leaves them to the plan, once the rows are counted."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Pipeline:
     def facts(self) -> dict[str, Any]:
         """The plan without its shards: these have fingerprints of their own."""
         facts = asdict(self.plan)
-        del facts["shards"], facts["generations"]
+        del facts["shards"], facts["generations"], facts["shuffle"]
         return facts
 
     @property
@@ -95,6 +107,12 @@ class Pipeline:
         """Indices of the shards that are shuffled and trained on."""
         pending = set(self.pending_indices)
         return [index for index in self.shard_indices if index >= self.config.corpus.held_out_shards and index not in pending]
+
+    @property
+    def first_indices(self) -> list[int]:
+        """Indices of the training shards that are shuffled first; later generations are merged into them."""
+        stop = self.plan.generations[:1]
+        return [index for index in self.train_indices if not stop or index < stop[0]]
 
     @property
     def pending_indices(self) -> list[int]:
@@ -146,7 +164,10 @@ def open_pipeline_store(config: PipelineConfig) -> Store:
 
 def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
     """Replace the pipeline's plan; answer False when it was the same already."""
-    data = (json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(plan)}, sort_keys=True, indent=1) + "\n").encode()
+    content = {**asdict(plan), "shuffle": plan.shuffle._asdict() if plan.shuffle else None}
+    if plan.shuffle is None:
+        del content["shuffle"]
+    data = (json.dumps({"format": _FORMAT, "version": 2 if plan.shuffle else 1, **content}, sort_keys=True, indent=1) + "\n").encode()
     try:
         if store.get(name) == data:
             return False
@@ -189,15 +210,16 @@ def load_pipeline(config: PipelineConfig, store: Store) -> Pipeline:
     try:
         content = parse_json(store.get(name))
         found = (content.pop("format"), content.pop("version"))
-        if found != (_FORMAT, _VERSION):
+        if found[0] != _FORMAT or found[1] not in _VERSIONS:
             raise ArtifactForeignError(
-                f"The plan {store.url}/{name} is {found}, this release reads {(_FORMAT, _VERSION)}. Use the release that wrote it on every machine, "
-                "or materialize `corpus_plan` again with this one."
+                f"The plan {store.url}/{name} is {found}, this release reads {_FORMAT!r} of versions {_VERSIONS}. Use the release that wrote "
+                "it on every machine, or materialize `corpus_plan` again with this one."
             )
         for key in _DROPPED:
             content.pop(key, None)
         shards = [ShardSource(**shard) for shard in content.pop("shards")]
-        plan = PipelinePlan(shards=shards, **content)
+        chosen = content.pop("shuffle", None)
+        plan = PipelinePlan(shards=shards, shuffle=ChosenShuffle(**chosen) if chosen else None, **content)
     except StoreMissingError as error:
         raise ArtifactMissingError(
             f"Pipeline {config.name!r} has no plan at {store.url}/{name}. Materialize `corpus_plan` (or `interp run`) first."

@@ -38,8 +38,8 @@ class Progress:
     def skip(self, n_partitions: int) -> None:
         """Hear that partitions are there already."""
 
-    def expect(self, asset: str, n_partitions: int) -> None:
-        """Hear how many partitions of an asset are made next."""
+    def expect(self, asset: str, n_partitions: int, unit: str = "rows") -> None:
+        """Hear how many partitions of an asset are made next, and what their units of work are called."""
 
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Hear that work on one partition starts (`""` without partitions), and how many units it has, if that is known."""
@@ -63,7 +63,7 @@ class AssetReport(NamedTuple):
     n_bytes: int
     wall_s: float
     failed_checks: list[str]
-    """Checks that did not pass and do not block."""
+    """For each check that did not pass and does not block its name, and what is wrong."""
 
 
 def format_bytes(n_bytes: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
-from interp_assets.errors import ArtifactError, ConfigError
+from interp_assets.errors import ArtifactError, ConfigError, PlanError
 from interp_assets.planning.asset import NONE, Asset, Key, Reads
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.storage.manifest import ArtifactRef, Manifest, combine_ids, data_version, find_manifest, load_manifest
@@ -60,6 +60,13 @@ class Road:
             raise ConfigError(f"There is no asset {', '.join(map(repr, unknown))}; this pipeline has {', '.join(sorted(known))}.")
         return [asset for asset in self._assets if not names or asset.name in set(names)]
 
+    def check(self, pipeline: Pipeline, store: Store) -> None:
+        """Raise `PlanError` with all that is known to stop an asset, before any work."""
+        found = [sentence for asset in self._assets for sentence in asset.obstacles(pipeline, store)]
+        if found:
+            lead = "" if len(found) == 1 else f"{len(found)} things stand in the way, and nothing was begun:\n"
+            raise PlanError(lead + "\n".join(found))
+
     def parents(self, asset: Asset, pipeline: Pipeline, key: str) -> set[Partition]:
         """Return the partitions that a partition reads."""
         return {(self._by_key[item.key].name, parent) for item in asset.reads for parent in self.parent_keys(asset, item, pipeline, key)}
@@ -82,6 +89,13 @@ class Road:
                 return [every[own[key] * len(every) // len(own)]]
             case _:
                 return every
+
+    def holds_anything(self, asset: Asset, pipeline: Pipeline, store: Store, key: str) -> bool:
+        """Tell whether a partition has artifacts, there or not: a held-out shard has no share in the shuffle. What has no records of them counts."""
+        try:
+            return asset.plan is not None or bool(asset.artifacts(pipeline, store, key))
+        except ArtifactError:
+            return True
 
     def find_version(self, asset: Asset, pipeline: Pipeline, store: Store, key: str, known: dict[str, Manifest] | None = None) -> str | None:
         """Return the data version of a partition when all its artifacts exist and were made from what is there now, else None.

@@ -47,8 +47,10 @@ class Line(NamedTuple):
 
 
 def make_schedule(road: Road, pipeline: Pipeline, store: Store, rates: dict[str, Rate], workers: int) -> list[Line]:
-    """Return a line for every asset after the plan, in the order of the data."""
-    return [_line(road, asset, (pipeline, store), rates, workers) for asset in road.rest]
+    """Return a line for every asset that has partitions, in the order of the data. The plan is made in every run."""
+    first = Line(road.plan.key, 1, 1, 0, 0, 0, 0, START_S, None)
+    lines = [_line(road, asset, (pipeline, store), rates, workers) for asset in road.rest]
+    return [first, *(line for line in lines if line.n_partitions)]
 
 
 def _line(road: Road, asset: Asset, where: tuple[Pipeline, Store], rates: dict[str, Rate], workers: int) -> Line:

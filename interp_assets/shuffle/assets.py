@@ -19,11 +19,13 @@ from interp_assets.planning.asset import (
     parent_bucket,
     per_hook_point,
     same,
+    training,
     whole,
 )
 from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.shuffle.checks import CERTIFICATE_PASSED, MIXED_ROW_COUNTS
+from interp_assets.shuffle.choice import MAX_CHOSEN_PASSES, find_obstacles, settle
 from interp_assets.shuffle.generations import generation_of, has_grown, newest
 from interp_assets.shuffle.plan import make_shuffle_plan, row_formats, split_bucket_refs
 from interp_assets.shuffle.refs import (
@@ -31,8 +33,10 @@ from interp_assets.shuffle.refs import (
     bucket_index,
     bucket_key,
     certificate_ref,
+    find_shape,
     mixed_shard_ref,
     pass_name,
+    shape_of,
     shuffle_plan_ref,
     split_shard_ref,
 )
@@ -46,8 +50,11 @@ _PROCESS_MIB = 1536
 
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
-    """List the assets of this stage: with P passes there are P - 1 distribution passes before the mixed shards."""
-    passes = config.shuffle.passes
+    """List the assets of this stage: with P passes there are P - 1 distribution passes before the mixed shards.
+
+    Where the plan chooses, there are as many as it may take, and those that it does not take have no partitions, or empty ones.
+    """
+    passes = config.shuffle.stated[0] if config.shuffle.stated else MAX_CHOSEN_PASSES
     first = [_first_pass(config)] if passes > 1 else []
     return [_plan(config), *first, *(_middle_pass(config, pass_index) for pass_index in range(2, passes)), _mixed_shards(config), _certificate()]
 
@@ -65,7 +72,9 @@ def _plan(config: PipelineConfig) -> Asset:
         artifacts=lambda pipeline, _store, _key: [shuffle_plan_ref(pipeline)],
         make=_make_plan,
         takes=lambda pipeline, _store, _key: Load(n_inputs=len(pipeline.train_indices)),
-        code_version=code_version(SHUFFLE_VERSION, shuffle=config.shuffle),
+        obstacles=find_obstacles,
+        completes_plan=config.shuffle.stated is None,
+        code_version=_version(config),
     )
 
 
@@ -91,14 +100,15 @@ def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
     return Asset(
         key=(pass_name(pass_index),),
         description=(
-            f"One bucket of pass {pass_index - 1}, gathered from all its jobs, permuted and divided over {config.shuffle.fan_out} smaller buckets. "
+            f"One bucket of pass {pass_index - 1}, gathered from all its jobs, permuted and divided over {_show_fan_out(config)} smaller buckets. "
             "The unit of work is a bucket; several jobs share one when it exceeds the memory of a job."
+            + ("" if config.shuffle.stated else " There are none unless the plan has chosen three passes.")
         ),
-        axis=_buckets(config, pass_index - 1),
+        axis=_buckets(config, pass_index - 1, pass_name(pass_index)),
         reads=(every(pass_name(1)) if pass_index == 2 else parent_bucket(pass_name(pass_index - 1)), whole("shuffle_plan")),
         artifacts=lambda pipeline, store, key: split_bucket_refs(pipeline, store, pass_index, bucket_index(key)),
         make=lambda job: _split_buckets(job, pass_index),
-        takes=_gathering(config, pass_index - 1),
+        takes=_gathering(lambda _passes: pass_index - 1),
         **_common(config),
     )
 
@@ -110,11 +120,11 @@ def _mixed_shards(config: PipelineConfig) -> Asset:
             "One bucket of the shuffled data: its ranges gathered from the files of the pass before and permuted once more, so that all mixed shards "
             "in order are one uniform permutation of the training rows. The unit of work is a bucket. Every row keeps its row id."
         ),
-        axis=_buckets(config, config.shuffle.passes - 1),
-        reads=(_mixed_from(config.shuffle.passes), whole("shuffle_plan")),
+        axis=_buckets(config, None, "mixed_shards"),
+        reads=(*_mixed_from(config), whole("shuffle_plan")),
         artifacts=_mixed,
         make=_mix,
-        takes=_gathering(config, config.shuffle.passes - 1),
+        takes=_gathering(lambda passes: passes - 1),
         **_common(config),
     )
 
@@ -138,29 +148,57 @@ def _certificate() -> Asset:
     )
 
 
-def _buckets(config: PipelineConfig, n_passes: int) -> Axis:
-    """Return the buckets that there are after `n_passes` distribution passes."""
-    return Axis("bucket", fixed=tuple(bucket_key(bucket) for bucket in range(config.shuffle.fan_out**n_passes)))
+def _version(config: PipelineConfig) -> str:
+    """Return the code version; numbers that the plan has chosen are in the ids, and memory decides no byte."""
+    return code_version(SHUFFLE_VERSION, shuffle=config.shuffle) if config.shuffle.stated else code_version(SHUFFLE_VERSION)
+
+
+def _show_fan_out(config: PipelineConfig) -> str:
+    return str(config.shuffle.stated[1]) if config.shuffle.stated else "as many"
+
+
+def _buckets(config: PipelineConfig, n_passes: int | None, name: str) -> Axis:
+    """Return the buckets that there are after `n_passes` distribution passes, or after all; where the plan chooses, those that it has chosen."""
+    if config.shuffle.stated:
+        passes, fan_out = config.shuffle.stated
+        return Axis("bucket", fixed=tuple(_bucket_keys(fan_out ** (passes - 1 if n_passes is None else n_passes))))
+
+    def list_keys(pipeline: Pipeline) -> list[str]:
+        if (shape := find_shape(pipeline)) is None or (n_passes is not None and shape.passes < MAX_CHOSEN_PASSES):
+            return []
+        return _bucket_keys(shape.fan_out ** (shape.passes - 1 if n_passes is None else n_passes))
+
+    return Axis("bucket", planned=list_keys, registered=f"{name} buckets")
+
+
+def _bucket_keys(n_buckets: int) -> list[str]:
+    return [bucket_key(bucket) for bucket in range(n_buckets)]
 
 
 def _common(config: PipelineConfig) -> dict[str, Any]:
     """Return what all passes share; a job gets the memory that the configuration allows its rows, and what a process needs besides."""
     needs = Needs(memory_bytes=(-(-config.shuffle.memory_bytes // (1 << 20)) + _PROCESS_MIB) << 20)
-    return {"group": GROUP, "kinds": ("python", "numpy"), "needs": needs, "code_version": code_version(SHUFFLE_VERSION, shuffle=config.shuffle)}
+    return {"group": GROUP, "kinds": ("python", "numpy"), "needs": needs, "code_version": _version(config)}
 
 
-def _mixed_from(passes: int) -> Reads:
+def _mixed_from(config: PipelineConfig) -> list[Reads]:
     """Say what mixed shards are gathered from. In other cases than one or two passes `gather_bucket` compares digests when it runs."""
+
+    def remembered(source: Reads, passes: int) -> Reads:
+        return source.remember(may_be_gone=True, counts=lambda pipeline: not has_grown(pipeline) and shape_of(pipeline).passes == passes)
+
+    if config.shuffle.stated is None:
+        return [remembered(training("activations"), 1), remembered(every(pass_name(1)), 2), every(pass_name(2))]
+    passes = config.shuffle.stated[0]
     if passes > 2:
-        return parent_bucket(pass_name(passes - 1))
-    source = every(pass_name(1)) if passes == 2 else every("activations")
-    return source.remember(may_be_gone=True, counts=lambda pipeline: not has_grown(pipeline))
+        return [parent_bucket(pass_name(passes - 1))]
+    return [remembered(every(pass_name(1)) if passes == 2 else training("activations"), passes)]
 
 
 def _splits_of_shard(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
-    """Held-out and pending shards have none."""
+    """Held-out and pending shards have none, nor has any where one pass is enough."""
     index = shard_index(key)
-    is_shuffled = index in pipeline.train_indices
+    is_shuffled = index in pipeline.train_indices and shape_of(pipeline).passes > 1
     return [split_shard_ref(pipeline, hook_point, index) for hook_point in pipeline.config.harvest.hook_points] if is_shuffled else []
 
 
@@ -169,7 +207,7 @@ def _mixed(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
 
 
 def _make_plan(job: Job) -> Callable[[str], list[Produced]]:
-    return lambda _key: [make_shuffle_plan(newest(job.pipeline), job.store)]
+    return lambda _key: [make_shuffle_plan(newest(settle(job.pipeline, job.store)), job.store)]
 
 
 def _split_shards(job: Job) -> Callable[[str], list[Produced]]:
@@ -177,7 +215,7 @@ def _split_shards(job: Job) -> Callable[[str], list[Produced]]:
 
     def make(key: str) -> list[Produced]:
         index = shard_index(key)
-        if index not in job.pipeline.train_indices:
+        if not _splits_of_shard(job.pipeline, job.store, key):
             return []
         own = generation_of(job.pipeline, index)
         return [split_shard(own, job.store, hook_point, index, job.progress.advance) for hook_point in job.hook_points]
@@ -188,7 +226,10 @@ def _split_shards(job: Job) -> Callable[[str], list[Produced]]:
 def _explain_nothing(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
     if made:
         return {}
-    is_held_out = shard_index(key) in job.pipeline.held_out_indices
+    index = shard_index(key)
+    if index in job.pipeline.train_indices:
+        return {"note": "one pass is enough: the mixed shard is gathered from the activations"}
+    is_held_out = index in job.pipeline.held_out_indices
     return {"note": "held out: measured, not shuffled" if is_held_out else "waits for the next retraining"}
 
 
@@ -232,16 +273,17 @@ def _held_bytes(pipeline: Pipeline) -> int:
 
 def _splitting(pipeline: Pipeline, store: Store, key: str) -> Load:
     index = shard_index(key)
-    n_rows = rows_of(pipeline, store, index) if index in pipeline.train_indices else 0
+    n_rows = rows_of(pipeline, store, index) if _splits_of_shard(pipeline, store, key) else 0
     n_bytes = n_rows * sum(item.record_bytes for item in row_formats(pipeline))
     return Load(n_rows, n_bytes, n_bytes, 3, 1 if n_bytes else 0, memory_bytes=n_rows * _held_bytes(pipeline))
 
 
-def _gathering(config: PipelineConfig, n_passes: int) -> Callable[[Pipeline, Store, str], Load]:
-    n_buckets = config.shuffle.fan_out**n_passes
+def _gathering(n_passes: Callable[[int], int]) -> Callable[[Pipeline, Store, str], Load]:
+    """Say what a bucket takes that there is after `n_passes(passes)` distribution passes."""
 
     def take(pipeline: Pipeline, store: Store, _key: str) -> Load:
-        n_rows = count_rows(pipeline, store, pipeline.train_indices) / n_buckets
+        passes, fan_out = shape_of(pipeline)
+        n_rows = count_rows(pipeline, store, pipeline.train_indices) / fan_out ** n_passes(passes)
         n_bytes = n_rows * sum(item.record_bytes for item in row_formats(pipeline))
         return Load(n_rows, n_bytes, n_bytes, 2 * len(pipeline.train_indices), 1, memory_bytes=n_rows * _held_bytes(pipeline))
 

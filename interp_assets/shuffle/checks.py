@@ -15,7 +15,13 @@ def _certificate_passed(pipeline: Pipeline, store: Store, _keys: Sequence[str]) 
     hook_points = pipeline.config.harvest.hook_points
     verdicts = {hook_point: load_manifest(store, certificate_ref(pipeline, hook_point)).facts for hook_point in hook_points}
     lowest = {f"lowest_p.{name}": facts["lowest_p"] for name, facts in verdicts.items()}
-    return {"": Verdict(all(facts["passed"] for facts in verdicts.values()), {**lowest, "verdicts": verdicts})}
+    sentences = [
+        f"the certificate of {hook_point} says no ({store.url}/{certificate_ref(pipeline, hook_point).path}). Read its findings with "
+        "`interp inspect`, and materialize the mixed shards again."
+        for hook_point, facts in verdicts.items()
+        if not facts["passed"]
+    ]
+    return {"": Verdict(sentences, {**lowest, "verdicts": verdicts})}
 
 
 def _mixed_row_counts(pipeline: Pipeline, store: Store, _keys: Sequence[str]) -> dict[str, Verdict]:
@@ -25,7 +31,13 @@ def _mixed_row_counts(pipeline: Pipeline, store: Store, _keys: Sequence[str]) ->
         hook_point: sum(load_manifest(store, mixed_shard_ref(pipeline, hook_point, bucket)).facts["n_rows"] for bucket in buckets)
         for hook_point in pipeline.config.harvest.hook_points
     }
-    return {"": Verdict(set(found.values()) == {n_expected}, {"expected_rows": n_expected, **{f"rows.{name}": n for name, n in found.items()}})}
+    sentences = [
+        f"the mixed shards of {hook_point} hold {n_rows:,} rows, the training shards {n_expected:,} valid tokens. Run `interp verify`, "
+        "and materialize the mixed shards again."
+        for hook_point, n_rows in found.items()
+        if n_rows != n_expected
+    ]
+    return {"": Verdict(sentences, {"expected_rows": n_expected, **{f"rows.{name}": n for name, n in found.items()}})}
 
 
 CERTIFICATE_PASSED: Final = Check("certificate_passed", "No row lost or doubled, and an order that looks uniform.", _certificate_passed, blocks=True)

@@ -9,7 +9,6 @@ Format: `docs/formats/shuffle_plan.md`.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,9 +23,9 @@ from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.generations import newest
 from interp_assets.shuffle.hypergeometric import count_table
 from interp_assets.shuffle.permutation import Draws
-from interp_assets.shuffle.refs import shuffle_plan_ref, split_bucket_ref
+from interp_assets.shuffle.refs import shape_of, shuffle_plan_ref, split_bucket_ref
 from interp_assets.shuffle.rows import SORT_BYTES, RowFormat
-from interp_assets.shuffle.sizes import ShuffleSizes
+from interp_assets.shuffle.sizes import ShuffleSizes, smallest_fan_out
 from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 
@@ -76,7 +75,8 @@ def make_shuffle_plan(pipeline: Pipeline, store: Store) -> Produced:
     ref = shuffle_plan_ref(pipeline)
     shards = load_shard_rows(pipeline, store)
     sizes = make_sizes(pipeline, shards)
-    check_memory(pipeline, shards, sizes)
+    if problem := explain_memory(pipeline, shards, sizes):
+        raise PlanError(problem)
     if (manifest := find_manifest(store, ref)) is not None:
         return Produced(ref, manifest, is_cached=True)
     with create_artifact(store, ref) as art:
@@ -120,15 +120,15 @@ def load_shard_rows(pipeline: Pipeline, store: Store) -> tuple[ShardRows, ...]:
     if sum(shard.n_valid for shard in shards) == 0:
         raise PlanError(
             f"Pipeline {pipeline.config.name!r} has no row to shuffle: {len(shards)} training shards besides "
-            f"{len(pipeline.held_out_indices)} held-out ones. Lower `corpus.shard_bytes` or `corpus.held_out_shards`, or give it more text."
+            f"{len(pipeline.held_out_indices)} held-out ones. Lower `corpus.held_out_shards`, or give it more text."
         )
     return tuple(shards)
 
 
 def make_sizes(pipeline: Pipeline, shards: Sequence[ShardRows]) -> ShuffleSizes:
-    """Return the sizes of all passes for the configured passes and fan-out."""
-    shuffle = pipeline.config.shuffle
-    return ShuffleSizes(passes=shuffle.passes, fan_out=shuffle.fan_out, shard_rows=tuple(shard.n_valid for shard in shards))
+    """Return the sizes of all passes. Raises like `shape_of`."""
+    passes, fan_out = shape_of(pipeline)
+    return ShuffleSizes(passes=passes, fan_out=fan_out, shard_rows=tuple(shard.n_valid for shard in shards))
 
 
 def row_formats(pipeline: Pipeline) -> list[RowFormat]:
@@ -146,9 +146,9 @@ def job_bytes(n_rows: int, fmt: RowFormat) -> int:
     return n_rows * (fmt.record_bytes + SORT_BYTES)
 
 
-def check_memory(pipeline: Pipeline, shards: Sequence[ShardRows], sizes: ShuffleSizes) -> None:
-    """Raise `PlanError` when a job cannot fit `shuffle.memory_bytes`; it names each knob and a value that works."""
-    shuffle = pipeline.config.shuffle
+def explain_memory(pipeline: Pipeline, shards: Sequence[ShardRows], sizes: ShuffleSizes) -> str:
+    """Say why a job cannot fit `shuffle.memory_bytes`, naming each knob and a value that works; empty when all jobs fit."""
+    shuffle, corpus = pipeline.config.shuffle, pipeline.config.corpus
     fmt = max(row_formats(pipeline), key=lambda item: item.record_bytes)
     limit = shuffle.memory_bytes // job_bytes(1, fmt)
     largest_shard = max(shard.n_rows for shard in shards) if sizes.passes > 1 else 0
@@ -156,20 +156,24 @@ def check_memory(pipeline: Pipeline, shards: Sequence[ShardRows], sizes: Shuffle
     needed = job_bytes(max(largest_shard, largest_bucket), fmt)
     problems: list[str] = []
     if largest_bucket > limit:
-        problems.append(f"a mixed shard of {largest_bucket:,} rows needs {job_bytes(largest_bucket, fmt):,} bytes: {_fan_out_advice(sizes, limit)}")
+        problems.append(
+            f"a mixed shard of {largest_bucket:,} rows needs {job_bytes(largest_bucket, fmt):,} bytes: {_fan_out_advice(pipeline, sizes, limit)}"
+        )
     if largest_shard > limit:
-        shard_bytes = pipeline.config.corpus.shard_bytes * limit // largest_shard
+        knob = "documents_per_shard" if corpus.source == "huggingface" else "shard_bytes"
+        value = max(1, getattr(corpus, knob) * limit // largest_shard)
         problems.append(
             f"a training shard of {largest_shard:,} rows needs {job_bytes(largest_shard, fmt):,} bytes: cut the corpus finer "
-            f"(`corpus.shard_bytes`, about {shard_bytes:,})"
+            f"(`corpus.{knob}`, about {value:,})"
         )
-    if problems:
-        raise PlanError(
-            f"The shuffle of pipeline {pipeline.config.name!r} does not fit shuffle.memory_bytes = {shuffle.memory_bytes:,} "
-            f"({fmt.record_bytes + SORT_BYTES:,} bytes a row with its id and the sort): "
-            + "; ".join(problems)
-            + f"; or set shuffle.memory_bytes to {needed:,} or more."
-        )
+    if not problems:
+        return ""
+    return (
+        f"The shuffle of pipeline {pipeline.config.name!r} does not fit shuffle.memory_bytes = {shuffle.memory_bytes:,} "
+        f"({fmt.record_bytes + SORT_BYTES:,} bytes a row with its id and the sort): "
+        + "; ".join(problems)
+        + f"; or set shuffle.memory_bytes to {needed:,} or more."
+    )
 
 
 def make_content(seed: int, shards: Sequence[ShardRows], sizes: ShuffleSizes) -> dict[str, Any]:
@@ -223,15 +227,18 @@ def _pass_content(sizes: ShuffleSizes, draws: Draws, pass_index: int) -> dict[st
     return {"pass": pass_index, "input_buckets": len(inputs), "jobs": sum(jobs), "counts": None if counts is None else [t.tolist() for t in counts]}
 
 
-def _fan_out_advice(sizes: ShuffleSizes, limit: int) -> str:
-    """Say which fan-out makes mixed shards of at most `limit` rows."""
+def _fan_out_advice(pipeline: Pipeline, sizes: ShuffleSizes, limit: int) -> str:
+    """Say what makes mixed shards of at most `limit` rows."""
+    if pipeline.config.shuffle.stated is None:
+        return "its passes and fan-out were chosen for more memory, and stay while nothing else is stated"
+    auto = "leave out both `shuffle.passes` and `shuffle.fan_out`, so that they are chosen"
+    if not limit:
+        return auto
     passes = max(2, sizes.passes)
-    fan_out = max(2, math.ceil((sizes.n_rows / max(1, limit)) ** (1 / (passes - 1))))
-    while limit and ShuffleSizes(passes=passes, fan_out=fan_out, shard_rows=sizes.shard_rows).largest_bucket_rows > limit:
-        fan_out += 1
+    fan_out = smallest_fan_out(sizes.n_rows, limit, passes)
     if sizes.passes == 1:
-        return f"set shuffle.passes to 2 and shuffle.fan_out to {fan_out}"
-    return f"raise shuffle.fan_out from {sizes.fan_out} to {fan_out} (or add a pass)"
+        return f"set shuffle.passes to 2 and shuffle.fan_out to {fan_out}, or {auto}"
+    return f"raise shuffle.fan_out from {sizes.fan_out} to {fan_out} (or add a pass), or {auto}"
 
 
 def split_bucket_refs(pipeline: Pipeline, store: Store, pass_index: int, bucket: int) -> list[ArtifactRef]:

@@ -1,6 +1,9 @@
 """Where the shuffle's plan, split files, mixed shards and certificates lie."""
 
-from interp_assets.corpus.refs import token_shard_ref
+from typing import NamedTuple
+
+from interp_assets.corpus.refs import token_ids
+from interp_assets.errors import ArtifactMissingError
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref, hook_folder
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.generations import before, generation_of, has_grown, newest
@@ -9,6 +12,31 @@ from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 FOLDER = "3-shuffle"
 SHUFFLE_VERSION = 1
 """Raise it when the same plan would give another order."""
+
+
+class Shape(NamedTuple):
+    """The two numbers that decide a shuffle's sizes and order."""
+
+    passes: int
+    fan_out: int
+
+
+def find_shape(pipeline: Pipeline) -> Shape | None:
+    """Return the shuffle's numbers, as the configuration states or the plan has chosen them; None before it has."""
+    if stated := pipeline.config.shuffle.stated:
+        return Shape(*stated)
+    chosen = pipeline.plan.shuffle
+    return Shape(chosen.passes, chosen.fan_out) if chosen else None
+
+
+def shape_of(pipeline: Pipeline) -> Shape:
+    """Return the shuffle's numbers. Raises `ArtifactMissingError` before they are chosen."""
+    if (shape := find_shape(pipeline)) is None:
+        raise ArtifactMissingError(
+            f"The plan of pipeline {pipeline.config.name!r} has not chosen passes and fan-out of the shuffle yet: that takes the token shards' rows. "
+            "Materialize `shuffle_plan` (or `interp run`) first."
+        )
+    return shape
 
 
 def shuffle_plan_ref(pipeline: Pipeline) -> ArtifactRef:
@@ -59,8 +87,9 @@ def certificate_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
 
 
 def n_mixed_shards(pipeline: Pipeline) -> int:
-    """Return how many mixed shards the configuration asks for."""
-    return pipeline.config.shuffle.fan_out ** (pipeline.config.shuffle.passes - 1)
+    """Return how many mixed shards there are. Raises like `shape_of`."""
+    passes, fan_out = shape_of(pipeline)
+    return fan_out ** (passes - 1)
 
 
 def mixed_ids(pipeline: Pipeline, hook_point: str) -> str:
@@ -96,7 +125,7 @@ def _inputs(pipeline: Pipeline, hook_point: str) -> dict[str, str]:
 
 
 def _plan_ref(pipeline: Pipeline) -> ArtifactRef:
-    shuffle = pipeline.config.shuffle
-    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "passes": shuffle.passes, "fan_out": shuffle.fan_out}
-    inputs = {"token_shards": combine_ids([token_shard_ref(pipeline, index).artifact_id for index in pipeline.train_indices])}
+    passes, fan_out = shape_of(pipeline)
+    identity = {"code": SHUFFLE_VERSION, "seed": pipeline.config.seed, "passes": passes, "fan_out": fan_out}
+    inputs = {"token_shards": token_ids(pipeline, pipeline.train_indices)}
     return make_ref("shuffle_plan", FOLDER, identity=identity, inputs=inputs, label="plan")

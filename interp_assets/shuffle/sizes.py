@@ -8,6 +8,7 @@ The output bucket `j` of input bucket `b` has the number `b * fan_out + j`. Buck
 is random, and nothing depends on memory or machines: the same shards, passes and fan-out give the same sizes everywhere.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,21 @@ def shares(n_rows: int, n_parts: int) -> list[int]:
 def offsets(sizes: list[int] | tuple[int, ...] | NDArray[np.int64]) -> list[int]:
     """Return where each of several consecutive parts starts, and the end."""
     return [0, *(int(end) for end in np.cumsum(np.asarray(sizes, np.int64)))]
+
+
+def largest_bucket(n_rows: int, passes: int, fan_out: int) -> int:
+    """Return the rows of the largest mixed shard of a shuffle."""
+    for _ in range(passes - 1):
+        n_rows = -(-n_rows // fan_out)
+    return n_rows
+
+
+def smallest_fan_out(n_rows: int, limit: int, passes: int) -> int:
+    """Return the smallest fan-out with which `passes` passes (2 or more) end in mixed shards of at most `limit` rows (1 or more)."""
+    fan_out = max(2, math.ceil((n_rows / limit) ** (1 / (passes - 1))) - 2)
+    while largest_bucket(n_rows, passes, fan_out) > limit:
+        fan_out += 1
+    return fan_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +91,4 @@ class ShuffleSizes:
     @property
     def largest_bucket_rows(self) -> int:
         """Rows of the largest mixed shard."""
-        n_rows = self.n_rows
-        for _ in range(self.passes - 1):
-            n_rows = -(-n_rows // self.fan_out)
-        return n_rows
+        return largest_bucket(self.n_rows, self.passes, self.fan_out)

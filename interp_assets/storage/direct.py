@@ -234,10 +234,24 @@ def remove_remains(path: Path) -> None:
     not taken for it. Of another machine's writer only time tells.
     """
     for item in path.parent.glob(f"{glob.escape(path.name)}#*"):
-        match = re.fullmatch(rf"(\d{{{NUMBER_DIGITS}}})\d{{6}}", item.name.rpartition("#")[2])
         with suppress(FileNotFoundError):  # another writer of the same file does the same
-            if (match is not None and not may_run_number(match[1])) or time.time() - item.stat().st_mtime > _FORGOTTEN_S:
+            if _is_abandoned(item):
                 item.unlink()
+
+
+def find_remains(folder: Path) -> list[Path]:
+    """List what writers of any file below a folder that were killed left behind."""
+    found = []
+    for item in sorted(folder.rglob("*#*")):
+        with suppress(FileNotFoundError):
+            if item.is_file() and re.search(rf"#\d{{{NUMBER_DIGITS + 6}}}$", item.name) and _is_abandoned(item):
+                found.append(item)
+    return found
+
+
+def _is_abandoned(item: Path) -> bool:
+    match = re.fullmatch(rf"(\d{{{NUMBER_DIGITS}}})\d{{6}}", item.name.rpartition("#")[2])
+    return (match is not None and not may_run_number(match[1])) or time.time() - item.stat().st_mtime > _FORGOTTEN_S
 
 
 def flush(path: Path) -> None:

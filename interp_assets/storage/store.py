@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
 from urllib.parse import unquote
@@ -61,11 +62,15 @@ class ByteSink(Protocol):
 class Store:
     """What a stage may ask of storage, over one of obstore's stores. Make it with `open_store`; `url` names it for people and messages."""
 
-    def __init__(self, backend: LocalStore | S3Store | MemoryStore, url: str, prefix: str = "") -> None:
+    def __init__(self, backend: "_Folder | S3Store | MemoryStore", url: str, prefix: str = "") -> None:
         """Wrap `backend`; every path is taken relative to `prefix` inside it."""
-        self._backend = backend
+        self._place = backend
         self._prefix = prefix
         self.url = url
+
+    @property
+    def _backend(self) -> LocalStore | S3Store | MemoryStore:
+        return self._place.open() if isinstance(self._place, _Folder) else self._place
 
     def get(self, path: str) -> bytes:
         """Read a whole object. Raises `StoreMissingError` when it is not there."""
@@ -103,6 +108,7 @@ class Store:
         """Write a whole object atomically; with `create`, answer False and change nothing when it exists already."""
         METER.written(len(data))
         with self._explained("write", path):
+            self._make_folder()
             try:
                 obstore.put(self._backend, self._key(path), data, mode="create" if create else "overwrite")
             except AlreadyExistsError:
@@ -163,6 +169,13 @@ class Store:
                 for item in batch:
                     yield ObjectInfo(item["path"][n_skip:], int(item["size"]))
 
+    def list_times(self, prefix: str = "") -> dict[str, datetime]:
+        """Return when each object under a folder was last written."""
+        n_skip = len(self._prefix) + 1 if self._prefix else 0
+        with self._explained("list", prefix):
+            listed = obstore.list(self._backend, self._key(prefix) or None, chunk_size=1000)
+            return {item["path"][n_skip:]: item["last_modified"] for batch in listed for item in batch}
+
     def delete(self, paths: Sequence[str]) -> None:
         """Delete objects; those that do not exist are no error."""
         for path in paths:
@@ -174,13 +187,15 @@ class Store:
 
     def child(self, prefix: str) -> "Store":
         """Return the store of a folder of this one."""
-        return Store(self._backend, f"{self.url}/{check_path(prefix)}", self._key(prefix))
+        return Store(self._place, f"{self.url}/{check_path(prefix)}", self._key(prefix))
 
     def local_path(self, path: str = "") -> Path | None:
         """Return the file behind a path, or None when the store is not a local folder."""
-        if not isinstance(self._backend, LocalStore):
-            return None
-        return Path(str(self._backend.prefix)) / self._key(path)
+        return self._place.path / self._key(path) if isinstance(self._place, _Folder) else None
+
+    def _make_folder(self) -> None:
+        if isinstance(self._place, _Folder):
+            self._place.path.mkdir(parents=True, exist_ok=True)
 
     def _check_kind(self, path: str) -> None:
         """Raise `StoreError` for a pipe, a socket or a device, of which reading would wait for ever."""
@@ -219,6 +234,20 @@ class Store:
             raise StoreError(f"Could not {verb} {where}: {_reason(error)}") from error
 
 
+class _Folder:
+    """A local folder, made by the first write: to ask for what is not there leaves no trace."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened: LocalStore | None = None
+
+    def open(self) -> LocalStore | MemoryStore:
+        """Return the store of the folder; an empty one while there is none."""
+        if self._opened is None and self.path.is_dir():
+            self._opened = LocalStore(str(self.path))
+        return self._opened or MemoryStore()
+
+
 class _Sink:
     """Hand bytes to a writer and explain its failures."""
 
@@ -246,7 +275,7 @@ def check_address(address: str, where: str) -> None:
 
 
 def open_store(url: str, *, s3: dict[str, Any] | None = None) -> Store:
-    """Open the store at `url`: a local folder (made when missing), `s3://bucket/prefix`, or `memory://name`.
+    """Open the store at `url`: a local folder (made by the first write), `s3://bucket/prefix`, or `memory://name`.
 
     `s3` holds endpoint, region and credentials for obstore's `S3Store`; what is not given comes from the usual `AWS_*` environment
     variables. Raises `ConfigError` for any other scheme.
@@ -256,11 +285,9 @@ def open_store(url: str, *, s3: dict[str, Any] | None = None) -> Store:
     scheme, separator, rest = url.partition("://")
     if not separator or scheme == "file":
         folder = Path(unquote(rest) if separator else url).expanduser().resolve()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"Could not make the folder {folder}: {_reason(error)}") from error
-        return Store(LocalStore(str(folder)), str(folder))
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder} is a file and no folder. Name another one.")
+        return Store(_Folder(folder), str(folder))
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         config: Any = {key: value for key, value in s3.items() if key != "aws_allow_http"} if s3 else None

@@ -48,6 +48,8 @@ def demo(
     _run(config, [])
     if serve:
         _show(config, None, port, dagster_port)
+    else:
+        out.print(explain_opening(config), soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -70,6 +72,9 @@ def backfill(
     """Make what has failed, is missing or was made from other bytes, as far as possible; exit code 1 when something failed again."""
     pipeline = _load(config)
     _check_names(pipeline, select or [])
+    from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+
+    load_pipeline(pipeline, open_pipeline_store(pipeline))  # without a plan there is nothing to do, and no history to begin
     from interp_assets.graph.backfill import run_backfill
     from interp_assets.graph.jobs import open_instance
     from interp_assets.terminal.console import print_report, print_total
@@ -157,12 +162,15 @@ def plan(
 @app.command()
 def costs(config: ConfigOption = None) -> None:
     """Show what was expected of each asset's partitions and what they took: bytes, requests, seconds, dollars."""
-    from interp_assets.graph.jobs import open_instance, recorded_costs
+    from interp_assets.graph.jobs import dagster_home, open_instance, recorded_costs
     from interp_assets.graph.stages import make_road
     from interp_assets.terminal.forecast import print_costs
 
     warnings.simplefilter("ignore")
     loaded = _load(config)
+    if not dagster_home(loaded).exists():
+        print_costs(out, loaded, {})
+        return
     with open_instance(loaded) as instance:
         print_costs(out, loaded, {asset.name: recorded_costs(instance, asset) for asset in make_road(loaded)})
 
@@ -245,6 +253,21 @@ def dev(config: ConfigOption = None, dagster_port: Annotated[int, typer.Option(h
     out.print(f"Dagster's UI: {dagster.url}   (ready in some seconds; Ctrl-C stops it; log: {dagster.log})", soft_wrap=True)
     with dagster:
         dagster.wait()
+
+
+@app.command()
+def gc(
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="Every YAML file that uses the folder, once each. Default: the demo.")
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed.")] = False,
+    forget: Annotated[list[str] | None, typer.Option(help="An SAE or hook point of no named configuration that may go.")] = None,
+    hours: Annotated[float, typer.Option(help="Leave what is younger: somebody may be writing it.", min=0)] = 24.0,
+) -> None:
+    """List, or delete, what lies in a pipeline's folder and nothing refers to: older configurations' artifacts, leavings of interrupted writes."""
+    from interp_assets.terminal.clearing import clear
+
+    clear(out, [_load(path) for path in config] if config else [_load(None)], forget=forget or [], hours=hours, delete=delete)
 
 
 app.command()(export)  # after the others: `interp --help` lists commands in this order
@@ -340,6 +363,15 @@ def _show(config: "PipelineConfig", config_path: Path | None, port: int, dagster
     out.print(f"Dagster's UI:    {dagster.url}   (ready in some seconds; log: {dagster.log})\nCtrl-C stops both.", soft_wrap=True)
     with dagster:
         serve_bundles(bundles, port=port, desk=make_desk(config, bundles, find_notes(bundles)))
+
+
+def explain_opening(config: "PipelineConfig") -> str:
+    """Say how a finished demo is opened again."""
+    return (
+        f"\nTo open it: interp serve {config.root}/{config.name}   (the feature browser)\n"
+        "            interp dev                      (Dagster's UI)\n"
+        "            interp demo                     (both; what is made is found)"
+    )
 
 
 def _free_port(host: str, port: int) -> int:

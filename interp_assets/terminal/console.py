@@ -10,10 +10,11 @@ from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from interp_assets.compute.compiled import observe_compiling
 from interp_assets.planning.progress import AssetReport, Progress, format_bytes
 
 
@@ -22,13 +23,20 @@ class Bars(Progress):
 
     def __init__(self, console: Console) -> None:
         """Draw on `console`."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=32), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            _CompilingColumn(),
+        )
         self._rich = RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._road = self._rich.add_task("the whole road", total=None, note="planning")
         self._partition = self._rich.add_task("", total=None, note="", visible=False)
         self._n_partitions = self._n_done = self._n_units = 0
         self._n_expected: int | None = None
-        self._asset = ""
+        self._asset, self._unit = "", "rows"
 
     def __enter__(self) -> "Bars":  # noqa: PYI034 - beartype, which checks in tests, cannot read Self
         """Start to draw."""
@@ -47,6 +55,12 @@ class Bars(Progress):
     def skip(self, n_partitions: int) -> None:
         """Count partitions that are there already."""
         self._count(n_partitions)
+
+    def expect(self, asset: str, n_partitions: int, unit: str = "rows") -> None:
+        """Remember what the asset's units are called, and show it: what comes before its first partition may take minutes."""
+        self._unit = unit
+        if n_partitions:
+            self._rich.reset(self._partition, description=asset, total=None, note="", visible=True)
 
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Show the partition at hand. Partitions of one asset are alike: the last one's units are the next one's estimate."""
@@ -67,7 +81,8 @@ class Bars(Progress):
         """Show units of work."""
         self._n_units += n
         total = None if self._n_expected is None else max(self._n_expected, self._n_units)
-        self._rich.update(self._partition, completed=self._n_units, total=total, note=f"{self._n_units:,}")
+        note = f"{self._n_units:,} {self._unit}" + (", writing it" if self._n_units == self._n_expected else "")
+        self._rich.update(self._partition, completed=self._n_units, total=total, note=note)
 
     def end(self) -> None:
         """Count the finished partition."""
@@ -78,6 +93,13 @@ class Bars(Progress):
         if self._n_partitions:
             self._n_done += n
             self._rich.update(self._road, completed=self._n_done, note=f"{self._n_done:,}/{self._n_partitions:,} partitions")
+
+
+class _CompilingColumn(ProgressColumn):
+    """Says that loops are being compiled, on the line of the partition at hand."""
+
+    def render(self, task: Task) -> Text:
+        return Text("compiling loops, once" if task.id and observe_compiling().is_busy else "")
 
 
 @contextmanager
@@ -101,9 +123,9 @@ def print_report(console: Console, report: AssetReport) -> None:
     n_reused = report.n_partitions - report.n_made
     parts = [f"{report.n_made:,} made" if report.n_made else "", f"{n_reused:,} there already" if n_reused else ""]
     text = Text(f"  {report.name:<38}{', '.join(part for part in parts if part):<34}{report.wall_s:>8.1f} s  {format_bytes(report.n_bytes):>9}")
-    if report.failed_checks:
-        text.append(f"  check not passed: {', '.join(report.failed_checks)}", style="yellow")
     console.print(text, soft_wrap=True)
+    for sentence in report.failed_checks:
+        console.print(f"    check not passed: {sentence}", style="yellow", soft_wrap=True, markup=False)
 
 
 def print_total(console: Console, reports: Sequence[AssetReport]) -> None:

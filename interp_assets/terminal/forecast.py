@@ -2,13 +2,17 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
 
-from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN
-from interp_assets.errors import ArtifactMissingError
+import interp_assets.compute.encode_loops
+import interp_assets.compute.loops  # noqa: F401 - whether these have been compiled before
+from interp_assets.compute.compiled import are_loops_cold
+from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN, count_rows
+from interp_assets.errors import ArtifactMissingError, StoreMissingError
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.assets import ROWS_PER_S
 from interp_assets.planning.config import PipelineConfig
@@ -18,8 +22,10 @@ from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
 from interp_assets.planning.progress import format_bytes
 from interp_assets.planning.rates import load_rates, rates_path
 from interp_assets.planning.schedule import Line, make_schedule
+from interp_assets.shuffle.choice import foresee
 from interp_assets.shuffle.estimate import compare_plans, estimate_passes
 from interp_assets.shuffle.plan import load_shard_rows
+from interp_assets.shuffle.refs import shape_of
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.store import Store, open_store
 from interp_assets.terminal.console import format_count, print_table
@@ -37,13 +43,16 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
 
     Plans the corpus in memory: a running pipeline keeps its plan.
     """
-    from interp_assets.corpus.plan import describe_empty, plan_corpus  # noqa: PLC0415 - takes transformers, and `interp costs` does without
+    from interp_assets.corpus.plan import describe_empty  # noqa: PLC0415 - takes transformers, and `interp costs` does without
 
     workers = workers or config.execution.workers
     store = open_pipeline_store(config)
-    pipeline = plan_corpus(config, open_store("memory://plan"))
+    road, planned = make_road(config), plan_aside(config, store)
+    road.check(planned, store)
+    pipeline = foresee(planned, store)
     shards = pipeline.plan.shards
-    text = f"{format_count(sum(s.n_documents for s in shards), 'document')}, {format_bytes(sum(s.n_bytes for s in shards))} of text"
+    about = "about " if config.corpus.source == "huggingface" else ""  # a dataset is not read to plan
+    text = f"{format_count(sum(s.n_documents for s in shards), 'document')}, {about}{format_bytes(sum(s.n_bytes for s in shards))} of text"
     held_out = format_count(len(pipeline.held_out_indices), "shard")
     console.print(f"Pipeline {config.name} in {config.root}", soft_wrap=True, markup=False)
     console.print(f"  {format_count(len(shards), 'corpus shard')}: {text}; {held_out} held out", soft_wrap=True)
@@ -51,7 +60,7 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
         console.print(f"  {sentence}", soft_wrap=True, markup=False)
     for hook_point, width in pipeline.plan.hook_widths.items():
         console.print(f"  {config.model.name} at {hook_point}: {width:,} values a row in {config.harvest.dtype}", soft_wrap=True, markup=False)
-    lines = make_schedule(make_road(config), pipeline, store, load_rates(rates_path()), workers)
+    lines = make_schedule(road, pipeline, store, load_rates(rates_path()), workers)
     _print_schedule(console, pipeline, lines, workers)
     _print_shuffle(console, pipeline, store, workers)
     _print_slices(console, pipeline, store, workers)
@@ -59,6 +68,16 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
         if line.n_partitions > MAX_PARTITIONS:
             advice = "Dagster becomes slow. Raise corpus.shard_bytes or lower features.latent_slices."
             console.print(f"\n{line.name} has {line.n_partitions:,} partitions; above {MAX_PARTITIONS:,} {advice}", soft_wrap=True)
+
+
+def plan_aside(config: PipelineConfig, store: Store) -> Pipeline:
+    """Plan a pipeline as a run would now, and leave the plan in its folder as it is."""
+    from interp_assets.corpus.plan import plan_corpus  # noqa: PLC0415 - as above
+
+    aside = open_store("memory://plan")
+    with suppress(StoreMissingError):  # what it remembers: generations, and the shuffle that was chosen
+        aside.put(config.execution.plan, store.get(config.execution.plan))
+    return plan_corpus(config, aside)
 
 
 def print_costs(console: Console, config: PipelineConfig, tables: Mapping[str, list[list[dict[str, Any]]]]) -> None:
@@ -118,6 +137,8 @@ def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line],
         *(["  * instead as fast as such partitions were on this machine before"] if known else []),
         f"Memory: what the largest job holds, beside {format_bytes(PROCESS_BYTES)} for the process. Writes stay on the disk.",
     ]
+    if are_loops_cold():
+        notes.append("Loops are compiled at first use, once on this machine: one or two minutes more.")
     for note in notes:
         console.print(note, soft_wrap=True, markup=False)
     print_room(console, pipeline.config.root, free_bytes(pipeline.config.root), written_bytes)
@@ -151,20 +172,22 @@ def free_bytes(root: str) -> int | None:
 def _print_shuffle(console: Console, pipeline: Pipeline, store: Store, workers: int) -> None:
     """Print what the configured shuffle moves, and what other numbers of passes would cost with the same memory."""
     shuffle, harvest = pipeline.config.shuffle, pipeline.config.harvest
+    passes, fan_out = shape_of(pipeline)
     try:
         n_rows, how = sum(shard.n_valid for shard in load_shard_rows(pipeline, store)), "counted"
     except ArtifactMissingError:
-        n_rows, how = sum(pipeline.source(index).n_bytes for index in pipeline.train_indices) // TEXT_BYTES_PER_TOKEN, "estimated from the text"
-    n_mixed = format_count(shuffle.fan_out ** (shuffle.passes - 1), "mixed shard")
-    console.print(f"\nShuffle of {n_rows:,} rows ({how}): {format_count(shuffle.passes, 'pass', 'passes')}, {n_mixed}", soft_wrap=True)
+        n_rows, how = count_rows(pipeline, store, pipeline.train_indices), f"estimated from the text, {TEXT_BYTES_PER_TOKEN} bytes a row"
+    counted = f"{format_count(passes, 'pass', 'passes')}, {format_count(fan_out ** (passes - 1), 'mixed shard')}"
+    chosen = "" if shuffle.stated else f", as `shuffle.passes: auto` {'chose' if how == 'counted' else 'will choose for so many'}"
+    console.print(f"\nShuffle of {n_rows:,} rows ({how}): {counted}{chosen}", soft_wrap=True, markup=False)
     prices, n_rows = Prices(workers=workers), max(1, n_rows)
     for row_bytes in dict.fromkeys(RowFormat(pipeline.d_in(hook_point), harvest.dtype).record_bytes for hook_point in harvest.hook_points):
-        plan = estimate_passes(n_rows, row_bytes, shuffle.memory_bytes, (shuffle.passes, shuffle.fan_out), prices)
+        plan = estimate_passes(n_rows, row_bytes, shuffle.memory_bytes, (passes, fan_out), prices)
         jobs = f"{format_bytes(shuffle.memory_bytes)} a job, {format_count(workers, 'job')} at once, {format_bytes(row_bytes)} a row"
         console.print(f"  with {jobs}; S3's list prices, {prices.worker_usd_per_hour:g} USD an hour of a worker:", soft_wrap=True, markup=False)
         print_plans(console, compare_plans(n_rows, row_bytes, shuffle.memory_bytes, prices=prices), plan)
         if plan.memory_bytes > shuffle.memory_bytes:
-            need = f"a job needs {format_bytes(plan.memory_bytes)}, shuffle.memory_bytes is {shuffle.memory_bytes:,}"
+            need = f"a job may need {format_bytes(plan.memory_bytes)}, shuffle.memory_bytes is {shuffle.memory_bytes:,}"
             console.print(f"  As configured {need}: raise it, or take one of the others.", style="yellow", soft_wrap=True, markup=False)
 
 

@@ -2,10 +2,11 @@
 
     activations: 12 partitions to make
     activations: 4 of 12 done, shard-000004 at 43 %; 1 min 20 s so far, about 2 min 24 s left
+    sae: demo at 12 %, compiling loops (once on this machine); 40 s so far
+    sae: demo at 100 %, writing and checking it; 9 min so far
 
 A line comes when an asset of several partitions begins, and every `every_s` seconds from then on, from a thread of its own: a stage that
-computes for an hour without a word would print nothing if only its own calls did. What is left is what there was so far, in proportion:
-partitions of one asset are alike. Before a twentieth of the work is done, nothing is said of it.
+computes for an hour without a word would print nothing if only its own calls did. What is left is `left.py`'s: partitions of one asset are alike.
 """
 
 import threading
@@ -16,25 +17,33 @@ from typing import Final
 
 from rich.console import Console
 
+from interp_assets.compute.compiled import Compiling, observe_compiling
 from interp_assets.planning.progress import Progress
 from interp_assets.terminal.console import Bars
+from interp_assets.terminal.left import Remaining
 
 EVERY_S: Final = 15.0
-_KNOWN_FROM: Final = 0.05
 
 
 class Lines(Progress):
     """Prints lines about the asset at hand. A context manager: its thread ends with it."""
 
-    def __init__(self, console: Console, *, every_s: float = EVERY_S, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        *,
+        every_s: float = EVERY_S,
+        now: Callable[[], float] = time.monotonic,
+        compiling: Callable[[], Compiling] = observe_compiling,
+    ) -> None:
         """Print on `console`."""
-        self._console, self._every_s, self._now = console, every_s, now
+        self._console, self._every_s, self._now, self._compiling = console, every_s, now, compiling
         self._over, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._asset, self._partition = "", ""
+        self._asset, self._partition, self._unit = "", "", "rows"
         self._n_partitions = self._n_made = self._n_units = self._n_last = 0
         self._n_expected: int | None = None
-        self._began = 0.0
+        self._left = Remaining(now, compiling)
 
     def __enter__(self) -> "Lines":  # noqa: PYI034 - beartype, which checks in tests, cannot read Self
         """Start to watch."""
@@ -46,11 +55,11 @@ class Lines(Progress):
         self._over.set()
         self._thread.join()
 
-    def expect(self, asset: str, n_partitions: int) -> None:
+    def expect(self, asset: str, n_partitions: int, unit: str = "rows") -> None:
         """Say how many partitions of an asset are made next."""
         with self._lock:
-            self._asset, self._n_partitions, self._n_made, self._partition = asset, n_partitions, 0, ""
-            self._n_units, self._n_last, self._n_expected, self._began = 0, 0, None, self._now()
+            self._asset, self._n_partitions, self._n_made, self._partition, self._unit = asset, n_partitions, 0, "", unit
+            self._n_units, self._n_last, self._n_expected, self._left = 0, 0, None, Remaining(self._now, self._compiling)
         if n_partitions > 1:
             self._print(f"{asset}: {n_partitions:,} partitions to make")
 
@@ -76,20 +85,23 @@ class Lines(Progress):
         self._print(sentence)
 
     def describe(self) -> str:
-        """Say how far the asset at hand is; nothing between assets."""
+        """Say how far the asset at hand is; nothing where nothing is to be made."""
         with self._lock:
-            if not self._n_partitions or self._n_made >= self._n_partitions:
+            if not self._n_partitions:
                 return ""
             share = min(1.0, self._n_units / self._n_expected) if self._n_expected and self._n_units else 0.0
-            wall_s, done = self._now() - self._began, self._n_made + share
-            parts = [f"{self._n_made:,} of {self._n_partitions:,} done"] if self._n_partitions > 1 else []
-            if self._partition or share:
-                at = f"at {share:.0%}".replace("%", " %") if share else f"with {self._n_units:,} units of work done" if self._n_units else "at work"
-                parts.append(f"{self._partition} {at}".strip())
-            left = ""
-            if _KNOWN_FROM <= done / self._n_partitions < 1:
-                left = f", about {format_duration(wall_s * (self._n_partitions - done) / done)} left"
-            return f"{self._asset}: {', '.join(parts) or 'at work'}; {format_duration(wall_s)} so far{left}"
+            n, n_made = self._n_partitions, min(self._n_made, self._n_partitions)
+            parts = [f"{n_made:,} of {n:,} done"] if n > 1 else []
+            if n_made == n:
+                parts.append("checking what was made")
+            elif self._partition or share:
+                at = f"at {share:.0%}".replace("%", " %") if share else f"with {self._n_units:,} {self._unit} done" if self._n_units else "at work"
+                parts.append(f"{self._partition} {at}".strip() + (", writing and checking it" if share == 1 else ""))
+            if self._compiling().is_busy:
+                parts.append("compiling loops (once on this machine)")
+            left = self._left.estimate(min(1.0, (n_made + share) / n))
+            rest = f", about {format_duration(left.seconds)} left" + (f" ({left.why})" if left.why else "") if left else ""
+            return f"{self._asset}: {', '.join(parts) or 'at work'}; {format_duration(self._left.wall_s)} so far{rest}"
 
     def _watch(self) -> None:
         while not self._over.wait(self._every_s):

@@ -151,7 +151,7 @@ def make_desk(config: "PipelineConfig", places: "Sequence[BundlePlace]", notes: 
     opened = [bundle for bundle in map(open_bundle, places) if isinstance(bundle, OpenBundle)]
     ours = [bundle for bundle in opened if bundle.description["pipeline"] == config.name]
     try:
-        if ours:  # opening a store makes its folder
+        if ours:
             store = open_pipeline_store(config)
             pipeline = load_pipeline(config, store)
             for bundle in ours:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from interp_assets.corpus.sizes import TOKEN_BYTES, count_rows
-from interp_assets.errors import CertificateError
+from interp_assets.corpus.sizes import TOKEN_BYTES, bound_rows, count_rows
+from interp_assets.errors import ArtifactMissingError, CertificateError, InterpError
 from interp_assets.harvest.assets import ROWS_PER_S, model_bytes
 from interp_assets.planning.asset import EXPERIMENTS, Asset, Job, Load, Markdown, Needs, Shown, every, only, same, whole
 from interp_assets.planning.config import PipelineConfig, SaeConfig, code_version
@@ -11,7 +11,7 @@ from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.shuffle.rows import RowFormat
-from interp_assets.storage.manifest import Produced, load_manifest
+from interp_assets.storage.manifest import Produced, find_manifest, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
 from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, evaluation_ref, sae_ref, sweep_ref
@@ -19,6 +19,19 @@ from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_V
 GROUP = "train"
 _PRODUCTS = 5
 """Matrix products of a training step (benchmarks/bench_train.py)."""
+_STEP_S = 0.02
+"""What a step of training takes besides its products: optimizer, bookkeeping, on two cores."""
+_OF_PRODUCTS = {
+    "relu": 1.5,
+    "gated": 1.8,
+    "topk": 0.5,
+    "batch_topk": 0.55,
+    "matryoshka_batch_topk": 0.6,
+    "jump_relu": 1.0,
+    "jump_relu_tanh": 1.0,
+    "jump_relu_step": 1.3,
+}
+"""Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
 _SPEEDS = ("step_rows_per_s", "input_wait_share", "peak_memory_bytes", "peak_device_bytes")
 _WEIGHT_COPIES = 5
 """Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
@@ -42,11 +55,12 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             make=_train,
             shows=_show_training,
             takes=_training,
-            work_kind=lambda config, key: "sae imported" if config.sae(key).imported else "sae",
+            work_kind=lambda config, key: f"sae {'imported' if config.sae(key).imported else config.sae(key).architecture}",
             needs=Needs(accelerator=True),
             is_made_together=True,
             is_one_run=True,
             is_relied_on=True,
+            obstacles=_find_obstacles,
             checks=(FINITE_TRAINING,),
             code_version=f"{code_version(TRAIN_VERSION)}.{code_version(IMPORT_VERSION)}",
         ),
@@ -107,6 +121,35 @@ def _train(job: Job) -> Callable[[str], list[Produced]]:
     return lambda key: [trained[key]._replace(is_whole=key not in begun_before)]
 
 
+def _find_obstacles(pipeline: Pipeline, store: Store) -> list[str]:
+    """Say of the SAEs that are not there yet why they cannot be trained or taken in, as far as configuration and rows tell."""
+    from interp_assets.train.exchange.imported import find_folder
+    from interp_assets.train.launch import check_processes
+
+    missing = [sae for sae in pipeline.config.saes if not _is_there(pipeline, store, sae.name)]
+    n_rows = sum(found.most.n_valid for found in bound_rows(pipeline, store, pipeline.train_indices)) if missing else 0
+    found = []
+    for sae in missing:
+        try:
+            find_folder(sae.imported) if sae.imported else check_processes(pipeline, [sae.name])
+        except InterpError as error:
+            found.append(f"SAE {sae.name!r}: {error}")
+        if not sae.imported and n_rows < sae.batch_rows:
+            found.append(
+                f"SAE {sae.name!r} takes {sae.batch_rows:,} rows a batch (batch_rows), and the training shards have at most {n_rows:,}: a batch "
+                "would hold rows twice. Lower batch_rows, or give `corpus` more text."
+            )
+    return found
+
+
+def _is_there(pipeline: Pipeline, store: Store, name: str) -> bool:
+    """Tell whether an SAE is trained; it is not before the shuffle is planned."""
+    try:
+        return find_manifest(store, sae_ref(pipeline, name)) is not None
+    except ArtifactMissingError:
+        return False
+
+
 def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) -> None:
     """Refuse to train on rows whose shuffle is not proven. Raises `CertificateError`."""
     configs = [config for config in (pipeline.config.sae(name) for name in names) if not config.imported]
@@ -136,6 +179,8 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
     sae = pipeline.config.sae(key)
     d_in, weights_bytes = pipeline.d_in(sae.hook_point), 8.0 * pipeline.d_in(sae.hook_point) * sae.d_sae
     weights, batch = _held_bytes(pipeline, sae)
+    n_weights = weights / 8  # of either side
+    products_s = _PRODUCTS * 2.0 * sae.n_rows * n_weights / ONE_WORKER.flops
     if sae.imported:
         return Load(0, weights_bytes, weights_bytes, 4, 4, memory_bytes=weights * _WEIGHT_COPIES)
     return Load(
@@ -144,7 +189,7 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
         written_bytes=weights_bytes,
         n_inputs=4,
         n_outputs=4,
-        busy_s=_PRODUCTS * 2.0 * sae.n_rows * d_in * sae.d_sae / ONE_WORKER.flops,
+        busy_s=_OF_PRODUCTS[sae.architecture] * products_s + _STEP_S * sae.n_rows / sae.batch_rows,
         memory_bytes=weights * _WEIGHT_COPIES + batch,
     )
 

@@ -21,47 +21,59 @@ MAX_DEAD_SHARE: Final = 0.5
 
 
 def _finite_training(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
-    return {name: _judge_numbers(load_manifest(store, sae_ref(pipeline, name)).facts) for name in keys}
+    return {name: _judge_numbers(name, load_manifest(store, sae_ref(pipeline, name)).facts) for name in keys}
 
 
-def _judge_numbers(facts: Mapping[str, Any]) -> Verdict:
+def _judge_numbers(name: str, facts: Mapping[str, Any]) -> Verdict:
     wrong = [key for key, value in facts.items() if isinstance(value, float) and not math.isfinite(value)]
-    return Verdict(not wrong, {"wrong": ", ".join(wrong) or "nothing"})
+    sentences = [f"SAE {name} reports what is not finite ({', '.join(wrong)}). Train it again with a lower learning_rate."] if wrong else []
+    return Verdict(sentences, {"wrong": ", ".join(wrong) or "nothing"})
 
 
 def _quality_bounds(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
-    return {name: _judge_quality(load_manifest(store, evaluation_ref(pipeline, name)).facts) for name in keys}
+    return {name: _judge_quality(name, load_manifest(store, evaluation_ref(pipeline, name)).facts) for name in keys}
 
 
-def _judge_quality(facts: Mapping[str, Any]) -> Verdict:
-    ordinary = facts.get("fvu_ordinary") or 0.0
-    is_sound = max(facts["fvu"], ordinary) <= MAX_FVU and facts["dead_share"] <= MAX_DEAD_SHARE
-    shown = {"fvu": facts["fvu"], "fvu_ordinary": ordinary, "fvu_limit": MAX_FVU}
-    shown |= {"dead_share": facts["dead_share"], "dead_share_limit": MAX_DEAD_SHARE}
-    return Verdict(is_sound, shown, is_warning=True)
+def _judge_quality(name: str, facts: Mapping[str, Any]) -> Verdict:
+    bounds = (
+        ("fvu", "FVU", MAX_FVU, "train on more rows, or raise k or d_sae"),
+        ("fvu_ordinary", "FVU over ordinary rows", MAX_FVU, "train on more rows, or leave rows of huge norm out (harvest.excluded_positions)"),
+        ("dead_share", "a dead share", MAX_DEAD_SHARE, "lower d_sae, or train on more rows"),
+    )
+    found = {fact: facts[fact] for fact, *_ in bounds if facts.get(fact) is not None}
+    sentences = [
+        f"SAE {name} has {what} of {found[fact]:.3f} on the held-out shards, at most {limit} is sound: {advice}."
+        for fact, what, limit, advice in bounds
+        if fact in found and not found[fact] <= limit
+    ]
+    return Verdict(sentences, {**found, "fvu_limit": MAX_FVU, "dead_share_limit": MAX_DEAD_SHARE}, is_warning=True)
 
 
 def _imported_fit(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
-    return {name: _judge_fit(pipeline, store, name) for name in keys}
-
-
-def _judge_fit(pipeline: Pipeline, store: Store, name: str) -> Verdict:
-    if not pipeline.config.sae(name).imported:
-        return Verdict(passed=True, shown={"misfit": "not imported"})
-    facts, told = load_manifest(store, evaluation_ref(pipeline, name)).facts, load_manifest(store, sae_ref(pipeline, name)).facts["imported"]
-    fit = Fit(**{field: facts[field] for field in Fit._fields})
-    misfit = explain_misfit(fit, Claims(told["l0"], "its folder"))
-    return Verdict(not misfit, {**fit._asdict(), "misfit": misfit or "none"})
+    misfits = dict.fromkeys(keys, "")
+    for name in (name for name in keys if pipeline.config.sae(name).imported):
+        facts, told = load_manifest(store, evaluation_ref(pipeline, name)).facts, load_manifest(store, sae_ref(pipeline, name)).facts["imported"]
+        fit = Fit(**{field: facts[field] for field in Fit._fields})
+        if misfit := explain_misfit(fit, Claims(told["l0"], "its folder")):
+            misfits[name] = misfit
+    return {name: Verdict([f"SAE {name}: {misfit}"] if misfit else [], {"misfit": misfit or "none"}) for name, misfit in misfits.items()}
 
 
 def _outlier_rows(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
-    return {name: _judge_outliers(load_manifest(store, evaluation_ref(pipeline, name)).facts) for name in keys}
+    return {name: _judge_outliers(name, load_manifest(store, evaluation_ref(pipeline, name)).facts) for name in keys}
 
 
-def _judge_outliers(facts: Mapping[str, Any]) -> Verdict:
+def _judge_outliers(name: str, facts: Mapping[str, Any]) -> Verdict:
     shown = {key: facts[key] for key in ("fvu", "fvu_ordinary", "fvu_outliers", "outlier_share") if facts.get(key) is not None}
     is_hidden = facts.get("outlier_share") and facts["fvu_ordinary"] is not None and facts["fvu_ordinary"] - facts["fvu"] > MAX_OUTLIER_GAP
-    return Verdict(not is_hidden, {**shown, "norm_multiple": OUTLIER_MULTIPLE, "gap_limit": MAX_OUTLIER_GAP}, is_warning=True)
+    sentence = (
+        f"SAE {name} has FVU {facts['fvu']:.3f}, and {facts['fvu_ordinary']:.3f} over ordinary rows: {facts['outlier_share']:.2%} of the rows have "
+        f"more than {OUTLIER_MULTIPLE:g} times the median norm. A gap of at most {MAX_OUTLIER_GAP:g} is sound: leave such rows out "
+        "(harvest.excluded_positions, harvest.excluded_token_ids)."
+        if is_hidden
+        else ""
+    )
+    return Verdict([sentence] if sentence else [], {**shown, "norm_multiple": OUTLIER_MULTIPLE, "gap_limit": MAX_OUTLIER_GAP}, is_warning=True)
 
 
 FINITE_TRAINING: Final = Check("finite_training", "Every number that training reports is finite.", _finite_training)

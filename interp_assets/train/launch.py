@@ -61,12 +61,10 @@ def run_training(
 
 
 def _train(pipeline: Pipeline, store: Store, names: Sequence[str], progress: Advance, on_metrics: OnMetrics | None) -> dict[str, Produced]:
-    n_processes, n_slices = pipeline.config.execution.processes, pipeline.config.execution.latent_processes
-    _check_processes(pipeline, names, n_processes, n_slices)
+    n_processes = pipeline.config.execution.processes
+    check_processes(pipeline, names)
     if n_processes == 1:
         return train_saes(pipeline, store, names, progress, on_metrics)
-    if pipeline.config.root.startswith("memory://"):
-        raise ConfigError(f"{pipeline.config.root} is this process' memory: several training processes need a folder or a bucket. Set `root`.")
     started_s = time.perf_counter()
     cached = {name for name in names if find_manifest(store, sae_ref(pipeline, name)) is not None}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,9 +83,12 @@ def _train(pipeline: Pipeline, store: Store, names: Sequence[str], progress: Adv
     return {name: Produced(ref, load_manifest(store, ref), name in cached, 0.0 if name in cached else wall_s) for name, ref in refs.items()}
 
 
-def _check_processes(pipeline: Pipeline, names: Sequence[str], n_processes: int, n_slices: int) -> None:
+def check_processes(pipeline: Pipeline, names: Sequence[str]) -> None:
     """Say what divides before any process starts. Raises `ConfigError`."""
+    n_processes, n_slices = pipeline.config.execution.processes, pipeline.config.execution.latent_processes
     check_grid(n_processes, n_slices)
+    if n_processes > 1 and pipeline.config.root.startswith("memory://"):
+        raise ConfigError(f"{pipeline.config.root} is this process' memory: several training processes need a folder or a bucket. Set `root`.")
     ranks = Ranks(0, n_processes, n_slices)
     for config in (pipeline.config.sae(name) for name in names):
         ranks.share(config.batch_rows)

@@ -104,6 +104,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             reads=(same(*examples), every(*windows), every("token_shards"), reads_sae, only("sae_evaluation", partitions=[sae])),
             artifacts=lambda pipeline, _store, key: [records_ref(pipeline, sae, slice_index(key))],
             make=lambda job: _write(job, sae),
+            unit="features",
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
             checks=(records_complete(sae),),
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "records")),

@@ -13,7 +13,8 @@ def records_complete(sae: str) -> Check:
     def judge(pipeline: Pipeline, store: Store, key: str) -> Verdict:
         start, stop = slice_bounds(pipeline, sae, slice_index(key))
         n_records = load_manifest(store, records_ref(pipeline, sae, slice_index(key))).file("records.bin").n_rows or 0
-        return Verdict(n_records == stop - start, {"latents": stop - start, "records": n_records})
+        sentence = f"{key} of {sae} has {n_records:,} records for {stop - start:,} latents. Materialize this slice of feature_records again."
+        return Verdict([] if n_records == stop - start else [sentence], {"latents": stop - start, "records": n_records})
 
     return Check(
         "records_complete",

@@ -31,6 +31,7 @@ def _browser(name: str) -> Asset:
         reads=(every(*features_key(name, "feature_records")).remember(), only("sae_evaluation", partitions=[name]).remember()),
         artifacts=lambda pipeline, _store, _key: [bundle_ref(pipeline, name)],
         make=lambda job: _bundle(job, name),
+        unit="features",
         takes=lambda pipeline, store, _key: _bundling(pipeline, store, name),
         is_relied_on=True,
         code_version=code_version(BUNDLE_VERSION),

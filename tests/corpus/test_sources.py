@@ -225,6 +225,17 @@ def test_a_local_dataset_streams_by_ranges(tmp_path: Path) -> None:
         list(iter_documents(config, shards[1]))
 
 
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl"])
+def test_the_text_of_a_dataset_is_estimated_without_reading_it(tmp_path: Path, name: str) -> None:
+    """A forecast of 0 rows helps nobody: a footer, or the first rows, tell how much text there is about."""
+    dataset = Dataset.from_dict({"text": [f"{i}: " + "some words " * 100 for i in range(400)], "more": [1] * 400})
+    dataset.to_parquet(str(tmp_path / name)) if name.endswith("parquet") else dataset.to_json(str(tmp_path / name))
+    shards = plan_sources(CorpusConfig(source="huggingface", path=str(tmp_path), documents_per_shard=100), 0)
+    assert len(shards) == 4
+    for shard in shards:
+        assert shard.n_bytes == pytest.approx(100 * 1105, rel=0.05)
+
+
 def test_a_shard_of_a_parquet_dataset_reads_its_own_row_groups_only(tmp_path: Path) -> None:
     """Passing over the rows before a shard would make all shards together read the data set as often as it has shards."""
     folder = tmp_path / "data"

@@ -30,7 +30,7 @@ def describe_graph(defs: dg.Definitions) -> dict[str, object]:
     return {"assets": assets, "jobs": [], "sensors": sorted(sensor.name for sensor in defs.sensors or [])}
 
 
-@pytest.mark.parametrize(("name", "content"), [("demo", {}), ("four_passes", THREE_PASSES)])
+@pytest.mark.parametrize(("name", "content"), [("demo", {"shuffle": {"passes": 2}}), ("chosen_passes", {}), ("four_passes", THREE_PASSES)])
 def test_the_graph_is_the_golden_one(name: str, content: dict[str, object]) -> None:
     """Keys and dependencies are an interface: people's links, schedules and backfills name them. To change it, edit the golden file."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.planning.config import make_config
-from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource, save_plan
 from interp_assets.shuffle.gather import gather_bucket
 from interp_assets.shuffle.mixed import open_mixed, read_mixed_rows
 from interp_assets.shuffle.plan import load_shuffle_plan, make_shuffle_plan
@@ -41,7 +41,7 @@ class World(NamedTuple):
 def make_world(
     shard_rows: Sequence[int],
     *,
-    passes: int = 2,
+    passes: int | None = 2,
     fan_out: int = 2,
     seed: int = 0,
     invalid_every: int = 0,
@@ -51,14 +51,18 @@ def make_world(
     memory_bytes: int = 1 << 30,
     store: Store | None = None,
 ) -> World:
-    """Write training shards of `shard_rows` token positions (shard 0 is held out and absent); every `invalid_every`-th row is not valid."""
+    """Write training shards of `shard_rows` token positions (shard 0 is held out and absent); every `invalid_every`-th row is not valid.
+
+    `passes` None: the plan chooses, and is saved.
+    """
+    shape = {"passes": passes, "fan_out": fan_out} if passes else {}
     config = make_config(
         {
             "name": "small",
             "seed": seed,
             "corpus": {"source": "files", "path": "nowhere", "context_length": 16, "held_out_shards": 1},
             "harvest": {"hook_points": list(hooks), "dtype": dtype},
-            "shuffle": {"passes": passes, "fan_out": fan_out, "memory_bytes": memory_bytes},
+            "shuffle": {**shape, "memory_bytes": memory_bytes},
             "saes": [{"name": "demo", "hook_point": hooks[0], "d_sae": 32, "k": 4}],
         }
     )
@@ -76,6 +80,8 @@ def make_world(
     )
     pipeline = Pipeline(config, plan)
     store = open_store("memory://shuffle") if store is None else store
+    if passes is None:
+        save_plan(store, plan)
     valid = []
     for index, n_rows in enumerate(shard_rows, start=1):
         mask = np.ones(n_rows, bool)

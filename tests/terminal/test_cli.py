@@ -17,7 +17,7 @@ from tiny_models import make_tiny_config, save_model, write_texts
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from interp_assets.errors import InputError, explain_missing, find_no_room
+from interp_assets.errors import InputError, PlanError, explain_missing, find_no_room
 from interp_assets.planning.config import PipelineConfig, demo_config, load_config
 from interp_assets.planning.progress import AssetReport
 from interp_assets.storage.manifest import create_artifact, make_ref
@@ -33,6 +33,7 @@ OPTIONS = {
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
     "export": ["--bundle", "--config", "--sae", "format_name", "target"],
+    "gc": ["--config", "--delete", "--forget", "--hours"],
     "import": ["--add", "--config", "--hook-point", "--name", "--target-hook-point", "folder"],
     "init": ["path"],
     "inspect": ["path"],
@@ -275,14 +276,17 @@ def test_a_finished_asset_is_one_line() -> None:
     from interp_assets.terminal.console import print_report, print_total
 
     console = Console(width=200, record=True, file=io.StringIO())
-    reports = [AssetReport("activations", 16, 4, 2_500_000, 12.34, []), AssetReport("sae", 1, 0, 0, 0.0, ["quality_bounds"])]
+    reports = [
+        AssetReport("activations", 16, 4, 2_500_000, 12.34, []),
+        AssetReport("sae", 1, 0, 0, 0.0, ["bounds: SAE a has 0.6"]),
+    ]
     for report in reports:
         print_report(console, report)
     print_total(console, reports)
     lines = console.export_text().splitlines()
     assert lines[0].split() == ["activations", "4", "made,", "12", "there", "already", "12.3", "s", "2.5", "MB"]
-    assert lines[1].endswith("check not passed: quality_bounds")
-    assert lines[2] == "  2 assets, 17 partitions: 4 made in 12.3 s, 2.5 MB written."
+    assert lines[2] == "    check not passed: bounds: SAE a has 0.6"
+    assert lines[3] == "  2 assets, 17 partitions: 4 made in 12.3 s, 2.5 MB written."
 
 
 def test_the_demo_root_comes_from_the_environment(tmp_path: Path) -> None:
@@ -329,7 +333,7 @@ def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None
     """Shards, partitions and the shuffle's cost, before anything is made; a running pipeline keeps its plan."""
     save_model(tmp_path / "model", "gpt2")
     write_texts(tmp_path / "texts", n_files=4, n_chars=900)
-    config = make_tiny_config(tmp_path / "model", tmp_path / "texts", root=str(tmp_path / "data"), corpus={"shard_bytes": 900})
+    config = make_tiny_config(tmp_path / "model", tmp_path / "texts", root=str(tmp_path / "data"), corpus={"shard_bytes": 900}, shuffle={"passes": 2})
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
     (tmp_path / "texts" / "__init__.py").touch()
     result = invoke("plan", "--config", str(tmp_path / "p.yaml"), "--workers", "3")
@@ -339,8 +343,11 @@ def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None
     assert lines[1].startswith("4 corpus shards: 4 documents, ")
     assert lines[1].endswith("of text; 1 shard held out")
     assert lines[2] == "1 empty file skipped: __init__.py"
-    assert any(line.startswith("Shuffle of ") and line.endswith("(estimated from the text): 2 passes, 8 mixed shards") for line in lines)
+    assert any(
+        line.startswith("Shuffle of ") and line.endswith("(estimated from the text, 4 bytes a row): 2 passes, 8 mixed shards") for line in lines
+    )
     rows = {line.partition(" of ")[0].rpartition(" ")[0]: line for line in lines if " of " in line}
+    assert rows["corpus_plan"].startswith("corpus_plan 1 of 1 ")  # as `interp run` counts
     assert rows["token_shards"].startswith("token_shards 4 of 4 ")
     assert rows["shuffle_pass_1"].startswith("shuffle_pass_1 3 of 3 ")  # the held-out shard has no share
     assert rows["demo feature_candidates"].startswith("demo feature_candidates 8 of 8 ")
@@ -349,7 +356,50 @@ def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None
     assert "Time with 3 jobs at once (--workers), each of two cores; assumed:\n  300 GFLOP/s" in result.stdout
     assert any(line.startswith("as configured 2 ") for line in lines)
     assert " free, which is enough." in result.stdout
-    assert [path for path in (tmp_path / "data").rglob("*") if path.is_file()] == []
+    assert not (tmp_path / "data").exists()
+
+
+def test_plan_shows_what_the_shuffle_will_be_and_refuses_what_cannot_work(tmp_path: Path) -> None:
+    """Nobody states passes; and what is known to fail hours later, in any stage, is said at once and together, with the exit code of an error."""
+    save_model(tmp_path / "model", "gpt2")
+    write_texts(tmp_path / "texts", n_files=4, n_chars=900)
+    changes = {"root": str(tmp_path / "data"), "corpus": {"shard_bytes": 900}}
+    config = make_tiny_config(tmp_path / "model", tmp_path / "texts", **changes)
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    result = invoke("plan", "--config", str(tmp_path / "p.yaml"))
+    assert "1 pass, 1 mixed shard, as `shuffle.passes: auto` will choose for so many" in " ".join(result.stdout.split())
+    assert "shuffle_pass" not in result.stdout
+    saes = [{"name": name, "hook_point": "resid_post.0", "d_sae": 33, "k": 4, "batch_rows": 100_000} for name in ("demo", "other")]
+    config = make_tiny_config(tmp_path / "model", tmp_path / "texts", **changes, saes=saes, execution={"processes": 2, "latent_processes": 2})
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    refused = invoke("plan", "--config", str(tmp_path / "p.yaml"))
+    assert isinstance(refused.exception, PlanError)
+    said = str(refused.exception)
+    assert said.startswith("4 things stand in the way, and nothing was begun:\n")
+    assert "SAE 'demo' takes 100,000 rows a batch (batch_rows), and the training shards have at most " in said
+    assert "SAE 'other': 2 latent slices don't divide d_sae = 33. Set execution.latent_processes to one of" in said
+
+
+@pytest.mark.parametrize(
+    "command", ["costs", "sweep", "backfill", "serve", "export site out", "export saelens out", "verify {root}", "inspect {root}", "serve {root}"]
+)
+def test_looking_at_what_is_not_there_makes_no_folder(tmp_path: Path, command: str) -> None:
+    """A typing mistake in `root` must not leave empty folders behind, which the next command takes for a pipeline's."""
+    config = make_tiny_config(tmp_path / "model", tmp_path / "texts", root=str(tmp_path / "data"))
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    words = [word.format(root=tmp_path / "data") if "{" in word else word.replace("out", str(tmp_path / "out")) for word in command.split()]
+    named = [] if words[0] in ("verify", "inspect") else ["--config", str(tmp_path / "p.yaml")]
+    result = invoke(*words, *named)
+    assert result.exit_code == (0 if command == "costs" else 1), result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.yaml"]
+
+
+def test_a_demo_that_was_only_built_says_how_to_open_it() -> None:
+    """Whoever builds it on a server, and comes back, has forgotten."""
+    said = cli.explain_opening(demo_config())
+    assert f"interp serve {demo_config().root}/pystdlib " in said
+    assert "interp dev " in said
+    assert "interp demo " in said
 
 
 def test_an_interrupt_says_what_is_kept() -> None:

@@ -1,12 +1,16 @@
 """What a log file of a run says: plain lines, how far it is and how long it will take."""
 
 import io
+import math
 import time
+from itertools import pairwise
 
 import pytest
 from rich.console import Console
 
+from interp_assets.compute.compiled import Compiling
 from interp_assets.terminal.console import Bars
+from interp_assets.terminal.left import Remaining
 from interp_assets.terminal.lines import Lines, format_duration, watch
 
 
@@ -29,7 +33,7 @@ def test_lines_say_how_far_an_asset_is() -> None:
     lines.begin("activations", "shard-000000")
     clock.now = 30.0
     lines.advance(500)
-    assert lines.describe() == "activations: 0 of 3 done, shard-000000 with 500 units of work done; 30 s so far"
+    assert lines.describe() == "activations: 0 of 3 done, shard-000000 with 500 rows done; 30 s so far"
     lines.advance(500)
     lines.end()
     clock.now = 60.0
@@ -41,7 +45,7 @@ def test_lines_say_how_far_an_asset_is() -> None:
     lines.end()
     assert lines.describe() == "activations: 2 of 3 done; 1 min 30 s so far, about 45 s left"
     lines.end()
-    assert lines.describe() == ""
+    assert lines.describe() == "activations: 3 of 3 done, checking what was made; 1 min 30 s so far"
     lines.tell("2 empty files skipped: a, b")
     assert file.getvalue() == "  activations: 3 partitions to make\n  2 empty files skipped: a, b\n"
 
@@ -58,9 +62,57 @@ def test_an_asset_without_partitions_is_at_work() -> None:
     lines.advance(250)
     assert lines.describe() == "sae: demo at 25 %; 20 s so far, about 1 min left"
     lines.advance(750)
-    assert lines.describe() == "sae: demo at 100 %; 20 s so far"
+    assert lines.describe() == "sae: demo at 100 %, writing and checking it; 20 s so far"
     lines.expect("sweep", 0)
     assert lines.describe() == ""
+
+
+def replay(trace: list[tuple[float, float]], compiled_s: float = 0.0) -> list[tuple[float, float, str]]:
+    """Return time, seconds left and reason at each point (seconds, share done) of a trace, whose first `compiled_s` seconds went into compiling."""
+    clock, said = Clock(), []
+    remaining = Remaining(clock, lambda: Compiling(is_busy=False, took_s=min(clock.now, compiled_s)))
+    for clock.now, done in trace:
+        if found := remaining.estimate(done):
+            said.append((clock.now, *found))
+    return said
+
+
+STEADY = [(float(t), t / 600) for t in range(0, 601, 15)]
+COMPILED = [(float(t), max(0.0, (t - 60) / 600)) for t in range(0, 661, 15)]
+"""A minute of compiling, then steady work: a recorded training on a fresh machine."""
+SLOWING = [(float(t), t / 400 if t <= 150 else 0.375 + (t - 150) / 1200) for t in range(0, 901, 15)]
+"""A recorded run beside which another one began: a third of the speed from 150 s on."""
+JITTER = [(float(t), min(1.0, (t + 4 * math.sin(t)) / 600)) for t in range(0, 601, 15)]
+
+
+@pytest.mark.parametrize(("trace", "compiled_s", "end_s"), [(STEADY, 0.0, 600), (COMPILED, 60.0, 660), (JITTER, 0.0, 600)])
+def test_what_is_left_falls_with_the_clock(trace: list[tuple[float, float]], compiled_s: float, end_s: float) -> None:
+    """Steady work, whatever was compiled before it, and its small unevenness: no estimate climbs, and none is far from what there was."""
+    said = replay(trace, compiled_s)
+    assert len(said) > 25
+    assert [why for _, _, why in said if why] == []
+    for at, left, _ in said:
+        assert left == pytest.approx(end_s - at, rel=0.25, abs=20)
+
+
+def test_an_estimate_that_climbs_says_why() -> None:
+    """From five minutes to eleven without a word looks broken; and the slower speed is believed after a minute of it, not after half of the work."""
+    said = replay(SLOWING)
+    assert {at for at, _, why in said if why} <= {at for at, _, _ in said if 150 < at <= 240}
+    assert any(why.startswith("slower now: ") for _, _, why in said)
+    for (at, left, _), (later, next_left, why) in pairwise(said):
+        assert why or next_left <= max(1.25 * (left - (later - at)), left - (later - at) + 20)
+    assert next(left for at, left, _ in said if at >= 240) == pytest.approx(660, rel=0.1)
+
+
+def test_compiling_is_said() -> None:
+    """The first training on a machine compiles for a minute: that is no slow training."""
+    clock = Clock()
+    lines = Lines(Console(file=io.StringIO()), now=clock, compiling=lambda: Compiling(is_busy=True, took_s=0.0))
+    lines.expect("sae", 1)
+    lines.begin("sae", "demo", 1000)
+    clock.now = 40.0
+    assert lines.describe() == "sae: demo at work, compiling loops (once on this machine); 40 s so far"
 
 
 def test_a_silent_stage_is_reported_all_the_same() -> None:

@@ -28,8 +28,10 @@ def test_an_import_teaches_nothing_about_trainings(make_planted: Callable[..., A
     planted = make_planted([TRAINED, IMPORTED])
     stop = next(stop for stop in make_road(planted.pipeline.config) if stop.name == "sae")
     kinds = [stop.kind_of_work(planted.pipeline.config, name) for name in ("own", "foreign")]
-    assert kinds == ["sae", "sae imported"]
-    plain, slow, slower = (forecast(planted.pipeline, planted.store, rates) for rates in ({}, {"sae imported": Rate(1e6, 3)}, {"sae": Rate(1e6, 3)}))
+    assert kinds == ["sae batch_topk", "sae imported"]
+    plain, slow, slower = (
+        forecast(planted.pipeline, planted.store, rates) for rates in ({}, {"sae imported": Rate(1e6, 3)}, {kinds[0]: Rate(1e6, 3)})
+    )
     own, foreign = (price(planted.pipeline.config, stop.takes(planted.pipeline, planted.store, name)).seconds for name in ("own", "foreign"))
     assert abs(slow.wall_s - plain.wall_s - foreign * (1e6 - 1)) < 1e-6 * slow.wall_s
     assert abs(slower.wall_s - plain.wall_s - own * (1e6 - 1)) < 1e-6 * slower.wall_s
@@ -39,11 +41,11 @@ def test_a_part_of_the_work_is_no_rate(make_planted: Callable[..., Any], tmp_pat
     """A training that went on from a checkpoint did less than the estimate counts."""
     planted = make_planted([TRAINED], root=str(tmp_path))
     save_plan(planted.store, planted.pipeline.plan)
-    compare, before = make_estimator(planted.pipeline.config, make_road(planted.pipeline.config)), load_rates(rates_path()).get("sae")
+    compare, before = make_estimator(planted.pipeline.config, make_road(planted.pipeline.config)), load_rates(rates_path()).get("sae batch_topk")
     assert compare(["sae"], "own", Traffic(), 60.0, is_whole=False) is not None
-    assert load_rates(rates_path()).get("sae") == before
+    assert load_rates(rates_path()).get("sae batch_topk") == before
     assert compare(["sae"], "own", Traffic(), 60.0, is_whole=True) is not None
-    assert load_rates(rates_path()).get("sae") != before
+    assert load_rates(rates_path()).get("sae batch_topk") != before
 
 
 def test_memory_is_that_of_the_missing_saes_at_all_their_hook_points(make_planted: Callable[..., Any]) -> None:
@@ -72,3 +74,13 @@ def test_feature_passes_expect_the_l0_that_a_training_measured(make_planted: Cal
         art.facts["l0"] = 17.5
     assert expected_l0(planted.pipeline, planted.store, "own") == 17.5
     assert workload(planted.pipeline, planted.store, "own").l0 == 17.5
+
+
+def test_small_trainings_are_bound_by_their_steps_and_dense_ones_by_products(make_planted: Callable[..., Any]) -> None:
+    """Products alone said a second of what took minutes: each step costs, and a dense architecture computes all that TopK leaves out."""
+
+    def seconds(**fields: Any) -> float:
+        return forecast(make_planted([{**TRAINED, **fields}]).pipeline, make_planted([TRAINED]).store, {}).wall_s
+
+    assert seconds(n_rows=1_000_000, batch_rows=100) > 10_000 * 0.01
+    assert seconds(d_sae=1 << 20, n_rows=10**7, batch_rows=10**5, architecture="relu") > 2 * seconds(d_sae=1 << 20, n_rows=10**7, batch_rows=10**5)

@@ -65,10 +65,15 @@ def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
 
 def open_foreign(address: str, looked_in: str = "") -> Foreign:
     """Read the SAE at a folder or `s3://` address; `looked_in` says where else. Raises `InputError` when none can be read."""
+    find_folder(address, looked_in)
+    return read_foreign(open_store(address))
+
+
+def find_folder(address: str, looked_in: str = "") -> None:
+    """Raise `InputError` when an address is no folder that is there, without reading it; what a bucket holds is known when it is read."""
     if "://" not in address and not Path(address).expanduser().is_dir():
         kind = "a file: name the folder it lies in" if Path(address).expanduser().is_file() else "not there"
         raise InputError(f"The folder {address} of an imported SAE is {kind}{looked_in}. Download it first, or correct its address.")
-    return read_foreign(open_store(address))
 
 
 def check_sizes(pipeline: Pipeline, config: SaeConfig, sae: Sae) -> None:

@@ -79,7 +79,7 @@ def _measuring(pipeline: Pipeline, store: Store, key: str) -> Load:
 
 def _has_documents(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
     counts = {key: load_manifest(store, _lengths_ref(pipeline, shard_index(key))).file(LENGTHS).n_rows or 0 for key in keys}
-    return {key: Verdict(count > 0, {"documents": count}) for key, count in counts.items()}
+    return {key: Verdict([] if count else [f"{key} has no document. Look at its text."], {"documents": count}) for key, count in counts.items()}
 
 
 def _summarize(job: Job) -> Callable[[str], list[Produced]]:
