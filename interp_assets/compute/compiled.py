@@ -45,11 +45,9 @@ def _compile(function: Callable[..., Any], *, reorders: bool) -> Callable[..., A
     dispatcher: Any = numba.njit(nogil=True, error_model="numpy", fastmath=freedom)(plain)
     with suppress(RuntimeError):  # nowhere to keep compiled code: a read-only file system
         dispatcher._cache = _Cache(plain)  # noqa: SLF001 - what `cache=True` does, with a stamp of more files
-        _kept.append(dispatcher._cache)  # noqa: SLF001
     return dispatcher
 
 
-_kept: Final[list["_Cache"]] = []
 _shared_digest: Final = digest_of(SHARED)
 
 
@@ -59,11 +57,6 @@ class _Cache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         self._cache_file._source_stamp = (self._cache_file._source_stamp, _shared_digest)  # noqa: SLF001 - no public way to add to it
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is kept that could be used."""
-        return not self._cache_file._load_index()  # noqa: SLF001 - as above
 
 
 class _Compilations(event.Listener):
@@ -99,11 +92,6 @@ class Compiling(NamedTuple):
 def observe_compiling() -> Compiling:
     """Tell whether a loop is being compiled right now, and how long the others took: no rate of work is made of that time."""
     return Compiling(_compilations.n_open > 0, _compilations.took_s)
-
-
-def are_loops_cold() -> bool:
-    """Tell whether none of the loops that are imported has code on disk: the first use of each compiles it, once on this machine."""
-    return all(cache.is_empty for cache in _kept)
 
 
 def n_compilations() -> int:

@@ -153,7 +153,7 @@ def _refuse_unknown(manifests: dict[str, Manifest | None], configs: Sequence[Pip
 
 def _may_go(manifest: Manifest | None, kinds: set[str], wanted: set[str]) -> bool:
     """Tell whether an artifact that nothing refers to is of a kind that is made again from others, and no training's that is not done."""
-    return manifest is not None and manifest.kind in kinds and not (manifest.kind == CHECKPOINT and manifest.inputs.get("sae") in wanted)
+    return manifest is not None and manifest.kind in kinds and not (manifest.kind == CHECKPOINT and wanted & set(manifest.inputs.values()))
 
 
 def _read(store: Store, path: str) -> Manifest | None:

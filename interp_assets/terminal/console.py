@@ -14,8 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, ProgressColumn, SpinnerColu
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from interp_assets.compute.compiled import observe_compiling
 from interp_assets.planning.progress import AssetReport, Progress, format_bytes
+from interp_assets.terminal.left import find_compiling
 
 
 class Bars(Progress):
@@ -99,7 +99,7 @@ class _CompilingColumn(ProgressColumn):
     """Says that loops are being compiled, on the line of the partition at hand."""
 
     def render(self, task: Task) -> Text:
-        return Text("compiling loops, once" if task.id and observe_compiling().is_busy else "")
+        return Text("compiling loops, once" if task.id and (found := find_compiling()) and found.is_busy else "")
 
 
 @contextmanager

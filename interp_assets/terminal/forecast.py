@@ -8,9 +8,6 @@ from typing import Any, Final
 
 from rich.console import Console
 
-import interp_assets.compute.encode_loops
-import interp_assets.compute.loops  # noqa: F401 - whether these have been compiled before
-from interp_assets.compute.compiled import are_loops_cold
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN, count_rows
 from interp_assets.errors import ArtifactMissingError, StoreMissingError
 from interp_assets.graph.stages import make_road
@@ -34,6 +31,8 @@ from interp_assets.terminal.quote import print_plans
 from interp_assets.visualize.assets import workload
 from interp_assets.visualize.estimate import best_plan, estimate
 
+_COMPILED: Final = Path(__file__).parents[1] / "compute" / "__pycache__"
+"""Where code of loops is kept that were compiled before."""
 MAX_PARTITIONS: Final = 5000
 """Above this an asset's page in Dagster becomes slow; larger shards are the remedy."""
 
@@ -137,7 +136,7 @@ def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line],
         *(["  * instead as fast as such partitions were on this machine before"] if known else []),
         f"Memory: what the largest job holds, beside {format_bytes(PROCESS_BYTES)} for the process. Writes stay on the disk.",
     ]
-    if are_loops_cold():
+    if not any(_COMPILED.glob("loops.*.nbi")):
         notes.append("Loops are compiled at first use, once on this machine: one or two minutes more.")
     for note in notes:
         console.print(note, soft_wrap=True, markup=False)

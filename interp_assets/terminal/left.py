@@ -5,17 +5,25 @@
 - Where an estimate is longer than the last one less the time gone by, it says how much slower work has become.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from interp_assets.compute.compiled import Compiling
+if TYPE_CHECKING:
+    from interp_assets.compute.compiled import Compiling
 
 RECENT_S: Final = 60.0
 KNOWN_FROM: Final = 0.05
 """Share of the work before which nothing is said."""
 _CLEARLY: Final = 1.25
 _CLEARLY_S: Final = 20.0
+
+
+def find_compiling() -> "Compiling | None":
+    """Return what this process has to do with compiling; None while nothing that is compiled was imported, which takes a second."""
+    module = sys.modules.get("interp_assets.compute.compiled")
+    return module.observe_compiling() if module else None
 
 
 class Estimate(NamedTuple):
@@ -29,10 +37,10 @@ class Estimate(NamedTuple):
 class Remaining:
     """Watches one piece of work, of which any share may be done."""
 
-    def __init__(self, now: Callable[[], float], compiling: Callable[[], Compiling]) -> None:
+    def __init__(self, now: Callable[[], float], compiling: "Callable[[], Compiling | None]") -> None:
         """Begin; `now` tells seconds, `compiling` what of them went into compiling."""
         self._now, self._compiling = now, compiling
-        self._began_s, self._compiled_s = now(), compiling().took_s
+        self._began_s, self._compiled_s = now(), self._took_s()
         self._seen: deque[tuple[float, float]] = deque([(0.0, 0.0)])
         self._said: tuple[float, float] | None = None
 
@@ -41,9 +49,12 @@ class Remaining:
         """Seconds since the beginning."""
         return self._now() - self._began_s
 
+    def _took_s(self) -> float:
+        return found.took_s if (found := self._compiling()) else 0.0
+
     def estimate(self, done: float) -> Estimate | None:
         """Return how long the rest takes when a share `done` of the work is; None before enough is done, or when all is."""
-        worked_s = self.wall_s - (self._compiling().took_s - self._compiled_s)
+        worked_s = self.wall_s - (self._took_s() - self._compiled_s)
         self._seen.append((worked_s, done))
         while len(self._seen) > 2 and worked_s - self._seen[1][0] >= RECENT_S:
             self._seen.popleft()

@@ -13,14 +13,16 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from interp_assets.compute.compiled import Compiling, observe_compiling
 from interp_assets.planning.progress import Progress
 from interp_assets.terminal.console import Bars
-from interp_assets.terminal.left import Remaining
+from interp_assets.terminal.left import Remaining, find_compiling
+
+if TYPE_CHECKING:
+    from interp_assets.compute.compiled import Compiling
 
 EVERY_S: Final = 15.0
 
@@ -34,7 +36,7 @@ class Lines(Progress):
         *,
         every_s: float = EVERY_S,
         now: Callable[[], float] = time.monotonic,
-        compiling: Callable[[], Compiling] = observe_compiling,
+        compiling: "Callable[[], Compiling | None]" = find_compiling,
     ) -> None:
         """Print on `console`."""
         self._console, self._every_s, self._now, self._compiling = console, every_s, now, compiling
@@ -97,7 +99,7 @@ class Lines(Progress):
             elif self._partition or share:
                 at = f"at {share:.0%}".replace("%", " %") if share else f"with {self._n_units:,} {self._unit} done" if self._n_units else "at work"
                 parts.append(f"{self._partition} {at}".strip() + (", writing and checking it" if share == 1 else ""))
-            if self._compiling().is_busy:
+            if (found := self._compiling()) and found.is_busy:
                 parts.append("compiling loops (once on this machine)")
             left = self._left.estimate(min(1.0, (n_made + share) / n))
             rest = f", about {format_duration(left.seconds)} left" + (f" ({left.why})" if left.why else "") if left else ""

@@ -123,15 +123,12 @@ def _train(job: Job) -> Callable[[str], list[Produced]]:
 
 def _find_obstacles(pipeline: Pipeline, store: Store) -> list[str]:
     """Say of the SAEs that are not there yet why they cannot be trained or taken in, as far as configuration and rows tell."""
-    from interp_assets.train.exchange.imported import find_folder
-    from interp_assets.train.launch import check_processes
-
     missing = [sae for sae in pipeline.config.saes if not _is_there(pipeline, store, sae.name)]
     n_rows = sum(found.most.n_valid for found in bound_rows(pipeline, store, pipeline.train_indices)) if missing else 0
     found = []
     for sae in missing:
         try:
-            find_folder(sae.imported) if sae.imported else check_processes(pipeline, [sae.name])
+            _look_at(pipeline, sae)
         except InterpError as error:
             found.append(f"SAE {sae.name!r}: {error}")
         if not sae.imported and n_rows < sae.batch_rows:
@@ -140,6 +137,18 @@ def _find_obstacles(pipeline: Pipeline, store: Store) -> list[str]:
                 "would hold rows twice. Lower batch_rows, or give `corpus` more text."
             )
     return found
+
+
+def _look_at(pipeline: Pipeline, sae: SaeConfig) -> None:
+    """Raise what an SAE's import or training would, as far as it is known; imports only what it needs, because planning does without PyTorch."""
+    if sae.imported:
+        from interp_assets.train.exchange.imported import find_folder
+
+        find_folder(sae.imported)
+    elif max(pipeline.config.execution.processes, pipeline.config.execution.latent_processes) > 1:
+        from interp_assets.train.launch import check_processes
+
+        check_processes(pipeline, [sae.name])
 
 
 def _is_there(pipeline: Pipeline, store: Store, name: str) -> bool:

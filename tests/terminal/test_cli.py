@@ -34,7 +34,7 @@ OPTIONS = {
     "dev": ["--config", "--dagster-port"],
     "export": ["--bundle", "--config", "--sae", "format_name", "target"],
     "gc": ["--config", "--delete", "--forget", "--hours"],
-    "import": ["--add", "--config", "--hook-point", "--name", "--target-hook-point", "folder"],
+    "import": ["--accept-misfit", "--add", "--config", "--hook-point", "--name", "--target-hook-point", "folder"],
     "init": ["path"],
     "inspect": ["path"],
     "labels": [],
