@@ -34,6 +34,9 @@ _TOKENIZER_FILES: Final = (
     "*.model",
 )
 _PATIENCE_S: Final = 10.0
+_OWN_LENGTH: Final = "-own-length"
+_BOTH_WAYS: Final = "-both-ways"
+"""Added to the fingerprints of models whose rows came out otherwise before: so only theirs are made again."""
 _BLOCK_BYTES: Final = 16 << 20
 
 
@@ -101,21 +104,41 @@ def load_model_config(model: ModelConfig) -> "PretrainedConfig":
 
 
 def fingerprint_model(model: ModelConfig, seen: SeenFiles | None = None) -> str:
-    """Identify the weights and the configuration: a hash of the local files, or the commit on the hub.
+    """Identify the weights and the configuration: a hash of the local files, or the commit on the hub; and how the model is run, where that changed.
 
     Reads all local weights, but for files that `seen` knows and that have not changed.
     """
     place = locate_model(model)
+    way = _way_to_run(load_model_config(model))
     if place.folder is None:
-        return _commit(model)
+        return _commit(model) + way
     patterns = (*_WEIGHT_FILES, "*.py") if model.trust_remote_code else _WEIGHT_FILES
-    return hash_files(place.folder, patterns, seen)
+    return hash_files(place.folder, patterns, seen) + way
 
 
 def fingerprint_tokenizer(model: ModelConfig) -> str:
     """Identify the tokenizer: a hash of its local files, or the commit on the hub."""
     place = locate_model(model)
     return _commit(model) if place.folder is None else hash_files(place.folder, _TOKENIZER_FILES)
+
+
+def _way_to_run(config: Any) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: PLC0415 - as above
+
+    from interp_assets.garcon.adapters import ENCODERS  # noqa: PLC0415 - as above
+    from interp_assets.garcon.rope import follows_length  # noqa: PLC0415 - as above
+
+    if follows_length(config):
+        return _OWN_LENGTH
+    was_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in ENCODERS
+    return _BOTH_WAYS if was_decoder and looks_both_ways(config) else ""
+
+
+def looks_both_ways(config: Any) -> bool:
+    """Tell whether a model of a masked-language-model type is what it was made as: a causal head on it leaves its attention looking both ways."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES  # noqa: PLC0415 - as above
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
 def hash_files(folder: Path, patterns: Sequence[str], seen: SeenFiles | None = None) -> str:

@@ -8,15 +8,16 @@ the network cannot change it; a hook that did not fire is an error; a forward th
     logits = subject.logits_with_patch(token_ids, attention_mask, "resid_post.2", torch.zeros_like)
 
 Contexts are padded on the right. In a decoder nothing looks at what follows, so no mask is passed and a row's bits do not depend on how
-much padding follows it; an encoder gets the mask. Batching, dtypes of stored rows and checks of finiteness belong to `harvest`.
+much padding follows it; an encoder gets the mask. A model whose rotary frequencies follow the length (`rope.py`) is run on the contexts of one
+length at a time, without padding. Batching, dtypes of stored rows and checks of finiteness belong to `harvest`.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,15 +27,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.adapters import ENCODERS, find_adapter
+from interp_assets.garcon.adapters import ADAPTERS, ENCODERS, find_adapter
 from interp_assets.garcon.attention import observe_attention
+from interp_assets.garcon.blank import answer_without_values
 from interp_assets.garcon.device import choose_device
-from interp_assets.garcon.locate import first_line, load_model_config, locate_model, next_step
-from interp_assets.garcon.points import BY_HEAD, HookPoint, find_point, list_points, point_shape
+from interp_assets.garcon.locate import first_line, load_model_config, locate_model, looks_both_ways, next_step
+from interp_assets.garcon.points import BY_HEAD, HookPoint, find_point, list_points, point_shape, tensor_in
+from interp_assets.garcon.rope import follows_length, forget_lengths, split_lengths
 from interp_assets.garcon.taps import Tap, tapped
 from interp_assets.planning.config import ExecutionConfig, ModelConfig
 from interp_assets.planning.hook_names import STREAM_KINDS
 
+_RUNNING: Final = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError)
+"""What a model's own code raises when it is run on nothing but token ids and needs more, or when its configuration does not hold together."""
 Patch = Callable[[Tensor], Tensor]
 """Takes the activations `[batch, context, d_in]` at a hook point and returns what the network goes on with."""
 
@@ -59,10 +64,12 @@ class SubjectModel:
         observe_attention(net)
         self.name = name
         self.is_causal = not is_encoder(net.config)
+        self.follows_length = follows_length(net.config)
         self.vocabulary_size = len(_weight(net.get_input_embeddings()))
         self.max_context = max_context(net.config)
         self.can_choose_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
         self._widths: dict[str, int] = {}
+        self._fixed_arguments: dict[str, Any] = {"use_cache": False} if self.is_causal else {}
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +106,8 @@ class SubjectModel:
         `attention_mask` is False on padding, which stands on the right; None means that there is none. Raises `InputError` for token ids
         outside the vocabulary, contexts longer than the model's, unknown hook points, and a hook point that the forward did not reach.
         """
+        if parts := self._split(token_ids, attention_mask):
+            return self._join(token_ids, [(rows, self.capture(part, None, hook_points)) for rows, part in parts])
         captured = self._run_captured(hook_points, self.arguments(token_ids, attention_mask))
         for name in hook_points:
             if name not in captured:
@@ -116,6 +125,8 @@ class SubjectModel:
         """Return the language model's logits in the model's dtype. Raises `InputError` for a model without a language-model head."""
         if self.net.get_output_embeddings() is None:
             raise InputError(f"{self.name} ({self.net.config.model_type}) has no language-model head: there are no logits and no loss.")
+        if parts := self._split(token_ids, attention_mask):
+            return self._join(token_ids, [(rows, {"logits": self.logits(part, None)}) for rows, part in parts])["logits"]
         with torch.no_grad():
             return self.net(**self.arguments(token_ids, attention_mask)).logits
 
@@ -123,6 +134,9 @@ class SubjectModel:
         self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None, hook_point: str, replace: Patch
     ) -> Float[Tensor, "batch context vocabulary"]:
         """Return the logits when the activations at `hook_point` are replaced by `replace(activations)`; `torch.zeros_like` is zero ablation."""
+        if parts := self._split(token_ids, attention_mask):
+            patched = [(rows, self.logits_with_patch(part, None, hook_point, self._part_of(replace, token_ids, rows))) for rows, part in parts]
+            return self._join(token_ids, [(rows, {"logits": logits}) for rows, logits in patched])["logits"]
         point = find_point(self.net, hook_point)
         fired: list[bool] = []
 
@@ -175,17 +189,41 @@ class SubjectModel:
 
     def arguments(self, token_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
         """Check a batch of right-padded contexts and return what the network is called with."""
+        if self.follows_length:
+            forget_lengths(self.net)
         self.check_tokens(token_ids)
         if token_ids.shape[1] > self.max_context:
             raise InputError(
                 f"A context of {token_ids.shape[1]:,} tokens is longer than the {self.max_context:,} of {self.name}. Lower corpus.context_length."
             )
-        arguments: dict[str, Any] = {"input_ids": token_ids.to(self.device)}
-        if self.is_causal:
-            arguments["use_cache"] = False
-        elif attention_mask is not None:
+        arguments: dict[str, Any] = {"input_ids": token_ids.to(self.device), **self._fixed_arguments}
+        if not self.is_causal and attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(self.device, torch.int64)
         return arguments
+
+    def _split(self, token_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Return the contexts of each length without their padding, with their places in the batch; nothing where all are run together."""
+        if not self.follows_length or attention_mask is None or bool(attention_mask.all()):
+            return []
+        return [(rows, token_ids[rows.to(token_ids.device), :length]) for rows, length in split_lengths(attention_mask)]
+
+    def _join(self, token_ids: Tensor, parts: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """Put what was computed of the contexts of each length at its place in the batch, zero on padding."""
+        joined: dict[str, Tensor] = {}
+        for rows, values in parts:
+            for name, value in values.items():
+                whole = joined.setdefault(name, value.new_zeros((*token_ids.shape, value.shape[-1])))
+                whole[rows.to(whole.device), : value.shape[1]] = value
+        return joined
+
+    def _part_of(self, replace: Patch, token_ids: Tensor, rows: Tensor) -> Patch:
+        """Return a replacement for some contexts of a batch, which asks the one for the whole batch."""
+
+        def changed(value: Tensor) -> Tensor:
+            whole = self._join(token_ids, [(rows, {"": value})])[""]
+            return replace(whole)[rows.to(value.device), : value.shape[1]]
+
+        return changed
 
     def _run_captured(self, hook_points: Sequence[str], arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Run the network up to the last of the hook points and return what was there, by the names they were asked for."""
@@ -208,11 +246,16 @@ class SubjectModel:
         return captured
 
     def _probe_width(self, hook_point: str) -> int:
-        """Find the width of a module's output by a forward, which a ready-made mask makes possible without weights."""
-        n_tokens = min(4, self.max_context)
-        token_ids = torch.zeros((1, n_tokens), dtype=torch.int64, device=self.device)
-        mask = torch.zeros((1, 1, n_tokens, n_tokens), dtype=self.net.dtype, device=self.device)
-        captured = self._run_captured([hook_point], {"input_ids": token_ids, "attention_mask": mask})
+        """Find the width of a module's output by the forward that harvests, of a few tokens; without weights it answers what it asks of values."""
+        token_ids = torch.zeros((1, min(4, self.max_context)), dtype=torch.int64, device=self.device)
+        try:
+            with answer_without_values() if self.device.type == "meta" else nullcontext():
+                captured = self._run_captured([hook_point], {"input_ids": token_ids, **self._fixed_arguments})
+        except _RUNNING as error:
+            raise InputError(
+                f"Hook point {hook_point!r}: {self.name}, a {self.net.config.model_type} model, cannot be run on token ids alone "
+                f"({type(error).__name__}: {first_line(error)}), so the width of its rows is not known. It cannot be harvested."
+            ) from error
         if hook_point not in captured:
             raise InputError(f"Hook point {hook_point!r} did not fire: it takes no part in the forward of {self.name}.")
         return int(captured[hook_point].shape[-1])
@@ -238,7 +281,29 @@ def load_subject_model(model: ModelConfig, execution: ExecutionConfig) -> Subjec
         raise InputError(
             f"{model.name!r} lacks {len(missing)} weight(s) of a {config.model_type} model, the first is {missing[0]!r}. {next_step(model)}"
         )
-    return SubjectModel(net.to(choose_device(execution.device)), model.name)
+    subject = SubjectModel(net.to(choose_device(execution.device)), model.name)
+    if subject.is_causal and config.model_type not in ADAPTERS:
+        require_causal(subject)
+    return subject
+
+
+def require_causal(subject: SubjectModel) -> None:
+    """Raise `InputError` for a model that lets a token see what follows: its rows would depend on padding, and mean something else."""
+    token_ids = torch.zeros((2, min(6, subject.max_context)), dtype=torch.int64, device=subject.device)
+    token_ids[1, -1] = subject.vocabulary_size - 1
+    try:
+        with torch.no_grad():
+            rows = tensor_in(subject.net.base_model(input_ids=token_ids, use_cache=False), f"The base model of {subject.name}")
+    except _RUNNING as error:
+        raise InputError(
+            f"{subject.name}, a {subject.net.config.model_type} model, cannot be run on token ids alone: {first_line(error)}."
+        ) from error
+    first, second = rows[:, : token_ids.shape[1] - 1].float()
+    if (first - second).abs().max() > torch.finfo(subject.net.dtype).eps ** 0.5 * first.abs().max():
+        raise InputError(
+            f"{subject.name}, a {subject.net.config.model_type} model, is no causal language model as it is configured: what follows a token changes "
+            "its activations. If it is a decoder, say is_decoder true in its config.json; else it cannot be harvested."
+        )
 
 
 def make_meta_model(model: ModelConfig) -> SubjectModel:
@@ -252,17 +317,26 @@ def make_meta_model(model: ModelConfig) -> SubjectModel:
 
 def is_encoder(config: Any) -> bool:
     """Tell whether a configuration is of a model that sees the whole context at once and predicts no next token."""
+    if config.model_type in ENCODERS or looks_both_ways(config):
+        return True
     architectures = config.architectures or []
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures) and config.model_type not in ENCODERS:
-        return False
-    return config.model_type in ENCODERS or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return (
+        not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+        and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+
+
+_OFFSET_POSITIONS: Final = frozenset(
+    {"roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl", "xmod", "ibert", "mpnet", "longformer", "luke"}
+)
 
 
 def max_context(config: Any) -> int:
     """Return the longest context a model takes: its position table, less what RoBERTa keeps for padding."""
     text = config.get_text_config()
-    length = int(getattr(text, "max_position_embeddings", None) or 1 << 30)
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+    told = int(getattr(text, "max_position_embeddings", None) or 0)
+    length = told if told > 0 else 1 << 30  # XLNet says -1
+    if config.model_type in _OFFSET_POSITIONS:
         length -= int(config.pad_token_id or 0) + 1
     return length
 

@@ -9,7 +9,8 @@
 A context's padded length depends on its own length only, so a row does not depend on what it was padded to. A matrix product may round
 differently for another number of contexts (on a CPU that was seen for contexts of 16-64 tokens at d_model 256: a few stored bfloat16
 values), so that number is a function of the padded length and of nothing else. Only where memory is short, `execution.tokens_per_batch`
-below `FORWARD_TOKENS` makes it smaller.
+below `FORWARD_TOKENS` makes it smaller. Where the model itself computes by the length (`garcon/rope.py`), contexts of one length are run together,
+unpadded.
 
 Several hook points are written side by side; a NaN or an infinity at one of them leaves nothing published at any.
 Memory: one window of rows for each hook point (at least 16,384), and one forward.
@@ -91,15 +92,21 @@ def harvest_shard(pipeline: Pipeline, store: Store, model: SubjectModel, index: 
 
 
 def make_batches(
-    token_ids: NDArray[np.uint32], offsets: NDArray[np.int64], tokens_per_batch: int, *, max_context: int, must_see_mask: bool
+    token_ids: NDArray[np.uint32],
+    offsets: NDArray[np.int64],
+    tokens_per_batch: int,
+    *,
+    max_context: int,
+    must_see_mask: bool,
+    step: int = PADDING_STEP,
 ) -> Iterator[Batch]:
-    """Group contexts by their padded length and yield batches of about `tokens_per_batch` positions, at least one context each.
+    """Group contexts by their length, padded to a multiple of `step`, and yield batches of about `tokens_per_batch` positions, at least one each.
 
     `offsets` holds the first row of every context and the end. With `must_see_mask` (encoders) a context that fills its padded length
     exactly is padded further or kept apart, so that whether a mask is used depends on its own length only.
     """
     lengths = np.diff(offsets)
-    padded = _padded_lengths(lengths, max_context, must_see_mask=must_see_mask)
+    padded = _padded_lengths(lengths, max_context, step, must_see_mask=must_see_mask)
     is_full = padded == lengths
     keys = padded * 2 + (is_full if must_see_mask else 0)
     for key in np.unique(keys):
@@ -116,9 +123,9 @@ def make_batches(
             yield Batch(torch.from_numpy(padded_ids), torch.from_numpy(mask), torch.from_numpy(rows[mask]))
 
 
-def _padded_lengths(lengths: NDArray[np.int64], max_context: int, *, must_see_mask: bool) -> NDArray[np.int64]:
+def _padded_lengths(lengths: NDArray[np.int64], max_context: int, step: int, *, must_see_mask: bool) -> NDArray[np.int64]:
     room = lengths + 1 if must_see_mask else lengths
-    return np.maximum(lengths, np.minimum(max_context, -(-room // PADDING_STEP) * PADDING_STEP))
+    return np.maximum(lengths, np.minimum(max_context, -(-room // step) * step))
 
 
 def _harvest(model: SubjectModel, tokens: TokenShard, writers: "dict[str, _RowWriter]", tokens_per_batch: int) -> Iterator[int]:
@@ -135,6 +142,7 @@ def _harvest(model: SubjectModel, tokens: TokenShard, writers: "dict[str, _RowWr
             min(tokens_per_batch, FORWARD_TOKENS),
             max_context=model.max_context,
             must_see_mask=not model.is_causal,
+            step=1 if model.follows_length else PADDING_STEP,
         )
         for batch in batches:
             mask = batch.attention_mask

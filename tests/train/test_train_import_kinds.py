@@ -157,7 +157,7 @@ def test_the_name_that_is_harvested_is_taken_where_two_mean_the_same(tmp_path: P
 def test_a_place_that_is_not_harvested_or_not_there_is_said(tmp_path: Path) -> None:
     """With the very name to add; and a transcoder's input is the module's input, which has no name."""
     config = configure(save_model(tmp_path / "model", "gemma2"), [ADDED])
-    with pytest.raises(InputError, match=rf"belongs to {RAW} \(its folder says 'layers.1.mlp'\).* Add {RAW} to them"):
+    with pytest.raises(InputError, match=r"belongs to mlp_raw.1 \(its folder says 'layers.1.mlp'\).* Add mlp_raw.1 to them"):
         plan_import(config, Place(str(save_sparsify(tmp_path / "layers.1.mlp"))))
     with pytest.raises(InputError, match=r"calls its hook point 'h.1.mlp', which has no name here"):
         plan_import(config, Place(str(save_sparsify(tmp_path / "h.1.mlp"))))
