@@ -6,6 +6,9 @@ the `meta` device, without its weights, so planning for a large model costs no m
 have not changed since are known (`storage/seen.py`).
 """
 
+from pathlib import Path
+
+from interp_assets.corpus.files import fingerprint_listing
 from interp_assets.corpus.sources import survey_sources
 from interp_assets.errors import ArtifactError, InputError
 from interp_assets.garcon.facts import ModelFacts, find_facts
@@ -22,6 +25,7 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
 
     Raises `InputError` or `ConfigError` for text, tokenizer, model, hook points and lengths that do not fit.
     """
+    listing = fingerprint_listing(Path(config.corpus.path).expanduser()) if config.corpus.source == "files" else ""
     old = _find_grown(config, store)
     with open_seen(read_again=config.execution.read_again) as seen:
         facts = find_facts(config.model, config.harvest.hook_points, seen)
@@ -37,7 +41,7 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
     )
     save_plan(store, plan, config.execution.plan)
-    return Pipeline(config, plan, empty)
+    return Pipeline(config, plan, empty, listing)
 
 
 def carry_generations(old: PipelinePlan | None, shards: list[ShardSource]) -> list[int]:
