@@ -30,11 +30,13 @@ from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, timed
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
+from interp_assets.storage.manifest import ArtifactWriter, Produced, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
+from interp_assets.train.lineage import evaluation_lineage, hook_points_of
 from interp_assets.train.metrics import ReconstructionSums
-from interp_assets.train.refs import METRICS, evaluation_ref, sae_ref
+from interp_assets.train.refs import METRICS, evaluation_ref
 from interp_assets.train.sae import Sae
 
 LATENTS: Final = "latents.parquet"
@@ -69,8 +71,8 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
 
     Raises `NonFiniteError` when the model's loss is not finite, `InputError` when the held-out shards have no valid row.
     """
-    ref, trained = evaluation_ref(pipeline, name), load_manifest(store, sae_ref(pipeline, name))
-    if (manifest := find_made_from(store, ref, [trained])) is not None:
+    ref, kept = evaluation_ref(pipeline, name), trace(Digests(store), evaluation_lineage(pipeline, name))
+    if (manifest := find_current(store, ref, kept)) is not None:
         return Produced(ref, manifest, is_cached=True)
     config = pipeline.config.sae(name)
     sae = load_sae(pipeline, store, name).to(model.device)
@@ -79,14 +81,14 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
     if config.task == "crosscoder":
         reason = "a crosscoder reconstructs several hook points at once"
     model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, progress)
-    with create_artifact(store, ref, made_from=[trained]) as art:
+    with create_current(store, ref, kept) as art:
         save_evaluation(art, sums, model_sums, reason)
     return art.produced
 
 
 def _measure_rows(pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig, progress: Callable[[int], None] | None) -> ReconstructionSums:
     sums = ReconstructionSums(sae, torch.cat([load_statistics(pipeline, store, name).mean for name in config.targets]))
-    hook_points = list(dict.fromkeys((*config.sources, *config.targets)))
+    hook_points = hook_points_of(config)
     n_block = pipeline.config.execution.rows_per_block
     for index in pipeline.held_out_indices:
         is_valid = torch.from_numpy(load_tokens(pipeline, store, index).valid.copy())

@@ -19,12 +19,12 @@ from torch import Tensor
 from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, Scan, row_limits
-from interp_assets.visualize.lineage import create_current, find_current, load_current
-from interp_assets.visualize.refs import thresholds_ref
+from interp_assets.visualize.lineage import load_current, thresholds_lineage
 
 THRESHOLDS: Final = "thresholds.safetensors"
 
@@ -40,11 +40,10 @@ class BlockFirings(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """The shard that is read, and the training of the SAE that reads it."""
+    """The shard that is read, and the SAE that reads it."""
 
     name: str
     """The SAE's name."""
-    digest: str
     shard: int
     is_valid: NDArray[np.bool_]
 
@@ -62,20 +61,21 @@ def iter_firings(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset, enco
         return
     if is_topk:
         _find_thresholds(pipeline, store, sae, data)
-    limits = load_thresholds(pipeline, store, data.name, data.shard, data.digest) if is_topk else -np.inf
+    limits = load_thresholds(pipeline, store, data.name, data.shard) if is_topk else -np.inf
     yield from _iter_blocks(pipeline, store, data, encoder, row_limits(data.is_valid, limits))
 
 
-def load_thresholds(pipeline: Pipeline, store: Store, name: str, index: int, digest: str) -> NDArray[np.float32]:
+def load_thresholds(pipeline: Pipeline, store: Store, name: str, index: int) -> NDArray[np.float32]:
     """Read the thresholds of a shard's rows. Raises `ArtifactMissingError` before any slice has been through pass A."""
-    ref = thresholds_ref(pipeline, name, index)
-    (manifest,) = load_current(store, [ref], digest)
-    return load_tensors(store, ref.path, manifest, THRESHOLDS)["threshold"].numpy()
+    lineages = thresholds_lineage(pipeline, name, index)
+    (manifest,) = load_current(store, [lineages], Digests(store))
+    return load_tensors(store, lineages[0].ref.path, manifest, THRESHOLDS)["threshold"].numpy()
 
 
 def _find_thresholds(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset) -> None:
     """Go over all latents and publish the thresholds, unless they are there."""
-    if find_current(store, thresholds_ref(pipeline, data.name, data.shard), data.digest):
+    lineages = thresholds_lineage(pipeline, data.name, data.shard)
+    if find_current(store, lineages[0].ref, trace(Digests(store), lineages)):
         return
     device, dtype = choose_device(pipeline.config.execution.device), pipeline.config.features.encode_dtype
     encoder = Encoder(sae, 0, sae.d_sae, device, dtype=dtype)
@@ -115,9 +115,10 @@ def _begin(
 
 
 def _publish(pipeline: Pipeline, store: Store, data: Dataset, thresholds: list[NDArray[np.float32]]) -> None:
-    ref = thresholds_ref(pipeline, data.name, data.shard)
-    if find_current(store, ref, data.digest):
+    lineages = thresholds_lineage(pipeline, data.name, data.shard)
+    ref, kept = lineages[0].ref, trace(Digests(store), lineages)
+    if find_current(store, ref, kept):
         return
-    with create_current(store, ref, data.digest) as art:
+    with create_current(store, ref, kept) as art:
         save_tensors(art, THRESHOLDS, {"threshold": torch.from_numpy(np.concatenate([np.empty(0, np.float32), *thresholds]))})
         art.facts |= {"n_rows": len(data.is_valid)}
