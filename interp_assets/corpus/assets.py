@@ -92,6 +92,8 @@ def _show_plan(job: Job, _key: str, _made: list[Produced]) -> dict[str, Shown]:
     }
     if sentence := describe_empty(pipeline):
         shown["empty_files"] = sentence
+    if pipeline.listing:
+        shown["listing"] = pipeline.listing
     if generations:
         shown |= {"generations": generations, "pending_shards": len(pipeline.pending_indices)}
     return shown

@@ -14,10 +14,12 @@ that start with a dot are left out. Rows without text, and files without any, yi
 problem, and problems are collected by the caller, so that all are raised at once.
 """
 
+import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -289,3 +291,17 @@ def _iter_rows(root: Path, file: str, text_in: TextIn, problems: list[str], *, f
                     yield FoundDocument(name_document(file, row), text, Place(file, row, 0))
         except ColumnMissingError as error:
             problems.append(f"{where}: has {error}. Set `corpus.text_field`")
+
+
+def fingerprint_listing(folder: Path) -> str:
+    """Hash names, sizes and times of the files under a folder (or of one file): cheap, and changed by any landing.
+
+    A file that goes away meanwhile is not there.
+    """
+    hasher = hashlib.blake2b(digest_size=12)
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+        with suppress(OSError):
+            facts = path.stat()
+            if stat.S_ISREG(facts.st_mode):
+                hasher.update(os.fsencode(path.relative_to(folder)) + f"\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+    return hasher.hexdigest()

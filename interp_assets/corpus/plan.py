@@ -7,7 +7,9 @@ have not changed since are known (`storage/seen.py`).
 """
 
 from dataclasses import replace
+from pathlib import Path
 
+from interp_assets.corpus.files import fingerprint_listing
 from interp_assets.corpus.packing import check_room
 from interp_assets.corpus.refs import token_ids
 from interp_assets.corpus.sources import survey_sources
@@ -28,6 +30,7 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
 
     Raises `InputError` or `ConfigError` for text, tokenizer, model, hook points and lengths that do not fit.
     """
+    listing = fingerprint_listing(Path(config.corpus.path).expanduser()) if config.corpus.source == "files" else ""
     known = _find_plan(config, store)
     old = known if config.retrain.after_tokens else None
     with open_seen(read_again=config.execution.read_again) as seen:
@@ -46,7 +49,7 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
     plan = carry_shuffle(config, known, plan)
     save_plan(store, plan, config.execution.plan)
     save_configuration(store, config)
-    return Pipeline(config, plan, empty)
+    return Pipeline(config, plan, empty, listing)
 
 
 def carry_shuffle(config: PipelineConfig, old: PipelinePlan | None, plan: PipelinePlan) -> PipelinePlan:

@@ -158,7 +158,7 @@ def describe(produced: Sequence[Produced], url: str, shown: Mapping[str, Shown])
     metadata: dict[str, Any] = {"rows": n_rows, "bytes": n_bytes, "seconds": round(wall_s, 3)}
     if wall_s and not is_cached:
         metadata["rows_per_s"] = round(n_rows / wall_s, 1)
-    metadata |= {"digest": version, "reused": is_cached}
+    metadata |= {"digest": version, "reused": is_cached, "written_bytes": sum(item.manifest.n_bytes for item in produced if not item.is_cached)}
     metadata |= _where(produced, url, extra) | extra
     return Made(version, _with_sizes(metadata), is_whole=all(item.is_whole for item in produced))
 

@@ -16,7 +16,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -37,11 +37,15 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
 from interp_assets.planning.road import Road, group_siblings
-from interp_assets.storage.manifest import Manifest
+from interp_assets.storage.lineage import Digests
+from interp_assets.storage.locks import Holder, locked
 from interp_assets.storage.process_names import name_process
 from interp_assets.storage.store import Store
 from resources.launcher import PROCESS_TAG
 
+TURN_LOCK: Final = ".working"
+"""File whose lock a command holds while it works on a pipeline; it says who that is."""
+_CREATION_LOCK: Final = ".opening"
 HOME_VARIABLE: Final = "DAGSTER_HOME"
 POSTGRES_VARIABLE: Final = "INTERP_POSTGRES_URL"
 _RESOURCES: Final = Path(__file__).parents[2] / "resources"
@@ -106,13 +110,31 @@ def open_instance(config: PipelineConfig) -> DagsterInstance:
             shutil.copyfile(_RESOURCES / ("dagster.production.yaml" if os.environ.get(POSTGRES_VARIABLE) else "dagster.yaml"), home / "dagster.yaml")
     except OSError as error:
         raise ConfigError(f"Dagster's folder {home} cannot be made: {error.strerror}. Name another one in {HOME_VARIABLE}.") from error
-    instance = DagsterInstance.from_config(str(home))
-    try:
-        claim_history(instance, config.name)
-    except ConfigError:
-        instance.dispose()
-        raise
+    with locked(home / _CREATION_LOCK):  # two first runs would both make the tables
+        instance = DagsterInstance.from_config(str(home))
+        try:
+            claim_history(instance, config.name)
+        except ConfigError:
+            instance.dispose()
+            raise
     return instance
+
+
+@contextmanager
+def take_turn(config: PipelineConfig, tell: Callable[[str], None]) -> Iterator[None]:
+    """Let one command at a time work on a pipeline: wait for another one, and `tell` who that is and that it is waited for.
+
+    Two would do the same work twice. The lock lies beside the artifacts, so that all machines with that folder see it; a bucket has none, and
+    the lock there is that of Dagster's folder.
+    """
+    folder = dagster_home(config) if "://" in config.root else Path(config.root).expanduser() / config.name
+
+    def wait_for(holder: Holder | None) -> None:
+        who = holder.describe() if holder else "Another command"
+        tell(f"{who} works on pipeline {config.name}. Waiting until it has ended; then this goes on with what is left. Ctrl-C ends the wait.")
+
+    with locked(folder / TURN_LOCK, waits_for=wait_for):
+        yield
 
 
 def run_road(
@@ -152,7 +174,7 @@ def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, ins
     """List the partitions of an asset that have to be run, in order: without artifacts, made from other bytes, or not as Dagster knows them."""
     recorded = recorded_versions(instance, asset)
     keys = asset.partition_keys(pipeline)
-    known: dict[str, Manifest] = {}
+    known = Digests(store)
     return [key for key in keys if key not in recorded or road.find_version(asset, pipeline, store, key, known) != recorded[key]]
 
 
@@ -229,7 +251,7 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
     Raises `KeyboardInterrupt` when a run was interrupted: Dagster records that as a failure, and a person wants all of it to stop.
     """
     started = time.monotonic()
-    n_bytes, failed_checks, failed, errors = 0, [], [], []
+    n_bytes, n_found, failed_checks, failed, errors = 0, 0, [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
     for first, last in ranges:
         tags = {"interp/asset": asset.name, "interp/stage": asset.stage, PROCESS_TAG: name_process()}
@@ -245,10 +267,12 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
                 raise KeyboardInterrupt
             errors.append(explain_failure(asset.name, result))
             failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
-        n_bytes += sum(_bytes_of(event) for event in events)
+        n_bytes += sum(_written_bytes(event) for event in events)
+        n_found += sum(_is_found(event) for event in events)
         failed_checks += [f"{check.check_name}: {check.description}" for check in result.get_asset_check_evaluations() if not check.passed]
     failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
-    report = AssetReport(asset.name, len(keys), len(missing) - len(failed), n_bytes, time.monotonic() - started, failed_checks)
+    n_made = len(missing) - len(failed) - n_found
+    report = AssetReport(asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found)
     return Outcome(report, failed, errors)
 
 
@@ -281,6 +305,12 @@ def _node_name(asset: Asset) -> str:
     return dg.AssetKey(list(asset.key)).to_python_identifier()
 
 
-def _bytes_of(event: dg.AssetMaterialization) -> int:
-    value = event.metadata.get("bytes")
+def _written_bytes(event: dg.AssetMaterialization) -> int:
+    value = event.metadata.get("written_bytes")
     return int(value.value) if isinstance(value, dg.IntMetadataValue) and value.value else 0
+
+
+def _is_found(event: dg.AssetMaterialization) -> bool:
+    """Say whether all artifacts of a partition were there already; a partition without any is made."""
+    value = event.metadata.get("reused")
+    return isinstance(value, dg.BoolMetadataValue) and bool(value.value)

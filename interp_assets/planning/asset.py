@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.planning.progress import Progress
+from interp_assets.storage.lineage import Lineage
 from interp_assets.storage.manifest import ArtifactRef, Produced
 from interp_assets.storage.store import Store
 
@@ -65,16 +66,14 @@ class Reads(NamedTuple):
     how: How
     partitions: tuple[str, ...] = ()
     """`only`: the partitions that are read, whatever the own one is."""
-    remembered: str = ""
-    """The fact of an own artifact that holds the digests of what it was made from; empty where none does."""
+    is_remembered: bool = False
+    """Whether the own artifacts keep the digests of what was read, as the fact `made_from`."""
     may_be_gone: bool = False
     """Whether what was read may be deleted afterwards: then it says nothing of what was made."""
-    counts: Callable[[Pipeline], bool] | None = None
-    """Whether `remembered` holds for a plan; None: always."""
 
-    def remember(self, fact: str = "made_from", *, may_be_gone: bool = False, counts: Callable[[Pipeline], bool] | None = None) -> "Reads":
-        """Say that artifacts keep the digests of these inputs, of their own hook point where they have one, as the fact `fact`."""
-        return self._replace(remembered=fact, may_be_gone=may_be_gone, counts=counts)
+    def remember(self, *, may_be_gone: bool = False) -> "Reads":
+        """Say that artifacts keep the digests of these inputs, of their own hook point where they have one."""
+        return self._replace(is_remembered=True, may_be_gone=may_be_gone)
 
 
 def whole(*key: str) -> Reads:
@@ -249,6 +248,9 @@ class Asset:
     reads: tuple[Reads, ...] = ()
     artifacts: Callable[[Pipeline, Store, str], list[ArtifactRef]] = lambda _pipeline, _store, _key: []
     """The artifacts of one partition, one for each hook point where there are several."""
+    lineage: Callable[[Pipeline, Store, str], list[Lineage]] | None = None
+    """Whose digests the artifacts of one partition keep, where `reads` that are remembered cannot say it: those of an SAE's own hook points, or
+    of artifacts that no asset lists. None: what is remembered."""
     make: Make | None = None
     """None for the plan, and for what lies outside."""
     plan: Callable[[PipelineConfig, Store, Callable[[str], None]], Pipeline] | None = None
@@ -270,6 +272,8 @@ class Asset:
     """Whether a run's partitions are one piece of work, done when it is prepared; others are made alone, on any machine."""
     is_one_run: bool = False
     """Whether a backfill makes all partitions in one run; else so many as `execution.partitions_per_run`, side by side."""
+    may_go: bool = False
+    """Whether its artifacts may be deleted once what is made of them is there."""
     is_relied_on: bool = False
     """Whether it counts as out of date when new text has waited for long."""
     code_version: str = ""

@@ -82,6 +82,8 @@ class Pipeline:
     plan: PipelinePlan
     empty_files: list[str] = field(default_factory=list, compare=False)
     """Files that were skipped because they hold no text: known to the process that planned, and no part of the plan."""
+    listing: str = field(default="", compare=False)
+    """Fingerprint of names, sizes and times of the text's files before they were read: known and no part of the plan, as above."""
     _answers: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def remember(self, question: Hashable, answer: Callable[[], T]) -> T:

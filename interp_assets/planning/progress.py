@@ -60,10 +60,14 @@ class AssetReport(NamedTuple):
     name: str
     n_partitions: int
     n_made: int
+    """Partitions of which something was written."""
     n_bytes: int
+    """Bytes that were written."""
     wall_s: float
     failed_checks: list[str]
     """For each check that did not pass and does not block its name, and what is wrong."""
+    n_found: int = 0
+    """Partitions that were asked for and found to be there, made by another run or without one: only recorded."""
 
 
 def format_bytes(n_bytes: int) -> str:

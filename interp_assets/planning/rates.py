@@ -15,6 +15,7 @@ from interp_assets.storage.seen import cache_folder
 
 SHORT_S: Final = 1.0
 _FADE: Final = 0.95
+_MOST: Final = 1e18
 _TABLE: Final = "CREATE TABLE IF NOT EXISTS rates (kind TEXT PRIMARY KEY, expected_s REAL, taken_s REAL, partitions INTEGER)"
 _ADD: Final = """INSERT INTO rates VALUES (:kind, :expected, :taken, 1) ON CONFLICT (kind) DO UPDATE SET
     expected_s = expected_s * :fade + :expected, taken_s = taken_s * :fade + :taken, partitions = partitions + 1"""
@@ -50,7 +51,14 @@ def load_rates(path: Path | None) -> dict[str, Rate]:
     """Return what is known, by kind of work; nothing where there is no database or a damaged one."""
     if path is None:
         return {}
-    with suppress(OSError, sqlite3.Error), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)) as database:
-        found = database.execute("SELECT kind, expected_s, taken_s, partitions FROM rates WHERE expected_s > 0").fetchall()
-        return {str(kind): Rate(float(taken) / float(expected), int(n)) for kind, expected, taken, n in found}
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    with suppress(OSError, sqlite3.Error), closing(sqlite3.connect(address, uri=True, timeout=1.0)) as database:
+        found = database.execute("SELECT kind, expected_s, taken_s, partitions FROM rates WHERE expected_s > 0 LIMIT 10000").fetchall()
+        return {str(kind): Rate(taken / expected, int(n)) for kind, expected, taken, n in found if _are_sums(expected, taken, n)}
     return {}
+
+
+def _are_sums(expected: object, taken: object, n_partitions: object) -> bool:
+    """Say whether three values can be what was added up: a damaged database holds anything, and a forecast must not end in it."""
+    numbers = [value for value in (expected, taken, n_partitions) if isinstance(value, int | float)]
+    return len(numbers) == 3 and all(0 < value < _MOST for value in numbers)

@@ -4,22 +4,21 @@ A road is made of the stages' records and knows none of them by name. It serves 
 wait for this?" (a backfill), "how much will there be?" (`interp plan`) and Dagster's definitions.
 
 An artifact's id promises equal bytes on one kind of device only: a shard made again elsewhere may keep its id and change its digest. So artifacts
-keep the digests of what they were made from (`Reads.remember`), and what was made from other bytes counts as missing (`find_version`).
+keep the digests of what they were made from (`Reads.remember`, `Asset.lineage`), and what was made from other bytes counts as missing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
 
 from interp_assets.errors import ArtifactError, ConfigError, PlanError
 from interp_assets.planning.asset import NONE, Asset, Key, Reads
 from interp_assets.planning.pipeline import Pipeline, shard_key
-from interp_assets.storage.manifest import ArtifactRef, Manifest, combine_ids, data_version, find_manifest, load_manifest
+from interp_assets.storage.lineage import Digests, Lineage, is_kept, trace
+from interp_assets.storage.manifest import ArtifactRef, Manifest, data_version, find_manifest
 from interp_assets.storage.store import Store
 
 Partition = tuple[str, str]
 """Name of an asset, and a partition of it (`""` without partitions)."""
-MADE_FROM: Final = "made_from"
 
 
 class Road:
@@ -97,40 +96,33 @@ class Road:
         except ArtifactError:
             return True
 
-    def find_version(self, asset: Asset, pipeline: Pipeline, store: Store, key: str, known: dict[str, Manifest] | None = None) -> str | None:
+    def find_version(self, asset: Asset, pipeline: Pipeline, store: Store, key: str, known: Digests | None = None) -> str | None:
         """Return the data version of a partition when all its artifacts exist and were made from what is there now, else None.
 
-        `known` keeps the manifests of inputs between the partitions of one asset.
+        `known` keeps the digests of sources between partitions. Who asks for all assets in order with one `known` is also told None of what
+        will be out of date as soon as something before it is made: an artifact made from other digests has another digest itself.
         """
-        known = {} if known is None else known
+        known = known or Digests(store)
         try:
             refs = asset.artifacts(pipeline, store, key)
             manifests = [find_manifest(store, ref) for ref in refs]
-            for ref, manifest in zip(refs, manifests, strict=True):
-                if manifest is None or not self._is_current(asset, ref, manifest, (pipeline, store, key), known):
-                    return None
+            is_current = all(manifests)
+            own = {ref.path: manifest for ref, manifest in zip(refs, manifests, strict=True)}
+            for lineage in self.lineages(asset, pipeline, store, key, refs):
+                is_current &= _is_current(lineage, own, known)
         except ArtifactError:
             return None
-        return data_version([manifest for manifest in manifests if manifest])
+        return data_version([manifest for manifest in manifests if manifest]) if is_current else None
 
-    def _is_current(self, asset: Asset, ref: ArtifactRef, manifest: Manifest, where: tuple[Pipeline, Store, str], known: dict[str, Manifest]) -> bool:
-        """Say whether an artifact was made from the bytes that its inputs have now."""
-        pipeline, store, _ = where
-        remembering = [item for item in asset.reads if item.remembered and (item.counts is None or item.counts(pipeline))]
-        for fact in dict.fromkeys(item.remembered for item in remembering):
-            read = [item for item in remembering if item.remembered == fact]
-            inputs = self._inputs(asset, read, ref, where)
-            try:
-                digests = [_load(store, item, known).digest for item in inputs]
-            except ArtifactError:
-                if all(item.may_be_gone for item in read):
-                    continue
-                raise
-            if digests and manifest.facts.get(fact) != (combine_ids(digests) if fact == MADE_FROM else digests[0]):
-                return False
-        return True
+    def lineages(self, asset: Asset, pipeline: Pipeline, store: Store, key: str, refs: Sequence[ArtifactRef]) -> list[Lineage]:
+        """List whose digests the artifacts `refs` of a partition keep, and any that lie between these and what the road lists."""
+        if asset.lineage:
+            return asset.lineage(pipeline, store, key)
+        read = [item for item in asset.reads if item.is_remembered]
+        may_be_gone = all(item.may_be_gone for item in read)
+        return [Lineage(ref, self._sources(asset, read, ref, (pipeline, store, key)), may_be_gone=may_be_gone) for ref in refs] if read else []
 
-    def _inputs(self, asset: Asset, read: Sequence[Reads], ref: ArtifactRef, where: tuple[Pipeline, Store, str]) -> list[ArtifactRef]:
+    def _sources(self, asset: Asset, read: Sequence[Reads], ref: ArtifactRef, where: tuple[Pipeline, Store, str]) -> list[ArtifactRef]:
         """List the artifacts that one artifact was made from: those of its own hook point, axis by axis, partition by partition."""
         pipeline, store, key = where
 
@@ -145,7 +137,7 @@ class Road:
             return [source for source in ordered if not source.hook_point or not ref.hook_point or source.hook_point == ref.hook_point]
 
         if all(item.how in ("whole", "every", "training", "only") for item in read):  # the same for all partitions
-            return pipeline.remember(("inputs", asset.key, read[0].remembered, ref.hook_point), collect)
+            return pipeline.remember(("sources", asset.key, ref.hook_point), collect)
         return collect()
 
 
@@ -179,7 +171,13 @@ def _along(asset: Asset, parent: Asset, dimension: int, pipeline: Pipeline, key:
     return [f"{own}|{other}" if dimension == 0 else f"{other}|{own}" for other in others]
 
 
-def _load(store: Store, ref: ArtifactRef, known: dict[str, Manifest]) -> Manifest:
-    if ref.path not in known:
-        known[ref.path] = load_manifest(store, ref)
-    return known[ref.path]
+def _is_current(lineage: Lineage, own: Mapping[str, Manifest | None], known: Digests) -> bool:
+    """Say whether an artifact was made from the bytes that its sources have now, and keep; one that is not there has no say, and may change."""
+    is_hidden = lineage.ref.path not in own
+    manifest = find_manifest(known.store, lineage.ref) if is_hidden else own[lineage.ref.path]
+    is_changing = any(source.path in known.changing for source in lineage.sources)
+    if not is_changing and manifest:
+        is_changing = not is_kept(manifest, trace(known, [lineage]))
+    if is_changing:
+        known.changing.add(lineage.ref.path)
+    return not is_changing

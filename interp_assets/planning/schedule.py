@@ -4,7 +4,8 @@ What a partition takes is what its record says (`Asset.takes`), and what every p
 multiplied by what is known of this machine (`rates.py`), where such work was done here before. Memory is what the largest job holds beside a
 process with its libraries (`machine.PROCESS_BYTES`).
 
-A partition counts as done when its artifacts are there; partitions without artifacts (a held-out shard has no share in the shuffle) do not
+A partition counts as done when its artifacts are there and stay current: what will be made from other bytes, because something before it is
+out of date, is counted too. Partitions without artifacts (a held-out shard has no share in the shuffle) do not
 count at all. Files of middle passes are not needed any more once the rows are mixed, but are counted: they lie there until they are deleted.
 """
 
@@ -15,7 +16,8 @@ from interp_assets.planning.costs import price
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.rates import Rate
 from interp_assets.planning.road import Road
-from interp_assets.storage.manifest import Manifest, data_version
+from interp_assets.storage.lineage import Digests
+from interp_assets.storage.manifest import data_version
 from interp_assets.storage.store import Store
 
 START_S: Final = 0.3
@@ -48,15 +50,15 @@ class Line(NamedTuple):
 
 def make_schedule(road: Road, pipeline: Pipeline, store: Store, rates: dict[str, Rate], workers: int) -> list[Line]:
     """Return a line for every asset that has partitions, in the order of the data. The plan is made in every run."""
+    known = Digests(store)
     first = Line(road.plan.key, 1, 1, 0, 0, 0, 0, START_S, None)
-    lines = [_line(road, asset, (pipeline, store), rates, workers) for asset in road.rest]
+    lines = [_line(road, asset, (pipeline, store, known), rates, workers) for asset in road.rest]
     return [first, *(line for line in lines if line.n_partitions)]
 
 
-def _line(road: Road, asset: Asset, where: tuple[Pipeline, Store], rates: dict[str, Rate], workers: int) -> Line:
-    pipeline, store = where
-    inputs: dict[str, Manifest] = {}
-    versions = {key: road.find_version(asset, pipeline, store, key, inputs) for key in asset.partition_keys(pipeline)}
+def _line(road: Road, asset: Asset, where: tuple[Pipeline, Store, Digests], rates: dict[str, Rate], workers: int) -> Line:
+    pipeline, store, known = where
+    versions = {key: road.find_version(asset, pipeline, store, key, known) for key in asset.partition_keys(pipeline)}
     missing = [key for key, version in versions.items() if version is None]
     loads = [asset.takes(pipeline, store, key) for key in missing]
     costs = [price(pipeline.config, load) for load in loads]

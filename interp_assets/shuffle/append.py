@@ -33,7 +33,8 @@ from interp_assets.shuffle.rows import RowFormat, Segment, cut_segment
 from interp_assets.shuffle.sizes import shares
 from interp_assets.storage.direct import PIECE_BYTES, allocate
 from interp_assets.storage.dtypes import ITEM_BYTES
-from interp_assets.storage.manifest import ArtifactRef, Produced, combine_ids, create_artifact, file_part, find_manifest, read_part, timed
+from interp_assets.storage.lineage import MADE_FROM, Digests, create_current, find_current
+from interp_assets.storage.manifest import ArtifactRef, Produced, combine_ids, file_part, read_part, timed
 from interp_assets.storage.store import Store
 
 WORD_ROWS: Final = 4096
@@ -59,16 +60,18 @@ def appended_ref(pipeline: Pipeline, hook_point: str, sources: Appending, bucket
     return merged_shard_ref(pipeline, hook_point, bucket, sources.n_buckets, inputs)
 
 
-def mix_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Advance = unheard) -> Produced:
-    """Make mixed shard `bucket` of a pipeline, grown or not.
+def mix_bucket(pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Advance = unheard, known: Digests | None = None) -> Produced:
+    """Make mixed shard `bucket` of a pipeline, grown or not; `known` digests are not read again.
 
-    The newest generation's mixed shards are small beside the old ones, and each merged shard may need any of them: the first bucket makes them all.
-    Two jobs that do so at once make equal bytes.
+    The newest generation's mixed shards are small beside the old ones, and each merged shard may need any of them: the first bucket makes them all,
+    old ones too, where they are out of date. Two jobs that do so at once make equal bytes.
     """
+    known = known or Digests(store)
     if not has_grown(pipeline):
-        return gather_bucket(pipeline, store, hook_point, bucket, progress)
-    for own in range(n_mixed_shards(pipeline)):
-        gather_bucket(newest(pipeline), store, hook_point, own)
+        return gather_bucket(pipeline, store, hook_point, bucket, progress, known=known)
+    for part in (before(pipeline), newest(pipeline)):
+        for own in range(n_mixed_shards(pipeline)):
+            mix_bucket(part, store, hook_point, own, known=known)
     sources = Appending(open_mixed(before(pipeline), store, hook_point), open_mixed(newest(pipeline), store, hook_point), n_mixed_shards(pipeline))
     return append_bucket(pipeline, store, hook_point, sources, bucket, progress)
 
@@ -80,14 +83,15 @@ def append_bucket(pipeline: Pipeline, store: Store, hook_point: str, sources: Ap
     if len(formats) != 1:
         raise PlanError(f"Rows of {len(formats)} kinds cannot be merged at {hook_point}: {formats} (width, dtype). Shuffle them apart.")
     ref = appended_ref(pipeline, hook_point, sources, bucket)
-    if (manifest := find_manifest(store, ref)) is not None:
+    kept = {MADE_FROM: combine_ids([shard.manifest.digest for shard in (*sources.old, *sources.new)])}
+    if (manifest := find_current(store, ref, kept)) is not None:
         return Produced(ref, manifest, is_cached=True)
     draws, (n_old, n_new) = Draws(pipeline.config.seed), sources.n_rows
     table = merge_counts(draws, n_old, n_new, sources.n_buckets)
     at_old, at_new = (int(count) for count in table[:bucket].sum(axis=0))
     words = merge_words(merge_stream(draws, n_old, n_new, bucket), int(table[bucket, 0]), int(table[bucket, 1]))
     parts = _merge(_Forward(store, sources.old, at_old), _Forward(store, sources.new, at_new), words)
-    with create_artifact(store, ref) as art:
+    with create_current(store, ref, kept) as art:
         save_mixed(art, parts, int(table[bucket].sum()), RowFormat(*formats[0]), progress)
     return art.produced
 

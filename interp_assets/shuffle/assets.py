@@ -26,7 +26,8 @@ from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.shuffle.checks import CERTIFICATE_PASSED, MIXED_ROW_COUNTS
 from interp_assets.shuffle.choice import MAX_CHOSEN_PASSES, find_obstacles, settle
-from interp_assets.shuffle.generations import generation_of, has_grown, newest
+from interp_assets.shuffle.generations import generation_of, newest
+from interp_assets.shuffle.lineage import middle_lineages, mixed_lineages, plan_lineage, split_lineage
 from interp_assets.shuffle.plan import make_shuffle_plan, row_formats, split_bucket_refs
 from interp_assets.shuffle.refs import (
     SHUFFLE_VERSION,
@@ -41,6 +42,7 @@ from interp_assets.shuffle.refs import (
     split_shard_ref,
 )
 from interp_assets.shuffle.rows import SORT_BYTES
+from interp_assets.storage.lineage import Lineage
 from interp_assets.storage.manifest import ArtifactRef, Produced
 from interp_assets.storage.store import Store
 
@@ -70,6 +72,7 @@ def _plan(config: PipelineConfig) -> Asset:
         ),
         reads=(every("token_shards"),),
         artifacts=lambda pipeline, _store, _key: [shuffle_plan_ref(pipeline)],
+        lineage=lambda pipeline, _store, _key: [plan_lineage(pipeline)],
         make=_make_plan,
         takes=lambda pipeline, _store, _key: Load(n_inputs=len(pipeline.train_indices)),
         obstacles=find_obstacles,
@@ -87,8 +90,10 @@ def _first_pass(config: PipelineConfig) -> Asset:
             "finish at once and hold nothing."
         ),
         axis=SHARDS,
-        reads=(same("activations").remember(may_be_gone=True), whole("shuffle_plan")),
+        reads=(same("activations"), whole("shuffle_plan")),
         artifacts=_splits_of_shard,
+        lineage=_lineage_of_splits,
+        may_go=True,
         make=_split_shards,
         shows=_explain_nothing,
         takes=_splitting,
@@ -107,6 +112,8 @@ def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
         axis=_buckets(config, pass_index - 1, pass_name(pass_index)),
         reads=(every(pass_name(1)) if pass_index == 2 else parent_bucket(pass_name(pass_index - 1)), whole("shuffle_plan")),
         artifacts=lambda pipeline, store, key: split_bucket_refs(pipeline, store, pass_index, bucket_index(key)),
+        lineage=lambda pipeline, store, key: middle_lineages(pipeline, store, pass_index, bucket_index(key)),
+        may_go=True,
         make=lambda job: _split_buckets(job, pass_index),
         takes=_gathering(lambda _passes: pass_index - 1),
         **_common(config),
@@ -123,6 +130,7 @@ def _mixed_shards(config: PipelineConfig) -> Asset:
         axis=_buckets(config, None, "mixed_shards"),
         reads=(*_mixed_from(config), whole("shuffle_plan")),
         artifacts=_mixed,
+        lineage=_lineage_of_mixed,
         make=_mix,
         takes=_gathering(lambda passes: passes - 1),
         **_common(config),
@@ -182,17 +190,13 @@ def _common(config: PipelineConfig) -> dict[str, Any]:
 
 
 def _mixed_from(config: PipelineConfig) -> list[Reads]:
-    """Say what mixed shards are gathered from. In other cases than one or two passes `gather_bucket` compares digests when it runs."""
-
-    def remembered(source: Reads, passes: int) -> Reads:
-        return source.remember(may_be_gone=True, counts=lambda pipeline: not has_grown(pipeline) and shape_of(pipeline).passes == passes)
-
+    """Say what mixed shards are gathered from: where the plan chooses, of all that it might choose."""
     if config.shuffle.stated is None:
-        return [remembered(training("activations"), 1), remembered(every(pass_name(1)), 2), every(pass_name(2))]
+        return [training("activations"), every(pass_name(1)), every(pass_name(2))]
     passes = config.shuffle.stated[0]
     if passes > 2:
         return [parent_bucket(pass_name(passes - 1))]
-    return [remembered(every(pass_name(1)) if passes == 2 else training("activations"), passes)]
+    return [every(pass_name(1)) if passes == 2 else training("activations")]
 
 
 def _splits_of_shard(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
@@ -200,6 +204,17 @@ def _splits_of_shard(pipeline: Pipeline, _store: Store, key: str) -> list[Artifa
     index = shard_index(key)
     is_shuffled = index in pipeline.train_indices and shape_of(pipeline).passes > 1
     return [split_shard_ref(pipeline, hook_point, index) for hook_point in pipeline.config.harvest.hook_points] if is_shuffled else []
+
+
+def _lineage_of_splits(pipeline: Pipeline, _store: Store, key: str) -> list[Lineage]:
+    index = shard_index(key)
+    is_shuffled = index in pipeline.train_indices
+    return [split_lineage(pipeline, hook_point, index) for hook_point in pipeline.config.harvest.hook_points] if is_shuffled else []
+
+
+def _lineage_of_mixed(pipeline: Pipeline, store: Store, key: str) -> list[Lineage]:
+    hook_points = pipeline.config.harvest.hook_points
+    return [lineage for hook_point in hook_points for lineage in mixed_lineages(pipeline, store, hook_point, bucket_index(key))]
 
 
 def _mixed(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:

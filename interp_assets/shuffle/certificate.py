@@ -27,9 +27,9 @@ from interp_assets.shuffle.mixed import MixedShard, open_mixed, read_mixed_ids
 from interp_assets.shuffle.mixing import Finding, LagFinding, Mixing, MixingMeter, SourceLayout
 from interp_assets.shuffle.multiset import MultisetHash
 from interp_assets.shuffle.plan import ShufflePlan, load_shard_rows, load_shuffle_plan, make_sizes
-from interp_assets.shuffle.refs import certificate_ref
+from interp_assets.shuffle.refs import certificate_ref, list_splits
 from interp_assets.shuffle.rows import SHARD_SHIFT
-from interp_assets.shuffle.sources import list_splits, load_manifests
+from interp_assets.shuffle.sources import load_manifests
 from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, load_manifest, timed
 from interp_assets.storage.store import Store
 
@@ -75,6 +75,7 @@ def _find_sources(pipeline: Pipeline, store: Store, hook_point: str, shards: lis
     plan = load_shuffle_plan(own, store)
     if not has_grown(pipeline):
         return plan, _hash_read(own, store, hook_point, plan, shards)
+    certify(before(pipeline), store, hook_point)  # of other mixed shards, where those were made again
     known = load_manifest(store, certificate_ref(before(pipeline), hook_point)).facts["multiset_hash_before"]
     added = _hash_read(own, store, hook_point, plan, open_mixed(own, store, hook_point))
     rows = load_shard_rows(pipeline, store)
@@ -86,7 +87,7 @@ def _hash_read(pipeline: Pipeline, store: Store, hook_point: str, plan: ShuffleP
     """Return the hash of all rows of one shuffle as its first pass read them."""
     if plan.sizes.passes == 1:
         return _merge_facts(store, [(shards[0].ref.path, shards[0].manifest)], "source_multiset_hash")
-    refs = list_splits(pipeline, hook_point, plan, 1, 0)
+    refs = list_splits(pipeline, hook_point, plan.sizes, 1, 0)
     manifests = load_manifests(store, refs, f"the certificate of {hook_point}", "pass 1 of the shuffle")
     return _merge_facts(store, [(ref.path, manifest) for ref, manifest in zip(refs, manifests, strict=True)], "multiset_hash")
 

@@ -13,23 +13,31 @@ from numpy.typing import NDArray
 from interp_assets.errors import PlanError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
+from interp_assets.shuffle.lineage import bucket_lineage
 from interp_assets.shuffle.mixed import save_mixed
 from interp_assets.shuffle.multiset import hash_kept
 from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
 from interp_assets.shuffle.refs import bucket_key, mixed_shard_ref
 from interp_assets.shuffle.rows import ID_BYTES, RowFormat, RowSource, iter_chunks, record_ids
-from interp_assets.shuffle.sources import InputRange, find_current, list_inputs, load_records, load_shards
+from interp_assets.shuffle.sources import InputRange, load_records, load_shards
 from interp_assets.storage.direct import Workspace
-from interp_assets.storage.manifest import Produced, create_artifact, timed
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
+from interp_assets.storage.manifest import Produced, timed
 from interp_assets.storage.store import Store
 
 
 @timed
 def gather_bucket(
-    pipeline: Pipeline, store: Store, hook_point: str, bucket: int, progress: Advance = unheard, space: Workspace | None = None
+    pipeline: Pipeline,
+    store: Store,
+    hook_point: str,
+    bucket: int,
+    progress: Advance = unheard,
+    space: Workspace | None = None,
+    known: Digests | None = None,
 ) -> Produced:
-    """Make the mixed shard `bucket`. Holds its rows in memory, that of `space` if given.
+    """Make the mixed shard `bucket`. Holds its rows in memory, that of `space` if given; `known` digests are not read again.
 
     Raises `ArtifactMissingError` that names every job file which is missing, `ArtifactCorruptError` when rows or ranges differ from
     the manifests or the plan, and `PlanError` for a bucket that the plan does not have.
@@ -41,15 +49,16 @@ def gather_bucket(
             f"There is no {bucket_key(bucket)}: the shuffle of {plan.sizes.passes} passes and fan-out {plan.sizes.fan_out} "
             f"has {plan.sizes.n_buckets} mixed shards."
         )
-    if (manifest := find_current(store, ref, list_inputs(pipeline, hook_point, plan, plan.sizes.passes, bucket))) is not None:
+    kept = trace(known or Digests(store), [bucket_lineage(pipeline, store, ref, plan.sizes.passes, bucket)])
+    if (manifest := find_current(store, ref, kept)) is not None:
         return Produced(ref, manifest, is_cached=True)
     fmt = row_format(pipeline, hook_point)
-    with create_artifact(store, ref) as art, (space or Workspace()).lend(_buffer_bytes(plan, bucket, fmt)) as buffer:
+    with create_current(store, ref, kept) as art, (space or Workspace()).lend(_buffer_bytes(plan, bucket, fmt)) as buffer:
         order = Draws(plan.seed).gather_order(bucket, plan.sizes.input_rows(plan.sizes.passes, bucket))  # its working space is free again
         source, facts = _load_bucket(pipeline, store, hook_point, plan, bucket, buffer)
         assert source.n_rows == len(order), f"{source.n_rows} rows read, {len(order)} ordered"
         save_mixed(art, _iter_rows(source, order, fmt), source.n_rows, fmt, progress)
-        art.facts |= {**facts, "made_from": source.made_from}
+        art.facts |= facts
     return art.produced
 
 

@@ -26,7 +26,7 @@ from interp_assets.shuffle.permutation import Draws
 from interp_assets.shuffle.refs import shape_of, shuffle_plan_ref, split_bucket_ref
 from interp_assets.shuffle.rows import SORT_BYTES, RowFormat
 from interp_assets.shuffle.sizes import ShuffleSizes, smallest_fan_out
-from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest, read_file, timed
+from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_made_from, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 
 PLAN: Final = "plan.json"
@@ -77,9 +77,10 @@ def make_shuffle_plan(pipeline: Pipeline, store: Store) -> Produced:
     sizes = make_sizes(pipeline, shards)
     if problem := explain_memory(pipeline, shards, sizes):
         raise PlanError(problem)
-    if (manifest := find_manifest(store, ref)) is not None:
+    manifests = [load_manifest(store, token_shard_ref(pipeline, index)) for index in pipeline.train_indices]
+    if (manifest := find_made_from(store, ref, manifests)) is not None:
         return Produced(ref, manifest, is_cached=True)
-    with create_artifact(store, ref) as art:
+    with create_artifact(store, ref, made_from=manifests) as art:
         content = make_content(pipeline.config.seed, shards, sizes)
         art.put(PLAN, encode_plan(content))
         art.facts |= {

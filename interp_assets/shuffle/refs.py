@@ -7,11 +7,12 @@ from interp_assets.errors import ArtifactMissingError
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref, hook_folder
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.generations import before, generation_of, has_grown, newest
+from interp_assets.shuffle.sizes import ShuffleSizes
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "3-shuffle"
-SHUFFLE_VERSION = 1
-"""Raise it when the same plan would give another order."""
+SHUFFLE_VERSION = 2
+"""Raise it when the same plan would give another order, or its artifacts keep other digests."""
 
 
 class Shape(NamedTuple):
@@ -60,6 +61,25 @@ def split_bucket_ref(pipeline: Pipeline, hook_point: str, pass_index: int, bucke
     identity = {"pass": pass_index, "bucket": bucket, "job": job}
     label = f"{bucket_key(bucket)}.job-{job:03d}"
     return _ref("split_shard", hook_point, f"/pass-{pass_index}", label, identity, _inputs(newest(pipeline), hook_point))
+
+
+def list_inputs(pipeline: Pipeline, hook_point: str, sizes: ShuffleSizes | None, pass_index: int, bucket: int) -> list[ArtifactRef]:
+    """Address what input bucket `bucket` of a pass is read from: activation shards in pass 1, the files of its parent's jobs later.
+
+    `sizes` are needed from pass 3 on.
+    """
+    if pass_index == 1:
+        return [activation_shard_ref(pipeline, hook_point, index) for index in newest(pipeline).train_indices]
+    return list_splits(pipeline, hook_point, sizes, pass_index - 1, bucket // shape_of(pipeline).fan_out)
+
+
+def list_splits(pipeline: Pipeline, hook_point: str, sizes: ShuffleSizes | None, pass_index: int, bucket: int) -> list[ArtifactRef]:
+    """Address the files of all jobs of input bucket `bucket` of a distributing pass, in order of job; `sizes` are needed from pass 2 on."""
+    if pass_index == 1:
+        own = newest(pipeline)
+        return own.remember(("splits", hook_point), lambda: [split_shard_ref(own, hook_point, index) for index in own.train_indices])
+    assert sizes is not None
+    return [split_bucket_ref(pipeline, hook_point, pass_index, bucket, job) for job in range(len(sizes.job_rows(pass_index, bucket)))]
 
 
 def mixed_shard_ref(pipeline: Pipeline, hook_point: str, bucket: int) -> ArtifactRef:

@@ -67,9 +67,9 @@ class Segment(NamedTuple):
 class RawRows:
     """Valid rows of activation shards that lie one after the other in `rows`."""
 
-    def __init__(self, rows: NDArray[np.uint8], kept: NDArray[np.int64], row_ids: NDArray[np.uint64], made_from: str) -> None:
+    def __init__(self, rows: NDArray[np.uint8], kept: NDArray[np.int64], row_ids: NDArray[np.uint64]) -> None:
         """Hold `rows [n_all, row_bytes]`, the positions `kept [n_rows]` of the valid ones, and their row ids `[n_rows]`."""
-        self.n_rows, self.made_from = len(kept), made_from
+        self.n_rows = len(kept)
         self.rows, self.kept, self.row_ids = rows, kept, row_ids
         self._taken = np.empty((0, rows.shape[1]), np.uint8)
 
@@ -86,9 +86,9 @@ class RawRows:
 class Records:
     """Records that lie one after the other in `records [n_rows, record_bytes]`."""
 
-    def __init__(self, records: NDArray[np.uint8], made_from: str) -> None:
+    def __init__(self, records: NDArray[np.uint8]) -> None:
         """Hold `records`."""
-        self.n_rows, self.made_from = len(records), made_from
+        self.n_rows = len(records)
         self.records = records
 
     def take(self, order: NDArray[np.int64], out: NDArray[np.uint8]) -> None:

@@ -18,10 +18,10 @@ from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS as ACTIVATION_ROWS
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.plan import ShardRows, ShufflePlan, row_format
-from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
+from interp_assets.shuffle.refs import bucket_key, list_splits
 from interp_assets.shuffle.rows import READERS, SHARD_SHIFT, RawRows, Records, RowFormat, Segment, fill
 from interp_assets.shuffle.sizes import offsets
-from interp_assets.storage.manifest import ArtifactRef, FilePart, Manifest, combine_ids, file_part, find_manifest, load_manifest, remove_artifact
+from interp_assets.storage.manifest import ArtifactRef, FilePart, Manifest, file_part, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import read_spans
 
@@ -63,8 +63,7 @@ def load_shards(pipeline: Pipeline, store: Store, hook_point: str, shards: Seque
         kept.append(valid + start)
         row_ids.append(valid.astype(np.uint64) + np.uint64(shard.shard_index << SHARD_SHIFT))
     fill(store, segments, buffer)
-    made_from = combine_ids([manifest.digest for manifest in manifests])
-    return RawRows(buffer.reshape(starts[-1], fmt.row_bytes), np.concatenate(kept), np.concatenate(row_ids), made_from)
+    return RawRows(buffer.reshape(starts[-1], fmt.row_bytes), np.concatenate(kept), np.concatenate(row_ids))
 
 
 def load_records(pipeline: Pipeline, store: Store, hook_point: str, plan: ShufflePlan, wanted: InputRange, buffer: NDArray[np.uint8]) -> Records:
@@ -75,14 +74,13 @@ def load_records(pipeline: Pipeline, store: Store, hook_point: str, plan: Shuffl
     fmt = row_format(pipeline, hook_point)
     parent, part = divmod(wanted.bucket, plan.sizes.fan_out)
     reader = f"{bucket_key(wanted.bucket)} of {hook_point}"
-    refs = list_splits(pipeline, hook_point, plan, wanted.pass_index - 1, parent)
+    refs = list_splits(pipeline, hook_point, plan.sizes, wanted.pass_index - 1, parent)
 
-    def find_range(ref: ArtifactRef, manifest: Manifest) -> tuple[FilePart, str]:
+    def find_range(ref: ArtifactRef, manifest: Manifest) -> FilePart:
         low, high = split_range(store, ref, manifest, part, fmt)
-        return file_part(ref.path, manifest.file(SPLIT_ROWS), low * fmt.record_bytes, (high - low) * fmt.record_bytes), manifest.digest
+        return file_part(ref.path, manifest.file(SPLIT_ROWS), low * fmt.record_bytes, (high - low) * fmt.record_bytes)
 
-    found = read_manifests(store, refs, reader, f"pass {wanted.pass_index - 1} of the shuffle", find_range)
-    ranges = [item for item, _ in found]
+    ranges = read_manifests(store, refs, reader, f"pass {wanted.pass_index - 1} of the shuffle", find_range)
     ends = offsets([item.n_bytes // fmt.record_bytes for item in ranges])
     expected = plan.sizes.input_rows(wanted.pass_index, wanted.bucket)
     if ends[-1] != expected:
@@ -98,40 +96,7 @@ def load_records(pipeline: Pipeline, store: Store, hook_point: str, plan: Shuffl
             segments.append(Segment(cut, (begin - wanted.start) * fmt.record_bytes))
     turn = wanted.bucket % max(1, len(segments))  # each bucket starts at another file: no object is asked by all jobs at once
     fill(store, segments[turn:] + segments[:turn], buffer)
-    return Records(buffer.reshape(wanted.stop - wanted.start, fmt.record_bytes), combine_ids([digest for _, digest in found]))
-
-
-def find_current(store: Store, ref: ArtifactRef, inputs: Sequence[ArtifactRef]) -> Manifest | None:
-    """Return the artifact's manifest when it is whole and was made from what its inputs hold now; one made from other bytes is removed.
-
-    An input that is gone says nothing: splits may be deleted once their rows are mixed.
-    """
-    manifest = find_manifest(store, ref)
-    if manifest is None:
-        return None
-    try:
-        digests = read_manifests(store, inputs, "a comparison", "their assets", lambda _, item: item.digest)
-    except ArtifactMissingError:
-        return manifest
-    if manifest.facts.get("made_from") == combine_ids(digests):
-        return manifest
-    remove_artifact(store, ref.path)
-    return None
-
-
-def list_inputs(pipeline: Pipeline, hook_point: str, plan: ShufflePlan, pass_index: int, bucket: int) -> list[ArtifactRef]:
-    """Address what input bucket `bucket` of a pass is read from: activation shards in pass 1, the files of its parent's jobs later."""
-    if pass_index == 1:
-        return [activation_shard_ref(pipeline, hook_point, shard.shard_index) for shard in plan.shards]
-    return list_splits(pipeline, hook_point, plan, pass_index - 1, bucket // plan.sizes.fan_out)
-
-
-def list_splits(pipeline: Pipeline, hook_point: str, plan: ShufflePlan, pass_index: int, bucket: int) -> list[ArtifactRef]:
-    """Address the files of all jobs of input bucket `bucket` of a distributing pass, in order of job."""
-    if pass_index == 1:
-        return [split_shard_ref(pipeline, hook_point, shard.shard_index) for shard in plan.shards]
-    n_jobs = len(plan.sizes.job_rows(pass_index, bucket))
-    return [split_bucket_ref(pipeline, hook_point, pass_index, bucket, job) for job in range(n_jobs)]
+    return Records(buffer.reshape(wanted.stop - wanted.start, fmt.record_bytes))
 
 
 def load_manifests(store: Store, refs: Sequence[ArtifactRef], reader: str, makers: str) -> list[Manifest]:

@@ -12,18 +12,19 @@ import math
 from typing import Final
 
 from interp_assets.errors import ArtifactCorruptError, PlanError
-from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
+from interp_assets.shuffle.lineage import bucket_lineage, split_lineage
 from interp_assets.shuffle.multiset import MultisetHash, hash_kept, hash_records
 from interp_assets.shuffle.permutation import Draws, JobSplit, split_job
 from interp_assets.shuffle.plan import ShufflePlan, load_shuffle_plan, row_format
 from interp_assets.shuffle.refs import bucket_key, split_bucket_ref, split_shard_ref
 from interp_assets.shuffle.rows import Records, RowFormat, RowSource, iter_chunks
 from interp_assets.shuffle.sizes import offsets
-from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, find_current, list_inputs, load_records, load_shards
+from interp_assets.shuffle.sources import SPLIT_ROWS, InputRange, load_records, load_shards
 from interp_assets.storage.direct import Workspace
-from interp_assets.storage.manifest import BLOCK_BYTES, ArtifactRef, Produced, create_artifact, timed
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
+from interp_assets.storage.manifest import BLOCK_BYTES, ArtifactRef, Produced, timed
 from interp_assets.storage.store import Store
 
 _MIN_BLOCK_BYTES: Final = 64 << 10
@@ -41,7 +42,8 @@ def split_shard(
     Raises `ArtifactCorruptError` when the shard's rows differ from its manifest, from its token shard or from the plan.
     """
     ref = split_shard_ref(pipeline, hook_point, index)
-    if (manifest := find_current(store, ref, [activation_shard_ref(pipeline, hook_point, index)])) is not None:
+    kept = trace(Digests(store), [split_lineage(pipeline, hook_point, index)])
+    if (manifest := find_current(store, ref, kept)) is not None:
         return Produced(ref, manifest, is_cached=True)
     plan = load_shuffle_plan(pipeline, store)
     if plan.sizes.passes == 1:
@@ -52,7 +54,7 @@ def split_shard(
     with (space or Workspace()).lend(plan.shards[job].n_rows * fmt.row_bytes) as buffer:
         source = load_shards(pipeline, store, hook_point, [plan.shards[job]], buffer)
         rows_hash = hash_kept(source.row_ids, source.rows, source.kept)
-        return _write_split(store, ref, source, split, fmt, rows_hash, progress)
+        return _write_split(store, ref, kept, source, split, fmt, rows_hash, progress)
 
 
 def split_bucket(pipeline: Pipeline, store: Store, hook_point: str, pass_index: int, bucket: int, progress: Advance = unheard) -> list[Produced]:
@@ -78,14 +80,15 @@ def split_bucket_job(
     pass_index, bucket, job = address
     ref = split_bucket_ref(pipeline, hook_point, pass_index, bucket, job)
     plan = _middle_plan(pipeline, store, pass_index)
-    if (manifest := find_current(store, ref, list_inputs(pipeline, hook_point, plan, pass_index, bucket))) is not None:
+    kept = trace(Digests(store), [bucket_lineage(pipeline, store, ref, pass_index, bucket)])
+    if (manifest := find_current(store, ref, kept)) is not None:
         return Produced(ref, manifest, is_cached=True)
     split = draw_split(plan, pass_index, bucket, job, store.url)
     starts = offsets(plan.sizes.job_rows(pass_index, bucket))
     wanted, fmt = InputRange(pass_index, bucket, starts[job], starts[job + 1]), row_format(pipeline, hook_point)
     with (space or Workspace()).lend((wanted.stop - wanted.start) * fmt.record_bytes) as buffer:
         source = load_records(pipeline, store, hook_point, plan, wanted, buffer)
-        return _write_split(store, ref, source, split, fmt, _hash_all(source), progress)
+        return _write_split(store, ref, kept, source, split, fmt, _hash_all(source), progress)
 
 
 def draw_split(plan: ShufflePlan, pass_index: int, bucket: int, job: int, where: str) -> JobSplit:
@@ -119,21 +122,27 @@ def _hash_all(source: Records) -> MultisetHash:
 
 
 def _write_split(
-    store: Store, ref: ArtifactRef, source: RowSource, split: JobSplit, fmt: RowFormat, rows_hash: MultisetHash, progress: Advance
+    store: Store,
+    ref: ArtifactRef,
+    kept: dict[str, str],
+    source: RowSource,
+    split: JobSplit,
+    fmt: RowFormat,
+    rows_hash: MultisetHash,
+    progress: Advance,
 ) -> Produced:
-    """Write a source's rows in the order of a split; `rows_hash` is that of the rows as they were read."""
+    """Write a source's rows in the order of a split; `kept` are the digests of what it is made from, `rows_hash` is that of the rows as read."""
     assert source.n_rows == len(split.order) == split.offsets[-1], f"{source.n_rows} rows read, {len(split.order)} ordered"
     n_rows = source.n_rows
     shape = [n_rows, fmt.record_bytes]
     n_block = block_bytes(n_rows * fmt.record_bytes)
-    with create_artifact(store, ref) as art:
+    with create_current(store, ref, kept) as art:
         art.facts |= {
             "n_rows": n_rows,
             "d_in": fmt.d_in,
             "dtype": fmt.dtype,
             "ranges": split.offsets,
             "multiset_hash": rows_hash.encode(),
-            "made_from": source.made_from,
         }
         with art.open(SPLIT_ROWS, n_rows=n_rows, dtype="uint8", shape=shape, block_bytes=n_block) as sink:
             for chunk in iter_chunks(source, split.order, fmt.record_bytes):

@@ -158,6 +158,7 @@ class ArtifactWriter:
         self._timed: dict[str, bytes] = {}
         self.facts: dict[str, Any] = {}
         self.manifest: Manifest | None = None
+        self._is_anothers = is_there
 
     @contextmanager
     def open(
@@ -218,6 +219,7 @@ class ArtifactWriter:
                 f"ours is {manifest.digest}). Run `interp verify` on it; if it fails, delete the folder and materialize it once."
             )
         if self._is_there or self._are_whole(winner):
+            self._is_anothers = True
             return winner
         self._put_timed()  # ours were written over the winner's: the manifest has to be ours as well
         self._store.put(path, encode_manifest(manifest))
@@ -225,9 +227,9 @@ class ArtifactWriter:
 
     @property
     def produced(self) -> Produced:
-        """What a stage answers when the artifact is written."""
+        """What a stage answers when the artifact is written, or when another job has published it meanwhile."""
         assert self.manifest is not None
-        return Produced(self._ref, self.manifest, is_cached=False)
+        return Produced(self._ref, self.manifest, is_cached=self._is_anothers)
 
     def _is_published(self) -> bool:
         try:

@@ -10,6 +10,8 @@ or while it was read, gets no note, because another change could bear the same t
 disks that rot: `execution.read_again` (`interp run --read-again`) reads everything. Even then nothing wrong is made: a shard's text is
 hashed once more when it is tokenized, and weights when they are loaded, and what is not as planned is refused.
 
+A note has a checksum over all of it, because SQLite has none: one that was damaged is no note.
+
 The database lies in `INTERP_CACHE`, else in the user's cache folder. It may be deleted at any time. Where it cannot be read or written,
 everything is read, as without it; ids never depend on it.
 """
@@ -24,11 +26,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple
 
+import xxhash
+
 CACHE_VARIABLE: Final = "INTERP_CACHE"
 SETTLED_NS: Final = 2_000_000_000
 """The coarsest times of common file systems (FAT) are two seconds apart."""
 MAX_ANSWER_BYTES: Final = 500 << 20
 """Half of what SQLite takes in one value; a file with a longer answer is read each time."""
+_SEAL_BYTES: Final = 16
 _COMMIT_AFTER_S: Final = 2.0
 _TABLE: Final = "CREATE TABLE IF NOT EXISTS notes (path BLOB, question TEXT, stamp TEXT, answer BLOB, PRIMARY KEY (path, question))"
 _LOG: Final = logging.getLogger(__name__)
@@ -73,13 +78,14 @@ class SeenFiles:
         if self._reads_again:
             return draft, None
         row = self._ask("SELECT answer FROM notes WHERE path = ? AND question = ? AND stamp = ?", (os.fsencode(path), question, stamp))
-        return draft, row[0][0] if row else None
+        return draft, _unseal(row[0][0], draft, question) if row else None
 
     def note(self, draft: Draft, question: str, answer: bytes) -> bool:
         """Note what a file answered, unless it changed meanwhile or too lately; tell whether it was noted."""
         if self._database is None or not draft.is_settled or len(answer) > MAX_ANSWER_BYTES or _stamp(draft.path)[0] != draft.stamp:
             return False
-        self._ask("INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)", (os.fsencode(draft.path), question, draft.stamp, answer))
+        sealed = _seal(draft, question, answer) + answer
+        self._ask("INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)", (os.fsencode(draft.path), question, draft.stamp, sealed))
         if time.monotonic() - self._committed > _COMMIT_AFTER_S and self._database:
             with suppress(sqlite3.Error):
                 self._database.commit()
@@ -125,7 +131,7 @@ class SeenFiles:
 def open_seen(*, read_again: bool = False) -> SeenFiles:
     """Open the notes of this user. `read_again`: believe none of them, and write all anew."""
     folder = cache_folder()
-    return SeenFiles(folder / "seen-1.sqlite" if folder else None, reads_again=read_again)
+    return SeenFiles(folder / "seen-2.sqlite" if folder else None, reads_again=read_again)
 
 
 def cache_folder() -> Path | None:
@@ -161,6 +167,20 @@ def _connect(path: Path) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+def _seal(draft: Draft, question: str, answer: bytes) -> bytes:
+    """Return the checksum of a note: SQLite has none, and a flipped bit would be another file's answer."""
+    hasher = xxhash.xxh3_128()
+    for part in (os.fsencode(draft.path), question.encode(), draft.stamp.encode(), answer):
+        hasher.update(len(part).to_bytes(8, "little") + part)
+    return hasher.digest()
+
+
+def _unseal(sealed: object, draft: Draft, question: str) -> bytes | None:
+    """Return a noted answer; None for one that is not what was noted."""
+    answer = sealed[_SEAL_BYTES:] if isinstance(sealed, bytes) else b""
+    return answer if sealed == _seal(draft, question, answer) + answer else None
 
 
 def _is_damage(error: Exception) -> bool:

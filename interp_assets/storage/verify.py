@@ -5,6 +5,7 @@ folder's name), each file's presence, size and blocks, and files that it does no
 are what an interrupted write left. All faults are collected; nothing is changed. Memory: one block.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -14,6 +15,8 @@ from interp_assets.storage.manifest import MANIFEST, PLAN, FileEntry, Manifest, 
 from interp_assets.storage.store import ObjectInfo, Store, open_store
 
 _LABEL_DIGITS: Final = 12
+_ARTIFACT: Final = re.compile(r"-[0-9a-f]{12}$")
+_PLAN: Final = re.compile(re.escape(PLAN.removesuffix(".json")) + r"(\.candidate-\d{6})?\.json")
 
 
 class Place(NamedTuple):
@@ -76,7 +79,7 @@ def list_tree(store: Store, prefix: str = "") -> Tree:
         owner = next((folder for folder in _parents(item.path) if folder in folders), None)
         if owner is not None:
             artifacts[owner].append(item)
-        elif item.path.rpartition("/")[2] != PLAN:
+        elif not _is_plan(item.path):
             strays.append(item)
     return Tree(artifacts, sorted(strays))
 
@@ -136,6 +139,12 @@ def _parents(path: str) -> Iterator[str]:
     while folder:
         yield folder
         folder = folder.rpartition("/")[0]
+
+
+def _is_plan(path: str) -> bool:
+    """Say whether a file that belongs to no artifact is a pipeline's plan, or a candidate's; that of a shuffle lies in an artifact's folder."""
+    folder, _, name = path.rpartition("/")
+    return bool(_PLAN.fullmatch(name)) and not _ARTIFACT.search(folder)
 
 
 def _is_hidden(path: str, prefix: str) -> bool:

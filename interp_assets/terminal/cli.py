@@ -23,6 +23,7 @@ from interp_assets.terminal.web import export, find_notes, labels_app, make_desk
 
 if TYPE_CHECKING:
     from interp_assets.planning.config import PipelineConfig
+    from interp_assets.storage.verify import Fault
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.add_typer(labels_app, name="labels")
@@ -76,14 +77,14 @@ def backfill(
 
     load_pipeline(pipeline, open_pipeline_store(pipeline))  # without a plan there is nothing to do, and no history to begin
     from interp_assets.graph.backfill import run_backfill
-    from interp_assets.graph.jobs import open_instance
+    from interp_assets.graph.jobs import open_instance, take_turn
     from interp_assets.terminal.console import print_report, print_total
     from interp_assets.terminal.lines import watch
 
     warnings.simplefilter("ignore")  # as in `run`
     out.print(f"Pipeline {pipeline.name} in {pipeline.root}", soft_wrap=True, markup=False)
     reports = []
-    with open_instance(pipeline) as instance, watch(out) as progress:
+    with take_turn(pipeline, _say), open_instance(pipeline) as instance, watch(out) as progress:
         for item in run_backfill(pipeline, instance, select=select or [], partitions=partition or [], only_failed=failed, progress=progress):
             reports.append(item)
             print_report(out, item.report)
@@ -196,12 +197,19 @@ def sweep(
 
 
 @app.command()
-def verify(path: PathArgument = "data") -> None:
+def verify(
+    path: Annotated[str | None, typer.Argument(help="An artifact's folder, or any folder above artifacts. Default: data, or the pipeline's.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline: what its plan promises and is not there is a fault too.")] = None,
+) -> None:
     """Read every block of every artifact below a folder, and name each fault; exit code 1 when there is one."""
     from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.verify import list_tree, locate, verify_tree
     from interp_assets.terminal.console import byte_bar, format_count
 
+    if path and config:
+        raise InputError("A folder or a pipeline is verified: name one of the two.")
+    pipeline = _load(config) if config else None
+    path = f"{pipeline.root}/{pipeline.name}" if pipeline else path or "data"
     place = locate(path)
     tree = list_tree(place.store, place.path)
     if not tree.artifacts:
@@ -210,6 +218,7 @@ def verify(path: PathArgument = "data") -> None:
         faults = verify_tree(place.store, place.path, advance)
     for fault in faults:
         out.print(f"{place.store.url}/{fault.path} {fault.what}", soft_wrap=True, markup=False)
+    faults += _print_lost(pipeline) if pipeline else []
     summary = f"{format_count(len(tree.artifacts), 'artifact')}, {format_bytes(tree.n_bytes)}"
     if faults:
         out.print(f"{summary}: {format_count(len(faults), 'fault')}.")
@@ -327,6 +336,21 @@ def _load(path: Path | None, *, read_again: bool = False) -> "PipelineConfig":
     return config.model_copy(update={"execution": config.execution.model_copy(update={"read_again": True})}) if read_again else config
 
 
+def _print_lost(config: "PipelineConfig") -> "list[Fault]":
+    from interp_assets.graph.stages import make_road
+    from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+    from interp_assets.planning.promised import find_lost
+    from interp_assets.terminal.console import format_count
+
+    store = open_pipeline_store(config)
+    promised = find_lost(make_road(config), load_pipeline(config, store), store)
+    for fault in promised.lost:
+        out.print(f"{store.url}/{fault.path} {fault.what}", soft_wrap=True, markup=False)
+    if promised.n_not_made:
+        out.print(f"{format_count(promised.n_not_made, 'partition')} of the plan not made yet; `interp run` makes them.", soft_wrap=True)
+    return promised.lost
+
+
 def _check_names(config: "PipelineConfig", select: list[str]) -> None:
     """Refuse names of assets that there are not, before the libraries are loaded that would make them."""
     if select:
@@ -337,18 +361,22 @@ def _check_names(config: "PipelineConfig", select: list[str]) -> None:
 
 def _run(config: "PipelineConfig", select: list[str]) -> None:
     _check_names(config, select)
-    from interp_assets.graph.jobs import open_instance, run_road
+    from interp_assets.graph.jobs import open_instance, run_road, take_turn
     from interp_assets.terminal.console import print_report, print_total
     from interp_assets.terminal.lines import watch
 
     warnings.simplefilter("ignore")  # Dagster's notes about beta features; the tests run with warnings as errors
     out.print(f"Pipeline {config.name} in {config.root}", soft_wrap=True, markup=False)
     reports = []
-    with open_instance(config) as instance, watch(out) as progress:
+    with take_turn(config, _say), open_instance(config) as instance, watch(out) as progress:
         for report in run_road(config, instance, select=select, progress=progress):
             reports.append(report)
             print_report(out, report)
     print_total(out, reports)
+
+
+def _say(sentence: str) -> None:
+    out.print(sentence, soft_wrap=True, markup=False)
 
 
 def _show(config: "PipelineConfig", config_path: Path | None, port: int, dagster_port: int) -> None:

@@ -11,9 +11,10 @@ from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_key
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.shuffle.rows import RowFormat
-from interp_assets.storage.manifest import Produced, find_manifest, load_manifest
+from interp_assets.storage.manifest import Produced, find_made_from, find_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
+from interp_assets.train.lineage import evaluation_lineage, sae_lineage
 from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, evaluation_ref, sae_ref, sweep_ref
 
 GROUP = "train"
@@ -52,6 +53,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             axis=EXPERIMENTS,
             reads=(every("mixed_shards"), whole("activation_statistics"), whole("shuffle_certificate")),
             artifacts=lambda pipeline, _store, key: [sae_ref(pipeline, key)],
+            lineage=lambda pipeline, _store, key: [sae_lineage(pipeline, key)],
             make=_train,
             shows=_show_training,
             takes=_training,
@@ -75,11 +77,12 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             ),
             axis=EXPERIMENTS,
             reads=(
-                same("sae").remember(),
+                same("sae"),
                 only("activations", partitions=(shard_key(index) for index in range(config.corpus.held_out_shards))),
                 whole("activation_statistics"),
             ),
             artifacts=lambda pipeline, _store, key: [evaluation_ref(pipeline, key)],
+            lineage=lambda pipeline, _store, key: evaluation_lineage(pipeline, key),
             make=_evaluate,
             shows=_show_frequencies,
             takes=_evaluating,
@@ -160,11 +163,14 @@ def _is_there(pipeline: Pipeline, store: Store, name: str) -> bool:
 
 
 def _require_certificates(pipeline: Pipeline, store: Store, names: list[str]) -> None:
-    """Refuse to train on rows whose shuffle is not proven. Raises `CertificateError`."""
+    """Refuse to train on rows whose shuffle is not proven, or proven of other rows. Raises `CertificateError`."""
+    from interp_assets.shuffle.mixed import open_mixed
+
     configs = [config for config in (pipeline.config.sae(name) for name in names) if not config.imported]
     for hook_point in sorted({hook_point for config in configs for hook_point in (*config.sources, *config.targets)}):
-        certificate = load_manifest(store, certificate_ref(pipeline, hook_point))
-        if not certificate.facts["passed"]:
+        mixed = [shard.manifest for shard in open_mixed(pipeline, store, hook_point)]
+        certificate = find_made_from(store, certificate_ref(pipeline, hook_point), mixed)
+        if not certificate or not certificate.facts["passed"]:
             raise CertificateError(
                 f"The shuffle of {hook_point} has no valid certificate ({store.url}/{certificate_ref(pipeline, hook_point).path}): training would "
                 "learn its order. Read its verdicts with `interp inspect`, and materialize the mixed shards again."

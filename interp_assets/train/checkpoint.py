@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from interp_assets.errors import ArtifactForeignError
+from interp_assets.errors import ArtifactForeignError, InputError
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.hook_names import alias_of
 from interp_assets.planning.pipeline import Pipeline
@@ -75,6 +75,17 @@ def load_sae(pipeline: Pipeline, store: Store, name: str) -> Sae:
     """Read the trained SAE called `name`, on the CPU. Raises `ArtifactMissingError` before it is trained."""
     ref = sae_ref(pipeline, name)
     return read_sae(store, ref.path, load_manifest(store, ref))
+
+
+def check_sae(pipeline: Pipeline, sae: Sae, name: str) -> None:
+    """Raise `InputError` when `sae` is not the SAE that the configuration describes."""
+    config = pipeline.config.sae(name)
+    expected = (pipeline.d_in(config.hook_point), config.d_sae)
+    if (sae.d_in, sae.d_sae) != expected:
+        raise InputError(
+            f"SAE {name!r} is {sae.d_in} x {sae.d_sae} (d_in x d_sae), the configuration and hook point {config.hook_point} say "
+            f"{expected[0]} x {expected[1]}: it was trained for another hook point or size. Train it again."
+        )
 
 
 def read_sae(store: Store, path: str, manifest: Manifest) -> Sae:

@@ -34,12 +34,14 @@ from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, timed
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
+from interp_assets.storage.manifest import ArtifactWriter, Produced, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.exchange.fit import N_ROWS, Fit
+from interp_assets.train.lineage import evaluation_lineage, hook_points_of
 from interp_assets.train.metrics import ReconstructionSums
-from interp_assets.train.refs import METRICS, evaluation_ref, sae_ref
+from interp_assets.train.refs import METRICS, evaluation_ref
 from interp_assets.train.sae import Sae
 
 LATENTS: Final = "latents.parquet"
@@ -88,8 +90,8 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
 
     Raises `NonFiniteError` when the model's loss is not finite, `InputError` when the held-out shards have no valid row.
     """
-    ref, trained = evaluation_ref(pipeline, name), load_manifest(store, sae_ref(pipeline, name))
-    if (manifest := find_made_from(store, ref, [trained])) is not None:
+    ref, kept = evaluation_ref(pipeline, name), trace(Digests(store), evaluation_lineage(pipeline, name))
+    if (manifest := find_current(store, ref, kept)) is not None:
         return Produced(ref, manifest, is_cached=True)
     config = pipeline.config.sae(name)
     sae = load_sae(pipeline, store, name).to(model.device)
@@ -99,7 +101,7 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
     if config.task == "crosscoder":
         reason = "a crosscoder reconstructs several hook points at once"
     model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, limits, progress)
-    with create_artifact(store, ref, made_from=[trained]) as art:
+    with create_current(store, ref, kept) as art:
         save_evaluation(art, sums, model_sums, reason)
     return art.produced
 
@@ -151,7 +153,7 @@ class HeldOutRows(NamedTuple):
 
 def iter_held_out_rows(pipeline: Pipeline, store: Store, config: SaeConfig) -> Iterator[HeldOutRows]:
     """Yield the valid held-out rows block by block."""
-    hook_points = list(dict.fromkeys((*config.sources, *config.targets)))
+    hook_points = hook_points_of(config)
     for index in pipeline.held_out_indices:
         is_valid = torch.from_numpy(load_tokens(pipeline, store, index).valid.copy())
         for blocks in zip(*(iter_row_blocks(pipeline, store, name, index, _BLOCK_ROWS) for name in hook_points), strict=True):

@@ -27,11 +27,11 @@ from interp_assets import errors
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
-from interp_assets.storage.manifest import Produced, find_manifest, load_manifest
+from interp_assets.storage.manifest import Produced, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.traffic import METER, Traffic
 from interp_assets.train.exchange.imported import import_sae
-from interp_assets.train.loop import OnMetrics, TrainingMetrics, train_saes
+from interp_assets.train.loop import OnMetrics, TrainingMetrics, find_trained, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import LogRow, sae_ref
 
@@ -66,7 +66,7 @@ def _train(pipeline: Pipeline, store: Store, names: Sequence[str], progress: Adv
     if n_processes == 1:
         return train_saes(pipeline, store, names, progress, on_metrics)
     started_s = time.perf_counter()
-    cached = {name for name in names if find_manifest(store, sae_ref(pipeline, name)) is not None}
+    cached = {name for name in names if find_trained(pipeline, store, name) is not None}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "pipeline.json"
         config.write_text(pipeline.config.model_dump_json(), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Mixed shards become trained SAEs: one pass over the data feeds all SAEs that share hook points and a batch size.
 
-1. Skip what is published; resume what has a checkpoint; draw initial weights for the rest.
+1. Skip what is published; resume what has a checkpoint, from the same rows and statistics; draw initial weights for the rest.
 2. Read each batch once, normalise it once, and advance every SAE by it. An SAE that is ahead (its checkpoint is newer) waits.
 3. Fold each finished SAE, calibrate it on the rows that follow its training rows, measure it, publish it, drop its checkpoints.
 
@@ -26,11 +26,13 @@ from interp_assets.planning.config import ExecutionConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.shuffle.generations import before, has_grown
-from interp_assets.storage.manifest import ArtifactRef, Produced, create_artifact, find_manifest, load_manifest
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
+from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import FREQUENCY, load_sae, save_sae
 from interp_assets.train.fold import fold_weights
+from interp_assets.train.lineage import sae_lineage
 from interp_assets.train.losses.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
@@ -62,6 +64,8 @@ class _Member(NamedTuple):
     ref: ArtifactRef
     trainer: Trainer
     times: TrainingTimes
+    kept: dict[str, str]
+    """Digests of what it is trained on, as facts."""
 
 
 def train_saes(
@@ -81,7 +85,7 @@ def train_saes(
     groups: dict[tuple[tuple[str, ...], tuple[str, ...], int], list[SaeConfig]] = {}
     for config in (pipeline.config.sae(name) for name in names):
         ref = sae_ref(pipeline, config.name)
-        manifest = find_manifest(store, ref)
+        manifest = find_trained(pipeline, store, config.name)
         if manifest is None:
             groups.setdefault((config.sources, config.targets, config.batch_rows), []).append(config)
         else:
@@ -91,6 +95,11 @@ def train_saes(
     for configs in groups.values():
         produced |= _train_group(pipeline, store, configs, progress, on_metrics, ranks)
     return {name: produced[name] for name in names}
+
+
+def find_trained(pipeline: Pipeline, store: Store, name: str) -> Manifest | None:
+    """Return the manifest of an SAE that was trained on the rows and statistics that are there now."""
+    return find_current(store, sae_ref(pipeline, name), trace(Digests(store), [sae_lineage(pipeline, name)]))
 
 
 def training_rows(pipeline: Pipeline, names: Sequence[str]) -> int:
@@ -148,9 +157,9 @@ def _run_steps(
             for member, step_s in zip(trained, own_s, strict=True):
                 member.times.add(wall_s=wall_s, wait_s=clock.last_wait_s, step_s=step_s, n_rows=data.batch_rows, is_rated=is_rated)
             with record_function(CHECKPOINT):
-                for ref, trainer, times in trained:
+                for ref, trainer, times, kept in trained:
                     if trainer.step % execution.checkpoint_steps == 0 and trainer.step < trainer.n_steps:
-                        save_checkpoint(store, ref, trainer, times)
+                        save_checkpoint(store, ref, trainer, times, kept)
             with clock.stopped():
                 profiler.after(rows.step)
                 profiler.before(rows.step + 1)
@@ -190,7 +199,7 @@ def raise_if_out_of_memory(error: Exception, config: SaeConfig, device: torch.de
 
 
 def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: TrainingData, ranks: Ranks) -> _Member:
-    ref = sae_ref(pipeline, config.name)
+    ref, kept = sae_ref(pipeline, config.name), trace(Digests(store), [sae_lineage(pipeline, config.name)])
     (sample,) = iter_rows(store, data, range(1))
     generator = torch.Generator().manual_seed(stream(pipeline.config.seed, "train", "weights", config.seed).torch_seed())
     with _explained_memory(config, data.device):
@@ -198,14 +207,14 @@ def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: Trai
         if has_grown(pipeline):
             weights = unfold_weights(config, load_sae(before(pipeline), store, config.name), data.source, data.target)
         trainer = Trainer(config, weights, data.device, ranks, data.widths)
-    checkpoint = load_checkpoint(store, ref)
+    checkpoint = load_checkpoint(store, ref, kept)
     if checkpoint is not None:
         trainer.restore(checkpoint.tensors, checkpoint.step, checkpoint.log)
-    return _Member(ref, trainer, TrainingTimes() if checkpoint is None else checkpoint.times)
+    return _Member(ref, trainer, TrainingTimes() if checkpoint is None else checkpoint.times, kept)
 
 
 def _publish(pipeline: Pipeline, store: Store, member: _Member, data: TrainingData, profile: Profile | None, members: list[_Member]) -> None:
-    ref, trainer, times = member
+    ref, trainer, times, kept = member
     config, weights = trainer.config, trainer.whole_weights()
     if trainer.ranks.rank != 0:
         return
@@ -217,7 +226,7 @@ def _publish(pipeline: Pipeline, store: Store, member: _Member, data: TrainingDa
     if RECIPES[config.architecture].is_calibrated:
         sae = calibrate_threshold(sae, x, config.k)
     measures = measure_sae(sae, x, y)
-    with create_artifact(store, ref) as art:
+    with create_current(store, ref, kept) as art:
         save_sae(art, sae.to("cpu"), pipeline, config, l0=measures.l0)
         table = io.BytesIO()
         pl.DataFrame(trainer.log, schema=list(LogRow._fields), orient="row").write_parquet(table)

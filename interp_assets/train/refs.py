@@ -15,13 +15,13 @@ TRAINING: Final = "training.parquet"
 METRICS: Final = "metrics.json"
 """The measurements of an SAE, in the terms of SAEBench."""
 TRAIN_VERSION = 7
-"""Raise it when the same rows would give other weights."""
+"""Raise it when the same rows would give other weights, or an SAE keeps other digests."""
 
 IMPORT_VERSION = 3
 """Raise it when the same folder would give other weights."""
 
 EVALUATION_VERSION = 4
-"""Raise it when the same SAE would be measured otherwise."""
+"""Raise it when the same SAE would be measured otherwise, or the measurement keeps other digests."""
 
 SWEEP_VERSION = 1
 """Raise it when the table of the same SAEs would hold something else."""

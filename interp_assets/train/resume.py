@@ -3,17 +3,20 @@
 Checkpoints of `4-sae/<name>-<id>` lie beside it, in `4-sae/<name>-<id>.checkpoints/step-<n>-<id>`: `state.safetensors` (weights,
 moments, dead counters), `log.json` (the steps logged so far) and `times.json` (how long they took). Like every artifact they appear
 whole or not at all; one that lost its times alone is still good. A checkpoint's id contains the SAE's id, so one of another configuration
-is never taken for this one's. The newest `KEPT` stay while training runs; none stays once the SAE is published.
+is never taken for this one's; nor is one of other rows: it keeps their digests, as the SAE will. The newest `KEPT` stay while training
+runs; none stays once the SAE is published.
 """
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from torch import Tensor
 
 from interp_assets.errors import ArtifactError, ArtifactMissingError
-from interp_assets.storage.manifest import ArtifactRef, Manifest, create_artifact, load_manifest, make_ref, read_file, remove_artifact
+from interp_assets.storage.lineage import create_current, is_kept
+from interp_assets.storage.manifest import ArtifactRef, Manifest, load_manifest, make_ref, read_file, remove_artifact
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.train.refs import LogRow
@@ -40,12 +43,15 @@ def checkpoint_ref(sae: ArtifactRef, step: int) -> ArtifactRef:
     return make_ref("sae_checkpoint", _folder(sae), identity={"step": step}, inputs={"sae": sae.artifact_id}, label=f"step-{step:08d}")
 
 
-def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer, times: TrainingTimes) -> None:
-    """Publish a trainer's state and remove all but the newest checkpoints. Every rank must call it; the first one writes."""
+def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer, times: TrainingTimes, kept: Mapping[str, str]) -> None:
+    """Publish a trainer's state and remove all but the newest checkpoints; `kept` are digests of what it is trained on.
+
+    Every rank must call it; the first one writes.
+    """
     state = trainer.state()
     if trainer.ranks.rank != 0:
         return
-    with create_artifact(store, checkpoint_ref(sae, trainer.step)) as art:
+    with create_current(store, checkpoint_ref(sae, trainer.step), kept) as art:
         save_tensors(art, STATE, state)
         art.put(LOG, json.dumps(trainer.log).encode())
         art.put(TIMES, times.encode(), is_timed=True)
@@ -53,12 +59,19 @@ def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer, times: Tra
         remove_artifact(store, checkpoint_ref(sae, step).path)
 
 
-def load_checkpoint(store: Store, sae: ArtifactRef) -> Checkpoint | None:
-    """Read the newest checkpoint with whole weights and log, or None. A damaged one is reported and passed over; times may be lost."""
+def load_checkpoint(store: Store, sae: ArtifactRef, kept: Mapping[str, str]) -> Checkpoint | None:
+    """Read the newest checkpoint with whole weights and log, or None. A damaged one is reported and passed over; times may be lost.
+
+    One of a training on other rows or statistics than those with the digests `kept` is removed.
+    """
     for step in reversed(_steps(store, sae)):
         ref = checkpoint_ref(sae, step)
         try:
             manifest = load_manifest(store, ref)
+            if not is_kept(manifest, kept):
+                _logger.warning("Checkpoint %s/%s is removed: what it was trained on has other bytes now.", store.url, ref.path)
+                remove_artifact(store, ref.path)
+                continue
             log = [LogRow(*row) for row in json.loads(read_file(store, ref.path, manifest, LOG))]
             return Checkpoint(step, load_tensors(store, ref.path, manifest, STATE), log, _load_times(store, ref, manifest))
         except ArtifactMissingError:

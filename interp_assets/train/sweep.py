@@ -18,8 +18,10 @@ import polars as pl
 from interp_assets.errors import ArtifactMissingError
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.lineage import Digests, find_current, trace
 from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file, timed
 from interp_assets.storage.store import Store
+from interp_assets.train.lineage import evaluation_lineage
 from interp_assets.train.refs import METRICS, TRAINING, LogRow, evaluation_ref, sae_ref, sweep_ref
 
 TABLE: Final = "sweep.parquet"
@@ -165,9 +167,11 @@ def shorten(table: pl.DataFrame) -> pl.DataFrame:
 
 def _find_experiments(pipeline: Pipeline, store: Store) -> list[_Experiment]:
     found: list[_Experiment] = []
+    known = Digests(store)
     for config in pipeline.config.saes:
         trained = find_manifest(store, sae_ref(pipeline, config.name))
-        measured = find_made_from(store, evaluation_ref(pipeline, config.name), [trained]) if trained else None
+        kept = trace(known, evaluation_lineage(pipeline, config.name)) if trained else {}
+        measured = find_current(store, evaluation_ref(pipeline, config.name), kept) if trained else None
         if trained is not None and measured is not None:
             found.append(_Experiment(config, trained, measured))
     return found

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from interp_assets.corpus.sizes import count_rows, rows_of
-from interp_assets.planning.asset import SHARDS, Asset, Axis, Job, Load, Needs, every, grid, only, same, same_shard, same_slice
+from interp_assets.planning.asset import SHARDS, Asset, Axis, Job, Load, Needs, every, grid, only, same, same_shard, same_slice, whole
 from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_index
@@ -14,6 +14,7 @@ from interp_assets.storage.store import Store
 from interp_assets.train.refs import sae_ref
 from interp_assets.visualize.checks import records_complete
 from interp_assets.visualize.estimate import EvidencePlan, Workload, estimate
+from interp_assets.visualize.lineage import candidates_lineage, examples_lineage, records_lineage, windows_lineage
 from interp_assets.visualize.refs import (
     FEATURES_VERSION,
     candidates_ref,
@@ -33,7 +34,7 @@ _PASSES = ("feature_candidates", "feature_examples", "example_activations", "fea
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
     """List the assets of this stage: four for each SAE of `features.saes`."""
-    return [asset for sae in config.features.saes for asset in _passes(config, sae)]
+    return [asset for sae in config.features.saes for asset in [*_finding(config, sae), *_showing(config, sae)]]
 
 
 def group_of(sae: str) -> str:
@@ -41,10 +42,10 @@ def group_of(sae: str) -> str:
     return "features_" + "".join(char if char.isalnum() else "_" for char in sae)
 
 
-def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
+def _finding(config: PipelineConfig, sae: str) -> list[Asset]:
     slices = Axis("slice", fixed=tuple(slice_key(index) for index in range(config.features.latent_slices)))
-    candidates, examples, windows, records = (features_key(sae, name) for name in _PASSES)
-    reads_sae = only("sae", partitions=[sae]).remember("sae_digest")
+    candidates, examples = (features_key(sae, name) for name in _PASSES[:2])
+    reads_sae = only("sae", partitions=[sae])
     common: dict[str, Any] = {"group": group_of(sae), "needs": ON_ACCELERATOR}
     return [
         Asset(
@@ -55,8 +56,9 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
                 "The unit of work is a latent slice of one shard. Look at the number of firings and at rows per second."
             ),
             axis=grid(slices, SHARDS),
-            reads=(reads_sae, same_shard("activations"), same_shard("token_shards")),
+            reads=(reads_sae, same_shard("activations"), same_shard("token_shards"), whole("activation_statistics")),
             artifacts=lambda pipeline, _store, key: [candidates_ref(pipeline, sae, *reversed(split_grid_key(key)))],
+            lineage=lambda pipeline, _store, key: candidates_lineage(pipeline, sae, *reversed(split_grid_key(key))),
             make=lambda job: _find(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 0, rows_of(pipeline, store, split_grid_key(key)[1])),
             is_one_run=True,
@@ -73,11 +75,21 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             axis=slices,
             reads=(same_slice(*candidates), every("token_shards"), reads_sae),
             artifacts=lambda pipeline, _store, key: [examples_ref(pipeline, sae, slice_index(key))],
+            lineage=lambda pipeline, _store, key: examples_lineage(pipeline, sae, slice_index(key)),
             make=lambda job: _select(job, sae),
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 1),
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "examples")),
             group=group_of(sae),
         ),
+    ]
+
+
+def _showing(config: PipelineConfig, sae: str) -> list[Asset]:
+    slices = Axis("slice", fixed=tuple(slice_key(index) for index in range(config.features.latent_slices)))
+    candidates, examples, windows, records = (features_key(sae, name) for name in _PASSES)
+    reads_sae = only("sae", partitions=[sae])
+    common: dict[str, Any] = {"group": group_of(sae), "needs": ON_ACCELERATOR}
+    return [
         Asset(
             key=windows,
             kinds=("pytorch", "parquet"),
@@ -88,6 +100,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             axis=SHARDS,
             reads=(every(*examples), same_shard(*candidates), same("activations"), same("token_shards"), reads_sae),
             artifacts=lambda pipeline, _store, key: [windows_ref(pipeline, sae, shard_index(key))],
+            lineage=lambda pipeline, _store, key: windows_lineage(pipeline, sae, shard_index(key)),
             make=lambda job: _fire(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 2, rows_of(pipeline, store, shard_index(key))),
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "windows")),
@@ -103,6 +116,7 @@ def _passes(config: PipelineConfig, sae: str) -> list[Asset]:
             axis=slices,
             reads=(same(*examples), every(*windows), every("token_shards"), reads_sae, only("sae_evaluation", partitions=[sae])),
             artifacts=lambda pipeline, _store, key: [records_ref(pipeline, sae, slice_index(key))],
+            lineage=lambda pipeline, _store, key: records_lineage(pipeline, sae, slice_index(key)),
             make=lambda job: _write(job, sae),
             unit="features",
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),

@@ -29,14 +29,16 @@ from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import ArtifactWriter, Produced, load_manifest, timed
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import read_spans, save_tensors
+from interp_assets.train.checkpoint import check_sae
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, Scan
 from interp_assets.visualize.firings import FIRING_SCHEMA, ROW_BITS, Firings, empty_firings, merge_firings, sort_firings
 from interp_assets.visualize.kernels import rank_firings
-from interp_assets.visualize.lineage import check_sae, create_current, find_current, sae_digest
+from interp_assets.visualize.lineage import candidates_lineage
 from interp_assets.visualize.priority import latent_keys, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref, slice_bounds
 from interp_assets.visualize.selection import Limits, select_firings
@@ -72,8 +74,9 @@ def find_candidates(
     Raises `InputError` when the SAE, the activations and the tokens do not fit each other, `NonFiniteError` for damaged rows or weights.
     """
     ref = candidates_ref(pipeline, name, index, latent_slice)
-    digest = sae_digest(pipeline, store, name)
-    if current := find_current(store, ref, digest):
+    lineage = candidates_lineage(pipeline, name, index, latent_slice)
+    kept = trace(Digests(store), lineage)
+    if current := find_current(store, ref, kept):
         return Produced(ref, current, is_cached=True)
     hook_point = pipeline.config.sae(name).hook_point
     tokens = load_tokens(pipeline, store, index)
@@ -82,12 +85,12 @@ def find_candidates(
     dtype = pipeline.config.features.encode_dtype
     encoder = Encoder(sae, *slice_bounds(pipeline, name, latent_slice), choose_device(pipeline.config.execution.device), dtype=dtype)
     job = Job(pipeline, encoder, tokens, index, origin)
-    for block in iter_firings(pipeline, store, sae, Dataset(name, digest, index, tokens.valid), encoder):
+    for block in iter_firings(pipeline, store, sae, Dataset(name, index, tokens.valid), encoder):
         for scan in block.scans:
             job.add(scan, block.first_row)
         if progress:
             progress(block.n_rows)
-    with create_current(store, ref, digest) as art:
+    with create_current(store, ref, kept | trace(Digests(store), lineage[-1:])) as art:  # thresholds may have been found just now
         job.write(art)
         art.facts |= {"start": encoder.start, "stop": encoder.stop}
     return art.produced

@@ -28,15 +28,16 @@ from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import ArtifactCorruptError
 from interp_assets.planning.config import FeaturesConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, timed
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, STATISTICS
 from interp_assets.visualize.contexts import first_of_each, hash_contexts
 from interp_assets.visualize.firings import ROW_BITS, Firings, as_firings, expand_ranges, merge_firings
-from interp_assets.visualize.lineage import create_current, find_current, load_current, sae_digest
+from interp_assets.visualize.lineage import candidates_lineage, examples_lineage, load_current
 from interp_assets.visualize.priority import latent_keys, priorities, row_keys, sample_seed
-from interp_assets.visualize.refs import candidates_ref, examples_ref, slice_bounds
+from interp_assets.visualize.refs import examples_ref, slice_bounds
 from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP, descending_keys, smallest_per_segment, smallest_priorities
 from interp_assets.visualize.statistics import (
     LatentStatistics,
@@ -70,18 +71,19 @@ def select_examples(pipeline: Pipeline, store: Store, name: str, latent_slice: i
     Raises `ArtifactMissingError` that names every missing (shard, slice), `ArtifactForeignError` for candidates of an earlier training.
     """
     ref = examples_ref(pipeline, name, latent_slice)
-    digest = sae_digest(pipeline, store, name)
-    if current := find_current(store, ref, digest):
+    known = Digests(store)
+    kept = trace(known, examples_lineage(pipeline, name, latent_slice))
+    if current := find_current(store, ref, kept):
         return Produced(ref, current, is_cached=True)
-    refs = [candidates_ref(pipeline, name, index, latent_slice) for index in pipeline.shard_indices]
-    inputs = list(zip(refs, load_current(store, refs, digest), strict=True))
+    candidates = [candidates_lineage(pipeline, name, index, latent_slice) for index in pipeline.shard_indices]
+    inputs = list(zip([lineages[0].ref for lineages in candidates], load_current(store, candidates, known), strict=True))
     start, stop = slice_bounds(pipeline, name, latent_slice)
     origin = _origin(inputs)
     parts = [as_statistics(start, load_tensors(store, item.path, manifest, STATISTICS)) for item, manifest in inputs]
     statistics = merge_statistics(parts)
     quantiles = [np.empty((0, pipeline.config.features.n_intervals + 1), np.float32)]
     shards = _load_shards(pipeline, store)
-    with create_current(store, ref, digest) as art:
+    with create_current(store, ref, kept) as art:
         with create_table(art, EXAMPLES, EXAMPLE_SCHEMA) as table:
             for group in _iter_groups(pipeline.config.features, store, inputs, parts, origin):
                 table.append(_choose(group, pipeline, shards))

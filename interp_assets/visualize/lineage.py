@@ -1,57 +1,78 @@
-"""Evidence is tied to the very SAE it was gathered with: what another training left behind is redone or refused, never mixed in.
+"""Evidence is tied to the very SAE, rows and earlier evidence it was gathered with: what others left behind is redone or refused, never mixed in.
 
-An artifact id names the SAE's recipe and inputs. Two trainings of one recipe have one id, and on different devices different bytes, so
-each artifact of this stage also keeps the digest of the SAE it used (fact `sae_digest`).
+An artifact id names recipes and inputs. Two trainings of one recipe have one id, and on different devices different bytes, so each artifact
+of this stage keeps the digest of the SAE it used (fact `sae_digest`), and a hash of the digests of all else that it was made from
+(`made_from`): rows, tokens, candidates, examples, windows, the evaluation. The thresholds of a `topk` SAE, found on the way, have a fact of
+their own (`thresholds_digest`). What is gone says nothing, but the SAE has to be there.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from interp_assets.errors import ArtifactForeignError, ArtifactMissingError, InputError
+from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.errors import ArtifactForeignError, ArtifactMissingError
+from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import ArtifactRef, ArtifactWriter, Manifest, create_artifact, find_manifest, load_manifest, remove_artifact
+from interp_assets.storage.lineage import Digests, Lineage, is_kept, trace
+from interp_assets.storage.manifest import ArtifactRef, Manifest, find_manifest
 from interp_assets.storage.store import Store
-from interp_assets.train.refs import sae_ref
-from interp_assets.train.sae import Sae
+from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.visualize.refs import candidates_ref, examples_ref, records_ref, thresholds_ref, windows_ref
 
 
-def sae_digest(pipeline: Pipeline, store: Store, name: str) -> str:
-    """Return the digest of the trained SAE called `name`. Raises `ArtifactMissingError` before it is trained."""
-    return load_manifest(store, sae_ref(pipeline, name)).digest
+def thresholds_lineage(pipeline: Pipeline, name: str, index: int) -> list[Lineage]:
+    """Return what the thresholds of one dataset shard's rows keep."""
+    return _made_from(pipeline, name, thresholds_ref(pipeline, name, index), _rows(pipeline, name, index))
 
 
-def check_sae(pipeline: Pipeline, sae: Sae, name: str) -> None:
-    """Raise `InputError` when `sae` is not the SAE that the configuration describes."""
-    config = pipeline.config.sae(name)
-    expected = (pipeline.d_in(config.hook_point), config.d_sae)
-    if (sae.d_in, sae.d_sae) != expected:
-        raise InputError(
-            f"SAE {name!r} is {sae.d_in} x {sae.d_sae} (d_in x d_sae), the configuration and hook point {config.hook_point} say "
-            f"{expected[0]} x {expected[1]}: it was trained for another hook point or size. Train it again."
-        )
+def candidates_lineage(pipeline: Pipeline, name: str, index: int, latent_slice: int) -> list[Lineage]:
+    """Return what pass A's output for one dataset shard and latent slice keeps."""
+    ref, statistics = candidates_ref(pipeline, name, index, latent_slice), statistics_ref(pipeline, pipeline.config.sae(name).hook_point)
+    return [*_made_from(pipeline, name, ref, [*_rows(pipeline, name, index), statistics]), _thresholds(pipeline, name, ref, index)]
 
 
-def find_current(store: Store, ref: ArtifactRef, digest: str) -> Manifest | None:
-    """Return the manifest of finished work that used the SAE with this digest; None when there is none or it used another."""
-    manifest = find_manifest(store, ref)
-    return manifest if manifest and manifest.facts.get("sae_digest") == digest else None
+def examples_lineage(pipeline: Pipeline, name: str, latent_slice: int) -> list[Lineage]:
+    """Return what pass B's output for one latent slice keeps."""
+    candidates = [candidates_ref(pipeline, name, index, latent_slice) for index in pipeline.shard_indices]
+    return _made_from(pipeline, name, examples_ref(pipeline, name, latent_slice), [*candidates, *_tokens(pipeline)])
 
 
-@contextmanager
-def create_current(store: Store, ref: ArtifactRef, digest: str) -> Iterator[ArtifactWriter]:
-    """Write an artifact that used the SAE with this digest; what an earlier training left in its place is removed first."""
-    if find_manifest(store, ref) and not find_current(store, ref, digest):
-        remove_artifact(store, ref.path)
-    with create_artifact(store, ref) as art:
-        yield art
-        art.facts["sae_digest"] = digest
+def windows_lineage(pipeline: Pipeline, name: str, index: int) -> list[Lineage]:
+    """Return what pass C's output for one dataset shard keeps."""
+    ref, slices = windows_ref(pipeline, name, index), range(pipeline.config.features.latent_slices)
+    examples = pipeline.remember(("examples", name), lambda: [examples_ref(pipeline, name, latent_slice) for latent_slice in slices])
+    candidates = [candidates_ref(pipeline, name, index, latent_slice) for latent_slice in slices]
+    return [*_made_from(pipeline, name, ref, [*examples, *candidates, *_rows(pipeline, name, index)]), _thresholds(pipeline, name, ref, index)]
 
 
-def load_current(store: Store, refs: Sequence[ArtifactRef], digest: str) -> list[Manifest]:
-    """Read the manifests of all `refs`, made with the SAE of this digest.
+def records_lineage(pipeline: Pipeline, name: str, latent_slice: int) -> list[Lineage]:
+    """Return what pass D's output for one latent slice keeps; windows keep the candidates of all slices."""
+    windows = pipeline.remember(("windows", name), lambda: [windows_ref(pipeline, name, index) for index in pipeline.shard_indices])
+    sources = [examples_ref(pipeline, name, latent_slice), *windows, *_tokens(pipeline), evaluation_ref(pipeline, name)]
+    return _made_from(pipeline, name, records_ref(pipeline, name, latent_slice), sources)
 
-    Raises `ArtifactMissingError` that names every partition that is missing, `ArtifactForeignError` for those made with another training.
+
+def _made_from(pipeline: Pipeline, name: str, ref: ArtifactRef, sources: Sequence[ArtifactRef]) -> list[Lineage]:
+    return [Lineage(ref, [sae_ref(pipeline, name)], "sae_digest"), Lineage(ref, sources, may_be_gone=True)]
+
+
+def _thresholds(pipeline: Pipeline, name: str, ref: ArtifactRef, index: int) -> Lineage:
+    return Lineage(ref, [thresholds_ref(pipeline, name, index)], "thresholds_digest", may_be_gone=True)
+
+
+def _rows(pipeline: Pipeline, name: str, index: int) -> list[ArtifactRef]:
+    return [activation_shard_ref(pipeline, pipeline.config.sae(name).hook_point, index), token_shard_ref(pipeline, index)]
+
+
+def _tokens(pipeline: Pipeline) -> list[ArtifactRef]:
+    return pipeline.remember("token shards", lambda: [token_shard_ref(pipeline, index) for index in pipeline.shard_indices])
+
+
+def load_current(store: Store, evidence: Sequence[Sequence[Lineage]], known: Digests) -> list[Manifest]:
+    """Read the manifests of evidence, each given by its lineage, that was made from what is there now.
+
+    Raises `ArtifactMissingError` that names every partition that is missing, `ArtifactForeignError` for those made from other bytes.
     """
+    refs = [lineages[0].ref for lineages in evidence]
     found = [find_manifest(store, ref) for ref in refs]
     missing = [ref for ref, manifest in zip(refs, found, strict=True) if manifest is None]
     if missing:
@@ -59,11 +80,12 @@ def load_current(store: Store, refs: Sequence[ArtifactRef], digest: str) -> list
             f"{len(missing)} of {len(refs)} {refs[0].kind} partition(s) are missing: {_labels(missing)}. Materialize them first ({store.url})."
         )
     manifests = [manifest for manifest in found if manifest]
-    stale = [ref for ref, manifest in zip(refs, manifests, strict=True) if manifest.facts.get("sae_digest") != digest]
+    is_current = [is_kept(manifest, trace(known, lineages)) for manifest, lineages in zip(manifests, evidence, strict=True)]
+    stale = [ref for ref, current in zip(refs, is_current, strict=True) if not current]
     if stale:
         raise ArtifactForeignError(
-            f"{len(stale)} of {len(refs)} {refs[0].kind} partition(s) come from an earlier training of the SAE: {_labels(stale)}. "
-            "The checkpoint is newer; re-materialize them."
+            f"{len(stale)} of {len(refs)} {refs[0].kind} partition(s) come from an earlier training of the SAE, or from rows or evidence that have "
+            f"other bytes now: {_labels(stale)}. Re-materialize them."
         )
     return manifests
 

@@ -27,19 +27,21 @@ from interp_assets.garcon.points import MODULE
 from interp_assets.garcon.subject import Unembedding
 from interp_assets.planning.hook_names import STREAM_KINDS
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import Produced, timed
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors
+from interp_assets.train.checkpoint import check_sae
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import SAMPLE, STATISTICS, in_sample
 from interp_assets.visualize.digits import round_significant
 from interp_assets.visualize.examples import EXAMPLES
-from interp_assets.visualize.lineage import check_sae, create_current, find_current, load_current, sae_digest
+from interp_assets.visualize.lineage import candidates_lineage, examples_lineage, load_current, records_lineage, windows_lineage
 from interp_assets.visualize.logits import LogitEffects, measure_logits, used_token_ids
 from interp_assets.visualize.neighbours import Coactivations, FiringSample, Neighbours, find_coactivations, find_neighbours, make_sample
 from interp_assets.visualize.packing import ORDER, RECORD_VERSION, TokenOrder, order_tokens, pack_record
 from interp_assets.visualize.record_windows import SHOWN_RANDOM, DatasetShard, Example, read_examples
-from interp_assets.visualize.refs import candidates_ref, examples_ref, records_ref, slice_bounds, windows_ref
+from interp_assets.visualize.refs import examples_ref, records_ref, slice_bounds
 from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP
 from interp_assets.visualize.statistics import LatentStatistics, as_statistics, bin_edges
 from interp_assets.visualize.tables import LatentTable, TableWriter, create_table
@@ -86,17 +88,18 @@ def write_records(
     training, and `InputError` when no latent of the whole SAE fires.
     """
     ref = records_ref(pipeline, name, latent_slice)
-    digest = sae_digest(pipeline, store, name)
-    if current := find_current(store, ref, digest):
+    known = Digests(store)
+    kept = trace(known, records_lineage(pipeline, name, latent_slice))
+    if current := find_current(store, ref, kept):
         return Produced(ref, current, is_cached=True)
     check_sae(pipeline, sae, name)
-    evidence = _load_evidence(pipeline, store, name, latent_slice, digest)
-    sample = _load_sample(pipeline, store, name, digest, evidence.n_valid)
+    evidence = _load_evidence(pipeline, store, name, latent_slice, known)
+    sample = _load_sample(pipeline, store, name, known, evidence.n_valid)
     start, stop = slice_bounds(pipeline, name, latent_slice)
     relations = _relate(sae, start, stop, sample, tokenizer, _at(unembedding, pipeline.config.sae(name).targets[0]))
     tokens = TokenOrder(order_tokens((shard.tokens.token_ids for shard in evidence.shards), len(tokenizer)))
     offsets, n_examples = [0], 0
-    with create_current(store, ref, digest) as art:
+    with create_current(store, ref, kept) as art:
         with art.open(RECORDS, n_rows=stop - start) as sink, create_table(art, FEATURES, FEATURE_SCHEMA) as table, ThreadPoolExecutor() as pool:
             for first in range(start, stop, GROUP_LATENTS):
                 last = min(first + GROUP_LATENTS, stop)
@@ -148,12 +151,13 @@ class _Relations(NamedTuple):
     token_text: Callable[[int], str]
 
 
-def _load_evidence(pipeline: Pipeline, store: Store, name: str, latent_slice: int, digest: str) -> _Evidence:
+def _load_evidence(pipeline: Pipeline, store: Store, name: str, latent_slice: int, known: Digests) -> _Evidence:
     ref = examples_ref(pipeline, name, latent_slice)
-    manifest = load_current(store, [ref], digest)[0]
+    manifest = load_current(store, [examples_lineage(pipeline, name, latent_slice)], known)[0]
     tensors = load_tensors(store, ref.path, manifest, STATISTICS)
-    refs = [windows_ref(pipeline, name, index) for index in pipeline.shard_indices]
-    windows = [LatentTable(store, item.path, found, WINDOWS) for item, found in zip(refs, load_current(store, refs, digest), strict=True)]
+    lineages = [windows_lineage(pipeline, name, index) for index in pipeline.shard_indices]
+    found = load_current(store, lineages, known)
+    windows = [LatentTable(store, item[0].ref.path, each, WINDOWS) for item, each in zip(lineages, found, strict=True)]
     shards = [
         DatasetShard(index, load_tokens(pipeline, store, index), load_documents(pipeline, store, index).sources, table)
         for index, table in zip(pipeline.shard_indices, windows, strict=True)
@@ -168,11 +172,11 @@ def _load_evidence(pipeline: Pipeline, store: Store, name: str, latent_slice: in
     )
 
 
-def _load_sample(pipeline: Pipeline, store: Store, name: str, digest: str, n_valid: int) -> FiringSample:
+def _load_sample(pipeline: Pipeline, store: Store, name: str, known: Digests, n_valid: int) -> FiringSample:
     """Read the sampled firings of all slices and shards, at the rate that every shard offers. Raises `InputError` when nothing fires."""
     slices = range(pipeline.config.features.latent_slices)
-    refs = [candidates_ref(pipeline, name, index, latent_slice) for index in pipeline.shard_indices for latent_slice in slices]
-    manifests = load_current(store, refs, digest)
+    lineages = [candidates_lineage(pipeline, name, index, latent_slice) for index in pipeline.shard_indices for latent_slice in slices]
+    manifests = load_current(store, lineages, known)
     config = pipeline.config.sae(name)
     if not any(manifest.facts["n_firings"] for manifest in manifests):
         raise InputError(
@@ -181,8 +185,8 @@ def _load_sample(pipeline: Pipeline, store: Store, name: str, digest: str, n_val
         )
     rate = min([COACTIVATION_ROWS / max(1, n_valid), *(manifest.facts["sample_rate"] for manifest in manifests)])
     latents, row_ids = [], []
-    for ref, manifest in zip(refs, manifests, strict=True):
-        columns = LatentTable(store, ref.path, manifest, SAMPLE).read(0, config.d_sae)
+    for item, manifest in zip(lineages, manifests, strict=True):
+        columns = LatentTable(store, item[0].ref.path, manifest, SAMPLE).read(0, config.d_sae)
         is_kept = in_sample(columns["row_id"], rate, pipeline.config.seed)
         latents.append(columns["latent"][is_kept].astype(np.int64))
         row_ids.append(columns["row_id"][is_kept])

@@ -11,7 +11,7 @@ from interp_assets.visualize.packing import RECORD_VERSION
 
 FOLDER = "5-features"
 FEATURES_VERSION = 5
-"""Raise it when the same SAE and activations would give other records."""
+"""Raise it when the same SAE and activations would give other records, or evidence keeps other digests."""
 Pass = Literal["candidates", "examples", "windows", "records"]
 _UNREAD: Final[dict[Pass, set[str]]] = {
     "candidates": {"window", "n_intervals", "examples_per_interval", "gather", "top_k", "distinct_tokens"},

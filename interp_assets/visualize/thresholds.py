@@ -19,12 +19,12 @@ from torch import Tensor
 from interp_assets.garcon.device import choose_device
 from interp_assets.harvest.rows import iter_row_blocks
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.train.sae import Sae
 from interp_assets.visualize.encoder import Encoder, RowLimits, Scan, row_limits
-from interp_assets.visualize.lineage import create_current, find_current, load_current
-from interp_assets.visualize.refs import thresholds_ref
+from interp_assets.visualize.lineage import load_current, thresholds_lineage
 
 THRESHOLDS: Final = "thresholds.safetensors"
 
@@ -40,11 +40,10 @@ class BlockFirings(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """The shard that is read, and the training of the SAE that reads it."""
+    """The shard that is read, and the SAE that reads it."""
 
     name: str
     """The SAE's name."""
-    digest: str
     shard: int
     is_valid: NDArray[np.bool_]
 
@@ -64,23 +63,24 @@ def iter_firings(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset, enco
         yield from _iter_blocks(pipeline, store, data, encoder, row_limits(data.is_valid, -np.inf))
         return
     _find_thresholds(pipeline, store, sae, data)
-    limits = load_thresholds(pipeline, store, data.name, data.shard, data.digest)
+    limits = load_thresholds(pipeline, store, data.name, data.shard)
     for block in _iter_blocks(pipeline, store, data, encoder, row_limits(data.is_valid, limits.threshold)):
         own = limits.part(slice(block.first_row, block.first_row + block.n_rows))
         yield block._replace(scans=[scan.within(own, encoder.start) for scan in block.scans])
 
 
-def load_thresholds(pipeline: Pipeline, store: Store, name: str, index: int, digest: str) -> RowLimits:
+def load_thresholds(pipeline: Pipeline, store: Store, name: str, index: int) -> RowLimits:
     """Read the limits of a shard's rows. Raises `ArtifactMissingError` before any slice has been through pass A."""
-    ref = thresholds_ref(pipeline, name, index)
-    (manifest,) = load_current(store, [ref], digest)
-    tensors = load_tensors(store, ref.path, manifest, THRESHOLDS)
+    lineages = thresholds_lineage(pipeline, name, index)
+    (manifest,) = load_current(store, [lineages], Digests(store))
+    tensors = load_tensors(store, lineages[0].ref.path, manifest, THRESHOLDS)
     return RowLimits(tensors["threshold"].numpy(), tensors["last"].numpy())
 
 
 def _find_thresholds(pipeline: Pipeline, store: Store, sae: Sae, data: Dataset) -> None:
     """Go over all latents and publish the thresholds, unless they are there."""
-    if find_current(store, thresholds_ref(pipeline, data.name, data.shard), data.digest):
+    lineages = thresholds_lineage(pipeline, data.name, data.shard)
+    if find_current(store, lineages[0].ref, trace(Digests(store), lineages)):
         return
     device, dtype = choose_device(pipeline.config.execution.device), pipeline.config.features.encode_dtype
     encoder = Encoder(sae, 0, sae.d_sae, device, dtype=dtype)
@@ -120,10 +120,11 @@ def _begin(
 
 
 def _publish(pipeline: Pipeline, store: Store, data: Dataset, limits: list[RowLimits]) -> None:
-    ref = thresholds_ref(pipeline, data.name, data.shard)
-    if find_current(store, ref, data.digest):
+    lineages = thresholds_lineage(pipeline, data.name, data.shard)
+    ref, kept = lineages[0].ref, trace(Digests(store), lineages)
+    if find_current(store, ref, kept):
         return
-    with create_current(store, ref, data.digest) as art:
+    with create_current(store, ref, kept) as art:
         columns = zip(RowLimits(np.empty(0, np.float32), np.empty(0, np.int32)), *limits, strict=True)
         save_tensors(art, THRESHOLDS, dict(zip(RowLimits._fields, (torch.from_numpy(np.concatenate(parts)) for parts in columns), strict=True)))
         art.facts |= {"n_rows": len(data.is_valid)}

@@ -28,8 +28,10 @@ from torch import Tensor
 from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.harvest.rows import RowBlock, iter_row_blocks
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import Produced, timed
 from interp_assets.storage.store import Store
+from interp_assets.train.checkpoint import check_sae
 from interp_assets.train.sae import Sae
 from interp_assets.visualize import kernels
 from interp_assets.visualize.candidates import FIRINGS
@@ -37,8 +39,8 @@ from interp_assets.visualize.encoder import RowLimits
 from interp_assets.visualize.examples import EXAMPLES
 from interp_assets.visualize.firings import ROW_BITS, expand_ranges
 from interp_assets.visualize.gather import Gatherer, rows_of_windows
-from interp_assets.visualize.lineage import check_sae, create_current, find_current, load_current, sae_digest
-from interp_assets.visualize.refs import candidates_ref, examples_ref, slice_bounds, windows_ref
+from interp_assets.visualize.lineage import candidates_lineage, examples_lineage, load_current, windows_lineage
+from interp_assets.visualize.refs import slice_bounds, windows_ref
 from interp_assets.visualize.tables import LatentTable, create_table
 from interp_assets.visualize.thresholds import load_thresholds
 
@@ -89,30 +91,32 @@ def fire_windows(pipeline: Pipeline, store: Store, sae: Sae, name: str, index: i
     Raises `ArtifactMissingError` that names the slices without examples, `ArtifactForeignError` for those of an earlier training.
     """
     ref = windows_ref(pipeline, name, index)
-    digest = sae_digest(pipeline, store, name)
-    if current := find_current(store, ref, digest):
+    known = Digests(store)
+    kept = trace(known, windows_lineage(pipeline, name, index))
+    if current := find_current(store, ref, kept):
         return Produced(ref, current, is_cached=True)
     check_sae(pipeline, sae, name)
     slices = range(pipeline.config.features.latent_slices)
-    examples = [examples_ref(pipeline, name, latent_slice) for latent_slice in slices]
+    examples = [examples_lineage(pipeline, name, latent_slice) for latent_slice in slices]
     tables = [
-        LatentTable(store, item.path, manifest, EXAMPLES) for item, manifest in zip(examples, load_current(store, examples, digest), strict=True)
+        LatentTable(store, item[0].ref.path, manifest, EXAMPLES)
+        for item, manifest in zip(examples, load_current(store, examples, known), strict=True)
     ]
     tokens = load_tokens(pipeline, store, index)
     requests = _read_requests(tables, tokens, index, pipeline.config.features.window)
-    candidates = [candidates_ref(pipeline, name, index, latent_slice) for latent_slice in slices]
-    manifests = load_current(store, candidates, digest)
+    candidates = [candidates_lineage(pipeline, name, index, latent_slice) for latent_slice in slices]
+    manifests = load_current(store, candidates, known)
     hook_point, n_block = pipeline.config.sae(name).hook_point, pipeline.config.execution.rows_per_block
     blocks = iter_row_blocks(pipeline, store, hook_point, index, n_block)
     gatherer = _make_gatherer(pipeline, name, requests, tokens, index) if pipeline.config.features.gather else None
     blocks = gatherer.watch(blocks) if gatherer else blocks
     if pipeline.config.features.keep == "all":
-        firings = [LatentTable(store, item.path, manifest, FIRINGS) for item, manifest in zip(candidates, manifests, strict=True)]
+        firings = [LatentTable(store, item[0].ref.path, manifest, FIRINGS) for item, manifest in zip(candidates, manifests, strict=True)]
         parts = _look_up(firings, requests, index)
     else:
-        limits = load_thresholds(pipeline, store, name, index, digest) if sae.kind == "topk" else None
+        limits = load_thresholds(pipeline, store, name, index) if sae.kind == "topk" else None
         parts = _encode(pipeline, sae, blocks, tokens, requests, limits)
-    with create_current(store, ref, digest) as art:
+    with create_current(store, ref, kept) as art:
         with create_table(art, WINDOWS, WINDOW_SCHEMA) as table:
             for asked, spikes in parts:
                 table.append(_columns(asked, spikes, index))

@@ -12,12 +12,14 @@ Read are Parquet, CSV and JSON lines (`.jsonl`, also `.gz` and `.zst`) with thes
 
 A label is never shown without its source, and "not scored" is shown where there is no score. Bad rows are named together, and nothing is
 imported then. Ten million labels take about a minute and 1 GB; a search reads only the index's pages. SQLite wants a file, so a set in a bucket
-is copied to a temporary one when it is first asked for.
+is copied to a temporary one when it is first asked for. SQLite knows no checksums, so all bytes are verified once, at the first question; and a
+manifest says nothing of who wrote it, so the tables must be exactly ours, and a query that takes more steps than the file's size explains is ended.
 """
 
 import csv
 import hashlib
 import io
+import logging
 import math
 import re
 import shutil
@@ -25,7 +27,9 @@ import sqlite3
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -55,6 +59,18 @@ _NAMES: Final = {
     "score_kind": ("score_kind", "scoreType"),
     "author": ("author", "explanationModelName"),
 }
+_FIELDS: Final = "latent INTEGER NOT NULL, text TEXT NOT NULL, source TEXT NOT NULL, score REAL, score_kind TEXT, author TEXT"
+_SCHEMA: Final = {
+    ("table", "labels"): f"CREATE TABLE labels (id INTEGER PRIMARY KEY, {_FIELDS})",
+    ("table", "words"): "CREATE VIRTUAL TABLE words USING fts5(text, content='labels', content_rowid='id', detail=full)",
+    ("index", "by_latent"): "CREATE INDEX by_latent ON labels (latent)",
+}
+_LIMITS: Final = {sqlite3.SQLITE_LIMIT_LENGTH: 4 << 20, sqlite3.SQLITE_LIMIT_ATTACHED: 0, sqlite3.SQLITE_LIMIT_TRIGGER_DEPTH: 0}
+_STEPS: Final = 10_000_000
+"""Instructions of SQLite that a query may take, whatever the file's size; and more for each byte of it, and how often they are counted."""
+_STEPS_PER_BYTE: Final = 2
+_STEPS_EACH: Final = 10_000
+_logger = logging.getLogger(__name__)
 _SHOWN_FAULTS: Final = 5
 _PIECE: Final = 4 << 20
 _BATCH_ROWS: Final = 4096
@@ -96,7 +112,8 @@ def import_labels(bundle: Labelled, path: Path, *, source: str | None = None) ->
     label, a score that is no number and a missing source.
     """
     data = path.read_bytes()
-    identity = {"bundle": bundle.manifest.artifact_id, "file": hashlib.blake2b(data, digest_size=16).hexdigest(), "source": source}
+    described = {"bundle": bundle.manifest.artifact_id, "bundle_digest": bundle.manifest.digest}
+    identity = {**described, "file": hashlib.blake2b(data, digest_size=16).hexdigest(), "source": source}
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", source or path.name.split(".")[0]) or "labels"
     place = bundle.place
     folder = f"{place.path.rsplit('/', 1)[0]}/{FOLDER}" if "/" in place.path else FOLDER
@@ -196,15 +213,14 @@ def _build(labels: list[Label]) -> bytes:
         try:
             connection.execute("PRAGMA journal_mode = OFF")
             connection.execute("PRAGMA synchronous = OFF")
-            fields = "latent INTEGER NOT NULL, text TEXT NOT NULL, source TEXT NOT NULL, score REAL, score_kind TEXT, author TEXT"
-            connection.execute(f"CREATE TABLE labels (id INTEGER PRIMARY KEY, {fields})")
-            connection.execute("CREATE VIRTUAL TABLE words USING fts5(text, content='labels', content_rowid='id', detail=full)")
+            connection.execute(_SCHEMA["table", "labels"])
+            connection.execute(_SCHEMA["table", "words"])
             connection.execute("BEGIN")
             insert = "INSERT INTO labels (latent, text, source, score, score_kind, author) VALUES (?, ?, ?, ?, ?, ?)"
             connection.executemany(insert, sorted(labels, key=_best_first))
             connection.execute("INSERT INTO words (words) VALUES ('rebuild')")
             connection.execute("COMMIT")
-            connection.execute("CREATE INDEX by_latent ON labels (latent)")
+            connection.execute(_SCHEMA["index", "by_latent"])
             connection.execute("VACUUM")
         finally:
             connection.close()
@@ -216,12 +232,14 @@ def _best_first(label: Label) -> tuple[int, bool, float, str]:
 
 
 class LabelSet:
-    """One imported file of labels, opened read-only."""
+    """One imported file of labels, opened read-only. Its bytes are verified before SQLite sees them, and again when the file has changed."""
 
-    def __init__(self, store: Store, path: str, manifest: Manifest) -> None:
-        """Read nothing yet."""
-        self._store, self._path, self.manifest = store, path, manifest
+    def __init__(self, store: Store, path: str, manifest: Manifest, n_latents: int) -> None:
+        """Read nothing yet; the SAE has `n_latents`."""
+        self._store, self._path, self.manifest, self._n_latents = store, path, manifest, n_latents
         self._copied: Path | None = None
+        self._verified: tuple[int, ...] = ()
+        self._lock = Lock()
 
     @property
     def name(self) -> str:
@@ -234,52 +252,110 @@ class LabelSet:
         marks = ",".join("?" * len(numbers))
         fields = "latent, text, source, score, score_kind, author"
         rows = self._ask(f"SELECT {fields} FROM labels WHERE latent IN ({marks}) ORDER BY id", numbers)  # noqa: S608 - question marks only
-        origin = {"set": self.name, "file": self.manifest.facts["file"], "imported": self.manifest.created}
-        return [{**Label(*row)._asdict(), **origin} for row in rows]
+        origin = {"set": self.name, "file": str(self.manifest.facts.get("file", "")), "imported": self.manifest.created}
+        return [{**self._check_label(Label(*row))._asdict(), **origin} for row in rows]
 
     def search(self, text: str) -> NDArray[np.uint32]:
         """Return the latents with a label that has a word beginning with `text`; several words must stand side by side."""
         phrase = text.replace('"', '""').strip()
         if not re.search(r"\w", phrase):
             return np.empty(0, np.uint32)
-        rows = self._ask("SELECT labels.latent FROM words JOIN labels ON labels.id = words.rowid WHERE words MATCH ?", [f'"{phrase}"*'])
-        return np.fromiter((row[0] for row in rows), np.uint32)
+        return self._ask_latents("SELECT labels.latent FROM words JOIN labels ON labels.id = words.rowid WHERE words MATCH ?", [f'"{phrase}"*'])
 
     def order(self) -> NDArray[np.uint32]:
         """Return the labelled latents, sorted by their best label."""
         query = "SELECT latent FROM labels WHERE id IN (SELECT min(id) FROM labels GROUP BY latent) ORDER BY text COLLATE NOCASE, latent"
-        return np.fromiter((row[0] for row in self._ask(query, [])), np.uint32)
+        return self._ask_latents(query, [])
+
+    def _ask_latents(self, query: str, values: list[Any]) -> NDArray[np.uint32]:
+        found = [row[0] for row in self._ask(query, values)]
+        if not all(type(latent) is int and 0 <= latent < self._n_latents for latent in found):
+            raise self._refuse("it names latents that the SAE does not have")
+        return np.array(found, np.uint32)
+
+    def _check_label(self, label: Label) -> Label:
+        texts, optional = (label.text, label.source), (label.score_kind, label.author)
+        is_sound = all(isinstance(text, str) for text in texts) and all(text is None or isinstance(text, str) for text in optional)
+        if not is_sound or not (label.score is None or (isinstance(label.score, float) and math.isfinite(label.score))):
+            raise self._refuse(f"what it says of latent {label.latent} is no label")
+        return label
 
     def _ask(self, query: str, values: list[Any]) -> list[tuple[Any, ...]]:
-        path = self._local_file()
-        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         try:
-            return connection.execute(query, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            where = f"{self._store.url}/{self._path}/{FILE}"
-            raise ArtifactCorruptError(f"The labels {where} cannot be read ({error}). Delete the folder and import the file again.") from error
-        finally:
-            connection.close()
+            with closing(self._connect()) as connection:
+                return connection.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise self._refuse(str(error)) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the database as what a stranger may have made: nothing in it is run or written, and no query takes for ever."""
+        with self._lock:
+            path = self._local_file()
+            facts = path.stat()
+            stamp = (facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+            is_new = stamp != self._verified
+            if is_new and self._copied is None:
+                for start, n_bytes in self._pieces():
+                    read_range(self._store, self._path, self.manifest, FILE, start, n_bytes)
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+            try:
+                for limit, value in _LIMITS.items():
+                    connection.setlimit(limit, value)
+                for setting in ("trusted_schema = OFF", "query_only = ON", "cell_size_check = ON", "mmap_size = 0"):
+                    connection.execute(f"PRAGMA {setting}")
+                steps_left = iter(range((_STEPS + _STEPS_PER_BYTE * facts.st_size) // _STEPS_EACH))
+                connection.set_progress_handler(lambda: next(steps_left, None) is None, _STEPS_EACH)
+                if is_new:
+                    self._check_schema(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._verified = stamp
+            return connection
+
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
+        """Raise `ArtifactCorruptError` for tables, views, triggers and virtual tables that no file of labels has."""
+        found = {(kind, name): str(sql) for kind, name, sql in connection.execute("SELECT type, name, sql FROM sqlite_master LIMIT 100")}
+        own = {key: sql for key, sql in found.items() if key in _SCHEMA}
+        others = {key: sql for key, sql in found.items() if key not in _SCHEMA}
+        parts = {("table", f"words_{part}") for part in ("data", "idx", "docsize", "config")}
+        if own != _SCHEMA or set(others) != parts or not all(re.match(r"CREATE TABLE '?words_", sql) for sql in others.values()):
+            raise self._refuse("its tables are not those of a file of labels")
+
+    def _refuse(self, reason: str) -> ArtifactCorruptError:
+        where = f"{self._store.url}/{self._path}/{FILE}"
+        return ArtifactCorruptError(f"The labels {where} cannot be read ({reason}). Delete the folder and import the file again.")
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        size = self.manifest.file(FILE).n_bytes
+        return ((start, min(_PIECE, size - start)) for start in range(0, size, _PIECE))
 
     def _local_file(self) -> Path:
         local = self._store.local_path(f"{self._path}/{FILE}")
         if local is not None:
             return local
         if self._copied is None:
-            self._copied = Path(tempfile.mkdtemp(prefix="interp-labels-"))
-            weakref.finalize(self, shutil.rmtree, self._copied, ignore_errors=True)
-            size = self.manifest.file(FILE).n_bytes
-            with (self._copied / FILE).open("wb") as file:
-                for start in range(0, size, _PIECE):
-                    file.write(read_range(self._store, self._path, self.manifest, FILE, start, min(_PIECE, size - start)))
+            copied = Path(tempfile.mkdtemp(prefix="interp-labels-"))
+            weakref.finalize(self, shutil.rmtree, copied, ignore_errors=True)
+            with (copied / FILE).open("wb") as file:
+                for start, n_bytes in self._pieces():
+                    file.write(read_range(self._store, self._path, self.manifest, FILE, start, n_bytes))
+            self._copied = copied
         return self._copied / FILE
 
 
 def find_labels(bundle: Labelled) -> list[LabelSet]:
-    """Find the label sets that were imported for a bundle, oldest first. Raises `ArtifactCorruptError` for a damaged one."""
+    """Find the label sets that were imported for a bundle, oldest first. Raises `ArtifactCorruptError` for a damaged one.
+
+    Those of other bytes under the bundle's id (it was made again, of an SAE that was trained again) are left out, with a warning.
+    """
     store, path = bundle.place
     folder = f"{path.rsplit('/', 1)[0]}/{FOLDER}" if "/" in path else FOLDER
     found = [item.path.removesuffix(f"/{MANIFEST}") for item in store.list(f"{folder}/{bundle.name}") if item.path.endswith(f"/{MANIFEST}")]
-    sets = [LabelSet(store, path, read_manifest(store, path)) for path in found]
-    ours = [item for item in sets if item.manifest.inputs.get("bundle") == bundle.manifest.artifact_id]
-    return sorted(ours, key=lambda item: (item.manifest.created, item.name))
+    sets = [LabelSet(store, path, read_manifest(store, path), bundle.description["d_sae"]) for path in found]
+    ours = [item for item in sets if item.manifest.kind == KIND and item.manifest.inputs.get("bundle") == bundle.manifest.artifact_id]
+    current = [item for item in ours if item.manifest.identity.get("bundle_digest", bundle.manifest.digest) == bundle.manifest.digest]
+    for item in ours:
+        if item not in current:
+            _logger.warning("The labels %s were imported before %s was made again, and are left out. Import them again.", item.name, bundle.name)
+    return sorted(current, key=lambda item: (item.manifest.created, item.name))

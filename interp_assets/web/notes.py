@@ -3,17 +3,22 @@
     <folder>/<bundle>.json    {"format": "interp-assets/notes", "version": 1, "bundle": ..., "lists": {name: [latents]}, "notes": {latent: text}}
 
 The file is for people: it can be put under version control, mailed and edited. It is written whole, by rename, so a reader never meets half of
-it; two pages that change it at once both keep their change, because every change is one latent's. Notes never touch the bundle, which is immutable.
+it, and the file before it stays as `<bundle>.json.previous`. Two pages that change it at once both keep their change, because every change is
+one latent's, and servers take turns by a lock (`<bundle>.lock`). Notes never touch the bundle, which is immutable.
 """
 
 import json
-import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
 from typing import Any, Final
 
 from interp_assets.errors import ArtifactCorruptError, InputError
+from interp_assets.storage.direct import flush
 from interp_assets.storage.foreign import mend_text, parse_json
+from interp_assets.storage.locks import locked
 
 FORMAT: Final = "interp-assets/notes"
 VERSION: Final = 1
@@ -30,7 +35,7 @@ class Notebook:
     def __init__(self, folder: Path, bundle: str) -> None:
         """Use `<folder>/<bundle>.json`; it is made by the first change."""
         self._path, self._bundle = folder / f"{bundle}.json", bundle
-        self._lock = Lock()
+        self._previous = folder / f"{bundle}.json.previous"
 
     def read(self) -> dict[str, Any]:
         """Return lists and notes. Raises `ArtifactCorruptError` for a file that is none of ours."""
@@ -42,7 +47,8 @@ class Notebook:
         except FileNotFoundError:
             return {"file": str(self._path), "lists": {}, "notes": {}}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactCorruptError(f"The notes {self._path} cannot be read ({error}). Mend the file, or move it away.") from error
+            kept = f" The last good copy is {self._previous}." if self._previous.exists() else ""
+            raise ArtifactCorruptError(f"The notes {self._path} cannot be read ({error}). Mend the file, or move it away.{kept}") from error
         if found != (FORMAT, VERSION):
             raise ArtifactCorruptError(f"The notes {self._path} are {found[0]!r} version {found[1]}; this release reads version {VERSION}.")
         return {"file": str(self._path), "lists": lists, "notes": notes}
@@ -54,7 +60,7 @@ class Notebook:
             raise InputError(f"The note has {len(note):,} characters, at most {MAX_NOTE:,} are kept.")
         if any(not 0 < len(name) <= MAX_NAME for name in names):
             raise InputError(f"The name of a list has 1 to {MAX_NAME} characters.")
-        with self._lock:
+        with locked(self._path.with_suffix(".lock")):
             content = self.read()
             kept = {name: [other for other in members if other != latent or name in names] for name, members in content["lists"].items()}
             for name in names:
@@ -70,11 +76,22 @@ class Notebook:
             return {"file": str(self._path), "lists": dict(sorted(kept.items())), "notes": notes}
 
     def _write(self, content: dict[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        """Put the new file in the place of the last one, which is kept beside it."""
+        with self._replacing(self._path) as temporary, temporary.open("x", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False, indent=1)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+            if self._path.exists():
+                with self._replacing(self._previous) as copy:
+                    shutil.copyfile(self._path, copy)
+
+    @contextmanager
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """Give a name that no other writer has, and let what was written under it take the place of `path`, once it is on the disk."""
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+        try:
+            yield temporary
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -57,7 +57,9 @@ def test_an_unchanged_corpus_is_not_read_again(texts: Path, tmp_path: Path) -> N
     assert first.empty_files == ["d.txt"]
     assert _noted(tmp_path / "notes") == ["a.txt", "b.jsonl", "c.parquet", "d.txt"]
     with sqlite3.connect(tmp_path / "notes") as database:
-        database.execute("UPDATE notes SET answer = zeroblob(40) WHERE CAST(path AS TEXT) LIKE '%a.txt'")
+        ((question,),) = database.execute("SELECT question FROM notes WHERE CAST(path AS TEXT) LIKE '%a.txt'").fetchall()
+    with SeenFiles(tmp_path / "notes", now_ns=_later) as seen:
+        assert seen.note(seen.find(texts / "a.txt", question)[0], question, bytes(40))
     assert _survey(_config(texts), tmp_path / "notes").shards[0] != first.shards[0]
     assert _survey(_config(texts), tmp_path / "notes", reads_again=True) == first
     assert _survey(_config(texts), tmp_path / "notes") == first
@@ -171,3 +173,15 @@ def test_a_planned_shard_is_read_and_compared_when_it_is_tokenized(texts: Path, 
     (texts / "a.txt").write_text("omega " * 9)
     with pytest.raises(InputError, match="--read-again"):
         list(iter_documents(_config(texts), shards[0]))
+
+
+def test_a_note_whose_bits_have_flipped_is_none(texts: Path, tmp_path: Path) -> None:
+    """SQLite has no checksums: a flipped stamp, question or answer would be another file's digest, until somebody reads again."""
+    with SeenFiles(tmp_path / "notes", now_ns=_later) as seen:
+        seen.answer(texts / "a.txt", "question", lambda: b"the right answer")
+    good = (tmp_path / "notes").read_bytes()
+    for word in (b"the right answer", b"question", b"a.txt"):
+        place = good.rindex(word)
+        (tmp_path / "notes").write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with SeenFiles(tmp_path / "notes", now_ns=_later) as seen:
+            assert seen.answer(texts / "a.txt", "question", lambda: b"read again") == b"read again", word

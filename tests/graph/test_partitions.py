@@ -56,7 +56,7 @@ EXPECTED: list[tuple[str, str | None, dict[str, list[str]]]] = [
     (
         FEATURES + "feature_candidates",
         "slice-001|shard-000002",
-        {"sae": ["demo"], "activations": [SHARD_KEYS[2]], "token_shards": [SHARD_KEYS[2]]},
+        {"sae": ["demo"], "activations": [SHARD_KEYS[2]], "token_shards": [SHARD_KEYS[2]], "activation_statistics": []},
     ),
     (
         FEATURES + "feature_examples",

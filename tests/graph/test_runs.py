@@ -245,6 +245,14 @@ def test_a_range_keeps_what_it_finished_when_one_partition_fails(finished: Finis
         assert reports == {"corpus_plan": 1, "activations": 1}
 
 
+def test_what_is_only_recorded_is_not_counted_as_made_or_written(finished: Finished) -> None:
+    """A new history over finished artifacts writes nothing: "sae 1 made 169.2 kB" was said of it."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        reports = list(run_road(finished.config, instance, select=["token_shards", "activations", "activation_statistics"]))[1:]
+    assert [(report.n_made, report.n_bytes) for report in reports] == [(0, 0)] * 3
+    assert [report.n_found for report in reports] == [report.n_partitions for report in reports]
+
+
 def test_a_deleted_artifact_is_made_again(finished: Finished, copied: PipelineConfig) -> None:
     """Dagster remembers that a shard was made; the store decides whether it is there."""
     with copied_history(finished) as instance:

@@ -1,11 +1,13 @@
 """What this machine took corrects the next forecast, and nothing else depends on it."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from odd_names import ODD_NAME
 
-from interp_assets.planning.rates import load_rates, note_rate
+from interp_assets.planning.rates import Rate, load_rates, note_rate
 
 
 def test_a_machine_that_takes_twice_as_long_gets_a_factor_of_two(tmp_path: Path) -> None:
@@ -47,3 +49,14 @@ def test_damaged_or_unwritable_rates_are_none(tmp_path: Path) -> None:
     assert load_rates(path) == {}
     assert not note_rate(path, "sae", 10.0, 10.0)
     assert not note_rate(tmp_path / "rates" / "below-a-file", "sae", 10.0, 10.0)
+
+
+@pytest.mark.parametrize("value", ["NULL", "'x'", "1e300", "-1", "x'00'"])
+def test_sums_that_are_none_are_left_out(tmp_path: Path, value: str) -> None:
+    """A forecast must not end in a traceback because of a flipped bit in a cache, nor in a folder whose name a URI would misread."""
+    path = tmp_path / "a#b?c%20d" / "rates.sqlite"
+    assert note_rate(path, "good", 2.0, 4.0)
+    assert note_rate(path, "bad", 2.0, 4.0)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(f"UPDATE rates SET taken_s = {value}, partitions = {value} WHERE kind = 'bad'")
+    assert load_rates(path) == {"good": Rate(2.0, 1)}

@@ -42,7 +42,7 @@ OPTIONS = {
     "run": ["--config", "--read-again", "--select"],
     "serve": ["--config", "--host", "--notes", "--port", "--token-file", "path"],
     "sweep": ["--config", "--csv", "--sort"],
-    "verify": ["path"],
+    "verify": ["--config", "path"],
 }
 
 
@@ -504,3 +504,10 @@ def test_a_missing_optional_package_is_named_with_its_installation(error: Except
         outer = RuntimeError("a step failed")
         outer.__cause__ = error
         assert explain_missing(outer) == said
+
+
+def test_verify_of_a_pipeline_wants_no_folder_besides(artifacts: Path) -> None:
+    """Which of the two would be meant nobody could know."""
+    result = invoke("verify", str(artifacts), "--config", "p.yaml")
+    assert isinstance(result.exception, InputError)
+    assert "name one of the two" in str(result.exception)

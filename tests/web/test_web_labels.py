@@ -5,15 +5,18 @@ import gzip
 import io
 import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from synthetic_bundle import build_synthetic_bundle
 
-from interp_assets.errors import InputError
-from interp_assets.storage.store import Store
+from interp_assets.errors import ArtifactCorruptError, InputError
+from interp_assets.storage.manifest import ArtifactRef, create_artifact
+from interp_assets.storage.store import Store, open_store
 from interp_assets.web.labels import LabelSet, find_labels, import_labels
 from interp_assets.web.notes import Notebook
 from interp_assets.web.opened import OpenBundle, list_bundles
@@ -188,3 +191,135 @@ def test_a_damaged_file_of_labels_is_named(bundle: OpenBundle, tmp_path: Path, d
         (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=name):
             import_labels(bundle, tmp_path / name)
+
+
+@pytest.fixture
+def on_disk(tmp_path: Path) -> OpenBundle:
+    """Return an invented bundle with labels, in a folder whose name a URI would misread."""
+    store = open_store(str(tmp_path / "a#b?c%20d"))
+    build_synthetic_bundle(store, n_features=20, n_documents=8)
+    bundle = OpenBundle(list_bundles(store)[0])
+    import_labels(bundle, _write(tmp_path, "csv", ROWS))
+    return bundle
+
+
+def _database(bundle: OpenBundle) -> Path:
+    root = bundle.place.store.local_path()
+    assert root is not None
+    (path,) = root.rglob("labels.sqlite")
+    return path
+
+
+def _reseal(bundle: OpenBundle, data: bytes) -> LabelSet:
+    """Publish other bytes as the bundle's labels, as a stranger could, and open them."""
+    (old,) = find_labels(bundle)
+    root = bundle.place.store.local_path()
+    assert root is not None
+    path, manifest = _database(bundle).parent.relative_to(root).as_posix(), old.manifest
+    ref = ArtifactRef(manifest.kind, path, manifest.artifact_id, manifest.identity, manifest.inputs)
+    with create_artifact(bundle.place.store, ref, replace=True) as art:
+        art.put("labels.sqlite", data)
+        art.facts |= manifest.facts
+    return find_labels(bundle)[0]
+
+
+def test_every_flipped_byte_of_labels_is_noticed(on_disk: OpenBundle) -> None:
+    """SQLite has no checksums: 14 of 300 flips gave other labels without a word."""
+    path, answers = _database(on_disk), find_labels(on_disk)[0].of(range(20))
+    good = path.read_bytes()
+    places = np.random.default_rng(0).integers(0, len(good), 60)
+    for place in places.tolist():
+        path.write_bytes(good[:place] + bytes([good[place] ^ 8]) + good[place + 1 :])
+        with pytest.raises(ArtifactCorruptError, match="damaged in block"):
+            find_labels(on_disk)[0].of(range(20))
+    path.write_bytes(good)
+    assert find_labels(on_disk)[0].of(range(20)) == answers
+
+
+def test_labels_that_change_after_they_were_opened_are_verified_again(on_disk: OpenBundle) -> None:
+    """A server runs for weeks."""
+    opened, path = find_labels(on_disk)[0], _database(on_disk)
+    assert opened.search("closing").tolist() == [7]
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"closing brackets", b"opening brackets"))
+    with pytest.raises(ArtifactCorruptError, match="damaged in block"):
+        opened.of([7])
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [
+            "DROP INDEX by_latent",
+            "DROP TABLE labels",
+            "CREATE VIEW labels AS WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x FROM c) SELECT x id FROM c",
+        ],
+        ["CREATE VIEW more AS SELECT 1"],
+        ["CREATE TRIGGER more AFTER INSERT ON labels BEGIN SELECT 1; END"],
+        ["DROP TABLE words", "CREATE VIRTUAL TABLE words USING fts4(text)"],
+        ["CREATE VIRTUAL TABLE words_more USING rtree(id, a, b)"],
+        ["DROP INDEX by_latent", "CREATE INDEX by_latent ON labels (abs(latent))"],
+    ],
+)
+def test_tables_that_are_not_ours_are_not_asked(on_disk: OpenBundle, tmp_path: Path, statements: list[str]) -> None:
+    """A view may never end, and a virtual table is code: a manifest only says that the bytes are those that somebody wrote."""
+    (tmp_path / "crafted").write_bytes(_database(on_disk).read_bytes())
+    with closing(sqlite3.connect(tmp_path / "crafted", isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+    with pytest.raises(ArtifactCorruptError, match="its tables are not those of a file of labels"):
+        _reseal(on_disk, (tmp_path / "crafted").read_bytes()).order()
+
+
+@pytest.mark.parametrize("value", ["20", "-1", "'x'", "1e300", "x'00'"])
+def test_values_that_are_no_labels_are_refused(on_disk: OpenBundle, tmp_path: Path, value: str) -> None:
+    """SQLite keeps any type in any column; a page must get a sentence, not an answer 500."""
+    (tmp_path / "crafted").write_bytes(_database(on_disk).read_bytes())
+    with closing(sqlite3.connect(tmp_path / "crafted", isolation_level=None)) as connection:
+        connection.execute(f"UPDATE labels SET latent = {value}, text = x'ff' WHERE latent = 7")
+        connection.execute("UPDATE labels SET text = x'ff' WHERE latent = 3")
+    crafted = _reseal(on_disk, (tmp_path / "crafted").read_bytes())
+    with pytest.raises(ArtifactCorruptError, match="latents that the SAE does not have"):
+        crafted.order()
+    with pytest.raises(ArtifactCorruptError, match="what it says of latent 3 is no label"):
+        crafted.of([3])
+
+
+def test_an_index_that_never_ends_is_left(on_disk: OpenBundle) -> None:
+    """Seven levels of pages that all point to the next one hold 10^15 entries in 40 kB: the steps are counted, and the query ends."""
+    data = bytearray(_database(on_disk).read_bytes())
+    with closing(sqlite3.connect(_database(on_disk))) as connection:
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'by_latent'").fetchone()
+    size, n_pages, n_cells, depth = int.from_bytes(data[16:18], "big"), len(data) // 4096, 150, 7
+    assert size == 4096
+    leaf = bytes(data[(root - 1) * size : root * size])
+
+    def interior(child: int) -> bytes:
+        cell = child.to_bytes(4, "big") + bytes([5, 3, 1, 1, 5, 1])
+        start = size - n_cells * len(cell)
+        header = bytes([2, 0, 0]) + n_cells.to_bytes(2, "big") + start.to_bytes(2, "big") + b"\0" + child.to_bytes(4, "big")
+        places = b"".join((start + i * len(cell)).to_bytes(2, "big") for i in range(n_cells))
+        return (header + places).ljust(start, b"\0") + cell * n_cells
+
+    data[(root - 1) * size : root * size] = interior(n_pages + 1)
+    for level in range(1, depth):
+        data += interior(n_pages + level + 1)
+    data += leaf
+    data[28:32] = (len(data) // size).to_bytes(4, "big")
+    with pytest.raises(ArtifactCorruptError, match=r"cannot be read \(interrupted\)"):
+        _reseal(on_disk, bytes(data)).order()
+
+
+def test_labels_of_a_bundle_that_was_made_again_with_other_bytes_are_left_out(on_disk: OpenBundle, caplog: pytest.LogCaptureFixture) -> None:
+    """An SAE that is trained again elsewhere keeps its id, and latent 7 means something else."""
+    store, path = on_disk.place
+    old = on_disk.manifest
+    ref = ArtifactRef(old.kind, path, old.artifact_id, old.identity, old.inputs)
+    files = {entry.name: on_disk.read(entry.name) for entry in old.files}
+    with create_artifact(store, ref, replace=True) as art:
+        for name, data in files.items():
+            art.put(name, data, block_bytes=1 << 16)
+        art.facts |= old.facts
+    again = OpenBundle(on_disk.place)
+    assert find_labels(again) == []
+    assert "Import them again" in caplog.text

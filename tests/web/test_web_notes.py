@@ -1,6 +1,8 @@
 """Lists and notes are kept in one readable file, whole or not at all, and only for the server's own pages."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,38 @@ def test_a_change_is_one_latents_and_survives(notebook: Notebook, tmp_path: Path
     notebook.change(3, "", ["syntax"])
     assert notebook.read() | {"file": ""} == {"file": "", "lists": {"odd": [1], "syntax": [3]}, "notes": {}}
     assert json.loads((tmp_path / "notes" / "demo.json").read_text())["format"] == "interp-assets/notes"
-    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["demo.json"]
+    assert sorted(path.name for path in (tmp_path / "notes").iterdir()) == ["demo.json", "demo.json.previous", "demo.lock"]
+    assert json.loads((tmp_path / "notes" / "demo.json.previous").read_text())["notes"] == {"3": "opens a function"}
+
+
+WRITE = """
+import sys, pathlib
+from interp_assets.web.notes import Notebook
+notebook = Notebook(pathlib.Path(sys.argv[1]), "demo")
+for latent in range(int(sys.argv[2]), 40, 2):
+    notebook.change(latent, f"note {latent}", ["both"])
+"""
+
+
+def test_two_servers_on_one_folder_keep_what_each_wrote(notebook: Notebook, tmp_path: Path) -> None:
+    """With one temporary name and a lock inside each process, one's rename met the other's half-written file."""
+    writers = [subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path / "notes"), str(first)]) for first in range(2)]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    content = notebook.read()
+    assert content["notes"] == {str(latent): f"note {latent}" for latent in range(40)}
+    assert sorted(content["lists"]["both"]) == list(range(40))
+    assert not list((tmp_path / "notes").glob("*.tmp"))
+
+
+def test_a_damaged_file_is_not_lost_for_good(notebook: Notebook, tmp_path: Path) -> None:
+    """The message names the copy that can be put back."""
+    notebook.change(1, "first", [])
+    notebook.change(1, "second", [])
+    (tmp_path / "notes" / "demo.json").write_text("{")
+    with pytest.raises(ArtifactCorruptError, match=r"The last good copy is .*demo\.json\.previous\."):
+        notebook.change(1, "third", [])
+    (tmp_path / "notes" / "demo.json.previous").replace(tmp_path / "notes" / "demo.json")
+    assert notebook.read()["notes"] == {"1": "first"}
 
 
 def test_what_is_too_long_is_refused_and_changes_nothing(notebook: Notebook) -> None:

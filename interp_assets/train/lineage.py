@@ -1,0 +1,39 @@
+"""Whose digests SAEs and their evaluations keep: those of the rows, statistics and SAEs of their own hook points, and of no others.
+
+    sae           shuffle certificates, which keep the digests of the mixed shards, and statistics; the SAE that a grown pipeline's starts from
+    evaluation    the SAE, the held-out activations, which keep those of their tokens, and statistics
+
+An imported SAE depends on its folder alone. What is gone says nothing: a trained SAE does not fall when its rows are deleted.
+"""
+
+from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.shuffle.generations import before, has_grown
+from interp_assets.shuffle.refs import certificate_ref
+from interp_assets.storage.lineage import Lineage
+from interp_assets.train.refs import evaluation_ref, sae_ref
+
+
+def hook_points_of(config: SaeConfig) -> list[str]:
+    """List the hook points that an SAE reads or reconstructs, each once."""
+    return list(dict.fromkeys((*config.sources, *config.targets)))
+
+
+def sae_lineage(pipeline: Pipeline, name: str) -> Lineage:
+    """Return what a trained SAE and its checkpoints keep; an imported one has no sources."""
+    config, ref = pipeline.config.sae(name), sae_ref(pipeline, name)
+    if config.imported:
+        return Lineage(ref, [])
+    hook_points = hook_points_of(config)
+    sources = [address(pipeline, hook_point) for address in (certificate_ref, statistics_ref) for hook_point in hook_points]
+    first = [sae_ref(before(pipeline), name)] if has_grown(pipeline) else []
+    return Lineage(ref, sources + first, may_be_gone=True)
+
+
+def evaluation_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:
+    """Return what an evaluation keeps: the SAE's digest, whatever has become of the rows that it was measured on."""
+    ref, hook_points = evaluation_ref(pipeline, name), hook_points_of(pipeline.config.sae(name))
+    rows = [activation_shard_ref(pipeline, hook_point, index) for hook_point in hook_points for index in pipeline.held_out_indices]
+    statistics = [statistics_ref(pipeline, hook_point) for hook_point in hook_points]
+    return [Lineage(ref, [sae_ref(pipeline, name)]), Lineage(ref, rows + statistics, "measured_on", may_be_gone=True)]
