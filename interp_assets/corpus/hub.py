@@ -68,11 +68,12 @@ def plan_hub(config: CorpusConfig) -> list[ShardSource]:
 def estimate_text_bytes(config: CorpusConfig, revision: str, dataset: IterableDataset) -> float:
     """Return the bytes of text of an average row, for forecasts: as the first Parquet file says, else as the first rows do; 0 if neither can."""
     try:
-        if files := _list_parquet(config, revision):
-            return mean_bytes(files[0], config.text_field)
-        values = [row.get(config.text_field) for row in dataset.take(_SAMPLED_ROWS)]
-    except _LOAD_ERRORS:
-        return 0.0  # reading them says what is wrong
+        with _explained("The size of the text is not known", "Reading the rows says what is wrong."):
+            if files := _list_parquet(config, revision):
+                return mean_bytes(files[0], config.text_field)
+            values = [row.get(config.text_field) for row in dataset.take(_SAMPLED_ROWS)]
+    except (InputError, ColumnMissingError):
+        return 0.0
     return sum(len(str(value or "").encode()) for value in values) / max(1, len(values))
 
 

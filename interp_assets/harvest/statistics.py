@@ -9,7 +9,7 @@ value, so there is no logarithm to round: bin = bits >> 21.
 """
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -138,7 +138,8 @@ def merge(parts: Sequence[ActivationStatistics]) -> ActivationStatistics:
     """Add up statistics, in the given order."""
     total = parts[0]
     for part in parts[1:]:
-        total = ActivationStatistics(*(mine + theirs for mine, theirs in zip(total, part, strict=True)))
+        sums: Any = (mine + theirs for mine, theirs in zip(total, part, strict=True))
+        total = ActivationStatistics(*sums)
     return total
 
 

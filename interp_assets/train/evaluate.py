@@ -81,7 +81,8 @@ class ModelGroups(NamedTuple):
     @property
     def whole(self) -> ModelSums:
         """The sums over all measured positions."""
-        return ModelSums(*(a + b for a, b in zip(*self, strict=True)))
+        sums: Any = (a + b for a, b in zip(*self, strict=True))
+        return ModelSums(*sums)
 
 
 @timed

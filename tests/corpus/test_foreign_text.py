@@ -166,8 +166,8 @@ def test_a_dataset_that_is_no_parquet_is_streamed_on(tmp_path: Path, name: str) 
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("train.jsonl.gz", gzip.compress(_lines(TEXTS))[:200]),
-        ("train.jsonl.gz", gzip.compress(_lines(TEXTS))[:20] + b"\xff" * 80),
+        ("train.jsonl.gz", gzip.compress(_lines(TEXTS), mtime=0)[:200]),
+        ("train.jsonl.gz", gzip.compress(_lines(TEXTS), mtime=0)[:20] + b"\xff" * 80),
         ("train.jsonl.zst", b"no zstd"),
         ("train.jsonl.xz", b"no xz"),
         ("train.zip", b"PK\x03\x04 no zip"),
