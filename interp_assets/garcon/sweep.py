@@ -30,7 +30,7 @@ class Cell(NamedTuple):
     """One patch: a point, and the position or the head that is patched."""
 
     point: HookPoint
-    index: int
+    place: int
 
 
 def run_sweep(
@@ -100,7 +100,7 @@ def _acts(subject: SubjectModel, cells: Sequence[Cell], source: Mapping[str, Ten
     layers: dict[int, dict[HookPoint, list[tuple[int, int]]]] = {}
     for row, cell in enumerate(cells, start=1):
         layer = int(cell.point.name.partition(".")[2])
-        layers.setdefault(layer, {}).setdefault(cell.point, []).append((row, cell.index))
+        layers.setdefault(layer, {}).setdefault(cell.point, []).append((row, cell.place))
     for layer, of_points in layers.items():
         inside = {point: rows for point, rows in of_points.items() if point.kind != "resid_post"}
         n_inside = sum(len(rows) for rows in inside.values())
