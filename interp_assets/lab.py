@@ -58,7 +58,7 @@ class Rows(NamedTuple):
     tokens: "NDArray[np.uint32]"
     """Token id of each row."""
     row_ids: "NDArray[np.uint64]"
-    """Dataset shard times 2^32 plus row in the shard: the address that mixed rows and examples carry too."""
+    """Dataset shard times 2^40 plus row in the shard: the address that mixed rows and examples carry too."""
 
 
 class StoredRows:
@@ -151,6 +151,7 @@ class Opened:
         from interp_assets.corpus.tokens import load_tokens  # noqa: PLC0415 - as above
         from interp_assets.harvest.rows import open_rows  # noqa: PLC0415 - as above
         from interp_assets.planning.hook_names import canonical_name  # noqa: PLC0415 - as above
+        from interp_assets.shuffle.rows import SHARD_SHIFT  # noqa: PLC0415 - as above
 
         name = canonical_name(hook_point)
         self.pipeline.d_in(name)
@@ -159,7 +160,9 @@ class Opened:
         def read(shard: int, start: int, stop: int) -> Rows:
             index = self.pipeline.shard_indices[shard]
             tokens = self.pipeline.remember(("tokens", index), lambda: load_tokens(self.pipeline, self.store, index).token_ids)
-            return Rows(opened[shard].read(start, stop), tokens[start:stop], np.arange(start, stop, dtype=np.uint64) + np.uint64(index << 32))
+            return Rows(
+                opened[shard].read(start, stop), tokens[start:stop], np.arange(start, stop, dtype=np.uint64) + np.uint64(index << SHARD_SHIFT)
+            )
 
         return StoredRows([rows.n_rows for rows in opened], read)
 

@@ -75,7 +75,7 @@ def test_rows_come_with_tokens_and_addresses(run: lab.Opened) -> None:
     assert len(rows) == sum(load_tokens(run.pipeline, run.store, index).n_rows for index in run.pipeline.shard_indices)
     part = rows[first.n_rows - 3 : first.n_rows + 2]
     assert part.tensor.shape == (5, 16)
-    assert part.row_ids.tolist() == [first.n_rows - 3, first.n_rows - 2, first.n_rows - 1, 1 << 32, (1 << 32) + 1]
+    assert part.row_ids.tolist() == [first.n_rows - 3, first.n_rows - 2, first.n_rows - 1, 1 << 40, (1 << 40) + 1]
     assert part.tokens[:3].tolist() == first.token_ids[-3:].tolist()
     context = first.token_ids[first.contexts == 0]
     expected = run.model().subject.capture(torch.from_numpy(context.astype(np.int64))[None], None, ["z.1"])["z.1"][0]

@@ -28,7 +28,6 @@ from interp_assets.garcon.parts import Part, find_part
 from interp_assets.garcon.plan import (
     Add,
     Attribute,
-    Cap,
     Divergence,
     Freeze,
     Grad,
@@ -148,8 +147,8 @@ class _Run:
         try:
             with torch.set_grad_enabled(bool(self.derived)):
                 with tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
-                    logits = net(**arguments)
-                    values = {metric.name: self._measure(metric, logits.logits, kept) for metric in self.metrics}
+                    output = net(**arguments) if self.metrics or self._reads_head() else net.base_model(**arguments)
+                    values = {metric.name: self._measure(metric, output.logits, kept) for metric in self.metrics}
                 self._check_fired()
                 derivatives = {operation.name: self._derive(operation, values[operation.of]) for operation in self.derived}
         finally:
@@ -216,6 +215,12 @@ class _Run:
             token_ids[i, : len(row)] = torch.tensor(row)
         return token_ids, None if min(self.lengths) == longest else torch.arange(longest)[None, :] < torch.tensor(self.lengths)[:, None]
 
+    def _reads_head(self) -> bool:
+        """Tell whether a point lies above the base model: its blocks alone run faster."""
+        net = self.subject.net
+        below = "" if net.base_model is net else f"{net.base_model_prefix}."
+        return not all(path.startswith(below) and path for path in (at.point.module_path for at in self.points.values()))
+
     def _kept_positions(self) -> list[int] | None:
         """Return the positions whose logits are wanted; None for all of them."""
         if not self.metrics or "logits" in self.points or any(isinstance(metric, Loss) for metric in self.metrics):
@@ -263,22 +268,25 @@ class _Run:
 
     def _replacement(self, write: Write, part: Part, shown: Tensor) -> Tensor:
         """Return what a write makes of its part, [places, ...]."""
+        if isinstance(write, Patch):
+            return self._patched(write, part, shown)
         now = part.select(shown)
         if isinstance(write, Scale):
             return now * write.times
         if isinstance(write, SaeClamp):
             return clamp_part(self.beside.sae(write.sae), now, write.latents, write.values)
+        vector = part.fit(self._tensor(write.value), shown, write.point, is_vector_enough=True)
         if isinstance(write, Add):
-            return now + write.times * part.fit(self._tensor(write.value), shown, write.point, is_vector_enough=True)
-        if isinstance(write, ProjectOut | Cap):
-            vector = part.fit(self._tensor(write.value), shown, write.point, is_vector_enough=True)
-            length = vector.norm(dim=-1, keepdim=True)
-            if bool((length == 0).any()):
-                raise InputError(f"The vector of {write.op} at {write.point!r} is zero: it has no direction.")
-            along = (now * (vector / length)).sum(-1, keepdim=True)
-            return now - (along if isinstance(write, ProjectOut) else (along - write.limit).clamp_min(0.0)) * (vector / length)
+            return now + write.times * vector
+        length = vector.norm(dim=-1, keepdim=True)
+        if bool((length == 0).any()):
+            raise InputError(f"The vector of {write.op} at {write.point!r} is zero: it has no direction.")
+        along = (now * (vector / length)).sum(-1, keepdim=True)
+        return now - (along if isinstance(write, ProjectOut) else (along - write.limit).clamp_min(0.0)) * (vector / length)
+
+    def _patched(self, write: Patch, part: Part, shown: Tensor) -> Tensor:
         if write.value == "zero":
-            return torch.zeros_like(now)
+            return torch.zeros_like(part.select(shown))
         if write.value == "mean":
             return part.row_means(shown)
         if isinstance(write.value, TensorName):
@@ -290,7 +298,7 @@ class _Run:
     def _tensor(self, name: TensorName) -> Tensor:
         if name.tensor not in self.beside.tensors:
             raise InputError(f"The plan names the tensor {name.tensor}, which does not lie beside it.")
-        return self.beside.tensors[name.tensor].to(self.subject.device)
+        return self.beside.tensors[name.tensor]  # whoever uses it moves it to where the other numbers are
 
     def _check_fired(self) -> None:
         silent = [f"{at.point.name!r} (module {at.point.module_path!r})" for at in self.points.values() if not at.n_fired]
@@ -309,7 +317,8 @@ class _Run:
 
     def _derive(self, operation: Grad | Attribute, values: Tensor) -> dict[str, Tensor]:
         ats = [self._at(name) for name in operation.at]
-        found = torch.autograd.grad(values.sum(), [at.edge for at in ats], retain_graph=True, allow_unused=True)
+        is_last = operation is self.derived[-1]
+        found = torch.autograd.grad(values.sum(), [at.edge for at in ats], retain_graph=not is_last, allow_unused=True)
         answers: dict[str, Tensor] = {}
         for i, (at, gradient) in enumerate(zip(ats, found, strict=True)):
             if gradient is None:

@@ -1,9 +1,10 @@
 """A pipeline is a configuration plus what the world answered when it was planned; from it every artifact id follows.
 
-The **plan** is the one mutable file of the tree, `<root>/<pipeline>/plan.json`: which documents make which shard (with their
-fingerprints), the tokenizer's and the subject model's fingerprints, and the width of every hook point. It is written by `corpus_plan`
-and only ever replaced as a whole. Given the plan, the id and path of each artifact is a pure function (`refs.py` of each stage), so a
-job on any machine finds its inputs without a registry, and finished work is recognised by its path.
+The **plan** is the mutable file of the tree, `<root>/<pipeline>/plan.json`: which documents make which shard (with their fingerprints),
+the tokenizer's and the subject model's fingerprints, and the width of every hook point. It is written by `corpus_plan` and only ever
+replaced as a whole; beside it lies the configuration it was made from, `pipeline.json`, for who opens the folder. Given the plan, the id
+and path of each artifact is a pure function (`refs.py` of each stage), so a job on any machine finds its inputs without a registry, and
+finished work is recognised by its path.
 
 Changing a text file changes one shard's fingerprint: that shard and what depends on it get new ids; the rest is reused.
 """
@@ -16,10 +17,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError, StoreMissingError
 from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.storage.foreign import parse_json
-from interp_assets.storage.manifest import PLAN
+from interp_assets.storage.manifest import CONFIGURATION, PLAN
 from interp_assets.storage.store import Store, open_store
 
-CONFIGURATION: Final = "pipeline.json"
 _FORMAT: Final = "interp-assets/plan"
 _VERSIONS: Final = (1, 2)
 """Versions that are read. 2 has the key `shuffle`, and is written only where the plan chose one. Raise it with every key that is added: readers
@@ -179,7 +179,12 @@ def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
 
 
 def save_configuration(store: Store, config: PipelineConfig) -> None:
-    """Keep beside the plan what it was made from, so that the folder can be opened without the file that somebody wrote."""
+    """Keep beside the plan what it was made from, so that the folder can be opened without the file that somebody wrote.
+
+    Plans of other names are candidates, which the folder's reader does not want.
+    """
+    if config.execution.plan != PLAN:
+        return
     data = (json.dumps(config.model_dump(mode="json"), sort_keys=True, indent=1) + "\n").encode()
     try:
         if store.get(CONFIGURATION) == data:

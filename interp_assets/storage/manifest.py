@@ -36,7 +36,8 @@ VERSIONS: Final = (1, 2)
 """Versions that are read. 2 may have `timed` files, and is written only where there are any."""
 MANIFEST: Final = "manifest.json"
 PLAN: Final = "plan.json"
-"""The one mutable file of a pipeline's folder (`planning/pipeline.py`), and no artifact."""
+CONFIGURATION: Final = "pipeline.json"
+"""The two mutable files of a pipeline's folder (`planning/pipeline.py`), and no artifacts: the plan, and the configuration it was made from."""
 BLOCK_BYTES: Final = 4 << 20
 """Default bytes per checksum: what one verified ranged read costs at least."""
 

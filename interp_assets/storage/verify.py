@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from interp_assets.errors import InputError, InterpError
-from interp_assets.storage.manifest import MANIFEST, PLAN, FileEntry, Manifest, make_ref, read_manifest, read_range
+from interp_assets.storage.manifest import CONFIGURATION, MANIFEST, PLAN, FileEntry, Manifest, make_ref, read_manifest, read_range
 from interp_assets.storage.store import ObjectInfo, Store, open_store
 
 _LABEL_DIGITS: Final = 12
@@ -70,7 +70,10 @@ def verify_tree(store: Store, prefix: str = "", progress: Callable[[int], None] 
 
 
 def list_tree(store: Store, prefix: str = "") -> Tree:
-    """Sort the objects below `prefix` into artifacts. Plans, and what lies in folders whose names start with a dot, are left out."""
+    """Sort the objects below `prefix` into artifacts.
+
+    Plans and configurations, and what lies in folders whose names start with a dot, are left out.
+    """
     objects = [item for item in store.list(prefix) if not _is_hidden(item.path, prefix)]
     folders = {item.path.rpartition("/")[0] for item in objects if item.path.rpartition("/")[2] == MANIFEST}
     artifacts: dict[str, list[ObjectInfo]] = {folder: [] for folder in folders}
@@ -79,7 +82,7 @@ def list_tree(store: Store, prefix: str = "") -> Tree:
         owner = next((folder for folder in _parents(item.path) if folder in folders), None)
         if owner is not None:
             artifacts[owner].append(item)
-        elif not _is_plan(item.path):
+        elif not _is_plan(item.path) and item.path.rpartition("/")[2] != CONFIGURATION:
             strays.append(item)
     return Tree(artifacts, sorted(strays))
 

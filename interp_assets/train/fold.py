@@ -1,4 +1,4 @@
-"""Trained weights and the normalisation of their rows become a `Sae` that acts on raw activations.
+"""Trained weights and the normalisation of their rows become a `Sae` that acts on raw activations; and back, for a retraining that starts from it.
 
 With z = scale * (x - mean), and decoder norms moved into the encoder (c_i = |d_i| / scale_out, so latent i of the artifact is c_i times
 the trained one):
@@ -11,6 +11,14 @@ the trained one):
 Forgetting one of them (usually the threshold) is the classic export bug. A crosscoder has a scale per hook point and |d_i| is the sum of
 the norms of its parts, the weight by which latents competed in training: there c_i = |d_i|, and decoder rows are not of norm 1 in raw
 units. The decoders of TopK transcoders are free and were not part of the competition: they keep their norms (c_i = 1).
+
+Unfolding is the inverse, under the new rows' normalisation: with c_i such that decoder rows get the recipe's norm,
+
+    W_dec_z = scale_out c W_dec             W_enc_z = W_enc / (scale_in c)          b_enc_z = (b_enc + mean_in W_enc) / c
+    W_skip_z = scale_out W_skip / scale_in  b_dec_z = scale_out (b_dec - mean_out + mean_in W_skip)
+
+and thresholds scale like the biases. A gated SAE comes back with a gain of 1. Folding these weights again under the same
+normalisation gives the same SAE, which a test holds. The optimizer starts anew, and so does the learning rate's warm-up.
 """
 
 import torch
@@ -54,6 +62,29 @@ def fold_weights(config: SaeConfig, weights: Weights, source: Normalization, tar
         k=config.k if kind == "topk" else 0,
         W_skip=None if W_skip is None else W_skip.float(),
     )
+
+
+def unfold_weights(config: SaeConfig, sae: Sae, source: Normalization, target: Normalization) -> Weights:
+    """Return the weights of a trainer that starts as `sae`."""
+    W_enc, W_dec, b_dec = sae.W_enc.double(), sae.W_dec.double() * target.scale, sae.b_dec.double() - target.mean
+    norm = W_dec.norm(dim=1)
+    c = torch.where(norm > 0, RECIPES[config.architecture].decoder_norm / norm, 1.0)
+    if RECIPES[config.architecture].is_sparse and config.is_transcoder:
+        c = torch.ones_like(norm)
+    b_enc, threshold = (sae.b_enc.double() + source.mean @ W_enc) / c, sae.threshold.double() / c
+    weights = {"W_enc_T": (W_enc / c).T / source.scale, "b_enc": b_enc, "W_dec": W_dec * c[:, None]}
+    if sae.W_skip is not None:
+        W_skip = sae.W_skip.double()
+        weights["W_skip"] = W_skip * target.scale / source.scale[:, None]
+        b_dec = b_dec + source.mean @ W_skip
+    weights["b_dec"] = b_dec * target.scale
+    if config.architecture == "gated":
+        weights |= {"r_mag": torch.zeros(config.d_sae), "b_mag": b_enc, "b_enc": b_enc - threshold}
+    if config.architecture == "jump_relu_step":
+        weights["threshold"] = threshold
+    elif config.architecture.startswith("jump_relu"):
+        weights["log_threshold"] = threshold.clamp(min=torch.finfo(torch.float32).tiny).log()
+    return {name: value.float().contiguous() for name, value in weights.items()}
 
 
 def _gains(config: SaeConfig, W_dec: torch.Tensor, target: Normalization, widths: tuple[int, ...]) -> torch.Tensor:

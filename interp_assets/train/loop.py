@@ -31,7 +31,7 @@ from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, load
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import FREQUENCY, load_sae, save_sae
-from interp_assets.train.fold import fold_weights
+from interp_assets.train.fold import fold_weights, unfold_weights
 from interp_assets.train.lineage import sae_lineage
 from interp_assets.train.losses.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
 from interp_assets.train.parallel import ONE_RANK, Ranks
@@ -42,7 +42,6 @@ from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save
 from interp_assets.train.rows import TrainingData, iter_rows, open_training_data
 from interp_assets.train.times import TIMES, TrainingTimes, WaitClock, describe_times, forget_peaks
 from interp_assets.train.trainer import Trainer, n_steps
-from interp_assets.train.warm import unfold_weights
 
 
 class TrainingMetrics(NamedTuple):

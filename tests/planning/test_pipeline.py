@@ -8,9 +8,12 @@ import pytest
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError
 from interp_assets.harvest.refs import activation_shard_ref, hook_folder, statistics_ref
-from interp_assets.planning.pipeline import Pipeline, load_pipeline, save_plan, shard_index, shard_key
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline, load_configuration, load_pipeline, save_configuration, save_plan, shard_index, shard_key
 from interp_assets.shuffle.refs import mixed_shard_ref, shuffle_plan_ref, split_shard_ref
+from interp_assets.storage.manifest import CONFIGURATION
 from interp_assets.storage.store import Store
+from interp_assets.storage.verify import verify_tree
 from interp_assets.train.refs import sae_ref
 from interp_assets.visualize.assets import make_assets
 from interp_assets.visualize.refs import candidates_ref, examples_ref, records_ref, slice_bounds, windows_ref
@@ -171,3 +174,15 @@ def test_slices_cover_every_latent_once(small_pipeline: Pipeline) -> None:
 def test_hook_points_become_safe_folders() -> None:
     """`module:` paths hold characters that object stores dislike."""
     assert hook_folder("module:model.layers.3") == "module_model.layers.3"
+
+
+def test_a_folder_says_what_it_was_planned_from(small_pipeline: Pipeline, local_store: Store) -> None:
+    """Who opens the folder has not the file that somebody wrote. A candidate's plan must not take its place, and verifying finds nothing odd."""
+    save_configuration(local_store, small_pipeline.config)
+    candidate = {**small_pipeline.config.model_dump(), "execution": {"plan": "candidate.json"}}
+    save_configuration(local_store, make_config(candidate))
+    assert load_configuration(local_store) == small_pipeline.config
+    assert verify_tree(local_store) == []
+    local_store.put(CONFIGURATION, b'{"name": 3')
+    with pytest.raises(ArtifactCorruptError, match=r"pipeline\.json is damaged .*Name the pipeline's YAML instead"):
+        load_configuration(local_store)

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from interp_assets.planning.config import SaeConfig
-from interp_assets.train.fold import fold_weights
+from interp_assets.train.fold import fold_weights, unfold_weights
 from interp_assets.train.recipes import RECIPES, Normalization, make_weights
-from interp_assets.train.warm import unfold_weights
 
 OLD = Normalization(torch.linspace(-1, 1, 6, dtype=torch.float64), torch.full((6,), 0.7, dtype=torch.float64))
 NEW = Normalization(torch.linspace(-0.5, 2, 6, dtype=torch.float64), torch.full((6,), 1.9, dtype=torch.float64))
