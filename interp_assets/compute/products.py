@@ -91,9 +91,14 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, i
     n, whole = max(out.shape), slice(None)
     step = max(_TILE, -(-n // _MOST_TILES // 64) * 64)
     tiles = [slice(start, min(start + step, n)) for start in range(0, n, step)]
-    pool = _pool(torch.get_num_threads())
+    parts = [(tile, whole) if out.shape[0] == n else (whole, tile) for tile in tiles]
+    if (n_threads := torch.get_num_threads()) == 1:
+        for part in parts:
+            fill(*part)
+        return out
+    pool = _pool(n_threads)
     with record_function(PRODUCT):
-        futures = [pool.submit(fill, *((tile, whole) if out.shape[0] == n else (whole, tile))) for tile in tiles]
+        futures = [pool.submit(fill, *part) for part in parts]
         for future in futures:
             future.result()
     return out

@@ -73,6 +73,7 @@ def make_world(*, is_causal: bool = True, all_valid: bool = True, **task: Any) -
             {
                 "corpus": {"context_length": CONTEXT},
                 "harvest": {"hook_points": hook_points, "dtype": "float32"},
+                "shuffle": {"passes": 2},
                 "saes": [{"name": "demo", "hook_point": HOOK, "d_sae": D_SAE, "k": 4, "architecture": "jump_relu", **task}],
                 "features": {"saes": []},
             }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.errors import ArtifactMissingError
-from interp_assets.planning.config import PipelineConfig, SaeConfig
+from interp_assets.planning.config import PipelineConfig, SaeConfig, ShuffleConfig
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.manifest import create_artifact, load_manifest, read_file
 from interp_assets.storage.store import Store, open_store
@@ -24,7 +24,7 @@ def make_pipeline() -> Pipeline:
     plan = PipelinePlan(
         shards=[shard], tokenizer_fingerprint="t", model_fingerprint="m", hook_widths={"resid_post.2": D_IN}, vocabulary_size=10, max_context=16
     )
-    return Pipeline(PipelineConfig(saes=[SaeConfig(d_sae=D_SAE, k=K)]), plan)
+    return Pipeline(PipelineConfig(saes=[SaeConfig(d_sae=D_SAE, k=K)], shuffle=ShuffleConfig(passes=2)), plan)
 
 
 def make_sae(kind: SaeKind) -> Sae:

@@ -53,7 +53,7 @@ def test_a_profiled_training_has_the_same_weights(make_planted, architecture: st
 
 def test_a_profile_says_where_the_time_went(make_planted) -> None:
     """Shares of phases and groups are of the window's wall time, and every SAE of the run takes part."""
-    planted = make_planted([{"name": "a", **TINY}, {"name": "b", **TINY, "architecture": "topk"}])
+    planted = make_planted([{"name": "a", **TINY, "architecture": "relu"}, {"name": "b", **TINY, "architecture": "topk"}])
     produced = train_saes(executing(planted.pipeline, profile_steps=4), planted.store, ["a", "b"])
     profile = read_json(planted, produced["b"].manifest, "profile.json", "b")
     assert profile["steps"] == [10, 14]

@@ -145,6 +145,7 @@ def make_world():
         architecture = {"relu": "relu", "jump_relu": "jump_relu", "topk": "topk"}[kind]
         content = {
             "harvest": {"hook_points": [HOOK]},
+            "shuffle": {"passes": 2},
             "saes": [{"hook_point": HOOK, "architecture": architecture, "d_sae": d_sae, "k": min(5, d_sae)}],
             "features": {"top_k": 4, "n_random": 12, "window": 5, "n_intervals": 4, "examples_per_interval": 3, "distinct_tokens": 0} | features,
             "execution": {"rows_per_block": 64},
