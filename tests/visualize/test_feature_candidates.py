@@ -205,7 +205,7 @@ def test_candidates_of_an_earlier_training_are_redone_and_never_mixed(make_world
     assert not again.is_cached
     assert again.manifest.facts["n_firings"] < old[1].manifest.facts["n_firings"]
     with pytest.raises(
-        Exception, match=r"2 of 3 feature_candidates .* earlier training of the SAE, .*: shard-000000.slice-000, shard-000002.slice-000"
+        Exception, match=r"2 of 3 feature_candidates .* earlier training of the SAE, .*: shard-000000.slice-000, shard"
     ):
         select_examples(world.pipeline, world.store, "demo", 0)
 
