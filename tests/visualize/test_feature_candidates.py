@@ -204,9 +204,7 @@ def test_candidates_of_an_earlier_training_are_redone_and_never_mixed(make_world
     again = run_pass(world, 1, 0)
     assert not again.is_cached
     assert again.manifest.facts["n_firings"] < old[1].manifest.facts["n_firings"]
-    with pytest.raises(
-        Exception, match=r"2 of 3 feature_candidates .* earlier training of the SAE, .*: shard-000000.slice-000, shard"
-    ):
+    with pytest.raises(Exception, match=r"2 of 3 feature_candidates .* earlier training of the SAE, .*: shard-000000.slice-000, shard"):
         select_examples(world.pipeline, world.store, "demo", 0)
 
 
