@@ -213,7 +213,7 @@ def test_reads_end_where_checksum_blocks_end() -> None:
     """A verified read costs whole blocks: pieces cut elsewhere would read every border block twice."""
     world = make_world((20_000, 20_000), passes=2, fan_out=2, d_in=64)
     run_splits(world)
-    refs = list_splits(world.pipeline, HOOK, load_shuffle_plan(world.pipeline, world.store), 1, 0)
+    refs = list_splits(world.pipeline, HOOK, load_shuffle_plan(world.pipeline, world.store).sizes, 1, 0)
     manifest = load_manifests(world.store, refs, "a test", "a test")[0]
     entry = manifest.file("rows.bin")
     cuts = list(cut_segment(Segment(file_part("path", entry, 1000, entry.n_bytes - 1000), 500)))
