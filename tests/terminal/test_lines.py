@@ -79,9 +79,9 @@ def replay(trace: list[tuple[float, float]], compiled_s: float = 0.0) -> list[tu
 
 STEADY = [(float(t), t / 600) for t in range(0, 601, 15)]
 COMPILED = [(float(t), max(0.0, (t - 60) / 600)) for t in range(0, 661, 15)]
-"""A minute of compiling, then steady work: a recorded training on a fresh machine."""
+"""A minute of compiling, then steady work: as a training goes on a fresh machine. Made by hand."""
 SLOWING = [(float(t), t / 400 if t <= 150 else 0.375 + (t - 150) / 1200) for t in range(0, 901, 15)]
-"""A recorded run beside which another one began: a third of the speed from 150 s on."""
+"""A run beside which another one began: a third of the speed from 150 s on."""
 JITTER = [(float(t), min(1.0, (t + 4 * math.sin(t)) / 600)) for t in range(0, 601, 15)]
 
 
