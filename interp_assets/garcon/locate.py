@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -37,6 +38,8 @@ _PATIENCE_S: Final = 10.0
 _OWN_LENGTH: Final = "-own-length"
 _BOTH_WAYS: Final = "-both-ways"
 """Added to the fingerprints of models whose rows came out otherwise before: so only theirs are made again."""
+_WAYS: Final = 1
+"""Raise it when `_way_to_run` answers otherwise."""
 _BLOCK_BYTES: Final = 16 << 20
 
 
@@ -106,14 +109,20 @@ def load_model_config(model: ModelConfig) -> "PretrainedConfig":
 def fingerprint_model(model: ModelConfig, seen: SeenFiles | None = None) -> str:
     """Identify the weights and the configuration: a hash of the local files, or the commit on the hub; and how the model is run, where that changed.
 
-    Reads all local weights, but for files that `seen` knows and that have not changed.
+    Reads all local weights, but for files that `seen` knows and that have not changed; nor is the configuration of such a model looked at again,
+    unless code beside it may say something else.
     """
     place = locate_model(model)
-    way = _way_to_run(load_model_config(model))
+
+    def find_way() -> bytes:
+        return _way_to_run(load_model_config(model)).encode()
+
     if place.folder is None:
-        return _commit(model) + way
-    patterns = (*_WEIGHT_FILES, "*.py") if model.trust_remote_code else _WEIGHT_FILES
-    return hash_files(place.folder, patterns, seen) + way
+        return _commit(model) + find_way().decode()
+    if model.trust_remote_code:
+        return hash_files(place.folder, (*_WEIGHT_FILES, "*.py"), seen) + find_way().decode()
+    way = seen.answer(place.folder / "config.json", f"way to run {_WAYS}, transformers {version('transformers')}", find_way) if seen else find_way()
+    return hash_files(place.folder, _WEIGHT_FILES, seen) + way.decode()
 
 
 def fingerprint_tokenizer(model: ModelConfig) -> str:

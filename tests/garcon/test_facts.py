@@ -1,5 +1,7 @@
 """What planning asks of a model is measured once, and again when anything that it follows from has changed."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +50,24 @@ def test_facts_are_those_of_the_model_and_are_measured_once(tmp_path: Path) -> N
     assert (facts.vocabulary_size, facts.max_context) == (net.config.vocab_size, net.config.n_positions)
     assert facts.tokenizer_size == make_tokenizer().vocab_size
     assert (facts.n_parameters, facts.model_type, facts.is_causal) == (sum(weight.numel() for weight in net.parameters()), "gpt2", True)
+
+
+def test_what_is_noted_is_found_without_pytorch(tmp_path: Path) -> None:
+    """PyTorch and transformers are most of what a plan takes: nothing on the way to the notes may ask them, weights' fingerprint included."""
+    folder, notes = save_model(tmp_path / "model", "gpt2"), tmp_path / "notes"
+    facts, _ = _find(folder, notes)
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from interp_assets.garcon.facts import find_facts\n"
+        "from interp_assets.planning.config import ModelConfig\n"
+        "from interp_assets.storage.seen import SeenFiles\n"
+        "with SeenFiles(Path(sys.argv[2]), now_ns=lambda: time.time_ns() + 10**10) as seen:\n"
+        "    print(find_facts(ModelConfig(name=sys.argv[1]), sys.argv[3:], seen).model_dump_json())\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder), str(notes), *POINTS], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{facts.model_dump_json()}\n[]\n"
 
 
 @pytest.mark.parametrize("changed", ["config.json", "model.safetensors", "tokenizer_config.json", "points"])
