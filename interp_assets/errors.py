@@ -3,7 +3,14 @@
     InterpError
     ├── ConfigError              the pipeline's configuration is wrong
     ├── InputError               what the user pointed at is wrong: text, model, tokenizer, hook point
-    │   └── NonFiniteError       a NaN or infinity where numbers must be finite
+    │   ├── NonFiniteError       a NaN or infinity where numbers must be finite
+    │   ├── NotFoundError        the address names nothing that is served
+    │   └── TooLargeError        more is asked for at once than is answered
+    ├── ServiceError             a server cannot do now what it was asked; the request may be right
+    │   ├── BusyError            too many wait already
+    │   ├── OverdueError         it took longer than is allowed
+    │   ├── CancelledError       somebody took the request back
+    │   └── NoRoomError          it does not fit the memory
     ├── StoreError               a disk or bucket refused: permission, network, no space
     │   └── StoreMissingError    the object is not there
     ├── ArtifactError            an artifact is not what it must be
@@ -28,6 +35,11 @@ NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class InterpError(Exception):
     """Base class of every error this package raises on purpose."""
 
+    op = ""
+    """Of a plan's error: the kind of operation that it is about, where that is known."""
+    point = ""
+    """Likewise: the hook point."""
+
 
 class ConfigError(InterpError):
     """The pipeline's configuration is wrong."""
@@ -39,6 +51,34 @@ class InputError(InterpError):
 
 class NonFiniteError(InputError):
     """A NaN or an infinity stands where numbers must be finite."""
+
+
+class NotFoundError(InputError):
+    """The address names nothing that is served."""
+
+
+class TooLargeError(InputError):
+    """More is asked for at once than is answered."""
+
+
+class ServiceError(InterpError):
+    """A server cannot do now what it was asked."""
+
+
+class BusyError(ServiceError):
+    """Too many wait already."""
+
+
+class OverdueError(ServiceError):
+    """It took longer than is allowed."""
+
+
+class CancelledError(ServiceError):
+    """Somebody took the request back."""
+
+
+class NoRoomError(ServiceError):
+    """It does not fit the memory."""
 
 
 class StoreError(InterpError):

@@ -318,3 +318,40 @@ def digest_tensor(tensor: Tensor) -> str:
 
 def _sources(operation: object) -> tuple[TensorName, ...]:
     return operation.source if isinstance(operation, Attribute) and operation.source != "zero" else ()
+
+
+class SweepPlan(_Part):
+    """One row of tokens, and the cells in which a source takes the place of what is there, one at a time: see `sweep.py`."""
+
+    version: Literal[1] = VERSION
+    row: Annotated[tuple[int, ...], Field(min_length=1)]
+    points: Annotated[tuple[str, ...], Field(min_length=1)]
+    source: str | tuple[TensorName, ...]
+    """`zero`, or one tensor a point, of the point's whole shape."""
+    metric: Metric
+    by: str
+    """`position` or `head`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SweepPlan":
+        if not isinstance(self.source, str) and len(self.source) != len(self.points):
+            message = f"there are {len(self.source)} sources for {len(self.points)} points"
+            raise ValueError(message)
+        return self
+
+    def json(self) -> str:  # type: ignore[override] - as in `Plan`
+        """Return it as text."""
+        return self.model_dump_json()
+
+    def tensors(self) -> Iterator[TensorName]:
+        """Yield the tensors that must lie beside it."""
+        if not isinstance(self.source, str):
+            yield from self.source
+
+
+def parse_sweep(text: str) -> SweepPlan:
+    """Read a sweep's text. Raises `InputError`."""
+    try:
+        return SweepPlan.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError(explain_plan(error)) from error

@@ -15,11 +15,9 @@ from transformers.utils.generic import ModelOutput
 from interp_assets.errors import InputError
 from interp_assets.garcon.adapters import ADAPTERS, Adapter, Side, find_adapter, find_place
 from interp_assets.garcon.attention import explain_blind
-from interp_assets.planning.hook_names import FIRST_KINDS, LAST_KINDS, LAYER_KINDS, alias_of, canonical_name, explain_other
+from interp_assets.planning.hook_names import BY_HEAD, FIRST_KINDS, LAST_KINDS, LAYER_KINDS, alias_of, canonical_name, explain_other
 
 MODULE: Final = "module:"
-BY_HEAD: Final = ("q", "k", "v", "z")
-"""Kinds with heads: [batch, context, heads, d_head]; a pattern is [batch, heads, queries, keys], all others are [batch, context, d_in]."""
 _ATTENTION_KINDS: Final = ("q", "k", "v", "pattern")
 
 

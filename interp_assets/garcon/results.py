@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.errors import InputError
+from interp_assets.garcon.backend import Kept
 
 _MAX_CELLS = 20_000
 _MAX_VALUES = 5_000_000
@@ -23,15 +24,22 @@ class Result:
         self.name, self.axes, self.tokens = name, tuple(axes), [list(row) for row in tokens]
         self.operation = ""
         """Its operation in the plan of its trace."""
+        self.kept: Kept | None = None
+        """What the server keeps of it; None where it came whole."""
         self._tensor: Tensor | None = None
 
-    def fill(self, tensor: Tensor) -> None:
+    def fill(self, answer: Tensor | Kept) -> None:
         """Take the answer."""
-        self._tensor = tensor
+        if isinstance(answer, Kept):
+            self.kept = answer
+        else:
+            self._tensor = answer
 
     @property
     def tensor(self) -> Tensor:
-        """The values. Raises `InputError` before the trace has run."""
+        """The values; what a server keeps is fetched. Raises `InputError` before the trace has run."""
+        if self._tensor is None and self.kept is not None:
+            self._tensor = self.kept.fetch(self.kept.name)
         if self._tensor is None:
             raise InputError(f"{self.name} has not been computed: a trace runs when its `with` block ends. Read it below the block.")
         return self._tensor
@@ -55,7 +63,7 @@ class Result:
 
     def __repr__(self) -> str:
         """Say name, axes and shape."""
-        shape = "not yet run" if self._tensor is None else list(self._tensor.shape)
+        shape = list(self.kept.name.shape) if self.kept else "not yet run" if self._tensor is None else list(self._tensor.shape)
         return f"{self.name} [{', '.join(self.axes)}] {shape}"
 
     def _repr_html_(self) -> str:

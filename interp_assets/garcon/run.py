@@ -9,19 +9,25 @@
 5. What did not happen is an error: a point that did not fire, a source that had not been read, a number that is not finite.
 
 Rows are padded on the right, and padding is no position: no write reaches it, what is read of it is zero.
+
+Plans of several people may share a forward. Each sees a window of every activation, its own rows cut to its own length, and nothing tells it from a
+forward of its own but rounding: bits follow the batch's shape. What goes wrong with one is its error alone. One backward serves all: it is of the
+sum of their metrics, and rows do not depend on each other.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.errors import InputError, InterpError, NonFiniteError
+from interp_assets.garcon.backend import Answer
 from interp_assets.garcon.features import AttachedSae, clamp_part, encode_part
 from interp_assets.garcon.metrics import MetricOp, measure, places_of
 from interp_assets.garcon.parts import Part, find_part
@@ -49,23 +55,20 @@ from interp_assets.garcon.subject import SubjectModel, token_losses
 from interp_assets.garcon.taps import Tap, order_of, tapped
 
 
-class Answer(NamedTuple):
-    """What a plan gave, by the names of its operations."""
-
-    tensors: dict[str, Tensor]
-    """Reads, [rows, positions, ...] or [rows, ...] for a single position; metrics, [rows]."""
-    derivatives: dict[str, dict[str, Tensor]]
-    """Of every `grad` and `attribute`, by point."""
-
-
 def run_plan(subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> Answer:
     """Execute a plan; `tensors` holds what it names, by digest, `saes` the SAEs by name.
 
     Raises `InputError` for what does not fit the model, and `NonFiniteError`, with the first place, for what it computes.
     """
-    answer = _Run(subject, _with_unedited_rows(plan), len(plan.rows), _Beside(tensors, saes or {})).execute()
-    wanted = [operation.name for operation in plan.operations if isinstance(operation, Read | SaeRead | MetricOp)]
-    return answer._replace(tensors={name: answer.tensors[name] for name in wanted})
+    (answer,) = run_together([Run(subject, plan, tensors, saes)])
+    if isinstance(answer, InterpError):
+        raise answer
+    return answer
+
+
+def run_together(runs: "Sequence[Run]") -> list[Answer | InterpError]:
+    """Execute runs of one model in one forward, each once; an error is the answer of the run that it belongs to."""
+    return _Forward(runs).execute()
 
 
 def _with_unedited_rows(plan: Plan) -> Plan:
@@ -111,58 +114,67 @@ class _AtPoint:
         self.writes: list[tuple[Write, Part]] = []
         self.after: list[tuple[Read, Part]] = []
         self.wants_edge = False
-        self.edge: Any = None
         self.value = torch.empty(0)
         self.n_fired = 0
 
 
-class _Run:
-    """One execution: the points of a plan, and what has been read so far."""
+class Run:
+    """One plan in a forward: its points, and what has been read so far. It is used once."""
 
-    def __init__(self, subject: SubjectModel, plan: Plan, n_rows: int, beside: _Beside) -> None:
-        """Resolve a plan; derivatives are of its first `n_rows` rows."""
-        self.subject, self.plan, self.n_rows, self.beside = subject, plan, n_rows, beside
-        self.lengths = [len(row) for row in plan.rows]
+    def __init__(self, subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> None:
+        """Resolve a plan. Raises `InputError` for what does not fit the model."""
+        self.subject, self.asked, self.plan = subject, plan, _with_unedited_rows(plan)
+        self.beside = _Beside(tensors, saes or {})
+        self.n_rows = len(plan.rows)
+        self.lengths = [len(row) for row in self.plan.rows]
         if min(self.lengths) == 0:
             raise InputError(f"Row {self.lengths.index(0)} of the plan has no tokens: give at least one.")
-        self.metrics = [operation for operation in plan.operations if isinstance(operation, MetricOp)]
-        self.derived = [operation for operation in plan.operations if isinstance(operation, Grad | Attribute)]
+        self.metrics = [operation for operation in self.plan.operations if isinstance(operation, MetricOp)]
+        self.derived = [operation for operation in self.plan.operations if isinstance(operation, Grad | Attribute)]
         self.points: dict[str, _AtPoint] = {}
         self.found: dict[str, Tensor] = {}
-        self._resolve()
-        self.n_left = len(self.points)
+        self.values: dict[str, Tensor] = {}
+        self.derivatives: dict[str, dict[str, Tensor]] = {}
+        self.error: InterpError | None = None
+        """Why it goes on no longer."""
+        self._at_work: Any = None
+        try:
+            self._resolve()
+        except InputError as error:
+            error.op, error.point = getattr(self._at_work, "op", ""), getattr(self._at_work, "point", "")
+            raise
         self.places = {metric.name: places_of(metric, self.lengths) for metric in self.metrics}
 
-    def execute(self) -> Answer:
-        """Run the forward, the metrics and the backwards, and return copies of what was asked for."""
-        net: Any = self.subject.net
-        taps = [Tap(at.point, partial(self._meet, at)) for at in self.points.values()]
-        token_ids, mask = self._padded()
-        arguments = self.subject.arguments(token_ids, mask)
-        kept = self._kept_positions()
-        if kept is not None:
-            arguments["logits_to_keep"] = torch.tensor(kept, device=self.subject.device)
-        values: dict[str, Tensor] = {}
-        start = net.get_input_embeddings().register_forward_hook(_start_graph) if self.derived else None
-        try:
-            with torch.set_grad_enabled(bool(self.derived)):
-                with tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
-                    output = net(**arguments) if self.metrics or self._reads_head() else net.base_model(**arguments)
-                    values = {metric.name: self._measure(metric, output.logits, kept) for metric in self.metrics}
-                self._check_fired()
-                derivatives = {operation.name: self._derive(operation, values[operation.of]) for operation in self.derived}
-        finally:
-            if start is not None:
-                start.remove()
-        tensors = {name: value.detach() for name, value in {**self.found, **values}.items()}
+    @property
+    def can_share(self) -> bool:
+        """Tell whether others' rows may run beside it: what a module returns may have no rows to tell apart."""
+        return all(at.point.kind != "module" for at in self.points.values())
+
+    @property
+    def wants_all_logits(self) -> bool:
+        """Tell whether logits of more positions than those of its metrics are wanted."""
+        return "logits" in self.points or any(isinstance(metric, Loss) for metric in self.metrics)
+
+    @property
+    def needs_head(self) -> bool:
+        """Tell whether a point, or a metric, lies above the base model: its blocks alone run faster."""
+        net = self.subject.net
+        below = "" if net.base_model is net else f"{net.base_model_prefix}."
+        return bool(self.metrics) or not all(path.startswith(below) and path for path in (at.point.module_path for at in self.points.values()))
+
+    def finish(self, batch: tuple[int, int]) -> Answer:
+        """Return copies of what was asked for. Raises `NonFiniteError`."""
+        wanted = [operation.name for operation in self.asked.operations if isinstance(operation, Read | SaeRead | MetricOp)]
+        tensors = {name: value.detach() for name, value in {**self.found, **self.values}.items()}
         for name, value in tensors.items():
             _check_finite(value, name)
-        return Answer(tensors, derivatives)
+        return Answer({name: tensors[name] for name in wanted}, self.derivatives, batch)
 
     def _resolve(self) -> None:
         """Find every point and part, and refuse sources that lie after their target."""
         reads = {operation.name: operation for operation in self.plan.operations if isinstance(operation, Read)}
         for operation in self.plan.operations:
+            self._at_work = operation
             if isinstance(operation, Grad | Attribute):
                 for name in operation.at:
                     self._at(name).wants_edge = True
@@ -189,6 +201,7 @@ class _Run:
                         f"A patch at {operation.point!r} takes what is read at {source.point!r}, but a forward reaches that later. Read it in "
                         "another run and patch from its result."
                     )
+        self._at_work = self.metrics[0] if self.metrics else None
         if self.metrics and self.subject.net.get_output_embeddings() is None:
             raise InputError(f"{self.subject.name} ({self.subject.net.config.model_type}) has no language-model head: there is nothing to measure.")
 
@@ -208,34 +221,12 @@ class _Run:
         point = find_point(self.subject.net, name)
         return self.points.setdefault(point.name, _AtPoint(point))
 
-    def _padded(self) -> tuple[Tensor, Tensor | None]:
-        longest = max(self.lengths)
-        token_ids = torch.zeros((len(self.lengths), longest), dtype=torch.int64)
-        for i, row in enumerate(self.plan.rows):
-            token_ids[i, : len(row)] = torch.tensor(row)
-        return token_ids, None if min(self.lengths) == longest else torch.arange(longest)[None, :] < torch.tensor(self.lengths)[:, None]
-
-    def _reads_head(self) -> bool:
-        """Tell whether a point lies above the base model: its blocks alone run faster."""
-        net = self.subject.net
-        below = "" if net.base_model is net else f"{net.base_model_prefix}."
-        return not all(path.startswith(below) and path for path in (at.point.module_path for at in self.points.values()))
-
-    def _kept_positions(self) -> list[int] | None:
-        """Return the positions whose logits are wanted; None for all of them."""
-        if not self.metrics or "logits" in self.points or any(isinstance(metric, Loss) for metric in self.metrics):
-            return None
-        kept = sorted({place for places in self.places.values() for _, place in places})
-        return kept if self.subject.can_choose_logits else None
-
-    def _meet(self, at: _AtPoint, value: Tensor) -> Tensor:
-        """Do at a point what the plan wants there; `value` has the point's own shape."""
+    def meet(self, at: _AtPoint, value: Tensor) -> Tensor:
+        """Do at a point what the plan wants there; `value` has the point's own shape. Without a write it is returned itself."""
         at.n_fired += 1
         if at.n_fired > 1:
             raise InputError(f"Hook point {at.point.name!r} fired more than once in one forward: name a module that is called once.")
-        if at.wants_edge:
-            value = value.clone() if at.point.side == "stream" else value.view_as(value)
-            at.edge, at.value = get_gradient_edge(value), value
+        at.value = value
         is_pattern = at.point.kind == "pattern"
         shown = value.transpose(1, 2) if is_pattern else value  # positions stand second in every part
         for read, part in at.before:
@@ -247,9 +238,6 @@ class _Run:
             value = shown.transpose(1, 2) if is_pattern else shown
         for read, part in at.after:
             self.found[read.name] = part.take(shown)
-        self.n_left -= 1
-        if not self.n_left and not self.metrics:
-            raise _AllReadError
         return value
 
     def _read(self, read: Read | SaeRead, part: Part, shown: Tensor) -> Tensor:
@@ -300,35 +288,44 @@ class _Run:
             raise InputError(f"The plan names the tensor {name.tensor}, which does not lie beside it.")
         return self.beside.tensors[name.tensor]  # whoever uses it moves it to where the other numbers are
 
-    def _check_fired(self) -> None:
+    def check_fired(self) -> None:
+        """Raise `InputError` for points that the forward did not reach."""
         silent = [f"{at.point.name!r} (module {at.point.module_path!r})" for at in self.points.values() if not at.n_fired]
         if silent:
             raise InputError(f"Hook point {', '.join(silent)} did not fire: it took no part in the forward of {self.subject.name}.")
 
+    def measure(self, logits: Tensor, kept: list[int] | None) -> None:
+        """Take the metrics of its rows' logits, at all positions or at those that were kept."""
+        for metric in self.metrics:
+            self.values[metric.name] = self._measure(metric, logits, kept)
+
     def _measure(self, metric: MetricOp, logits: Tensor, kept: list[int] | None) -> Tensor:
         if isinstance(metric, Loss):
             rows = list(range(len(self.lengths)) if metric.rows is None else metric.rows)
-            token_ids, mask = self._padded()
+            token_ids, mask = _pad(self.plan.rows)
             losses = token_losses(logits[rows], token_ids[rows], None if mask is None else mask[rows])
             return losses.sum(1) / torch.tensor([self.lengths[row] - 1 for row in rows], device=losses.device)
         rows, places = (list(column) for column in zip(*self.places[metric.name], strict=True))
         there = places if kept is None else [kept.index(place) for place in places]
         return measure(metric, logits[rows, there], self._tensor(metric.other) if isinstance(metric, Divergence) else None)
 
-    def _derive(self, operation: Grad | Attribute, values: Tensor) -> dict[str, Tensor]:
-        ats = [self._at(name) for name in operation.at]
-        is_last = operation is self.derived[-1]
-        found = torch.autograd.grad(values.sum(), [at.edge for at in ats], retain_graph=not is_last, allow_unused=True)
+    def names_of(self, operation: Grad | Attribute) -> list[str]:
+        """Return the canonical names of the points of a derivative."""
+        return [self._at(name).point.name for name in operation.at]
+
+    def derive(self, operation: Grad | Attribute, gradients: Mapping[str, Tensor | None]) -> None:
+        """Take the derivatives of an operation, which are given by point."""
         answers: dict[str, Tensor] = {}
-        for i, (at, gradient) in enumerate(zip(ats, found, strict=True)):
+        for i, name in enumerate(self.names_of(operation)):
+            at, gradient = self.points[name], gradients[name]
             if gradient is None:
                 raise InputError(f"Metric {operation.of!r} does not depend on {at.point.name!r}: there is no derivative.")
-            own = gradient.reshape(at.value.shape)[: self.n_rows]
+            own = gradient[: self.n_rows]
             _check_finite(own, f"{operation.name} at {at.point.name}")
             if isinstance(operation, Attribute):
                 own = self._attribute(at, own, operation.source if operation.source == "zero" else operation.source[i])
             answers[at.point.name] = own.detach().clone()
-        return answers
+        self.derivatives[operation.name] = answers
 
     def _attribute(self, at: _AtPoint, gradient: Tensor, source: Any) -> Tensor:
         """Return the derivative along the way from each vector to its source's, [rows, positions] or by head."""
@@ -337,6 +334,130 @@ class _Run:
         if wanted.shape != now.shape:
             raise InputError(f"The source at {at.point.name!r} has shape {list(wanted.shape)}, the activation {list(now.shape)}; give one as long.")
         return (gradient * (wanted.to(now) - now)).sum(-1)
+
+
+class _Forward:
+    """One forward, the runs that share it, and each run's window of what passes."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs, self.subject = runs, runs[0].subject
+        self.is_shared = len(runs) > 1
+        ends = list(accumulate(len(run.lengths) for run in runs))
+        self.rows = [slice(end - len(run.lengths), end) for run, end in zip(runs, ends, strict=True)]
+        self.widths = [max(run.lengths) for run in runs]
+        self.batch = (ends[-1], max(self.widths))
+        self.points: dict[HookPoint, list[tuple[int, _AtPoint]]] = {}
+        for i, run in enumerate(runs):
+            for at in run.points.values():
+                self.points.setdefault(at.point, []).append((i, at))
+        self.left = set(self.points)
+        self.edges: dict[str, Any] = {}
+        self.is_derived = any(run.derived for run in runs)
+
+    def execute(self) -> list[Answer | InterpError]:
+        """Run the forward, the metrics and the backwards."""
+        net: Any = self.subject.net
+        taps = [Tap(point, partial(self._meet, point)) for point in self.points]
+        token_ids, mask = _pad([row for run in self.runs for row in run.plan.rows])
+        arguments = self.subject.arguments(token_ids, mask)
+        kept = self._kept_positions()
+        if kept is not None:
+            arguments["logits_to_keep"] = torch.tensor(kept, device=self.subject.device)
+        start = net.get_input_embeddings().register_forward_hook(_start_graph) if self.is_derived else None
+        try:
+            with torch.set_grad_enabled(self.is_derived):
+                with tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
+                    output = net(**arguments) if any(run.needs_head for run in self.runs) else net.base_model(**arguments)
+                    if any(run.metrics for run in self.runs):
+                        self._each(lambda i, run: run.measure(self._window(i, output.logits, "" if kept is None else "kept"), kept))
+                self._each(lambda _, run: run.check_fired())
+                for number in range(max(len(run.derived) for run in self.runs)):
+                    self._derive(number)
+        finally:
+            if start is not None:
+                start.remove()
+        answers: dict[int, Answer] = {}
+        self._each(lambda i, run: answers.update({i: run.finish(self.batch)}))
+        return [run.error or answers[i] for i, run in enumerate(self.runs)]
+
+    def _each(self, do: Callable[[int, Run], None]) -> None:
+        """Do something with every run that goes on; what goes wrong ends that run."""
+        for i, run in enumerate(self.runs):
+            if run.error is None:
+                try:
+                    do(i, run)
+                except InterpError as error:
+                    run.error = error
+
+    def _kept_positions(self) -> list[int] | None:
+        """Return the positions whose logits are wanted; None for all of them."""
+        if not any(run.metrics for run in self.runs) or any(run.wants_all_logits for run in self.runs) or not self.subject.can_choose_logits:
+            return None
+        return sorted({place for run in self.runs for places in run.places.values() for _, place in places})
+
+    def _window(self, i: int, value: Tensor, kind: str) -> Tensor:
+        """Return a run's rows of a tensor, cut to its own length: a view."""
+        if not self.is_shared:
+            return value
+        own, width = value[self.rows[i]], self.widths[i]
+        return own if kind == "kept" else own[:, :, :width, :width] if kind == "pattern" else own[:, :width]
+
+    def _meet(self, point: HookPoint, value: Tensor) -> Tensor:
+        """Let every run do at a point what it wants there; `value` has the point's own shape."""
+        if any(at.wants_edge for _, at in self.points[point]):
+            value = value.clone() if point.side == "stream" else value.view_as(value)
+            self.edges[point.name] = get_gradient_edge(value)
+        changed = value
+        for i, at in self.points[point]:
+            run, window = self.runs[i], self._window(i, value, point.kind)
+            if run.error is not None:
+                continue
+            try:
+                made = run.meet(at, window)
+            except InterpError as error:
+                error.point = error.point or point.name
+                run.error = error
+                continue
+            if made is not window and not self.is_shared:
+                changed = made
+            elif made is not window:
+                changed = value.clone() if changed is value else changed
+                self._window(i, changed, point.kind).copy_(made)
+        self.left.discard(point)
+        going = [run for run in self.runs if run.error is None]
+        if not going or not (self.left or any(run.metrics for run in going)):
+            raise _AllReadError
+        return changed
+
+    def _derive(self, number: int) -> None:
+        """Take the derivatives of every run's operation of this number, by one backward."""
+        asked = [(run, run.derived[number]) for run in self.runs if run.error is None and number < len(run.derived)]
+        if not asked:
+            return
+        sums = [run.values[operation.of].sum() for run, operation in asked]
+        names = list(dict.fromkeys(name for run, operation in asked for name in run.names_of(operation)))
+        is_last = not any(number + 1 < len(run.derived) for run, _ in asked)
+        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        found = torch.autograd.grad(total, [self.edges[name] for name in names], retain_graph=not is_last, allow_unused=True)
+        gradients = dict(zip(names, found, strict=True))
+
+        def take(i: int, run: Run) -> None:
+            if number < len(run.derived):
+                own = run.names_of(run.derived[number])
+                cut = {name: None if gradients[name] is None else self._window(i, gradients[name], name.partition(".")[0]) for name in own}
+                run.derive(run.derived[number], cut)
+
+        self._each(take)
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Return token ids padded on the right, and which of them are none; no mask where no row is padded."""
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    token_ids = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        token_ids[i, : len(row)] = torch.tensor(row)
+    return token_ids, None if min(lengths) == longest else torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
 
 
 def _watched(when: When) -> str:

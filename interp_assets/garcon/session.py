@@ -1,6 +1,6 @@
-"""What a person types becomes a plan: texts, tokens and names of points, for a model that is loaded here.
+"""What a person types becomes a plan: texts, tokens and names of points, for a model that is loaded here or on a server.
 
-    llm = lab.load("EleutherAI/pythia-160m")
+    llm = lab.load("EleutherAI/pythia-160m")  # or lab.connect("http://gpu7:8420", "pythia-160m"): the same words, the same results
     clean = llm.run("When Mary and John went, John gave to", read=["z.*"])
     with llm.trace("When Mary and Anna went, Anna gave to") as t:  # runs when the block ends; the order of the lines is free
         t.patch("z.8", clean["z.8"], heads=[3])
@@ -8,7 +8,7 @@
         g = t.grad(d, at=["resid_post.*"])
 
 Every result is a copy with a leading axis of rows, also for a single text. Texts are tokenized as the tokenizer itself does, with the special
-tokens that it adds; lists of token ids are taken as they are.
+tokens that it adds; lists of token ids are taken as they are. Where the model is, `backend.py` hides: nothing here needs transformers.
 """
 
 import fnmatch
@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.features import AttachedSae
+from interp_assets.garcon.backend import Backend, PointRow
 from interp_assets.garcon.metrics import MetricOp
 from interp_assets.garcon.plan import (
     Add,
@@ -50,11 +50,12 @@ from interp_assets.garcon.plan import (
     explain_plan,
     name_tensor,
 )
-from interp_assets.garcon.points import BY_HEAD, find_point, list_points, point_shape
 from interp_assets.garcon.results import Grid, Result, Results
-from interp_assets.garcon.run import run_plan
-from interp_assets.garcon.subject import SubjectModel
-from interp_assets.garcon.sweep import run_sweep
+from interp_assets.planning.hook_names import BY_HEAD
+
+if TYPE_CHECKING:
+    import interp_assets.garcon.features
+    import interp_assets.garcon.subject
 
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 Where = int | str | slice | Sequence[int] | None
@@ -63,62 +64,102 @@ Value = Tensor | Result | str
 
 
 class Model:
-    """A loaded model: what can be read of it, and traces, sweeps and attributions over it."""
+    """A model: what can be read of it, and traces, sweeps and attributions over it."""
 
-    def __init__(self, subject: SubjectModel, tokenizer: Any, saes: Mapping[str, AttachedSae] | None = None) -> None:
+    def __init__(
+        self,
+        subject: "interp_assets.garcon.subject.SubjectModel",
+        tokenizer: Any,
+        saes: "Mapping[str, interp_assets.garcon.features.AttachedSae] | None" = None,
+    ) -> None:
         """Take a subject model, the tokenizer that belongs to it, and SAEs by name."""
-        self.subject, self.tokenizer, self.saes = subject, tokenizer, saes or {}
+        from interp_assets.garcon.local import LocalBackend  # noqa: PLC0415 - brings transformers, which a client does without
+
+        self.backend: Any = LocalBackend(subject, tokenizer, saes)
+
+    @classmethod
+    def over(cls, backend: Backend) -> "Model":
+        """Take a model wherever it is."""
+        made = cls.__new__(cls)
+        made.backend = backend
+        return made
+
+    @property
+    def subject(self) -> "interp_assets.garcon.subject.SubjectModel":
+        """The network itself. Raises `InputError` where it is on a server."""
+        return self._here("subject")
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer. Raises `InputError` where it is on a server."""
+        return self._here("tokenizer")
+
+    @property
+    def saes(self) -> Mapping[str, Any]:
+        """SAEs by name."""
+        return self.backend.saes
+
+    @saes.setter
+    def saes(self, saes: "Mapping[str, interp_assets.garcon.features.AttachedSae]") -> None:
+        self.backend.saes = saes
+
+    def _here(self, name: str) -> Any:
+        if not hasattr(self.backend, name):
+            raise InputError(f"The model is on a server, and its {name} with it. Load it here by `lab.load` to hold it in your hands.")
+        return getattr(self.backend, name)
 
     @cached_property
     def _point_names(self) -> list[str]:
-        return [point.name for point in list_points(self.subject.net)]
+        return [point.name for point in self.backend.list_points() if not point.refused]
 
     def points(self, pattern: str = "*") -> pl.DataFrame:
         """Return name, shape, module, TransformerLens' name of every point that fits a pattern, and for those that are not there the reason."""
-        net = self.subject.net
-        found = [point for point in list_points(net, with_refused=True) if fnmatch.fnmatchcase(point.name, pattern)]
-        shapes = ["" if point.refused else str(list(point_shape(net, point) or ())).replace("'", "") for point in found]
-        columns = {"name": "name", "module": "module_path", "alias": "alias", "refused": "refused"}
-        table = {column: [getattr(point, field) for point in found] for column, field in columns.items()}
-        return pl.DataFrame({"name": table.pop("name"), "shape": shapes, **table})
+        found = [point for point in self.backend.list_points() if fnmatch.fnmatchcase(point.name, pattern)]
+        return pl.DataFrame(found, dict.fromkeys(PointRow._fields, pl.String), orient="row")
 
     def tokenize(self, prompt: Prompt) -> list[list[int]]:
         """Return the token ids of each row. Raises `InputError` for an empty prompt."""
         if isinstance(prompt, Tensor):
             prompt = prompt.tolist()
         items: Any = [prompt] if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], int)) else list(prompt)
-        rows = [list(self.tokenizer(item)["input_ids"]) if isinstance(item, str) else [int(token) for token in item] for item in items]
+        texts = [item for item in items if isinstance(item, str)]
+        tokenized = iter(self.backend.tokenize(texts, special=True) if texts else [])
+        rows = [next(tokenized) if isinstance(item, str) else [int(token) for token in item] for item in items]
         if not rows or not all(rows):
             raise InputError("The prompt has a row without tokens: give a text, a list of texts, or token ids.")
         return rows
 
     def token(self, text: str) -> int:
         """Return the id of a text that is one token. Raises `InputError` with the ids that it is."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        (ids,) = self.backend.tokenize([text], special=False)
         if len(ids) != 1:
-            raise InputError(
-                f"{text!r} is {len(ids)} tokens: {ids} ({[self.tokenizer.decode([token]) for token in ids]}). Name one token, or its id."
-            )
-        return int(ids[0])
+            raise InputError(f"{text!r} is {len(ids)} tokens: {ids} ({self.pieces(ids)}). Name one token, or its id.")
+        return ids[0]
 
     def names(self, wanted: Names) -> list[str]:
         """Return the canonical names of points; `z.*` stands for all layers. Raises `InputError` for what does not exist."""
-        net, names = self.subject.net, []
+        names: list[str] = []
         for name in [wanted] if isinstance(wanted, str) else wanted:
             if "*" in name:
                 found = fnmatch.filter(self._point_names, name)
-                names += found or [find_point(net, name.replace("*", "0")).name]
+                names += found or [self.backend.find_point(name.replace("*", "0"))]
             else:
-                names.append(find_point(net, name).name)
+                names.append(self.backend.find_point(name))
         return list(dict.fromkeys(names))
 
-    def trace(self, prompt: Prompt) -> "Trace":
-        """Begin a trace over one row or several."""
-        return Trace(self, self.tokenize(prompt))
+    def trace(self, prompt: Prompt, *, exact: bool = False, keep: bool = False) -> "Trace":
+        """Begin a trace over one row or several.
 
-    def run(self, prompt: Prompt, read: Names, *, pos: Where = None, heads: Sequence[int] | None = None) -> Results:
-        """Read points in one forward."""
-        with self.trace(prompt) as trace:
+        On a server others' traces may share its forward, which moves the last bits; with `exact` they do not. With `keep` results stay there
+        for a while: later traces take them from there, and they come when somebody looks at their tensor.
+        """
+        return Trace(self, self.tokenize(prompt), exact=exact, keep=keep)
+
+    def run(
+        self, prompt: Prompt, read: Names, *, pos: Where = None, heads: Sequence[int] | None = None, exact: bool = False, keep: bool = False
+    ) -> Results:
+        """Read points in one forward; `exact` and `keep` as in `trace`."""
+        with self.trace(prompt, exact=exact, keep=keep) as trace:
             results = {name: trace.read(name, pos=pos, heads=heads) for name in self.names(read)}
         return Results(results)
 
@@ -140,7 +181,7 @@ class Model:
             raise InputError(f"A sweep is over one row; the prompt has {len(rows)}. Sweep each by itself.")
         names = self.names(points)
         tensors = source if isinstance(source, str) else {name: source[name].tensor for name in names}
-        base, cells = run_sweep(self.subject, rows[0], names, tensors, metric, by)
+        base, cells = self.backend.sweep(rows[0], names, tensors, metric, by)
         columns = self.pieces(rows[0]) if by == "position" else [f"head {head}" for head in range(cells.shape[1])]
         return Grid(cells, base, names, columns, f"{metric.metric} with one {by} from {'zero' if isinstance(source, str) else 'another run'}")
 
@@ -151,7 +192,7 @@ class Model:
 
     def pieces(self, row: Sequence[int]) -> list[str]:
         """Return every token of a row as text."""
-        return [self.tokenizer.decode([token]) for token in row]
+        return self.backend.pieces([row])[0]
 
     def _id(self, token: str | int) -> int:
         return self.token(token) if isinstance(token, str) else token
@@ -160,19 +201,21 @@ class Model:
 class Trace:
     """What one forward shall read, write and measure, gathered in a `with` block at whose end it runs."""
 
-    def __init__(self, model: Model, rows: list[list[int]]) -> None:
+    def __init__(self, model: Model, rows: list[list[int]], *, exact: bool = False, keep: bool = False) -> None:
         """`Model.trace` makes it."""
-        self._model, self._rows = model, rows
+        self._model, self._rows, self._exact, self._keeps = model, rows, exact, keep
         self._operations: list[Any] = []
         self._results: dict[str, Result] = {}
         self._derived: dict[str, Results] = {}
         self._tensors: dict[str, Tensor] = {}
         self.ran = False
+        self.batch = (0, 0)
+        """Rows and tokens of the forward that it ran in, strangers' rows too."""
 
     @cached_property
     def tokens(self) -> list[list[str]]:
         """Every row's tokens as text."""
-        return [self._model.pieces(row) for row in self._rows]
+        return self._model.backend.pieces(self._rows)
 
     def __enter__(self) -> "Trace":  # noqa: PYI034 - beartype knows Self in classes that it decorates whole
         """Begin to gather."""
@@ -193,14 +236,14 @@ class Trace:
 
     def execute(self) -> None:
         """Run what was gathered and fill the results."""
-        answer = run_plan(self._model.subject, self.plan, self._tensors, self._model.saes)
+        answer = self._model.backend.run(self.plan, self._tensors, exact=self._exact, keep=self._keeps)
         for name, tensor in answer.tensors.items():
             if name in self._results:
                 self._results[name].fill(tensor)
         for name, derivatives in answer.derivatives.items():
             for point, tensor in derivatives.items():
                 self._derived[name][point].fill(tensor)
-        self.ran = True
+        self.ran, self.batch = True, answer.batch
 
     def read(
         self, point: str, *, pos: Where = None, rows: int | Sequence[int] | None = None, heads: Sequence[int] | None = None, after: bool = False
@@ -320,7 +363,7 @@ class Trace:
         self._derived[name] = Results({point: Result(f"{metric.name} by {point}", axes[point], self.tokens) for point in points})
         return self._derived[name]
 
-    def _sae(self, name: str) -> AttachedSae:
+    def _sae(self, name: str) -> Any:
         if name not in self._model.saes:
             raise InputError(f"No SAE is called {name!r} here; there are {sorted(self._model.saes)}. `lab.open(...).model()` brings a pipeline's.")
         return self._model.saes[name]
@@ -335,6 +378,8 @@ class Trace:
         return f"{kind}{len(self._operations)}"
 
     def _keep(self, value: Tensor | Result) -> TensorName:
+        if isinstance(value, Result) and (kept := value.kept) is not None and kept.owner is self._model.backend:
+            return kept.name
         tensor = value.tensor if isinstance(value, Result) else value
         if not isinstance(tensor, Tensor):
             raise InputError(f"Expected a tensor or a result, found a {type(tensor).__name__}.")
@@ -345,7 +390,7 @@ class Trace:
 
     def _at(self, point: str, pos: Where, rows: int | Sequence[int] | None, heads: Sequence[int] | None) -> dict[str, Any]:
         chosen = None if rows is None else (rows,) if isinstance(rows, int) else tuple(rows)
-        name = point if point.startswith("module:") else find_point(self._model.subject.net, point).name
+        name = point if point.startswith("module:") else self._model.backend.find_point(point)
         where: Any = pos
         if isinstance(pos, str):
             where = self._find_token(pos, range(len(self._rows)) if chosen is None else chosen)

@@ -7,7 +7,7 @@ Of n blocks the copies run through half on average, and small matrix products be
 At `resid_post` the copies enter after the block. Copies that would make a forward too large wait for another one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -41,20 +41,37 @@ def run_sweep(
 
     `source` holds a whole activation, [1, positions, ...], for each point, or is `zero`. Raises `InputError` for what cannot be swept.
     """
+    steps = begin_sweep(subject, row, names, source, metric, by)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def begin_sweep(
+    subject: SubjectModel, row: Sequence[int], names: Sequence[str], source: Mapping[str, Tensor] | str, metric: MetricOp, by: str
+) -> Generator[tuple[int, int], None, tuple[float, Tensor]]:
+    """Begin what `run_sweep` does: a forward a step, which yields how many cells are done and how many there are. Raises as that one."""
     points = [find_point(subject.net, name) for name in names]
     width = _width(subject, points, len(row), by)
     _check(points, source, metric)
     order = sorted(range(len(points)), key=lambda i: order_of(points[i].name))
     cells = [Cell(points[i], index) for i in order for index in range(width)]
     most = max(1, FORWARD_TOKENS // len(row))
-    base, values = 0.0, []
-    for first in range(0, len(cells), most):
-        measured = _forward(subject, row, cells[first : first + most], source, metric, by)
-        base = float(measured[0])
-        values.append(measured[1:])
-    grid = torch.empty((len(points), width))
-    grid[torch.tensor(order)] = torch.cat(values).float().cpu().reshape(len(points), width)
-    return base, grid
+
+    def steps() -> Generator[tuple[int, int], None, tuple[float, Tensor]]:
+        base, values = 0.0, []
+        for first in range(0, len(cells), most):
+            measured = _forward(subject, row, cells[first : first + most], source, metric, by)
+            base = float(measured[0])
+            values.append(measured[1:])
+            yield min(first + most, len(cells)), len(cells)
+        grid = torch.empty((len(points), width))
+        grid[torch.tensor(order)] = torch.cat(values).float().cpu().reshape(len(points), width)
+        return base, grid
+
+    return steps()
 
 
 def _width(subject: SubjectModel, points: Sequence[HookPoint], n_tokens: int, by: str) -> int:

@@ -7,7 +7,7 @@ The residual stream in the middle of a block enters a norm and is added to later
 way of two, so there the tensor itself is overwritten.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.attention import Act, attention_tapped
-from interp_assets.garcon.points import HookPoint, module_of, n_heads, tensor_in, with_tensor
+from interp_assets.garcon.points import HookPoint, list_points, module_of, n_heads, tensor_in, with_tensor
 from interp_assets.planning.hook_names import FIRST_KINDS, LAST_KINDS, LAYER_KINDS
 
 _MODULES_LAST = 1 << 30
@@ -41,6 +41,16 @@ def tapped(net: PreTrainedModel, taps: Sequence[Tap], n_tokens: int) -> Iterator
                 stack.callback(_hook(net, tap, n_tokens).remove)
         for path, acts in attention.items():
             stack.enter_context(attention_tapped(net.get_submodule(path), acts))
+        yield
+
+
+@contextmanager
+def watched_blocks(net: PreTrainedModel, check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` before every block of every forward while this is open: what it raises ends the forward there."""
+    with ExitStack() as stack:
+        for point in list_points(net):
+            if point.kind == LAYER_KINDS[0]:
+                stack.callback(module_of(net, point).register_forward_pre_hook(lambda *_: check()).remove)
         yield
 
 

@@ -29,6 +29,8 @@ LAYER_KINDS: Final = (
 """Kinds of hook points that each block has, in the order in which a forward reaches them."""
 STREAM_KINDS: Final = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 """Kinds that are the residual stream, or added to it as they are."""
+BY_HEAD: Final = ("q", "k", "v", "z")
+"""Kinds with heads: [batch, context, heads, d_head]; a pattern is [batch, heads, queries, keys], all others are [batch, context, d_in]."""
 FIRST_KINDS: Final = ("embed",)
 LAST_KINDS: Final = ("final_norm", "logits")
 _IN_BLOCK: Final = {
