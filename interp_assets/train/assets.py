@@ -15,7 +15,16 @@ from interp_assets.storage.manifest import Produced, find_made_from, find_manife
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
 from interp_assets.train.lineage import evaluation_lineage, sae_lineage
-from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, evaluation_ref, sae_ref, sweep_ref
+from interp_assets.train.refs import (
+    EVALUATION_VERSION,
+    IMPORT_VERSION,
+    PICK_VERSION,
+    SWEEP_VERSION,
+    TRAIN_VERSION,
+    evaluation_ref,
+    sae_ref,
+    sweep_ref,
+)
 
 GROUP = "train"
 _PRODUCTS = 5
@@ -64,7 +73,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             is_relied_on=True,
             obstacles=_find_obstacles,
             checks=(FINITE_TRAINING,),
-            code_version=f"{code_version(TRAIN_VERSION)}.{code_version(IMPORT_VERSION)}",
+            code_version=".".join(code_version(version) for version in (TRAIN_VERSION, PICK_VERSION, IMPORT_VERSION)),
         ),
         Asset(
             key=("sae_evaluation",),
