@@ -51,9 +51,12 @@ class LogRow(NamedTuple):
 def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     """Address a trained SAE, or an imported one. In a pipeline that has grown a trained one starts from the SAE before."""
     config = pipeline.config.sae(name)
+    identity: dict[str, Any] = {"sae": config.identity()}
+    if renamed := {name: alias for name, alias in pipeline.plan.hook_aliases.items() if name in (*config.sources, *config.targets)}:
+        identity["hook_aliases"] = renamed
     if config.imported:
-        return make_ref("sae", FOLDER, identity={"code": IMPORT_VERSION, "sae": config.identity()}, inputs={}, label=name)
-    identity: dict[str, Any] = {"code": TRAIN_VERSION, "seed": pipeline.config.seed, "sae": config.identity()}
+        return make_ref("sae", FOLDER, identity={"code": IMPORT_VERSION, **identity}, inputs={}, label=name)
+    identity |= {"code": TRAIN_VERSION, "seed": pipeline.config.seed}
     if config.architecture.endswith("topk"):
         identity["pick"] = PICK_VERSION
     inputs: dict[str, str] = {}
