@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from interp_assets.compute import fused
@@ -104,6 +104,12 @@ def sum_squares(values: Float[Tensor, "rows width"]) -> Float[Tensor, ""]:
 def keep_above(grad: Block, level: Block) -> Block:
     """Set `grad` to 0, in place, where `level` is not above 0."""
     return torch.ops.aten.threshold_backward.grad_input(grad, level, 0.0, grad_input=grad)
+
+
+def reach(values: Block, level: Float[Tensor, "rows 1"], n_tied: Int64[Tensor, "rows 1"]) -> Bool[Tensor, "rows latents"]:
+    """Tell which values exceed the level of their row, or are among the first `n_tied` that equal it."""
+    is_tied = values == level
+    return (values > level) | (is_tied & (is_tied.cumsum(1) <= n_tied))
 
 
 def fire(pre: Block, offset: Column, latents: Block) -> Fired:

@@ -91,7 +91,7 @@ class Encoder(NamedTuple):
         return self._find(take_reaching, np.float32(level))
 
     def largest_of_rows(self, k: int) -> Found:
-        """Return the `k` largest positive pre-activations of each row, and all that tie with the last of them."""
+        """Return the `k` largest positive pre-activations of each row, of equal ones the first."""
         n = self.n_latents
         return self._find(take_largest, (k, n // group_size(n, k) if k < n else 1))
 

@@ -55,7 +55,7 @@ def take_reaching(product: Any, block: Any, columns: Any, level: Any, first_plac
 
 @reordered
 def take_largest(product: Any, block: Any, columns: Any, sizes: Any, first_place: Any, room: Any) -> Any:
-    """Find the k largest of each row that are positive, and what ties with the k-th; `sizes` is k and a number of groups, at least k.
+    """Find the k largest of each row that are positive, of equal ones the first; `sizes` is k and a number of groups, at least k.
 
     1. The k-th largest of the maxima of groups, less what digits may be wrong by, is reached by k values: all that may reach it are listed.
     2. The values of those k that seem to be the largest are computed. The smallest is a closer bound.
@@ -188,13 +188,17 @@ def _smallest(values: Any, chosen: Any) -> Any:
 
 @reordered
 def _keep_largest(places: Any, values: Any, start: Any, stop: Any, k: Any) -> Any:
-    """Keep the k largest of [start, stop), and what ties with them, where there are more; return where they end."""
+    """Keep the k largest of [start, stop), of equal ones the first, where there are more; return where they end."""
     if stop - start <= k:
         return stop
-    threshold, kept = bound_largest(values[start:stop], k), start
+    threshold, n_tied, kept = bound_largest(values[start:stop], k), k, start
+    for i in range(start, stop):
+        n_tied -= values[i] > threshold
     for i in range(start, stop):
         places[kept], values[kept] = places[i], values[i]
-        kept += values[i] >= threshold
+        is_tied = values[kept] == threshold
+        kept += (values[kept] > threshold) | (is_tied & (n_tied > 0))
+        n_tied -= is_tied
     return kept
 
 

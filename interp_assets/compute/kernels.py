@@ -213,8 +213,7 @@ def find_above(values: Float[Tensor, "rows S"], bound: Float[Tensor, "rows 1"] |
         places = nonzero(mask)
         return Found(places, values.reshape(-1)[places])
     bounds = bound.reshape(-1).numpy() if isinstance(bound, Tensor) else np.full(len(values), bound, np.float32)
-    counts = np.zeros(len(values), np.int64)
-    loops.over_rows(loops.count_above, len(values), (0, 0), values.numpy(), bounds, counts)
+    counts = _count_above(values, bounds)
     ends = counts.cumsum()
     n = int(ends[-1]) if len(ends) else 0
     if limit is not None and n >= limit:
@@ -222,6 +221,11 @@ def find_above(values: Float[Tensor, "rows S"], bound: Float[Tensor, "rows 1"] |
     columns = np.empty(n, np.int64), np.empty(n, np.float32)
     loops.over_rows(loops.take_above, len(values), (0, 0), values.numpy(), bounds, ends - counts, columns)
     return Found(torch.from_numpy(columns[0]), torch.from_numpy(columns[1]))
+
+
+def count_reaching(values: Float[Tensor, "rows S"], bounds: Float[Tensor, "rows 1"]) -> Int64[Tensor, " rows"]:
+    """Count in each row what is at least the row's bound."""
+    return torch.from_numpy(_count_above(values, bounds.reshape(-1).numpy())) if loops.is_native(values) else (values >= bounds).sum(1)
 
 
 def nonzero(mask: Tensor) -> Int64[Tensor, " n"]:
@@ -275,6 +279,12 @@ def _widen(found: Tensor, out: Tensor, bias: Tensor | None, *, is_added: bool) -
     if found is not out:
         out.copy_(found)
     return out if bias is None else out.add_(bias)
+
+
+def _count_above(values: Tensor, bounds: NDArray[np.float32]) -> NDArray[np.int64]:
+    counts = np.zeros(len(values), np.int64)
+    loops.over_rows(loops.count_above, len(values), (0, 0), values.numpy(), bounds, counts)
+    return counts
 
 
 def _ends(starts: Tensor, pairs: Pairs) -> NDArray[np.int64]:

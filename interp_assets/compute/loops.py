@@ -316,7 +316,7 @@ def take_above(values: Any, bounds: Any, starts: Any, columns: Any, sums: Any, f
 
 @reordered
 def pick_rows(pre: Any, width: Any, places: Any, values: Any, counts: Any, sums: Any, first: Any, last: Any) -> None:  # noqa: ARG001
-    """Write flat places (in order) and values of each row's k largest that are positive; `counts` is -1 where ties don't fit.
+    """Write flat places (in order) and values of each row's k largest that are positive, of equal ones the first; and their counts.
 
     Maxima of `width` strided groups give a bound that at least k values reach, so only groups that reach it are looked at.
     """
@@ -345,13 +345,10 @@ def pick_rows(pre: Any, width: Any, places: Any, values: Any, counts: Any, sums:
                 found[m], strength[m] = c, p[c]
                 m += 1
         threshold = max(bound, bound_largest(strength[:m], k))
-        kept = 0
+        last, kept = _last_tied(found[:m], strength[:m], threshold, k), 0
         for i in range(m):
-            if strength[i] < threshold:
+            if strength[i] < threshold or (strength[i] == threshold and found[i] > last):
                 continue
-            if kept == k:
-                kept = -1
-                break
             c, v, at = row * n + found[i], strength[i], kept
             while at > 0 and places[row, at - 1] > c:
                 places[row, at], values[row, at] = places[row, at - 1], values[row, at - 1]
@@ -359,6 +356,23 @@ def pick_rows(pre: Any, width: Any, places: Any, values: Any, counts: Any, sums:
             places[row, at], values[row, at] = c, v
             kept += 1
         counts[row] = kept
+
+
+@reordered
+def _last_tied(columns: Any, values: Any, threshold: Any, k: Any) -> Any:
+    """Return the last column whose value may tie with the threshold, so that no more than k reach it; `columns` are in any order."""
+    n_above = n_tied = 0
+    for i in range(len(values)):
+        n_above += values[i] > threshold
+        n_tied += values[i] == threshold
+    if n_above + n_tied <= k:
+        return np.iinfo(np.int64).max
+    tied, n = np.empty(n_tied, np.int64), 0
+    for i in range(len(values)):
+        if values[i] == threshold:
+            tied[n] = columns[i]
+            n += 1
+    return np.partition(tied, k - n_above - 1)[k - n_above - 1]
 
 
 @reordered

@@ -42,6 +42,7 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
         tokenizer_fingerprint=facts.tokenizer_fingerprint,
         model_fingerprint=facts.model_fingerprint,
         hook_widths=facts.hook_widths,
+        hook_aliases=facts.hook_aliases,
         vocabulary_size=facts.vocabulary_size,
         max_context=facts.max_context,
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict
 
 from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer, locate_model
 from interp_assets.planning.config import ModelConfig
+from interp_assets.planning.hook_names import alias_of
 from interp_assets.storage.seen import SeenFiles
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 """Raise it when a number is found in another way."""
 
 
@@ -30,6 +31,8 @@ class ModelFacts(BaseModel):
     model_type: str
     hook_widths: dict[str, int]
     """`d_in` of each hook point that was asked for."""
+    hook_aliases: dict[str, str]
+    """TransformerLens' names of those that have another one in this model than in most."""
     vocabulary_size: int
     tokenizer_size: int
     """Tokens of the tokenizer, without those that were added to it."""
@@ -50,15 +53,18 @@ def find_facts(model: ModelConfig, hook_points: Sequence[str], seen: SeenFiles) 
 
 
 def _measure(model: ModelConfig, hook_points: Sequence[str], model_fingerprint: str, tokenizer_fingerprint: str) -> ModelFacts:
-    from interp_assets.garcon.subject import make_meta_model  # noqa: PLC0415 - takes PyTorch and transformers
+    from interp_assets.garcon.points import find_point  # noqa: PLC0415 - takes PyTorch and transformers
+    from interp_assets.garcon.subject import make_meta_model  # noqa: PLC0415 - as above
     from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415
 
     subject, tokenizer = make_meta_model(model), load_tokenizer(model)
+    aliases = {hook_point: find_point(subject.net, hook_point).alias for hook_point in hook_points}
     return ModelFacts(
         model_fingerprint=model_fingerprint,
         tokenizer_fingerprint=tokenizer_fingerprint,
         model_type=subject.net.config.model_type,
         hook_widths={hook_point: subject.d_in(hook_point) for hook_point in hook_points},
+        hook_aliases={name: alias for name, alias in aliases.items() if alias != alias_of(name)},
         vocabulary_size=subject.vocabulary_size,
         tokenizer_size=tokenizer.vocab_size,
         max_context=subject.max_context,

@@ -82,7 +82,7 @@ def find_point(net: PreTrainedModel, name: str) -> HookPoint:
             f"Hook point {name!r}: where the residual stream of a {net.config.model_type!r} model lies is not known here{_peculiarity(net.config)} "
             f"(known: {sorted(ADAPTERS)}). Name a module instead: {_module_examples(net)}."
         )
-    ours = canonical_name(name if adapter.has_rope else name.replace(".hook_q", ".hook_rot_q").replace(".hook_k", ".hook_rot_k"))
+    ours = own_name(net, name)
     if point := _known_points(net).get(ours):
         return _unless_refused(net, point, name)
     if meant := explain_other(name):
@@ -92,6 +92,13 @@ def find_point(net: PreTrainedModel, name: str) -> HookPoint:
         f"{net.config.model_type} has no hook point {name!r}. Near: {near}. The names are {', '.join(f'{kind}.L' for kind in LAYER_KINDS)} "
         f"with L from 0 to {n_layers(net) - 1}, {', '.join((*FIRST_KINDS, *LAST_KINDS))}, or module:<path>."
     )
+
+
+def own_name(net: PreTrainedModel, name: str) -> str:
+    """Return our name of what TransformerLens calls `name` in this network; any other name as it is."""
+    adapter = find_adapter(net.config)
+    has_rope = adapter is None or adapter.has_rope
+    return canonical_name(name if has_rope else name.replace(".hook_q", ".hook_rot_q").replace(".hook_k", ".hook_rot_k"))
 
 
 def name_module(net: PreTrainedModel, path: str) -> list[str]:

@@ -25,6 +25,7 @@ from interp_assets.graph.assembly import assemble
 from interp_assets.graph.fanout import side_by_side
 from interp_assets.graph.jobs import find_missing, run_asset
 from interp_assets.graph.partitions import partitions_of
+from interp_assets.graph.readiness import check_machine
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.asset import NONE, Asset
 from interp_assets.planning.config import PipelineConfig
@@ -70,6 +71,8 @@ def run_backfill(
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     _check_partitions(selected, pipeline, partitions)
+    if not partitions:
+        check_machine(road, pipeline, store, selected)
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
     touched: set[Partition] = set()
     broken: set[Partition] = set()

@@ -31,6 +31,7 @@ from interp_assets.errors import ConfigError, InterpError
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.fanout import side_by_side
 from interp_assets.graph.partitions import claim_history
+from interp_assets.graph.readiness import check_machine
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.asset import NONE, Asset
 from interp_assets.planning.config import PipelineConfig
@@ -155,9 +156,11 @@ def run_road(
     pipeline = load_pipeline(config, store)
     progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
     is_certain = are_counted(pipeline, store)
+    check_machine(road, pipeline, store, rest)
     for siblings in group_siblings(rest):
         if not is_certain and (is_certain := are_counted(pipeline := load_pipeline(config, store), store)):
             road.check(pipeline, store)  # the plan could only estimate the rows
+            check_machine(road, pipeline, store, rest)
         due = [(asset, find_missing(road, asset, pipeline, store, instance)) for asset in siblings]
         with side_by_side([asset for asset, missing in due if missing], config):
             for asset, missing in due:

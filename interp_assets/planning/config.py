@@ -209,6 +209,8 @@ class SaeConfig(_Config):
     """Execution: folder or `s3://` address of an SAE that another tool trained; it is taken from there. `interp import` writes the whole entry."""
     imported_digest: str = ""
     """`imported`: the digest of its files; it, task and hook points are then the identity. Fields from `sparsity_coefficient` on are unused."""
+    accepts_misfit: bool = False
+    """`imported`, execution: it may reconstruct badly, or fire otherwise than its folder says; `--accept-misfit` of the import writes it."""
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the bytes of this SAE: its recipe, or of an imported one its digest, task and hook points."""
@@ -219,7 +221,7 @@ class SaeConfig(_Config):
         return self._dump({"name", "architecture", "task", "hook_point", "target_hook_point", "d_sae", "imported_digest"})
 
     def _dump(self, of_imported: set[str]) -> dict[str, Any]:
-        return self.model_dump(include=of_imported) if self.imported else self.model_dump(exclude={"imported", "imported_digest"})
+        return self.model_dump(include=of_imported) if self.imported else self.model_dump(exclude={"imported", "imported_digest", "accepts_misfit"})
 
     @property
     def is_transcoder(self) -> bool:

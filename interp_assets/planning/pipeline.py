@@ -16,14 +16,17 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, ArtifactMissingError, ConfigError, StoreMissingError
 from interp_assets.planning.config import PipelineConfig, make_config
+from interp_assets.planning.hook_names import alias_of
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import CONFIGURATION, PLAN
 from interp_assets.storage.store import Store, open_store
 
 _FORMAT: Final = "interp-assets/plan"
-_VERSIONS: Final = (1, 2)
-"""Versions that are read. 2 has the key `shuffle`, and is written only where the plan chose one. Raise it with every key that is added: readers
-refuse keys that they do not know."""
+_OPTIONAL: Final = {"shuffle": 2, "hook_aliases": 3}
+"""Keys that are written only where they say something, and from which version on. Raise it with every key that is added: readers refuse keys that
+they do not know."""
+_VERSIONS: Final = (1, *_OPTIONAL.values())
+"""Versions that are read; the lowest that has all of a plan's keys is written."""
 _DROPPED: Final = ("n_empty_files", "empty_files")
 """Keys that some plans of version 1 have and nobody needs."""
 T = TypeVar("T")
@@ -72,6 +75,8 @@ class PipelinePlan:
     """For each generation of training shards, the first shard index after it (`shuffle/generations.py`); empty: all shards are one."""
     shuffle: ChosenShuffle | None = None
     """The shuffle's numbers where the configuration leaves them to the plan, once the rows are counted."""
+    hook_aliases: dict[str, str] = field(default_factory=dict)
+    """TransformerLens' names of the hook points that have another one in this model than in most: queries and keys without RoPE."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class Pipeline:
         """The plan without its shards: these have fingerprints of their own."""
         facts = asdict(self.plan)
         del facts["shards"], facts["generations"], facts["shuffle"]
+        if not self.plan.hook_aliases:
+            del facts["hook_aliases"]
         return facts
 
     @property
@@ -145,6 +152,10 @@ class Pipeline:
                 f"Hook point {hook_point!r} is not in the plan ({sorted(self.plan.hook_widths)}). Plan again with `interp run`."
             ) from None
 
+    def alias(self, hook_point: str) -> str:
+        """Return the name that TransformerLens, and so SAELens, has for a hook point of this model; our own where it has none."""
+        return self.plan.hook_aliases.get(hook_point) or alias_of(hook_point) or hook_point
+
 
 def shard_key(index: int) -> str:
     """Return the partition key of a corpus shard, for example `shard-000017`."""
@@ -167,9 +178,9 @@ def open_pipeline_store(config: PipelineConfig) -> Store:
 def save_plan(store: Store, plan: PipelinePlan, name: str = PLAN) -> bool:
     """Replace the pipeline's plan; answer False when it was the same already."""
     content = {**asdict(plan), "shuffle": plan.shuffle._asdict() if plan.shuffle else None}
-    if plan.shuffle is None:
-        del content["shuffle"]
-    data = (json.dumps({"format": _FORMAT, "version": 2 if plan.shuffle else 1, **content}, sort_keys=True, indent=1) + "\n").encode()
+    content = {name: value for name, value in content.items() if value or name not in _OPTIONAL}
+    version = max([1, *(since for name, since in _OPTIONAL.items() if name in content)])
+    data = (json.dumps({"format": _FORMAT, "version": version, **content}, sort_keys=True, indent=1) + "\n").encode()
     try:
         if store.get(name) == data:
             return False

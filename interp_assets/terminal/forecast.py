@@ -1,6 +1,5 @@
 """What `interp plan` prints: what a pipeline will make, before anything is made; and `interp costs`: what it took, beside that."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any, Final
 from rich.console import Console
 
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN, count_rows
-from interp_assets.errors import ArtifactMissingError, StoreMissingError
+from interp_assets.errors import ArtifactMissingError, PlanError, StoreMissingError
+from interp_assets.graph.readiness import find_lacks, free_bytes
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.assets import ROWS_PER_S
 from interp_assets.planning.config import PipelineConfig
@@ -40,7 +40,8 @@ MAX_PARTITIONS: Final = 5000
 def print_plan(console: Console, config: PipelineConfig, workers: int | None = None) -> None:
     """Print what a pipeline will make: shards, a line for each asset, and the shuffle. `workers`: default `execution.workers`.
 
-    Plans the corpus in memory: a running pipeline keeps its plan.
+    Plans the corpus in memory: a running pipeline keeps its plan. Raises `PlanError` with what stands in the way, and, after the forecast, with what
+    this machine lacks.
     """
     from interp_assets.corpus.plan import describe_empty  # noqa: PLC0415 - takes transformers, and `interp costs` does without
 
@@ -67,6 +68,8 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
         if line.n_partitions > MAX_PARTITIONS:
             advice = "Dagster becomes slow. Raise corpus.shard_bytes or lower features.latent_slices."
             console.print(f"\n{line.name} has {line.n_partitions:,} partitions; above {MAX_PARTITIONS:,} {advice}", soft_wrap=True)
+    if workers == 1 and (lacks := find_lacks(road, pipeline, store, lines)):  # several jobs are planned for other machines than this
+        raise PlanError("\n".join(lacks))
 
 
 def plan_aside(config: PipelineConfig, store: Store) -> Pipeline:
@@ -103,7 +106,7 @@ def _show_bytes(n_bytes: float) -> str:
 
 
 def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line], workers: int) -> None:
-    """Print a line for each asset, the sum, what is assumed, and whether the disk has room."""
+    """Print a line for each asset, the sum, what is assumed, and that the disk has room where it has."""
     rows = [
         (
             line.name if len(line.key) == 1 else "  ".join(line.key[1:]),
@@ -140,16 +143,8 @@ def _print_schedule(console: Console, pipeline: Pipeline, lines: Sequence[Line],
         notes.append("Loops are compiled at first use, once on this machine: one or two minutes more.")
     for note in notes:
         console.print(note, soft_wrap=True, markup=False)
-    print_room(console, pipeline.config.root, free_bytes(pipeline.config.root), written_bytes)
-
-
-def print_room(console: Console, root: str, free: int | None, written_bytes: int) -> None:
-    """Print whether a disk has room for what will be written; nothing where it is not known how much there is."""
-    if free is None:
-        return
-    style = "red" if free < written_bytes else None
-    room = "which is too little: name another `root`, or free some" if free < written_bytes else "which is enough"
-    console.print(f"{root} has {format_bytes(free)} free, {room}.", style=style, soft_wrap=True, markup=False)
+    if (free := free_bytes(pipeline.config.root)) is not None and free >= written_bytes:
+        console.print(f"{pipeline.config.root} has {format_bytes(free)} free, which is enough.", soft_wrap=True, markup=False)
 
 
 def _show_rows(n_rows: int) -> str:
@@ -158,14 +153,6 @@ def _show_rows(n_rows: int) -> str:
 
 def _or_dash(n_bytes: int) -> str:
     return format_bytes(n_bytes) if n_bytes else "-"
-
-
-def free_bytes(root: str) -> int | None:
-    """Return the free bytes of the disk that a local root lies on, or will; None for buckets."""
-    if "://" in root:
-        return None
-    folder = Path(root).expanduser().absolute()
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
 
 
 def _print_shuffle(console: Console, pipeline: Pipeline, store: Store, workers: int) -> None:

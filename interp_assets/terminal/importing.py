@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from interp_assets.errors import ArtifactMissingError, ConfigError, InputError
-from interp_assets.garcon.points import MODULE, name_block_part, name_module
+from interp_assets.garcon.points import MODULE, name_block_part, name_module, own_name
 from interp_assets.garcon.subject import make_meta_model
 from interp_assets.planning.config import PipelineConfig, SaeConfig, load_config, make_config
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
@@ -53,7 +53,7 @@ class Import(NamedTuple):
 def plan_import(config: PipelineConfig, place: Place, *, accept_misfit: bool = False) -> Import:
     """Read and check a folder against a pipeline. Raises `InputError` or `ConfigError` for what does not fit, with what does.
 
-    `accept_misfit` makes a warning of a reconstruction or an L0 that is far off.
+    `accept_misfit` makes a warning of a reconstruction or an L0 that is far off, and the entry remembers that it was meant.
     """
     folder = place.folder if "://" in place.folder else str(Path(place.folder).expanduser().resolve())
     foreign = open_foreign(folder)
@@ -77,6 +77,7 @@ def plan_import(config: PipelineConfig, place: Place, *, accept_misfit: bool = F
         "k": min(sae.d_sae, sae.k or max(1, round(origin.l0 or 32))),
         "imported": folder,
         "imported_digest": foreign.digest,
+        "accepts_misfit": accept_misfit,
     }
     entry = make_config({**config.model_dump(), "saes": [*(item.model_dump() for item in config.saes), fields]}).sae(name)
     warnings, fit = _compare(config, entry, foreign, told), None
@@ -127,9 +128,10 @@ def print_import(console: Console, found: Import) -> None:
 
 def make_entry(entry: SaeConfig) -> str:
     """Write the entry as YAML, as an item of `saes`; fields that keep their defaults are left out."""
-    shown = entry.model_dump(include={*_SHOWN}) | (entry.model_dump(include={"task", "target_hook_point"}) if entry.is_transcoder else {})
+    extras = (*(("task", "target_hook_point") if entry.is_transcoder else ()), *(("accepts_misfit",) if entry.accepts_misfit else ()))
+    shown = entry.model_dump(include={*_SHOWN, *extras})
     notes = {"k": "  # expected L0, for estimates of cost only"} if entry.architecture != "topk" else {}
-    lines = [f"{name}: {_scalar(shown[name])}{notes.get(name, '')}" for name in (*_SHOWN, "task", "target_hook_point") if name in shown]
+    lines = [f"{name}: {_scalar(shown[name])}{notes.get(name, '')}" for name in (*_SHOWN, *extras)]
     return "- " + "\n  ".join(lines) + "\n"
 
 
@@ -162,6 +164,8 @@ def add_entry(path: Path, entry: SaeConfig) -> None:
 
 def _scalar(value: str | int) -> str:
     """Write a value in YAML; what could be taken for something else than text in quotes."""
+    if isinstance(value, bool):
+        return str(value).lower()
     is_plain = isinstance(value, int) or (re.fullmatch(r"[a-z][a-z0-9]*[_a-z][a-z0-9_.]*", value) and yaml.safe_load(value) == value)
     return str(value) if is_plain else json.dumps(value, ensure_ascii=False)
 
@@ -188,6 +192,8 @@ def _find_names(config: PipelineConfig, hook: str) -> list[str]:
     if translated := translate_hook(hook):
         return [translated]
     net = make_meta_model(config.model).net
+    if (ours := own_name(net, hook)) != hook:
+        return [ours]
     if part := BLOCK_PART.search(hook):
         return name_block_part(net, "mlp" if part["part"] == "mlp" else "attn", int(part["layer"]))
     return name_module(net, hook)

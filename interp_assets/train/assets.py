@@ -15,7 +15,16 @@ from interp_assets.storage.manifest import Produced, find_made_from, find_manife
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
 from interp_assets.train.lineage import evaluation_lineage, sae_lineage
-from interp_assets.train.refs import EVALUATION_VERSION, IMPORT_VERSION, SWEEP_VERSION, TRAIN_VERSION, evaluation_ref, sae_ref, sweep_ref
+from interp_assets.train.refs import (
+    EVALUATION_VERSION,
+    IMPORT_VERSION,
+    PICK_VERSION,
+    SWEEP_VERSION,
+    TRAIN_VERSION,
+    evaluation_ref,
+    sae_ref,
+    sweep_ref,
+)
 
 GROUP = "train"
 _PRODUCTS = 5
@@ -64,7 +73,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             is_relied_on=True,
             obstacles=_find_obstacles,
             checks=(FINITE_TRAINING,),
-            code_version=f"{code_version(TRAIN_VERSION)}.{code_version(IMPORT_VERSION)}",
+            code_version=".".join(code_version(version) for version in (TRAIN_VERSION, PICK_VERSION, IMPORT_VERSION)),
         ),
         Asset(
             key=("sae_evaluation",),
@@ -133,7 +142,7 @@ def _find_obstacles(pipeline: Pipeline, store: Store) -> list[str]:
         try:
             _look_at(pipeline, sae)
         except InterpError as error:
-            found.append(f"SAE {sae.name!r}: {error}")
+            found.append(str(error) if sae.imported else f"SAE {sae.name!r}: {error}")
         if not sae.imported and n_rows < sae.batch_rows:
             found.append(
                 f"SAE {sae.name!r} takes {sae.batch_rows:,} rows a batch (batch_rows), and the training shards have at most {n_rows:,}: a batch "
@@ -143,11 +152,11 @@ def _find_obstacles(pipeline: Pipeline, store: Store) -> list[str]:
 
 
 def _look_at(pipeline: Pipeline, sae: SaeConfig) -> None:
-    """Raise what an SAE's import or training would, as far as it is known; imports only what it needs, because planning does without PyTorch."""
+    """Raise what an SAE's import or training would, as far as it is known; only those need PyTorch, which takes seconds."""
     if sae.imported:
-        from interp_assets.train.exchange.imported import find_folder
+        from interp_assets.train.exchange.imported import read_import
 
-        find_folder(sae.imported)
+        read_import(pipeline, sae.name)
     elif max(pipeline.config.execution.processes, pipeline.config.execution.latent_processes) > 1:
         from interp_assets.train.launch import check_processes
 

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from interp_assets.errors import ArtifactForeignError, InputError
 from interp_assets.planning.config import SaeConfig
-from interp_assets.planning.hook_names import alias_of
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, load_manifest, read_file
 from interp_assets.storage.store import Store
@@ -59,15 +58,15 @@ class Source(NamedTuple):
     context_length: int | None
 
 
-def save_sae(art: ArtifactWriter, sae: Sae, source: Pipeline | Source, config: SaeConfig, *, l0: float | None) -> None:
-    """Write an SAE's two exchange files into its artifact; `source` and `l0` go into the metadata for readers of other tools."""
+def save_sae(art: ArtifactWriter, sae: Sae, pipeline: Pipeline, config: SaeConfig, *, l0: float | None, source: Source | None = None) -> None:
+    """Write an SAE's two exchange files into its artifact; `l0` and `source`, by default the pipeline, are metadata for readers of other tools."""
     tensors = {"W_dec": sae.W_dec, "W_enc": sae.W_enc, "b_dec": sae.b_dec, "b_enc": sae.b_enc}
     if sae.kind == "jump_relu":
         tensors["threshold"] = sae.threshold
     if sae.W_skip is not None:
         tensors["W_skip"] = sae.W_skip.T
     save_tensors(art, WEIGHTS, {name: value.to(torch.float32).contiguous() for name, value in tensors.items()})
-    cfg = _make_cfg(sae, source if isinstance(source, Source) else _source(source, config), config, l0)
+    cfg = _make_cfg(sae, pipeline, config, source or _source(pipeline, config), l0)
     art.put(CONFIG, (json.dumps(cfg, sort_keys=True, indent=1) + "\n").encode())
 
 
@@ -109,11 +108,6 @@ def read_sae(store: Store, path: str, manifest: Manifest) -> Sae:
     )
 
 
-def sae_lens_hook_name(hook_point: str) -> str:
-    """Return the name that SAELens and TransformerLens give a hook point: `resid_post.2` is `blocks.2.hook_resid_post`."""
-    return alias_of(hook_point) or hook_point
-
-
 def _architecture(sae: Sae, config: SaeConfig) -> str:
     name = _ARCHITECTURES[sae.kind]
     if not config.is_transcoder:
@@ -132,7 +126,7 @@ def _public_name(name: str) -> str:
     return "" if Path(name).expanduser().is_dir() else name
 
 
-def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> dict[str, Any]:
+def _make_cfg(sae: Sae, pipeline: Pipeline, config: SaeConfig, source: Source, l0: float | None) -> dict[str, Any]:
     told = {
         "training_architecture": source.architecture,
         "model_name": source.model,
@@ -151,7 +145,7 @@ def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> 
         "metadata": {
             "sae_lens_version": "6.0.0",
             **{name: value for name, value in told.items() if value},
-            "hook_name": sae_lens_hook_name(config.hook_point),
+            "hook_name": pipeline.alias(config.hook_point),
             "hook_point": config.hook_point,
             "prepend_bos": True,
             "l0": l0,
@@ -159,7 +153,7 @@ def _make_cfg(sae: Sae, source: Source, config: SaeConfig, l0: float | None) -> 
     }
     if config.is_transcoder:
         cfg["d_out"] = sae.d_out
-        cfg["metadata"]["hook_name_out"] = sae_lens_hook_name(config.target_hook_point)
+        cfg["metadata"]["hook_name_out"] = pipeline.alias(config.target_hook_point)
         cfg["metadata"]["target_hook_point"] = config.target_hook_point
     if config.task == "crosscoder":
         cfg["metadata"]["hook_points"] = list(config.sources)

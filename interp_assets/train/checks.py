@@ -50,13 +50,18 @@ def _judge_quality(name: str, facts: Mapping[str, Any]) -> Verdict:
 
 
 def _imported_fit(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
-    misfits = dict.fromkeys(keys, "")
-    for name in (name for name in keys if pipeline.config.sae(name).imported):
-        facts, told = load_manifest(store, evaluation_ref(pipeline, name)).facts, load_manifest(store, sae_ref(pipeline, name)).facts["imported"]
-        fit = Fit(**{field: facts[field] for field in Fit._fields})
-        if misfit := explain_misfit(fit, Claims(told["l0"], "its folder")):
-            misfits[name] = misfit
-    return {name: Verdict([f"SAE {name}: {misfit}"] if misfit else [], {"misfit": misfit or "none"}) for name, misfit in misfits.items()}
+    return {name: _judge_fit(pipeline, store, name) for name in keys}
+
+
+def _judge_fit(pipeline: Pipeline, store: Store, name: str) -> Verdict:
+    if not pipeline.config.sae(name).imported:
+        return Verdict([], {"misfit": "none"})
+    facts, told = load_manifest(store, evaluation_ref(pipeline, name)).facts, load_manifest(store, sae_ref(pipeline, name)).facts["imported"]
+    misfit = explain_misfit(Fit(**{field: facts[field] for field in Fit._fields}), Claims(told["l0"], "its folder"))
+    if misfit and pipeline.config.sae(name).accepts_misfit:
+        return Verdict([], {"misfit": f"accepted: {misfit}"})
+    remedy = " If it is meant so, say accepts_misfit: true in its entry."
+    return Verdict([f"SAE {name}: {misfit}{remedy}"] if misfit else [], {"misfit": misfit or "none"})
 
 
 def _outlier_rows(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:

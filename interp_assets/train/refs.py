@@ -1,7 +1,7 @@
 """Where SAEs, their evaluations and the table of all of them lie, and what a row of a training curve is."""
 
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from interp_assets.harvest.refs import activation_ids, statistics_ref
 from interp_assets.planning.pipeline import Pipeline
@@ -16,6 +16,9 @@ METRICS: Final = "metrics.json"
 """The measurements of an SAE, in the terms of SAEBench."""
 TRAIN_VERSION = 7
 """Raise it when the same rows would give other weights, or an SAE keeps other digests."""
+
+PICK_VERSION = 1
+"""Raise it when an SAE of the TopK family would get other weights because other latents are picked."""
 
 IMPORT_VERSION = 3
 """Raise it when the same folder would give other weights."""
@@ -48,9 +51,14 @@ class LogRow(NamedTuple):
 def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     """Address a trained SAE, or an imported one. In a pipeline that has grown a trained one starts from the SAE before."""
     config = pipeline.config.sae(name)
+    identity: dict[str, Any] = {"sae": config.identity()}
+    if renamed := {name: alias for name, alias in pipeline.plan.hook_aliases.items() if name in (*config.sources, *config.targets)}:
+        identity["hook_aliases"] = renamed
     if config.imported:
-        return make_ref("sae", FOLDER, identity={"code": IMPORT_VERSION, "sae": config.identity()}, inputs={}, label=name)
-    identity = {"code": TRAIN_VERSION, "seed": pipeline.config.seed, "sae": config.identity()}
+        return make_ref("sae", FOLDER, identity={"code": IMPORT_VERSION, **identity}, inputs={}, label=name)
+    identity |= {"code": TRAIN_VERSION, "seed": pipeline.config.seed}
+    if config.architecture.endswith("topk"):
+        identity["pick"] = PICK_VERSION
     inputs: dict[str, str] = {}
     for hook_point in dict.fromkeys((*config.sources, *config.targets)):
         suffix = "" if hook_point == config.hook_point else f".{hook_point}"

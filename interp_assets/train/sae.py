@@ -11,8 +11,7 @@ its activation:
     jump_relu   `threshold[latent]`, never negative. BatchTopK and Matryoshka (one calibrated value) and Gated (Rajamanoharan et al.
                 2024, section 3: tied gates equal a threshold) are saved as this kind.
     topk        one value per row, below its k-th largest pre-activation and not below the next, none below 0: their midpoint, or where they tie
-                the float32 just below. Of those that tie with the k-th the first fire, so many that k do. (In training, where exact
-                ties pass with the next step, all of them do: `losses/sparsify.py`.)
+                the float32 just below. Of those that tie with the k-th the first fire, so many that k do, in training too.
 
 Training does not belong here: see `recipes.py` and `loop.py`.
 """
@@ -24,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_assets.compute.elementwise import reach
 from interp_assets.compute.products import multiply
 
 SaeKind = Literal["relu", "jump_relu", "topk"]
@@ -82,8 +82,7 @@ class Sae:
         fires = pre > threshold
         if self.kind == "topk" and (crowded := fires.sum(1) > self.k).any():
             kth = torch.nextafter(threshold[crowded], torch.full_like(threshold[crowded], torch.inf))
-            is_tied, n_above = pre[crowded] == kth, (pre[crowded] > kth).sum(1, keepdim=True)
-            fires[crowded] &= ~is_tied | (is_tied.cumsum(1) <= self.k - n_above)
+            fires[crowded] = reach(pre[crowded], kth, self.k - (pre[crowded] > kth).sum(1, keepdim=True))
         return torch.where(fires, pre, 0.0)
 
     def decode(self, latents: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:

@@ -103,12 +103,12 @@ def test_scales_that_overflow_are_no_damage() -> None:
 def test_the_largest_of_each_row_are_those_of_the_plain_formula(
     seed: int, shape: tuple[int, int, int], spread: float, coarse: bool, kind: Kind, threads: int, k: int
 ) -> None:
-    """Active where pre >= the k-th largest of its row, and pre > 0: ties, rows of zeros, few positive values and k beyond the width too."""
+    """And of equal ones the first: ties, rows of zeros, few positive values and k beyond the width too."""
     torch.set_num_threads(threads)
     x, W, b = draw(seed, shape, spread, coarse=coarse)
     encoder, pre = encode(x, W, b, kind), plain_pre(x, W, b)
-    kth = pre.sort(dim=1, descending=True).values[:, min(k, len(W)) - 1 :][:, :1]
-    expected = pre >= kth.clamp(min=TINY)
+    in_order = pre.argsort(dim=1, descending=True, stable=True)[:, :k]
+    expected = torch.zeros_like(pre, dtype=torch.bool).scatter(1, in_order, value=True) & (pre >= TINY)
     assert encoder.is_finite
     assert_found(encoder.largest_of_rows(k), pre, expected)
     assert_found(encode_per_row(encoder, k, ONE_RANK, len(W)), pre, expected)

@@ -52,6 +52,13 @@ def test_facts_are_those_of_the_model_and_are_measured_once(tmp_path: Path) -> N
     assert (facts.n_parameters, facts.model_type, facts.is_causal) == (sum(weight.numel() for weight in net.parameters()), "gpt2", True)
 
 
+@pytest.mark.parametrize(("family", "aliases"), [("gpt2", {"q.0": "blocks.0.attn.hook_q"}), ("llama", {})])
+def test_queries_have_another_name_where_there_is_no_rope(tmp_path: Path, family: str, aliases: dict[str, str]) -> None:
+    """An SAE at `q.0` of GPT-2 was exported for `hook_rot_q`, which that model does not have."""
+    facts, _ = _find(save_model(tmp_path / "model", family), tmp_path / "notes", ["q.0", "v.0", "resid_post.0"])
+    assert facts.hook_aliases == aliases
+
+
 def test_what_is_noted_is_found_without_pytorch(tmp_path: Path) -> None:
     """PyTorch and transformers are most of what a plan takes: nothing on the way to the notes may ask them, weights' fingerprint included."""
     folder, notes = save_model(tmp_path / "model", "gpt2"), tmp_path / "notes"

@@ -125,6 +125,18 @@ def test_the_plan_survives_the_store(small_pipeline: Pipeline, memory_store: Sto
     assert load_pipeline(small_pipeline.config, memory_store) == small_pipeline
 
 
+@pytest.mark.parametrize(("aliases", "version"), [({}, 1), ({"q.0": "blocks.0.attn.hook_q"}, 3)])
+def test_a_plan_has_the_lowest_version_that_knows_its_keys(
+    small_pipeline: Pipeline, memory_store: Store, aliases: dict[str, str], version: int
+) -> None:
+    """An earlier release refuses what it does not know, and nothing else."""
+    plan = replace(small_pipeline.plan, hook_aliases=aliases)
+    save_plan(memory_store, plan)
+    content = json.loads(memory_store.get("plan.json"))
+    assert (content["version"], content.get("hook_aliases", {})) == (version, aliases)
+    assert load_pipeline(small_pipeline.config, memory_store).plan == plan
+
+
 def test_no_plan_and_a_damaged_plan_say_what_to_do(small_pipeline: Pipeline, memory_store: Store) -> None:
     """The first thing a new user meets."""
     with pytest.raises(ArtifactMissingError, match=r"'small' has no plan at .*Materialize `corpus_plan`"):
@@ -139,7 +151,7 @@ def test_a_newer_plan_is_named_and_not_called_damaged(small_pipeline: Pipeline, 
     save_plan(memory_store, small_pipeline.plan)
     plan = json.loads(memory_store.get("plan.json"))
     memory_store.put("plan.json", json.dumps({**plan, "version": 9, "news": 1}).encode())
-    with pytest.raises(ArtifactForeignError, match=r"is \('interp-assets/plan', 9\), this release reads .*\(1, 2\)\. Use the release"):
+    with pytest.raises(ArtifactForeignError, match=r"is \('interp-assets/plan', 9\), this release reads .*\(1, 2, 3\)\. Use the release"):
         load_pipeline(small_pipeline.config, memory_store)
 
 

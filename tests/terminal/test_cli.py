@@ -24,7 +24,6 @@ from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import open_store
 from interp_assets.storage.verify import Fault, list_tree, verify_tree
 from interp_assets.terminal import cli
-from interp_assets.terminal.forecast import free_bytes, print_room
 from interp_assets.terminal.starter import make_starter
 
 OPTIONS = {
@@ -271,8 +270,6 @@ def test_serve_without_a_bundle_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_finished_asset_is_one_line() -> None:
     """Logs of a run read like a table; a check that did not pass stands beside its asset."""
-    from rich.console import Console
-
     from interp_assets.terminal.console import print_report, print_total
 
     console = Console(width=200, record=True, file=io.StringIO())
@@ -474,14 +471,21 @@ def test_a_full_disk_is_named_by_what_the_system_said() -> None:
     assert "files: [Errno 28] No space left on device. Free" in done.stderr
 
 
-def test_a_disk_without_a_byte_free_is_said_to_be_too_small() -> None:
-    """0 bytes are what a forecast is for; of a bucket nothing is known, and nothing said."""
-    shown = io.StringIO()
-    console = Console(file=shown, width=200)
-    print_room(console, "s3://bucket/x", free_bytes("s3://bucket/x"), 5_000_000_000)
-    assert not shown.getvalue()
-    print_room(console, "data", 0, 5_000_000_000)
-    assert "data has 0 B free, which is too little: name another `root`" in shown.getvalue()
+def test_plan_forecasts_and_then_refuses_what_the_disk_has_no_room_for(tmp_path: Path) -> None:
+    """The forecast says where the bytes go; the exit code says that a run would be refused. Of a bucket nothing is known."""
+    save_model(tmp_path / "model", "gpt2")
+    write_texts(tmp_path / "texts", n_files=4, n_chars=900)
+    sae = {"name": "demo", "hook_point": "resid_post.0", "d_sae": 1 << 45, "k": 4, "batch_rows": 128}
+    changes = {"corpus": {"shard_bytes": 900}, "saes": [sae], "features": {"saes": []}}
+    config = make_tiny_config(tmp_path / "model", tmp_path / "texts", root=str(tmp_path / "data"), **changes)
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    refused = invoke("plan", "--config", str(tmp_path / "p.yaml"))
+    assert "together" in refused.stdout
+    assert "which is enough" not in refused.stdout
+    assert isinstance(refused.exception, PlanError)
+    assert re.search(r"data has [\d.,]+ \wB free, and [\d.,]+ \wB will be written \(sae ", str(refused.exception))
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({**config.model_dump(), "root": "memory://x"}))
+    assert invoke("plan", "--config", str(tmp_path / "p.yaml")).exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import InputError
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
-from interp_assets.planning.config import PipelineConfig, make_config
+from interp_assets.planning.config import PipelineConfig, load_config, make_config
 from interp_assets.planning.pipeline import Pipeline, save_plan
 from interp_assets.storage.manifest import create_artifact
 from interp_assets.storage.store import Store, open_store
@@ -32,6 +32,8 @@ from interp_assets.train.launch import run_training
 from interp_assets.train.sae import Sae
 
 D_IN, D_SAE = 16, 24
+SCALER = Path(__file__).parents[1] / "golden" / "saelens_scaler.json"
+"""`scaled` of `rows`; `unscaled` of twice that plus `shift`."""
 GENERATOR = torch.Generator().manual_seed(11)
 X = torch.randn(30, D_IN, generator=GENERATOR)
 
@@ -167,6 +169,14 @@ def test_a_place_that_is_not_harvested_or_not_there_is_said(tmp_path: Path) -> N
         plan_import(config, Place(str(save_dictionary(tmp_path / "in", {"k": 3, "submodule_name": "mlp_layer_1"}, {"io": "in"}))))
 
 
+@pytest.mark.parametrize(("family", "hook"), [("gpt2", "blocks.0.attn.hook_q"), ("llama", "blocks.0.attn.hook_rot_q")])
+def test_queries_are_found_by_the_name_they_have_in_the_model(tmp_path: Path, family: str, hook: str) -> None:
+    """`hook_q` is read before RoPE where there is one, and is `q.0` where there is none."""
+    config = configure(save_model(tmp_path / "model", family), ["q.0"])
+    folder = save_saelens(tmp_path / "sae", {**MODERN, "metadata": {"sae_lens_version": "6.54.0", "hook_name": hook}})
+    assert plan_import(config, Place(str(folder))).entry.hook_point == "q.0"
+
+
 # scaling
 
 
@@ -207,6 +217,22 @@ def test_a_checkpoint_that_scales_its_rows_is_the_same_function(scaling: str, ar
     torch.testing.assert_close(scaled.encode(X), latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scaled.reconstruct(X, scaled.encode(X)), x_hat, rtol=1e-5, atol=1e-5)
     assert read_foreign(open_store(str(folders[0]))).digest != read_foreign(open_store(str(folders[1]))).digest
+
+
+def test_scaled_rows_are_those_of_saelens_own_class(tmp_path: Path) -> None:
+    """The numbers are what `ActivationScaler` of SAELens made of these rows (float64): it scales first and then whitens, and back again."""
+    golden = {name: torch.tensor(value, dtype=torch.float64) for name, value in json.loads(SCALER.read_text()).items()}
+    n = len(golden["mean"])
+    both = torch.cat([torch.eye(n), -torch.eye(n)])
+    weights = {"W_enc": both.T.contiguous(), "b_enc": torch.zeros(2 * n), "W_dec": 2 * both, "b_dec": golden["shift"].float()}
+    config = {**MODERN, "d_in": n, "d_sae": 2 * n, "apply_b_dec_to_input": False, "normalize_activations": "covariance_whitening"}
+    folder = save_saelens(tmp_path / "sae", config, **weights)
+    (folder / "activation_scaler.json").write_text(json.dumps({"scaling_factor": float(golden["scaling_factor"])}))
+    save_file({name: golden[name] for name in ("mean", "matrix", "inverse_matrix")}, folder / "activation_whitening.safetensors")
+    sae, x = read(folder), golden["rows"].float()
+    latents = sae.encode(x)
+    torch.testing.assert_close((latents[:, :n] - latents[:, n:]).double(), golden["scaled"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.reconstruct(x, latents).double(), golden["unscaled"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -393,8 +419,9 @@ def test_a_wild_one_is_refused_with_the_likely_cause_and_taken_in_on_request(tra
         InputError, match=r"does not fit resid_post.0: on [\d,]+ held-out rows the median row's squared error is .* more than 1: .* Likely"
     ):
         invoke(*command)
-    done = invoke(*command, "--accept-misfit")
+    done = invoke(*command, "--accept-misfit", "--add")
     assert "the mean alone would do better" in " ".join(done.stderr.split())
+    assert load_config(trained / "pipeline.yaml").sae("wild-resid_post.0").accepts_misfit
 
 
 @pytest.mark.parametrize(

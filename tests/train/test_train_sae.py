@@ -1,6 +1,7 @@
 """The frozen SAE and its exchange files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from interp_assets.planning.config import PipelineConfig, SaeConfig, ShuffleConf
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.manifest import create_artifact, load_manifest, read_file
 from interp_assets.storage.store import Store, open_store
-from interp_assets.train.checkpoint import load_sae, sae_lens_hook_name, save_sae
+from interp_assets.train.checkpoint import load_sae, save_sae
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.sae import Sae, SaeKind
 
@@ -120,10 +121,27 @@ def test_an_sae_that_was_never_trained_is_a_clear_error() -> None:
         load_sae(make_pipeline(), open_store("memory://"), "demo")
 
 
-def test_hook_points_get_the_names_of_transformer_lens() -> None:
-    """Other tools look the hook up by this name."""
-    assert sae_lens_hook_name("mlp_out.11") == "blocks.11.hook_mlp_out"
-    assert sae_lens_hook_name("module:model.layers.3") == "module:model.layers.3"
+def test_hook_points_get_the_names_of_transformer_lens_in_this_model() -> None:
+    """Other tools look the hook up by this name; queries and keys have another one where there is no RoPE."""
+    pipeline = make_pipeline()
+    assert pipeline.alias("mlp_out.11") == "blocks.11.hook_mlp_out"
+    assert pipeline.alias("module:model.layers.3") == "module:model.layers.3"
+    assert pipeline.alias("q.1") == "blocks.1.attn.hook_rot_q"
+    without_rope = replace(pipeline, plan=replace(pipeline.plan, hook_aliases={"q.1": "blocks.1.attn.hook_q"}))
+    assert without_rope.alias("q.1") == "blocks.1.attn.hook_q"
+
+
+def test_only_an_sae_at_a_renamed_hook_point_has_another_id(memory_store: Store) -> None:
+    """Its `cfg.json` has other bytes; all others keep their ids, and their training."""
+    pipeline = make_pipeline()
+    renamed = replace(pipeline, plan=replace(pipeline.plan, hook_aliases={"resid_post.2": "elsewhere"}))
+    other = replace(pipeline, plan=replace(pipeline.plan, hook_aliases={"q.2": "blocks.2.attn.hook_q"}))
+    assert sae_ref(other, "demo") == sae_ref(pipeline, "demo") != sae_ref(renamed, "demo")
+    ref = sae_ref(renamed, "demo")
+    with create_artifact(memory_store, ref) as art:
+        save_sae(art, make_sae("relu"), renamed, renamed.config.sae("demo"), l0=None)
+    cfg = json.loads(read_file(memory_store, ref.path, load_manifest(memory_store, ref), "cfg.json"))
+    assert cfg["metadata"]["hook_name"] == "elsewhere"
 
 
 @pytest.mark.slow

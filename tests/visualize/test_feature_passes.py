@@ -53,6 +53,24 @@ def test_records_equal_brute_force(make_world, run_passes, read_records, expect_
             assert record["examples"][name] == wanted[name], (record["latent"], name)
 
 
+@pytest.mark.parametrize("scale", [0.123451, 0.0345149])
+def test_values_beside_a_peak_are_rounded_once(make_world, run_passes, read_records, expect_records, scale):
+    """To 3 digits at once: by way of the peak's 4 digits, 0.123451 became 0.1235, and then 0.124."""
+    world = make_world("relu")
+    world.sae.W_enc.mul_(scale)
+    world.sae.b_enc.mul_(scale)
+    world = world.variant()
+    n_beside = n_otherwise = 0
+    for record, wanted in zip(read_all(world, run_passes, read_records), expect_records(world), strict=True):
+        for window, exact in zip(record["examples"]["random"], wanted["random"], strict=True):
+            for (place, value), (exact_place, exact_value) in zip(window["activations"], exact["activations"], strict=True):
+                n_digits = 4 if place == window["peak"] else 3
+                assert (place, value) == (exact_place, float(f"{exact_value:.{n_digits - 1}e}"))
+                n_beside += n_digits == 3
+                n_otherwise += n_digits == 3 and value != float(f"{float(f'{exact_value:.3e}'):.2e}")
+    assert n_beside > n_otherwise > 20
+
+
 @pytest.mark.parametrize("one_per_document", [True, False])
 def test_top_examples_that_repeat_a_text_are_shown_once(make_world, run_passes, read_records, expect_records, one_per_document):
     """Copied files fill the top of many latents. Two words make every text a copy of another; any cutting of the work agrees."""

@@ -35,18 +35,11 @@ def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
     ref = sae_ref(pipeline, name)
     if (manifest := find_manifest(store, ref)) is not None:
         return Produced(ref, manifest, is_cached=True)
-    config = pipeline.config.sae(name)
-    foreign = open_foreign(config.imported, config.looked_in)
-    if foreign.digest != config.imported_digest:
-        raise InputError(
-            f"SAE {name!r}: the files in {config.imported} have the digest {foreign.digest}, imported_digest says {config.imported_digest}: they are "
-            "not the ones that were imported. Put those back, or run `interp import` again for an entry of another name."
-        )
-    check_sizes(pipeline, config, foreign.sae)
+    config, foreign = pipeline.config.sae(name), read_import(pipeline, name)
     sae, told, frequency = foreign.sae, foreign.recorded, foreign.firing_frequency
     with create_artifact(store, ref) as art:
         source = Source(told.architecture, told.model, told.dataset, told.context_length)
-        save_sae(art, sae, source, config, l0=told.l0)
+        save_sae(art, sae, pipeline, config, l0=told.l0, source=source)
         if frequency is not None:
             save_tensors(art, FREQUENCY, {"firing_frequency": frequency, "n_rows": torch.tensor([0])})
         art.facts |= {
@@ -63,17 +56,25 @@ def import_sae(pipeline: Pipeline, store: Store, name: str) -> Produced:
     return art.produced
 
 
+def read_import(pipeline: Pipeline, name: str) -> Foreign:
+    """Read the folder of an imported SAE. Raises `InputError` when it is not what the configuration and the plan say."""
+    config = pipeline.config.sae(name)
+    foreign = open_foreign(config.imported, config.looked_in)
+    if foreign.digest != config.imported_digest:
+        raise InputError(
+            f"SAE {name!r}: the files in {config.imported} have the digest {foreign.digest}, imported_digest says {config.imported_digest}: they are "
+            "not the ones that were imported. Put those back, or run `interp import` again for an entry of another name."
+        )
+    check_sizes(pipeline, config, foreign.sae)
+    return foreign
+
+
 def open_foreign(address: str, looked_in: str = "") -> Foreign:
     """Read the SAE at a folder or `s3://` address; `looked_in` says where else. Raises `InputError` when none can be read."""
-    find_folder(address, looked_in)
-    return read_foreign(open_store(address))
-
-
-def find_folder(address: str, looked_in: str = "") -> None:
-    """Raise `InputError` when an address is no folder that is there, without reading it; what a bucket holds is known when it is read."""
     if "://" not in address and not Path(address).expanduser().is_dir():
         kind = "a file: name the folder it lies in" if Path(address).expanduser().is_file() else "not there"
         raise InputError(f"The folder {address} of an imported SAE is {kind}{looked_in}. Download it first, or correct its address.")
+    return read_foreign(open_store(address))
 
 
 def check_sizes(pipeline: Pipeline, config: SaeConfig, sae: Sae) -> None:

@@ -5,8 +5,9 @@ Both rules are stated by a threshold value, so that the answer is a pure functio
     per row      active where pre >= the k-th largest of its row, and pre > 0            (Gao et al. 2024)
     per batch    active where pre >= the (k * rows)-th largest of the batch, and pre > 0   (Bussmann et al. 2024)
 
-Values that tie with the threshold are all active. Both rules are global: with several ranks the threshold is that of the whole row, or
-of the global batch, found exactly from each rank's own largest values.
+Of values that tie with the threshold the first are active, by latent, or by row and latent: no more than k, or k * rows, in all. Both rules are
+global: with several ranks the threshold is that of the whole row, or of the global batch, found exactly from each rank's own largest values, and the
+first are those of the whole row, or of the global batch.
 
 On a CPU, float32 pre-activations are not all computed: `compute/encode.py` finds those that reach a level, or the largest of each row, and the rules
 are applied to these. The level of the batch rule is a guess, the quantile of a few strided rows, with a margin; should too few values reach it,
@@ -30,8 +31,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_assets.compute.elementwise import reach
 from interp_assets.compute.encode import Encoder, group_size, sample_rows
-from interp_assets.compute.kernels import Found, find_above, nonzero
+from interp_assets.compute.kernels import Found, count_reaching, count_true, find_above, nonzero
 from interp_assets.compute.loops import is_native, over_rows, pick_rows
 from interp_assets.train.parallel import ONE_RANK, Ranks
 
@@ -46,40 +48,53 @@ def pick_per_row(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: i
     n_rows, n = pre.shape
     if k >= n_total:
         return candidates_above(pre, 0.0)
-    if ranks.n_slices == 1 and is_native(pre) and (active := _pick_rows(pre, k)) is not None:
-        return active
-    return keep_largest_of_rows(candidates_above(pre, _row_bounds(pre, k) if k < n else 0.0), (n_rows, n), k, ranks)
+    if ranks.n_slices == 1 and is_native(pre):
+        return _pick_rows(pre, k)
+    return keep_largest_of_rows(candidates_above(pre, _row_bounds(pre, k) if k < n else 0.0), (n_rows, n), k, ranks, n_total)
 
 
 def encode_per_row(encoder: Encoder, k: int, ranks: Ranks, n_total: int) -> Active:
     """Return the same of pre-activations that need not all be computed."""
     active, n = encoder.largest_of_rows(min(k, encoder.n_latents)), encoder.n_latents
-    return active if ranks.n_slices == 1 or k >= n_total else keep_largest_of_rows(active, (encoder.n_rows, n), k, ranks)
+    return active if ranks.n_slices == 1 or k >= n_total else keep_largest_of_rows(active, (encoder.n_rows, n), k, ranks, n_total)
 
 
-def keep_largest_of_rows(candidates: Active, shape: tuple[int, int], k: int, ranks: Ranks) -> Active:
+def keep_largest_of_rows(candidates: Active, shape: tuple[int, int], k: int, ranks: Ranks, n_total: int) -> Active:
     """Keep this rank's share of the `k` largest candidates of each row of all slices. Each slice must bring all of its share."""
     (n_rows, n), (places, values) = shape, candidates
     rows = places // max(1, n)
     counts = torch.bincount(rows, minlength=n_rows)
     table = values.new_zeros(n_rows, max(k, int(counts.max()) if n_rows else 0))
     starts = counts.cumsum(0) - counts
-    table.view(-1)[rows * table.shape[1] + torch.arange(len(rows), device=rows.device) - starts[rows]] = values
-    largest_k = _largest_of_rows(table, k)
-    if ranks.n_slices > 1:
-        largest_k = _largest_of_rows(ranks.gather_slices(largest_k, dim=1), k)
-    return _keep(candidates, values >= largest_k.amin(1)[rows])
+    at = rows * table.shape[1] + torch.arange(len(rows), device=rows.device) - starts[rows]
+    table.view(-1)[at] = values
+    levels = level_rows(table, k, ranks, n_total)
+    return _keep(candidates, table.view(-1)[at] >= levels.view(-1)[rows])
 
 
-def row_levels(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: int) -> Float[Tensor, "batch 1"]:
-    """Return what a value of each row must reach to be among its `k` largest positive ones; with latent slices, those of all `n_total`."""
+def level_rows(pre: Float[Tensor, "batch n"], k: int, ranks: Ranks, n_total: int) -> Float[Tensor, "batch 1"]:
+    """Return what only the `k` largest positive values of each row reach; with latent slices, those of all `n_total`.
+
+    Of values that tie with the k-th the last, which would be too many, become 0 in `pre`.
+    """
     tiny = torch.finfo(pre.dtype).tiny
     if k >= n_total:
         return pre.new_full((len(pre), 1), tiny)
-    if ranks.n_slices == 1:
-        return _nth_of_rows(pre, k).clamp_(min=tiny)
-    own = torch.nn.functional.pad(_largest_of_rows(pre, k), (0, max(0, k - pre.shape[1])))
-    return _nth_of_rows(ranks.gather_slices(own, dim=1), k).clamp_(min=tiny)
+    own = pre if ranks.n_slices == 1 else torch.nn.functional.pad(_largest_of_rows(pre, k), (0, max(0, k - pre.shape[1])))
+    levels = _nth_of_rows(ranks.gather_slices(own, dim=1), k).clamp_(min=tiny)
+    n_reaching = ranks.sum_slices(count_reaching(pre, levels))
+    is_crowded = n_reaching > k
+    if count_true(is_crowded):
+        _silence_ties(pre, levels, k, ranks, is_crowded)
+    return levels
+
+
+def _silence_ties(pre: Tensor, levels: Tensor, k: int, ranks: Ranks, is_crowded: Tensor) -> None:
+    values, level = pre[is_crowded], levels[is_crowded]
+    counts = torch.stack([(values > level).sum(1), (values == level).sum(1)], dim=1)
+    n_above, n_tied = ranks.gather_slices(counts[:, None], dim=1).unbind(2)
+    n_left = k - n_above.sum(1) - n_tied[:, : ranks.slice_index].sum(1)
+    pre[is_crowded] = torch.where(reach(values, level, n_left[:, None]), values, 0.0)
 
 
 def pick_per_batch(pre: Float[Tensor, "batch n"], n_active: int) -> Active:
@@ -88,7 +103,7 @@ def pick_per_batch(pre: Float[Tensor, "batch n"], n_active: int) -> Active:
     candidates = candidates_above(pre, bound)
     if len(candidates.values) < n_active and bound > 0:
         candidates = candidates_above(pre, 0.0)
-    return keep_largest(candidates, n_active, ONE_RANK)
+    return keep_largest(candidates, n_active, ONE_RANK, (len(pre), pre.shape[1]))
 
 
 def guess_bound(sample: Float[Tensor, "rows n"], share: float) -> float:
@@ -105,12 +120,30 @@ def candidates_above(pre: Float[Tensor, "batch n"], bound: Float[Tensor, "batch 
     return Active(*found)
 
 
-def keep_largest(candidates: Active, n_active: int, ranks: Ranks) -> Active:
-    """Keep this rank's share of the `n_active` largest candidates of all ranks. Each rank must bring all of its share."""
-    pool = candidates.values if ranks.size == 1 else ranks.gather_rows(largest(candidates.values, n_active))
+def keep_largest(candidates: Active, n_active: int, ranks: Ranks, shape: tuple[int, int]) -> Active:
+    """Keep this rank's share of the `n_active` largest candidates of all ranks, `shape` being that of its pre-activations.
+
+    Each rank must bring all of its share.
+    """
+    places, values = candidates
+    pool = values if ranks.size == 1 else ranks.gather_rows(largest(values, n_active + 1))
     if len(pool) <= n_active:
         return candidates
-    return _keep(candidates, candidates.values >= largest(pool, n_active).min())
+    level = largest(pool, n_active).min()
+    mask = values >= level
+    if count_true(pool >= level) > n_active:
+        tied, n_left = nonzero(values == level), n_active - count_true(pool > level)
+        in_order = _global_places(places[tied], shape, ranks)
+        last = ranks.gather_rows(in_order[:n_left]).sort().values[n_left - 1]
+        mask[tied[in_order > last]] = False
+    return _keep(candidates, mask)
+
+
+def _global_places(places: Tensor, shape: tuple[int, int], ranks: Ranks) -> Tensor:
+    """Return the places that flat places of this rank have in the global batch and width."""
+    n_rows, n = shape
+    row, latent = places // n + ranks.rank // ranks.n_slices * n_rows, places % n + ranks.slice_index * n
+    return row * (n * ranks.n_slices) + latent
 
 
 def largest(values: Float[Tensor, " n"], n: int) -> Float[Tensor, " m"]:
@@ -122,13 +155,11 @@ def largest(values: Float[Tensor, " n"], n: int) -> Float[Tensor, " m"]:
     return values.topk(n, sorted=False).values
 
 
-def _pick_rows(pre: Tensor, k: int) -> Active | None:
-    """Pick by the compiled loop; None where so many values tie with a threshold that they don't fit."""
+def _pick_rows(pre: Tensor, k: int) -> Active:
+    """Pick by the compiled loop."""
     places, values = np.empty((len(pre), k), np.int64), np.empty((len(pre), k), np.float32)
     counts = np.empty(len(pre), np.int64)
     over_rows(pick_rows, len(pre), (0, 0), pre.numpy(), pre.shape[1] // group_size(pre.shape[1], k), places, values, counts)
-    if (counts < 0).any():
-        return None
     if (counts < k).any():
         is_there = np.arange(k) < counts[:, None]
         places, values = places[is_there], values[is_there]

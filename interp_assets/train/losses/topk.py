@@ -35,7 +35,7 @@ from interp_assets.train.losses.loss import (
     make_gradients,
     row_blocks,
 )
-from interp_assets.train.losses.sparsify import Active, candidates_above, encode_per_row, guess_bound, keep_largest, pick_per_row, row_levels
+from interp_assets.train.losses.sparsify import Active, candidates_above, encode_per_row, guess_bound, keep_largest, level_rows, pick_per_row
 
 AUXK_COEFFICIENT: Final = 1 / 32
 _NO_VARIANCE: Final = (8 * torch.finfo(torch.float32).eps) ** 2
@@ -90,7 +90,7 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
     pre = kernels.product(x, W_enc_T.T, context.scratch.take("dead", (len(x), len(dead)), x), bias=weights["b_enc"][dead], dtype=context.dtype)
     if len(dead) > _DENSE_AUXK_FACTOR * n_active:
         # Whole rows are partitioned: for so large a share of a row `pick_per_row` takes 1.2 to 1.7 times as long.
-        active = candidates_above(pre, row_levels(pre, n_active, ranks, n_dead))
+        active = candidates_above(pre, level_rows(pre, n_active, ranks, n_dead))
         pairs = kernels.make_pairs(active.places, len(x), len(dead))
         missed = ranks.sum_slices(kernels.decode_pairs(active.values, W_dec, pairs, context.scratch, "missed")).sub_(error)
         loss = sum_squares(missed) * scale / ranks.n_slices
@@ -98,7 +98,7 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
         found = {"W_dec": torch.zeros_like(W_dec), "W_enc_T": torch.zeros_like(W_enc_T), "b_enc": x.new_zeros(len(dead))}
         _pair_gradients({"W_dec": W_dec}, x, missed, active.values, pairs, found, context.scratch)
     else:
-        latents = pre.mul_(pre >= row_levels(pre, n_active, ranks, n_dead))
+        latents = pre.mul_(pre >= level_rows(pre, n_active, ranks, n_dead))
         missed = ranks.sum_slices(kernels.product(latents, W_dec, context.scratch.take("missed", tuple(error.shape), error))).sub_(error)
         loss = sum_squares(missed) * scale / ranks.n_slices
         missed.mul_(2 * AUXK_COEFFICIENT * scale)
@@ -166,7 +166,8 @@ def _pick_per_batch(weights: Weights, x: Tensor, context: LossContext) -> _Picke
         else:
             candidates = _join([_shift(candidates_above(pre, bound), rows.start * n_latents) for rows, pre in _encode(W_enc_T, b_enc, x, context)])
         if bound == 0 or int(ranks.sum(torch.tensor([len(candidates.values)], device=x.device))) >= n_active:
-            return _Picked(_unscale(keep_largest(candidates, n_active, ranks), factor), encoder.damage if encoder else find_damage(x, W_enc_T, b_enc))
+            active = keep_largest(candidates, n_active, ranks, (len(x), n_latents))
+            return _Picked(_unscale(active, factor), encoder.damage if encoder else find_damage(x, W_enc_T, b_enc))
         bound = 0.0
 
 
