@@ -6,6 +6,8 @@ Fast attention never holds the pattern. So a network is given, once, an attentio
 2. A module that is asked about runs its family's eager function, so that soft caps, windows, sinks and grouped heads come along. That one
    wants an additive mask, which is made here of what the fast function was given (nothing, or a boolean mask).
 3. If the pattern is replaced, the values are mixed again by the new one.
+4. A module that is only listened to runs as in 1, and what its function was given is handed on: rows of the pattern follow from that alone
+   (`Attended`), some queries at a time, so that no layer's whole pattern is ever held.
 
 Switching the implementation for one request instead would write into the configuration that all layers share. GPT-J and GPT-Neo do not
 take attention functions; their own method is wrapped while somebody asks.
@@ -14,7 +16,7 @@ take attention functions; their own method is wrapped while somebody asks.
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,11 +25,58 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from interp_assets.errors import InputError
+
 Act = Callable[[Tensor], Tensor]
 """Takes a tensor and returns what the network goes on with: the same object when nothing changes."""
 _SDPA, _EAGER = "observed_sdpa", "observed_eager"
 _OBSERVED: Final = {"sdpa": _SDPA, "eager": _EAGER}
 _asked: WeakKeyDictionary[nn.Module, Mapping[str, Act]] = WeakKeyDictionary()
+
+
+class Attended(NamedTuple):
+    """What one module's attention was given, and what it made of that: all that its pattern follows from."""
+
+    query: Tensor
+    """[batch, heads, context, d_head], after rotary embedding and norm."""
+    key: Tensor
+    """[batch, key heads, context, d_head], likewise."""
+    value: Tensor
+    """[batch, key heads, context, d_value]."""
+    mixed: Tensor
+    """[batch, context, heads, d_value]: what the network goes on with."""
+    rescale: Callable[[Tensor], Tensor]
+    """Makes scores of products."""
+    softcap: float | None
+    sinks: Tensor | None
+    """[heads]: the logit of a key that is not there, where a model learns one."""
+    visible: Tensor | None
+    """[batch or 1, 1, queries, keys] booleans; None where every query sees all keys."""
+
+    def scores(self, context: int, queries: slice) -> Tensor:
+        """Return what the softmax is of, [heads, queries, keys], in the module's dtype; -inf at keys that a query does not see."""
+        query, key = self.query[context, :, queries], self.key[context]
+        scores = self.rescale(torch.matmul(query, repeat_kv(key[None], query.shape[0] // key.shape[0])[0].transpose(1, 2)))
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        seen = self.sees(context, queries)
+        return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
+
+    def sees(self, context: int, queries: slice) -> Tensor | None:
+        """Return which keys these queries see, [queries, keys]; None where that is all of them."""
+        return None if self.visible is None else self.visible[min(context, len(self.visible) - 1), 0, queries]
+
+    def pattern(self, context: int, queries: slice) -> Tensor:
+        """Return these queries' rows of the pattern, [heads, queries, keys] float32; what a learned sink takes is missing from their sums."""
+        scores = self.scores(context, queries).float()
+        if self.sinks is not None:
+            scores = torch.cat([scores, self.sinks.float()[:, None, None].expand(*scores.shape[:2], 1)], dim=-1)
+        pattern = torch.softmax(scores, dim=-1)
+        return pattern if self.sinks is None else pattern[..., :-1]
+
+
+Listener = Callable[[Attended], None]
+_listened: WeakKeyDictionary[nn.Module, Listener] = WeakKeyDictionary()
 
 
 def observe_attention(net: PreTrainedModel) -> None:
@@ -47,6 +96,41 @@ def explain_blind(module: nn.Module) -> str:
     if implementation in (_SDPA, _EAGER) and _eager_of(module):
         return ""
     return f"{type(module).__name__} computes attention by {implementation!r}, which hands out neither queries and keys nor patterns"
+
+
+def explain_deaf(module: nn.Module) -> str:
+    """Say why a module cannot be listened to; empty when it can."""
+    if hasattr(module, "_attn") and not hasattr(module, "scale_attn"):
+        return f"{type(module).__name__} masks keys inside its own method, where no attention function is called"
+    return explain_blind(module)
+
+
+@contextmanager
+def attention_heard(listeners: Mapping[nn.Module, Listener]) -> Iterator[None]:
+    """Hand each module's `Attended` to its listener while this is open; the network computes what it computes without, bit for bit."""
+    try:
+        for module, listener in listeners.items():
+            if own := getattr(module, "_attn", None):
+                vars(module)["_attn"] = _hear_own(module, own, listener)
+            else:
+                _listened[module] = listener
+        yield
+    finally:
+        for module in listeners:
+            vars(module).pop("_attn", None)  # the class's own is found again
+            _listened.pop(module, None)
+
+
+def _hear_own(module: Any, own: Callable[..., Any], listener: Listener) -> Callable[..., Any]:
+    """Return GPT-J's method with a listener: it divides, in float32, by a number that the module keeps."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        output, weights = own(query, key, value, attention_mask)
+        seen = _boolean(module, query, key, attention_mask, is_causal=True)
+        listener(Attended(query.float(), key.float(), value, output.transpose(1, 2), lambda scores: scores / module.scale_attn, None, None, seen))
+        return output, weights
+
+    return attend
 
 
 @contextmanager
@@ -72,7 +156,12 @@ def _observed(own: Callable[..., Any] | None) -> Callable[..., Any]:
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Any, Any]:
         acts = _asked.get(module)
         if acts is None:
-            return (own or _eager_of(module))(module, query, key, value, attention_mask, **options)
+            output, weights = (own or _eager_of(module))(module, query, key, value, attention_mask, **options)
+            if listener := _listened.get(module):
+                seen = _boolean(module, query, key, attention_mask, options.get("is_causal"))
+                scaling = options.get("scaling") or query.shape[-1] ** -0.5
+                listener(Attended(query, key, value, output, lambda scores: scores * scaling, options.get("softcap"), options.get("s_aux"), seen))
+            return output, weights
         eager = _eager_of(module)
         mask = attention_mask if own is None else _additive(module, query, key, attention_mask, options.get("is_causal"))
         output, weights = _mix(acts, query, key, value, lambda *states: _first_transposed(eager(module, *states, mask, **options)))
@@ -109,14 +198,28 @@ def _first_transposed(result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _additive(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None) -> Tensor | None:  # noqa: FBT001
     """Return what an eager function adds to the scores, for a mask as the fast function takes it: none (causal by itself), or boolean."""
+    if mask is None or mask.dtype == torch.bool:
+        mask = _boolean(module, query, key, mask, is_causal)
+        return None if mask is None else torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
+    return mask
+
+
+def _boolean(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None) -> Tensor | None:  # noqa: FBT001
+    """Return which keys each query sees, for a mask as either function takes it; None where that is all of them.
+
+    Raises `InputError` for a mask that also favours keys: the scores would not be those of queries and keys.
+    """
     if mask is None:
         n_queries, n_keys = query.shape[2], key.shape[2]
         if n_queries == 1 or not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
             return None
-        mask = torch.ones((n_queries, n_keys), dtype=torch.bool, device=query.device).tril(n_keys - n_queries)[None, None]
-    if mask.dtype != torch.bool:
+        return torch.ones((n_queries, n_keys), dtype=torch.bool, device=query.device).tril(n_keys - n_queries)[None, None]
+    if mask.dtype == torch.bool:
         return mask
-    return torch.zeros((), dtype=query.dtype, device=query.device).where(mask, torch.finfo(query.dtype).min)
+    seen = mask == 0
+    if not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+        raise InputError(f"{type(module).__name__} adds a bias of its own to the scores of queries and keys: its pattern does not follow from them.")
+    return seen
 
 
 def _eager_of(module: nn.Module) -> Any:

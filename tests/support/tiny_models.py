@@ -11,9 +11,12 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     BertConfig,
+    DeepseekV3Config,
     DistilBertConfig,
+    ElectraConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoConfig,
@@ -22,13 +25,19 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from interp_assets.garcon.subject import SubjectModel, is_encoder
@@ -80,13 +89,27 @@ MORE_CONFIGS: dict[str, PreTrainedConfig] = {
     "distilbert": DistilBertConfig(n_layers=2, n_heads=2, dim=D_MODEL, hidden_dim=32, vocab_size=VOCABULARY, max_position_embeddings=CONTEXT),
 }
 """More architectures, for what is inside a block."""
+_LATENT = {"kv_lora_rank": 4, "q_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "num_key_value_heads": 2}
+_ROUTED = {"n_routed_experts": 2, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "first_k_dense_replace": 1}
+ATTENDING_CONFIGS: dict[str, PreTrainedConfig] = {
+    "gemma": GemmaConfig(**_GROUPED),
+    "smollm3": SmolLM3Config(**_GROUPED),
+    "phi3": Phi3Config(**{**_SIZES, "num_key_value_heads": 1}),
+    "stablelm": StableLmConfig(**{**_SIZES, "num_key_value_heads": 1}),
+    "starcoder2": Starcoder2Config(**{**_SIZES, "num_key_value_heads": 1}, sliding_window=4),
+    "olmo3": Olmo3Config(**{**_SIZES, "num_key_value_heads": 1}, sliding_window=4),
+    "deepseek_v3": DeepseekV3Config(**_SIZES, **_LATENT, **_ROUTED),
+    "roberta": RobertaConfig(**{**_SIZES, "max_position_embeddings": CONTEXT + VOCABULARY}),
+    "electra": ElectraConfig(**_SIZES, embedding_size=8),
+}
+"""More architectures yet, for attention alone."""
 INSIDE = [*CONFIGS, *MORE_CONFIGS]
 ENCODERS = ["bert", "distilbert"]
 
 
 def make_net(kind: str) -> PreTrainedModel:
     """Build a network whose every weight, norms and biases too, is random but the same each time."""
-    config = deepcopy({**CONFIGS, **MORE_CONFIGS}[kind])  # a network writes into its own
+    config = deepcopy({**CONFIGS, **MORE_CONFIGS, **ATTENDING_CONFIGS}[kind])  # a network writes into its own
     net = (AutoModel if is_encoder(config) else AutoModelForCausalLM).from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
