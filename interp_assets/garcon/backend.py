@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from interp_assets.garcon.plan import Metric, Plan, TensorName
+from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, TensorName
 
 
 class Answer(NamedTuple):
@@ -29,6 +29,66 @@ class Kept(NamedTuple):
     owner: Any
     """The backend that it stayed with."""
     fetch: Callable[[TensorName], Tensor]
+
+
+class Token(NamedTuple):
+    """A token that was added to a continuation."""
+
+    continuation: int
+    """Prompt times `n` plus which of its continuations."""
+    is_default: bool
+    """It belongs to the text without edits."""
+    place: int
+    """Among the new tokens."""
+    token: int
+    logprob: float
+    """In nats, at temperature 1, under the model that wrote it."""
+    base_logprob: float | None
+    """Under the model without edits, over the same text; None where it was not asked."""
+    kl: float | None
+    """KL(without edits || with edits) of the prediction that it was drawn from, in nats, over the same text."""
+
+
+class Continuation(NamedTuple):
+    """The new tokens of one text."""
+
+    tokens: list[Token]
+    is_stopped: bool
+    """It ended by a stop token, not by its length."""
+
+
+class Effect(NamedTuple):
+    """What one edit did, as means over the places it reached in each continuation; NaN where it reached none."""
+
+    n_places: Tensor
+    """[continuations]."""
+    moved: Tensor
+    """|x' - x| / |x|, [continuations]."""
+    before: Tensor
+    """What its latents read as the activation arrives, [continuations, latents]; no latents but for writes by an SAE."""
+    after: Tensor
+    """What they read after all writes at the point, likewise; NaN for a transcoder, which reads elsewhere than it is written."""
+
+
+class Generated(NamedTuple):
+    """What a plan that generates gave."""
+
+    texts: list[Continuation]
+    """By continuation: prompt times `n` plus which of its continuations."""
+    defaults: list[Continuation]
+    """The same without edits; empty unless they were to be compared."""
+    effects: list[Effect]
+    """One an edit."""
+    fvu: dict[str, float]
+    """Of each SAE that is written, over the edited texts: what share of the variance it does not explain."""
+
+
+class Chats(NamedTuple):
+    """Tokens of conversations up to where an answer begins, and the positions of the assistant's words in each."""
+
+    rows: tuple[tuple[int, ...], ...]
+    assistant: tuple[tuple[int, ...] | None, ...]
+    """None where the template changes what it is given, so that nobody can tell."""
 
 
 class PointRow(NamedTuple):
@@ -76,4 +136,44 @@ class Backend(Protocol):
 
     def sweep(self, row: Sequence[int], names: Sequence[str], source: Mapping[str, Tensor] | str, metric: Metric, by: str) -> tuple[float, Tensor]:
         """Return a metric without a patch, and [points, positions or heads] of it with each: see `sweep.py`."""
+        ...
+
+
+@runtime_checkable
+class WritingBackend(Backend, Protocol):
+    """A model that continues texts, too."""
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        ...
+
+    @property
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids that stand for no text."""
+        ...
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a text."""
+        ...
+
+    def chats(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Chats:
+        """Render conversations by the model's own template. Raises `InputError` where it has none or refuses one."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return what token ids say together."""
+        ...
+
+    def latent_strength(self, written: str | float, sae: str, latent: int) -> float:
+        """Return the number of a latent's strength with a unit: see `steering/strengths.py`."""
+        ...
+
+    def vector_strength(self, written: str | float, point: str, length: float) -> float:
+        """Return how many times a vector of a length is added at a point."""
+        ...
+
+    def generate(self, plan: GeneratePlan, tensors: Mapping[str, Tensor], on_token: Callable[[Token], None] | None = None) -> Generated:
+        """Run a plan that generates, and hand out its tokens as they come."""
         ...

@@ -45,28 +45,28 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise InputError(f"corpus.text_kind is messages, but the tokenizer of {name!r} does not tell where its tokens lie: it has no tokenizer.json.")
 
 
-def tokenize_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> Chat:
-    """Render and tokenize one conversation."""
+def tokenize_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, opens_answer: bool = False) -> Chat:
+    """Render and tokenize one conversation; with `opens_answer` up to where the next answer begins."""
     try:
-        text = _render(tokenizer, messages)
+        text = _render(tokenizer, messages, opens_answer)
         encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except _REFUSALS as error:
         return Chat(np.zeros(0, np.uint32), [], first_line(error))
     token_ids = np.asarray(encoded["input_ids"], np.uint32)
-    owners = _find_owners(tokenizer, messages, text)
+    owners = _find_owners(tokenizer, messages, text, opens_answer)
     if owners is None:
         return Chat(token_ids, [UNKNOWN] * len(token_ids))
     return Chat(token_ids, [_role_of(text[start:stop], owners[start:stop]) for start, stop in encoded["offset_mapping"]])
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> str:
-    return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=False))
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], opens_answer: bool) -> str:  # noqa: FBT001 - own
+    return str(tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False, add_generation_prompt=opens_answer))
 
 
-def _find_owners(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], text: str) -> list[str] | None:
+def _find_owners(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], text: str, opens_answer: bool) -> list[str] | None:  # noqa: FBT001
     """Return the role of every character; None where the template has changed a content."""
     try:
-        marked = _render(tokenizer, [{**message, "content": _MARK.format(i)} for i, message in enumerate(messages)])
+        marked = _render(tokenizer, [{**message, "content": _MARK.format(i)} for i, message in enumerate(messages)], opens_answer)
     except _REFUSALS:
         return None
     pieces = _MARKS.split(marked)  # piece, number, piece, number, ..., piece

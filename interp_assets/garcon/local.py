@@ -6,13 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
-from interp_assets.garcon.backend import Answer, PointRow
+from interp_assets.errors import InputError
+from interp_assets.garcon.backend import Answer, Chats, Generated, PointRow, Token
+from interp_assets.garcon.chat import UNKNOWN, tokenize_chat
+from interp_assets.garcon.decode import generate
 from interp_assets.garcon.features import AttachedSae
-from interp_assets.garcon.plan import Metric, Plan
+from interp_assets.garcon.plan import GeneratePlan, Metric, Plan
 from interp_assets.garcon.points import find_point, list_points, point_shape
 from interp_assets.garcon.run import run_plan
+from interp_assets.garcon.steering.strengths import latent_strength, vector_strength
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.sweep import run_sweep
+from interp_assets.garcon.tokenizer import special_token_ids
 
 
 class LocalBackend:
@@ -21,6 +26,8 @@ class LocalBackend:
     def __init__(self, subject: SubjectModel, tokenizer: Any, saes: Mapping[str, AttachedSae] | None = None) -> None:
         """Hold what was loaded."""
         self.subject, self.tokenizer, self.saes = subject, tokenizer, saes or {}
+        self.norms: Mapping[str, float] = {}
+        """Mean norm of the activations at hook points whose pipeline tells."""
 
     @cached_property
     def pieces(self) -> Callable[[Sequence[Sequence[int]]], list[list[str]]]:
@@ -52,6 +59,63 @@ class LocalBackend:
     def sweep(self, row: Sequence[int], names: Sequence[str], source: Mapping[str, Tensor] | str, metric: Metric, by: str) -> tuple[float, Tensor]:
         """Sweep."""
         return run_sweep(self.subject, row, names, source, metric, by)
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return self.subject.name
+
+    @cached_property
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids that stand for no text."""
+        return tuple(special_token_ids(self.tokenizer))
+
+    @cached_property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a text."""
+        return _stop_tokens(self.tokenizer, self.subject)
+
+    def chats(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Chats:
+        """Render conversations by the model's own template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(
+                f"The prompt is a conversation, but the tokenizer of {self.name!r} has no chat template. Give a text, or use its chat version."
+            )
+        rows, assistant = [], []
+        for i, messages in enumerate(conversations):
+            chat = tokenize_chat(self.tokenizer, [dict(message) for message in messages], opens_answer=True)
+            if chat.refusal or not len(chat.token_ids):
+                raise InputError(f"The chat template of {self.name!r} refuses conversation {i}: {chat.refusal or 'it renders to nothing'}.")
+            rows.append(tuple(int(token) for token in chat.token_ids))
+            assistant.append(tuple(place for place, role in enumerate(chat.roles) if role == "assistant") if UNKNOWN not in chat.roles else None)
+        return Chats(tuple(rows), tuple(assistant))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return what token ids say together."""
+        return self.tokenizer.decode(list(tokens))
+
+    def latent_strength(self, written: str | float, sae: str, latent: int) -> float:
+        """Return the number of a latent's strength."""
+        if sae not in self.saes:
+            raise InputError(f"No SAE is called {sae!r} here; there are {sorted(self.saes)}. `lab.open(...).model()` brings a pipeline's.")
+        return latent_strength(written, self.saes[sae], sae, latent, self.norms.get(self.saes[sae].written_at))
+
+    def vector_strength(self, written: str | float, point: str, length: float) -> float:
+        """Return how many times a vector is added."""
+        return vector_strength(written, point, length, self.norms.get(point))
+
+    def generate(self, plan: GeneratePlan, tensors: Mapping[str, Tensor], on_token: Callable[[Token], None] | None = None) -> Generated:
+        """Run a plan that generates."""
+        return generate(self.subject, plan, tensors, self.saes, on_token)
+
+
+def _stop_tokens(tokenizer: Any, subject: SubjectModel) -> tuple[int, ...]:
+    """Return the tokens that end a text, as the model's own generation settings name them, and the tokenizer's end."""
+    told = getattr(getattr(subject.net, "generation_config", None), "eos_token_id", None)
+    told = subject.net.config.get_text_config().eos_token_id if told is None else told
+    ids = [told] if isinstance(told, int) else list(told or [])
+    end = getattr(tokenizer, "eos_token_id", None)
+    return tuple(sorted({*ids, *([end] if isinstance(end, int) else [])}))
 
 
 def _write(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[list[str]]:

@@ -11,7 +11,7 @@ plan `run.py`. What a model lacks is found there; here only what is wrong in any
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,7 @@ from interp_assets.errors import InputError
 VERSION: Final = 1
 DTYPES: Final = ("float32", "float16", "bfloat16", "int64", "bool")
 _DIGEST: Final = r"^[0-9a-f]{32}$"
+_AnyPlan = TypeVar("_AnyPlan", bound=BaseModel)
 
 
 class _Part(BaseModel):
@@ -129,14 +130,28 @@ class Cap(_Write):
     limit: float
 
 
-class SaeClamp(_Write):
-    """Set latents of an SAE and leave all else, its error too: x + sum (value_i - f_i(x)) d_i."""
+class _SaeWrite(_Write):
+    """What writes by an SAE share."""
 
-    op: Literal["sae_clamp"] = "sae_clamp"
+    op: str
     sae: str
     latents: Annotated[tuple[int, ...], Field(min_length=1)]
     values: tuple[float, ...]
     """One a latent, in the units of raw activations."""
+    along: TensorName | None = None
+    """Other directions in the place of the decoder rows, [latents, d_out]; None means these."""
+
+
+class SaeClamp(_SaeWrite):
+    """Set latents of an SAE and leave all else, its error too: x + sum (value_i - f_i(x)) d_i."""
+
+    op: Literal["sae_clamp"] = "sae_clamp"
+
+
+class SaeAdd(_SaeWrite):
+    """Add decoder rows of an SAE: x + sum value_i d_i, whatever its latents are."""
+
+    op: Literal["sae_add"] = "sae_add"
 
 
 class SaeRead(_At):
@@ -223,7 +238,7 @@ class Attribute(_Part):
     """One tensor a point, of the point's whole shape."""
 
 
-Write = Patch | Add | Scale | ProjectOut | Cap | SaeClamp
+Write = Patch | Add | Scale | ProjectOut | Cap | SaeClamp | SaeAdd
 Operation = Annotated[Read | SaeRead | Write | Freeze | Metric | Grad | Attribute, Field(discriminator="op")]
 
 
@@ -250,9 +265,7 @@ class Plan(_Part):
             if isinstance(operation, Grad | Attribute) and operation.of not in metrics:
                 message = f"{operation.name!r} is of the metric {operation.of!r}; the metrics are {sorted(metrics)}"
                 raise ValueError(message)
-            if isinstance(operation, SaeClamp) and len(operation.latents) != len(operation.values):
-                message = f"a clamp at {operation.point} has {len(operation.latents)} latents and {len(operation.values)} values"
-                raise ValueError(message)
+            _check_values(operation)
             rows = getattr(operation, "rows", None)
             if rows is not None and (not rows or min(rows) < 0 or max(rows) >= len(self.rows)):
                 message = f"an operation is on rows {list(rows)}; the plan has rows 0 to {len(self.rows) - 1}"
@@ -262,62 +275,108 @@ class Plan(_Part):
     def json(self) -> str:  # type: ignore[override] - pydantic's own method of this name is deprecated
         """Return the canonical text: sorted keys, no spaces, no defaults."""
         content = {"version": self.version, **self.model_dump(mode="json", exclude_defaults=True)}
-        content["operations"] = [
-            {**{name: getattr(operation, name) for name in ("op", "metric") if hasattr(operation, name)}, **dumped}
-            for operation, dumped in zip(self.operations, content["operations"], strict=True)
-        ]
-        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+        content["operations"] = [_tagged(*pair) for pair in zip(self.operations, content["operations"], strict=True)]
+        return _canonical(content)
 
     @property
     def hash(self) -> str:
         """BLAKE2b of the canonical text, and so of the digests of all tensors."""
-        return hashlib.blake2b(self.json().encode(), digest_size=16).hexdigest()
+        return _hash(self.json())
 
     def tensors(self) -> Iterator[TensorName]:
         """Yield the tensors that must lie beside the plan."""
         for operation in self.operations:
-            for value in (getattr(operation, "value", None), getattr(operation, "other", None), *_sources(operation)):
-                if isinstance(value, TensorName):
-                    yield value
+            yield from _tensors_of(operation)
 
 
-def parse_plan(text: str) -> Plan:
-    """Read a plan's text. Raises `InputError` that names the operation, the field and what is allowed."""
-    try:
-        return Plan.model_validate_json(text)
-    except ValidationError as error:
-        raise InputError(explain_plan(error)) from error
+class Edit(_Part):
+    """A write at some positions of a text that is being written."""
+
+    write: Annotated[Write, Field(discriminator="op")]
+    """Rows are prompts; which positions is said by `where`."""
+    where: Literal["all", "prompt", "generated", "assistant"] | tuple[int, ...] | Span = "all"
+    """Positions count from the start of the prompt on, through what is generated; negative ones from the end of the prompt. A slice without
+    an end has none."""
+    special: bool = False
+    """Write at special tokens too."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Edit":
+        write = self.write
+        if write.pos is not None:
+            message = f"an edit at {write.point} has positions in its write; say them as `where`"
+            raise ValueError(message)
+        if isinstance(write, Patch) and (isinstance(write.value, ReadName) or write.value == "mean"):
+            message = f"a patch at {write.point} takes 'zero' or a vector while a text is written: what follows a position is not known there"
+            raise ValueError(message)
+        if isinstance(self.where, Span) and (self.where.step or 1) < 1:
+            message = f"an edit at {write.point} steps by {self.where.step}; positions rise"
+            raise ValueError(message)
+        _check_values(write)
+        return self
 
 
-def explain_plan(error: ValidationError) -> str:
-    """Say in one line what is wrong with a plan."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"The plan is wrong{f' at {where}' if where else ''}: {first['msg'].removeprefix('Value error, ')}{more}."
+class GeneratePlan(_Part):
+    """Prompts, how they are continued, and what is written into the model meanwhile."""
 
+    version: Literal[1] = VERSION
+    whole: Literal["generate"] = "generate"
+    rows: Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1)]
+    """Token ids of every prompt."""
+    new_tokens: Annotated[int, Field(ge=1)]
+    """Most tokens that are added to a prompt."""
+    n: Annotated[int, Field(ge=1)] = 1
+    """Continuations of each prompt. The i-th draws the same numbers whatever the prompt and whatever runs beside it."""
+    seed: int = 0
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """0 takes the most probable token."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Draw among so many most probable tokens; 0 means all."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw among the fewest most probable tokens that have this probability together."""
+    stop: tuple[int, ...] = ()
+    """Tokens that end a row; each is its last."""
+    edits: tuple[Edit, ...] = ()
+    freeze: tuple[str, ...] = ()
+    """Points kept as they are over the same tokens without the edits."""
+    special: tuple[int, ...] = ()
+    """Ids of special tokens, which edits leave alone."""
+    assistant: tuple[tuple[int, ...], ...] = ()
+    """Positions of each prompt in turns of the assistant, whose words what is generated counts as; empty for prompts that are no conversations."""
+    compare: bool = False
+    """Continue each prompt without the edits too, with the same numbers, and measure what the model without them says of every token."""
 
-def name_tensor(tensor: Tensor) -> TensorName:
-    """Name a tensor by its content. Raises `InputError` for a dtype that does not travel, and for NaN or infinity, with the first place."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise InputError(f"A tensor of dtype {dtype} cannot stand in a plan; {', '.join(DTYPES)} can.")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-        raise InputError(f"A tensor of shape {list(tensor.shape)} holds {float(tensor[tuple(place)])} at {place}. Give finite numbers.")
-    return TensorName(tensor=digest_tensor(tensor), dtype=dtype, shape=tuple(tensor.shape))
+    @model_validator(mode="after")
+    def _check(self) -> "GeneratePlan":
+        for edit in self.edits:
+            rows = edit.write.rows
+            if rows is not None and (not rows or min(rows) < 0 or max(rows) >= len(self.rows)):
+                message = f"an edit is on rows {list(rows)}; the plan has rows 0 to {len(self.rows) - 1}"
+                raise ValueError(message)
+            if edit.where == "assistant" and not self.assistant:
+                message = f"an edit at {edit.write.point} is on the assistant's turns, but the prompts are no conversations"
+                raise ValueError(message)
+        if self.assistant and len(self.assistant) != len(self.rows):
+            message = f"positions of the assistant are given for {len(self.assistant)} of {len(self.rows)} prompts"
+            raise ValueError(message)
+        return self
 
+    def json(self) -> str:  # type: ignore[override] - pydantic's own method of this name is deprecated
+        """Return the canonical text: sorted keys, no spaces, no defaults."""
+        content = {"version": self.version, "whole": self.whole, **self.model_dump(mode="json", exclude_defaults=True)}
+        for edit, dumped in zip(self.edits, content.get("edits", ()), strict=True):
+            dumped["write"] = _tagged(edit.write, dumped["write"])
+        return _canonical(content)
 
-def digest_tensor(tensor: Tensor) -> str:
-    """Hash dtype, shape and bytes of a tensor."""
-    content = tensor.detach().cpu().contiguous()
-    state = hashlib.blake2b(f"{content.dtype} {list(content.shape)}\n".encode(), digest_size=16)
-    state.update(content.reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
+    @property
+    def hash(self) -> str:
+        """BLAKE2b of the canonical text, and so of the digests of all tensors."""
+        return _hash(self.json())
 
-
-def _sources(operation: object) -> tuple[TensorName, ...]:
-    return operation.source if isinstance(operation, Attribute) and operation.source != "zero" else ()
+    def tensors(self) -> Iterator[TensorName]:
+        """Yield the tensors that must lie beside the plan."""
+        for edit in self.edits:
+            yield from _tensors_of(edit.write)
 
 
 class SweepPlan(_Part):
@@ -349,9 +408,76 @@ class SweepPlan(_Part):
             yield from self.source
 
 
+def parse_plan(text: str) -> Plan:
+    """Read a plan's text. Raises `InputError` that names the operation, the field and what is allowed."""
+    return _parse(Plan, text)
+
+
+def parse_generate_plan(text: str) -> GeneratePlan:
+    """Read the text of a plan that generates. Raises `InputError` that names the field and what is allowed."""
+    return _parse(GeneratePlan, text)
+
+
 def parse_sweep(text: str) -> SweepPlan:
     """Read a sweep's text. Raises `InputError`."""
+    return _parse(SweepPlan, text)
+
+
+def explain_plan(error: ValidationError) -> str:
+    """Say in one line what is wrong with a plan."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"The plan is wrong{f' at {where}' if where else ''}: {first['msg'].removeprefix('Value error, ')}{more}."
+
+
+def name_tensor(tensor: Tensor) -> TensorName:
+    """Name a tensor by its content. Raises `InputError` for a dtype that does not travel, and for NaN or infinity, with the first place."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise InputError(f"A tensor of dtype {dtype} cannot stand in a plan; {', '.join(DTYPES)} can.")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        raise InputError(f"A tensor of shape {list(tensor.shape)} holds {float(tensor[tuple(place)])} at {place}. Give finite numbers.")
+    return TensorName(tensor=digest_tensor(tensor), dtype=dtype, shape=tuple(tensor.shape))
+
+
+def digest_tensor(tensor: Tensor) -> str:
+    """Hash dtype, shape and bytes of a tensor."""
+    content = tensor.detach().cpu().contiguous()
+    state = hashlib.blake2b(f"{content.dtype} {list(content.shape)}\n".encode(), digest_size=16)
+    state.update(content.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def _parse(kind: type[_AnyPlan], text: str) -> _AnyPlan:
     try:
-        return SweepPlan.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         raise InputError(explain_plan(error)) from error
+
+
+def _tensors_of(operation: object) -> Iterator[TensorName]:
+    sources = operation.source if isinstance(operation, Attribute) and operation.source != "zero" else ()
+    for value in (*(getattr(operation, name, None) for name in ("value", "other", "along")), *sources):
+        if isinstance(value, TensorName):
+            yield value
+
+
+def _check_values(operation: object) -> None:
+    if isinstance(operation, _SaeWrite) and len(operation.latents) != len(operation.values):
+        message = f"a {operation.op} at {operation.point} has {len(operation.latents)} latents and {len(operation.values)} values"
+        raise ValueError(message)
+
+
+def _tagged(operation: object, dumped: dict[str, Any]) -> dict[str, Any]:
+    """Put back what tells operations apart: it stands at its default."""
+    return {**{name: getattr(operation, name) for name in ("op", "metric") if hasattr(operation, name)}, **dumped}
+
+
+def _canonical(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -35,3 +35,13 @@ def split_lengths(attention_mask: Tensor) -> Sequence[tuple[Tensor, int]]:
     """List the contexts of each length, `[n]` indices and the length, of a mask that is False on padding on the right."""
     lengths = attention_mask.sum(dim=1)
     return [(torch.nonzero(lengths == length)[:, 0], int(length)) for length in lengths.unique() if length]
+
+
+def fixed_length(config: Any) -> int | None:
+    """Return up to which length frequencies are those of every shorter one, so that keys may be kept; None where they never change."""
+    if not follows_length(config):
+        return None
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    told = [part.get("original_max_position_embeddings") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return min(int(length) for length in (*told, text.max_position_embeddings) if length)

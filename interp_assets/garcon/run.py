@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from interp_assets.errors import InputError, InterpError, NonFiniteError
 from interp_assets.garcon.backend import Answer
-from interp_assets.garcon.features import AttachedSae, clamp_part, encode_part
+from interp_assets.garcon.features import AttachedSae, encode_part
 from interp_assets.garcon.metrics import MetricOp, measure, places_of
 from interp_assets.garcon.parts import Part, find_part
 from interp_assets.garcon.plan import (
-    Add,
     Attribute,
     Divergence,
     Freeze,
@@ -40,19 +39,17 @@ from interp_assets.garcon.plan import (
     Loss,
     Patch,
     Plan,
-    ProjectOut,
     Read,
     ReadName,
+    SaeAdd,
     SaeClamp,
     SaeRead,
-    Scale,
-    TensorName,
-    When,
     Write,
 )
 from interp_assets.garcon.points import HookPoint, find_point
 from interp_assets.garcon.subject import SubjectModel, token_losses
 from interp_assets.garcon.taps import Tap, order_of, tapped
+from interp_assets.garcon.writes import Beside, apply_write, input_of
 
 
 def run_plan(subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> Answer:
@@ -89,18 +86,6 @@ def _with_unedited_rows(plan: Plan) -> Plan:
     return Plan(rows=plan.rows * 2, operations=tuple(operations))
 
 
-class _Beside(NamedTuple):
-    """What lies beside a plan."""
-
-    tensors: Mapping[str, Tensor]
-    saes: Mapping[str, AttachedSae]
-
-    def sae(self, name: str) -> AttachedSae:
-        if name not in self.saes:
-            raise InputError(f"No SAE is called {name!r} here; there are {sorted(self.saes)}.")
-        return self.saes[name]
-
-
 class _AllReadError(Exception):
     """Ends a forward of which nothing more is wanted."""
 
@@ -124,7 +109,7 @@ class Run:
     def __init__(self, subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> None:
         """Resolve a plan. Raises `InputError` for what does not fit the model."""
         self.subject, self.asked, self.plan = subject, plan, _with_unedited_rows(plan)
-        self.beside = _Beside(tensors, saes or {})
+        self.beside = Beside(tensors, saes or {})
         self.n_rows = len(plan.rows)
         self.lengths = [len(row) for row in self.plan.rows]
         if min(self.lengths) == 0:
@@ -182,8 +167,8 @@ class Run:
                 continue
             at = self._at(operation.point)
             part = find_part(self.subject.net, at.point, operation, self.lengths)
-            if isinstance(operation, SaeRead | SaeClamp):
-                self._check_sae(operation.sae, at.point)
+            if isinstance(operation, SaeRead | SaeClamp | SaeAdd):
+                self._check_sae(operation, at.point)
             if isinstance(operation, SaeRead):
                 at.before.append((operation, part))
                 continue
@@ -192,7 +177,7 @@ class Run:
                 continue
             at.writes.append((operation, part))
             if operation.when is not None:
-                self._watch(operation.when, at.point)
+                self._watch(operation.when.sae, (operation.when.latent,), at.point)
             if isinstance(operation, Patch) and isinstance(operation.value, ReadName):
                 source = reads[operation.value.read]
                 here, there = order_of(at.point.name), order_of(self._at(source.point).point.name)
@@ -205,16 +190,21 @@ class Run:
         if self.metrics and self.subject.net.get_output_embeddings() is None:
             raise InputError(f"{self.subject.name} ({self.subject.net.config.model_type}) has no language-model head: there is nothing to measure.")
 
-    def _check_sae(self, name: str, point: HookPoint) -> None:
-        if (own := self._at(self.beside.sae(name).hook_point).point) != point:
-            raise InputError(f"The SAE {name!r} belongs to {own.name!r}; the plan has it at {point.name!r}.")
+    def _check_sae(self, operation: SaeRead | SaeClamp | SaeAdd, point: HookPoint) -> None:
+        """Refuse an SAE at another point than its own, and have a transcoder's latents read before they are set."""
+        attached = self.beside.sae(operation.sae)
+        own = self._at(attached.hook_point if isinstance(operation, SaeRead) else attached.written_at).point
+        if own != point:
+            raise InputError(f"The SAE {operation.sae!r} belongs to {own.name!r}; the plan has it at {point.name!r}.")
+        if isinstance(operation, SaeClamp) and attached.is_transcoder:
+            self._watch(operation.sae, operation.latents, point)
 
-    def _watch(self, when: When, target: HookPoint) -> None:
-        """Read the latent of a condition at its SAE's point, in all rows."""
-        at = self._at(self.beside.sae(when.sae).hook_point)
+    def _watch(self, sae: str, latents: tuple[int, ...], target: HookPoint) -> None:
+        """Read latents that a later write waits for, at their SAE's point, in all rows."""
+        at = self._at(self.beside.sae(sae).hook_point)
         if order_of(at.point.name) > order_of(target.name):
             raise InputError(f"A write at {target.name!r} waits for a latent at {at.point.name!r}, which a forward reaches later.")
-        read = SaeRead(name=_watched(when), point=at.point.name, sae=when.sae, latents=(when.latent,))
+        read = SaeRead(name=input_of(sae, latents), point=at.point.name, sae=sae, latents=latents)
         at.before.append((read, find_part(self.subject.net, at.point, read, self.lengths)))
 
     def _at(self, name: str) -> _AtPoint:
@@ -234,7 +224,8 @@ class Run:
         if at.writes:
             shown = shown.clone()
             for write, part in at.writes:
-                part.put(shown, self._where(write, part, shown, self._replacement(write, part, shown)))
+                fires = None if write.when is None else self.found[input_of(write.when.sae, (write.when.latent,))][..., 0] > write.when.above
+                apply_write(write, part, shown, self.beside, self.found, fires)
             value = shown.transpose(1, 2) if is_pattern else shown
         for read, part in at.after:
             self.found[read.name] = part.take(shown)
@@ -245,48 +236,6 @@ class Run:
             return part.take(shown)
         found = encode_part(self.beside.sae(read.sae), part.select(shown), read.latents)
         return found if part.is_single else part.arrange(found)
-
-    def _where(self, write: Write, part: Part, shown: Tensor, replacement: Tensor) -> Tensor:
-        """Return the replacement where the write's condition holds, else what is there."""
-        if write.when is None:
-            return replacement
-        fires = self.found[_watched(write.when)][list(part.rows), list(part.positions), 0] > write.when.above
-        now = part.select(shown)
-        return torch.where(fires.reshape(-1, *[1] * (now.ndim - 1)), replacement, now)
-
-    def _replacement(self, write: Write, part: Part, shown: Tensor) -> Tensor:
-        """Return what a write makes of its part, [places, ...]."""
-        if isinstance(write, Patch):
-            return self._patched(write, part, shown)
-        now = part.select(shown)
-        if isinstance(write, Scale):
-            return now * write.times
-        if isinstance(write, SaeClamp):
-            return clamp_part(self.beside.sae(write.sae), now, write.latents, write.values)
-        vector = part.fit(self._tensor(write.value), shown, write.point, is_vector_enough=True)
-        if isinstance(write, Add):
-            return now + write.times * vector
-        length = vector.norm(dim=-1, keepdim=True)
-        if bool((length == 0).any()):
-            raise InputError(f"The vector of {write.op} at {write.point!r} is zero: it has no direction.")
-        along = (now * (vector / length)).sum(-1, keepdim=True)
-        return now - (along if isinstance(write, ProjectOut) else (along - write.limit).clamp_min(0.0)) * (vector / length)
-
-    def _patched(self, write: Patch, part: Part, shown: Tensor) -> Tensor:
-        if write.value == "zero":
-            return torch.zeros_like(part.select(shown))
-        if write.value == "mean":
-            return part.row_means(shown)
-        if isinstance(write.value, TensorName):
-            return part.fit(self._tensor(write.value), shown, write.point)
-        if write.value.read not in self.found:
-            raise InputError(f"A patch at {write.point!r} takes the read {write.value.read!r}, which the forward had not reached.")
-        return part.fit(self.found[write.value.read], shown, write.point)
-
-    def _tensor(self, name: TensorName) -> Tensor:
-        if name.tensor not in self.beside.tensors:
-            raise InputError(f"The plan names the tensor {name.tensor}, which does not lie beside it.")
-        return self.beside.tensors[name.tensor]  # whoever uses it moves it to where the other numbers are
 
     def check_fired(self) -> None:
         """Raise `InputError` for points that the forward did not reach."""
@@ -307,7 +256,7 @@ class Run:
             return losses.sum(1) / torch.tensor([self.lengths[row] - 1 for row in rows], device=losses.device)
         rows, places = (list(column) for column in zip(*self.places[metric.name], strict=True))
         there = places if kept is None else [kept.index(place) for place in places]
-        return measure(metric, logits[rows, there], self._tensor(metric.other) if isinstance(metric, Divergence) else None)
+        return measure(metric, logits[rows, there], self.beside.tensor(metric.other) if isinstance(metric, Divergence) else None)
 
     def names_of(self, operation: Grad | Attribute) -> list[str]:
         """Return the canonical names of the points of a derivative."""
@@ -330,7 +279,7 @@ class Run:
     def _attribute(self, at: _AtPoint, gradient: Tensor, source: Any) -> Tensor:
         """Return the derivative along the way from each vector to its source's, [rows, positions] or by head."""
         now = at.value[: self.n_rows]
-        wanted = torch.zeros_like(now) if source == "zero" else self._tensor(source)
+        wanted = torch.zeros_like(now) if source == "zero" else self.beside.tensor(source)
         if wanted.shape != now.shape:
             raise InputError(f"The source at {at.point.name!r} has shape {list(wanted.shape)}, the activation {list(now.shape)}; give one as long.")
         return (gradient * (wanted.to(now) - now)).sum(-1)
@@ -458,10 +407,6 @@ def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     for i, row in enumerate(rows):
         token_ids[i, : len(row)] = torch.tensor(row)
     return token_ids, None if min(lengths) == longest else torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
-
-
-def _watched(when: When) -> str:
-    return f"latent {when.latent} of {when.sae}"
 
 
 def _start_graph(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ tokens that it adds; lists of token ids are taken as they are. Where the model i
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import polars as pl
 import torch
@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.backend import Backend, PointRow
+from interp_assets.garcon.backend import Backend, Chats, PointRow, Token, WritingBackend
 from interp_assets.garcon.metrics import MetricOp
 from interp_assets.garcon.plan import (
     Add,
@@ -51,6 +51,8 @@ from interp_assets.garcon.plan import (
     name_tensor,
 )
 from interp_assets.garcon.results import Grid, Result, Results
+from interp_assets.garcon.steering.recipe import Edits, Steer, load_recipe, make_edits
+from interp_assets.garcon.steering.texts import Sampling, Texts, is_chat, make_generate_plan
 from interp_assets.planning.hook_names import BY_HEAD
 
 if TYPE_CHECKING:
@@ -189,6 +191,43 @@ class Model:
         """Estimate what `sweep` measures by one backward: derivative times change, [rows, positions] or [rows, positions, heads]."""
         with self.trace(prompt) as trace:
             return trace.attribute(trace.measure(metric), points, source)
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        new_tokens: int,
+        steer: Steer | None = None,
+        n: int = 1,
+        seed: int = 0,
+        compare: bool = False,
+        on_token: Callable[[Token], None] | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Texts:
+        """Continue texts, token ids or conversations, with the edits of a recipe; `compare` continues them without, too.
+
+        `temperature`, `top_k` and `top_p` say how tokens are drawn; without a temperature the most probable one is taken. `on_token` is handed
+        every token as it comes. Raises `InputError` for what the model, an SAE or the recipe cannot do.
+        """
+        backend = self._writing()
+        edits = self._edits(steer)
+        options = {"new_tokens": new_tokens, "n": n, "seed": seed, "compare": compare, **sampling}
+        plan = make_generate_plan(backend, self._prompts(prompt), edits, **options)
+        return Texts(plan, backend.generate(plan, edits.tensors, on_token), backend.decode)
+
+    def _writing(self) -> WritingBackend:
+        if not isinstance(self.backend, WritingBackend):
+            raise InputError("The server of this model writes no texts. Load the model here by `lab.load`.")
+        return self.backend
+
+    def _edits(self, steer: Steer | None) -> Edits:
+        edits = Edits((), (), {}) if steer is None else make_edits(load_recipe(steer), self._writing())
+        return edits._replace(freeze=tuple(self.names(edits.freeze)))
+
+    def _prompts(self, prompt: Any) -> Chats:
+        if is_chat(prompt):
+            return self._writing().chats([prompt] if isinstance(prompt[0], Mapping) else prompt)
+        return Chats(tuple(map(tuple, self.tokenize(prompt))), ())
 
     def pieces(self, row: Sequence[int]) -> list[str]:
         """Return every token of a row as text."""

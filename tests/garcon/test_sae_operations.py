@@ -35,7 +35,7 @@ def _model(kind: str = "relu") -> Model:
 def test_clamping_is_full_decoding_plus_the_error(kind: str, name: str) -> None:
     """The oracle decodes all latents with some replaced, and adds what the SAE had left out."""
     llm = _model(kind)
-    sae, point = llm.saes[name]
+    sae, point = llm.saes[name].sae, llm.saes[name].hook_point
     with llm.trace("hello") as t:
         t.sae_clamp(name, {3: "2.5 raw", 7: "0 raw"}, pos=slice(1, None))
         latents, before, after = t.sae_read(name), t.read(point), t.read(point, after=True)
