@@ -12,7 +12,7 @@ from interp_assets.storage.store import Store
 from interp_assets.train.loop import OnMetrics, TrainingMetrics
 from interp_assets.train.plots import COMPARED
 from interp_assets.train.profile import PROFILE
-from interp_assets.train.sweep import MAX_SHOWN, SHOWN, TABLE, read_table, shorten
+from interp_assets.train.sweep import MAX_SHOWN, TABLE, read_table, shorten
 from interp_assets.train.times import find_times
 
 _LOGGED: Final = 10
@@ -34,7 +34,8 @@ def describe_speed(store: Store, sae: Produced) -> dict[str, str]:
 def describe_sweep(store: Store, sweep: Produced) -> str:
     """Return the table of all SAEs as Markdown: those that do the same together, best FVU first."""
     table = read_table(store, sweep.ref.path, sweep.manifest, TABLE).sort(*COMPARED, "fvu")
-    text = markdown_table(SHOWN, shorten(table).rows())
+    shown = shorten(table)
+    text = markdown_table(shown.columns, shown.rows())
     missing = sweep.manifest.facts["missing"]
     more = [f"{table.height - MAX_SHOWN:,} more are in {TABLE}."] if table.height > MAX_SHOWN else []
     late = [f"Not trained and measured yet: {', '.join(missing)}."] if missing else []

@@ -48,7 +48,9 @@ CONFIGURATION: Final[dict[str, pl.DataType]] = {
     "product_dtype": _TEXT,
 }
 TRAINED: Final[dict[str, pl.DataType]] = dict.fromkeys(("train_loss", "train_l0", "train_fvu", "train_dead_share"), _NUMBER)
-HELD_OUT: Final[dict[str, pl.DataType]] = dict.fromkeys(("l0", "fvu", "median_row_fvu", "ce_recovered", "kl", "dead_share"), _NUMBER)
+OUTLIERS: Final = ("outlier_share", "fvu_ordinary", "fvu_outliers")
+"""Columns that tell rows of huge norm from all others."""
+HELD_OUT: Final[dict[str, pl.DataType]] = dict.fromkeys(("l0", "fvu", "median_row_fvu", *OUTLIERS, "ce_recovered", "kl", "dead_share"), _NUMBER)
 _SAEBENCH: Final[dict[str, tuple[str, ...]]] = {
     "reconstruction_quality": ("explained_variance", "mse", "cossim"),
     "shrinkage": ("l2_ratio", "relative_reconstruction_bias"),
@@ -93,6 +95,7 @@ SHOWN: Final = (
     "seed",
     "l0",
     "fvu",
+    *OUTLIERS,
     "ce_recovered",
     "kl",
     "dead_share",
@@ -159,10 +162,10 @@ def read_table(store: Store, path: str, manifest: Manifest, name: str) -> pl.Dat
 
 
 def shorten(table: pl.DataFrame) -> pl.DataFrame:
-    """Keep of a sweep's table what a person reads first: a few columns, numbers of four digits."""
-    return table.head(MAX_SHOWN).select(
-        pl.col(name).round_sig_figs(4) if table.schema[name] == pl.Float64() else pl.col(name) for name in SHOWN if name in table.columns
-    )
+    """Keep of a sweep's table what a person reads first: a few columns, numbers of four digits; of outliers nothing where there is none."""
+    has_outliers = bool((table["outlier_share"] > 0).any())
+    names = [name for name in SHOWN if has_outliers or name not in OUTLIERS]
+    return table.head(MAX_SHOWN).select(pl.col(name).round_sig_figs(4) if table.schema[name] == pl.Float64() else pl.col(name) for name in names)
 
 
 def _find_experiments(pipeline: Pipeline, store: Store) -> list[_Experiment]:

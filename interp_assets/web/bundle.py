@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactCorruptError
+from interp_assets.harvest.refs import OUTLIER_MULTIPLE
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import (
     ArtifactWriter,
@@ -57,7 +58,10 @@ RECORDS_PER_FILE: Final = 4096
 RECORD_BLOCK_BYTES: Final = 256 << 10
 """Bytes per checksum of a record file: what opening one feature reads from the store at most, for blocks it does not straddle."""
 _COPY_BYTES: Final = 8 << 20
-_EVALUATED: Final = ("l0", "fvu", "ce_recovered", "kl", "dead_share", "outlier_share", "fvu_ordinary", "l0_ordinary", "ce_recovered_ordinary")
+_EVALUATED: Final = (
+    *("n_rows", "l0", "fvu", "ce_recovered", "kl", "dead_share", "outlier_share"),
+    *("fvu_ordinary", "l0_ordinary", "ce_recovered_ordinary", "fvu_outliers", "l0_outliers", "ce_recovered_outliers"),
+)
 
 
 class BundleContent(NamedTuple):
@@ -163,7 +167,7 @@ def _describe(pipeline: Pipeline, store: Store, sae_name: str, slices: list[Mani
         "d_in": pipeline.d_in(sae.hook_point),
         "d_sae": sae.d_sae,
         "sae": {"name": sae_name, "artifact_id": sae_ref(pipeline, sae_name).artifact_id, "config": sae.described()},
-        "evaluation": {key: quality.get(key) for key in _EVALUATED},
+        "evaluation": {**{key: quality.get(key) for key in _EVALUATED}, "norm_multiple": OUTLIER_MULTIPLE},
         "corpus": {"source": config.corpus.source, "n_shards": len(pipeline.plan.shards), **_describe_excluded(pipeline, store)},
         "tokens_scanned": slices[0].facts["n_rows"],
         "coactivation_rows": slices[0].facts.get("coactivation_rows"),

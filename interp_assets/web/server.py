@@ -50,7 +50,7 @@ _logger = logging.getLogger(__name__)
 _M_MMAP_THRESHOLD: Final = -3
 """`mallopt`'s number in <malloc.h>."""
 _BUILD_HINT: Final = "python frontend/build.py"
-_LISTED: Final = ("is_synthetic", "pipeline", "model", "hook_point", "sae", "d_sae", "n_live", "evaluation", "tokens_scanned")
+_LISTED: Final = ("is_synthetic", "pipeline", "model", "hook_point", "sae", "d_sae", "n_live", "evaluation", "corpus", "tokens_scanned")
 
 
 class NotFoundError(InterpError):

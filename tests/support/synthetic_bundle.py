@@ -36,6 +36,8 @@ _STRANGE: Final = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", 
 _BROKEN: Final = [b"\xe2\x86", b"\x92", b"\xf0\x9f", b"\x8c\x8d", b"\xc3", b"\xa9", b"\xff"]
 """An arrow, a globe and an accented letter, each cut inside the character, and a byte that never joins."""
 _WINDOW: Final = 32
+_SINK: Final = 2
+"""The feature that fires where contexts begin."""
 _N_INTERVALS: Final = 5
 
 
@@ -59,21 +61,26 @@ class InventedText(NamedTuple):
     document_length: int
 
 
-def build_synthetic_bundle(store: Store, *, n_features: int = 64, seed: int = 0, n_documents: int = 48, sae: str = "synthetic") -> Produced:
-    """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature."""
+def build_synthetic_bundle(
+    store: Store, *, n_features: int = 64, seed: int = 0, n_documents: int = 48, sae: str = "synthetic", has_sinks: bool = False
+) -> Produced:
+    """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature.
+
+    With `has_sinks` rows are left out and others are outliers, feature 2 fires where contexts begin, and a map shows next to nothing.
+    """
     start = time.perf_counter()
-    identity = {"synthetic": 5, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae}
+    identity = {"synthetic": 6, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae, "has_sinks": has_sinks}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=sae)
     existing = find_manifest(store, ref)
     if existing:
         return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
     text = make_text(seed, n_documents)
-    records = [_make_record(text, seed, latent, n_features) for latent in range(n_features)]
+    records = [_make_record(text, seed, latent, n_features, is_sink=has_sinks and latent == _SINK) for latent in range(n_features)]
     tokens = TokenOrder(text.vocabulary.order)
     members = (pack_record(record, tokens) for record in records)
-    W_dec = stream(seed, "synthetic", "decoder").generator().normal(0, 1, (n_features, 8)).astype(np.float32)
+    W_dec = stream(seed, "synthetic", "decoder").generator().normal(0, 1, (n_features, 64 if has_sinks else 8)).astype(np.float32)
     content = BundleContent(
-        describe_invented(n_features, text, sae),
+        describe_invented(n_features, text, sae, has_sinks=has_sinks),
         lambda: [make_synthetic_table(text.vocabulary, records)],
         members,
         text.vocabulary,
@@ -148,7 +155,7 @@ def make_invented_text(vocabulary: Vocabulary, token_ids: NDArray[np.int64], doc
     return InventedText(vocabulary._replace(order=order), token_ids, document_length)
 
 
-def _make_record(text: InventedText, seed: int, latent: int, n_features: int) -> dict[str, Any]:
+def _make_record(text: InventedText, seed: int, latent: int, n_features: int, *, is_sink: bool = False) -> dict[str, Any]:
     generator = stream(seed, "synthetic", latent).generator()
     n_tokens = len(text.vocabulary.tokens)
     is_dead = latent % 13 == 12
@@ -159,6 +166,8 @@ def _make_record(text: InventedText, seed: int, latent: int, n_features: int) ->
         activations = np.where(text.token_ids == targets[0], strength, np.where(text.token_ids == targets[1], 0.4 * strength, 0))
         activations = np.where(generator.random(len(activations)) < 0.01, 0.1 * strength, activations)
         activations[text.token_ids == BOS] = 0
+    if is_sink:
+        activations = np.where(np.arange(len(text.token_ids)) % text.document_length == 1, 5.0 + latent, 0.1 * activations)
     activations = np.where(activations > 0, np.maximum(rounded(activations), 1e-3), 0)
     return describe_firings(text, activations, latent, n_features, generator)
 
@@ -260,8 +269,11 @@ def _logits(effects: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def describe_invented(n_features: int, text: InventedText, sae: str = "synthetic") -> dict[str, Any]:
+def describe_invented(n_features: int, text: InventedText, sae: str = "synthetic", *, has_sinks: bool = False) -> dict[str, Any]:
     """Return the description of an invented bundle."""
+    n_documents = len(text.token_ids) // text.document_length
+    ordinary, outliers = {"fvu": 0.386, "l0": 8.1, "ce_recovered": 0.92}, {"fvu": 0.004, "l0": 2.5, "ce_recovered": 0.71}
+    apart = (ordinary, outliers) if has_sinks else ({"fvu": 0.21, "l0": 8.0, "ce_recovered": 0.93}, dict.fromkeys(outliers))
     return {
         "is_synthetic": True,
         "pipeline": "synthetic",
@@ -270,8 +282,18 @@ def describe_invented(n_features: int, text: InventedText, sae: str = "synthetic
         "d_in": 64,
         "d_sae": n_features,
         "sae": {"name": sae, "artifact_id": "0" * 32, "config": {"architecture": "batch_topk", "d_sae": n_features, "k": 8}},
-        "evaluation": {"l0": 8.0, "fvu": 0.21, "ce_recovered": 0.93, "kl": 0.04, "dead_share": round(1 / 13, 4)},
-        "corpus": {"source": "invented", "n_shards": 4},
+        "evaluation": {
+            "n_rows": 4096,
+            "l0": 8.0,
+            "fvu": 0.21,
+            "ce_recovered": 0.93,
+            "kl": 0.04,
+            "dead_share": round(1 / 13, 4),
+            "norm_multiple": 10.0,
+            "outlier_share": 12 / 4096 if has_sinks else 0.0,
+            **{f"{key}_{group}": value for group, found in zip(("ordinary", "outliers"), apart, strict=True) for key, value in found.items()},
+        },
+        "corpus": {"source": "invented", "n_shards": 4, **({"excluded_positions": 2, "n_excluded": n_documents} if has_sinks else {})},
         "tokens_scanned": int((text.token_ids != BOS).sum()),
         "coactivation_rows": 4096,
         "logits_reason": None,

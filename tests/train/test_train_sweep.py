@@ -8,6 +8,7 @@ from typing import Any
 import duckdb
 import polars as pl
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from interp_assets.errors import ArtifactMissingError, InputError
@@ -21,7 +22,7 @@ from interp_assets.train.metrics import ReconstructionSums
 from interp_assets.train.plots import find_best, plot_curves, plot_pareto
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.reports import describe_sweep
-from interp_assets.train.sweep import SCHEMA, SPEED, load_table, make_sweep
+from interp_assets.train.sweep import OUTLIERS, SCHEMA, SPEED, load_table, make_sweep, shorten
 
 TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 1000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
 SAES = [{"name": "a", **TINY}, {"name": "b", **TINY, "architecture": "relu", "seed": 3}, {"name": "c", **TINY, "k": 4}]
@@ -29,11 +30,11 @@ HOOK, OTHER = "resid_post.0", "mlp_out.0"
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "sweep.md"
 
 
-def measure(planted, name: str, hook_point: str = HOOK) -> None:
-    """Publish an evaluation of a trained SAE, on the rows of the planted data."""
+def measure(planted, name: str, hook_point: str = HOOK, n_outliers: int = 0) -> None:
+    """Publish an evaluation of a trained SAE, on the rows of the planted data, the first of which are taken for outliers."""
     rows = planted.rows if hook_point == HOOK else planted.rows[:, : planted.rows.shape[1] // 2]
     sums = ReconstructionSums(load_sae(planted.pipeline, planted.store, name), rows.double().mean(0))
-    sums.add(rows)
+    sums.add(rows, is_outlier=torch.arange(len(rows)) < n_outliers)
     trained = load_manifest(planted.store, sae_ref(planted.pipeline, name))
     with create_artifact(planted.store, evaluation_ref(planted.pipeline, name), made_from=[trained]) as art:
         save_evaluation(art, sums, None, "this is a test")
@@ -123,6 +124,26 @@ def test_an_sae_that_is_not_there_yet_comes_in_later(make_planted) -> None:
     assert not whole.is_cached
     assert load_table(planted.pipeline, planted.store)["name"].to_list() == ["a", "b", "c"]
     assert whole.manifest.facts["missing"] == []
+
+
+def test_quality_is_told_apart_where_there_are_outliers(make_planted) -> None:
+    """An FVU that a few rows of huge norm make would win every comparison; without such rows a person sees no column about them."""
+    planted = make_planted(SAES[:2])
+    train_saes(planted.pipeline, planted.store, ["a", "b"])
+    measure(planted, "a")
+    without = make_sweep(planted.pipeline, planted.store)
+    assert not set(OUTLIERS) & set(shorten(load_table(planted.pipeline, planted.store)).columns)
+    assert "outlier" not in describe_sweep(planted.store, without)
+    measure(planted, "b", n_outliers=30)
+    item = make_sweep(planted.pipeline, planted.store)
+    shown = shorten(load_table(planted.pipeline, planted.store))
+    facts = [load_manifest(planted.store, evaluation_ref(planted.pipeline, name)).facts for name in ("a", "b")]
+    assert shown["outlier_share"].to_list() == [0, pytest.approx(30 / len(planted.rows), rel=1e-3)]
+    for name in OUTLIERS:
+        assert load_table(planted.pipeline, planted.store)[name].to_list() == [found[name] for found in facts]
+    assert facts[0]["fvu_outliers"] is None
+    assert facts[1]["fvu_outliers"] != facts[1]["fvu_ordinary"]
+    assert all(f"| {name} |" in describe_sweep(planted.store, item) for name in OUTLIERS)
 
 
 def test_a_sweep_of_nothing_is_refused(make_planted) -> None:

@@ -1,8 +1,9 @@
-"""Chromium for the tests that need one."""
+"""Chromium for the tests that need one, and a server that they visit."""
 
 from collections.abc import Iterator
 
 import pytest
+from browser_site import Site, serve_site
 from chromium import Visit, run_chromium
 
 
@@ -11,6 +12,13 @@ def chromium() -> Iterator:
     """Start Chromium."""
     with run_chromium() as browser:
         yield browser
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Serve the invented bundles once for all files of browser tests."""
+    with serve_site(tmp_path_factory.mktemp("site")) as found:
+        yield found
 
 
 @pytest.fixture

@@ -25,13 +25,30 @@ from interp_assets.web import bundle as bundle_module
 from interp_assets.web.bundle import build_bundle, decode_offsets
 from interp_assets.web.opened import OpenBundle, find_bundles, list_bundles
 
+EVALUATION = {
+    "n_rows": 500,
+    "l0": 4.0,
+    "fvu": 0.25,
+    "ce_recovered": 0.9,
+    "kl": 0.1,
+    "dead_share": 0.06,
+    "outlier_share": 0.01,
+    "fvu_ordinary": 0.4,
+    "l0_ordinary": 4.1,
+    "ce_recovered_ordinary": 0.91,
+    "fvu_outliers": 0.02,
+    "l0_outliers": 2.0,
+    "ce_recovered_outliers": None,
+}
+"""What an evaluation says of its SAE."""
+
 
 def _write_upstream(pipeline: Pipeline, store: Store, *, drop_row: bool = False, other_order: int = -1) -> list[bytes]:
     """Write evaluation and record slices as the stages before would; return the gzip members of all latents."""
     d_sae = pipeline.config.sae("demo").d_sae
     with create_artifact(store, evaluation_ref(pipeline, "demo")) as art:
         art.put("metrics.json", b"{}")
-        art.facts |= {"l0": 4.0, "fvu": 0.25, "ce_recovered": 0.9, "kl": 0.1, "dead_share": 0.06}
+        art.facts |= EVALUATION
     records = list(make_synthetic_records(n_features=d_sae, n_documents=8))
     vocabulary = make_text(0, 8).vocabulary
     members = [pack_record(record, TokenOrder(vocabulary.order)) for record in records]
@@ -112,8 +129,7 @@ def test_the_description_says_where_everything_comes_from(small_pipeline: Pipeli
     description = OpenBundle(list_bundles(memory_store)[0]).description
     assert description["model"] == {"name": small_pipeline.config.model.name, "revision": "main", "fingerprint": "model"}
     assert description["hook_point"] == "resid_post.0"
-    apart = dict.fromkeys(("outlier_share", "fvu_ordinary", "l0_ordinary", "ce_recovered_ordinary"))
-    assert description["evaluation"] == {"l0": 4.0, "fvu": 0.25, "ce_recovered": 0.9, "kl": 0.1, "dead_share": 0.06, **apart}
+    assert description["evaluation"] == {**EVALUATION, "norm_multiple": 10.0}
     assert description["tokens_scanned"] == 2040
     assert not description["is_synthetic"]
 

@@ -26,7 +26,7 @@ EXAMPLES = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", PAGE, 
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> OpenBundle:
     """Return a small bundle in a folder."""
     store = open_store(str(tmp_path_factory.mktemp("page")))
-    build_synthetic_bundle(store, n_features=3, n_documents=4)
+    build_synthetic_bundle(store, n_features=3, n_documents=4, has_sinks=True)
     return OpenBundle(list_bundles(store)[0])
 
 

@@ -19,6 +19,7 @@ export interface BundleSummary {
   n_live?: number;
   tokens_scanned?: number;
   evaluation?: Evaluation;
+  corpus?: Corpus;
 }
 
 /** What an address serves. A static host has files only: no labels that change, no notes kept on the server, no search by example. */
@@ -37,17 +38,36 @@ export interface Evaluation {
   ce_recovered: number | null;
   kl: number | null;
   dead_share: number | null;
+  /** Rows of the held-out shards. */
+  n_rows?: number | null;
+  /** A row is an outlier where its norm exceeds so many times the median; the share of such rows, and quality over them and over all others. */
+  norm_multiple?: number;
+  outlier_share?: number | null;
+  fvu_ordinary?: number | null;
+  l0_ordinary?: number | null;
+  ce_recovered_ordinary?: number | null;
+  fvu_outliers?: number | null;
+  l0_outliers?: number | null;
+  ce_recovered_outliers?: number | null;
+}
+
+/** Where the tokens come from; where the harvest leaves rows out, which and how many. */
+export interface Corpus {
+  source: string;
+  n_shards: number;
+  excluded_positions?: number;
+  excluded_token_ids?: number[];
+  n_excluded?: number;
 }
 
 export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created' | 'n_bytes'>> {
   d_in: number;
-  corpus: { source: string; n_shards: number };
   coactivation_rows: number | null;
   logits_reason: string | null;
   records: { version: number; per_file: number; n_files: number; repeat: number | null };
   /** Decoder rows, of so many numbers each, where the bundle holds them. */
   directions?: { width: number } | null;
-  map: { method: string; variance_share: number | null; n_points: number; n_tiles: number } | null;
+  map: { method: string; variance_share: number | null; n_points: number; n_tiles: number; } | null;
   /** What can be sorted by, with the order file of each; what can be filtered, with the type of its values. */
   columns: { sortable: Record<string, string>; numeric: Record<string, string>; labels?: boolean };
   distributions: Record<string, Distribution>;
