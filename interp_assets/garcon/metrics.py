@@ -43,7 +43,9 @@ def measure(metric: LogitDiff | LogProb | Divergence, logits: Tensor, other: Ten
 
 
 def _pick(values: Tensor, token: int | tuple[int, ...], name: str) -> Tensor:
-    tokens = torch.tensor([token] * len(values) if isinstance(token, int) else list(token), device=values.device)
-    if len(tokens) != len(values) or int(tokens.max()) >= values.shape[1] or int(tokens.min()) < 0:
-        raise InputError(f"Metric {name!r} names the tokens {tokens.tolist()} for {len(values)} row(s) and a vocabulary of {values.shape[1]:,}.")
-    return values.gather(1, tokens[:, None])[:, 0]
+    tokens = [token] * len(values) if isinstance(token, int) else list(token)
+    if len(tokens) != len(values) or max(tokens) >= values.shape[1] or min(tokens) < 0:
+        raise InputError(f"Metric {name!r} names the tokens {tokens} for {len(values)} row(s) and a vocabulary of {values.shape[1]:,}.")
+    if isinstance(token, int):
+        return values[:, token].clone()  # a view would keep the numbers of all tokens
+    return values.gather(1, torch.tensor(tokens, device=values.device)[:, None])[:, 0]

@@ -19,12 +19,10 @@ from interp_assets.garcon.points import BY_HEAD, HookPoint, n_heads
 class Part(NamedTuple):
     """Places of an activation: which rows and positions, and which heads of each."""
 
-    rows: tuple[int, ...]
-    """Row of each place."""
-    positions: tuple[int, ...]
-    """Position of each place in its row."""
-    counts: tuple[int, ...]
-    """Places of each row, in the order of the rows."""
+    chosen: tuple[int, ...]
+    """Rows, each with its places one after the other."""
+    places: tuple[Sequence[int], ...]
+    """Positions in each of them."""
     heads: tuple[int, ...] | None
     is_single: bool
     """One position, given as a number: the axis is taken away."""
@@ -35,10 +33,27 @@ class Part(NamedTuple):
     row_lengths: tuple[int, ...]
     """Tokens of each row of the plan."""
 
+    @property
+    def rows(self) -> list[int]:
+        """Row of each place."""
+        return [row for row, places in zip(self.chosen, self.places, strict=True) for _ in places]
+
+    @property
+    def positions(self) -> list[int]:
+        """Position of each place in its row."""
+        return [place for places in self.places for place in places]
+
+    @property
+    def counts(self) -> list[int]:
+        """Places of each row, in the order of the rows."""
+        return list(map(len, self.places))
+
     def select(self, shown: Tensor) -> Tensor:
         """Return the part as [places, ...]."""
         if self.is_whole:
             return shown.flatten(0, 1)
+        if self._is_column:
+            return shown[:, self.places[0][0]]
         rows, positions, heads = self._indices(shown)
         return shown[rows, positions] if heads is None else shown[rows[:, None], positions[:, None], heads]
 
@@ -51,10 +66,11 @@ class Part(NamedTuple):
 
     def arrange(self, chosen: Tensor) -> Tensor:
         """Return [places, ...] as [rows, positions, ...]; rows with fewer end in zeros."""
-        most = max(self.counts)
-        if min(self.counts) == most:
-            return chosen.unflatten(0, (len(self.counts), most))
-        padded = chosen.new_zeros((len(self.counts), most, *chosen.shape[1:]))
+        counts = self.counts
+        most = max(counts)
+        if min(counts) == most:
+            return chosen.unflatten(0, (len(counts), most))
+        padded = chosen.new_zeros((len(counts), most, *chosen.shape[1:]))
         padded[self._inside().to(padded.device)] = chosen
         return padded
 
@@ -62,6 +78,9 @@ class Part(NamedTuple):
         """Write [places, ...] into an activation."""
         if self.is_whole:
             shown.copy_(replacement.reshape(shown.shape))
+            return
+        if self._is_column:
+            shown[:, self.places[0][0]] = replacement
             return
         rows, positions, heads = self._indices(shown)
         if heads is None:
@@ -74,18 +93,17 @@ class Part(NamedTuple):
 
         Nothing is broadcast, but with `is_vector_enough` one vector (of each head) for all places. Raises `InputError` that names the shapes.
         """
-        trail = shown.shape[2:] if self.heads is None else (len(self.heads), *shown.shape[3:])
-        own = (len(self.counts), *trail) if self.is_single else (len(self.counts), max(self.counts), *trail)
-        if len(self.counts) == 1 and given.ndim == len(own) - 1:
+        trail, n_rows = shown.shape[2:] if self.heads is None else (len(self.heads), *shown.shape[3:]), len(self.places)
+        own = (n_rows, *trail) if self.is_single else (n_rows, max(self.counts), *trail)
+        if n_rows == 1 and given.ndim == len(own) - 1:
             given = given[None]
         turned = self._turned(given) if given.ndim == shown.ndim else given
         if tuple(turned.shape) == tuple(own):
             return (turned if self.is_single else turned[self._inside().to(turned.device)]).to(shown)
         if tuple(turned.shape) == tuple(shown.shape):
             return self.select(turned).to(shown)
-        if tuple(turned.shape) == (len(self.counts), *shown.shape[1:]):  # the whole point, of these rows alone
-            own_rows = tuple(row for row, count in enumerate(self.counts) for _ in range(count))
-            return self._replace(rows=own_rows).select(turned).to(shown)
+        if tuple(turned.shape) == (n_rows, *shown.shape[1:]):  # the whole point, of these rows alone
+            return self._replace(chosen=tuple(range(n_rows))).select(turned).to(shown)
         vectors = (tuple(trail), tuple(trail[-1:])) if is_vector_enough else ()
         if tuple(given.shape) in vectors:
             return given.to(shown).expand(len(self.rows), *trail)
@@ -103,7 +121,18 @@ class Part(NamedTuple):
         return rows, positions, None if self.heads is None else torch.tensor(self.heads, device=shown.device)[None, :]
 
     def _inside(self) -> Tensor:
-        return torch.arange(max(self.counts))[None, :] < torch.tensor(self.counts)[:, None]
+        counts = torch.tensor(self.counts)
+        return torch.arange(int(counts.max()))[None, :] < counts[:, None]
+
+    @property
+    def _is_column(self) -> bool:
+        """One position, the same in every row: then no index is made, which on a GPU would have to be sent there."""
+        return (
+            self.is_single
+            and self.heads is None
+            and self.chosen == tuple(range(len(self.row_lengths)))
+            and all(places == self.places[0] for places in self.places)
+        )
 
     def _turned(self, value: Tensor) -> Tensor:
         return value.transpose(1, 2) if self.is_pattern else value
@@ -114,7 +143,7 @@ class Part(NamedTuple):
 
 def find_part(net: PreTrainedModel, point: HookPoint, at: Any, lengths: Sequence[int]) -> Part:
     """Resolve `rows`, `pos` and `heads` of an operation. Raises `InputError` for what lies outside, is empty, or has no heads."""
-    rows = range(len(lengths)) if at.rows is None else at.rows
+    rows: Sequence[int] = range(len(lengths)) if at.rows is None else at.rows
     has_heads = point.kind in (*BY_HEAD, "pattern")
     heads = None
     if at.heads is not None:
@@ -124,26 +153,22 @@ def find_part(net: PreTrainedModel, point: HookPoint, at: Any, lengths: Sequence
         if not at.heads or not all(0 <= head < count for head in at.heads) or len(set(at.heads)) != len(at.heads):
             raise InputError(f"Heads {list(at.heads)} of {point.name!r}: it has heads 0 to {count - 1}, each named once.")
         heads = tuple(at.heads)
-    chosen = [_resolve(at.pos, lengths[row], row, point.name) for row in rows]
-    counts = tuple(len(positions) for positions in chosen)
-    is_whole = at.rows is None and at.pos is None and heads is None and len(set(lengths)) == 1
     return Part(
-        rows=tuple(row for row, count in zip(rows, counts, strict=True) for _ in range(count)),
-        positions=tuple(position for positions in chosen for position in positions),
-        counts=counts,
+        chosen=tuple(rows),
+        places=tuple(_resolve(at.pos, lengths[row], row, point.name) for row in rows),
         heads=heads,
         is_single=isinstance(at.pos, int),
-        is_whole=is_whole,
+        is_whole=at.rows is None and at.pos is None and heads is None and len(set(lengths)) == 1,
         is_pattern=point.kind == "pattern",
         row_lengths=tuple(lengths),
     )
 
 
-def _resolve(pos: Positions, length: int, row: int, point: str) -> list[int]:
+def _resolve(pos: Positions, length: int, row: int, point: str) -> Sequence[int]:
     if pos is None:
-        return list(range(length))
+        return range(length)
     if isinstance(pos, Span):
-        found = list(range(length))[slice(pos.start, pos.stop, pos.step)]
+        found = range(length)[slice(pos.start, pos.stop, pos.step)]
         if not found:
             raise InputError(f"Positions {pos.start}:{pos.stop}:{pos.step} at {point!r} are none of the {length} of row {row}.")
         return found

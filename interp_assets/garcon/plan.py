@@ -10,12 +10,14 @@ plan `run.py`. What a model lacks is found there; here only what is wrong in any
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from interp_assets.errors import InputError
 
@@ -242,6 +244,32 @@ Write = Patch | Add | Scale | ProjectOut | Cap | SaeClamp | SaeAdd
 Operation = Annotated[Read | SaeRead | Write | Freeze | Metric | Grad | Attribute, Field(discriminator="op")]
 
 
+_WRITES: Final = frozenset(get_args(Write))
+_ANSWERED: Final = frozenset((Read, SaeRead, LogitDiff, LogProb, Loss, Divergence))
+_OF_SAE: Final = frozenset((SaeRead, SaeClamp, SaeAdd))
+"""Kinds are told by their class itself: `isinstance` of a pydantic model costs a microsecond a class, and a trace asks dozens of times."""
+
+
+def is_write(operation: object) -> TypeIs[Write]:
+    """Tell whether an operation puts something in the place of an activation."""
+    return type(operation) in _WRITES
+
+
+def is_answered(operation: object) -> TypeIs[Read | SaeRead | LogitDiff | LogProb | Loss | Divergence]:
+    """Tell whether an operation is answered by one tensor."""
+    return type(operation) in _ANSWERED
+
+
+def is_of_sae(operation: object) -> TypeIs[SaeRead | SaeClamp | SaeAdd]:
+    """Tell whether an operation reads or writes latents of an SAE."""
+    return type(operation) in _OF_SAE
+
+
+def is_derivative(operation: object) -> TypeIs[Grad | Attribute]:
+    """Tell whether an operation is a derivative, at several points."""
+    return type(operation) is Grad or type(operation) is Attribute
+
+
 class Plan(_Part):
     """Rows of tokens, and what is read and written while a model runs over them."""
 
@@ -252,25 +280,30 @@ class Plan(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
-        named = [operation.name for operation in self.operations if isinstance(operation, Read | SaeRead | _Scalar | Grad | Attribute)]
-        if twice := sorted({name for name in named if named.count(name) > 1}):
-            message = f"two operations have one name: {twice}"
-            raise ValueError(message)
-        reads = {operation.name for operation in self.operations if isinstance(operation, Read)}
-        metrics = {operation.name for operation in self.operations if isinstance(operation, _Scalar)}
+        names = {kind: [] for kind in ("read", "sae_read", "metric", "grad", "attribute")}
         for operation in self.operations:
-            if isinstance(operation, Patch) and isinstance(operation.value, ReadName) and operation.value.read not in reads:
-                message = f"a patch at {operation.point} takes the read {operation.value.read!r}; the reads are {sorted(reads)}"
-                raise ValueError(message)
-            if isinstance(operation, Grad | Attribute) and operation.of not in metrics:
-                message = f"{operation.name!r} is of the metric {operation.of!r}; the metrics are {sorted(metrics)}"
-                raise ValueError(message)
-            _check_values(operation)
-            rows = getattr(operation, "rows", None)
-            if rows is not None and (not rows or min(rows) < 0 or max(rows) >= len(self.rows)):
-                message = f"an operation is on rows {list(rows)}; the plan has rows 0 to {len(self.rows) - 1}"
-                raise ValueError(message)
+            if operation.op in names:
+                names[operation.op].append(operation.name)
+        named = [name for of_kind in names.values() for name in of_kind]
+        if len(set(named)) < len(named):
+            message = f"two operations have one name: {sorted({name for name in named if named.count(name) > 1})}"
+            raise ValueError(message)
+        for operation in self.operations:
+            self._check_operation(operation, names["read"], names["metric"])
         return self
+
+    def _check_operation(self, operation: Operation, reads: list[str], metrics: list[str]) -> None:
+        if operation.op == "patch" and isinstance(operation.value, ReadName) and operation.value.read not in reads:
+            message = f"a patch at {operation.point} takes the read {operation.value.read!r}; the reads are {sorted(reads)}"
+            raise ValueError(message)
+        if is_derivative(operation) and operation.of not in metrics:
+            message = f"{operation.name!r} is of the metric {operation.of!r}; the metrics are {sorted(metrics)}"
+            raise ValueError(message)
+        _check_values(operation)
+        rows = getattr(operation, "rows", None)
+        if rows is not None and (not rows or min(rows) < 0 or max(rows) >= len(self.rows)):
+            message = f"an operation is on rows {list(rows)}; the plan has rows 0 to {len(self.rows) - 1}"
+            raise ValueError(message)
 
     def json(self) -> str:  # type: ignore[override] - pydantic's own method of this name is deprecated
         """Return the canonical text: sorted keys, no spaces, no defaults."""
@@ -436,7 +469,8 @@ def name_tensor(tensor: Tensor) -> TensorName:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise InputError(f"A tensor of dtype {dtype} cannot stand in a plan; {', '.join(DTYPES)} can.")
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    is_finite = not tensor.is_floating_point() or math.isfinite(float(tensor.sum()))  # a NaN or an infinity leaves no sum finite
+    if not is_finite and not bool(torch.isfinite(tensor).all()):
         place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
         raise InputError(f"A tensor of shape {list(tensor.shape)} holds {float(tensor[tuple(place)])} at {place}. Give finite numbers.")
     return TensorName(tensor=digest_tensor(tensor), dtype=dtype, shape=tuple(tensor.shape))

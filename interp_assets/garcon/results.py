@@ -2,8 +2,9 @@
 
 import html
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Final
 
 import polars as pl
 import torch
@@ -12,21 +13,26 @@ from torch import Tensor
 from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Kept
 
-_MAX_CELLS = 20_000
-_MAX_VALUES = 5_000_000
+_MAX_CELLS: Final = 20_000
+_MAX_VALUES: Final = 5_000_000
 
 
 class Result:
     """One tensor that was asked for, with what its axes mean. Before its trace has run, asking for the tensor is an error."""
 
-    def __init__(self, name: str, axes: Sequence[str], tokens: Sequence[Sequence[str]]) -> None:
-        """`axes` name the tensor's axes; `tokens` are the tokens of each of its rows that stand at its positions."""
-        self.name, self.axes, self.tokens = name, tuple(axes), [list(row) for row in tokens]
+    def __init__(self, name: str, axes: Sequence[str], write_tokens: Callable[[], list[list[str]]]) -> None:
+        """`axes` name the tensor's axes; `write_tokens` tells the tokens of each of its rows that stand at its positions."""
+        self.name, self.axes, self._write_tokens = name, tuple(axes), write_tokens
         self.operation = ""
         """Its operation in the plan of its trace."""
         self.kept: Kept | None = None
         """What the server keeps of it; None where it came whole."""
         self._tensor: Tensor | None = None
+
+    @cached_property
+    def tokens(self) -> list[list[str]]:
+        """The tokens of each of its rows that stand at its positions, as text; decoded when they are first asked for."""
+        return self._write_tokens()
 
     def fill(self, answer: Tensor | Kept) -> None:
         """Take the answer."""
@@ -34,6 +40,11 @@ class Result:
             self.kept = answer
         else:
             self._tensor = answer
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether its numbers are here."""
+        return self._tensor is not None
 
     @property
     def tensor(self) -> Tensor:
@@ -72,10 +83,12 @@ class Result:
         long = [axis for axis, size in enumerate(shape) if size > 1]
         if self._tensor is None or len(long) != 2 or self._tensor.numel() > _MAX_CELLS:
             return f"<code>{html.escape(repr(self))}</code>"
-        rows, columns = (self._labels(axis, shape[axis]) for axis in long)
+        rows, columns = (self.labels(axis) for axis in long)
         return draw_heat_map(self._tensor.reshape(len(rows), len(columns)), rows, columns, self.name)
 
-    def _labels(self, axis: int, size: int) -> list[str]:
+    def labels(self, axis: int) -> list[str]:
+        """Return what stands along an axis: tokens, or numbers."""
+        size = self.tensor.shape[axis]
         has_tokens = self.axes[axis] in ("position", "key") and len(self.tokens[0]) == size
         return self.tokens[0] if has_tokens else [str(i) for i in range(size)]
 
@@ -104,6 +117,16 @@ class Results(Mapping[str, Result]):
     def __repr__(self) -> str:
         """List them."""
         return "\n".join(map(repr, self._results.values()))
+
+    def _repr_html_(self) -> str:
+        """Draw results that have one axis each, of one length, as the lines of a heat map; list any others."""
+        filled = [result for result in self._results.values() if result.is_filled]
+        shapes = {tuple(size for size in result.tensor.shape if size > 1) for result in filled}
+        if len(filled) < max(2, len(self)) or len(shapes) != 1 or len(shapes.pop()) != 1:
+            return f"<code>{html.escape(repr(self))}</code>".replace("\n", "<br>")
+        values = torch.stack([result.tensor.flatten().float().cpu() for result in filled])
+        axis = next(i for i, size in enumerate(filled[0].tensor.shape) if size > 1)
+        return draw_heat_map(values, list(self), filled[0].labels(axis), filled[0].name.partition(" by ")[0])
 
     def table(self) -> pl.DataFrame:
         """Return the tables of all results under each other, with the point in front."""
@@ -142,16 +165,41 @@ class Grid:
 
 
 def draw_heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> str:
-    """Draw [rows, columns] as an HTML table: blue below zero, red above, each cell's number as its hint. Names are escaped."""
+    """Draw [rows, columns] as an HTML table: blue below zero, red above, zero the colour of the page, be it light or dark.
+
+    A cell's hint has its number and the whole of its labels; a label shows spaces and ends of lines, and its first characters where it is long.
+    """
     largest = float(values.abs().max()) or 1.0
-    head = "".join(f"<th style='font-weight:normal;white-space:pre'>{html.escape(name)}</th>" for name in columns)
+    head = "".join(f"<th title='{html.escape(name)}' style='{_COLUMN}'>{_shorten(name)}</th>" for name in columns)
     lines = []
     for name, line in zip(rows, values.tolist(), strict=True):
-        cells = "".join(f"<td title='{value:.4g}' style='background:{_colour(value / largest)};min-width:1.4em'>&nbsp;</td>" for value in line)
-        lines.append(f"<tr><th style='text-align:right;font-weight:normal'>{html.escape(name)}</th>{cells}</tr>")
-    return f"<table><caption>{html.escape(title)}</caption><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+        cells = "".join(
+            f"<td title='{html.escape(f'{name} / {column}: {value:.4g}')}' style='{_CELL}background-color:{_colour(value / largest)}'></td>"
+            for column, value in zip(columns, line, strict=True)
+        )
+        lines.append(f"<tr><th title='{html.escape(name)}' style='{_ROW}'>{_shorten(name)}</th>{cells}</tr>")
+    steps = (-1.0, -0.5, 0.5, 1.0)
+    scale = " ".join(f"<span style='background-color:{_colour(share)};padding:0 .4em'>{share * largest:.3g}</span>" for share in steps)
+    caption = f"<caption style='text-align:left;caption-side:top;white-space:nowrap'>{html.escape(title)} &nbsp; {scale}</caption>"
+    return f"<div style='overflow-x:auto'><table style='border-collapse:collapse'>{caption}<tr><th></th>{head}</tr>{''.join(lines)}</table></div>"
+
+
+_LABEL: Final = "font-weight:normal;white-space:nowrap;background-color:transparent;"
+_COLUMN: Final = f"{_LABEL}writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;padding:.3em 0"
+_ROW: Final = f"{_LABEL}text-align:right;padding:0 .4em"
+_CELL: Final = "padding:0;min-width:1.3em;height:1.3em;"
+_LONGEST_LABEL: Final = 20
+
+
+def _shorten(label: str) -> str:
+    """Return a label as it stands in a heat map, escaped: spaces at its ends as dots, a tab and the end of a line as their signs."""
+    inner = label.strip(" ")
+    before = len(label) - len(label.lstrip(" "))
+    shown = "\u00b7" * before + inner + "\u00b7" * (len(label) - before - len(inner))
+    shown = shown.replace("\n", "\u23ce").replace("\t", "\u21e5")
+    return html.escape(shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 1]}\u2026")
 
 
 def _colour(share: float) -> str:
-    fade = round(255 * (1 - min(1.0, abs(share))))
-    return f"rgb(255,{fade},{fade})" if share > 0 else f"rgb({fade},{fade},255)"
+    red, green, blue = (214, 39, 40) if share > 0 else (31, 119, 210)
+    return f"rgba({red},{green},{blue},{min(1.0, abs(share)):.3f})"

@@ -33,10 +33,7 @@ from interp_assets.garcon.metrics import MetricOp, measure, places_of
 from interp_assets.garcon.parts import Part, find_part
 from interp_assets.garcon.plan import (
     Attribute,
-    Divergence,
-    Freeze,
     Grad,
-    Loss,
     Patch,
     Plan,
     Read,
@@ -45,6 +42,10 @@ from interp_assets.garcon.plan import (
     SaeClamp,
     SaeRead,
     Write,
+    is_answered,
+    is_derivative,
+    is_of_sae,
+    is_write,
 )
 from interp_assets.garcon.points import HookPoint, find_point
 from interp_assets.garcon.subject import SubjectModel, token_losses
@@ -70,7 +71,7 @@ def run_together(runs: "Sequence[Run]") -> list[Answer | InterpError]:
 
 def _with_unedited_rows(plan: Plan) -> Plan:
     """Return a plan with freezes as one over its rows and as many again that no write reaches, from which the frozen points are taken."""
-    frozen = dict.fromkeys(name for operation in plan.operations if isinstance(operation, Freeze) for name in operation.points)
+    frozen = dict.fromkeys(name for operation in plan.operations if operation.op == "freeze" for name in operation.points)
     if not frozen:
         return plan
     n = len(plan.rows)
@@ -80,8 +81,8 @@ def _with_unedited_rows(plan: Plan) -> Plan:
         name = f"unedited {point}"
         operations += [Read(name=name, point=point, rows=copies), Patch(point=point, rows=own, value=ReadName(read=name))]
     for operation in plan.operations:
-        if not isinstance(operation, Freeze):
-            is_on_all = isinstance(operation, Read | SaeRead | MetricOp | Write) and operation.rows is None
+        if operation.op != "freeze":
+            is_on_all = (is_answered(operation) or is_write(operation)) and operation.rows is None
             operations.append(operation.model_copy(update={"rows": own}) if is_on_all else operation)
     return Plan(rows=plan.rows * 2, operations=tuple(operations))
 
@@ -114,8 +115,8 @@ class Run:
         self.lengths = [len(row) for row in self.plan.rows]
         if min(self.lengths) == 0:
             raise InputError(f"Row {self.lengths.index(0)} of the plan has no tokens: give at least one.")
-        self.metrics = [operation for operation in self.plan.operations if isinstance(operation, MetricOp)]
-        self.derived = [operation for operation in self.plan.operations if isinstance(operation, Grad | Attribute)]
+        self.metrics = [operation for operation in self.plan.operations if operation.op == "metric"]
+        self.derived = [operation for operation in self.plan.operations if is_derivative(operation)]
         self.points: dict[str, _AtPoint] = {}
         self.found: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
@@ -138,7 +139,7 @@ class Run:
     @property
     def wants_all_logits(self) -> bool:
         """Tell whether logits of more positions than those of its metrics are wanted."""
-        return "logits" in self.points or any(isinstance(metric, Loss) for metric in self.metrics)
+        return "logits" in self.points or any(metric.metric == "loss" for metric in self.metrics)
 
     @property
     def needs_head(self) -> bool:
@@ -149,7 +150,7 @@ class Run:
 
     def finish(self, batch: tuple[int, int]) -> Answer:
         """Return copies of what was asked for. Raises `NonFiniteError`."""
-        wanted = [operation.name for operation in self.asked.operations if isinstance(operation, Read | SaeRead | MetricOp)]
+        wanted = [operation.name for operation in self.asked.operations if is_answered(operation)]
         tensors = {name: value.detach() for name, value in {**self.found, **self.values}.items()}
         for name, value in tensors.items():
             _check_finite(value, name)
@@ -157,28 +158,28 @@ class Run:
 
     def _resolve(self) -> None:
         """Find every point and part, and refuse sources that lie after their target."""
-        reads = {operation.name: operation for operation in self.plan.operations if isinstance(operation, Read)}
+        reads = {operation.name: operation for operation in self.plan.operations if operation.op == "read"}
         for operation in self.plan.operations:
             self._at_work = operation
-            if isinstance(operation, Grad | Attribute):
+            if is_derivative(operation):
                 for name in operation.at:
                     self._at(name).wants_edge = True
-            if not isinstance(operation, Read | SaeRead | Write):
+            if not is_write(operation) and (not is_answered(operation) or operation.op == "metric"):
                 continue
             at = self._at(operation.point)
             part = find_part(self.subject.net, at.point, operation, self.lengths)
-            if isinstance(operation, SaeRead | SaeClamp | SaeAdd):
+            if is_of_sae(operation):
                 self._check_sae(operation, at.point)
-            if isinstance(operation, SaeRead):
+            if operation.op == "sae_read":
                 at.before.append((operation, part))
                 continue
-            if isinstance(operation, Read):
+            if operation.op == "read":
                 (at.after if operation.after else at.before).append((operation, part))
                 continue
             at.writes.append((operation, part))
             if operation.when is not None:
                 self._watch(operation.when.sae, (operation.when.latent,), at.point)
-            if isinstance(operation, Patch) and isinstance(operation.value, ReadName):
+            if operation.op == "patch" and isinstance(operation.value, ReadName):
                 source = reads[operation.value.read]
                 here, there = order_of(at.point.name), order_of(self._at(source.point).point.name)
                 if there > here or (there == here and source.after):
@@ -232,7 +233,7 @@ class Run:
         return value
 
     def _read(self, read: Read | SaeRead, part: Part, shown: Tensor) -> Tensor:
-        if isinstance(read, Read):
+        if read.op == "read":
             return part.take(shown)
         found = encode_part(self.beside.sae(read.sae), part.select(shown), read.latents)
         return found if part.is_single else part.arrange(found)
@@ -249,14 +250,16 @@ class Run:
             self.values[metric.name] = self._measure(metric, logits, kept)
 
     def _measure(self, metric: MetricOp, logits: Tensor, kept: list[int] | None) -> Tensor:
-        if isinstance(metric, Loss):
+        if metric.metric == "loss":
             rows = list(range(len(self.lengths)) if metric.rows is None else metric.rows)
             token_ids, mask = _pad(self.plan.rows)
             losses = token_losses(logits[rows], token_ids[rows], None if mask is None else mask[rows])
             return losses.sum(1) / torch.tensor([self.lengths[row] - 1 for row in rows], device=losses.device)
         rows, places = (list(column) for column in zip(*self.places[metric.name], strict=True))
         there = places if kept is None else [kept.index(place) for place in places]
-        return measure(metric, logits[rows, there], self.beside.tensor(metric.other) if isinstance(metric, Divergence) else None)
+        is_column = rows == list(range(len(self.lengths))) and len(set(there)) == 1  # then no index has to be made and sent
+        chosen = logits[:, there[0]] if is_column else logits[rows, there]
+        return measure(metric, chosen, self.beside.tensor(metric.other) if metric.metric == "kl" else None)
 
     def names_of(self, operation: Grad | Attribute) -> list[str]:
         """Return the canonical names of the points of a derivative."""
@@ -271,7 +274,7 @@ class Run:
                 raise InputError(f"Metric {operation.of!r} does not depend on {at.point.name!r}: there is no derivative.")
             own = gradient[: self.n_rows]
             _check_finite(own, f"{operation.name} at {at.point.name}")
-            if isinstance(operation, Attribute):
+            if operation.op == "attribute":
                 own = self._attribute(at, own, operation.source if operation.source == "zero" else operation.source[i])
             answers[at.point.name] = own.detach().clone()
         self.derivatives[operation.name] = answers
@@ -311,7 +314,8 @@ class _Forward:
         arguments = self.subject.arguments(token_ids, mask)
         kept = self._kept_positions()
         if kept is not None:
-            arguments["logits_to_keep"] = torch.tensor(kept, device=self.subject.device)
+            is_last = kept == [token_ids.shape[1] - 1]
+            arguments["logits_to_keep"] = 1 if is_last else torch.tensor(kept, device=self.subject.device)
         start = net.get_input_embeddings().register_forward_hook(_start_graph) if self.is_derived else None
         try:
             with torch.set_grad_enabled(self.is_derived):
@@ -403,10 +407,12 @@ def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     """Return token ids padded on the right, and which of them are none; no mask where no row is padded."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
+    if min(lengths) == longest:
+        return torch.tensor(rows), None
     token_ids = torch.zeros((len(rows), longest), dtype=torch.int64)
     for i, row in enumerate(rows):
         token_ids[i, : len(row)] = torch.tensor(row)
-    return token_ids, None if min(lengths) == longest else torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
+    return token_ids, torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
 
 
 def _start_graph(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:

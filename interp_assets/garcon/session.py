@@ -14,7 +14,7 @@ tokens that it adds; lists of token ids are taken as they are. Where the model i
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -111,6 +111,11 @@ class Model:
         return getattr(self.backend, name)
 
     @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """Canonical names by what was asked for: patterns are matched once."""
+        return {}
+
+    @cached_property
     def _point_names(self) -> list[str]:
         return [point.name for point in self.backend.list_points() if not point.refused]
 
@@ -142,11 +147,10 @@ class Model:
         """Return the canonical names of points; `z.*` stands for all layers. Raises `InputError` for what does not exist."""
         names: list[str] = []
         for name in [wanted] if isinstance(wanted, str) else wanted:
-            if "*" in name:
-                found = fnmatch.filter(self._point_names, name)
-                names += found or [self.backend.find_point(name.replace("*", "0"))]
-            else:
-                names.append(self.backend.find_point(name))
+            if name not in self._names:
+                found = fnmatch.filter(self._point_names, name) if "*" in name else []
+                self._names[name] = found or [self.backend.find_point(name.replace("*", "0"))]
+            names += self._names[name]
         return list(dict.fromkeys(names))
 
     def trace(self, prompt: Prompt, *, exact: bool = False, keep: bool = False) -> "Trace":
@@ -191,6 +195,12 @@ class Model:
         """Estimate what `sweep` measures by one backward: derivative times change, [rows, positions] or [rows, positions, heads]."""
         with self.trace(prompt) as trace:
             return trace.attribute(trace.measure(metric), points, source)
+
+    def weights(self, name: str, *, head: int | None = None) -> Tensor:
+        """Return a copy of a weight by TransformerLens' name: `W_O.5`, `W_E` (`weights.py`). Raises `InputError` for what this model lacks."""
+        from interp_assets.garcon.weights import read_weight  # noqa: PLC0415 - brings transformers, which a client does without
+
+        return read_weight(self.subject.net, name, head)
 
     def generate(
         self,
@@ -292,7 +302,7 @@ class Trace:
         name = self._name("read")
         self._operations.append(Read(name=name, after=after, **at))
         chosen = range(len(self._rows)) if at["rows"] is None else at["rows"]
-        self._results[name] = Result(at["point"], self._axes(at), [self._tokens_at(row, at["pos"]) for row in chosen])
+        self._results[name] = Result(at["point"], self._axes(at), self._tokens_at(chosen, at["pos"]))
         self._results[name].operation = name
         return self._results[name]
 
@@ -343,7 +353,7 @@ class Trace:
         name = self._name("read")
         self._operations.append(SaeRead(name=name, sae=sae, latents=None if latents is None else tuple(latents), **at))
         axes = ["row", *([] if isinstance(at["pos"], int) else ["position"]), "latent"]
-        self._results[name] = Result(f"{sae} at {at['point']}", axes, [self._tokens_at(row, at["pos"]) for row in range(len(self._rows))])
+        self._results[name] = Result(f"{sae} at {at['point']}", axes, self._tokens_at(range(len(self._rows)), at["pos"]))
         self._results[name].operation = name
         return self._results[name]
 
@@ -377,7 +387,7 @@ class Trace:
         """Measure a metric, for every row."""
         name = self._name("metric")
         self._operations.append(metric.model_copy(update={"name": name}))
-        self._results[name] = Result(metric.metric, ["row"], self.tokens)
+        self._results[name] = Result(metric.metric, ["row"], self._all_tokens())
         self._results[name].operation = name
         return self._results[name]
 
@@ -387,7 +397,7 @@ class Trace:
         points = self._model.names(at)
         self._operations.append(Grad(name=name, of=self._metric_name(metric), at=tuple(points)))
         whole = {point: self._axes({"point": point, "pos": None}) for point in points}
-        self._derived[name] = Results({point: Result(f"d {metric.name} / d {point}", axes, self.tokens) for point, axes in whole.items()})
+        self._derived[name] = Results({point: Result(f"d {metric.name} / d {point}", axes, self._all_tokens()) for point, axes in whole.items()})
         return self._derived[name]
 
     def attribute(self, metric: Result, at: Names, source: Mapping[str, Result] | str) -> Results:
@@ -399,7 +409,7 @@ class Trace:
         given: Any = source if isinstance(source, str) else tuple(self._keep(source[point]) for point in points)
         self._operations.append(Attribute(name=name, of=self._metric_name(metric), at=tuple(points), source=given))
         axes = {point: self._axes({"point": point, "pos": None})[:-1] for point in points}
-        self._derived[name] = Results({point: Result(f"{metric.name} by {point}", axes[point], self.tokens) for point in points})
+        self._derived[name] = Results({point: Result(f"{metric.name} by {point}", axes[point], self._all_tokens()) for point in points})
         return self._derived[name]
 
     def _sae(self, name: str) -> Any:
@@ -424,7 +434,8 @@ class Trace:
             raise InputError(f"Expected a tensor or a result, found a {type(tensor).__name__}.")
         tensor = tensor.float() if tensor.dtype == torch.float64 else tensor
         name = name_tensor(tensor)
-        self._tensors[name.tensor] = tensor.detach()
+        if name.tensor not in self._tensors:
+            self._tensors[name.tensor] = tensor.detach().clone()  # it is used later, and whoever gave it may write into it until then
         return name
 
     def _at(self, point: str, pos: Where, rows: int | Sequence[int] | None, heads: Sequence[int] | None) -> dict[str, Any]:
@@ -448,14 +459,12 @@ class Trace:
             raise InputError(f"The token {text!r} must stand once in each row, in one place. Found {shown}. Tokens of row 0: {self.tokens[0]}.")
         return found.pop()
 
-    def _tokens_at(self, row: int, pos: Any) -> list[str]:
-        pieces = self.tokens[row]
-        if pos is None:
-            return pieces
-        if isinstance(pos, Span):
-            return pieces[slice(pos.start, pos.stop, pos.step)]
-        wanted = [pos] if isinstance(pos, int) else pos
-        return [pieces[place] for place in wanted if -len(pieces) <= place < len(pieces)]
+    def _all_tokens(self) -> Callable[[], list[list[str]]]:
+        return self._tokens_at(range(len(self._rows)), None)
+
+    def _tokens_at(self, rows: Iterable[int], pos: Any) -> Callable[[], list[list[str]]]:
+        """Return what writes the tokens of rows; it does not hold the trace."""
+        return partial(_write, self._model.backend.pieces, [self._rows[row] for row in rows if 0 <= row < len(self._rows)], pos)
 
     def _axes(self, at: Mapping[str, Any]) -> list[str]:
         kind = at["point"].partition(".")[0]
@@ -463,6 +472,19 @@ class Trace:
         if kind == "pattern":
             return ["row", "head", *position, "key"]
         return ["row", *position, *(["head"] if kind in BY_HEAD else []), "dimension"]
+
+
+def _write(pieces: Callable[[Sequence[Sequence[int]]], list[list[str]]], rows: Iterable[Sequence[int]], pos: Any) -> list[list[str]]:
+    """Return the tokens of each row that stand at `pos`, as text."""
+    return pieces([_pick(row, pos) for row in rows])
+
+
+def _pick(row: Sequence[int], pos: Any) -> Sequence[int]:
+    if pos is None:
+        return row
+    if isinstance(pos, Span):
+        return row[slice(pos.start, pos.stop, pos.step)]
+    return [row[place] for place in ([pos] if isinstance(pos, int) else pos) if -len(row) <= place < len(row)]
 
 
 def _raw(value: str) -> float:

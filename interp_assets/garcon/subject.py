@@ -65,7 +65,8 @@ class SubjectModel:
         self.name = name
         self.is_causal = not is_encoder(net.config)
         self.follows_length = follows_length(net.config)
-        self.vocabulary_size = len(_weight(net.get_input_embeddings()))
+        self._embedding: Any = net.get_input_embeddings()
+        self.vocabulary_size = len(_weight(self._embedding))
         self.max_context = max_context(net.config)
         self.can_choose_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
         self._widths: dict[str, int] = {}
@@ -74,7 +75,7 @@ class SubjectModel:
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
-        return self.net.device
+        return self._embedding.weight.device
 
     @property
     def d_model(self) -> int:
@@ -181,10 +182,11 @@ class SubjectModel:
 
     def check_tokens(self, token_ids: Int[Tensor, "*shape"]) -> None:
         """Raise `InputError` for token ids outside the embedding: then the tokenizer is another model's."""
-        highest = int(token_ids.max()) if token_ids.numel() else 0
-        if highest >= self.vocabulary_size or (token_ids.numel() and int(token_ids.min()) < 0):
+        lowest, highest = (int(token_id) for token_id in torch.aminmax(token_ids)) if token_ids.numel() else (0, 0)
+        if highest >= self.vocabulary_size or lowest < 0:
             raise InputError(
-                f"Token id {highest:,} is outside the {self.vocabulary_size:,} embeddings of {self.name}: the tokenizer belongs to another model."
+                f"Token id {highest if lowest >= 0 else lowest:,} is outside the {self.vocabulary_size:,} embeddings of {self.name}: "
+                "the tokenizer belongs to another model."
             )
 
     def arguments(self, token_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:

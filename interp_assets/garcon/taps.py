@@ -8,7 +8,7 @@ way of two, so there the tensor itself is overwritten.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -32,16 +32,21 @@ class Tap(NamedTuple):
 @contextmanager
 def tapped(net: PreTrainedModel, taps: Sequence[Tap], n_tokens: int) -> Iterator[None]:
     """Run the acts at their points in every forward while this is open; contexts are `n_tokens` long. No hook is left when it closes."""
-    with ExitStack() as stack:
-        attention: dict[str, dict[str, Act]] = {}
+    attention: dict[str, dict[str, Act]] = {}
+    handles: list[Any] = []
+    try:
         for tap in sorted(taps, key=lambda tap: order_of(tap.point.name)):
             if tap.point.side == "attention":
                 attention.setdefault(tap.point.module_path, {})[tap.point.kind] = tap.act
             else:
-                stack.callback(_hook(net, tap, n_tokens).remove)
-        for path, acts in attention.items():
-            stack.enter_context(attention_tapped(net.get_submodule(path), acts))
-        yield
+                handles.append(_hook(net, tap, n_tokens))
+        with ExitStack() if attention else nullcontext() as stack:
+            for path, acts in attention.items():
+                stack.enter_context(attention_tapped(net.get_submodule(path), acts))
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

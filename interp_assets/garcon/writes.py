@@ -13,7 +13,7 @@ from torch import Tensor
 from interp_assets.errors import InputError
 from interp_assets.garcon.features import AttachedSae, encode_part, move_part
 from interp_assets.garcon.parts import Part
-from interp_assets.garcon.plan import Add, Patch, ProjectOut, SaeAdd, SaeClamp, Scale, TensorName, Write
+from interp_assets.garcon.plan import Patch, SaeClamp, TensorName, Write, is_of_sae
 
 
 class Beside(NamedTuple):
@@ -49,23 +49,23 @@ def apply_write(write: Write, part: Part, shown: Tensor, beside: Beside, found: 
 
 def _replacement(write: Write, part: Part, shown: Tensor, now: Tensor, beside: Beside, found: Mapping[str, Tensor]) -> Tensor:
     """Return what a write makes of its part, [places, ...]."""
-    if isinstance(write, Patch):
+    if write.op == "patch":
         return _patched(write, part, shown, now, beside, found)
-    if isinstance(write, Scale):
+    if write.op == "scale":
         return now * write.times
-    if isinstance(write, SaeClamp | SaeAdd):
+    if is_of_sae(write):
         attached = beside.sae(write.sae)
-        before = None if isinstance(write, SaeAdd) else _latents(write, attached, part, now, found)
+        before = None if write.op == "sae_add" else _latents(write, attached, part, now, found)
         along = None if write.along is None else beside.tensor(write.along)
         return move_part(attached, now, write.latents, write.values, before=before, along=along)
     vector = part.fit(beside.tensor(write.value), shown, write.point, is_vector_enough=True)
-    if isinstance(write, Add):
+    if write.op == "add":
         return now + write.times * vector
     length = vector.norm(dim=-1, keepdim=True)
     if bool((length == 0).any()):
         raise InputError(f"The vector of {write.op} at {write.point!r} is zero: it has no direction.")
     along = (now * (vector / length)).sum(-1, keepdim=True)
-    return now - (along if isinstance(write, ProjectOut) else (along - write.limit).clamp_min(0.0)) * (vector / length)
+    return now - (along if write.op == "project_out" else (along - write.limit).clamp_min(0.0)) * (vector / length)
 
 
 def _latents(write: SaeClamp, attached: AttachedSae, part: Part, now: Tensor, found: Mapping[str, Tensor]) -> Tensor:
