@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -38,6 +38,7 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
 from interp_assets.planning.road import Road, group_siblings
+from interp_assets.storage.leases import SILENT_S, leased
 from interp_assets.storage.lineage import Digests
 from interp_assets.storage.locks import Holder, locked
 from interp_assets.storage.process_names import name_process
@@ -46,6 +47,8 @@ from resources.launcher import PROCESS_TAG
 
 TURN_LOCK: Final = ".working"
 """File whose lock a command holds while it works on a pipeline; it says who that is."""
+TURN_LEASE: Final = ".turns"
+"""The same in a bucket: a folder of another name, because a folder that was copied there has the file."""
 _CREATION_LOCK: Final = ".opening"
 HOME_VARIABLE: Final = "DAGSTER_HOME"
 POSTGRES_VARIABLE: Final = "INTERP_POSTGRES_URL"
@@ -125,16 +128,26 @@ def open_instance(config: PipelineConfig) -> DagsterInstance:
 def take_turn(config: PipelineConfig, tell: Callable[[str], None]) -> Iterator[None]:
     """Let one command at a time work on a pipeline: wait for another one, and `tell` who that is and that it is waited for.
 
-    Two would do the same work twice. The lock lies beside the artifacts, so that all machines with that folder see it; a bucket has none, and
-    the lock there is that of Dagster's folder.
+    Two would do the same work twice. The lock lies beside the artifacts, so that all machines with that folder see it; in a bucket it is a lease.
     """
-    folder = dagster_home(config) if "://" in config.root else Path(config.root).expanduser() / config.name
+    is_folder = "://" not in config.root
+
+    def name(holder: Holder | None) -> str:
+        return holder.describe() if holder else "Another command"
 
     def wait_for(holder: Holder | None) -> None:
-        who = holder.describe() if holder else "Another command"
-        tell(f"{who} works on pipeline {config.name}. Waiting until it has ended; then this goes on with what is left. Ctrl-C ends the wait.")
+        works = f"{name(holder)} works on pipeline {config.name}"
+        tell(f"{works}. Waiting until it has ended; then this goes on with what is left. Ctrl-C ends the wait.")
 
-    with locked(folder / TURN_LOCK, waits_for=wait_for):
+    def lose_to(holder: Holder | None) -> None:
+        why = f"because this command was not heard of for {SILENT_S:g} s"
+        tell(f"{name(holder)} has taken over pipeline {config.name}, {why}. Both go on: work may be done twice, and nothing is damaged.")
+
+    with ExitStack() as stack:
+        folder = Path(config.root).expanduser() / config.name if is_folder else dagster_home(config)
+        stack.enter_context(locked(folder / TURN_LOCK, waits_for=wait_for))
+        if config.root.startswith("s3://"):
+            stack.enter_context(leased(open_pipeline_store(config), TURN_LEASE, waits_for=wait_for, is_lost_to=lose_to))
         yield
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 
 _POLL_S: Final = 0.2
 _NO_LOCKS: Final = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -49,7 +49,7 @@ def locked(path: Path, *, waits_for: Callable[[Holder | None], None] | None = No
     with file:
         is_ours = _wait(file, waits_for, sleep)
         if is_ours:
-            _write(file, json.dumps(_here()._asdict()) + "\n")
+            _write(file, json.dumps(name_holder()._asdict()) + "\n")
         try:
             yield
         finally:
@@ -76,7 +76,8 @@ def _wait(file: IO[str], waits_for: Callable[[Holder | None], None] | None, slee
             return True
 
 
-def _here() -> Holder:
+def name_holder() -> Holder:
+    """Name this process."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return Holder(os.getpid(), socket.gethostname(), command, datetime.now().astimezone().isoformat(timespec="seconds"))
 
@@ -84,7 +85,14 @@ def _here() -> Holder:
 def _read(file: IO[str]) -> Holder | None:
     file.seek(0)
     try:
-        content = json.loads(file.read(1 << 16))
+        return parse_holder(json.loads(file.read(1 << 16)))
+    except ValueError:
+        return None
+
+
+def parse_holder(content: Any) -> Holder | None:
+    """Return the holder that JSON names; None where it names none."""
+    try:
         return Holder(int(content["process_id"]), str(content["host"]), str(content["command"]), str(content["since"]))
     except (ValueError, TypeError, KeyError):
         return None

@@ -1,6 +1,8 @@
 """The store keeps the same promises on a real S3 server."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from odd_names import ODD_NAME
 from s3_server import S3Server, start_s3_server
 
 from interp_assets.errors import StoreError
+from interp_assets.storage.leases import leased
 from interp_assets.storage.manifest import create_artifact, find_manifest, load_manifest, make_ref, read_file, read_ranges
 from interp_assets.storage.store import Store, open_store
 
@@ -49,6 +52,29 @@ def test_only_one_creator_wins(store: Store) -> None:
     assert store.put("m", b"1", create=True)
     assert not store.put("m", b"2", create=True)
     assert store.get("m") == b"1"
+
+
+def test_two_machines_take_turns(store: Store) -> None:
+    """On a bucket two commands did the same work twice, and neither said a word."""
+    inside, most, told = 0, 0, []
+
+    def work() -> None:
+        nonlocal inside, most
+        wait = threading.Event.wait
+        with leased(store, ".turns", waits_for=told.append, is_lost_to=told.append, wait=lambda event, _s: wait(event, 0.05)):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.2)
+            inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (most, inside) == (1, 0)
+    assert told
+    assert len(list(store.list(".turns"))) == 1
 
 
 def test_a_stream_that_raises_publishes_nothing(store: Store) -> None:
