@@ -14,7 +14,7 @@ import io
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from interp_assets.errors import InputError
 from interp_assets.planning.config import ExecutionConfig, ModelConfig, PipelineConfig, load_config
@@ -48,6 +48,10 @@ def open(where: str) -> "Opened":  # noqa: A001 - lab.open reads as it should
         store = open_store(where)
         config = load_configuration(store)
     return Opened(load_pipeline(config, store), store)
+
+
+_TRIED_TOKENS: Final = 512
+"""Held-out tokens that an SAE is tried on when a model is loaded with it."""
 
 
 class Rows(NamedTuple):
@@ -135,13 +139,26 @@ class Opened:
             raise InputError(
                 f"The model {self.config.model.name!r} has changed since it was planned (fingerprint {found}, planned {planned}). Plan again."
             )
-        from interp_assets.garcon.features import AttachedSae  # noqa: PLC0415 - as above
+        from interp_assets.garcon.features import AttachedSae, Fit  # noqa: PLC0415 - as above
         from interp_assets.storage.manifest import find_manifest  # noqa: PLC0415 - as above
-        from interp_assets.train.refs import sae_ref  # noqa: PLC0415 - as above
+        from interp_assets.train.refs import evaluation_ref, sae_ref  # noqa: PLC0415 - as above
 
         llm = _load_model(self.config.model, self.config.execution)
-        trained = [sae for sae in self.config.saes if sae.task == "sae" and find_manifest(self.store, sae_ref(self.pipeline, sae.name)) is not None]
-        llm.saes = {sae.name: AttachedSae(self.sae(sae.name).to(llm.subject.device), sae.hook_point) for sae in trained}
+        llm.backend.norms = self._mean_norms()
+        texts = self._held_out_texts()
+        for sae in self.config.saes:
+            if find_manifest(self.store, sae_ref(self.pipeline, sae.name)) is None:
+                continue
+            facts = evaluated.facts if (evaluated := find_manifest(self.store, evaluation_ref(self.pipeline, sae.name))) else None
+            attached = AttachedSae(
+                self.sae(sae.name).to(llm.subject.device),
+                sae.hook_point,
+                target=sae.target_hook_point,
+                more=sae.more_hook_points,
+                firings=self._firings(sae.name),
+                evaluated=Fit(float(facts["fvu"]), float(facts["l0"])) if facts else None,
+            )
+            llm.backend.attach(sae.name, attached, texts)
         return llm
 
     def activations(self, hook_point: str) -> StoredRows:
@@ -200,6 +217,51 @@ class Opened:
         """Read one feature's record: examples, histogram, logits, neighbours."""
         bundle = self._bundle(name)
         return Feature(bundle.record(latent), bundle.vocabulary.text)
+
+    def _mean_norms(self) -> dict[str, float]:
+        """Return the mean norm of the rows of every harvested hook point whose statistics there are."""
+        from interp_assets.harvest.refs import statistics_ref  # noqa: PLC0415 - as above
+        from interp_assets.storage.manifest import find_manifest  # noqa: PLC0415 - as above
+
+        found = {name: find_manifest(self.store, statistics_ref(self.pipeline, name)) for name in self.config.harvest.hook_points}
+        return {name: float(manifest.facts["mean_norm"]) for name, manifest in found.items() if manifest is not None}
+
+    def _held_out_texts(self) -> list[list[int]]:
+        """Return the first held-out contexts, on which SAEs are tried; none where there is none yet."""
+        from interp_assets.corpus.refs import token_shard_ref  # noqa: PLC0415 - as above
+        from interp_assets.corpus.tokens import load_tokens  # noqa: PLC0415 - as above
+        from interp_assets.storage.manifest import find_manifest  # noqa: PLC0415 - as above
+
+        for index in self.pipeline.held_out_indices:
+            if find_manifest(self.store, token_shard_ref(self.pipeline, index)) is not None:
+                tokens = load_tokens(self.pipeline, self.store, index)
+                contexts, length = tokens.contexts, self.config.corpus.context_length
+                return [
+                    tokens.token_ids[contexts == context].tolist()
+                    for context in list(dict.fromkeys(contexts.tolist()))[: -(-_TRIED_TOKENS // length)]
+                ]
+        return []
+
+    def _firings(self, name: str) -> Any:
+        """Return how the latents of an SAE fire, as its features tell; None where these have not been made."""
+        import numpy as np  # noqa: PLC0415 - as above
+        import torch  # noqa: PLC0415 - as above
+
+        from interp_assets.garcon.features import Firings  # noqa: PLC0415 - as above
+        from interp_assets.storage.manifest import find_manifest  # noqa: PLC0415 - as above
+        from interp_assets.web.refs import bundle_ref  # noqa: PLC0415 - as above
+
+        if name not in self.config.features.saes or find_manifest(self.store, bundle_ref(self.pipeline, name)) is None:
+            return None
+
+        def quantile(latent: int, share: float) -> float:
+            histogram = self.feature(name, latent).record["statistics"]["histogram"]
+            counted = np.concatenate([[0], np.cumsum(histogram["counts"])])
+            return float(np.interp(share * counted[-1], counted, histogram["edges"]))
+
+        table = self.features(name)
+        maximum, frequency = (torch.from_numpy(table[column].to_numpy().astype("float32")) for column in ("max", "frequency"))
+        return Firings(maximum, frequency, quantile)
 
     def _bundle(self, name: str) -> Any:
         from interp_assets.web.opened import BundlePlace, OpenBundle  # noqa: PLC0415 - as above

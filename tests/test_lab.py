@@ -133,6 +133,31 @@ def test_the_pipelines_saes_come_with_its_model(run: lab.Opened) -> None:
     assert changed.value != loss.value
 
 
+def test_strengths_are_told_by_what_the_pipeline_measured(run: lab.Opened) -> None:
+    """A latent's maximum and quantiles by its features, the mean norm by the activation statistics; a dead latent has neither."""
+    llm = run.model()
+    features, heads = run.features("heads"), llm.saes["heads"]
+    latent = int(features.sort("max")["latent"][-1])
+    edit = {"sae": "heads", "latent": latent}
+
+    def strength(**words: str) -> float:
+        return llm.generate("word word", new_tokens=2, steer=[{**edit, **words}]).plan.edits[0].write.values[0]
+
+    maximum = float(features["max"][latent])
+    assert strength(clamp="10 max") == pytest.approx(10 * maximum)
+    assert 0 < strength(clamp="q0.5") < strength(clamp="q0.99") <= maximum * 1.25  # a bin's width
+    rows = run.activations("z.1")
+    norms = [rows[start : start + 64].tensor.float().norm(dim=1) for start in range(0, len(rows) - 64, 64)]
+    length = float(run.sae("heads").W_dec[latent].norm())
+    assert strength(add="0.2 norm") == pytest.approx(0.2 * float(torch.cat(norms).mean()) / length, rel=0.1)  # training shards alone
+    assert heads.evaluated.fvu == run.evaluation("heads")["fvu"]
+    assert heads.fit.fvu > 0
+    dead = features.filter(pl.col("is_dead"))["latent"]
+    if len(dead):
+        with pytest.raises(InputError, match="it is dead"):
+            llm.generate("word", new_tokens=1, steer=[{"sae": "heads", "latent": int(dead[0]), "clamp": "10 max"}])
+
+
 def test_what_is_not_there_is_named(run: lab.Opened, tmp_path: Path) -> None:
     """With the names there are, or the next step."""
     with pytest.raises(ConfigError, match="No SAE is called 'head'"):

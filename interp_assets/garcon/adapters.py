@@ -30,9 +30,9 @@ A type that is not in the table is refused by its canonical names, never guessed
 from typing import Any, Final, Literal, NamedTuple
 
 NormKind = Literal["layer", "rms", "rms_plus_one"]
-Side = Literal["input", "output", "stream", "attention"]
-"""Where a tensor is met: what enters a module, what leaves it, what enters it and is added to later (so that a change must reach both), or
-what the module's attention function is handed."""
+Side = Literal["input", "output", "stream", "attention", "norm"]
+"""Where a tensor is met: what enters a module, what leaves it, what enters it and is added to later (so that a change must reach both), what
+the module's attention function is handed, or what a norm divides by."""
 
 
 class Place(NamedTuple):

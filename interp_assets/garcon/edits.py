@@ -191,6 +191,8 @@ class Editor:
     def _read_latents(self, sae: str, latents: Sequence[int], target: HookPoint) -> None:
         """Have latents read at their SAE's own point, before the writes."""
         attached = self._beside.sae(sae)
+        if attached.more:
+            raise InputError(f"{sae!r} is a crosscoder, whose latents are known after a forward: clamp it in a trace, which makes two.")
         check_latents(attached, tuple(latents))
         at = self._at(attached.hook_point)
         if order_of(at.name) > order_of(target.name):
@@ -356,10 +358,12 @@ def _edited_places(batch: Batch, new: Tensor) -> tuple[Tensor, Tensor]:
 
 def _make_part(write: Any, rows: Tensor, columns: Tensor) -> Part:
     """Return the places of a write that all take one vector."""
+    places: dict[int, list[int]] = {}
+    for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        places.setdefault(row, []).append(column)
     return Part(
-        rows=tuple(rows.tolist()),
-        positions=tuple(columns.tolist()),
-        counts=(len(rows),),
+        chosen=tuple(places),
+        places=tuple(places.values()),
         heads=write.heads,
         is_single=False,
         is_whole=False,

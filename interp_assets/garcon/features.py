@@ -51,6 +51,15 @@ class Firings(NamedTuple):
     """Of a latent's activations where it fires, the one below which that share lies."""
 
 
+class Fit(NamedTuple):
+    """How well an SAE explains some activations."""
+
+    fvu: float
+    """Share of their variance that it does not explain."""
+    l0: float
+    """Mean number of latents that fire."""
+
+
 class AttachedSae(NamedTuple):
     """An SAE and the hook points that its rows come from."""
 
@@ -58,13 +67,26 @@ class AttachedSae(NamedTuple):
     hook_point: str
     target: str = ""
     """Where a transcoder's reconstruction belongs; empty for an SAE, whose rows are their own."""
+    more: tuple[str, ...] = ()
+    """The other hook points of a crosscoder, whose rows stand side by side."""
     firings: Firings | None = None
     """None where no pipeline tells."""
+    evaluated: Fit | None = None
+    """On the held-out rows of its pipeline."""
+    fit: Fit | None = None
+    """On the text that it was tried on when it was attached (`attach.py`); None before."""
+    warning: str = ""
+    """What was odd about that."""
 
     @property
     def is_transcoder(self) -> bool:
         """Tell whether it is written at another point than it reads."""
         return bool(self.target)
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The points that its rows come from."""
+        return (self.hook_point, *self.more)
 
     @property
     def written_at(self) -> str:

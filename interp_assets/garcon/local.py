@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from interp_assets.errors import InputError
+from interp_assets.garcon.attach import TEXT, try_sae
 from interp_assets.garcon.backend import Answer, Chats, Generated, PointRow, Token
 from interp_assets.garcon.chat import UNKNOWN, tokenize_chat
 from interp_assets.garcon.decode import generate
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import GeneratePlan, Metric, Plan
-from interp_assets.garcon.points import find_point, list_points, point_shape
+from interp_assets.garcon.points import find_point, list_norms, list_points, point_shape
 from interp_assets.garcon.run import run_plan
 from interp_assets.garcon.steering.strengths import latent_strength, vector_strength
 from interp_assets.garcon.subject import SubjectModel
@@ -34,6 +35,11 @@ class LocalBackend:
         """What writes every token of some rows as text."""
         return partial(_write, self.tokenizer)
 
+    def attach(self, name: str, attached: AttachedSae, texts: Sequence[Sequence[int]] | None = None) -> None:
+        """Add an SAE, after it was tried on texts, by default a short one. Raises `InputError` for one that explains less than nothing there."""
+        tried = try_sae(self.subject, name, attached, texts or self.tokenize([TEXT], special=True), self.special_tokens)
+        self.saes = {**self.saes, name: tried}
+
     def list_points(self) -> list[PointRow]:
         """List the canonical points."""
         net = self.subject.net
@@ -41,6 +47,7 @@ class LocalBackend:
         for point in list_points(net, with_refused=True):
             shape = "" if point.refused else str(list(point_shape(net, point) or ())).replace("'", "")
             rows.append(PointRow(point.name, shape, point.module_path, point.alias, point.refused))
+        rows += [PointRow(point.name, "[batch, context, 1]", point.module_path, "", "") for point in list_norms(net)]
         return rows
 
     def find_point(self, name: str) -> str:

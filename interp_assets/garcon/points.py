@@ -8,6 +8,7 @@ import difflib
 from typing import Any, Final, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -18,6 +19,8 @@ from interp_assets.garcon.attention import explain_blind
 from interp_assets.planning.hook_names import BY_HEAD, FIRST_KINDS, LAST_KINDS, LAYER_KINDS, alias_of, canonical_name, explain_other
 
 MODULE: Final = "module:"
+NORM: Final = "norm:"
+"""Before a norm's path: what it divides by, [batch, context, 1]."""
 _ATTENTION_KINDS: Final = ("q", "k", "v", "pattern")
 
 
@@ -35,8 +38,9 @@ class HookPoint(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is, without the layer; `module` for a module's path."""
-        return "module" if self.name.startswith(MODULE) else self.name.partition(".")[0]
+        """What it is, without the layer; `module` for a module's path, `norm` for what a norm divides by."""
+        known = next((prefix for prefix in (MODULE, NORM) if self.name.startswith(prefix)), "")
+        return known.rstrip(":") or self.name.partition(".")[0]
 
 
 _known: WeakKeyDictionary[PreTrainedModel, dict[str, HookPoint]] = WeakKeyDictionary()
@@ -75,6 +79,11 @@ def find_point(net: PreTrainedModel, name: str) -> HookPoint:
         if path not in known:
             raise InputError(f"Hook point {name!r}: the model has no module {path!r}. Near: {_near(path, known)}.")
         return HookPoint(name, path, "output", "")
+    if name.startswith(NORM):
+        norms = {point.name: point for point in list_norms(net)}
+        if name not in norms:
+            raise InputError(f"Hook point {name!r}: there is no norm of that path. Near: {_near(name, list(norms))}.")
+        return norms[name]
     if point := _known_points(net).get(name):
         return _unless_refused(net, point, name)
     adapter = find_adapter(net.config)
@@ -100,6 +109,25 @@ def own_name(net: PreTrainedModel, name: str) -> str:
     adapter = find_adapter(net.config)
     has_rope = adapter is None or adapter.has_rope
     return canonical_name(name if has_rope else name.replace(".hook_q", ".hook_rot_q").replace(".hook_k", ".hook_rot_k"))
+
+
+def list_norms(net: PreTrainedModel) -> list[HookPoint]:
+    """List what the norms of a network divide by, in the order of its modules."""
+    return [HookPoint(NORM + path, path, "norm", "") for path, module in net.named_modules() if is_norm(module)]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module divides its input by its standard deviation or its root mean square."""
+    return isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__
+
+
+def norm_divisor(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what a norm divides an input by, [..., 1], in float32."""
+    told = next((getattr(module, name) for name in ("variance_epsilon", "eps") if getattr(module, name, None) is not None), None)
+    epsilon = torch.finfo(x.dtype).eps if told is None else float(told)
+    wide = x if x.dtype == torch.float64 else x.float()
+    centred = wide - wide.mean(-1, keepdim=True) if isinstance(module, nn.LayerNorm) else wide
+    return (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def name_module(net: PreTrainedModel, path: str) -> list[str]:
@@ -154,6 +182,8 @@ def point_shape(net: PreTrainedModel, point: HookPoint) -> tuple[int | str, ...]
         return ("batch", "context", n_heads(net, kind), int(d_head))
     if kind == "module":
         return None
+    if kind == "norm":
+        return ("batch", "context", 1)
     weight: Any = module_of(net, point).weight if kind in ("embed", "mlp_act") else None
     if kind == "mlp_act":
         hidden = set(weight.shape) - {config.hidden_size}

@@ -60,6 +60,17 @@ class Result:
         """The numbers as plain Python: one number if there is one."""
         return self.tensor.item() if self.tensor.numel() == 1 else self.tensor.tolist()
 
+    @property
+    def sink(self) -> Tensor:
+        """Of a pattern: what each query gives to no key, [rows, heads, queries]; more than rounding where attention has sinks (GPT-OSS).
+
+        Raises `InputError` for anything else.
+        """
+        if self.axes[:2] != ("row", "head") or self.axes[-1:] != ("key",):
+            raise InputError(f"{self.name} is no pattern: only attention has a sink.")
+        looked = self.tensor.sum(-1)
+        return torch.where(looked > 0, 1 - looked, 0.0)  # padding looks at nothing
+
     def table(self) -> pl.DataFrame:
         """Return one line a number: a column for each axis, the token at its position, and the value. Raises `InputError` for millions of numbers."""
         values = self.tensor.float().cpu()

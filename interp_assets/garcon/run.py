@@ -28,6 +28,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from interp_assets.errors import InputError, InterpError, NonFiniteError
 from interp_assets.garcon.backend import Answer
+from interp_assets.garcon.crosscoders import expand_crosscoders
 from interp_assets.garcon.features import AttachedSae, encode_part
 from interp_assets.garcon.metrics import MetricOp, measure, places_of
 from interp_assets.garcon.parts import Part, find_part
@@ -84,7 +85,7 @@ def _with_unedited_rows(plan: Plan) -> Plan:
         if operation.op != "freeze":
             is_on_all = (is_answered(operation) or is_write(operation)) and operation.rows is None
             operations.append(operation.model_copy(update={"rows": own}) if is_on_all else operation)
-    return Plan(rows=plan.rows * 2, operations=tuple(operations))
+    return plan.model_copy(update={"rows": plan.rows * 2, "operations": tuple(operations)})
 
 
 class _AllReadError(Exception):
@@ -109,8 +110,12 @@ class Run:
 
     def __init__(self, subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> None:
         """Resolve a plan. Raises `InputError` for what does not fit the model."""
-        self.subject, self.asked, self.plan = subject, plan, _with_unedited_rows(plan)
-        self.beside = Beside(tensors, saes or {})
+        self.subject, self.asked, self.beside = subject, plan, Beside(tensors, saes or {})
+        self.found: dict[str, Tensor] = {}
+        plan, read, moved = expand_crosscoders(subject, plan, self.beside, run_plan)
+        self.found |= read
+        self.beside = self.beside._replace(tensors={**tensors, **moved})
+        self.plan = _with_unedited_rows(plan)
         self.n_rows = len(plan.rows)
         self.lengths = [len(row) for row in self.plan.rows]
         if min(self.lengths) == 0:
@@ -118,7 +123,6 @@ class Run:
         self.metrics = [operation for operation in self.plan.operations if operation.op == "metric"]
         self.derived = [operation for operation in self.plan.operations if is_derivative(operation)]
         self.points: dict[str, _AtPoint] = {}
-        self.found: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
         self.derivatives: dict[str, dict[str, Tensor]] = {}
         self.error: InterpError | None = None

@@ -12,7 +12,6 @@ tokens that it adds; lists of token ids are taken as they are. Where the model i
 """
 
 import fnmatch
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from types import TracebackType
@@ -41,6 +40,7 @@ from interp_assets.garcon.plan import (
     ProjectOut,
     Read,
     ReadName,
+    SaeAdd,
     SaeClamp,
     SaeRead,
     Scale,
@@ -52,7 +52,8 @@ from interp_assets.garcon.plan import (
 )
 from interp_assets.garcon.results import Grid, Result, Results
 from interp_assets.garcon.steering.recipe import Edits, Steer, load_recipe, make_edits
-from interp_assets.garcon.steering.texts import Sampling, Texts, is_chat, make_generate_plan
+from interp_assets.garcon.steering.strengths import split_strength
+from interp_assets.garcon.steering.texts import Sampling, Texts, is_chat, make_generate_plan, odd_saes
 from interp_assets.planning.hook_names import BY_HEAD
 
 if TYPE_CHECKING:
@@ -104,6 +105,16 @@ class Model:
     @saes.setter
     def saes(self, saes: "Mapping[str, interp_assets.garcon.features.AttachedSae]") -> None:
         self.backend.saes = saes
+
+    def attach(self, name: str, sae: Any, hook_point: str, *, target: str = "", more: Sequence[str] = (), text: str | None = None) -> None:
+        """Add an SAE of any origin: what encodes rows of `hook_point` (a crosscoder's `more`) and has decoder rows, a transcoder's at `target`.
+
+        It is tried on a short text first; `text` is one of your own. Raises `InputError` for one that explains less than nothing there.
+        """
+        from interp_assets.garcon.features import AttachedSae  # noqa: PLC0415 - a client has none
+
+        attached = AttachedSae(sae, self.backend.find_point(hook_point), target and self.backend.find_point(target), tuple(self.names(more)))
+        self._here("attach")(name, attached, self.tokenize(text) if text else None)
 
     def _here(self, name: str) -> Any:
         if not hasattr(self.backend, name):
@@ -219,24 +230,27 @@ class Model:
         `temperature`, `top_k` and `top_p` say how tokens are drawn; without a temperature the most probable one is taken. `on_token` is handed
         every token as it comes. Raises `InputError` for what the model, an SAE or the recipe cannot do.
         """
-        backend = self._writing()
+        backend = self.writing()
         edits = self._edits(steer)
         options = {"new_tokens": new_tokens, "n": n, "seed": seed, "compare": compare, **sampling}
         plan = make_generate_plan(backend, self._prompts(prompt), edits, **options)
-        return Texts(plan, backend.generate(plan, edits.tensors, on_token), backend.decode)
+        texts = Texts(plan, backend.generate(plan, edits.tensors, on_token), backend.decode)
+        texts.warnings = odd_saes(backend.saes, [edit.write for edit in plan.edits])
+        return texts
 
-    def _writing(self) -> WritingBackend:
+    def writing(self) -> WritingBackend:
+        """Return the model as one that writes texts. Raises `InputError` where its server does not."""
         if not isinstance(self.backend, WritingBackend):
             raise InputError("The server of this model writes no texts. Load the model here by `lab.load`.")
         return self.backend
 
     def _edits(self, steer: Steer | None) -> Edits:
-        edits = Edits((), (), {}) if steer is None else make_edits(load_recipe(steer), self._writing())
+        edits = Edits((), (), {}) if steer is None else make_edits(load_recipe(steer), self.writing())
         return edits._replace(freeze=tuple(self.names(edits.freeze)))
 
     def _prompts(self, prompt: Any) -> Chats:
         if is_chat(prompt):
-            return self._writing().chats([prompt] if isinstance(prompt[0], Mapping) else prompt)
+            return self.writing().chats([prompt] if isinstance(prompt[0], Mapping) else prompt)
         return Chats(tuple(map(tuple, self.tokenize(prompt))), ())
 
     def pieces(self, row: Sequence[int]) -> list[str]:
@@ -294,6 +308,11 @@ class Trace:
                 self._derived[name][point].fill(tensor)
         self.ran, self.batch = True, answer.batch
 
+    @property
+    def warnings(self) -> list[str]:
+        """What was odd about the SAEs of this trace when they were attached."""
+        return odd_saes(self._model.saes, self._operations)
+
     def read(
         self, point: str, *, pos: Where = None, rows: int | Sequence[int] | None = None, heads: Sequence[int] | None = None, after: bool = False
     ) -> Result:
@@ -321,13 +340,14 @@ class Trace:
         point: str,
         vector: Tensor | Result,
         *,
-        times: float = 1.0,
+        times: float | str = 1.0,
         pos: Where = None,
         rows: int | Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
     ) -> None:
-        """Add `times` a vector at every position, or a tensor of the part's own shape."""
-        self._operations.append(Add(value=self._keep(vector), times=times, **self._at(point, pos, rows, heads)))
+        """Add `times` a vector at every position, or a tensor of the part's own shape; `0.2 norm` is that share of the mean norm at the point."""
+        strength = self._vector_strength(times, point, vector)
+        self._operations.append(Add(value=self._keep(vector), times=strength, **self._at(point, pos, rows, heads)))
 
     def scale(
         self, point: str, times: float, *, pos: Where = None, rows: int | Sequence[int] | None = None, heads: Sequence[int] | None = None
@@ -339,9 +359,10 @@ class Trace:
         """Take away what points along a vector."""
         self._operations.append(ProjectOut(value=self._keep(vector), **self._at(point, pos, rows, None)))
 
-    def cap(self, point: str, vector: Tensor | Result, limit: float, *, pos: Where = None, rows: int | Sequence[int] | None = None) -> None:
-        """Take away what points along a vector beyond a limit."""
-        self._operations.append(Cap(value=self._keep(vector), limit=limit, **self._at(point, pos, rows, None)))
+    def cap(self, point: str, vector: Tensor | Result, limit: float | str, *, pos: Where = None, rows: int | Sequence[int] | None = None) -> None:
+        """Take away what points along a vector beyond a limit, a length or, as `0.2 norm`, a share of the mean norm at the point."""
+        strength = self._vector_strength(limit, point, None)
+        self._operations.append(Cap(value=self._keep(vector), limit=strength, **self._at(point, pos, rows, None)))
 
     def freeze(self, points: Names) -> None:
         """Keep what these points (patterns, for the most part) are in an unedited forward over the same tokens."""
@@ -358,14 +379,15 @@ class Trace:
         return self._results[name]
 
     def sae_clamp(self, sae: str, values: Mapping[int, str], *, pos: Where = None, when: tuple[str, int, float] | None = None) -> None:
-        """Set latents of an SAE, each to a value with its unit (`3.5 raw`), and leave all else: what the SAE does not explain, too.
+        """Set latents of an SAE, each to a value with its unit (`10 max`), and leave all else: what the SAE does not explain, too.
 
         `when` is an SAE, a latent and a value: only positions where it fires above that are written.
         """
-        raw = tuple(_raw(value) for value in values.values())
-        condition = None if when is None else When(sae=when[0], latent=when[1], above=when[2])
-        at = self._at(self._sae(sae).hook_point, pos, None, None)
-        self._operations.append(SaeClamp(sae=sae, latents=tuple(values), values=raw, when=condition, **at))
+        self._write_sae(SaeClamp, sae, values, pos, when)
+
+    def sae_add(self, sae: str, values: Mapping[int, str], *, pos: Where = None, when: tuple[str, int, float] | None = None) -> None:
+        """Add decoder rows of an SAE, each so strongly (`0.2 norm`), whatever its latents are. `when` as in `sae_clamp`."""
+        self._write_sae(SaeAdd, sae, values, pos, when)
 
     def logit_diff(self, token: str | int, other: str | int, *, pos: int = -1) -> Result:
         """Measure the logit of one token less that of another, for every row."""
@@ -411,6 +433,25 @@ class Trace:
         axes = {point: self._axes({"point": point, "pos": None})[:-1] for point in points}
         self._derived[name] = Results({point: Result(f"{metric.name} by {point}", axes[point], self._all_tokens()) for point in points})
         return self._derived[name]
+
+    def _write_sae(self, kind: Any, sae: str, values: Mapping[int, str], pos: Where, when: tuple[str, int, float] | None) -> None:
+        attached = self._sae(sae)
+        raw = tuple(self._latent_strength(value, sae, latent) for latent, value in values.items())
+        condition = None if when is None else When(sae=when[0], latent=when[1], above=when[2])
+        at = self._at(getattr(attached, "written_at", attached.hook_point), pos, None, None)
+        self._operations.append(kind(sae=sae, latents=tuple(values), values=raw, when=condition, **at))
+
+    def _latent_strength(self, written: str, sae: str, latent: int) -> float:
+        number, unit = split_strength(written, f"latent {latent} of {sae!r}")
+        return number if unit == "raw" else self._model.writing().latent_strength(written, sae, latent)
+
+    def _vector_strength(self, written: str | float, point: str, vector: Tensor | Result | None) -> float:
+        """Return how many times a vector is written; a plain number is that."""
+        if not isinstance(written, str):
+            return float(written)
+        name = self._model.backend.find_point(point)
+        tensor = vector.tensor if isinstance(vector, Result) else vector
+        return self._model.writing().vector_strength(written, name, 1.0 if tensor is None else float(tensor.norm()))
 
     def _sae(self, name: str) -> Any:
         if name not in self._model.saes:
@@ -485,15 +526,3 @@ def _pick(row: Sequence[int], pos: Any) -> Sequence[int]:
     if isinstance(pos, Span):
         return row[slice(pos.start, pos.stop, pos.step)]
     return [row[place] for place in ([pos] if isinstance(pos, int) else pos) if -len(row) <= place < len(row)]
-
-
-def _raw(value: str) -> float:
-    """Return the number of `3.5 raw`. Raises `InputError` for a number without a unit, and for units that are not known here."""
-    number, _, unit = str(value).partition(" ")
-    try:
-        found = float(number)
-    except ValueError:
-        found = math.nan
-    if unit != "raw" or not math.isfinite(found):
-        raise InputError(f"A latent is set to a number with its unit, such as '3.5 raw' for the units of the activations; found {value!r}.")
-    return found

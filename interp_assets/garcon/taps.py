@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.attention import Act, attention_tapped
-from interp_assets.garcon.points import HookPoint, list_points, module_of, n_heads, tensor_in, with_tensor
+from interp_assets.garcon.points import HookPoint, list_points, module_of, n_heads, norm_divisor, tensor_in, with_tensor
 from interp_assets.planning.hook_names import FIRST_KINDS, LAST_KINDS, LAYER_KINDS
 
 _MODULES_LAST = 1 << 30
@@ -35,7 +35,7 @@ def tapped(net: PreTrainedModel, taps: Sequence[Tap], n_tokens: int) -> Iterator
     attention: dict[str, dict[str, Act]] = {}
     handles: list[Any] = []
     try:
-        for tap in sorted(taps, key=lambda tap: order_of(tap.point.name)):
+        for tap in sorted(taps, key=_turn):
             if tap.point.side == "attention":
                 attention.setdefault(tap.point.module_path, {})[tap.point.kind] = tap.act
             else:
@@ -57,6 +57,11 @@ def watched_blocks(net: PreTrainedModel, check: Callable[[], None]) -> Iterator[
             if point.kind == LAYER_KINDS[0]:
                 stack.callback(module_of(net, point).register_forward_pre_hook(lambda *_: check()).remove)
         yield
+
+
+def _turn(tap: Tap) -> tuple[bool, tuple[int, int]]:
+    """Sort taps as a forward reaches them, but what a norm divides by before what it returns."""
+    return tap.point.side != "norm", order_of(tap.point.name)
 
 
 def order_of(name: str) -> tuple[int, int]:
@@ -95,6 +100,15 @@ def _hook(net: PreTrainedModel, tap: Tap, n_tokens: int) -> Any:
         changed = act(found)
         return None if changed is found else with_tensor(output, changed)
 
+    def on_norm(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        found = norm_divisor(module, _hidden_states(args, kwargs, point))
+        changed = tap.act(found)
+        bias: Any = getattr(module, "bias", None)
+        shift = 0.0 if bias is None else bias
+        return None if changed is found else ((output - shift) * (found / changed) + shift).to(output.dtype)
+
+    if point.side == "norm":
+        return module.register_forward_hook(on_norm, with_kwargs=True)
     if point.side == "output":
         return module.register_forward_hook(on_output)
     return module.register_forward_pre_hook(on_input, with_kwargs=True)

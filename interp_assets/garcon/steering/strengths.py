@@ -26,7 +26,7 @@ _WRITTEN: Final = re.compile(r"\s*(?:(?P<number>[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?
 def latent_strength(written: str | float, attached: AttachedSae, sae: str, latent: int, mean_norm: float | None) -> float:
     """Return what a latent is set to, or how much of its decoder row is added. Raises `InputError` with what to write."""
     check_latents(attached, (latent,))
-    number, unit = _split(written, f"latent {latent} of {sae!r}")
+    number, unit = split_strength(written, f"latent {latent} of {sae!r}")
     if unit == "raw":
         return number
     if unit == "norm":
@@ -50,7 +50,7 @@ def latent_strength(written: str | float, attached: AttachedSae, sae: str, laten
 
 def vector_strength(written: str | float, point: str, length: float, mean_norm: float | None) -> float:
     """Return how many times a vector of a length is added at a point. Raises `InputError` with what to write."""
-    number, unit = _split(written, f"a vector at {point!r}")
+    number, unit = split_strength(written, f"a vector at {point!r}")
     if unit == "raw":
         return number
     if unit != "norm":
@@ -69,8 +69,8 @@ def _known_norm(written: str | float, point: str, mean_norm: float | None) -> fl
     return mean_norm
 
 
-def _split(written: str | float, what: str) -> tuple[float, str]:
-    """Return number and unit; the unit of a quantile is `q`."""
+def split_strength(written: str | float, what: str) -> tuple[float, str]:
+    """Return number and unit; the unit of a quantile is `q`. Raises `InputError` for a number without one."""
     found = _WRITTEN.fullmatch(str(written))
     try:
         number = float(found["number"] or found["share"]) if found else math.nan

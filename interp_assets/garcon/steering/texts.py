@@ -45,12 +45,20 @@ def make_generate_plan(backend: WritingBackend, prompts: Chats, edits: Edits, **
         raise InputError(explain_plan(error)) from error
 
 
+def odd_saes(saes: Mapping[str, Any], operations: Sequence[Any]) -> list[str]:
+    """Return the warnings of SAEs that operations use, also as a condition."""
+    used = [name for operation in operations for name in (getattr(operation, "sae", ""), getattr(getattr(operation, "when", None), "sae", ""))]
+    return [warning for name in dict.fromkeys(used) if (warning := getattr(saes.get(name), "warning", ""))]
+
+
 class Texts:
     """Continuations of prompts, those without edits beside them, and what every edit did."""
 
     def __init__(self, plan: GeneratePlan, generated: Generated, decode: Callable[[Sequence[int]], str]) -> None:
         """`decode` writes token ids as text."""
         self.plan, self.generated, self._decode = plan, generated, decode
+        self.warnings: list[str] = []
+        """What was odd about the SAEs when they were attached."""
 
     @property
     def texts(self) -> list[str]:
@@ -99,7 +107,7 @@ class Texts:
 
     def __repr__(self) -> str:
         """Show every text, and the default beside it."""
-        lines = []
+        lines = list(self.warnings)
         for i, text in enumerate(self.texts):
             lines += [f"[{i}] {text!r}", *([f"    without edits: {self.defaults[i]!r}"] if self.generated.defaults else [])]
         return "\n".join(lines)
@@ -111,7 +119,8 @@ class Texts:
             default = self._marked(self.generated.defaults[i]) if self.generated.defaults else ""
             rows.append(f"<tr><td>{i}</td><td style='text-align:left'>{self._marked(found)}</td><td style='text-align:left'>{default}</td></tr>")
         head = "<tr><th></th><th>with edits</th><th>without</th></tr>"
-        return f"<table>{head}{''.join(rows)}</table>"
+        told = "".join(f"<p>{html.escape(warning)}</p>" for warning in self.warnings)
+        return f"{told}<table>{head}{''.join(rows)}</table>"
 
     def _text(self, found: Continuation) -> str:
         tokens = [token.token for token in found.tokens]
