@@ -62,6 +62,7 @@ class InventedText(NamedTuple):
     vocabulary: Vocabulary
     token_ids: NDArray[np.int64]
     document_length: int
+    is_messages: bool = False
 
 
 def build_synthetic_bundle(
@@ -69,15 +70,16 @@ def build_synthetic_bundle(
 ) -> Produced:
     """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature.
 
-    With `has_sinks` rows are left out and others are outliers, feature 2 fires where contexts begin, and a map shows next to nothing.
+    With `has_sinks` rows are left out and others are outliers, feature 2 fires where contexts begin, a map shows next to nothing, and the
+    text is messages.
     """
     start = time.perf_counter()
-    identity = {"synthetic": 7, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae, "has_sinks": has_sinks}
+    identity = {"synthetic": 8, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae, "has_sinks": has_sinks}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=sae)
     existing = find_manifest(store, ref)
     if existing:
         return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
-    text = make_text(seed, n_documents)
+    text = make_text(seed, n_documents)._replace(is_messages=has_sinks)
     records = [_make_record(text, seed, latent, n_features, is_sink=has_sinks and latent == _SINK) for latent in range(n_features)]
     tokens = TokenOrder(text.vocabulary.order)
     members = (pack_record(record, tokens) for record in records)
@@ -236,7 +238,14 @@ def _window(text: InventedText, activations: NDArray[np.float64], row: int) -> d
         "activation": float(activations[row]),
         "activations": [[int(offset), float(inside[offset])] for offset in np.flatnonzero(inside)],
         "masked": np.flatnonzero(text.token_ids[first:last] == BOS).tolist(),
+        **({"roles": _invent_roles(first, last)} if text.is_messages else {}),
     }
+
+
+def _invent_roles(first: int, last: int) -> list[list[Any]]:
+    """Let user and assistant take turns, with words of a chat template between them."""
+    names = [("template", "user", "template", "assistant")[row // 8 % 4] for row in range(first, last)]
+    return [[i, name] for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
 
 
 def _intervals(

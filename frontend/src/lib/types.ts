@@ -135,6 +135,8 @@ export interface Window {
   activation: number;
   activations: [number, number][];
   masked: number[];
+  /** Of messages: [place, role] wherever another begins to speak. */
+  roles?: [number, string][];
 }
 
 export interface Logits {
