@@ -26,8 +26,8 @@ describe('what is left out', () => {
   test('outliers are counted, with the quality that they hide', () => {
     const evaluation = { ...whole.evaluation!, outlier_share: 12 / 4096, fvu_ordinary: 0.386 };
     expect(describeLeftOut({ ...whole, evaluation })).toEqual([
-      'Outliers, rows of more than 10 times the median norm, are 12 of 4,096 held-out rows: FVU is 0.386 without them, 0.0310 with them.',
+      '12 of 4,096 held-out rows are outliers, over 10 times the median norm: FVU 0.0310, without them 0.386.',
     ]);
-    expect(describeLeftOut({ ...whole, evaluation: { ...evaluation, n_rows: undefined, fvu_ordinary: null } })[0]).toContain('are 0.29 % of the held-out rows.');
+    expect(describeLeftOut({ ...whole, evaluation: { ...evaluation, n_rows: undefined, fvu_ordinary: null } })[0]).toBe('0.29 % of the held-out rows are outliers, over 10 times the median norm.');
   });
 });

@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest';
 import golden from '../../tests/golden/packed_record.json';
 import { decodeDecimals, decodeNumbers } from '../src/lib/digits';
+import type { FeatureRecord } from '../src/lib/types';
 import { decodeRecord, locate, readSpan } from '../src/lib/record';
 
 const pack = (value: unknown): Promise<ArrayBuffer> =>
@@ -69,6 +70,16 @@ describe('what a record holds', () => {
     expect(columns).toHaveLength(11);
     for (const other of [column.slice(0, -1), column + '#']) {
       await expect(open({ windows: { ...packed.windows, [name]: other } }), other).rejects.toThrow('cannot be read');
+    }
+  });
+
+  test('roles come back as Python packed them, and damaged ones are refused', async () => {
+    const { packed: roles, record: runs } = golden.roles;
+    const found = (await open({ windows: { ...packed.windows, roles } })) as FeatureRecord;
+    const windows = [...found.examples.top, ...found.examples.intervals.flatMap(({ examples }) => examples)];
+    expect(new Map(windows.map(({ row, roles }) => [row.join(), roles]))).toEqual(new Map(runs.map(([row, spoken]) => [row!.join(), spoken])));
+    for (const change of [{ runs: '%$' }, { gap: '#$##%' }, { name: '#$%$#' }, { name: '#$%$#&' }]) {
+      await expect(open({ windows: { ...packed.windows, roles: { ...roles, ...change } } }), JSON.stringify(change)).rejects.toThrow('cannot be read');
     }
   });
 

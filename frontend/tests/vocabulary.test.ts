@@ -1,6 +1,6 @@
 import { describe, expect, test } from 'vitest';
 import type { Window } from '../src/lib/types';
-import { makeUnits, parseVocabulary, tokenText, visible, visibleAlone, visibleInLine } from '../src/lib/vocabulary';
+import { makeUnits, roleAt, parseVocabulary, tokenText, visible, visibleAlone, visibleInLine } from '../src/lib/vocabulary';
 
 const vocabulary = parseVocabulary({
   format: 'interp-assets/vocabulary',
@@ -34,6 +34,17 @@ describe('units', () => {
     const units = makeUnits(window([0, 99], [], 1, [0]), vocabulary);
     expect(units.map((unit) => unit.isMasked)).toEqual([true, false]);
     expect(units[1]!.text).toBe('⟨99⟩');
+  });
+});
+
+describe('whose words they are', () => {
+  test('a name stands where somebody begins to speak, none where the chat template writes', () => {
+    const spoken: Window = { ...window([0, 1, 3, 4, 2, 1], [], 5), roles: [[0, 'template'], [1, 'user'], [3, 'template'], [4, 'assistant']] };
+    const units = makeUnits(spoken, vocabulary);
+    expect(units.map((unit) => unit.role)).toEqual(['', 'user', '', 'assistant', '']);
+    expect(units.map((unit) => unit.isTemplate)).toEqual([true, false, true, false, false]);
+    expect([0, 2, 3, 5].map((place) => roleAt(spoken, place))).toEqual(['template', 'user', 'template', 'assistant']);
+    expect(makeUnits(window([1, 2]), vocabulary).map((unit) => unit.role)).toEqual(['', '']);
   });
 });
 

@@ -38,8 +38,16 @@ _DOCUMENTS_PER_STEP: Final = 64
 _SHOWN_LEFT_OUT: Final = 5
 
 
+class Roles(NamedTuple):
+    """Whose words each token of a shard of conversations is of."""
+
+    names: list[str]
+    codes: NDArray[np.int64]
+    """Place in `names`, for each token."""
+
+
 class TokenShard(NamedTuple):
-    """The token positions of one shard, in order of row: four arrays of equal length, and the manifest they came with."""
+    """The token positions of one shard, in order of row: arrays of equal length, and the manifest they came with."""
 
     token_ids: NDArray[np.uint32]
     contexts: NDArray[np.uint32]
@@ -49,6 +57,8 @@ class TokenShard(NamedTuple):
     valid: NDArray[np.bool_]
     """False for special tokens."""
     manifest: Manifest
+    roles: Roles | None
+    """None but where the text is messages."""
 
     @property
     def n_rows(self) -> int:
@@ -163,7 +173,7 @@ def load_tokens(pipeline: Pipeline, store: Store, index: int) -> TokenShard:
     manifest = load_manifest(store, ref)
     table = pq.read_table(io.BytesIO(read_file(store, ref.path, manifest, TOKENS)))
     token_ids, contexts, documents, valid = (table.column(name).to_numpy() for name in ("token_id", "context", "document", "valid"))
-    return TokenShard(token_ids, contexts, documents, valid, manifest)
+    return TokenShard(token_ids, contexts, documents, valid, manifest, _read_roles(table) if "role" in table.column_names else None)
 
 
 def load_documents(pipeline: Pipeline, store: Store, index: int) -> DocumentTable:
@@ -225,6 +235,11 @@ def _count_left_out(names: Sequence[str], documents: Sequence[Tokenized]) -> dic
 def _name_left_out(names: Sequence[str], documents: Sequence[Tokenized]) -> list[str]:
     pairs = [(name, document.reason) for name, document in zip(names, documents, strict=True) if not len(document.token_ids)]
     return [f"{name} ({reason})" if reason else name for name, reason in pairs]
+
+
+def _read_roles(table: pa.Table) -> Roles:
+    roles = table.column("role").cast(pa.string()).combine_chunks().dictionary_encode()
+    return Roles(roles.dictionary.to_pylist(), roles.indices.to_numpy().astype(np.int64))
 
 
 def _write_tables(art: ArtifactWriter, layout: Layout, valid: NDArray[np.bool_], names: Sequence[str], roles: Sequence[str]) -> None:

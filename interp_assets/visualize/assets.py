@@ -121,7 +121,7 @@ def _showing(config: PipelineConfig, sae: str) -> list[Asset]:
             unit="features",
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
             checks=(records_complete(sae),),
-            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "records")),
+            code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "records"), **read_roles(config.corpus)),
             **common,
         ),
     ]

@@ -130,7 +130,29 @@ def _pack_windows(windows: list[dict[str, Any]], tokens: TokenOrder) -> dict[str
         "gap": digits.encode_numbers(b - a for pairs in beside for a, b in pairwise((0, *(place for place, _ in pairs)))),
         "activation": digits.encode_decimals(values, exponent, digits.DIGITS),
         "tokens": "".join(tokens.codes[token] for window in windows for token in window["tokens"]),
+        **({"roles": _pack_roles([window["roles"] for window in windows])} if "roles" in windows[0] else {}),
     }
+
+
+def _pack_roles(runs: list[list[list[Any]]]) -> dict[str, Any]:
+    names = {name: i for i, name in enumerate(dict.fromkeys(name for spoken in runs for _, name in spoken))}
+    return {
+        "names": list(names),
+        "runs": digits.encode_numbers(len(spoken) for spoken in runs),
+        "gap": digits.encode_numbers(b - a for spoken in runs for a, b in pairwise((0, *(place for place, _ in spoken)))),
+        "name": digits.encode_numbers(names[name] for spoken in runs for _, name in spoken),
+    }
+
+
+def _unpack_roles(packed: dict[str, Any], n_windows: int) -> list[list[list[Any]]]:
+    counts, gaps, names = (digits.decode_numbers(packed[column]) for column in ("runs", "gap", "name"))
+    if len(counts) != n_windows or not len(gaps) == len(names) == sum(counts):
+        raise ValueError(f"for {n_windows} windows its roles have {len(counts)} runs, {len(gaps)} of gap and {len(names)} of name")
+    ends = list(accumulate(counts, initial=0))
+    return [
+        [list(run) for run in zip(accumulate(gaps[low:high]), (packed["names"][name] for name in names[low:high]), strict=True)]
+        for low, high in pairwise(ends)
+    ]
 
 
 def _pack_histogram(histogram: dict[str, list[Any]]) -> dict[str, Any]:
@@ -182,6 +204,7 @@ def _unpack_windows(packed: dict[str, Any], order: Sequence[int] | NDArray[Any])
     tokens = np.asarray(order)[columns["tokens"]].tolist() if columns["tokens"] else []
     shards = list(accumulate(columns["shard"]))
     windows: list[dict[str, Any]] = []
+    roles = _unpack_roles(packed["roles"], len(peaks)) if "roles" in packed else None
     token, firing = 0, 0
     for i, (peak, activation) in enumerate(zip(columns["before"], peaks, strict=True)):
         length, n_beside = peak + 1 + columns["after"][i], columns["firings"][i]
@@ -198,6 +221,7 @@ def _unpack_windows(packed: dict[str, Any], order: Sequence[int] | NDArray[Any])
                 "activation": activation,
                 "activations": sorted([*beside, [peak, activation]]),
                 "masked": packed["masked"].get(str(i), []),
+                **({"roles": roles[i]} if roles else {}),
             }
         )
         token, firing = token + length, firing + n_beside

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from interp_assets.corpus.tokens import TokenShard
+from interp_assets.corpus.tokens import Roles, TokenShard
 from interp_assets.errors import ArtifactCorruptError
 from interp_assets.visualize.firings import ROW_BITS
 from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP
@@ -115,6 +115,7 @@ def _make_windows(shard: DatasetShard, row_ids: NDArray[np.uint64], peaks: NDArr
     masked = np.flatnonzero(~tokens.valid)
     masked_low, masked_high = np.searchsorted(masked, firsts).tolist(), np.searchsorted(masked, stops).tolist()
     documents = tokens.documents[rows].tolist()
+    runs = _find_runs(tokens.roles, firsts, np.array(stops)) if tokens.roles else None
     columns = zip(rows.tolist(), firsts.tolist(), stops, positions.tolist(), documents, peaks.tolist(), strict=True)
     for i, (row, first, stop, position, document, peak) in enumerate(columns):
         yield {
@@ -126,4 +127,13 @@ def _make_windows(shard: DatasetShard, row_ids: NDArray[np.uint64], peaks: NDArr
             "activation": peak,
             "activations": spikes[bounds[i] : bounds[i + 1]],
             "masked": [place - first for place in masked[masked_low[i] : masked_high[i]].tolist()],
+            **({"roles": runs[i]} if runs else {}),
         }
+
+
+def _find_runs(roles: Roles, firsts: NDArray[np.int64], stops: NDArray[np.int64]) -> list[list[list[Any]]]:
+    """Return for each window where in it a role begins to speak, its first place included, and which."""
+    changes = np.flatnonzero(np.diff(roles.codes)) + 1
+    lows, highs = np.searchsorted(changes, firsts, side="right"), np.searchsorted(changes, stops)
+    begins = [[first, *changes[low:high].tolist()] for first, low, high in zip(firsts.tolist(), lows.tolist(), highs.tolist(), strict=True)]
+    return [[[row - first, roles.names[roles.codes[row]]] for row in rows] for first, rows in zip(firsts.tolist(), begins, strict=True)]

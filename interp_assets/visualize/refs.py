@@ -3,7 +3,7 @@
 from typing import Any, Final, Literal
 
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref
-from interp_assets.planning.config import FeaturesConfig
+from interp_assets.planning.config import CorpusConfig, FeaturesConfig
 from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 from interp_assets.train.refs import evaluation_ref, imported_statistics, sae_ref
@@ -56,6 +56,7 @@ def windows_ref(pipeline: Pipeline, sae: str, index: int) -> ArtifactRef:
 def records_ref(pipeline: Pipeline, sae: str, latent_slice: int) -> ArtifactRef:
     """Address pass D's output for one latent slice: what a browser shows."""
     identity = {**_identity(pipeline, "records"), "latent_slice": latent_slice, "model": pipeline.plan.model_fingerprint, "record": RECORD_VERSION}
+    identity |= read_roles(pipeline.config.corpus)
     inputs = {**_inputs(pipeline, sae), "evaluation": evaluation_ref(pipeline, sae).artifact_id}
     return make_ref("feature_records", f"{FOLDER}/{sae}/records", identity=identity, inputs=inputs, label=slice_key(latent_slice))
 
@@ -91,6 +92,11 @@ def read_features(features: FeaturesConfig, which: Pass) -> dict[str, Any]:
     """Return what the bytes of one pass depend on of the configuration of the features."""
     read = features.model_dump(exclude={"saes", *_UNREAD[which]})
     return {**read, "n_kept_top": features.n_kept_top} if which == "candidates" else read
+
+
+def read_roles(corpus: CorpusConfig) -> dict[str, int]:
+    """Return what the bytes of records depend on besides where the text is messages: the number of the way in which roles are told."""
+    return {"roles": 1} if corpus.text_kind == "messages" else {}
 
 
 def _identity(pipeline: Pipeline, which: Pass) -> dict[str, object]:

@@ -45,8 +45,9 @@ from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.packing import ORDER, RECORD_VERSION
 from interp_assets.visualize.refs import records_ref, slice_bounds
 from interp_assets.visualize.tables import SinkFile
-from interp_assets.web.columns import WORDS, ListWriter, collect_words, encode_words
-from interp_assets.web.map import Layout, embed_directions, write_directions, write_map
+from interp_assets.web.clusters import write_clusters
+from interp_assets.web.columns import WORDS, ListFacts, ListWriter, collect_words, encode_words
+from interp_assets.web.map import Layout, embed_directions, measure_kept, place_points, write_directions, write_map
 from interp_assets.web.refs import bundle_ref
 from interp_assets.web.search import write_index
 from interp_assets.web.vocabulary import Vocabulary, encode_vocabulary, make_vocabulary
@@ -122,7 +123,7 @@ def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Calla
     art.put(WORDS, encode_words(words))
     facts = listed.finish()
     description = {"format": FORMAT, "version": VERSION, **description, **facts.described()}
-    description["map"] = write_map(art, content.layout, facts.frequency) if content.layout else None
+    description["map"] = _write_map(art, content, facts, words.to_pylist()) if content.layout else None
     description["directions"] = write_directions(art, content.directions) if content.directions is not None else None
     art.put("vocabulary.json", encode_vocabulary(content.vocabulary))
     art.put("bundle.json", (json.dumps(description, indent=1) + "\n").encode())
@@ -135,6 +136,15 @@ def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Calla
         "model": description["model"]["name"],
         "hook_point": description["hook_point"],
     }
+
+
+def _write_map(art: ArtifactWriter, content: BundleContent, facts: ListFacts, texts: list[str]) -> dict[str, Any]:
+    """Write points and clusters of the map; return what `bundle.json` says of it."""
+    assert content.layout
+    points = place_points(content.layout, facts.frequency)
+    kept = measure_kept(content.layout, content.directions, points["latent"]) if content.directions is not None else None
+    clusters = write_clusters(art, points["x"], points["y"], facts.words[points["latent"]], texts)
+    return {**write_map(art, content.layout, points), **clusters, "neighbours": kept}
 
 
 def _read_directions(pipeline: Pipeline, store: Store, sae_name: str) -> NDArray[np.float32] | None:

@@ -9,7 +9,7 @@ Sorting is done here, once: a page of a sorted list is one range of an order fil
 page holds the table, so ten million features cost them no more than a thousand. A filter reads the whole column that it names (4 bytes a
 latent) and the order, which takes 0.1 s at ten million from a local disk. `features.parquet` beside these files is for people and other tools.
 
-Cost: 28 bytes a feature for the values, 28 for the orders, 76 for the row. Memory while it is written: the values.
+Cost: 28 bytes a feature for the values, 28 for the orders, 76 for the row. Memory while it is written: the values and 32 bytes of words.
 """
 
 import json
@@ -69,6 +69,8 @@ class ListFacts(NamedTuple):
     distributions: dict[str, dict[str, list[float]]]
     frequency: NDArray[np.float32]
     """For the map; not described."""
+    words: NDArray[np.uint32]
+    """Tokens that each latent fires on and raises, `[d_sae, 2, SHOWN_WORDS]`: for the map, too."""
 
     def described(self) -> dict[str, Any]:
         """Return what `bundle.json` holds."""
@@ -107,6 +109,7 @@ class ListWriter:
         self._art = art
         self._numbers = {word: number for number, word in enumerate(words.to_pylist())}
         self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in (*VALUES, "top_token")}
+        self._words: list[NDArray[np.uint32]] = []
 
     def write(self, tables: Iterable[pa.Table]) -> Iterator[WordIds]:
         """Write the rows of every table when its words are asked for."""
@@ -121,6 +124,7 @@ class ListWriter:
                 for name, counts, ids in zip(WORD_COLUMNS, found.counts, found.ids, strict=True):
                     rows[name] = _first_words(counts, ids)
                 self._parts["top_token"].append(rows["top_tokens"][:, 0].copy())
+                self._words.append(np.stack([rows["top_tokens"], rows["top_logits"]], axis=1))
                 sink.write(rows.tobytes())
                 first += table.num_rows
                 yield found
@@ -136,9 +140,10 @@ class ListWriter:
         for name in dict.fromkeys(ORDERS.values()):
             ordered = alive if name == "latent" else alive[order_by(values[name][alive])]
             self._art.put(f"list/{name}.order", dead.tobytes() + ordered.tobytes(), n_rows=len(live), block_bytes=ORDER_BLOCK)
+        words = np.concatenate([np.empty((0, 2, SHOWN_WORDS), np.uint32), *self._words])
         columns = {"sortable": ORDERS, "numeric": VALUES}
         shown = {name: found for name in _DISTRIBUTED if (found := _distribute(values[name][live]))}
-        return ListFacts(len(alive), columns, shown, values["frequency"].astype(np.float32))
+        return ListFacts(len(alive), columns, shown, values["frequency"].astype(np.float32), words)
 
     def _encode(self, table: pa.Table) -> tuple[list[NDArray[np.int64]], list[NDArray[np.uint32]]]:
         counts, ids = [], []

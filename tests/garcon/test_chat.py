@@ -112,6 +112,8 @@ def test_a_column_of_messages_becomes_token_shards_with_roles(chat_model: Path, 
             assert of_document == tokenizer.apply_chat_template(talk, tokenize=True)["input_ids"]
         table = pl.read_parquet(store.local_path(f"{token_shard_ref(pipeline, 0).path}/tokens.parquet"))
         assert set(table["role"].to_list()) == {"user", "assistant", TEMPLATE}
+        assert tokens.roles
+        assert [tokens.roles.names[code] for code in tokens.roles.codes] == table["role"].to_list()
         answers = table.filter((pl.col("role") == "assistant") & (pl.col("document") == 0))["token_id"].to_list()
         assert tokenizer.decode(answers) == "no " * 20
         digests.append([pq.read_table(store.local_path(f"{token_shard_ref(pipeline, 0).path}/tokens.parquet")), pipeline.source(0).n_bytes])

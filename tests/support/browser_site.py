@@ -132,6 +132,11 @@ def cosine_of(site: Site, *features: tuple[str, int]) -> float:
     return float(rows[0] @ rows[1] / np.linalg.norm(rows[0]) / np.linalg.norm(rows[1]))
 
 
+def percent(share: float) -> str:
+    """Write a share of a tenth of a percent or more as the pages do: two digits, or whole percents from 10 on."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:#.2g} %"
+
+
 def fits(visit: Visit) -> bool:
     """Say whether nothing is wider than the window."""
     return visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")

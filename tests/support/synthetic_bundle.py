@@ -36,6 +36,9 @@ _STRANGE: Final = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", 
 _BROKEN: Final = [b"\xe2\x86", b"\x92", b"\xf0\x9f", b"\x8c\x8d", b"\xc3", b"\xa9", b"\xff"]
 """An arrow, a globe and an accented letter, each cut inside the character, and a byte that never joins."""
 _WINDOW: Final = 32
+GROUPED: Final = ("import", "yield")
+"""Tokens that a tenth of the features raise each, and stand together on the map."""
+_GROUP_OF: Final = 10
 _SINK: Final = 2
 """The feature that fires where contexts begin."""
 _N_INTERVALS: Final = 5
@@ -59,6 +62,7 @@ class InventedText(NamedTuple):
     vocabulary: Vocabulary
     token_ids: NDArray[np.int64]
     document_length: int
+    is_messages: bool = False
 
 
 def build_synthetic_bundle(
@@ -66,19 +70,23 @@ def build_synthetic_bundle(
 ) -> Produced:
     """Write an invented bundle into `6-web` of `store`. Every 13th feature is dead; about 3 ms a feature.
 
-    With `has_sinks` rows are left out and others are outliers, feature 2 fires where contexts begin, and a map shows next to nothing.
+    With `has_sinks` rows are left out and others are outliers, feature 2 fires where contexts begin, a map shows next to nothing, and the
+    text is messages.
     """
     start = time.perf_counter()
-    identity = {"synthetic": 6, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae, "has_sinks": has_sinks}
+    identity = {"synthetic": 8, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae, "has_sinks": has_sinks}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=sae)
     existing = find_manifest(store, ref)
     if existing:
         return Produced(ref, existing, is_cached=True, wall_s=time.perf_counter() - start)
-    text = make_text(seed, n_documents)
+    text = make_text(seed, n_documents)._replace(is_messages=has_sinks)
     records = [_make_record(text, seed, latent, n_features, is_sink=has_sinks and latent == _SINK) for latent in range(n_features)]
     tokens = TokenOrder(text.vocabulary.order)
     members = (pack_record(record, tokens) for record in records)
     W_dec = stream(seed, "synthetic", "decoder").generator().normal(0, 1, (n_features, 64 if has_sinks else 8)).astype(np.float32)
+    if not has_sinks:
+        W_dec[np.arange(n_features) % _GROUP_OF == 0, 0] += 5  # what raises one token points one way
+        W_dec[np.arange(n_features) % _GROUP_OF == 1, 1] += 5
     content = BundleContent(
         describe_invented(n_features, text, sae, has_sinks=has_sinks),
         lambda: [make_synthetic_table(text.vocabulary, records)],
@@ -188,6 +196,8 @@ def describe_firings(
     quantiles = np.quantile(activations[rows], np.linspace(0, 1, shown.intervals + 1)).tolist() if len(rows) else []
     effects = generator.normal(0, 1, n_tokens)
     effects[1 + latent % (n_tokens - 1)] = 4.5 + generator.random()
+    if latent % _GROUP_OF < len(GROUPED):
+        effects[1 + _WORDS.index(GROUPED[latent % _GROUP_OF])] = 6.0
     others = [other for other in dict.fromkeys(generator.integers(n_features, size=24).tolist()) if other != latent][:8]
     cosines = sorted(np.round(generator.random(len(others)) ** 2, 3).tolist(), reverse=True)
     return {
@@ -228,7 +238,14 @@ def _window(text: InventedText, activations: NDArray[np.float64], row: int) -> d
         "activation": float(activations[row]),
         "activations": [[int(offset), float(inside[offset])] for offset in np.flatnonzero(inside)],
         "masked": np.flatnonzero(text.token_ids[first:last] == BOS).tolist(),
+        **({"roles": _invent_roles(first, last)} if text.is_messages else {}),
     }
+
+
+def _invent_roles(first: int, last: int) -> list[list[Any]]:
+    """Let user and assistant take turns, with words of a chat template between them."""
+    names = [("template", "user", "template", "assistant")[row // 8 % 4] for row in range(first, last)]
+    return [[i, name] for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
 
 
 def _intervals(

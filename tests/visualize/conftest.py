@@ -46,6 +46,7 @@ class Shard:
     documents: np.ndarray
     valid: np.ndarray
     rows: torch.Tensor
+    roles: list[str] | None = None
 
 
 @dataclass
@@ -99,7 +100,8 @@ def publish(world: World) -> None:
         n_documents = int(shard.documents.max()) + 1
         with create_artifact(store, token_shard_ref(pipeline, index)) as art:
             columns = {"token_id": shard.token_ids, "context": shard.contexts, "document": shard.documents, "valid": shard.valid}
-            art.put("tokens.parquet", _parquet(columns))
+            roles = {"role": pa.array(shard.roles).dictionary_encode()} if shard.roles else {}
+            art.put("tokens.parquet", _parquet(columns | roles))
             art.facts |= {"n_rows": len(shard.rows), "n_valid": int(shard.valid.sum())}
             first = np.searchsorted(shard.documents, np.arange(n_documents)).astype(np.uint64)
             art.put(

@@ -61,6 +61,37 @@ def test_the_golden_record_is_packed_and_unpacked_as_ever():
     assert unpack_record(member, GOLDEN["order"], "here") == GOLDEN["record"]
 
 
+def _with_roles(record):
+    """Return the golden record as one of messages."""
+    found = json.loads(json.dumps(record))
+    runs = {tuple(row): spoken for row, spoken in GOLDEN["roles"]["record"]}
+    examples = found["examples"]
+    for window in [*examples["top"], *examples["random"], *(w for interval in examples["intervals"] for w in interval["examples"])]:
+        window["roles"] = runs[tuple(window["row"])]
+    return found
+
+
+def test_the_golden_roles_are_packed_and_unpacked_as_ever():
+    """Beside everything else, which is packed as without them."""
+    record = _with_roles(GOLDEN["record"])
+    member = pack_record(record, TokenOrder(GOLDEN["order"]))
+    packed = json.loads(gzip.decompress(member))
+    assert packed["windows"].pop("roles") == GOLDEN["roles"]["packed"]
+    assert packed == GOLDEN["packed"]
+    assert unpack_record(member, GOLDEN["order"], "here") == record
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"runs": "%$"}, {"runs": "%$'"}, {"gap": "#$##%"}, {"gap": "#$##%$#"}, {"name": "#$%$#"}, {"name": "#$%$#&"}, {"names": []}, {"gap": None}],
+)
+def test_damaged_roles_are_refused(change):
+    """Half of a column would put words into another's mouth."""
+    member = _damage(lambda packed: packed["windows"].update(roles={**GOLDEN["roles"]["packed"], **change}))
+    with pytest.raises(ArtifactCorruptError, match="is no feature record"):
+        unpack_record(member, GOLDEN["order"], "here")
+
+
 def test_records_survive_packing_up_to_the_digits_beside_the_peak():
     """All that a page shows comes back; activations beside the peak keep three digits, half a percent."""
     order = make_text(0, 6).vocabulary.order

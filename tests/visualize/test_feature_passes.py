@@ -13,6 +13,7 @@ import torch
 import interp_assets.visualize.records
 from interp_assets.errors import InputError, PlanError
 from interp_assets.storage.manifest import load_manifest, read_file, remove_artifact
+from interp_assets.storage.store import open_store
 from interp_assets.storage.tensors import load_tensors
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
@@ -140,6 +141,34 @@ def test_every_record_is_valid_under_the_schema(make_world, run_passes, read_rec
         assert any(record["is_dead"] for record in records)
         for record in records:
             jsonschema.validate(record, SCHEMA)
+
+
+def _windows(record):
+    """Return the distinct windows of a record."""
+    examples = record["examples"]
+    shown = [*examples["top"], *examples["random"], *(window for interval in examples["intervals"] for window in interval["examples"])]
+    return {tuple(window["row"]): window for window in shown}.values()
+
+
+def test_examples_of_messages_say_whose_words_they_show(make_world, run_passes, read_records):
+    """A feature of questions and one of answers look alike without the roles; everything else of a record stays as it is."""
+    world = make_world()
+    rng = np.random.default_rng(5)
+    for shard in world.shards:
+        turns = np.cumsum(rng.random(len(shard.rows)) < 0.2) % 3
+        shard.roles = [("template", "user", "assistant")[turn] for turn in turns]
+    chat = world.variant(open_store("memory://chat"))
+    records = read_records(chat, run_passes(chat)[0])
+    n_changes = 0
+    for record, plain in zip(records, read_records(world, run_passes(world)[0]), strict=True):
+        for window in _windows(record):
+            index, row = window["row"]
+            first, roles = row - window["peak"], world.shards[index].roles
+            said = roles[first : first + len(window["tokens"])]
+            assert window.pop("roles") == [[i, said[i]] for i in range(len(said)) if i == 0 or said[i] != said[i - 1]]
+            n_changes += len(set(said)) > 1
+        assert record == plain
+    assert n_changes > 50
 
 
 def test_a_latent_that_never_fires_has_no_examples(make_world, run_passes, read_records):

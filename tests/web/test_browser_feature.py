@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from browser_site import Site, heading
+from browser_site import NARROW, Site, fits, heading
 from chromium import Visit, lowest_contrast
 
 pytestmark = pytest.mark.browser
@@ -152,3 +152,24 @@ def test_a_feature_whose_examples_crowd_where_contexts_begin_is_noted(visit: Vis
     assert lowest_contrast(visit) >= 4.5
     visit.open(site.page("/1"), "ol[aria-label='Random activations']")
     assert visit.page.locator(".warn").count() == 0
+
+
+def test_examples_of_messages_say_whose_words_they_are(visit: Visit, site: Site) -> None:
+    """A feature of questions and one of answers look alike without the roles."""
+    page = visit.page
+    visit.open(site.page_of(site.sinks, "/1"), "ol[aria-label='Top activations'] li")
+    top = site.bundle(site.sinks).record(1)["examples"]["top"]
+    spoken = [[name for place, name in window["roles"] if place <= window["peak"]][-1] for window in top]
+    shown = page.locator("ol[aria-label='Top activations'] li > .role").all_inner_texts()
+    assert shown == spoken[: len(shown)]
+    assert len(shown) >= 8
+    page.get_by_role("button", name="Windows").click()
+    page.wait_for_selector("ol[aria-label='Top activations'] .text")
+    first = page.locator("ol[aria-label='Top activations'] .text").first
+    assert first.locator(".role").all_inner_texts() == [name for _, name in top[0]["roles"] if name != "template"]
+    assert spoken[0] in page.locator("ol[aria-label='Top activations'] .provenance").first.inner_text()
+    assert lowest_contrast(visit) >= 4.5
+    page.set_viewport_size(NARROW)
+    assert fits(visit)
+    visit.open(site.page("/1"), "ol[aria-label='Top activations'] li")
+    assert page.locator(".role").count() == 0

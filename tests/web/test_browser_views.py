@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from browser_site import NARROW, Site, colour, cosine_of, fits, heading, until
+from browser_site import NARROW, Site, colour, cosine_of, fits, heading, percent, until
 from chromium import Visit
 
 pytestmark = pytest.mark.browser
@@ -174,8 +174,10 @@ def test_a_map_of_little_variance_warns(visit: Visit, site: Site) -> None:
     visit.open(site.page_of(site.sinks, "/map"), "canvas")
     share = site.bundle(site.sinks).description["map"]["variance_share"]
     assert share < 0.2
-    assert f"they hold {100 * share:.2g} % of the variance" in visit.page.locator(".warn").inner_text()
+    assert f"they hold {percent(share)} of the variance" in visit.page.locator(".warn").inner_text()
     assert "near points need not be near directions" in visit.page.locator(".warn").inner_text()
+    assert "No part of this map has tokens of its own beyond chance" in visit.page.locator("main").inner_text()
+    assert visit.page.get_by_role("list", name="Clusters").locator("li").count() == 0
 
 
 @pytest.mark.parametrize("path", ["", "/1", "/map", "/try", "/1/with/{name}/2"])
@@ -190,7 +192,7 @@ def test_every_page_says_what_the_evidence_leaves_out(visit: Visit, site: Site, 
     assert (
         f"leaves out {n_excluded:,} of {n_excluded + n_scanned:,} rows: the first 2 tokens of each context (harvest.excluded_positions)." in said[0]
     )
-    assert "12 of 4,096 held-out rows: FVU is 0.386 without them, 0.210 with them." in said[0]
+    assert "12 of 4,096 held-out rows are outliers, over 10 times the median norm: FVU 0.210, without them 0.386." in said[0]
     visit.page.set_viewport_size(NARROW)
     assert fits(visit)
     visit.page.goto(site.page(path.format(name=site.second)))
@@ -204,3 +206,27 @@ def test_the_model_card_tells_ordinary_rows_from_outliers(visit: Visit, site: Si
     visit.open(site.page_of(site.sinks, "/1"), "section:has(h2:text-is('Where this comes from')) table")
     rows = [row.split() for row in visit.page.locator("section:has(h2:text-is('Where this comes from')) tbody tr").all_inner_texts()]
     assert rows == [["FVU", "0.210", "0.386", "0.00400"], ["L0", "8.00", "8.10", "2.50"], ["CE", "recovered", "0.930", "0.920", "0.710"]]
+
+
+@pytest.mark.parametrize("size", [None, NARROW])
+def test_clusters_of_the_map_have_names_that_do_not_overlap(visit: Visit, site: Site, size: dict | None) -> None:
+    """What features in one place share is read off the map, at every zoom, on a telephone too."""
+    page = visit.page
+    if size:
+        page.set_viewport_size(size)
+    visit.open(site.page("/map"), "ul[aria-label='Clusters'] li")
+    names = page.locator("ul[aria-label='Clusters'] li")
+    described = site.bundle().description["map"]
+    said = f"Of the 10 nearest decoder rows of a feature {percent(described['neighbours']['kept'])} are near it here"
+    assert said in page.locator("main").inner_text()
+    written = json.loads(site.bundle().read("map/clusters.json"))["clusters"]
+    assert len(written) == described["n_clusters"]
+    assert {"\u2191import", "\u2191yield"} <= set(names.all_inner_texts())
+    frame = page.locator("canvas").bounding_box()
+    for _ in range(4):
+        boxes = [item.bounding_box() for item in names.all()]
+        for i, a in enumerate(boxes):
+            assert frame["x"] <= a["x"] <= a["x"] + a["width"] <= frame["x"] + frame["width"]
+            assert all(abs(a["x"] - b["x"]) >= min(a["width"], b["width"]) or abs(a["y"] - b["y"]) >= a["height"] for b in boxes[:i])
+        page.get_by_role("button", name="Zoom in").click()
+    assert fits(visit)

@@ -7,14 +7,25 @@ from hypothesis import strategies as st
 
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import open_store
-from interp_assets.web.map import DIRECTIONS, MAX_DEPTH, POINT, TILE, Layout, embed_directions, write_directions, write_map
+from interp_assets.web.map import (
+    DIRECTIONS,
+    MAX_DEPTH,
+    POINT,
+    TILE,
+    Layout,
+    embed_directions,
+    measure_kept,
+    place_points,
+    write_directions,
+    write_map,
+)
 
 
 def _write(layout: Layout, frequency: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
     store = open_store("memory://map")
     ref = make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="map")
     with create_artifact(store, ref) as art:
-        facts = write_map(art, layout, frequency)
+        facts = write_map(art, layout, place_points(layout, frequency))
     points = np.frombuffer(store.get(f"{ref.path}/map/tiles.bin"), POINT)
     return points, np.frombuffer(store.get(f"{ref.path}/map/tiles.idx"), "<u4").reshape(-1, 5), facts
 
@@ -80,3 +91,42 @@ def test_one_dimension_has_a_map_too() -> None:
     """A degenerate SAE is no reason to fail a bundle."""
     found = embed_directions(np.ones((5, 1), np.float32))
     assert found.xy.shape == (5, 2)
+
+
+def test_neighbours_that_are_kept_are_counted() -> None:
+    """The page says what a map is worth: all of it where directions have two dimensions, chance where they have many."""
+    generator = np.random.default_rng(0)
+    angles = generator.uniform(0, 1, 1500)
+    arc = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    latents = np.arange(1500, dtype=np.uint32)
+    kept = measure_kept(embed_directions(arc), arc, latents)
+    assert kept
+    assert kept["near_share"] == pytest.approx(15 / 1499, abs=1e-4)
+    assert kept["kept"] > 0.99
+    many = generator.normal(0, 1, (1500, 256)).astype(np.float32)
+    lost = measure_kept(embed_directions(many), many, latents)
+    assert lost
+    assert lost["kept"] < 0.05
+    unlike = measure_kept(Layout(generator.normal(0, 1, (1500, 2)).astype(np.float32), "test", None), arc, latents)
+    assert unlike
+    assert unlike["kept"] == pytest.approx(unlike["near_share"], abs=0.01)  # 2,560 draws: five standard deviations
+    assert measure_kept(embed_directions(arc), arc, latents[:11]) is None
+
+
+def test_of_some_latents_only_these_are_neighbours() -> None:
+    """Dead latents have decoder rows, too, and are not on the map."""
+    generator = np.random.default_rng(1)
+    W_dec = generator.normal(0, 1, (400, 8)).astype(np.float32)
+    layout = embed_directions(W_dec)
+    chosen = generator.permutation(400)[:300].astype(np.uint32)
+    unit = W_dec[chosen].astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    shares = []
+    for i in range(256):
+        others = np.delete(np.arange(300), i)
+        nearest = others[np.argsort(-(unit[others] @ unit[i]))[:10]]
+        near = others[np.argsort(np.linalg.norm(layout.xy[chosen][others] - layout.xy[chosen[i]], axis=1))[:10]]
+        shares.append(len(set(nearest.tolist()) & set(near.tolist())) / 10)
+    found = measure_kept(layout, W_dec, chosen)
+    assert found
+    assert found["kept"] == pytest.approx(np.mean(shares), abs=1e-4)

@@ -6,6 +6,7 @@ import { Problem, asProblem } from './problem';
 import { StaticList } from './files';
 import { decodeRecord, locate, readSpan } from './record';
 import { listParameters, type ListState } from './route';
+import { readClusters, type Cluster } from './labels';
 import { bytesOf, cosine, readPoints, readTiles, type Points, type Tile } from './map';
 import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, Site, Tried } from './types';
 import { parseVocabulary, type Vocabulary } from './vocabulary';
@@ -214,9 +215,15 @@ export async function getCosine(a: Bundle, i: number, b: Bundle, j: number): Pro
 
 const tileLists = new Memory<Tile[]>(4);
 const tilePoints = new Memory<Points>(1024);
+const clusterLists = new Memory<Cluster[]>(4);
 
 export function getTiles(name: string): Promise<Tile[]> {
   return tileLists.get(name, async () => readTiles(await (await ask(fileOf(name, 'map/tiles.idx'))).arrayBuffer()));
+}
+
+/** Names of the map's clusters; none in a bundle of an earlier release. */
+export function getClusters(bundle: Bundle): Promise<Cluster[]> {
+  return clusterLists.get(bundle.name, async () => (bundle.map?.n_clusters ? readClusters(await askJson(fileOf(bundle.name, 'map/clusters.json'))) : []));
 }
 
 export function getPoints(name: string, tile: Tile): Promise<Points> {

@@ -25,6 +25,6 @@ function describeOutliers(evaluation: Evaluation & { outlier_share: number }): s
   const share = evaluation.outlier_share;
   const rows = evaluation.n_rows ? `${formatCount(Math.round(share * evaluation.n_rows))} of ${formatCount(evaluation.n_rows)}` : `${formatShare(share)} of the`;
   const { fvu, fvu_ordinary: ordinary } = evaluation;
-  const quality = fvu == null || ordinary == null ? '' : `: FVU is ${formatValue(ordinary)} without them, ${formatValue(fvu)} with them`;
-  return `Outliers, rows of more than ${evaluation.norm_multiple ?? 10} times the median norm, are ${rows} held-out rows${quality}.`;
+  const quality = fvu == null || ordinary == null ? '' : `: FVU ${formatValue(fvu)}, without them ${formatValue(ordinary)}`;
+  return `${rows} held-out rows are outliers, over ${evaluation.norm_multiple ?? 10} times the median norm${quality}.`;
 }

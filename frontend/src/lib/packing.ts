@@ -35,6 +35,7 @@ interface PackedWindows {
   gap: string;
   activation: string;
   tokens: string;
+  roles?: { names: string[]; runs: string; gap: string; name: string };
 }
 
 /** Raises an error of any kind when the columns do not fit each other. `order` are the token ids by rank. */
@@ -74,6 +75,7 @@ function unpackWindows(packed: PackedWindows, order: ArrayLike<number>): Window[
   checkLengths([gap, values], sum(firings));
   checkLengths([ranks], sum(before) + sum(after) + peaks.length);
   if (Array.isArray(packed.masked)) throw new TypeError('its masked places name no windows');
+  const roles = packed.roles && unpackRoles(packed.roles, peaks.length);
   const windows: Window[] = [];
   let [token, firing, at, line] = [0, 0, 0, 0];
   for (const [i, peak] of before.entries()) {
@@ -97,10 +99,27 @@ function unpackWindows(packed: PackedWindows, order: ArrayLike<number>): Window[
       activation: peaks[i]!,
       activations: activations.sort((a, b) => a[0] - b[0]),
       masked: packed.masked[i] ?? [],
+      ...(roles ? { roles: roles[i]! } : {}),
     });
     token += length;
   }
   return windows;
+}
+
+function unpackRoles(packed: NonNullable<PackedWindows['roles']>, nWindows: number): [number, string][][] {
+  const [runs, gap, name] = [packed.runs, packed.gap, packed.name].map(decodeNumbers) as [number[], number[], number[]];
+  checkLengths([runs], nWindows);
+  checkLengths([gap, name], sum(runs));
+  let run = 0;
+  return runs.map((count) => {
+    let place = 0;
+    return Array.from({ length: count }, (): [number, string] => {
+      const role = packed.names[name[run]!];
+      if (role === undefined) throw new RangeError(`a role is number ${name[run]} of ${packed.names.length}`);
+      place += gap[run++]!;
+      return [place, role];
+    });
+  });
 }
 
 /** Bins are quarter octaves: a float32's bits, shifted. */

@@ -67,7 +67,7 @@ export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created'
   records: { version: number; per_file: number; n_files: number; repeat: number | null };
   /** Decoder rows, of so many numbers each, where the bundle holds them. */
   directions?: { width: number } | null;
-  map: { method: string; variance_share: number | null; n_points: number; n_tiles: number; } | null;
+  map: { method: string; variance_share: number | null; n_points: number; n_tiles: number; n_clusters?: number; neighbours?: { kept: number; near_share: number } | null } | null;
   /** What can be sorted by, with the order file of each; what can be filtered, with the type of its values. */
   columns: { sortable: Record<string, string>; numeric: Record<string, string>; labels?: boolean };
   distributions: Record<string, Distribution>;
@@ -135,6 +135,8 @@ export interface Window {
   activation: number;
   activations: [number, number][];
   masked: number[];
+  /** Of messages: [place, role] wherever another begins to speak. */
+  roles?: [number, string][];
 }
 
 export interface Logits {

@@ -27,7 +27,14 @@ export interface Unit {
   isMasked: boolean;
   /** Of a special token that begins or ends a text: it is drawn as a mark, and this says what it stands for. */
   edge: string;
+  /** Whose words begin with it, in messages; empty where the same goes on, or where the chat template writes. */
+  role: string;
+  /** What the chat template writes. */
+  isTemplate: boolean;
 }
+
+/** Role of what the chat template writes itself. */
+export const TEMPLATE = 'template';
 
 export function parseVocabulary(content: unknown): Vocabulary {
   const file = content as { format?: string; version?: number; tokens?: string[]; bytes?: Record<string, string>; special?: number[]; order?: number[] };
@@ -58,10 +65,14 @@ export function makeUnits(window: Window, vocabulary: Vocabulary): Unit[] {
   const values = new Map(window.activations);
   const masked = new Set(window.masked);
   const units: Unit[] = [];
-  let place = 0;
+  const roles = window.roles ?? [];
+  let [place, run] = [0, -1];
   while (place < window.tokens.length) {
     const { text, length } = joinAt(window.tokens, place, vocabulary);
     const places = Array.from({ length }, (_, i) => place + i);
+    const before = run;
+    while (roles[run + 1] && roles[run + 1]![0] < place + length) run++;
+    const isTemplate = roles[run]?.[1] === TEMPLATE;
     units.push({
       text,
       places,
@@ -69,6 +80,8 @@ export function makeUnits(window: Window, vocabulary: Vocabulary): Unit[] {
       isPeak: places.includes(window.peak),
       isMasked: places.every((i) => masked.has(i)),
       edge: '',
+      role: run > before && !isTemplate ? roles[run]![1] : '',
+      isTemplate,
     });
     place += length;
   }
@@ -77,6 +90,11 @@ export function makeUnits(window: Window, vocabulary: Vocabulary): Unit[] {
   if (isEdge(first)) first.edge = `start of the ${window.position === window.peak ? 'context' : 'document'}`;
   if (last !== first && isEdge(last)) last.edge = 'end of the document';
   return units;
+}
+
+/** Whose words a place of a window is of, in messages. */
+export function roleAt(window: Window, place: number): string {
+  return window.roles?.findLast(([begin]) => begin <= place)?.[1] ?? '';
 }
 
 function joinAt(tokens: number[], place: number, vocabulary: Vocabulary): { text: string; length: number } {
