@@ -10,7 +10,8 @@ permission only where the processor has tiles (AMX): elsewhere it multiplies by 
 4. whoever has set a precision in this process is left alone.
 
 A library divides a product among its threads as it likes, also along the sum, so that its bits depend on how many there are. `multiply` divides
-it into tiles that follow from its sizes alone, each by one thread: equal bits for any number of threads.
+it into tiles that follow from its sizes alone, each by one thread: equal bits for any number of threads. A network asks torch and not us:
+`DividedProducts` answers its products in the same way.
 
 Price: `torch.get_float32_matmul_precision()` raises after it, because that older setting cannot express this one. Whoever calls
 `torch.set_float32_matmul_precision` later in the process replaces the permission: do that before, or not at all.
@@ -29,6 +30,7 @@ import torch
 from llvmlite import binding
 from torch import Tensor
 from torch.profiler import record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _UNSET: Final = "none"
 """What torch answers where nobody has chosen a precision."""
@@ -102,6 +104,23 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, i
         for future in futures:
             future.result()
     return out
+
+
+class DividedProducts(TorchDispatchMode):
+    """While it is open, what multiplies matrices of a CPU in this thread goes to `multiply`: a network's forward has the bits of any other machine's.
+
+    Products of many small matrices at once are left to torch, which divides them by matrix, and so is all else, which it divides by row.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Answer `a @ b` and `bias + a @ b`."""
+        if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or kwargs or args[-1].device.type != "cpu":
+            return func(*args, **(kwargs or {}))
+        *bias, a, b = args
+        out = a.new_empty(a.shape[0], b.shape[1])
+        if not bias or bias[0].ndim == 1:
+            return multiply(a, b, out, bias=bias[0] if bias else None)
+        return multiply(a, b, out.copy_(bias[0]), is_added=True)
 
 
 def _use_one_thread() -> None:

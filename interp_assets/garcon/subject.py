@@ -9,7 +9,8 @@ the network cannot change it; a hook that did not fire is an error; a forward th
 
 Contexts are padded on the right. In a decoder nothing looks at what follows, so no mask is passed and a row's bits do not depend on how
 much padding follows it; an encoder gets the mask. A model whose rotary frequencies follow the length (`rope.py`) is run on the contexts of one
-length at a time, without padding. Batching, dtypes of stored rows and checks of finiteness belong to `harvest`.
+length at a time, without padding. On a CPU products are divided by their sizes alone (`compute/products.py`): no bit depends on the number
+of threads. Batching, dtypes of stored rows and checks of finiteness belong to `harvest`.
 """
 
 import inspect
@@ -26,6 +27,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from interp_assets.compute.products import DividedProducts
 from interp_assets.errors import InputError
 from interp_assets.garcon.adapters import ADAPTERS, ENCODERS, find_adapter
 from interp_assets.garcon.attention import observe_attention
@@ -128,8 +130,9 @@ class SubjectModel:
             raise InputError(f"{self.name} ({self.net.config.model_type}) has no language-model head: there are no logits and no loss.")
         if parts := self._split(token_ids, attention_mask):
             return self._join(token_ids, [(rows, {"logits": self.logits(part, None)}) for rows, part in parts])["logits"]
-        with torch.no_grad():
-            return self.net(**self.arguments(token_ids, attention_mask)).logits
+        arguments = self.arguments(token_ids, attention_mask)
+        with torch.no_grad(), DividedProducts():
+            return self.net(**arguments).logits
 
     def logits_with_patch(
         self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None, hook_point: str, replace: Patch
@@ -243,7 +246,7 @@ class SubjectModel:
 
         network = self.net if any(point.kind == "logits" for point in names) else self.net.base_model
         taps = [Tap(point, partial(keep, point)) for point in names]
-        with tapped(self.net, taps, arguments["input_ids"].shape[1]), suppress(_AllCapturedError), torch.no_grad():
+        with tapped(self.net, taps, arguments["input_ids"].shape[1]), suppress(_AllCapturedError), torch.no_grad(), DividedProducts():
             network(**arguments)
         return captured
 

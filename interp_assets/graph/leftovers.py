@@ -3,13 +3,15 @@
     kept      what any named configuration, planned as `interp run` would now, or any plan in the folder leads to, older generations too
               every bundle, and the SAE that it shows; labels and comparisons; checkpoints of trainings that are not done
               what is younger than the age that is asked for: somebody may be writing it
-    left over the other artifacts of kinds that assets make; checkpoints of finished trainings; files that belong to no artifact
+    left over the other artifacts of kinds that assets make, or keep the digests of; checkpoints of finished trainings; files of no artifact
 
 Configurations may share a folder. An SAE or a hook point in it that none of the named ones has is another's, so nothing is listed before its
 configuration is named too, or it is said that it may go. Only what the store itself tells is believed: nothing is deleted by its age alone.
 """
 
+import errno
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -17,7 +19,8 @@ from typing import Final, NamedTuple
 from interp_assets.errors import ArtifactError, ArtifactMissingError, InputError
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.refs import hook_folder
-from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.asset import Asset
+from interp_assets.planning.config import PipelineConfig, SaeConfig, ShuffleConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline
 from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.storage.direct import find_remains
@@ -67,7 +70,7 @@ def find_leftovers(
     manifests = {path: _read(store, path) for path in tree.artifacts}
     kept = {*refs, *_shown(store, manifests)}
     _refuse_unknown(manifests, [pipeline.config for pipeline in pipelines], forget, kept)
-    kinds = {ref.kind for ref in refs.values()} | {CHECKPOINT}
+    kinds = {ref.kind for ref in refs.values()} | {kind for pipeline in pipelines for kind in known_kinds(pipeline, store)}
     published = {manifest.artifact_id for manifest in manifests.values() if manifest}
     wanted = {ref.artifact_id for ref in refs.values()} - published
     found = [
@@ -82,8 +85,21 @@ def find_leftovers(
     return Leftovers(old, len(found) - len(old), find_remains(local) if local else [])
 
 
+def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
+    """Return the kinds of artifacts that assets make and keep the digests of, whatever a configuration switches off, and checkpoints."""
+    sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
+    features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
+    changes = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
+    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT}
+    road = make_road(full.config)
+    for asset in road.rest:
+        kinds = ({ref.kind for ref in _refs_of(asset, full, store, key)} for key in asset.partition_keys(full))
+        found |= next((some for some in kinds if some), set())
+    return found
+
+
 def delete_leftovers(store: Store, found: Leftovers) -> None:
-    """Delete what was listed; of an artifact its manifest first."""
+    """Delete what was listed, of an artifact its manifest first, and folders that are empty then."""
     for item in found.items:
         if item.kind:
             remove_artifact(store, item.path)
@@ -91,6 +107,24 @@ def delete_leftovers(store: Store, found: Leftovers) -> None:
             store.delete([item.path])
     for path in found.remains:
         path.unlink(missing_ok=True)
+    if root := store.local_path():
+        for path in [*(root / item.path for item in found.items), *found.remains]:
+            _remove_empty(root, path)
+
+
+def _remove_empty(root: Path, path: Path) -> None:
+    """Remove the folders at and above a path that are empty, up to the store's own, which stays."""
+    inner = sorted((folder for folder in path.rglob("*") if folder.is_dir()), reverse=True) if path.is_dir() else []
+    for folder in [*inner, path, *path.parents]:
+        if root not in folder.parents:
+            return
+        with suppress(FileNotFoundError, NotADirectoryError):
+            try:
+                folder.rmdir()
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                return
 
 
 def _all_plans(store: Store, pipelines: Sequence[Pipeline]) -> Iterator[Pipeline]:
@@ -112,10 +146,16 @@ def _reachable(pipeline: Pipeline, store: Store) -> Iterator[ArtifactRef]:
     for part in [*parts, *(newest(part) for part in parts if has_grown(part))]:
         for asset in road.rest:
             for key in asset.partition_keys(part):
-                try:
-                    yield from asset.artifacts(part, store, key)
-                except ArtifactMissingError:
-                    continue  # its inputs are not there, so what lies there was made of others
+                yield from _refs_of(asset, part, store, key)
+
+
+def _refs_of(asset: Asset, pipeline: Pipeline, store: Store, key: str) -> list[ArtifactRef]:
+    """List the artifacts of a partition, and those whose digests they keep: some lie between assets, and no asset lists them."""
+    try:
+        lineages = asset.lineage(pipeline, store, key) if asset.lineage else []
+        return [*asset.artifacts(pipeline, store, key), *(ref for lineage in lineages for ref in (lineage.ref, *lineage.sources))]
+    except ArtifactMissingError:
+        return []  # its inputs are not there, so what lies there was made of others
 
 
 def _shown(store: Store, manifests: dict[str, Manifest | None]) -> Iterator[str]:

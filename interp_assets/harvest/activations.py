@@ -10,7 +10,7 @@ A context's padded length depends on its own length only, so a row does not depe
 differently for another number of contexts (on a CPU that was seen for contexts of 16-64 tokens at d_model 256: a few stored bfloat16
 values), so that number is a function of the padded length and of nothing else. Only where memory is short, `execution.tokens_per_batch`
 below `FORWARD_TOKENS` makes it smaller. Where the model itself computes by the length (`garcon/rope.py`), contexts of one length are run together,
-unpadded.
+unpadded. Of the number of threads a row is independent too (`garcon/subject.py`).
 
 Several hook points are written side by side; a NaN or an infinity at one of them leaves nothing published at any.
 Memory: one window of rows for each hook point (at least 16,384), and one forward.

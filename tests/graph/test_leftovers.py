@@ -1,5 +1,6 @@
 """What nothing refers to goes, and nothing else: afterwards a run makes nothing, and every byte is what its manifest says."""
 
+import ast
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -7,16 +8,18 @@ from pathlib import Path
 import pytest
 from road_world import Finished, copied_history
 
+import interp_assets
 from interp_assets.errors import InputError
 from interp_assets.graph.jobs import run_road
-from interp_assets.graph.leftovers import Leftovers, delete_leftovers, find_leftovers
+from interp_assets.graph.leftovers import Leftover, Leftovers, delete_leftovers, find_leftovers, known_kinds
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.storage.manifest import create_artifact
+from interp_assets.storage.store import open_store
 from interp_assets.storage.verify import list_tree, verify_tree
 from interp_assets.train.refs import sae_ref
 from interp_assets.train.resume import checkpoint_ref
-from interp_assets.visualize.refs import records_ref
+from interp_assets.visualize.refs import records_ref, thresholds_ref
 
 NO_AGE = timedelta(0)
 
@@ -46,7 +49,7 @@ def test_after_gc_a_run_makes_nothing_and_verify_is_clean(copied: PipelineConfig
     pipeline, before = load_pipeline(copied, store), set(list_tree(store).artifacts)
     sae = copied.sae("demo").model_copy(update={"learning_rate": 0.5})
     older = load_pipeline(copied.model_copy(update={"saes": [sae, copied.sae("other")]}), store)
-    made = [sae_ref(older, "demo"), records_ref(older, "demo", 0), checkpoint_ref(sae_ref(pipeline, "demo"), 7)]
+    made = [sae_ref(older, "demo"), records_ref(older, "demo", 0), thresholds_ref(older, "demo", 1), checkpoint_ref(sae_ref(pipeline, "demo"), 7)]
     for ref in made:
         with create_artifact(store, ref) as art:
             art.put("file.bin", b"old" * 100)
@@ -54,12 +57,47 @@ def test_after_gc_a_run_makes_nothing_and_verify_is_clean(copied: PipelineConfig
     found = leftovers(copied)
     assert {item.path for item in found.items} == {*(ref.path for ref in made), "4-sae/gone-123456789abc/half.bin"}
     assert found.n_bytes > 900
-    assert leftovers(copied, min_age=timedelta(hours=24)) == Leftovers([], 4, [])
+    assert leftovers(copied, min_age=timedelta(hours=24)) == Leftovers([], 5, [])
     delete_leftovers(store, found)
     assert set(list_tree(store).artifacts) == before
+    folders = [path for path in Path(copied.root, copied.name).rglob("*") if path.is_dir() and not path.name.startswith(".")]
+    assert [folder for folder in folders if not any(folder.iterdir())] == []
     assert verify_tree(store) == []
     with copied_history(finished) as instance:
         assert {item.name: item.n_made for item in run_road(copied, instance) if item.n_made} == {"corpus_plan": 1}
+
+
+KEPT = {"sae_comparison", "feature_labels"}
+"""Kinds that no asset makes and nobody can make again: what people and retrainings left."""
+
+
+def test_no_kind_of_artifact_is_forgotten(copied: PipelineConfig) -> None:
+    """Thresholds of rows were never listed: no asset has them as its own. Every kind that code names is known, or kept on purpose."""
+    store = open_pipeline_store(copied)
+    plain = copied.model_copy(update={"features": copied.features.model_copy(update={"saes": []})})
+    assert known_kinds(load_pipeline(plain, store), store) == _named_kinds() - KEPT
+
+
+def _named_kinds() -> set[str]:
+    """Return what the package's `make_ref`, and what hands its first argument on to it, are called with."""
+    found: set[str] = set()
+    for path in Path(interp_assets.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {node.target.id: node.value for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            if call.func.id in ("make_ref", "_ref") and call.args:
+                kind = constants.get(call.args[0].id) if isinstance(call.args[0], ast.Name) else call.args[0]
+                if isinstance(kind, ast.Constant):
+                    found.add(str(kind.value))
+    return found
+
+
+def test_folders_above_the_pipeline_are_never_removed(tmp_path: Path) -> None:
+    """Even where nothing is left in it."""
+    store = open_store(str(tmp_path / "root")).child("pipeline")
+    store.put("a/b/c.bin", b"x")
+    delete_leftovers(store, Leftovers([Leftover("a/b/c.bin", "", 1)], 0, []))
+    assert list((tmp_path / "root" / "pipeline").iterdir()) == []
 
 
 def test_a_training_that_is_not_done_keeps_its_checkpoints(copied: PipelineConfig) -> None:
