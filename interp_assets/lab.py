@@ -4,7 +4,8 @@
 
     llm = lab.load("EleutherAI/pythia-160m")  # a model: see garcon/session.py for traces, sweeps and attributions
     run = lab.open("pythia.yaml")  # or a pipeline's folder, or s3://bucket/name
-    run.activations("resid_post.8")[10_000:20_000]
+    run.activations("resid_post.8")[10_000:20_000]  # .tensor .row_ids .tokens .text; .at(row_ids), .document(shard, number)
+    run.mixed("resid_post.8")[:4096]
     run.sae("l8"); run.features("l8"); run.feature("l8", 1234)
 
 Importing this module loads neither torch nor transformers nor a web framework: what computes is imported when it is asked for.
@@ -13,8 +14,14 @@ Importing this module loads neither torch nor transformers nor a web framework: 
 import io
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import accumulate
+<<<<<<< HEAD
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+=======
+from typing import TYPE_CHECKING, Any, Final
+>>>>>>> f1939b4d7ea85ccda125899a242e5ab9cbf725ac
 
 from interp_assets.errors import InputError
 from interp_assets.planning.config import ExecutionConfig, ModelConfig, PipelineConfig, load_config
@@ -29,6 +36,9 @@ if TYPE_CHECKING:
     import interp_assets.garcon.session
     import interp_assets.train.sae
     from interp_assets.planning.pipeline import Pipeline
+
+_OPENED_AT_ONCE: Final = 16
+_SHARDS_KEPT: Final = 16
 
 
 def load(name: str, *, device: str = "auto", dtype: str = "float32", revision: str = "main") -> "interp_assets.garcon.session.Model":
@@ -50,27 +60,64 @@ def open(where: str) -> "Opened":  # noqa: A001 - lab.open reads as it should
     return Opened(load_pipeline(config, store), store)
 
 
+<<<<<<< HEAD
 _TRIED_TOKENS: Final = 512
 """Held-out tokens that an SAE is tried on when a model is loaded with it."""
 
 
 class Rows(NamedTuple):
     """Activations with where they come from."""
+=======
+class Rows:
+    """Activations with where they come from. Tokens and text are read when they are asked for."""
+>>>>>>> f1939b4d7ea85ccda125899a242e5ab9cbf725ac
 
-    tensor: "Tensor"
-    """[n, d_in] in the stored dtype."""
-    tokens: "NDArray[np.uint32]"
-    """Token id of each row."""
-    row_ids: "NDArray[np.uint64]"
-    """Dataset shard times 2^40 plus row in the shard: the address that mixed rows and examples carry too."""
+    def __init__(self, tensor: "Tensor", row_ids: "NDArray[np.uint64]", run: "Opened") -> None:
+        """`StoredRows` makes them."""
+        self.tensor = tensor
+        """[n, d_in] in the stored dtype."""
+        self.row_ids = row_ids
+        """Dataset shard times 2^40 plus row in the shard: the address that mixed rows and examples carry too."""
+        self._run = run
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.row_ids)
+
+    def __repr__(self) -> str:
+        """Say how many rows there are, how wide, and in which shards."""
+        n_shards = len(set(_split_ids(self.row_ids)[0].tolist()))
+        return f"{len(self):,} rows of {self.tensor.shape[1]:,} x {str(self.tensor.dtype).removeprefix('torch.')}, of {n_shards:,} shard(s)"
+
+    @cached_property
+    def tokens(self) -> "NDArray[np.uint32]":
+        """Token id of each row. Reads the token table of each shard that rows are of, once."""
+        import numpy as np  # noqa: PLC0415 - only when asked for
+
+        tokens = np.empty(len(self), np.uint32)
+        shards, rows = _split_ids(self.row_ids)
+        for shard in set(shards.tolist()):
+            here = shards == shard
+            tokens[here] = self._run.token_ids(shard)[rows[here]]
+        return tokens
+
+    @cached_property
+    def pieces(self) -> list[str]:
+        """Each row's token as text."""
+        return [self._run.tokenizer.decode([int(token)]) for token in self.tokens]
+
+    @property
+    def text(self) -> str:
+        """The tokens of all rows as one text, without the special ones that open contexts and end documents; `pieces` has these too."""
+        return self._run.tokenizer.decode(self.tokens.tolist(), skip_special_tokens=True)
 
 
 class StoredRows:
     """All rows of a hook point, one after the other; a range is read when it is asked for, and no byte besides its blocks."""
 
-    def __init__(self, lengths: Sequence[int], read: "Callable[[int, int, int], Rows]") -> None:
-        """`lengths` are the rows of each shard; `read` reads a range of one."""
-        self._ends, self._read = list(accumulate(lengths)), read
+    def __init__(self, run: "Opened", lengths: Sequence[int], read: "Callable[[int, int, int], tuple[Tensor, NDArray[np.uint64]]]") -> None:
+        """`lengths` are the rows of each file; `read` reads a range of one with its row ids."""
+        self._run, self._ends, self._read = run, list(accumulate(lengths)), read
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -78,22 +125,87 @@ class StoredRows:
 
     def __getitem__(self, chosen: slice) -> Rows:
         """Read consecutive rows. Raises `InputError` for steps and for a range without rows."""
-        import numpy as np  # noqa: PLC0415 - as above
+        import numpy as np  # noqa: PLC0415 - only when asked for
         import torch  # noqa: PLC0415 - as above
 
         start, stop, step = chosen.indices(len(self)) if isinstance(chosen, slice) else (0, 0, 1)
         if step != 1 or start >= stop:
             raise InputError(f"Rows are read as a range, such as [10_000:20_000]; found {chosen!r} of {len(self):,} rows.")
         parts = []
-        shard = bisect_right(self._ends, start)
+        place = bisect_right(self._ends, start)
         while start < stop:
-            first = self._ends[shard - 1] if shard else 0
-            end = min(stop, self._ends[shard])
+            first = self._ends[place - 1] if place else 0
+            end = min(stop, self._ends[place])
             if end > start:
-                parts.append(self._read(shard, start - first, end - first))
-            start, shard = end, shard + 1
-        tensors, tokens, row_ids = zip(*parts, strict=True)
-        return Rows(torch.cat(tensors), np.concatenate(tokens), np.concatenate(row_ids))
+                parts.append(self._read(place, start - first, end - first))
+            start, place = end, place + 1
+        tensors, row_ids = zip(*parts, strict=True)
+        return Rows(torch.cat(tensors), np.concatenate(row_ids), self._run)
+
+
+class Activations(StoredRows):
+    """The rows of a hook point in the order of the corpus, also by their address and by document."""
+
+    def __init__(self, run: "Opened", hook_point: str) -> None:
+        """`Opened.activations` makes it: reads the manifests of all shards, and nothing else."""
+        from interp_assets.harvest.rows import open_rows  # noqa: PLC0415 - only when asked for
+
+        indices = run.pipeline.shard_indices
+        with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
+            opened = list(pool.map(lambda index: open_rows(run.pipeline, run.store, hook_point, index), indices))
+        self._shards = dict(zip(indices, opened, strict=True))
+
+        def read(place: int, start: int, stop: int) -> "tuple[Tensor, NDArray[np.uint64]]":
+            return opened[place].read(start, stop), _make_ids(indices[place], start, stop)
+
+        super().__init__(run, [rows.n_rows for rows in opened], read)
+
+    def at(self, row_ids: "Sequence[int] | NDArray[np.uint64]") -> Rows:
+        """Read the rows at these addresses, in their order, as mixed rows and examples name them. Raises `InputError` for one that is not there."""
+        import numpy as np  # noqa: PLC0415 - only when asked for
+        import torch  # noqa: PLC0415 - as above
+
+        try:
+            wanted = np.array([int(row_id) for row_id in row_ids], np.uint64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"Row ids are numbers from 0, as `.row_ids` has them; found {row_ids!r:.80}.") from error
+        if not len(wanted):
+            raise InputError("Name at least one row id.")
+        shards, rows = _split_ids(wanted)
+        for row_id, shard, row in zip(wanted.tolist(), shards.tolist(), rows.tolist(), strict=True):
+            if shard not in self._shards or row >= self._shards[shard].n_rows:
+                lengths = [f"{index} ({opened.n_rows:,} rows)" for index, opened in self._shards.items()]
+                more = f" and {len(lengths) - 4:,} more" if len(lengths) > 4 else ""
+                raise InputError(f"There is no row {row:,} of shard {shard:,} (row id {row_id}). The shards are {', '.join(lengths[:4])}{more}.")
+        parts = [self._shards[shard].read_each(rows[shards == shard].tolist()) for shard in sorted(set(shards.tolist()))]
+        order = np.argsort(np.argsort(shards, kind="stable"), kind="stable")
+        return Rows(torch.cat(parts)[torch.from_numpy(order)], wanted, self._run)
+
+    def document(self, shard: int, document: int) -> Rows:
+        """Read the rows of one document; `.text` is its text. `Opened.documents` lists them."""
+        table = self._run.documents(shard)
+        if not 0 <= document < table.height:
+            raise InputError(f"Shard {shard} has documents 0 to {table.height - 1}; found {document}.")
+        first, n_rows = int(table["first_row"][document]), int(table["n_rows"][document])
+        return Rows(self._shards[shard].read(first, first + n_rows), _make_ids(shard, first, first + n_rows), self._run)
+
+
+def _make_ids(shard: int, start: int, stop: int) -> "NDArray[np.uint64]":
+    """Return the addresses of consecutive rows of a shard."""
+    import numpy as np  # noqa: PLC0415 - only when asked for
+
+    from interp_assets.shuffle.rows import SHARD_SHIFT  # noqa: PLC0415 - as above
+
+    return np.arange(start, stop, dtype=np.uint64) + np.uint64(shard << SHARD_SHIFT)
+
+
+def _split_ids(row_ids: "NDArray[np.uint64]") -> "tuple[NDArray[np.int64], NDArray[np.int64]]":
+    """Return shard and row in the shard of each address."""
+    import numpy as np  # noqa: PLC0415 - only when asked for
+
+    from interp_assets.shuffle.rows import SHARD_SHIFT  # noqa: PLC0415 - as above
+
+    return (row_ids >> np.uint64(SHARD_SHIFT)).astype(np.int64), (row_ids & np.uint64((1 << SHARD_SHIFT) - 1)).astype(np.int64)
 
 
 class Feature:
@@ -104,7 +216,7 @@ class Feature:
         self.record, self._text = record, text
 
     def examples(self, kind: str = "top") -> "pl.DataFrame":
-        """Return `top` or `random` examples: the activation, token, the window as text, shard and row in it. Raises `InputError` for another kind."""
+        """Return `top` or `random` examples: activation, token, the window as text, and where it is. Raises `InputError` for another kind."""
         import polars as pl  # noqa: PLC0415 - as above
 
         if kind not in ("top", "random"):
@@ -113,9 +225,10 @@ class Feature:
         for window in self.record["examples"][kind]:
             pieces = [self._text(token) for token in window["tokens"]]
             shard, row = window["row"]
-            where = {"shard": shard, "row": row}
-            lines.append({"activation": window["activation"], "token": pieces[window["peak"]], "text": "".join(pieces), **where})
-        return pl.DataFrame(lines)
+            where = (shard, row, int(_make_ids(shard, row, row + 1)[0]))
+            lines.append((window["activation"], pieces[window["peak"]], "".join(pieces), *where))
+        types = {"activation": pl.Float64, "token": pl.String, "text": pl.String, "shard": pl.Int64, "row": pl.Int64, "row_id": pl.UInt64}
+        return pl.DataFrame(lines, types, orient="row")
 
 
 class Opened:
@@ -124,6 +237,7 @@ class Opened:
     def __init__(self, pipeline: "Pipeline", store: Store) -> None:
         """`open` makes it."""
         self.pipeline, self.store = pipeline, store
+        self._token_ids: dict[int, NDArray[np.uint32]] = {}
 
     @property
     def config(self) -> PipelineConfig:
@@ -161,27 +275,70 @@ class Opened:
             llm.backend.attach(sae.name, attached, texts)
         return llm
 
-    def activations(self, hook_point: str) -> StoredRows:
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The subject model's tokenizer."""
+        from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415 - as above
+
+        return load_tokenizer(self.config.model)
+
+    def activations(self, hook_point: str) -> Activations:
         """Open the activations of a hook point: all dataset shards, in order, special tokens included."""
-        import numpy as np  # noqa: PLC0415 - as above
+        return Activations(self, self._harvested(hook_point))
+
+    def mixed(self, hook_point: str) -> StoredRows:
+        """Open the shuffled rows of a hook point, as training reads them: the valid rows of all shards that are trained on."""
+        from interp_assets.shuffle.mixed import open_mixed, read_mixed_rows  # noqa: PLC0415 - as above
+
+        shards = open_mixed(self.pipeline, self.store, self._harvested(hook_point))
+
+        def read(place: int, start: int, stop: int) -> "tuple[Tensor, NDArray[np.uint64]]":
+            found = read_mixed_rows(self.store, shards[place], start, stop)
+            return found.rows, found.row_ids.numpy()
+
+        return StoredRows(self, [shard.n_rows for shard in shards], read)
+
+    def tokens(self, shard: int) -> "pl.DataFrame":
+        """Return the token positions of a shard: row, token id, context, document, and whether the row is valid."""
+        import polars as pl  # noqa: PLC0415 - as above
 
         from interp_assets.corpus.tokens import load_tokens  # noqa: PLC0415 - as above
-        from interp_assets.harvest.rows import open_rows  # noqa: PLC0415 - as above
+
+        found = load_tokens(self.pipeline, self.store, self._shard(shard))
+        columns = {"token_id": found.token_ids, "context": found.contexts, "document": found.documents, "valid": found.valid}
+        return pl.DataFrame(columns).with_row_index("row")
+
+    def documents(self, shard: int) -> "pl.DataFrame":
+        """Return the documents of a shard: where each is from, its first row and its number of rows."""
+        import polars as pl  # noqa: PLC0415 - as above
+
+        from interp_assets.corpus.tokens import load_documents  # noqa: PLC0415 - as above
+
+        found = load_documents(self.pipeline, self.store, self._shard(shard))
+        return pl.DataFrame({"source": found.sources, "first_row": found.first_rows, "n_rows": found.n_rows}).with_row_index("document")
+
+    def token_ids(self, shard: int) -> "NDArray[np.uint32]":
+        """Return the token id of each row of a shard. The shards that were asked for last are kept."""
+        from interp_assets.corpus.tokens import load_tokens  # noqa: PLC0415 - as above
+
+        kept = self._token_ids
+        kept[shard] = kept.pop(shard) if shard in kept else load_tokens(self.pipeline, self.store, self._shard(shard)).token_ids
+        if len(kept) > _SHARDS_KEPT:
+            del kept[next(iter(kept))]
+        return kept[shard]
+
+    def _shard(self, index: int) -> int:
+        if index not in self.pipeline.shard_indices:
+            raise InputError(f"There is no shard {index}; there are {len(self.pipeline.shard_indices):,}, from {self.pipeline.shard_indices[0]}.")
+        return index
+
+    def _harvested(self, hook_point: str) -> str:
+        """Return the canonical name of a hook point that the plan has. Raises `ConfigError` with those it has."""
         from interp_assets.planning.hook_names import canonical_name  # noqa: PLC0415 - as above
-        from interp_assets.shuffle.rows import SHARD_SHIFT  # noqa: PLC0415 - as above
 
         name = canonical_name(hook_point)
         self.pipeline.d_in(name)
-        opened = [open_rows(self.pipeline, self.store, name, index) for index in self.pipeline.shard_indices]
-
-        def read(shard: int, start: int, stop: int) -> Rows:
-            index = self.pipeline.shard_indices[shard]
-            tokens = self.pipeline.remember(("tokens", index), lambda: load_tokens(self.pipeline, self.store, index).token_ids)
-            return Rows(
-                opened[shard].read(start, stop), tokens[start:stop], np.arange(start, stop, dtype=np.uint64) + np.uint64(index << SHARD_SHIFT)
-            )
-
-        return StoredRows([rows.n_rows for rows in opened], read)
+        return name
 
     def sae(self, name: str) -> "interp_assets.train.sae.Sae":
         """Read a trained SAE."""
@@ -218,6 +375,7 @@ class Opened:
         bundle = self._bundle(name)
         return Feature(bundle.record(latent), bundle.vocabulary.text)
 
+<<<<<<< HEAD
     def _mean_norms(self) -> dict[str, float]:
         """Return the mean norm of the rows of every harvested hook point whose statistics there are."""
         from interp_assets.harvest.refs import statistics_ref  # noqa: PLC0415 - as above
@@ -262,6 +420,17 @@ class Opened:
         table = self.features(name)
         maximum, frequency = (torch.from_numpy(table[column].to_numpy().astype("float32")) for column in ("max", "frequency"))
         return Firings(maximum, frequency, quantile)
+=======
+    def labels(self, name: str) -> "pl.DataFrame":
+        """Return what people and models say that an SAE's features mean, with who said it, how it scored, and from which file it came when."""
+        import polars as pl  # noqa: PLC0415 - as above
+
+        from interp_assets.web.labels import Label, find_labels  # noqa: PLC0415 - as above
+
+        rows = [label for found in find_labels(self._bundle(name)) for label in found.all()]
+        types = {"latent": pl.UInt32, "score": pl.Float64}
+        return pl.DataFrame(rows, {field: types.get(field, pl.String) for field in (*Label._fields, "set", "file", "imported")})
+>>>>>>> f1939b4d7ea85ccda125899a242e5ab9cbf725ac
 
     def _bundle(self, name: str) -> Any:
         from interp_assets.web.opened import BundlePlace, OpenBundle  # noqa: PLC0415 - as above

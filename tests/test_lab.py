@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,9 +17,17 @@ from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import load_tokens
 from interp_assets.errors import ArtifactMissingError, ConfigError, InputError
 from interp_assets.graph.stages import make_road
+from interp_assets.harvest.refs import activation_shard_ref
+from interp_assets.harvest.rows import OpenedRows
 from interp_assets.planning.asset import Job
 from interp_assets.planning.pipeline import open_pipeline_store
+from interp_assets.storage.manifest import MANIFEST, create_artifact, load_manifest, make_ref
+from interp_assets.storage.store import Store
+from interp_assets.storage.tensors import TensorSpec, as_bytes, make_header, parse_header
 from interp_assets.storage.traffic import METER
+from interp_assets.web.labels import import_labels
+from interp_assets.web.opened import BundlePlace, OpenBundle
+from interp_assets.web.refs import bundle_ref
 from resources.world import World
 
 SAE = {"d_sae": 24, "k": 3, "n_rows": 512, "batch_rows": 128, "dead_after_rows": 256}
@@ -76,7 +86,7 @@ def test_rows_come_with_tokens_and_addresses(run: lab.Opened) -> None:
     part = rows[first.n_rows - 3 : first.n_rows + 2]
     assert part.tensor.shape == (5, 16)
     assert part.row_ids.tolist() == [first.n_rows - 3, first.n_rows - 2, first.n_rows - 1, 1 << 40, (1 << 40) + 1]
-    assert part.tokens[:3].tolist() == first.token_ids[-3:].tolist()
+    assert part.tokens.tolist() == [*first.token_ids[-3:], *load_tokens(run.pipeline, run.store, 1).token_ids[:2]]
     context = first.token_ids[first.contexts == 0]
     expected = run.model().subject.capture(torch.from_numpy(context.astype(np.int64))[None], None, ["z.1"])["z.1"][0]
     torch.testing.assert_close(rows[: len(context)].tensor.float(), expected, rtol=1e-2, atol=1e-2)
@@ -84,13 +94,90 @@ def test_rows_come_with_tokens_and_addresses(run: lab.Opened) -> None:
         rows[5:5]
 
 
-def test_a_range_reads_only_its_blocks(run: lab.Opened) -> None:
-    """The data may be a terabyte in a bucket."""
-    rows = run.activations("z.1")
-    rows[0:1]
+def test_mixed_rows_are_the_rows_at_their_addresses(run: lab.Opened) -> None:
+    """Shuffled rows say where they are from: there, in the order asked for and twice if asked twice, lies the same row with the same token."""
+    rows, mixed = run.activations("z.1"), run.mixed("blocks.1.attn.hook_z")
+    part = mixed[3:40]
+    assert part.tensor.shape == (37, 16)
+    assert {int(row_id) >> 40 for row_id in mixed[:].row_ids} == set(run.pipeline.train_indices)
+    twice = np.concatenate([part.row_ids[::-1], part.row_ids[:2]])
+    found = rows.at(twice)
+    assert torch.equal(found.tensor, torch.cat([part.tensor.flip(0), part.tensor[:2]]))
+    assert found.tokens.tolist() == [*part.tokens[::-1].tolist(), *part.tokens[:2].tolist()]
+    place = int(part.row_ids[0]) & ((1 << 40) - 1)
+    assert part.tokens[0] == run.tokens(int(part.row_ids[0]) >> 40)["token_id"][place]
+    all_ids = np.sort(mixed[:].row_ids)
+    valid = np.concatenate([np.flatnonzero(run.tokens(shard)["valid"].to_numpy()) + (shard << 40) for shard in run.pipeline.train_indices])
+    assert np.array_equal(all_ids, valid.astype(np.uint64))
+
+
+def test_a_document_comes_with_its_text(run: lab.Opened) -> None:
+    """As it was written, whatever the shard; the addresses are those of its tokens."""
+    documents = run.documents(1)
+    assert documents.columns == ["document", "source", "first_row", "n_rows"]
+    found = run.activations("z.1").document(1, 0)
+    assert len(found) == documents["n_rows"][0] == len(found.pieces)
+    written = Path(documents["source"][0])
+    text = written.read_text() if written.is_file() else next(path.read_text() for path in Path(run.config.corpus.path).rglob(written.name))
+    assert found.text == text
+    assert "".join(piece for piece in found.pieces if piece not in ("<s>", "</s>")) == text
+    assert run.tokens(1).filter(document=0)["token_id"].to_list() == found.tokens.tolist()
+    assert "16 x bfloat16, of 1 shard(s)" in repr(found)
+
+
+def test_only_the_needed_bytes_are_read(run: lab.Opened) -> None:
+    """The data may be a terabyte in a bucket: opening reads manifests, a range its blocks, and tokens are read when they are asked for."""
+
+    def count(read: Callable[[], Any]) -> tuple[int, Any]:
+        before = METER.total()
+        answer = read()
+        return METER.total().since(before).read_bytes, answer
+
+    refs = [activation_shard_ref(run.pipeline, "z.1", index) for index in run.pipeline.shard_indices]
+    manifests = sum(run.store.size(f"{ref.path}/{MANIFEST}") or 0 for ref in refs)
+    files = [load_manifest(run.store, ref).file("rows.safetensors") for ref in refs]
+    fresh = lab.open(run.store.url)
+    n_bytes, rows = count(lambda: fresh.activations("z.1"))
+    assert n_bytes == manifests
+    assert all(len(file.checksums) == 1 for file in files), "each of these files is one block"
+    n_bytes, part = count(lambda: rows[3:5])
+    assert n_bytes == files[0].n_bytes
+    n_bytes, _ = count(lambda: rows.at([7, 9, 30, (1 << 40) + 2, 8]))
+    assert n_bytes == files[0].n_bytes + files[1].n_bytes, "a block that holds several rows is read once"
+    n_bytes, _ = count(lambda: part.tokens)
+    assert 0 < n_bytes <= 1 << 16
+    assert count(lambda: rows[5:9].tokens)[0] == files[0].n_bytes, "tokens of a shard are kept"
+
+
+def test_rows_in_different_blocks_are_read_each_by_itself(memory_store: Store) -> None:
+    """What lies between two rows of a large file is not read."""
+    values = torch.arange(4000, dtype=torch.float32).reshape(1000, 4)
+    ref = make_ref("rows", "rows", identity={}, inputs={}, label="rows")
+    with create_artifact(memory_store, ref) as art:
+        data = make_header({"rows": TensorSpec("float32", (1000, 4))}) + as_bytes(values)
+        art.put("rows.safetensors", data, n_rows=1000, block_bytes=512)
+    assert art.manifest is not None
+    opened = OpenedRows(memory_store, ref.path, art.manifest, parse_header(data, "rows")["rows"])
     before = METER.total()
-    rows[3:5]
-    assert 0 < METER.total().since(before).read_bytes <= 1 << 20
+    chosen = [999, 0, 31, 32, 0, 500]
+    assert torch.equal(opened.read_each(chosen), values[chosen])
+    assert METER.total().since(before).read_bytes <= 4 * 512
+
+
+def test_labels_are_a_table_with_their_provenance(run: lab.Opened, tmp_path: Path) -> None:
+    """Of every set that was imported, and a table without lines before that."""
+    assert run.labels("heads").is_empty()
+    labels = tmp_path / "said.csv"
+    labels.write_text("latent,label,source,score\n4,opens a bracket,gpt,0.5\n9,Zebra,hand,\n4,worse,gpt,0.1\n")
+    import_labels(OpenBundle(BundlePlace(run.store, bundle_ref(run.pipeline, "heads").path)), labels)
+    found = run.labels("heads")
+    assert found.columns == ["latent", "text", "source", "score", "score_kind", "author", "set", "file", "imported"]
+    assert found.select("latent", "text", "source", "score").rows() == [
+        (4, "opens a bracket", "gpt", 0.5),
+        (4, "worse", "gpt", 0.1),
+        (9, "Zebra", "hand", None),
+    ]
+    assert found["file"].unique().to_list() == ["said.csv"]
 
 
 def test_features_are_a_table_and_examples_are_text(run: lab.Opened) -> None:
@@ -99,7 +186,8 @@ def test_features_are_a_table_and_examples_are_text(run: lab.Opened) -> None:
     assert features.height == 24
     latent = int(features.filter(~pl.col("is_dead"))["latent"][0]) if "is_dead" in features.columns else 0
     examples = run.feature("heads", latent).examples("top")
-    assert examples.columns == ["activation", "token", "text", "shard", "row"]
+    assert examples.columns == ["activation", "token", "text", "shard", "row", "row_id"]
+    assert run.activations("z.1").at(examples["row_id"]).pieces == examples["token"].to_list()
     assert all(token in text for token, text in zip(examples["token"], examples["text"], strict=True))
     with pytest.raises(InputError, match="Examples are 'top' or 'random'"):
         run.feature("heads", latent).examples("bottom")
@@ -164,5 +252,21 @@ def test_what_is_not_there_is_named(run: lab.Opened, tmp_path: Path) -> None:
         run.sae("head")
     with pytest.raises(ConfigError, match=r"'z.0' is not in the plan \(\['mlp_act.0', 'z.1'\]\)"):
         run.activations("z.0")
+    with pytest.raises(ConfigError, match=r"'z.0' is not in the plan"):
+        run.mixed("z.0")
+    rows = run.activations("z.1")
+    for wrong in ([1 << 60], [5, 1 << 30]):
+        with pytest.raises(InputError, match=r"There is no row .* The shards are 0 \("):
+            rows.at(wrong)
+    for wrong in ([-1], ["word"], 5):
+        with pytest.raises(InputError, match="Row ids are numbers"):
+            rows.at(wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="at least one row id"):
+        rows.at([])
+    for read in (run.tokens, run.documents, lambda shard: rows.document(shard, 0)):
+        with pytest.raises(InputError, match="There is no shard 77; there are 2, from 0"):
+            read(77)
+    with pytest.raises(InputError, match="Shard 1 has documents 0 to"):
+        rows.document(1, 5000)
     with pytest.raises(ArtifactMissingError, match=r"There is no pipeline.json at .*Name the pipeline's YAML"):
         lab.open(str(tmp_path))

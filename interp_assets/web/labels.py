@@ -249,9 +249,15 @@ class LabelSet:
     def of(self, latents: Iterable[int]) -> list[dict[str, Any]]:
         """Return the labels of some latents, the best scored of each first, with all that is known of where they come from."""
         numbers = [int(latent) for latent in latents]
-        marks = ",".join("?" * len(numbers))
+        return self._answer(f"WHERE latent IN ({','.join('?' * len(numbers))})", numbers)
+
+    def all(self) -> list[dict[str, Any]]:
+        """Return all labels, by latent, the best scored of each first, with all that is known of where they come from."""
+        return self._answer("", [])
+
+    def _answer(self, condition: str, values: list[int]) -> list[dict[str, Any]]:
         fields = "latent, text, source, score, score_kind, author"
-        rows = self._ask(f"SELECT {fields} FROM labels WHERE latent IN ({marks}) ORDER BY id", numbers)  # noqa: S608 - question marks only
+        rows = self._ask(f"SELECT {fields} FROM labels {condition} ORDER BY id", values)  # noqa: S608 - question marks only
         origin = {"set": self.name, "file": str(self.manifest.facts.get("file", "")), "imported": self.manifest.created}
         return [{**self._check_label(Label(*row))._asdict(), **origin} for row in rows]
 
