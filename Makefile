@@ -96,7 +96,7 @@ test: $(DEV_STAMP) frontend
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 faults: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m faults -n 0 --durations=0 --durations-min=5 tests/faults tests/graph tests/train
+	$(BIN)/python -m pytest -m faults -n 0 --durations=0 --durations-min=5
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .

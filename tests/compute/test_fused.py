@@ -28,6 +28,7 @@ print("all passes agree")
 """
 
 COMPILED = """
+import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -42,7 +43,7 @@ def compile_for_h200(kernel, constants, **types):
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 n = 0
-for kind in ("*fp32", "*bf16"):
+for kind in sys.argv[1:]:
     compile_for_h200(kernels.fire_pass, sizes, latents=kind)
     for has_width, reaches in ((False, False), (True, False), (True, True)):
         constants = sizes | {"HAS_WIDTH": has_width, "REACHES": reaches}
@@ -94,10 +95,10 @@ def compare(device: str, dtype: torch.dtype, n_rows: int, n_latents: int) -> Non
     agree(grads[0], sums, exacts[0], expected)
 
 
-def run(program: str, **environment: str) -> str:
+def run(program: str, *arguments: str, **environment: str) -> str:
     """Run a program by itself: Triton decides at its import whether it interprets."""
     variables = os.environ | {"TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": str(Path(__file__).parent)} | environment
-    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], env=variables, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -109,9 +110,10 @@ def test_passes_equal_their_definition_in_the_interpreter() -> None:
 
 
 @needs_triton
-def test_kernels_compile_for_an_h200() -> None:
+@pytest.mark.parametrize("kind", ["*bf16", pytest.param("*fp32", marks=pytest.mark.faults)])
+def test_kernels_compile_for_an_h200(kind: str) -> None:
     """What the interpreter accepts a compiler may refuse; the compiler needs no GPU. What it compiled before, from the same text, Triton keeps."""
-    assert "compiled 14" in run(COMPILED)
+    assert "compiled 7" in run(COMPILED, kind)
 
 
 def test_a_cpu_and_other_types_do_not_take_the_kernels() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
-from road_world import Finished, copied_history, make_road_config
+from road_world import Finished, copied_history
 from sixteen_shards import BAD, N_SHARDS, damage, make_sixteen, open_finished
+from typer.testing import CliRunner, Result
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ConfigError
@@ -23,6 +24,7 @@ from interp_assets.planning.asset import Asset
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.progress import Progress
 from interp_assets.storage.manifest import create_artifact, load_manifest, read_file
+from interp_assets.terminal.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +37,15 @@ def many(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.fixture
-def copied(many: Finished, tmp_path: Path, tiny_world: Path) -> PipelineConfig:
+def copied(many: Finished, tmp_path: Path) -> PipelineConfig:
     """Return a configuration on a copy of the finished artifacts, to be damaged."""
     shutil.copytree(many.config.root, tmp_path / "data")
-    return make_road_config(tiny_world, tmp_path / "data", corpus={"path": many.config.corpus.path, "shard_bytes": 1})
+    return elsewhere(many, tmp_path)
+
+
+def elsewhere(finished: Finished, folder: Path) -> PipelineConfig:
+    """Return the configuration of a finished pipeline at another root."""
+    return finished.config.model_copy(update={"root": str(folder / "data")})
 
 
 def stop_of(config: PipelineConfig, name: str) -> Asset:
@@ -67,9 +74,9 @@ def test_three_of_sixteen_fail_and_only_these_are_made_again(many: Finished, cop
         assert list(run_backfill(copied, instance)) == []
 
 
-def test_ctrl_c_stops_a_run_in_the_middle_of_a_partition_and_keeps_finished_ones(many: Finished, tiny_world: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_run_in_the_middle_of_a_partition_and_keeps_finished_ones(many: Finished, tmp_path: Path) -> None:
     """Dagster hears an interrupt between two events of a step and takes it for a failure; a person wants the command to end now."""
-    config = make_road_config(tiny_world, tmp_path / "data", corpus={"path": many.config.corpus.path, "shard_bytes": 1})
+    config = elsewhere(many, tmp_path)
     begun: list[tuple[str, str]] = []
 
     class Interrupting(Progress):
@@ -90,13 +97,13 @@ def test_ctrl_c_stops_a_run_in_the_middle_of_a_partition_and_keeps_finished_ones
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
-def test_ctrl_c_stops_a_training_in_the_middle(many: Finished, tiny_world: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_training_in_the_middle(many: Finished, tmp_path: Path) -> None:
     """All SAEs of a run train before the first of them is recorded: an interrupt that Dagster kept for later was forgotten there."""
     shutil.copytree(Path(many.config.root) / many.config.name, tmp_path / "data" / many.config.name)
     folders = [path.parent for path in (tmp_path / "data" / many.config.name / "4-sae").glob("*/sae_weights.safetensors")]
     for folder in folders:
         shutil.rmtree(folder)
-    config = many.config.model_copy(update={"root": str(tmp_path / "data")})
+    config = elsewhere(many, tmp_path)
     begun, n_advanced = [], []
 
     class Interrupting(Progress):
@@ -110,13 +117,13 @@ def test_ctrl_c_stops_a_training_in_the_middle(many: Finished, tiny_world: Path,
                     os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with dg.DagsterInstance.ephemeral() as instance:
+    with copied_history(many) as instance:
         with pytest.raises(KeyboardInterrupt):
-            list(run_road(config, instance, progress=Interrupting()))
+            list(run_road(config, instance, select=["sae"], progress=Interrupting()))
         assert begun[-1] == "sae"
         assert len(n_advanced) == 2
         assert not any((folder / "manifest.json").exists() for folder in folders)
-        list(run_road(config, instance))
+        list(run_road(config, instance, select=["sae"]))
         assert all((folder / "manifest.json").exists() for folder in folders)
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
@@ -134,10 +141,10 @@ def test_a_named_partition_with_a_flipped_byte_is_made_again(many: Finished, cop
         assert list(run_backfill(copied, instance)) == []
 
 
-def test_a_run_says_which_shards_failed_and_a_backfill_finishes_the_road(many: Finished, tiny_world: Path, tmp_path: Path) -> None:
+def test_a_run_says_which_shards_failed_and_a_backfill_finishes_the_road(many: Finished, tmp_path: Path) -> None:
     """The first run of a pipeline meets three bad shards: a backfill makes them and all that was waiting for them."""
     shutil.copytree(Path(many.config.root) / many.config.name / "1-corpus", tmp_path / "data" / many.config.name / "1-corpus")
-    config = make_road_config(tiny_world, tmp_path / "data", corpus={"path": many.config.corpus.path, "shard_bytes": 1})
+    config = elsewhere(many, tmp_path)
     shutil.copy(Path(many.config.root) / many.config.name / "plan.json", tmp_path / "data" / many.config.name / "plan.json")
     with dg.DagsterInstance.ephemeral() as instance:
         good = damage(config)
@@ -185,25 +192,25 @@ def test_a_named_partition_is_made_whatever_its_state(many: Finished, copied: Pi
 def test_the_command_lines_make_the_same_partitions(copied: PipelineConfig, tmp_path: Path) -> None:
     """`interp backfill --failed` and Dagster's own command share one history; the exit code says whether something is left."""
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(copied.model_dump()))
-    environment = {**os.environ, "INTERP_CONFIG": str(tmp_path / "p.yaml"), "DAGSTER_HOME": str(dagster_home(copied)), "COLUMNS": "200"}
-    interp = ["-c", "from interp_assets.terminal.cli import main; main()", "backfill", "--config", str(tmp_path / "p.yaml")]
+    environment = {**os.environ, "INTERP_CONFIG": str(tmp_path / "p.yaml"), "DAGSTER_HOME": str(dagster_home(copied)), "PYTHONWARNINGS": "ignore"}
     dagster = ["-m", "dagster", "asset", "materialize", "-m", "interp_assets.graph.definitions", "--select", "activations", "--partition", BAD[0]]
 
-    def call(*command: str) -> subprocess.CompletedProcess[str]:
-        quiet = {**environment, "PYTHONWARNINGS": "ignore"}
-        return subprocess.run([sys.executable, *command], env=quiet, cwd=tmp_path, capture_output=True, text=True, check=False)
+    def interp_backfill(*options: str) -> Result:
+        command = ["backfill", "--config", str(tmp_path / "p.yaml"), "--select", "activations", *options]
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
 
     with open_instance(copied) as instance:
         list(run_road(copied, instance, select=["token_shards", "activations"]))
         good = damage(copied)
-        failed = call(*interp, "--select", "activations")
-        assert failed.returncode == 1
+        failed = interp_backfill()
+        assert failed.exit_code == 1
         assert f"3 failed: {', '.join(BAD)}" in failed.stdout
         for path, data in good.items():
             path.write_bytes(data)
-        assert call(*dagster).returncode == 0
-        rest = call(*interp, "--failed", "--select", "activations")
-        assert rest.returncode == 0, rest.stdout + rest.stderr
+        done = subprocess.run([sys.executable, *dagster], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rest = interp_backfill("--failed")
+        assert rest.exit_code == 0, rest.output
         assert "activations: 2 partitions to make" in rest.stdout
         assert ["activations", "2", "made,", "14", "there", "already"] in [line.split()[:6] for line in rest.stdout.splitlines()]
         records = instance.fetch_materializations(dg.AssetKey("activations"), limit=100).records
@@ -230,7 +237,7 @@ with open_instance(config) as instance:
 
 def test_a_crash_in_a_range_keeps_every_finished_partition(tiny_world: Path, tmp_path: Path) -> None:
     """One run makes all shards and is killed in the fourth: three are recorded, its run is known to be dead, and only the others are made."""
-    config = make_sixteen(tiny_world, tmp_path)
+    config = make_sixteen(tiny_world, tmp_path, n_shards=6)
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(config.model_dump()))
     crashed = subprocess.run([sys.executable, "-c", CRASHING, str(tmp_path / "p.yaml")], cwd=tmp_path, capture_output=True, check=False)
     assert crashed.returncode == -9
@@ -240,5 +247,5 @@ def test_a_crash_in_a_range_keeps_every_finished_partition(tiny_world: Path, tmp
         assert set(recorded_versions(instance, stop_of(config, "activations"))) == kept
         (run,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
         assert instance.run_launcher.check_run_worker_health(run).status.value == "FAILED"
-        assert made(list(run_backfill(config, instance, select=["activations"]))) == {"activations": N_SHARDS - 3}
+        assert made(list(run_backfill(config, instance, select=["activations"]))) == {"activations": 6 - 3}
         assert list(run_backfill(config, instance, select=["token_shards", "activations"])) == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from daemon_world import wait_for
+from daemon_world import children_of, wait_for
 from traps import NAMES, Traps
 
 from interp_assets.graph.jobs import open_instance, run_road
@@ -62,8 +63,11 @@ def test_the_traps_work(traps: Traps) -> None:
     assert {"gql", "torch", "dagster", "json"} <= set(NAMES)
 
 
-def test_dagster_runs_nothing_of_the_working_directory(road_config: PipelineConfig, traps: Traps, tmp_path: Path) -> None:
-    """Webserver, daemon, code servers and a run that the UI starts, of `interp dev` in a folder from elsewhere."""
+def test_dagster_runs_nothing_of_the_working_directory_and_ends_with_its_command(road_config: PipelineConfig, traps: Traps, tmp_path: Path) -> None:
+    """Webserver, daemon, code servers and a run that the UI starts, of `interp dev` in a folder from elsewhere.
+
+    Without the command (a closed terminal, `timeout`) they would go on, hold the port, and start runs.
+    """
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(road_config.model_dump()))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -87,9 +91,12 @@ def test_dagster_runs_nothing_of_the_working_directory(road_config: PipelineConf
             wait_for(lambda: ask(url, status, id=run_id)["runOrError"]["status"] in ("SUCCESS", "FAILURE"), 120, log)
             assert ask(url, status, id=run_id)["runOrError"]["status"] == "SUCCESS", log.read_text()[-4000:]
             assert ask(url, "{ instance { daemonHealth { allDaemonStatuses { daemonType lastHeartbeatTime } } } }")
-        finally:
+            assert sys.platform != "linux" or len(children_of(home)) >= 5
             process.terminate()
-            process.wait(60)
+            assert process.wait(60) == 128 + signal.SIGTERM
+            assert sys.platform != "linux" or children_of(home) == []  # the command waits for them
+        finally:
+            process.kill()
     assert traps.ran() == []
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import dagster as dg
@@ -78,3 +78,14 @@ def start_sensor(config: PipelineConfig, folder: Path, name: str) -> None:
     command = [sys.executable, "-m", "dagster", "sensor", "start", name, "-m", "interp_assets.graph.definitions"]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def children_of(home: Path) -> list[int]:
+    """List the processes that work on a Dagster home."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            is_there = f"DAGSTER_HOME={home}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            if is_there and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(folder.name))
+    return found

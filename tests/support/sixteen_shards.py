@@ -12,16 +12,17 @@ from interp_assets.storage.manifest import remove_artifact
 from interp_assets.storage.store import Store
 
 N_SHARDS = 16
+FEATURES = {"saes": ["demo"], "latent_slices": 1, "top_k": 4, "n_random": 8, "window": 4, "n_intervals": 2, "examples_per_interval": 2}
 BAD = ("shard-000003", "shard-000008", "shard-000013")
 
 
-def make_sixteen(world: Path, folder: Path) -> PipelineConfig:
-    """Return a configuration of 16 small shards, one file each."""
+def make_sixteen(world: Path, folder: Path, n_shards: int = N_SHARDS) -> PipelineConfig:
+    """Return a configuration of 16 small shards, or fewer, one file each."""
     texts = folder / "texts"
     texts.mkdir()
-    for i in range(N_SHARDS):
+    for i in range(n_shards):
         (texts / f"{i:02d}.txt").write_text(" ".join(f"word{(i * 37 + j * j) % 101}" for j in range(20 + i)))
-    return make_road_config(world, folder / "data", corpus={"path": str(texts), "shard_bytes": 1})
+    return make_road_config(world, folder / "data", corpus={"path": str(texts), "shard_bytes": 1}, features=FEATURES)
 
 
 def open_finished(config: PipelineConfig) -> tuple[Pipeline, Store]:

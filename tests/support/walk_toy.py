@@ -25,12 +25,10 @@ SHARD = "shard-000001"
 
 
 def spread(config_path: str) -> dict[str, object]:
-    """Make the shards as tasks on a cluster of two nodes; return which made them, and the bytes' digests."""
+    """Make the shards as tasks on a cluster of one node; return which made them, and the bytes' digests."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80_000_000})
     os.environ["RAY_ADDRESS"] = cluster.address
     config = load_config(config_path)
     config = config.model_copy(update={"root": f"{config.root}-spread"})

@@ -81,12 +81,18 @@ ALL = [{**TINY, "name": architecture, "architecture": architecture} for architec
 
 
 def train_all(make_planted, root: str, n: int, n_slices: int) -> dict[str, pl.DataFrame]:
-    """Train an SAE of each architecture with `n` processes that divide the latents `n_slices` times; return their logs."""
+    """Train an SAE of each architecture with `n` processes that divide the latents `n_slices` times; return their logs.
+
+    What they read and write is counted here: each reads every batch of 16 values of two bytes, and the first writes the weights.
+    """
     pipeline = with_processes(make_planted(ALL, root=root).pipeline, root, n, n_slices)
     store = open_pipeline_store(pipeline.config)
     save_plan(store, pipeline.plan)
-    seen, heard = [], []
+    seen, heard, before = [], [], METER.total()
     produced = run_training(pipeline, store, list(RECIPES), seen.append, heard.append)
+    moved = METER.total().since(before)
+    assert moved.written_bytes >= sum(item.manifest.n_bytes for item in produced.values())
+    assert moved.read_bytes >= n * 1500 * 16 * 2
     assert sum(seen) == 1500 * len(RECIPES)
     assert sorted(metrics.row.step for metrics in heard) == sorted([*range(1, 16)] * len(RECIPES))
     return {name: pl.read_parquet(io.BytesIO(read_file(store, item.ref.path, item.manifest, "training.parquet"))) for name, item in produced.items()}
@@ -99,7 +105,7 @@ def of_one(make_planted, tmp_path_factory) -> dict[str, pl.DataFrame]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "n_slices"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("n", "n_slices"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.faults), (4, 2)])
 def test_a_grid_of_processes_trains_like_one(make_planted, of_one: dict[str, pl.DataFrame], tmp_path, n: int, n_slices: int) -> None:
     """Gradients, the top k of rows and batches, L0, AuxK and dead latents are those of all latents and of the global batch.
 
@@ -113,19 +119,6 @@ def test_a_grid_of_processes_trains_like_one(make_planted, of_one: dict[str, pl.
             torch.testing.assert_close(torch.tensor(many[column].to_list()), torch.tensor(one[column].to_list()), rtol=tolerance, atol=1e-5, msg=name)
         assert list(one["dead_share"]) == pytest.approx(list(many["dead_share"]), abs=0.05)
     assert max(of_one["topk"]["auxk_loss"]) > 0
-
-
-@pytest.mark.slow
-def test_what_processes_read_and_write_is_counted_here(make_planted, tmp_path) -> None:
-    """The cost that a partition shows is of all ranks: each reads the rows, and the first writes the weights."""
-    pipeline = with_processes(make_planted([{**TINY, "name": "a"}], root=str(tmp_path)).pipeline, str(tmp_path), 2)
-    store = open_pipeline_store(pipeline.config)
-    save_plan(store, pipeline.plan)
-    before = METER.total()
-    produced = run_training(pipeline, store, ["a"])["a"]
-    moved = METER.total().since(before)
-    assert moved.written_bytes >= produced.manifest.n_bytes
-    assert moved.read_bytes >= 2 * 1500 * 16 * 2  # both ranks read every batch of 16 values of two bytes
 
 
 @pytest.mark.slow
