@@ -17,11 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
-=======
 from typing import TYPE_CHECKING, Any, Final
->>>>>>> f1939b4d7ea85ccda125899a242e5ab9cbf725ac
 
 from interp_assets.errors import InputError
 from interp_assets.planning.config import ExecutionConfig, ModelConfig, PipelineConfig, load_config
@@ -60,17 +56,12 @@ def open(where: str) -> "Opened":  # noqa: A001 - lab.open reads as it should
     return Opened(load_pipeline(config, store), store)
 
 
-<<<<<<< HEAD
 _TRIED_TOKENS: Final = 512
 """Held-out tokens that an SAE is tried on when a model is loaded with it."""
 
 
-class Rows(NamedTuple):
-    """Activations with where they come from."""
-=======
 class Rows:
     """Activations with where they come from. Tokens and text are read when they are asked for."""
->>>>>>> f1939b4d7ea85ccda125899a242e5ab9cbf725ac
 
     def __init__(self, tensor: "Tensor", row_ids: "NDArray[np.uint64]", run: "Opened") -> None:
         """`StoredRows` makes them."""
@@ -375,7 +366,16 @@ class Opened:
         bundle = self._bundle(name)
         return Feature(bundle.record(latent), bundle.vocabulary.text)
 
-<<<<<<< HEAD
+    def labels(self, name: str) -> "pl.DataFrame":
+        """Return what people and models say that an SAE's features mean, with who said it, how it scored, and from which file it came when."""
+        import polars as pl  # noqa: PLC0415 - as above
+
+        from interp_assets.web.labels import Label, find_labels  # noqa: PLC0415 - as above
+
+        rows = [label for found in find_labels(self._bundle(name)) for label in found.all()]
+        types = {"latent": pl.UInt32, "score": pl.Float64}
+        return pl.DataFrame(rows, {field: types.get(field, pl.String) for field in (*Label._fields, "set", "file", "imported")})
+
     def _mean_norms(self) -> dict[str, float]:
         """Return the mean norm of the rows of every harvested hook point whose statistics there are."""
         from interp_assets.harvest.refs import statistics_ref  # noqa: PLC0415 - as above
@@ -420,17 +420,6 @@ class Opened:
         table = self.features(name)
         maximum, frequency = (torch.from_numpy(table[column].to_numpy().astype("float32")) for column in ("max", "frequency"))
         return Firings(maximum, frequency, quantile)
-=======
-    def labels(self, name: str) -> "pl.DataFrame":
-        """Return what people and models say that an SAE's features mean, with who said it, how it scored, and from which file it came when."""
-        import polars as pl  # noqa: PLC0415 - as above
-
-        from interp_assets.web.labels import Label, find_labels  # noqa: PLC0415 - as above
-
-        rows = [label for found in find_labels(self._bundle(name)) for label in found.all()]
-        types = {"latent": pl.UInt32, "score": pl.Float64}
-        return pl.DataFrame(rows, {field: types.get(field, pl.String) for field in (*Label._fields, "set", "file", "imported")})
->>>>>>> f1939b4d7ea85ccda125899a242e5ab9cbf725ac
 
     def _bundle(self, name: str) -> Any:
         from interp_assets.web.opened import BundlePlace, OpenBundle  # noqa: PLC0415 - as above

@@ -21,6 +21,7 @@ from interp_assets.visualize.refs import (
     examples_ref,
     features_key,
     read_features,
+    read_roles,
     records_ref,
     slice_index,
     slice_key,
