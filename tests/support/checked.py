@@ -1,7 +1,8 @@
-"""What checks types in tests: beartype, once for every signature.
+"""What checks types in tests: beartype, once for every signature, and not before its function is called.
 
 The import hook hands over an empty function of the checked one's signature whenever that is defined. A function inside another is defined at
-every call of the outer one: writing and compiling its checks anew each time took most of the time of a training.
+every call of the outer one: writing and compiling its checks anew each time took most of the time of a training. And of all functions that a test
+process imports, it calls a few.
 """
 
 import inspect
@@ -15,9 +16,15 @@ _checks: dict[tuple[str, str, inspect.Signature], Callable[..., Any]] = {}
 
 def check_types(empty: Callable[..., Any]) -> Callable[..., Any]:
     """Return an empty function that refuses arguments and results of other types than the annotated ones."""
+    made: list[Callable[..., Any]] = []
+
+    def check(*args: Any, **kwargs: Any) -> Any:
+        if not made:
+            made.append(beartype(empty))
+        return made[0](*args, **kwargs)
+
     key = (empty.__module__, empty.__qualname__, inspect.signature(empty))
     try:
-        found = _checks.get(key)
+        return _checks.setdefault(key, check)
     except TypeError:  # a default or an annotation without a hash
-        return beartype(empty)
-    return found or _checks.setdefault(key, beartype(empty))
+        return check
