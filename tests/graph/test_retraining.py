@@ -103,8 +103,10 @@ def test_a_retraining_takes_new_text_in(grown: Finished, copied: PipelineConfig)
         assert pipeline.plan.generations == [len(old.plan.shards), len(pipeline.plan.shards)]
         assert pipeline.pending_indices == []
         ids = [int(i) for shard in open_mixed(pipeline, store, "resid_post.0") for i in read_mixed_ids(store, shard, 0, shard.n_rows)]
-        parts = [open_mixed(part, store, "resid_post.0") for part in (before(pipeline), newest(pipeline))]
-        apart = [int(i) for part in parts for shard in part for i in read_mixed_ids(store, shard, 0, shard.n_rows)]
+        parts = Appending(open_mixed(before(pipeline), store, "resid_post.0"), open_mixed(newest(pipeline), store, "resid_post.0"), 2)
+        for bucket in range(2):  # two modules address a merged shard: by the ids of all its inputs, and by the opened inputs
+            assert appended_ref(pipeline, "resid_post.0", parts, bucket) == mixed_shard_ref(pipeline, "resid_post.0", bucket)
+        apart = [int(i) for part in (parts.old, parts.new) for shard in part for i in read_mixed_ids(store, shard, 0, shard.n_rows)]
         assert sorted(ids) == sorted(apart)
         assert len(set(ids)) == len(ids)
         assert {i >> 40 for i in ids} == set(pipeline.train_indices)
@@ -164,16 +166,3 @@ def test_changed_old_text_is_shuffled_anew(copied: PipelineConfig) -> None:
         list(run_road(copied, instance, select=["token_shards"]))
         pipeline, _ = opened(copied)
         assert pipeline.plan.generations == [len(pipeline.plan.shards)]
-
-
-def test_the_merged_shards_have_the_ids_that_appending_gives_them(copied: PipelineConfig) -> None:
-    """Two modules address a merged shard: by the ids of all its inputs, and by the opened inputs."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        list(run_road(copied, instance, select=["token_shards", "activations"]))
-        land(copied, "yy.txt")
-        harvest(copied, instance)
-        retrain(copied, instance)
-        pipeline, store = opened(copied)
-        sources = Appending(open_mixed(before(pipeline), store, "resid_post.0"), open_mixed(newest(pipeline), store, "resid_post.0"), 2)
-        for bucket in range(2):
-            assert appended_ref(pipeline, "resid_post.0", sources, bucket) == mixed_shard_ref(pipeline, "resid_post.0", bucket)
