@@ -101,10 +101,10 @@ def test_dagster_runs_nothing_of_the_working_directory_and_ends_with_its_command
 
 
 def test_training_processes_run_nothing_of_the_working_directory(road_config: PipelineConfig, traps: Traps, tmp_path: Path) -> None:
-    """Torchrun and the processes that it starts. They end for want of a plan, which is after their imports."""
+    """Torchrun and the process that it starts. It ends for want of a plan, which is after its imports."""
     path = tmp_path / "p.json"
     path.write_text(road_config.model_dump_json())
-    command, variables = _command(path, [road_config.saes[0].name], 2)
+    command, variables = _command(path, [road_config.saes[0].name], 1)
     here = Path.cwd()
     os.chdir(traps.folder)
     try:
