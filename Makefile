@@ -17,7 +17,7 @@ PYTHON ?=
 SERVE ?= 1
 CONFIG ?=
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 3 --dist worksteal
 TORCH := torch==2.13.0
 
 BIN := $(VENV)/bin
