@@ -28,6 +28,8 @@ from interp_assets.train.resume import checkpoint_ref
 from interp_assets.train.times import TrainingTimes, WaitClock, describe_times, find_times, forget_peaks, parse_times, peak_memory_bytes
 
 TINY = {"d_sae": 48, "k": 2, "n_rows": 2000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
+QUICK = {"relu", "topk", "gated"}
+"""Architectures that are watched in every test run: dense, sparse, and the one with two losses. The others by `make faults`."""
 
 
 class KilledError(Exception):
@@ -39,7 +41,7 @@ def read_json(planted, manifest: Manifest, name: str, sae: str = "a") -> dict[st
     return json.loads(read_file(planted.store, sae_ref(planted.pipeline, sae).path, manifest, name))
 
 
-@pytest.mark.parametrize("architecture", list(RECIPES))
+@pytest.mark.parametrize("architecture", [pytest.param(name, marks=() if name in QUICK else pytest.mark.faults) for name in RECIPES])
 def test_a_profiled_training_has_the_same_weights(make_planted, architecture: str) -> None:
     """Watching must not touch what is watched: digest for digest."""
     saes = [{"name": "a", "architecture": architecture, **TINY}]
