@@ -2,7 +2,7 @@
 # make demo SERVE=0    the same, and stop after the build
 # make run CONFIG=my.yaml    the same road with your own model and text
 # make test            the test suite
-# make faults          kill, starve and corrupt a small pipeline in every stage, and see that nothing is lost; follow the runbook: minutes
+# make faults          kill, starve and corrupt a small pipeline in every stage, and see that nothing is lost; follow the runbook; try the variants that make test leaves out: minutes
 # make check           linters, types, import rules, stale documents: under a minute, and without a network
 # make audit           known vulnerabilities of the pinned packages, of which the registry is asked one by one: before a release, not in each run
 # make bench           every benchmark at its small size; make bench-shuffle runs one at full size, make bench-shuffle QUICK=1 at its small one
