@@ -65,19 +65,23 @@ class _Compilations(event.Listener):
     def __init__(self) -> None:
         self.n = self.n_open = 0
         self.took_s = self._began_s = 0.0
+        self.tell: Callable[[Compiling], Any] = str
 
     def on_start(self, event: event.Event) -> None:  # noqa: ARG002 - the base class' signature
         if not self.n_open:
             self._began_s = time.monotonic()
         self.n, self.n_open = self.n + 1, self.n_open + 1
+        self.tell(observe_compiling())
 
     def on_end(self, event: event.Event) -> None:  # noqa: ARG002 - as above
         self.n_open -= 1
         if not self.n_open:
             self.took_s += time.monotonic() - self._began_s
+            self.tell(observe_compiling())
 
 
 _compilations = _Compilations()
+_heard: list["Compiling"] = []
 event.register("numba:compile", _compilations)
 
 
@@ -87,13 +91,33 @@ class Compiling(NamedTuple):
     is_busy: bool
     took_s: float
     """Seconds spent so far, that of the loop at hand left out."""
+    n: int = 0
+    """Loops that were compiled, or are."""
 
 
 def observe_compiling() -> Compiling:
-    """Tell whether a loop is being compiled right now, and how long the others took: no rate of work is made of that time."""
-    return Compiling(_compilations.n_open > 0, _compilations.took_s)
+    """Tell whether a loop is being compiled, here or in processes that are heard of, and how long the others took: no rate is made of that."""
+    own = Compiling(_compilations.n_open > 0, _compilations.took_s, _compilations.n)
+    found = [own, *_heard]
+    return Compiling(any(item.is_busy for item in found), sum(item.took_s for item in found), sum(item.n for item in found))
 
 
 def n_compilations() -> int:
-    """Return how many loops this process has compiled: a second each, which no rate should count."""
-    return _compilations.n
+    """Return how many loops this process, and those that are heard of, have compiled: a second each, which no rate should count."""
+    return observe_compiling().n
+
+
+def tell_compiling(tell: Callable[[Compiling], Any]) -> None:
+    """Let `tell` hear whenever a loop begins or ends to be compiled in this process: for one that works for another."""
+    _compilations.tell = tell
+
+
+def hear_compiling() -> Callable[[Compiling], None]:
+    """Return what takes the latest word of another process that works for this one."""
+    place = len(_heard)
+    _heard.append(Compiling(is_busy=False, took_s=0.0))
+
+    def hear(found: Compiling) -> None:
+        _heard[place] = found
+
+    return hear

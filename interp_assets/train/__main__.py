@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m interp_assets.train pipeline.yaml demo other
 
-Lines on standard output are objects with the key `event`: `progress` (`n` rows), `metrics` (a logged step), and from every rank `traffic` (requests
-and bytes, at its end) and, when a training fails, `error` (`type`, `message`).
+Lines on standard output are objects with the key `event`: `progress` (`n` rows), `metrics` (a logged step), `compiling` (a loop begins or ends to be
+compiled), and from every rank `traffic` (requests and bytes, at its end) and, when a training fails, `error` (`type`, `message`).
 Nothing here knows Dagster: `launch.py` reads the lines and hands them on.
 
 Started by `launch.py`, a process ends when its launcher is gone, however that went: the launcher never writes to standard input, which torchrun
@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from interp_assets.compute.compiled import tell_compiling
 from interp_assets.errors import InterpError
 from interp_assets.garcon.device import choose_device
 from interp_assets.planning.config import load_config
@@ -50,6 +51,8 @@ def main(arguments: list[str]) -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if is_cuda else "gloo")
     is_first = rank == 0
+    if is_first:
+        tell_compiling(lambda found: _tell("compiling", **found._asdict()))
     try:
         ranks = make_ranks(rank, int(os.environ["WORLD_SIZE"]), config.execution.latent_processes)
         store = open_pipeline_store(config)

@@ -29,7 +29,7 @@ from interp_assets.train.refs import (
 GROUP = "train"
 _PRODUCTS = 5
 """Matrix products of a training step (benchmarks/bench_train.py)."""
-_STEP_S = 0.02
+_STEP_S = 0.01
 """What a step of training takes besides its products: optimizer, bookkeeping, on two cores."""
 _OF_PRODUCTS = {
     "relu": 1.5,

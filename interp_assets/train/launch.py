@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from interp_assets import errors
+from interp_assets.compute.compiled import Compiling, hear_compiling
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
@@ -192,6 +193,7 @@ def _signal_name(number: int) -> str:
 def _listen(process: subprocess.Popen[str], progress: Advance, on_metrics: OnMetrics | None) -> InterpError | None:
     """Hand rank 0's lines on until all have closed their output, and count every rank's traffic; return the first error that was reported."""
     failure: InterpError | None = None
+    hear, heard = hear_compiling(), Compiling(is_busy=False, took_s=0.0)
     for line in process.stdout or ():
         event = _parse(line)
         match event.get("event"):
@@ -199,6 +201,9 @@ def _listen(process: subprocess.Popen[str], progress: Advance, on_metrics: OnMet
                 progress(event["n"])
             case "metrics" if on_metrics is not None:
                 on_metrics(TrainingMetrics(event["name"], LogRow(**event["row"]), event["n_steps"], event["rows_per_s"], event["input_wait_share"]))
+            case "compiling":
+                heard = Compiling(event["is_busy"], event["took_s"], event["n"])
+                hear(heard)
             case "traffic":
                 METER.add(Traffic(event["gets"], event["puts"], event["read_bytes"], event["written_bytes"]))
             case "error" if failure is None:
@@ -206,6 +211,7 @@ def _listen(process: subprocess.Popen[str], progress: Advance, on_metrics: OnMet
                 failure = kind(event["message"])
             case None:
                 _logger.info("training: %s", line.rstrip())
+    hear(heard._replace(is_busy=False))
     return failure
 
 
