@@ -1,6 +1,6 @@
-"""A bundle becomes the pictures of the documentation: the pages in a real browser, light and dark, wide and narrow.
+"""A bundle becomes the pictures of the documentation: a feature in a real browser, light and dark.
 
-    python docs/screenshots.py data/pystdlib --feature 17 --out docs/images
+    python docs/screenshots.py data/pystdlib --feature 1837 --out docs/images
 
 Needs Chromium (`apt-get install --no-install-recommends chromium`) and the built pages (`python frontend/build.py`).
 """
@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import uvicorn
 from playwright.sync_api import Browser, sync_playwright
@@ -20,22 +20,21 @@ from interp_assets.web.server import make_app
 
 FLAGS: Final = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run"]
 FEATURE: Final = "article section"
-ROWS: Final = ".row .context"
 
 
 class Shot(NamedTuple):
-    """One picture: file name, part of the address after the bundle, what must be there first, colours, size of the window."""
+    """One picture: file name and colours."""
 
     name: str
-    path: str
-    wait_for: str
-    scheme: str
-    width: int
-    height: int
+    scheme: Literal["light", "dark"]
+
+
+SHOTS: Final = [Shot("feature-page", "light"), Shot("feature-page-dark", "dark")]
+SIZE: Final = (1280, 900)
 
 
 def main() -> int:
-    """Take all pictures."""
+    """Take the pictures."""
     parser = argparse.ArgumentParser(description="Take pictures of the feature browser.")
     parser.add_argument("bundle", help="a bundle, or a folder above it")
     parser.add_argument("--feature", type=int, default=0, help="which feature to show")
@@ -49,19 +48,11 @@ def main() -> int:
         time.sleep(0.02)
     port = server.servers[0].sockets[0].getsockname()[1]
     options.out.mkdir(parents=True, exist_ok=True)
-    shots = [
-        Shot("feature-page", f"/{options.feature}", FEATURE, "light", 1280, 900),
-        Shot("feature-page-dark", f"/{options.feature}", FEATURE, "dark", 1280, 900),
-        Shot("feature-page-narrow", f"/{options.feature}", FEATURE, "light", 390, 844),
-        Shot("feature-list", "", ROWS, "light", 1280, 900),
-        Shot("feature-list-dark", "", ROWS, "dark", 1280, 900),
-        Shot("feature-list-narrow", "", ROWS, "light", 390, 844),
-    ]
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=options.chromium, args=FLAGS)
-        for shot in shots:
+        for shot in SHOTS:
             path = options.out / f"{shot.name}.png"
-            _take(browser, f"http://127.0.0.1:{port}/#/{places[0].name}{shot.path}", shot, path)
+            _take(browser, f"http://127.0.0.1:{port}/#/{places[0].name}/{options.feature}", shot, path)
             sys.stdout.write(f"{path}\n")
         browser.close()
     server.should_exit = True
@@ -69,11 +60,11 @@ def main() -> int:
 
 
 def _take(browser: Browser, address: str, shot: Shot, path: Path) -> None:
-    context = browser.new_context(viewport={"width": shot.width, "height": shot.height}, color_scheme="dark" if shot.scheme == "dark" else "light")
+    context = browser.new_context(viewport={"width": SIZE[0], "height": SIZE[1]}, color_scheme=shot.scheme)
     page = context.new_page()
     page.goto(address)
-    page.wait_for_selector(shot.wait_for)
-    page.wait_for_timeout(1500)  # names of neighbours and examples of the rows come a moment later
+    page.wait_for_selector(FEATURE)
+    page.wait_for_timeout(1500)  # names of neighbours come a moment later
     page.screenshot(path=path)
     context.close()
 

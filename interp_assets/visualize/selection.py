@@ -37,7 +37,7 @@ def select_firings(firings: Firings, priorities: NDArray[np.uint64], documents: 
     """Return the `kind` of every firing: bit `TOP`, bit `RANDOM`, or 0 for one that is not kept.
 
     `documents` (one per firing, equal for neighbours of one document) limits the top list to one firing a document; None does not.
-    20 to 50 ns a firing.
+    10 to 50 ns a firing.
     """
     kinds = np.zeros(len(firings.activations), np.uint8)
     own = np.empty(0, np.uint32) if documents is None else documents

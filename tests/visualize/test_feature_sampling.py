@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
 from interp_assets.visualize.firings import Firings, expand_ranges, merge_firings, sort_firings
-from interp_assets.visualize.kernels import rank_firings
+from interp_assets.visualize.kernels import _nth_smallest, rank_firings
 from interp_assets.visualize.priority import latent_keys, mix, priorities, row_keys, sample_seed
 from interp_assets.visualize.selection import RANDOM, TOP, Limits, select_firings, smallest_per_segment, smallest_priorities
 
@@ -98,6 +98,21 @@ def test_merging_the_candidates_of_any_cut_gives_the_candidates_of_the_whole(see
     assert (found.offsets == whole.offsets).all()
     twice, _ = keep(found, limits, documents(found))
     assert (twice.row_ids == whole.row_ids).all()
+
+
+@pytest.mark.parametrize("order", ["falling", "rising", "mixed", "equal", "largest"])
+@pytest.mark.parametrize("n", [1, 20, 200])
+def test_the_nth_of_many_words_is_that_of_all_sorted(order, n):
+    """Latents with thousands of firings are sifted: in whatever order these come, with ties, and with the largest word there is."""
+    rng = np.random.default_rng(n)
+    for n_words in (n, n + 1, 8 * n, 8 * n + 1, 5000):
+        words = rng.integers(0, 1 << 64, n_words, np.uint64)
+        words[rng.random(n_words) < 0.3] = words[0]
+        if order in ("equal", "largest"):
+            words[: n_words if order == "equal" else n_words - n + 1] = 7 if order == "equal" else 2**64 - 1
+        elif order != "mixed":
+            words = np.sort(words)[:: -1 if order == "falling" else 1].copy()
+        assert _nth_smallest(words, n) == (sorted(words.tolist())[n - 1] if n_words > n else 2**64 - 1)
 
 
 def test_every_row_is_drawn_equally_often():
