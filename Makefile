@@ -7,6 +7,7 @@
 # make audit           known vulnerabilities of the pinned packages, of which the registry is asked one by one: before a release, not in each run
 # make bench           every benchmark at its small size; make bench-shuffle runs one at full size, make bench-shuffle QUICK=1 at its small one
 # make docs            write the generated parts of the documents
+# make notebooks       run the notebooks of examples/ and write what they show; the one about a pipeline's data if make demo has been run
 # make dev             Dagster's UI on the demo pipeline, without running anything
 #
 # Options: PYTHON=python3.12  VENV=.venv  SERVE=0  CONFIG=file.yaml  PIP_ARGS="..." (to every pip install)  PYTEST_ARGS="..."  QUICK=1  BENCH_ARGS="..."
@@ -32,7 +33,7 @@ SOURCES := interp_assets resources tests benchmarks examples frontend/build.py h
 export INTERP_SKIP_FRONTEND
 
 .DEFAULT_GOAL := help
-.PHONY: help env dev-env frontend demo run test faults check audit bench docs dev clean
+.PHONY: help env dev-env frontend demo run test faults check audit bench docs notebooks dev clean
 
 help:
 	@sed -n '/^# /s/^# //p' Makefile
@@ -120,6 +121,9 @@ bench-%: $(DEV_STAMP)
 
 docs: $(DEV_STAMP)
 	$(BIN)/python docs/build.py
+
+notebooks: $(DEV_STAMP)
+	$(BIN)/python docs/notebooks.py $(if $(wildcard data/pystdlib/6-web),--pipeline data/pystdlib)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

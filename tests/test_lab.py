@@ -1,5 +1,7 @@
 """The notebook's way in: quick to import, and everything that a pipeline has made in one line."""
 
+import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -270,3 +272,19 @@ def test_what_is_not_there_is_named(run: lab.Opened, tmp_path: Path) -> None:
         rows.document(1, 5000)
     with pytest.raises(ArtifactMissingError, match=r"There is no pipeline.json at .*Name the pipeline's YAML"):
         lab.open(str(tmp_path))
+
+
+def test_the_notebook_about_a_pipelines_data_runs(run: lab.Opened) -> None:
+    """What is committed with it is of the demo pipeline; its lines are the same for any, and end with a picture."""
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("docs_notebooks_for_lab", root / "docs" / "notebooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    path = root / "examples" / "notebooks" / "4_pipeline_data.ipynb"
+    made = [cell for cell in script.run(path, run.store.url)["cells"] if cell["cell_type"] == "code"]
+    committed = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    kinds = [[[output["output_type"] for output in cell["outputs"]] for cell in cells] for cells in (made, committed)]
+    assert kinds[0] == kinds[1], "the committed outputs are of these cells"
+    assert "background-color:rgba" in "".join(made[-1]["outputs"][-1]["data"]["text/html"])

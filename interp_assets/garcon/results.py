@@ -188,14 +188,15 @@ def draw_heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str], t
             f"<td title='{html.escape(f'{name} / {column}: {value:.4g}')}' style='{_CELL}background-color:{_colour(value / largest)}'></td>"
             for column, value in zip(columns, line, strict=True)
         )
-        lines.append(f"<tr><th title='{html.escape(name)}' style='{_ROW}'>{_shorten(name)}</th>{cells}</tr>")
-    steps = (-1.0, -0.5, 0.5, 1.0)
-    scale = " ".join(f"<span style='background-color:{_colour(share)};padding:0 .4em'>{share * largest:.3g}</span>" for share in steps)
-    caption = f"<caption style='text-align:left;caption-side:top;white-space:nowrap'>{html.escape(title)} &nbsp; {scale}</caption>"
-    return f"<div style='overflow-x:auto'><table style='border-collapse:collapse'>{caption}<tr><th></th>{head}</tr>{''.join(lines)}</table></div>"
+        lines.append(f"<tr style='{_CLEAR}'><th title='{html.escape(name)}' style='{_ROW}'>{_shorten(name)}</th>{cells}</tr>")
+    steps = [step for step in (-1.0, -0.5, 0.5, 1.0) if (step < 0 and bool((values < 0).any())) or (step > 0 and bool((values > 0).any()))]
+    scale = " ".join(f"<span style='background-color:{_colour(step)};padding:0 .4em'>{step * largest:.3g}</span>" for step in steps)
+    table = f"<table style='border-collapse:collapse'><tr style='{_CLEAR}'><th></th>{head}</tr>{''.join(lines)}</table>"
+    return f"<div style='overflow-x:auto'><div>{html.escape(title)} &nbsp; {scale}</div>{table}</div>"
 
 
-_LABEL: Final = "font-weight:normal;white-space:nowrap;background-color:transparent;"
+_CLEAR: Final = "background-color:transparent"
+_LABEL: Final = f"font-weight:normal;white-space:nowrap;{_CLEAR};"
 _COLUMN: Final = f"{_LABEL}writing-mode:vertical-rl;transform:rotate(180deg);text-align:left;padding:.3em 0"
 _ROW: Final = f"{_LABEL}text-align:right;padding:0 .4em"
 _CELL: Final = "padding:0;min-width:1.3em;height:1.3em;"
@@ -212,5 +213,7 @@ def _shorten(label: str) -> str:
 
 
 def _colour(share: float) -> str:
+    if round(abs(share), 3) == 0:
+        return "transparent"  # whatever the sign of what rounding left
     red, green, blue = (214, 39, 40) if share > 0 else (31, 119, 210)
     return f"rgba({red},{green},{blue},{min(1.0, abs(share)):.3f})"
