@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, TensorName
+from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, ReducePlan, TensorName
 
 
 class Answer(NamedTuple):
@@ -141,7 +141,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class WritingBackend(Backend, Protocol):
-    """A model that continues texts, too."""
+    """A model that continues texts and goes over many, too."""
 
     @property
     def name(self) -> str:
@@ -176,4 +176,8 @@ class WritingBackend(Backend, Protocol):
 
     def generate(self, plan: GeneratePlan, tensors: Mapping[str, Tensor], on_token: Callable[[Token], None] | None = None) -> Generated:
         """Run a plan that generates, and hand out its tokens as they come."""
+        ...
+
+    def reduce(self, plan: ReducePlan, progress: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
+        """Run a plan that reduces: see `reduce.py`."""
         ...

@@ -40,6 +40,7 @@ from interp_assets.garcon.plan import (
     ProjectOut,
     Read,
     ReadName,
+    ReducePlan,
     SaeAdd,
     SaeClamp,
     SaeRead,
@@ -237,6 +238,22 @@ class Model:
         texts = Texts(plan, backend.generate(plan, edits.tensors, on_token), backend.decode)
         texts.warnings = odd_saes(backend.saes, [edit.write for edit in plan.edits])
         return texts
+
+    def reduce(
+        self, texts: Prompt, wanted: Mapping[str, Sequence[str]], *, special: bool = False, progress: Callable[[int], None] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Return `mean`, `cov`, `norms`, `histogram` or `top:64` of points over many texts: `{"resid_post.5": ["mean", "top:64"]}`.
+
+        Special tokens are left out unless `special`; `progress` is advanced by tokens. Raises `InputError` for what a point does not have.
+        """
+        backend = self.writing()
+        reductions = {name: tuple(names) for point, names in wanted.items() for name in self.names(point)}
+        content = {"rows": tuple(map(tuple, self.tokenize(texts))), "reductions": reductions, "special": () if special else backend.special_tokens}
+        try:
+            plan = ReducePlan.model_validate(content)
+        except ValidationError as error:
+            raise InputError(explain_plan(error)) from error
+        return backend.reduce(plan, progress)
 
     def writing(self) -> WritingBackend:
         """Return the model as one that writes texts. Raises `InputError` where its server does not."""
