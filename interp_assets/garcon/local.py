@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.attach import TEXT, try_sae
 from interp_assets.garcon.backend import Answer, Chats, Generated, PointRow, Token
 from interp_assets.garcon.chat import UNKNOWN, tokenize_chat
-from interp_assets.garcon.decode import generate
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, ReducePlan
 from interp_assets.garcon.points import find_point, list_norms, list_points, point_shape
 from interp_assets.garcon.reduce import reduce_texts
 from interp_assets.garcon.run import run_plan
+from interp_assets.garcon.steering.attach import TEXT, try_sae
+from interp_assets.garcon.steering.decode import generate
 from interp_assets.garcon.steering.strengths import latent_strength, vector_strength
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.sweep import run_sweep

@@ -23,10 +23,10 @@ from torch import Tensor
 from interp_assets.compute.seeds import stream
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.backend import Continuation, Generated, Token
-from interp_assets.garcon.edits import Batch, Editor
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import Edit, GeneratePlan, Span
 from interp_assets.garcon.rope import fixed_length, forget_lengths
+from interp_assets.garcon.steering.edits import Batch, Editor
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.taps import tapped
 from interp_assets.garcon.writes import Beside
