@@ -47,6 +47,8 @@ class Token(NamedTuple):
     """Under the model without edits, over the same text; None where it was not asked."""
     kl: float | None
     """KL(without edits || with edits) of the prediction that it was drawn from, in nats, over the same text."""
+    watched: tuple[float, ...] = ()
+    """Log probabilities of the plan's watched tokens in that prediction."""
 
 
 class Continuation(NamedTuple):

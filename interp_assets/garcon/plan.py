@@ -377,7 +377,11 @@ class GeneratePlan(_Part):
     assistant: tuple[tuple[int, ...], ...] = ()
     """Positions of each prompt in turns of the assistant, whose words what is generated counts as; empty for prompts that are no conversations."""
     compare: bool = False
-    """Continue each prompt without the edits too, with the same numbers, and measure what the model without them says of every token."""
+    """Continue each prompt without the edits too, with the same numbers; and what `score` does."""
+    score: bool = False
+    """Measure what the model without the edits says of every token."""
+    watch: tuple[int, ...] = ()
+    """Tokens whose log probability is told in every prediction."""
 
     @model_validator(mode="after")
     def _check(self) -> "GeneratePlan":
