@@ -37,7 +37,7 @@ ROOMS: Final = {
     "interp_assets/shuffle/": "Activation shards become mixed shards in exactly uniform order, and the certificate of it",
     "interp_assets/harvest/": "Token shards and the subject model become activation shards and their statistics",
     "interp_assets/corpus/": "Text becomes a plan of shards, and token shards",
-    "interp_assets/garcon/steering/": "What people write to steer a model: recipes, strengths with units, texts beside their defaults",
+    "interp_assets/garcon/steering/": "Texts written while a model is edited: recipes, strengths with units, decoding, what every edit did",
     "interp_assets/garcon/": "The subject model: its named hook points and its tokenizer; the only code that knows a transformer's inside",
     "interp_assets/planning/": "What will be, before anything runs: configuration, plan, an asset's record, road, forecast, costs; knows no stage",
     "interp_assets/storage/": "Bytes that can be trusted: stores, manifests, tensors in files, verification",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, TensorName
+from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, ReducePlan, TensorName
 
 
 class Answer(NamedTuple):
@@ -47,6 +47,8 @@ class Token(NamedTuple):
     """Under the model without edits, over the same text; None where it was not asked."""
     kl: float | None
     """KL(without edits || with edits) of the prediction that it was drawn from, in nats, over the same text."""
+    watched: tuple[float, ...] = ()
+    """Log probabilities of the plan's watched tokens in that prediction."""
 
 
 class Continuation(NamedTuple):
@@ -141,7 +143,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class WritingBackend(Backend, Protocol):
-    """A model that continues texts, too."""
+    """A model that continues texts and goes over many, too."""
 
     @property
     def name(self) -> str:
@@ -176,4 +178,8 @@ class WritingBackend(Backend, Protocol):
 
     def generate(self, plan: GeneratePlan, tensors: Mapping[str, Tensor], on_token: Callable[[Token], None] | None = None) -> Generated:
         """Run a plan that generates, and hand out its tokens as they come."""
+        ...
+
+    def reduce(self, plan: ReducePlan, progress: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
+        """Run a plan that reduces: see `reduce.py`."""
         ...

@@ -74,7 +74,7 @@ class AttachedSae(NamedTuple):
     evaluated: Fit | None = None
     """On the held-out rows of its pipeline."""
     fit: Fit | None = None
-    """On the text that it was tried on when it was attached (`attach.py`); None before."""
+    """On the text that it was tried on when it was attached (`steering/attach.py`); None before."""
     warning: str = ""
     """What was odd about that."""
 

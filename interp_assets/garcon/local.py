@@ -7,14 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.attach import TEXT, try_sae
 from interp_assets.garcon.backend import Answer, Chats, Generated, PointRow, Token
 from interp_assets.garcon.chat import UNKNOWN, tokenize_chat
-from interp_assets.garcon.decode import generate
 from interp_assets.garcon.features import AttachedSae
-from interp_assets.garcon.plan import GeneratePlan, Metric, Plan
+from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, ReducePlan
 from interp_assets.garcon.points import find_point, list_norms, list_points, point_shape
+from interp_assets.garcon.reduce import reduce_texts
 from interp_assets.garcon.run import run_plan
+from interp_assets.garcon.steering.attach import TEXT, try_sae
+from interp_assets.garcon.steering.decode import generate
 from interp_assets.garcon.steering.strengths import latent_strength, vector_strength
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.sweep import run_sweep
@@ -114,6 +115,10 @@ class LocalBackend:
     def generate(self, plan: GeneratePlan, tensors: Mapping[str, Tensor], on_token: Callable[[Token], None] | None = None) -> Generated:
         """Run a plan that generates."""
         return generate(self.subject, plan, tensors, self.saes, on_token)
+
+    def reduce(self, plan: ReducePlan, progress: Callable[[int], None] | None = None) -> dict[str, dict[str, Any]]:
+        """Run a plan that reduces."""
+        return reduce_texts(self.subject, plan, progress)
 
 
 def _stop_tokens(tokenizer: Any, subject: SubjectModel) -> tuple[int, ...]:

@@ -377,7 +377,11 @@ class GeneratePlan(_Part):
     assistant: tuple[tuple[int, ...], ...] = ()
     """Positions of each prompt in turns of the assistant, whose words what is generated counts as; empty for prompts that are no conversations."""
     compare: bool = False
-    """Continue each prompt without the edits too, with the same numbers, and measure what the model without them says of every token."""
+    """Continue each prompt without the edits too, with the same numbers; and what `score` does."""
+    score: bool = False
+    """Measure what the model without the edits says of every token."""
+    watch: tuple[int, ...] = ()
+    """Tokens whose log probability is told in every prediction."""
 
     @model_validator(mode="after")
     def _check(self) -> "GeneratePlan":
@@ -441,6 +445,35 @@ class SweepPlan(_Part):
             yield from self.source
 
 
+Reduction = Annotated[str, Field(pattern="^(mean|cov|norms|histogram|top:[1-9][0-9]{0,5})$")]
+
+
+class ReducePlan(_Part):
+    """Texts, and what is wanted of the activations at some points over all of them: see `reduce.py`."""
+
+    version: Literal[1] = VERSION
+    whole: Literal["reduce"] = "reduce"
+    rows: Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1)]
+    """Token ids of every text."""
+    reductions: Annotated[dict[str, tuple[Reduction, ...]], Field(min_length=1)]
+    """By point: `mean`, `cov`, `norms`, `histogram` or `top:` and a number."""
+    special: tuple[int, ...] = ()
+    """Ids of tokens that are left out."""
+
+    def json(self) -> str:  # type: ignore[override] - as in `Plan`
+        """Return the canonical text."""
+        return _canonical({"version": self.version, "whole": self.whole, **self.model_dump(mode="json", exclude_defaults=True)})
+
+    @property
+    def hash(self) -> str:
+        """BLAKE2b of the canonical text."""
+        return _hash(self.json())
+
+    def tensors(self) -> Iterator[TensorName]:
+        """Yield nothing: no tensor lies beside it."""
+        yield from ()
+
+
 def parse_plan(text: str) -> Plan:
     """Read a plan's text. Raises `InputError` that names the operation, the field and what is allowed."""
     return _parse(Plan, text)
@@ -449,6 +482,11 @@ def parse_plan(text: str) -> Plan:
 def parse_generate_plan(text: str) -> GeneratePlan:
     """Read the text of a plan that generates. Raises `InputError` that names the field and what is allowed."""
     return _parse(GeneratePlan, text)
+
+
+def parse_reduce_plan(text: str) -> ReducePlan:
+    """Read the text of a plan that reduces. Raises `InputError`."""
+    return _parse(ReducePlan, text)
 
 
 def parse_sweep(text: str) -> SweepPlan:

@@ -40,6 +40,7 @@ from interp_assets.garcon.plan import (
     ProjectOut,
     Read,
     ReadName,
+    ReducePlan,
     SaeAdd,
     SaeClamp,
     SaeRead,
@@ -51,6 +52,7 @@ from interp_assets.garcon.plan import (
     name_tensor,
 )
 from interp_assets.garcon.results import Grid, Result, Results
+from interp_assets.garcon.steering.dose import Dose, Dosing, run_dose
 from interp_assets.garcon.steering.recipe import Edits, Steer, load_recipe, make_edits
 from interp_assets.garcon.steering.strengths import split_strength
 from interp_assets.garcon.steering.texts import Sampling, Texts, is_chat, make_generate_plan, odd_saes
@@ -237,6 +239,45 @@ class Model:
         texts = Texts(plan, backend.generate(plan, edits.tensors, on_token), backend.decode)
         texts.warnings = odd_saes(backend.saes, [edit.write for edit in plan.edits])
         return texts
+
+    def reduce(
+        self, texts: Prompt, wanted: Mapping[str, Sequence[str]], *, special: bool = False, progress: Callable[[int], None] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """Return `mean`, `cov`, `norms`, `histogram` or `top:64` of points over many texts: `{"resid_post.5": ["mean", "top:64"]}`.
+
+        Special tokens are left out unless `special`; `progress` is advanced by tokens. Raises `InputError` for what a point does not have.
+        """
+        backend = self.writing()
+        reductions = {name: tuple(names) for point, names in wanted.items() for name in self.names(point)}
+        content = {"rows": tuple(map(tuple, self.tokenize(texts))), "reductions": reductions, "special": () if special else backend.special_tokens}
+        try:
+            plan = ReducePlan.model_validate(content)
+        except ValidationError as error:
+            raise InputError(explain_plan(error)) from error
+        return backend.reduce(plan, progress)
+
+    def dose(
+        self,
+        steer: Steer,
+        *,
+        prompts: Any,
+        strengths: Sequence[Any],
+        unit: str = "max",
+        new_tokens: int = 32,
+        n: int = 1,
+        seed: int = 0,
+        **sampling: Unpack[Dosing],
+    ) -> Dose:
+        """Continue prompts under a recipe's one latent at each strength, and under controls that are moved as far: what does the feature itself do?
+
+        Controls are another live latent of the same firing decile, a random direction, the opposite one, and the latent at zero. `metric` names
+        tokens whose log probability is an outcome too. Raises `InputError` for a recipe with several latents or none.
+        """
+        backend = self.writing()
+        edits = self._edits(steer)
+        watch = tuple(self._id(token) for token in sampling.pop("metric", ()))
+        options: dict[str, Any] = {"new_tokens": new_tokens, "n": n, "seed": seed, "watch": watch, **sampling}
+        return run_dose(backend, self._prompts(prompts), edits, [f"{strength:g} {unit}" for strength in strengths], options)
 
     def writing(self) -> WritingBackend:
         """Return the model as one that writes texts. Raises `InputError` where its server does not."""

@@ -1,6 +1,6 @@
 """A write of a plan and the part of an activation that it reaches become what stands there afterwards.
 
-The same for one forward over whole rows (`run.py`) and for a forward that generates (`decode.py`): whoever runs it says which places a write
+The same for one forward over whole rows (`run.py`) and for a forward that generates (`steering/decode.py`): whoever runs it says which places a write
 reaches, and at which of them its condition holds.
 """
 

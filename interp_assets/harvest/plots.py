@@ -3,7 +3,7 @@
 import numpy as np
 from safetensors.numpy import load as load_arrays
 
-from interp_assets.harvest.statistics import norm_bin_edges
+from interp_assets.compute.octaves import bin_edges
 from interp_assets.planning.plots import COLOUR, as_markdown, make_figure, use_log
 from interp_assets.storage.manifest import Produced, read_file
 from interp_assets.storage.store import Store
@@ -12,7 +12,7 @@ from interp_assets.storage.store import Store
 def plot_norms(store: Store, statistics: Produced) -> str:
     """Draw the histogram of activation norms at one hook point."""
     arrays = load_arrays(read_file(store, statistics.ref.path, statistics.manifest, "statistics.safetensors"))
-    counts, edges = arrays["norm_histogram"], norm_bin_edges()
+    counts, edges = arrays["norm_histogram"], bin_edges()
     first, last = np.flatnonzero(counts)[[0, -1]] if counts.any() else (0, len(counts) - 1)
     shown = slice(max(0, first - 1), last + 2)
     figure, axes = make_figure("norm of an activation", "rows")

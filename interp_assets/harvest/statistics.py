@@ -4,8 +4,7 @@ The statistics are over the *valid* rows as they are stored (after rounding), in
 rows, and shards are merged in order of shard, so that the bytes depend neither on the batch size nor on the order in which shards were
 made. Counts and histograms merge exactly in any order; the float64 sums merge in any order to within rounding.
 
-The histogram has 4 bins an octave over all of float32, whatever the scale of the rows. A norm's bin is read off the bits of its float32
-value, so there is no logarithm to round: bin = bits >> 21.
+The histogram of norms has 4 bins an octave over all of float32, whatever the scale of the rows (`compute/octaves.py`).
 """
 
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
-from numpy.typing import NDArray
 from torch import Tensor
 
+from interp_assets.compute.octaves import N_BINS, bin_edges, bins_of
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import Produced, create_artifact, find_made_from, load_manifest, timed
@@ -24,7 +23,6 @@ from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 
 STATISTICS: Final = "statistics.safetensors"
-N_BINS: Final = 1 << 10
 BLOCK_ROWS: Final = 2048
 _ROUNDING: Final = 1e-12
 """Share of a sum of squares that is no deviation: stored rows have 24 binary digits at most."""
@@ -65,7 +63,7 @@ class ActivationStatistics(NamedTuple):
         """Median norm of a row, by interpolation inside a bin of the histogram: off by at most its width, 19 to 25%."""
         cumulative = np.concatenate([[0], np.cumsum(self.norm_histogram.numpy())])
         i = int(np.searchsorted(cumulative, cumulative[-1] / 2, side="left"))
-        edges = norm_bin_edges()[i - 1 : i + 1] if i else np.zeros(2)
+        edges = bin_edges()[i - 1 : i + 1] if i else np.zeros(2)
         inside = (cumulative[-1] / 2 - cumulative[i - 1]) / (cumulative[i] - cumulative[i - 1]) if i else 0.0
         return float(edges[0] + inside * (edges[1] - edges[0]))
 
@@ -124,14 +122,7 @@ def measure_rows(rows: Float[Tensor, "n d_in"]) -> ActivationStatistics:
 
 def norm_histogram(norms: Float[Tensor, " n"]) -> Int64[Tensor, "1024"]:
     """Count norms into bins, 4 per octave."""
-    bits = norms.to(torch.float32).view(torch.int32)
-    return torch.bincount((bits >> 21).to(torch.int64), minlength=N_BINS)
-
-
-def norm_bin_edges() -> NDArray[np.float64]:
-    """Return the 1,025 edges of the histogram's bins: bin i counts norms in [edges[i], edges[i + 1]). Those beyond float32 are infinite."""
-    bits = np.minimum(np.arange(N_BINS + 1, dtype=np.uint32) << np.uint32(21), np.float32(np.inf).view(np.uint32))
-    return bits.view(np.float32).astype(np.float64)
+    return torch.bincount(bins_of(norms), minlength=N_BINS)
 
 
 def merge(parts: Sequence[ActivationStatistics]) -> ActivationStatistics:

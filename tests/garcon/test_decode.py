@@ -11,7 +11,6 @@ from torch import Tensor
 
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.backend import Generated
-from interp_assets.garcon.decode import generate, stream_tokens
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import (
     Add,
@@ -32,6 +31,7 @@ from interp_assets.garcon.plan import (
     parse_generate_plan,
 )
 from interp_assets.garcon.run import run_plan
+from interp_assets.garcon.steering.decode import generate, stream_tokens
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.train.sae import Sae
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from stored_rows import load_rows
 from tiny_models import make_tiny_config, save_model, write_texts
 
+from interp_assets.compute.octaves import bin_edges
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import load_tokens, make_token_shard
 from interp_assets.errors import ArtifactMissingError
@@ -25,7 +26,6 @@ from interp_assets.harvest.statistics import (
     measure_rows,
     merge,
     merge_statistics,
-    norm_bin_edges,
     norm_histogram,
 )
 from interp_assets.planning.config import ExecutionConfig
@@ -68,7 +68,7 @@ def test_shards_merge_in_any_order(sizes: list[int], seed: int) -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1e-5, 1.0, 1e5, 1e30])
 def test_the_histogram_is_numpys_at_any_scale(scale: float) -> None:
     """Bins are read off the float's bits, and rows of a small or a large hook point are as well told apart as others."""
-    edges = norm_bin_edges()
+    edges = bin_edges()
     assert (edges[0], edges[508], edges[509], edges[512]) == (0.0, 1.0, 1.25, 2.0)
     norms = np.concatenate([edges[400:600], scale * np.geomspace(0.07, 4000, 997)]).astype(np.float32)
     finite = np.isfinite(edges)

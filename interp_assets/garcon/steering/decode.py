@@ -1,7 +1,7 @@
 """A plan that generates becomes texts: a loop of forwards with a key-value cache, in which edits act on the continuations that have them.
 
 1. Prompts are rows of one batch, padded on the left, `n` of each. With `compare`, each has a default beside it, which is continued without the
-   edits, and a twin, which reads the very tokens of the edited row without them: what the unedited model says of every token (its
+   edits, and (with `score` too) a twin, which reads the very tokens of the edited row without them: what the unedited model says of every token (its
    log probability, and KL(unedited || edited) in nats) does not stop where the two texts part. Frozen points come from twins too.
 2. A forward computes the columns that are new: the prompts, then one token each. Edits act on these alone (`edits.py`): what came before is
    in the cache as they left it. So the tokens are those that running everything again for each token would give.
@@ -23,10 +23,10 @@ from torch import Tensor
 from interp_assets.compute.seeds import stream
 from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.backend import Continuation, Generated, Token
-from interp_assets.garcon.edits import Batch, Editor
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import Edit, GeneratePlan, Span
 from interp_assets.garcon.rope import fixed_length, forget_lengths
+from interp_assets.garcon.steering.edits import Batch, Editor
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.taps import tapped
 from interp_assets.garcon.writes import Beside
@@ -134,7 +134,8 @@ class _Decoder:
     def __init__(self, subject: SubjectModel, plan: GeneratePlan, editor: Editor) -> None:
         self._subject, self._plan, self._editor = subject, plan, editor
         n_texts = len(plan.rows) * plan.n
-        kinds = [_EDITED] if editor.is_idle else [_EDITED, *([_DEFAULT, _TWIN] if plan.compare else [_TWIN] if plan.freeze else [])]
+        asked = {_EDITED: True, _DEFAULT: plan.compare, _TWIN: plan.compare or plan.score or bool(plan.freeze)}
+        kinds = [kind for kind, is_asked in asked.items() if is_asked and (kind == _EDITED or not editor.is_idle)]
         self._kind = [kind for kind in kinds for _ in range(n_texts)]
         self._own = [text for _ in kinds for text in range(n_texts)]
         self._noise = [torch.Generator().manual_seed(stream(plan.seed, "generate", i).torch_seed()) for i in range(plan.n)]
@@ -239,16 +240,17 @@ class _Decoder:
         chosen = scores.argmax(1)
         log = logits.log_softmax(1)
         places = {key: row for row, key in enumerate(zip(self._kind, self._own, strict=True))}
-        edited = [row for row, kind in enumerate(self._kind) if kind == _EDITED and plan.compare and not self._editor.is_idle]
+        edited = [row for row, kind in enumerate(self._kind) if kind == _EDITED and (plan.compare or plan.score) and not self._editor.is_idle]
         twins = [places[_TWIN, self._own[row]] for row in edited]
         kl = (log[twins].exp() * (log[twins] - log[edited])).sum(1).clamp_min(0.0).tolist()  # rounding can make it negative
         picked = log.gather(1, chosen[:, None])[:, 0].tolist()
         base = log[twins].gather(1, chosen[edited][:, None])[:, 0].tolist()
         beside = dict(zip(edited, zip(base, kl, strict=True), strict=True))
+        watched = log[:, list(plan.watch)].tolist() if plan.watch else [()] * len(log)
         tokens: dict[tuple[int, int], Token] = {}
         for row, (kind, text, token) in enumerate(zip(self._kind, self._own, chosen.tolist(), strict=True)):
             if kind != _TWIN:
-                tokens[kind, text] = Token(text, kind == _DEFAULT, index, token, picked[row], *beside.get(row, (None, None)))
+                tokens[kind, text] = Token(text, kind == _DEFAULT, index, token, picked[row], *beside.get(row, (None, None)), tuple(watched[row]))
                 self._written[kind, text].append(tokens[kind, text])
         return tokens
 
