@@ -39,6 +39,7 @@ from floors import by_torchs_choice
 from llvmlite import binding
 from torch import Tensor
 
+from interp_assets.compute.priority import latent_keys, row_keys, sample_seed
 from interp_assets.compute.products import use_fastest_products
 from interp_assets.compute.seeds import stream
 from interp_assets.corpus.tokens import TokenShard
@@ -55,7 +56,6 @@ from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, Job
 from interp_assets.visualize.encoder import TILE, Encoder, Scan, TopKScan, row_limits
 from interp_assets.visualize.estimate import Workload, estimate
 from interp_assets.visualize.gather import Gatherer, rows_of_windows
-from interp_assets.visualize.priority import latent_keys, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref
 from interp_assets.visualize.statistics import histogram_origin
 
@@ -151,7 +151,7 @@ def run_job(setting: Setting, keep: str, encoder: Encoder, n_block: int) -> Mani
 
 def run_dense(setting: Setting, *, with_random: bool) -> None:
     """Keep the running top-k of every latent over dense blocks, and with `with_random` the running n of smallest hash as well."""
-    sae, seed = setting.sae, sample_seed(0, "examples")
+    sae, seed = setting.sae, sample_seed(0, "visualize", "examples")
     keys = torch.from_numpy(latent_keys(np.arange(sae.d_sae, dtype=np.uint64), seed).view(np.int64))
     best = torch.full((TOP_K, sae.d_sae), -torch.inf)
     best_rows = torch.zeros((TOP_K, sae.d_sae), dtype=torch.int64)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from shuffle_rows import Setting, Timed, drop_cache, fresh, judge, random_rows, source_files
 
 from interp_assets.compute.seeds import stream
-from interp_assets.shuffle.rows import SHARD_SHIFT
+from interp_assets.planning.pipeline import SHARD_SHIFT
 
 LIBRARIES = {
     "duckdb": """import duckdb

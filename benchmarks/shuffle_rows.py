@@ -16,11 +16,10 @@ from interp_assets.compute.seeds import stream
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.planning.config import make_config
-from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline, PipelinePlan, ShardSource
 from interp_assets.shuffle.certificate import P_FAIL, load_layout
 from interp_assets.shuffle.mixing import MixingMeter
 from interp_assets.shuffle.plan import load_shuffle_plan, make_shuffle_plan
-from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.sizes import shares
 from interp_assets.storage.manifest import create_artifact, load_manifest
 from interp_assets.storage.store import Store, open_store

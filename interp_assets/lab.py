@@ -185,7 +185,7 @@ def _make_ids(shard: int, start: int, stop: int) -> "NDArray[np.uint64]":
     """Return the addresses of consecutive rows of a shard."""
     import numpy as np  # noqa: PLC0415 - only when asked for
 
-    from interp_assets.shuffle.rows import SHARD_SHIFT  # noqa: PLC0415 - as above
+    from interp_assets.planning.pipeline import SHARD_SHIFT  # noqa: PLC0415 - as above
 
     return np.arange(start, stop, dtype=np.uint64) + np.uint64(shard << SHARD_SHIFT)
 
@@ -194,7 +194,7 @@ def _split_ids(row_ids: "NDArray[np.uint64]") -> "tuple[NDArray[np.int64], NDArr
     """Return shard and row in the shard of each address."""
     import numpy as np  # noqa: PLC0415 - only when asked for
 
-    from interp_assets.shuffle.rows import SHARD_SHIFT  # noqa: PLC0415 - as above
+    from interp_assets.planning.pipeline import SHARD_SHIFT  # noqa: PLC0415 - as above
 
     return (row_ids >> np.uint64(SHARD_SHIFT)).astype(np.int64), (row_ids & np.uint64((1 << SHARD_SHIFT) - 1)).astype(np.int64)
 

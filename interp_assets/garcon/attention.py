@@ -9,6 +9,9 @@ Fast attention never holds the pattern. So a network is given, once, an attentio
 4. A module that is only listened to runs as in 1, and what its function was given is handed on: rows of the pattern follow from that alone
    (`Attended`), some queries at a time, so that no layer's whole pattern is ever held.
 
+Which modules attend is told by the adapter table; of a type that is not in it, those count that are called attention, know their layer and call
+attention functions. Layers without such a module (state space, linear attention) are left out.
+
 Switching the implementation for one request instead would write into the configuration that all layers share. GPT-J and GPT-Neo do not
 take attention functions; their own method is wrapped while somebody asks.
 """
@@ -20,12 +23,14 @@ from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from interp_assets.errors import InputError
+from interp_assets.garcon.adapters import find_adapter
 
 Act = Callable[[Tensor], Tensor]
 """Takes a tensor and returns what the network goes on with: the same object when nothing changes."""
@@ -54,8 +59,8 @@ class Attended(NamedTuple):
     """[batch or 1, 1, queries, keys] booleans; None where every query sees all keys."""
 
     def scores(self, context: int, queries: slice) -> Tensor:
-        """Return what the softmax is of, [heads, queries, keys], in the module's dtype; -inf at keys that a query does not see."""
-        query, key = self.query[context, :, queries], self.key[context]
+        """Return what the softmax is of, [heads, queries, keys] float32; -inf at keys that a query does not see."""
+        query, key = self.query[context, :, queries].float(), self.key[context].float()
         scores = self.rescale(torch.matmul(query, repeat_kv(key[None], query.shape[0] // key.shape[0])[0].transpose(1, 2)))
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
@@ -68,7 +73,7 @@ class Attended(NamedTuple):
 
     def pattern(self, context: int, queries: slice) -> Tensor:
         """Return these queries' rows of the pattern, [heads, queries, keys] float32; what a learned sink takes is missing from their sums."""
-        scores = self.scores(context, queries).float()
+        scores = self.scores(context, queries)
         if self.sinks is not None:
             scores = torch.cat([scores, self.sinks.float()[:, None, None].expand(*scores.shape[:2], 1)], dim=-1)
         pattern = torch.softmax(scores, dim=-1)
@@ -96,6 +101,89 @@ def explain_blind(module: nn.Module) -> str:
     if implementation in (_SDPA, _EAGER) and _eager_of(module):
         return ""
     return f"{type(module).__name__} computes attention by {implementation!r}, which hands out neither queries and keys nor patterns"
+
+
+class AttentionLayer(NamedTuple):
+    """One attending module."""
+
+    layer: int
+    module: nn.Module
+    o_proj: nn.Module
+    """The module that multiplies by W_O."""
+    n_heads: int
+    n_key_heads: int
+    window: int | None
+    """Keys that a query sees at most, itself included; None where it sees all before it."""
+
+    def W_O(self) -> Float[Tensor, "heads d_value d_model"]:
+        """Return what each head's mixed values are multiplied by, float32 on the module's device."""
+        weight: Any = self.o_proj.weight
+        matrix = weight.detach().float()
+        if isinstance(self.o_proj, nn.Linear):
+            matrix = matrix.T
+        return matrix.reshape(self.n_heads, -1, matrix.shape[1])
+
+
+def list_attention(net: PreTrainedModel) -> list[AttentionLayer]:
+    """List the attending modules of a network in order of their layers.
+
+    Raises `InputError` for a model none of whose layers can be listened to, with the reason.
+    """
+    kind = net.config.model_type
+    if getattr(net.config, "is_encoder_decoder", False):
+        raise InputError(f"A {kind} model attends from a decoder to an encoder: heads are shown of models that read one text.")
+    found = list(_known(net)) or list(_unknown(net))
+    reasons = {explain_deaf(layer.module) for layer in found} - {""}
+    if not found or reasons:
+        why = min(reasons) if reasons else "none of its layers attends by an attention function"
+        raise InputError(f"The heads of a {kind} model cannot be shown: {why}. Leave `heads` out of the configuration.")
+    return found
+
+
+def absent_layers(net: PreTrainedModel) -> list[int]:
+    """Return the layers that do not attend."""
+    attending = {layer.layer for layer in list_attention(net)}
+    return [layer for layer in range(_n_layers(net)) if layer not in attending]
+
+
+def runs_together(net: PreTrainedModel) -> bool:
+    """Tell whether a context's bits are the same whatever others run beside it in batches of one size; not known of mixtures of experts."""
+    adapter = find_adapter(net.config)
+    return bool(adapter and adapter.mlp_act)
+
+
+def _known(net: PreTrainedModel) -> Iterator[AttentionLayer]:
+    adapter = find_adapter(net.config)
+    for layer in range(_n_layers(net)) if adapter else ():
+        assert adapter
+        yield _make(net, layer, *(net.base_model.get_submodule(path.format(layer=layer)) for path in (adapter.attention, adapter.o_proj)))
+
+
+def _unknown(net: PreTrainedModel) -> Iterator[AttentionLayer]:
+    for module in net.modules():
+        layer, o_proj = getattr(module, "layer_idx", None), getattr(module, "o_proj", None)
+        if isinstance(layer, int) and isinstance(o_proj, nn.Linear) and "Attention" in type(module).__name__:
+            yield _make(net, layer, module, o_proj)
+
+
+def _make(net: PreTrainedModel, layer: int, module: nn.Module, o_proj: nn.Module) -> AttentionLayer:
+    config = net.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    window = getattr(module, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None and kinds is None:  # one window for all layers, which the mask alone knows
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return AttentionLayer(layer, module, o_proj, heads, int(getattr(config, "num_key_value_heads", None) or heads), window)
+
+
+def gram(layer: AttentionLayer) -> Float[Tensor, "heads d_value d_value"]:
+    """Return W_O W_O' of each head: by it the length of what a value becomes is found without making that."""
+    W_O = layer.W_O()
+    return torch.bmm(W_O, W_O.transpose(1, 2))
+
+
+def _n_layers(net: PreTrainedModel) -> int:
+    return int(net.config.get_text_config().num_hidden_layers)
 
 
 def explain_deaf(module: nn.Module) -> str:

@@ -12,12 +12,13 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
+from interp_assets.errors import InputError
 from interp_assets.garcon.locate import fingerprint_model, fingerprint_tokenizer, locate_model
 from interp_assets.planning.config import ModelConfig
 from interp_assets.planning.hook_names import alias_of
 from interp_assets.storage.seen import SeenFiles
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 """Raise it when a number is found in another way."""
 
 
@@ -39,6 +40,10 @@ class ModelFacts(BaseModel):
     max_context: int
     is_causal: bool
     n_parameters: int
+    heads: dict[int, int]
+    """Number of heads of each layer that attends; nothing where heads cannot be shown."""
+    heads_refused: str
+    """Why heads cannot be shown; empty where they can."""
 
 
 def find_facts(model: ModelConfig, hook_points: Sequence[str], seen: SeenFiles) -> ModelFacts:
@@ -53,12 +58,18 @@ def find_facts(model: ModelConfig, hook_points: Sequence[str], seen: SeenFiles) 
 
 
 def _measure(model: ModelConfig, hook_points: Sequence[str], model_fingerprint: str, tokenizer_fingerprint: str) -> ModelFacts:
-    from interp_assets.garcon.points import find_point  # noqa: PLC0415 - takes PyTorch and transformers
+    from interp_assets.garcon.attention import list_attention  # noqa: PLC0415 - takes PyTorch and transformers
+    from interp_assets.garcon.points import find_point  # noqa: PLC0415 - as above
     from interp_assets.garcon.subject import make_meta_model  # noqa: PLC0415 - as above
     from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415
 
     subject, tokenizer = make_meta_model(model), load_tokenizer(model)
     aliases = {hook_point: find_point(subject.net, hook_point).alias for hook_point in hook_points}
+    heads, refused = {}, ""
+    try:
+        heads = {layer.layer: layer.n_heads for layer in list_attention(subject.net)}
+    except InputError as error:
+        refused = str(error)
     return ModelFacts(
         model_fingerprint=model_fingerprint,
         tokenizer_fingerprint=tokenizer_fingerprint,
@@ -70,4 +81,6 @@ def _measure(model: ModelConfig, hook_points: Sequence[str], model_fingerprint: 
         max_context=subject.max_context,
         is_causal=subject.is_causal,
         n_parameters=sum(weight.numel() for weight in subject.net.parameters()),
+        heads=heads,
+        heads_refused=refused,
     )

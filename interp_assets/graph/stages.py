@@ -9,6 +9,7 @@ from interp_assets.planning.road import Road, named
 STAGES: Final = (
     "corpus",
     "harvest",
+    "heads",
     "shuffle",
     "train",
     "visualize",

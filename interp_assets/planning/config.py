@@ -273,6 +273,33 @@ class FeaturesConfig(_Config):
         return self.top_k * (_OVERKEEP if self.distinct_tokens else 1)
 
 
+class HeadsConfig(_Config):
+    """Which attention heads are shown, and what evidence is gathered; nothing is made of them without this section. All identity."""
+
+    layers: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "all"
+    """Layers whose heads are shown, from 0; `all` that attend."""
+    top_k: Annotated[int, Field(ge=1)] = 20
+    """Strongest examples per head, one of a document."""
+    n_intervals: Annotated[int, Field(ge=1, le=64)] = 10
+    """Quantile intervals of the row score, from each of which examples are shown."""
+    examples_per_interval: Annotated[int, Field(ge=1, le=16)] = 5
+    """Examples shown from one interval."""
+    key_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
+    """Tokens that masses are told apart by: the most frequent ones of the first shard; all others are counted together."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> "HeadsConfig":
+        if self.layers != "all" and self.layers != sorted(set(self.layers)):
+            message = f"layers is {self.layers}: name each layer once, in order"
+            raise ValueError(message)
+        return self
+
+    @property
+    def n_kept_top(self) -> int:
+        """How many of a head's strongest rows each shard keeps to choose the top examples from: repeated texts are left out."""
+        return self.top_k * _OVERKEEP
+
+
 class RetrainConfig(_Config):
     """When new text retrains the SAEs, and when the result takes the place of what was there. Never part of an id."""
 
@@ -330,6 +357,8 @@ class PipelineConfig(_Config):
     shuffle: ShuffleConfig = ShuffleConfig()
     saes: Annotated[list[SaeConfig], Field(min_length=1)] = [SaeConfig()]
     features: FeaturesConfig = FeaturesConfig()
+    heads: Annotated[HeadsConfig | None, Field(exclude_if=lambda heads: heads is None)] = None
+    """Statistics and examples of every attention head; nothing of them is made without this section."""
     retrain: RetrainConfig = RetrainConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -487,7 +516,7 @@ def _explain(item: dict[str, Any]) -> str:
 def _model_at(path: list[str]) -> type[BaseModel] | None:
     """Return the section of a configuration that a path of names leads to; None where it leads to none."""
     sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
-    sections["saes"] = SaeConfig
+    sections |= {"saes": SaeConfig, "heads": HeadsConfig}
     found = sections.get(path[0]) if path else PipelineConfig
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 

@@ -29,6 +29,8 @@ _VERSIONS: Final = (1, *_OPTIONAL.values())
 """Versions that are read; the lowest that has all of a plan's keys is written."""
 _DROPPED: Final = ("n_empty_files", "empty_files")
 """Keys that some plans of version 1 have and nobody needs."""
+SHARD_SHIFT: Final = 40
+"""`row_id = shard_index << SHARD_SHIFT | row_in_shard`: the address of a row, wherever it is stored."""
 T = TypeVar("T")
 
 

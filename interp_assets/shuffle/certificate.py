@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import load_documents
 from interp_assets.errors import ArtifactCorruptError, CertificateError
-from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline, shard_key
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.shuffle.mixed import MixedShard, open_mixed, read_mixed_ids
@@ -28,7 +28,6 @@ from interp_assets.shuffle.mixing import Finding, LagFinding, Mixing, MixingMete
 from interp_assets.shuffle.multiset import MultisetHash
 from interp_assets.shuffle.plan import ShufflePlan, load_shard_rows, load_shuffle_plan, make_sizes
 from interp_assets.shuffle.refs import certificate_ref, list_splits
-from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.sources import load_manifests
 from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, load_manifest, timed
 from interp_assets.storage.store import Store

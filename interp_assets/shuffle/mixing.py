@@ -23,8 +23,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from interp_assets.planning.pipeline import SHARD_SHIFT
 from interp_assets.shuffle.hypergeometric import cumulative_weights
-from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.significance import Expectation, chi_square_p, coincidence_p, expect_coincidences, normal_p, poisson_p, student_p
 
 LAGS: Final = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -36,9 +36,6 @@ READERS: Final = 2
 FIXED_BYTES: Final = 128 << 20
 """What a job may need whatever its size: pieces being read and chunks being sent, half of it in the store client's own buffers."""
 
-SHARD_SHIFT: Final = 40
-"""`row_id = shard_index << SHARD_SHIFT | row_in_shard`."""
-
 
 class RowFormat(NamedTuple):
     """What one row is: its width and dtype."""

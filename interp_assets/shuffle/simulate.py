@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.planning.machine import Prices
+from interp_assets.planning.pipeline import SHARD_SHIFT
 from interp_assets.shuffle.estimate import PassPlan
 from interp_assets.shuffle.permutation import Draws
-from interp_assets.shuffle.rows import SHARD_SHIFT
 from interp_assets.shuffle.sizes import ShuffleSizes, shares
 
 

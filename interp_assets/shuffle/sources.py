@@ -16,10 +16,10 @@ from interp_assets.corpus.tokens import load_tokens
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactMissingError
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS as ACTIVATION_ROWS
-from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline, shard_key
 from interp_assets.shuffle.plan import ShardRows, ShufflePlan, row_format
 from interp_assets.shuffle.refs import bucket_key, list_splits
-from interp_assets.shuffle.rows import READERS, SHARD_SHIFT, RawRows, Records, RowFormat, Segment, fill
+from interp_assets.shuffle.rows import READERS, RawRows, Records, RowFormat, Segment, fill
 from interp_assets.shuffle.sizes import offsets
 from interp_assets.storage.manifest import ArtifactRef, FilePart, Manifest, file_part, load_manifest
 from interp_assets.storage.store import Store

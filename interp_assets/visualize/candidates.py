@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from interp_assets.compute.priority import latent_keys, row_keys, sample_seed
 from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import InputError
 from interp_assets.garcon.device import choose_device
@@ -39,7 +40,6 @@ from interp_assets.visualize.encoder import Encoder, Scan
 from interp_assets.visualize.firings import FIRING_SCHEMA, ROW_BITS, Firings, empty_firings, merge_firings, sort_firings
 from interp_assets.visualize.kernels import rank_firings
 from interp_assets.visualize.lineage import candidates_lineage
-from interp_assets.visualize.priority import latent_keys, row_keys, sample_seed
 from interp_assets.visualize.refs import candidates_ref, slice_bounds
 from interp_assets.visualize.selection import Limits, select_firings
 from interp_assets.visualize.spill import SPILL_BYTES, RunStore
@@ -123,7 +123,7 @@ class Job:
         self._one_per_document, self._keep_all = features.one_per_document, features.keep == "all"
         self._first_id = index << ROW_BITS
         row_ids = self._first_id + np.arange(tokens.n_rows, dtype=np.uint64)
-        self._seed = sample_seed(seed, "examples")
+        self._seed = sample_seed(seed, "visualize", "examples")
         self._row_keys = row_keys(row_ids, self._seed)
         self._sample_rate = min(1.0, SAMPLE_ROWS / max(1, int(tokens.valid.sum())))
         self._is_sampled = tokens.valid & in_sample(row_ids, self._sample_rate, seed)
@@ -196,7 +196,7 @@ def in_sample(row_ids: NDArray[np.uint64], rate: float, root_seed: int) -> NDArr
     """Tell which rows belong to the co-activation sample of `rate`: samples of lower rates lie inside those of higher ones."""
     if rate >= 1.0:
         return np.ones(len(row_ids), np.bool_)
-    return row_keys(row_ids, sample_seed(root_seed, "coactivation")) < np.uint64(int(rate * 2.0**64))
+    return row_keys(row_ids, sample_seed(root_seed, "visualize", "coactivation")) < np.uint64(int(rate * 2.0**64))
 
 
 def _check_inputs(pipeline: Pipeline, store: Store, sae: Sae, name: str, index: int, tokens: TokenShard) -> None:

@@ -24,6 +24,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from interp_assets.compute.priority import latent_keys, priorities, row_keys, sample_seed
+from interp_assets.corpus.contexts import first_of_each, hash_contexts
 from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import ArtifactCorruptError
 from interp_assets.planning.config import FeaturesConfig
@@ -33,10 +35,8 @@ from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, time
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 from interp_assets.visualize.candidates import CANDIDATES, FIRINGS, STATISTICS
-from interp_assets.visualize.contexts import first_of_each, hash_contexts
 from interp_assets.visualize.firings import ROW_BITS, Firings, as_firings, expand_ranges, merge_firings
 from interp_assets.visualize.lineage import candidates_lineage, examples_lineage, load_current
-from interp_assets.visualize.priority import latent_keys, priorities, row_keys, sample_seed
 from interp_assets.visualize.refs import examples_ref, slice_bounds
 from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP, descending_keys, smallest_per_segment, smallest_priorities
 from interp_assets.visualize.statistics import (
@@ -274,7 +274,7 @@ def _draw_from_all(group: _Group, is_short: NDArray[np.bool_], pipeline: Pipelin
 
 
 def _priorities(firings: Firings, root_seed: int) -> NDArray[np.uint64]:
-    seed = sample_seed(root_seed, "examples")
+    seed = sample_seed(root_seed, "visualize", "examples")
     keys = latent_keys(np.arange(firings.start, firings.start + firings.n_latents, dtype=np.uint64), seed)
     return priorities(np.repeat(keys, np.diff(firings.offsets)), row_keys(firings.row_ids, seed))
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from interp_assets.planning.pipeline import SHARD_SHIFT
 from interp_assets.visualize import kernels
 
-ROW_BITS: Final = 40
-"""A row id is `shard << 40 | row_in_shard`."""
+ROW_BITS: Final = SHARD_SHIFT
 FIRING_SCHEMA: Final = pa.schema([("latent", pa.uint32()), ("row_id", pa.uint64()), ("activation", pa.float32())])
 
 

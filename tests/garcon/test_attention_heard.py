@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import AutoModel, FalconConfig, LlamaConfig, MambaConfig, PreTrainedModel, T5Config, T5Model
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.attention import Attended, attention_heard
-from interp_assets.garcon.heads import absent_layers, gram, list_attention
+from interp_assets.garcon.attention import Attended, absent_layers, attention_heard, gram, list_attention
 from interp_assets.garcon.subject import SubjectModel
 
 HEARD = [kind for kind in (*INSIDE, *ATTENDING_CONFIGS) if kind != "gpt_neo"]

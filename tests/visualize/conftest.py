@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from interp_assets.compute.priority import sample_seed
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.garcon.subject import Unembedding
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
@@ -29,7 +30,6 @@ from interp_assets.train.sae import Sae
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
 from interp_assets.visualize.packing import unpack_record
-from interp_assets.visualize.priority import sample_seed
 from interp_assets.visualize.records import write_records
 from interp_assets.visualize.windows import fire_windows
 
@@ -240,7 +240,7 @@ def splitmix(word: int) -> int:
 
 
 def _expect_records(world: World) -> list[dict[str, Any]]:
-    features, seed = world.pipeline.config.features, int(sample_seed(world.pipeline.config.seed, "examples"))
+    features, seed = world.pipeline.config.features, int(sample_seed(world.pipeline.config.seed, "visualize", "examples"))
     dense = world.dense()
     n_valid = sum(int(shard.valid.sum()) for shard in world.shards)
     return [_expect_record(world, dense, latent, features, seed, n_valid) for latent in range(world.sae.d_sae)]

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2, kstest
 
+from interp_assets.compute.priority import latent_keys, mix, priorities, row_keys, sample_seed
 from interp_assets.visualize.firings import Firings, expand_ranges, merge_firings, sort_firings
 from interp_assets.visualize.kernels import _nth_smallest, rank_firings
-from interp_assets.visualize.priority import latent_keys, mix, priorities, row_keys, sample_seed
 from interp_assets.visualize.selection import RANDOM, TOP, Limits, select_firings, smallest_per_segment, smallest_priorities
 
-SEED = sample_seed(0, "examples")
+SEED = sample_seed(0, "visualize", "examples")
 
 
 def priorities_of(firings, seed=SEED):
@@ -134,7 +134,7 @@ def test_seeds_and_latents_draw_different_uniform_words():
     """Another seed must give another sample, and words must be uniform."""
     rows = row_keys(np.arange(5000, dtype=np.uint64), SEED)
     one = priorities(latent_keys(np.array([7], np.uint64), SEED), rows)
-    other = priorities(latent_keys(np.array([7], np.uint64), sample_seed(1, "examples")), rows)
+    other = priorities(latent_keys(np.array([7], np.uint64), sample_seed(1, "visualize", "examples")), rows)
     assert kstest(one / 2.0**64, "uniform").pvalue > 1e-4
     assert abs(np.corrcoef(one.astype(float), other.astype(float))[0, 1]) < 0.06
 

@@ -1,4 +1,4 @@
-"""A latent and a row become a 64-bit priority, by which uniform samples are drawn that do not depend on how jobs are cut.
+"""A latent (or a head) and a row become a 64-bit priority, by which uniform samples are drawn that do not depend on how jobs are cut.
 
     M(x)       splitmix64's finaliser, a bijection on 64-bit words (Steele, Lea & Flood 2014)
     priority   M(latent_key[latent] ^ row_key[row])
@@ -34,9 +34,9 @@ def mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return words
 
 
-def sample_seed(root_seed: int, purpose: str) -> np.uint64:
+def sample_seed(root_seed: int, stage: str, purpose: str) -> np.uint64:
     """Draw the word that tells one family of priorities from another."""
-    return stream(root_seed, "visualize", purpose).words(1)[0]
+    return stream(root_seed, stage, purpose).words(1)[0]
 
 
 def latent_keys(latents: NDArray[np.uint64], seed: np.uint64) -> NDArray[np.uint64]:

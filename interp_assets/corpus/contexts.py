@@ -8,8 +8,8 @@ many latents, and `one_per_document` does not see them: they stand in different 
 import numpy as np
 from numpy.typing import NDArray
 
+from interp_assets.compute.priority import mix
 from interp_assets.corpus.tokens import TokenShard
-from interp_assets.visualize.priority import mix
 
 
 def hash_contexts(tokens: TokenShard, rows: NDArray[np.int64], n_tokens: int) -> NDArray[np.uint64]:

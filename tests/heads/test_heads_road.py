@@ -1,0 +1,97 @@
+"""The stage on the road: made, found again, priced, checked, and refused before any weights where it cannot be."""
+
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from tiny_models import make_net, make_tiny_config, make_tokenizer, write_texts
+
+from interp_assets.errors import PlanError
+from interp_assets.graph.jobs import RunError, run_road
+from interp_assets.graph.stages import make_road
+from interp_assets.heads.refs import candidates_ref, records_ref
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.planning.schedule import make_schedule
+from interp_assets.storage.manifest import find_manifest
+from interp_assets.storage.verify import verify_tree
+
+NAMES = ["head_tokens", "head_candidates", "head_examples", "example_patterns", "head_records"]
+SELECT = ["token_shards", *NAMES]
+
+
+def _configure(folder: Path, kind: str = "gpt2", **heads: object):
+    make_net(kind).save_pretrained(folder / kind)
+    make_tokenizer().save_pretrained(folder / kind)
+    texts = write_texts(folder / "texts", n_files=4, n_chars=120)
+    saes = [{"name": "demo", "hook_point": "resid_post.0", "d_sae": 32, "k": 4, "n_rows": 128, "batch_rows": 16}]
+    sections = {
+        "corpus": {"shard_bytes": 300},
+        "execution": {"device": "cpu"},
+        "root": str(folder / "data"),
+        "saes": saes,
+        "shuffle": {"passes": 2, "fan_out": 2},
+    }
+    return make_tiny_config(folder / kind, texts, **sections, heads={"key_tokens": 16, "top_k": 3, **heads})
+
+
+def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> None:
+    """All that a stage has follows from its records: the order of the road, `interp plan`, checks, plots, what is out of date."""
+    config = _configure(tmp_path)
+    road = make_road(config)
+    with dg.DagsterInstance.ephemeral() as instance:
+        made = {report.name: report.n_made for report in run_road(config, instance, select=SELECT)}
+        store = open_pipeline_store(config)
+        pipeline = load_pipeline(config, store)
+        n_shards = len(pipeline.shard_indices)
+        assert n_shards > 1
+        assert {name: made[name] for name in NAMES} == dict(zip(NAMES, (1, n_shards, 2, n_shards, 2), strict=True))
+        assert not any(report.n_made for report in run_road(config, instance, select=SELECT) if report.name in NAMES)
+        event = instance.get_latest_materialization_event(dg.AssetKey("head_candidates"))
+        assert event is not None
+        assert event.asset_materialization is not None
+        assert str(event.asset_materialization.metadata["heads"].value).startswith("![Statistics of all heads")
+        keys = [
+            dg.AssetCheckKey(dg.AssetKey(name), check)
+            for name, check in (("head_candidates", "mass_conserved"), ("head_records", "records_complete"))
+        ]
+        for key in keys:
+            summary = instance.event_log_storage.get_asset_check_summary_records([key])[key]
+            assert summary.last_check_execution_record is not None
+            assert summary.last_check_execution_record.status.value == "SUCCEEDED"
+        # a shard that is lost is made again with the same bytes, and nothing behind it
+        before = find_manifest(store, candidates_ref(pipeline, 0))
+        assert before is not None
+        store.delete([f"{candidates_ref(pipeline, 0).path}/manifest.json"])
+        again = {report.name: report.n_made for report in run_road(config, instance, select=SELECT)}
+        assert {name: again[name] for name in NAMES} == dict(zip(NAMES, (0, 1, 0, 0, 0), strict=True))
+        after = find_manifest(store, candidates_ref(pipeline, 0))
+        assert after is not None
+        assert after.digest == before.digest
+        assert not list(verify_tree(store))
+        lines = {line.name: line for line in make_schedule(road, pipeline, store, {}, 1)}
+        assert lines["head_candidates"].n_missing == 0
+        other = pipeline.__class__(make_config({**config.model_dump(), "seed": 1}), pipeline.plan)
+        priced = {line.name: line for line in make_schedule(road, other, store, {}, 1)}
+        assert all(priced[name].job_bytes >= 0 and priced[name].n_missing for name in NAMES[1:])
+        assert priced["head_candidates"].n_rows > 0
+        assert records_ref(other, 1).artifact_id != records_ref(pipeline, 1).artifact_id
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "message"),
+    [("gpt_neo", {}, "masks keys inside its own method"), ("gpt2", {"layers": [1, 7]}, r"`heads.layers` names \[7\]")],
+)
+def test_heads_that_cannot_be_shown_stop_the_plan(kind: str, heads: dict, message: str, tmp_path: Path) -> None:
+    """The model's structure tells, before weights are loaded or text is tokenized."""
+    config = _configure(tmp_path, kind, **heads)
+    with dg.DagsterInstance.ephemeral() as instance, pytest.raises((PlanError, RunError), match=message):
+        list(run_road(config, instance, select=["token_shards"]))
+
+
+def test_a_pipeline_without_heads_is_what_it_was() -> None:
+    """Neither assets nor the saved configuration know of the stage where nobody asks for it."""
+    config = make_config({})
+    assert not any(asset.stage == "heads" for asset in make_road(config))
+    assert "heads" not in config.model_dump(mode="json")
+    assert [asset.name for asset in make_road(make_config({"heads": {}})) if asset.stage == "heads"] == NAMES
