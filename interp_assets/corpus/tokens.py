@@ -57,7 +57,7 @@ class TokenShard(NamedTuple):
     valid: NDArray[np.bool_]
     """False for special tokens."""
     manifest: Manifest
-    roles: Roles | None
+    roles: Roles | None = None
     """None but where the text is messages."""
 
     @property
