@@ -14,12 +14,16 @@ import pytest
 import torch
 
 import interp_assets.visualize.records
+from interp_assets.planning.config import make_config
+from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import read_file
 from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.sae import Sae
+from interp_assets.visualize.assets import make_assets
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
 from interp_assets.visualize.packing import TokenOrder, pack_record, unpack_record
+from interp_assets.visualize.refs import records_ref, windows_ref
 from interp_assets.visualize.windows import fire_windows
 
 PAGES = Path(__file__).parents[2] / "docs" / "formats"
@@ -46,6 +50,20 @@ def columns_of(table):
         return {"float": "float", "double": "double"}.get(str(kind), str(kind))
 
     return [(field.name, name(field.type)) for field in table.schema]
+
+
+def test_records_of_messages_alone_have_another_id(make_world):
+    """They say who speaks; the bytes of all others, and of the passes before, are what they were."""
+    world = make_world()
+    content = world.pipeline.config.model_dump()
+    content["corpus"] |= {"text_kind": "messages", "contexts": "per_document"}
+    chat = Pipeline(make_config(content), world.pipeline.plan)
+    content["corpus"] |= {"text_kind": "plain"}
+    plain = Pipeline(make_config(content), world.pipeline.plan)
+    refs = [[records_ref(pipeline, "demo", 0), windows_ref(pipeline, "demo", 0)] for pipeline in (plain, chat)]
+    assert ["roles" in ref.identity for ref in (*refs[0], *refs[1])] == [False, False, True, False]
+    versions = [{asset.key: asset.code_version for asset in make_assets(pipeline.config)} for pipeline in (plain, chat)]
+    assert {key[-1] for key in versions[0] if versions[0][key] != versions[1][key]} == {"feature_records"}
 
 
 @pytest.fixture
