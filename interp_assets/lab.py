@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     import interp_assets.garcon.session
+    import interp_assets.garcon.spread
     import interp_assets.train.sae
     from interp_assets.planning.pipeline import Pipeline
 
@@ -37,10 +38,21 @@ _OPENED_AT_ONCE: Final = 16
 _SHARDS_KEPT: Final = 16
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "float32", revision: str = "main") -> "interp_assets.garcon.session.Model":
-    """Load a model by its hub id, folder or `builtin:` name, with its tokenizer. Raises `InputError` for what cannot be found or loaded."""
+def load(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "float32",
+    revision: str = "main",
+    device_map: "interp_assets.garcon.spread.DeviceMap | None" = None,
+) -> "interp_assets.garcon.session.Model":
+    """Load a model by its hub id, folder or `builtin:` name, with its tokenizer.
+
+    `device_map="auto"` spreads one that is larger than a device over all of them, then memory, then the disk (takes accelerate). Raises `InputError`
+    for what cannot be found or loaded, and for what does not fit.
+    """
     config = ModelConfig.model_validate({"name": name, "dtype": dtype, "revision": revision})
-    return _load_model(config, ExecutionConfig.model_validate({"device": device}))
+    return _load_model(config, ExecutionConfig.model_validate({"device": device}), device_map)
 
 
 def open(where: str) -> "Opened":  # noqa: A001 - lab.open reads as it should
@@ -430,9 +442,11 @@ class Opened:
         return self.pipeline.remember(("bundle", path), lambda: OpenBundle(BundlePlace(self.store, path)))
 
 
-def _load_model(model: ModelConfig, execution: ExecutionConfig) -> "interp_assets.garcon.session.Model":
+def _load_model(
+    model: ModelConfig, execution: ExecutionConfig, device_map: "interp_assets.garcon.spread.DeviceMap | None" = None
+) -> "interp_assets.garcon.session.Model":
     from interp_assets.garcon.session import Model  # noqa: PLC0415 - transformers takes seconds to import
     from interp_assets.garcon.subject import load_subject_model  # noqa: PLC0415 - as above
     from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415 - as above
 
-    return Model(load_subject_model(model, execution), load_tokenizer(model))
+    return Model(load_subject_model(model, execution, device_map), load_tokenizer(model))

@@ -15,6 +15,10 @@ of threads. Batching, dtypes of stored rows and checks of finiteness belong to `
 
 import inspect
 import math
+import shutil
+import tempfile
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -36,6 +40,7 @@ from interp_assets.garcon.device import choose_device
 from interp_assets.garcon.locate import first_line, load_model_config, locate_model, looks_both_ways, next_step
 from interp_assets.garcon.points import BY_HEAD, HookPoint, find_point, list_points, point_shape, tensor_in
 from interp_assets.garcon.rope import follows_length, forget_lengths, split_lengths
+from interp_assets.garcon.spread import DeviceMap, check_map, check_memory, count_weights, device_of, free_bytes_of, read_parameter, spread_options
 from interp_assets.garcon.taps import Tap, tapped
 from interp_assets.planning.config import ExecutionConfig, ModelConfig
 from interp_assets.planning.hook_names import STREAM_KINDS
@@ -68,7 +73,7 @@ class SubjectModel:
         self.is_causal = not is_encoder(net.config)
         self.follows_length = follows_length(net.config)
         self._embedding: Any = net.get_input_embeddings()
-        self.vocabulary_size = len(_weight(self._embedding))
+        self.vocabulary_size = len(self._embedding.weight)
         self.max_context = max_context(net.config)
         self.can_choose_logits = "logits_to_keep" in inspect.signature(net.forward).parameters
         self._widths: dict[str, int] = {}
@@ -77,7 +82,7 @@ class SubjectModel:
     @property
     def device(self) -> torch.device:
         """Where the network computes."""
-        return self._embedding.weight.device
+        return device_of(self._embedding)
 
     @property
     def d_model(self) -> int:
@@ -266,27 +271,39 @@ class SubjectModel:
         return int(captured[hook_point].shape[-1])
 
 
-def load_subject_model(model: ModelConfig, execution: ExecutionConfig) -> SubjectModel:
-    """Load a language model or an encoder with its weights onto the configured device.
+def load_subject_model(model: ModelConfig, execution: ExecutionConfig, device_map: DeviceMap | None = None) -> SubjectModel:
+    """Load a language model or an encoder with its weights onto the configured device, or spread over several (`spread.py`).
 
-    Only safetensors weights are read, and every weight must be there. Raises `InputError` for what cannot be found or loaded.
+    Only safetensors weights are read, and every weight must be there. `device_map` takes the place of the configured one. Raises `InputError` for
+    what cannot be found, loaded, or held.
     """
     config = load_model_config(model)
     place = locate_model(model)
+    device, device_map = choose_device(execution.device), device_map or execution.device_map
+    if device_map is None:
+        n_weights = count_weights(place.folder) if place.folder else sum(weight.numel() for weight in make_meta_model(model).net.parameters())
+        check_memory(model.name, n_weights, model.dtype, device, free_bytes_of(device))
     factory = AutoModel if is_encoder(config) else AutoModelForCausalLM
-    options = {**place.options, "dtype": getattr(torch, model.dtype), "use_safetensors": True, "output_loading_info": True}
+    folder = tempfile.mkdtemp(prefix="interp-weights-") if device_map else ""
+    spread = spread_options(device_map, folder) if device_map else {}
+    options = {**place.options, **spread, "dtype": getattr(torch, model.dtype), "use_safetensors": True, "output_loading_info": True}
     try:
-        with _quiet_loading():
+        with _quiet_loading(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following device_map keys")  # `check_map` refuses them
             loaded: Any = factory.from_pretrained(place.name, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(f"Cannot load the weights of {model.name!r}: {first_line(error)}. {next_step(model)}") from error
     net, info = loaded
+    if folder:
+        weakref.finalize(net, shutil.rmtree, folder, ignore_errors=True)
     missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if missing:
         raise InputError(
             f"{model.name!r} lacks {len(missing)} weight(s) of a {config.model_type} model, the first is {missing[0]!r}. {next_step(model)}"
         )
-    subject = SubjectModel(net.to(choose_device(execution.device)), model.name)
+    if device_map:
+        check_map(net, device_map)
+    subject = SubjectModel(net if device_map else net.to(device), model.name)
     if subject.is_causal and config.model_type not in ADAPTERS:
         require_causal(subject)
     return subject
@@ -356,8 +373,8 @@ def token_losses(
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = read_parameter(module, "weight")
+    assert weight is not None
     return weight.detach()
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from interp_assets.errors import InputError
 from interp_assets.garcon.adapters import Adapter, find_adapter
 from interp_assets.garcon.points import n_heads, n_layers
+from interp_assets.garcon.spread import read_parameter
 
 OUTSIDE: Final = ("W_E", "W_pos", "W_U", "b_U")
 IN_BLOCK: Final = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O", "W_in", "W_gate", "W_out", "b_in", "b_gate", "b_out")
@@ -147,7 +148,7 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 def _part_of(module: nn.Module, kind: str, name: str) -> Tensor:
     """Return a module's bias, or its weight as [in, out]: as transformers' `Conv1D` keeps it, and the other way round than `Linear`."""
     if kind.startswith("b_"):
-        bias = getattr(module, "bias", None)
+        bias = read_parameter(module, "bias")
         if bias is None:
             raise InputError(f"There is no {kind}: {name} of this model has no bias.")
         return bias
@@ -155,7 +156,8 @@ def _part_of(module: nn.Module, kind: str, name: str) -> Tensor:
 
 
 def _weight(module: Any) -> Tensor:
-    weight: Tensor = module.weight
+    weight = read_parameter(module, "weight")
+    assert weight is not None
     if not weight.is_floating_point():
         raise InputError(
             f"{type(module).__name__} keeps its weight as {str(weight.dtype).removeprefix('torch.')}: load the model without quantisation."

@@ -318,6 +318,8 @@ class ExecutionConfig(_Config):
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where models and SAEs compute; `auto` takes CUDA, then MPS, then the CPU."""
+    device_map: Literal["auto"] | None = None
+    """`auto` spreads a subject model that is larger than one device over all, then memory, then the disk (pip install 'interp-assets[big]')."""
     tokens_per_batch: Annotated[int, Field(ge=1)] = 8192
     """Token positions per forward of the subject model, at most; lower it where memory is short. Above 8,192 nothing is gained."""
     rows_per_block: Annotated[int, Field(ge=64)] = 4096
