@@ -23,7 +23,7 @@ from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 from interp_assets.errors import ArtifactError, ConfigError
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.fanout import side_by_side
-from interp_assets.graph.jobs import find_missing, run_asset
+from interp_assets.graph.jobs import count_partitions, find_missing, run_asset
 from interp_assets.graph.partitions import partitions_of
 from interp_assets.graph.readiness import check_machine
 from interp_assets.graph.stages import make_road
@@ -103,7 +103,8 @@ def run_backfill(
                 outcome = run_asset(job, instance, asset, ready, asset.partition_keys(pipeline))
                 touched |= {(asset.name, key) for key in ready}
                 broken |= {(asset.name, key) for key in [*outcome.failed, *waiting]}
-                yield BackfillReport(outcome.report, outcome.failed, waiting, str(outcome.errors[0]) if outcome.errors else "")
+                report = count_partitions(road, asset, (pipeline, store), ready, outcome.report)
+                yield BackfillReport(report, outcome.failed, waiting, str(outcome.errors[0]) if outcome.errors else "")
 
 
 def find_failed(asset: Asset, keys: Sequence[str], instance: DagsterInstance) -> list[str]:

@@ -180,7 +180,7 @@ def run_road(
                 if keys := asset.partition_keys(pipeline):
                     progress.skip(len(keys) - len(missing))
                     progress.expect(asset.name, len(missing), asset.unit)
-                    yield _count(road, asset, (pipeline, store), missing, _report(run_asset(job, instance, asset, missing, keys)))
+                    yield count_partitions(road, asset, (pipeline, store), missing, _report(run_asset(job, instance, asset, missing, keys)))
         if any(asset.completes_plan for asset in siblings):
             pipeline = load_pipeline(config, store)
             progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
@@ -310,7 +310,7 @@ def _report(outcome: Outcome) -> AssetReport:
     return outcome.report
 
 
-def _count(road: Road, asset: Asset, where: tuple[Pipeline, Store], missing: Sequence[str], report: AssetReport) -> AssetReport:
+def count_partitions(road: Road, asset: Asset, where: tuple[Pipeline, Store], missing: Sequence[str], report: AssetReport) -> AssetReport:
     """Count as `interp plan` does: partitions that hold nothing, as a held-out shard's share of the shuffle, are none."""
     pipeline, store = where
     empty = {key for key in asset.partition_keys(pipeline) if not road.holds_anything(asset, pipeline, store, key)}

@@ -51,7 +51,7 @@ def _mapping(parent: Axis, own: Axis, item: Reads) -> dg.PartitionMapping | None
             return dg.MultiToSingleDimensionPartitionMapping(SHARD_DIMENSION)
         case "same_slice":
             return dg.MultiToSingleDimensionPartitionMapping(SLICE_DIMENSION)
-        case "parent_bucket":
+        case "parent_bucket" if own.fixed:  # buckets that the plan chooses have no mapping of Dagster's; the road knows theirs
             n = len(own.fixed) // len(parent.fixed)
             return dg.StaticPartitionMapping({key: list(own.fixed[i * n : (i + 1) * n]) for i, key in enumerate(parent.fixed)})
         case _:

@@ -85,7 +85,7 @@ class Road:
                 return _along(asset, parent, 1 if item.how == "same_shard" else 0, pipeline, key)
             case "parent_bucket":
                 own = pipeline.remember(("places", asset.key), lambda: {name: i for i, name in enumerate(asset.partition_keys(pipeline))})
-                return [every[own[key] * len(every) // len(own)]]
+                return [every[own[key] * len(every) // len(own)]] if every else []
             case _:
                 return every
 

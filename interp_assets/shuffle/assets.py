@@ -192,7 +192,7 @@ def _common(config: PipelineConfig) -> dict[str, Any]:
 def _mixed_from(config: PipelineConfig) -> list[Reads]:
     """Say what mixed shards are gathered from: where the plan chooses, of all that it might choose."""
     if config.shuffle.stated is None:
-        return [training("activations"), every(pass_name(1)), every(pass_name(2))]
+        return [training("activations"), every(pass_name(1)), parent_bucket(pass_name(2))]
     passes = config.shuffle.stated[0]
     if passes > 2:
         return [parent_bucket(pass_name(passes - 1))]

@@ -9,6 +9,7 @@ from tiny_models import save_model, write_texts
 
 from interp_assets.errors import PlanError
 from interp_assets.graph.jobs import RunError, run_road
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.shuffle.plan import load_shuffle_plan
@@ -38,6 +39,9 @@ def test_three_passes_are_chosen_made_and_kept(large: PipelineConfig) -> None:
         assert {item.name: item.n_made for item in first}["mixed_shards"] == 9
         assert {item.name: item.n_made for item in first}["shuffle_pass_2"] == 3
         assert set(instance.get_dynamic_partitions("mixed_shards buckets")) == {f"bucket-{n:05d}" for n in range(9)}
+        road = make_road(large)
+        read = road.parents(road.find("mixed_shards"), pipeline, "bucket-00004")
+        assert {key for name, key in read if name == "shuffle_pass_2"} == {"bucket-00001"}  # a lost bucket holds up its own children alone
         count = assert_as_if_nothing_happened(large, Finished(large, instance, first), names=STAGES)
         assert count == (sizes.n_rows, 0, 0)
 
