@@ -14,6 +14,13 @@ of many rows instead of one. 1,000 traces must leave no hook and no memory.
     middle layer   the middle layer read, beside a whole forward                            goal <= 0.8x
     sweep          4 layers x 16 positions, and 4 layers x 4 heads, beside a trace a cell   goal >= 10x and 6x
     1,000 traces   growth of resident memory, and hooks that are left                       goal < 1 MB, 0
+    8 users        different plans in one forward, beside one after the other: reads and adds, gradients    goal >= 4x each
+    small trace    over HTTP on this machine, both ends, beside the same trace here         no goal: what a person waits for besides
+    64 MB          of an answer over HTTP, both ends, beside a raw socket                   goal <= 2.5x
+
+Eight plans of 16 tokens cost one forward of 8 rows, in which every matrix product has 8 times the rows and few times the cost, and eight times
+what a plan costs by itself: its check, its operations, its copies. Over HTTP a tensor's bytes are copied once into the kernel and once out of it by
+both; uvicorn's protocol joins each piece once more.
 
 Times are of this process's CPU, the median of rounds in which floor and ours alternate. One JSON line a case: `value` is ours in milliseconds
 (of the sweeps and the 1,000 traces what their unit says), `ratio_to_floor` ours over the floor's.
@@ -25,8 +32,10 @@ import json
 import os
 import platform
 import resource
+import socket
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,14 +43,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from interp_assets import lab
+from interp_assets.garcon.plan import Add, Grad, LogitDiff, Plan, Read, name_tensor
+from interp_assets.garcon.remote.batch import ModelThread
+from interp_assets.garcon.run import Run, run_plan, run_together
 from interp_assets.garcon.session import Model
 from interp_assets.garcon.subject import SubjectModel
+from interp_assets.web.connections import make_server
+from interp_assets.web.models import Models, Served
+from interp_assets.web.server import Desk, make_app
 
 VOCABULARY = 512
 
 
 class Words:
-    """A tokenizer whose every character is a token."""
+    """A tokenizer whose every character is a token, and none is special."""
+
+    SPECIAL_TOKENS_ATTRIBUTES = all_special_ids = ()
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         """Return one id a character."""
@@ -207,6 +225,102 @@ def count_leaks(llm: Model, n: int) -> dict[str, Any]:
     return {"name": f"{n:,} traces", "value": grown, "unit": "MB grown", "hooks_left": hooks, "goal": "< 1 MB, 0 hooks"}
 
 
+def make_users(llm: Model, n: int, *, derived: bool) -> list[tuple[Plan, dict[str, torch.Tensor]]]:
+    """Return different plans of `n` people over 16 tokens each."""
+    found = []
+    for user in range(n):
+        vector = torch.randn(llm.subject.d_model, generator=torch.Generator().manual_seed(user))
+        name = name_tensor(vector)
+        row = tuple((user * 31 + i * 7) % VOCABULARY for i in range(16))
+        operations: list[Any] = [Add(point=f"resid_pre.{user % 4}", value=name, pos=user), Read(name="a", point="resid_post.3")]
+        if derived:
+            operations = [LogitDiff(name="d", token=user, other=9), Grad(name="g", of="d", at=tuple(f"resid_post.{layer}" for layer in range(4)))]
+        found.append((Plan(rows=(row,), operations=tuple(operations)), {name.tensor: vector}))
+    return found
+
+
+def time_users(llm: Model, rounds: int) -> list[dict[str, Any]]:
+    """Compare one forward of several people's plans with one after the other; `ratio_to_floor` is how many times faster."""
+    lines = []
+    for what, derived in (("reads and adds", False), ("gradients", True)):
+        users = make_users(llm, 8, derived=derived)
+
+        def serial(users: Any = users) -> None:
+            for plan, tensors in users:
+                run_plan(llm.subject, plan, tensors)
+
+        def together(users: Any = users) -> None:
+            run_together([Run(llm.subject, plan, tensors) for plan, tensors in users])
+
+        slow, fast = compare(serial, together, rounds)
+        name = f"8 users, {what}, {llm.subject.name}, 16 tokens"
+        lines.append({"name": name, "value": fast, "unit": "ms", "ratio_to_floor": slow / fast, "goal": ">= 4x"})
+    return lines
+
+
+class Socket:
+    """A raw socket that sends the same bytes whenever it is asked."""
+
+    def __init__(self, content: bytes) -> None:
+        """Listen on this machine."""
+        self._content = content
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._serve, daemon=True).start()
+        self._client = socket.create_connection(self._listening.getsockname())
+
+    def _serve(self) -> None:
+        there, _ = self._listening.accept()
+        while there.recv(1):
+            there.sendall(self._content)
+
+    def fetch(self) -> bytearray:
+        """Ask, and read into one buffer."""
+        body = bytearray(len(self._content))
+        self._client.sendall(b"x")
+        view, reached = memoryview(body), 0
+        while reached < len(body):
+            reached += self._client.recv_into(view[reached:])
+        return body
+
+
+def time_http(llm: Model, rounds: int) -> list[dict[str, Any]]:
+    """Compare a server on this machine with doing it here, and with a raw socket."""
+    served = Served("tiny", llm.backend, ModelThread(llm.subject), {"model": "tiny"})
+    models = Models([served])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = make_server(make_app([], desk=Desk(models=models)), "127.0.0.1", port)
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.01)
+    remote = lab.connect(f"http://127.0.0.1:{port}", "tiny")
+
+    def trace(llm: Model) -> None:
+        with llm.trace("the cat sat on a") as t:
+            t.scale("resid_post.1", 2.0, pos=3)
+            t.read("resid_post.3")
+            t.logit_diff(5, 9)
+
+    here, there = compare(lambda: trace(llm), lambda: trace(remote), rounds)
+    rows = [[(row + i) % VOCABULARY for i in range(128)] for row in range(32)]
+
+    def read(llm: Model) -> None:
+        with llm.trace(rows) as t:  # the forward ends at the embedding; each of its 64 copies has a megabyte
+            for _ in range(64):
+                t.read("embed")
+
+    raw = Socket(bytes(64 << 20))
+    copies, whole = compare(lambda: read(llm), lambda: read(remote), max(3, rounds // 10))
+    floor, _ = compare(raw.fetch, raw.fetch, max(3, rounds // 10))
+    ours = whole - copies
+    server.should_exit = True
+    return [
+        {"name": "small trace over HTTP", "value": there, "unit": "ms", "extra_ms": there - here, "ratio_to_floor": there / here, "goal": ""},
+        {"name": "64 MB over HTTP", "value": ours, "unit": "ms", "ratio_to_floor": ours / floor, "goal": "<= 2.5x"},
+    ]
+
+
 def main() -> None:
     """Print one line a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,6 +332,8 @@ def main() -> None:
         *time_traces(tiny, "the cat sat on a", 30 if quick else 200),
         *time_sweeps(tiny, 3 if quick else 10),
         count_leaks(tiny, 300 if quick else 1000),
+        *time_users(tiny, 10 if quick else 100),
+        *time_http(tiny, 30 if quick else 200),
     ]
     if not quick:
         lines += time_traces(make_model(12, 256), "the cat sat on a mat " * 3, 30)

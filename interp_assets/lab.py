@@ -3,6 +3,7 @@
     from interp_assets import lab
 
     llm = lab.load("EleutherAI/pythia-160m")  # a model: see garcon/session.py for traces, sweeps and attributions
+    llm = lab.connect("http://gpu7:8420", "pythia-160m", token=...)  # the same on a server
     run = lab.open("pythia.yaml")  # or a pipeline's folder, or s3://bucket/name
     run.activations("resid_post.8")[10_000:20_000]  # .tensor .row_ids .tokens .text; .at(row_ids), .document(shard, number)
     run.mixed("resid_post.8")[:4096]
@@ -53,6 +54,17 @@ def load(
     """
     config = ModelConfig.model_validate({"name": name, "dtype": dtype, "revision": revision})
     return _load_model(config, ExecutionConfig.model_validate({"device": device}), device_map)
+
+
+def connect(url: str, model: str, *, token: str | None = None) -> "interp_assets.garcon.session.Model":
+    """Take a model that a server has (`interp serve --model`): the same methods and results as of `load`.
+
+    Needs neither transformers nor the model's files. Raises `InputError` for a model that is not served, `ServiceError` where nobody answers.
+    """
+    from interp_assets.garcon.remote.client import Connection, RemoteBackend  # noqa: PLC0415 - brings torch
+    from interp_assets.garcon.session import Model  # noqa: PLC0415 - as above
+
+    return Model.over(RemoteBackend(Connection(url, token), model))
 
 
 def open(where: str) -> "Opened":  # noqa: A001 - lab.open reads as it should

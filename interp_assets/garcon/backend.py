@@ -1,4 +1,4 @@
-"""What a notebook needs of a model, whether it is loaded here (`local.py`) or on a server (`client.py`): names in, numbers out.
+"""What a notebook needs of a model, whether it is loaded here (`local.py`) or on a server (`remote/client.py`): names in, numbers out.
 
 `session.py` turns what a person types into plans over this interface alone, so that the same words mean the same and give the same in both places.
 """
@@ -138,6 +138,10 @@ class Backend(Protocol):
 
     def sweep(self, row: Sequence[int], names: Sequence[str], source: Mapping[str, Tensor] | str, metric: Metric, by: str) -> tuple[float, Tensor]:
         """Return a metric without a patch, and [points, positions or heads] of it with each: see `sweep.py`."""
+        ...
+
+    def weight(self, name: str, head: int | None = None) -> Tensor:
+        """Return a copy of a weight, of one head if `head` is given: see `weights.py`."""
         ...
 
 

@@ -20,6 +20,7 @@ from interp_assets.garcon.steering.strengths import latent_strength, vector_stre
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.sweep import run_sweep
 from interp_assets.garcon.tokenizer import special_token_ids
+from interp_assets.garcon.weights import read_weight
 
 
 class LocalBackend:
@@ -67,6 +68,10 @@ class LocalBackend:
     def sweep(self, row: Sequence[int], names: Sequence[str], source: Mapping[str, Tensor] | str, metric: Metric, by: str) -> tuple[float, Tensor]:
         """Sweep."""
         return run_sweep(self.subject, row, names, source, metric, by)
+
+    def weight(self, name: str, head: int | None = None) -> Tensor:
+        """Return a copy of a weight."""
+        return read_weight(self.subject.net, name, head)
 
     @property
     def name(self) -> str:

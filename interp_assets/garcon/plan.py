@@ -516,10 +516,17 @@ def name_tensor(tensor: Tensor) -> TensorName:
 
 def digest_tensor(tensor: Tensor) -> str:
     """Hash dtype, shape and bytes of a tensor."""
-    content = tensor.detach().cpu().contiguous()
-    state = hashlib.blake2b(f"{content.dtype} {list(content.shape)}\n".encode(), digest_size=16)
-    state.update(content.reshape(-1).view(torch.uint8).numpy().data)
+    state = hashlib.blake2b(f"{tensor.dtype} {list(tensor.shape)}\n".encode(), digest_size=16)
+    state.update(bytes_of(tensor))
     return state.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes in the order of its places; they are the tensor's own where it lies so on the CPU."""
+    flat = tensor.detach().cpu().reshape(-1)
+    if flat.stride() != (1,):  # one number of a larger tensor keeps that one's stride, and passes for contiguous
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _parse(kind: type[_AnyPlan], text: str) -> _AnyPlan:

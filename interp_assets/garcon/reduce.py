@@ -11,7 +11,7 @@ texts are batched leaves no trace in them but what another shape of a batch does
 largest values merge exactly in any order; of equal values those come first that stand earlier. Special tokens are left out.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -135,6 +135,18 @@ def reduce_texts(subject: SubjectModel, plan: ReducePlan, progress: Callable[[in
 
     Raises `InputError` for points without rows and texts without tokens that count, `NonFiniteError` with the first place.
     """
+    steps = reduce_steps(subject, plan)
+    while True:
+        try:
+            n_tokens = next(steps)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            progress(n_tokens)
+
+
+def reduce_steps(subject: SubjectModel, plan: ReducePlan) -> Generator[int, None, dict[str, dict[str, Any]]]:
+    """Do what `reduce_texts` does, a forward a step, each of which yields its number of tokens."""
     reducers = {name: _Reducer(names, subject.d_in(name)) for name, names in plan.reductions.items()}
     places: list[tuple[int, int]] = []
     for batch in _batches(plan.rows):
@@ -150,8 +162,7 @@ def reduce_texts(subject: SubjectModel, plan: ReducePlan, progress: Callable[[in
                 raise NonFiniteError(f"{name} of text {batch[text]} is not finite at position {position}. Run the model in float32.")
             reducers[name].add(chosen.float() if chosen.dtype != torch.float64 else chosen)
         places += [(batch[text], position) for text, position in kept.nonzero().tolist()]
-        if progress is not None:
-            progress(int(is_token.sum()))
+        yield int(is_token.sum())
     if not places:
         raise InputError("The texts have no tokens but special ones: there is nothing to reduce.")
     answers: dict[str, dict[str, Any]] = {}

@@ -101,8 +101,14 @@ class _AtPoint:
         self.writes: list[tuple[Write, Part]] = []
         self.after: list[tuple[Read, Part]] = []
         self.wants_edge = False
-        self.value = torch.empty(0)
+        self.value: Tensor | None = None
+        """What arrived; kept where a derivative is wanted."""
         self.n_fired = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Tell whether nothing is read or written."""
+        return not (self.before or self.writes or self.after)
 
 
 class Run:
@@ -213,15 +219,19 @@ class Run:
         at.before.append((read, find_part(self.subject.net, at.point, read, self.lengths)))
 
     def _at(self, name: str) -> _AtPoint:
-        point = find_point(self.subject.net, name)
-        return self.points.setdefault(point.name, _AtPoint(point))
+        if name not in self.points:  # else it is canonical, and known
+            point = find_point(self.subject.net, name)
+            return self.points.setdefault(point.name, _AtPoint(point))
+        return self.points[name]
 
     def meet(self, at: _AtPoint, value: Tensor) -> Tensor:
         """Do at a point what the plan wants there; `value` has the point's own shape. Without a write it is returned itself."""
         at.n_fired += 1
         if at.n_fired > 1:
             raise InputError(f"Hook point {at.point.name!r} fired more than once in one forward: name a module that is called once.")
-        at.value = value
+        at.value = value if at.wants_edge else None
+        if at.is_idle:
+            return value
         is_pattern = at.point.kind == "pattern"
         shown = value.transpose(1, 2) if is_pattern else value  # positions stand second in every part
         for read, part in at.before:
@@ -269,22 +279,24 @@ class Run:
         """Return the canonical names of the points of a derivative."""
         return [self._at(name).point.name for name in operation.at]
 
-    def derive(self, operation: Grad | Attribute, gradients: Mapping[str, Tensor | None]) -> None:
-        """Take the derivatives of an operation, which are given by point."""
+    def derive(self, operation: Grad | Attribute, gradients: Mapping[str, Tensor | None], suspicious: set[str]) -> None:
+        """Take the derivatives of an operation, which are given by point; the suspicious ones may not be finite."""
         answers: dict[str, Tensor] = {}
         for i, name in enumerate(self.names_of(operation)):
             at, gradient = self.points[name], gradients[name]
             if gradient is None:
                 raise InputError(f"Metric {operation.of!r} does not depend on {at.point.name!r}: there is no derivative.")
             own = gradient[: self.n_rows]
-            _check_finite(own, f"{operation.name} at {at.point.name}")
+            if name in suspicious:
+                _check_finite(own, f"{operation.name} at {at.point.name}")
             if operation.op == "attribute":
                 own = self._attribute(at, own, operation.source if operation.source == "zero" else operation.source[i])
-            answers[at.point.name] = own.detach().clone()
+            answers[at.point.name] = own.clone() if own.grad_fn is None else own.detach().clone()
         self.derivatives[operation.name] = answers
 
     def _attribute(self, at: _AtPoint, gradient: Tensor, source: Any) -> Tensor:
         """Return the derivative along the way from each vector to its source's, [rows, positions] or by head."""
+        assert at.value is not None
         now = at.value[: self.n_rows]
         wanted = torch.zeros_like(now) if source == "zero" else self.beside.tensor(source)
         if wanted.shape != now.shape:
@@ -298,10 +310,9 @@ class _Forward:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs, self.subject = runs, runs[0].subject
         self.is_shared = len(runs) > 1
-        ends = list(accumulate(len(run.lengths) for run in runs))
-        self.rows = [slice(end - len(run.lengths), end) for run, end in zip(runs, ends, strict=True)]
+        self.sizes = [len(run.lengths) for run in runs]
         self.widths = [max(run.lengths) for run in runs]
-        self.batch = (ends[-1], max(self.widths))
+        self.batch = (sum(self.sizes), max(self.widths))
         self.points: dict[HookPoint, list[tuple[int, _AtPoint]]] = {}
         for i, run in enumerate(runs):
             for at in run.points.values():
@@ -326,7 +337,8 @@ class _Forward:
                 with tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
                     output = net(**arguments) if any(run.needs_head for run in self.runs) else net.base_model(**arguments)
                     if any(run.metrics for run in self.runs):
-                        self._each(lambda i, run: run.measure(self._window(i, output.logits, "" if kept is None else "kept"), kept))
+                        windows = self._windows(output.logits, "" if kept is None else "kept")
+                        self._each(lambda i, run: run.measure(windows[i], kept))
                 self._each(lambda _, run: run.check_fired())
                 for number in range(max(len(run.derived) for run in self.runs)):
                     self._derive(number)
@@ -352,39 +364,50 @@ class _Forward:
             return None
         return sorted({place for run in self.runs for places in run.places.values() for _, place in places})
 
-    def _window(self, i: int, value: Tensor, kind: str) -> Tensor:
-        """Return a run's rows of a tensor, cut to its own length: a view."""
+    def _windows(self, value: Tensor, kind: str) -> Sequence[Tensor]:
+        """Return each run's rows of a tensor, cut to its own length: views."""
         if not self.is_shared:
-            return value
-        own, width = value[self.rows[i]], self.widths[i]
-        return own if kind == "kept" else own[:, :, :width, :width] if kind == "pattern" else own[:, :width]
+            return (value,)
+        found = value.split(self.sizes)
+        if kind == "kept" or min(self.widths) == self.batch[1]:
+            return found
+        pairs = zip(found, self.widths, strict=True)
+        return [own[:, :, :width, :width] if kind == "pattern" else own[:, :width] for own, width in pairs]
 
     def _meet(self, point: HookPoint, value: Tensor) -> Tensor:
         """Let every run do at a point what it wants there; `value` has the point's own shape."""
         if any(at.wants_edge for _, at in self.points[point]):
             value = value.clone() if point.side == "stream" else value.view_as(value)
             self.edges[point.name] = get_gradient_edge(value)
-        changed = value
+        windows = self._windows(value, point.kind)
+        written: dict[int, Tensor] = {}
         for i, at in self.points[point]:
-            run, window = self.runs[i], self._window(i, value, point.kind)
-            if run.error is not None:
-                continue
-            try:
-                made = run.meet(at, window)
-            except InterpError as error:
-                error.point = error.point or point.name
-                run.error = error
-                continue
-            if made is not window and not self.is_shared:
-                changed = made
-            elif made is not window:
-                changed = value.clone() if changed is value else changed
-                self._window(i, changed, point.kind).copy_(made)
+            run = self.runs[i]
+            if run.error is None:
+                try:
+                    made = run.meet(at, windows[i])
+                except InterpError as error:
+                    error.point = error.point or point.name
+                    run.error = error
+                else:
+                    written |= {} if made is windows[i] else {i: made}
         self.left.discard(point)
         going = [run for run in self.runs if run.error is None]
         if not going or not (self.left or any(run.metrics for run in going)):
             raise _AllReadError
-        return changed
+        return self._join(value, windows, written, point.kind) if written else value
+
+    def _join(self, value: Tensor, windows: Sequence[Tensor], written: Mapping[int, Tensor], kind: str) -> Tensor:
+        """Return a tensor with some runs' windows replaced."""
+        if not self.is_shared:
+            return written[0]
+        if min(self.widths) == self.batch[1]:
+            return torch.cat([written.get(i, window) for i, window in enumerate(windows)])
+        joined, ends = value.clone(), list(accumulate(self.sizes))
+        for i, made in written.items():
+            rows, width = slice(ends[i] - self.sizes[i], ends[i]), self.widths[i]
+            joined[(rows, slice(None), slice(width), slice(width)) if kind == "pattern" else (rows, slice(width))] = made
+        return joined
 
     def _derive(self, number: int) -> None:
         """Take the derivatives of every run's operation of this number, by one backward."""
@@ -396,13 +419,17 @@ class _Forward:
         is_last = not any(number + 1 < len(run.derived) for run, _ in asked)
         total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
         found = torch.autograd.grad(total, [self.edges[name] for name in names], retain_graph=not is_last, allow_unused=True)
-        gradients = dict(zip(names, found, strict=True))
+        gradients: dict[str, Tensor | None] = dict(zip(names, found, strict=True))
+        suspicious = {name for name, gradient in gradients.items() if gradient is not None and not math.isfinite(float(gradient.sum()))}
+        windows = {
+            name: [None] * len(self.runs) if gradient is None else self._windows(gradient, name.partition(".")[0])
+            for name, gradient in gradients.items()
+        }
 
         def take(i: int, run: Run) -> None:
             if number < len(run.derived):
-                own = run.names_of(run.derived[number])
-                cut = {name: None if gradients[name] is None else self._window(i, gradients[name], name.partition(".")[0]) for name in own}
-                run.derive(run.derived[number], cut)
+                operation = run.derived[number]
+                run.derive(operation, {name: windows[name][i] for name in run.names_of(operation)}, suspicious)
 
         self._each(take)
 
@@ -413,9 +440,7 @@ def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     longest = max(lengths)
     if min(lengths) == longest:
         return torch.tensor(rows), None
-    token_ids = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        token_ids[i, : len(row)] = torch.tensor(row)
+    token_ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
     return token_ids, torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
 
 

@@ -211,9 +211,7 @@ class Model:
 
     def weights(self, name: str, *, head: int | None = None) -> Tensor:
         """Return a copy of a weight by TransformerLens' name: `W_O.5`, `W_E` (`weights.py`). Raises `InputError` for what this model lacks."""
-        from interp_assets.garcon.weights import read_weight  # noqa: PLC0415 - brings transformers, which a client does without
-
-        return read_weight(self.subject.net, name, head)
+        return self.backend.weight(name, head)
 
     def generate(
         self,

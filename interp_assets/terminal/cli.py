@@ -236,21 +236,34 @@ def serve(
     notes: Annotated[
         Path | None, typer.Option(help="Folder of lists and notes: one JSON file a bundle, made by the first note. Default: beside the pipeline.")
     ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Serve a model to notebooks, by hub id, folder or `builtin:` name; the pipeline's own with its SAEs. Several times for several."
+        ),
+    ] = None,
+    users: Annotated[Path | None, typer.Option(help="File of users, `name: SHA-256 of the token` a line: each has quotas of their own.")] = None,
+    weights: Annotated[bool, typer.Option(help="Send weights of models to who asks for them.")] = True,
 ) -> None:
-    """Open the feature browser."""
-    from interp_assets.web.opened import find_bundles
-    from interp_assets.web.server import check_bind
+    """Open the feature browser, and serve models to notebooks (`lab.connect`)."""
+    from interp_assets.terminal.serving import find_served_bundles, load_models, read_users
+    from interp_assets.web.server import Desk, check_bind
     from interp_assets.web.server import serve as serve_bundles
 
     token = os.environ.get("INTERP_TOKEN") if token_file is None else read_token(token_file)
-    check_bind(host, token)
+    known = read_users(users) if users else {}
+    check_bind(host, token, known)
     pipeline = _load(config)
-    bundles = find_bundles(path or f"{pipeline.root}/{pipeline.name}")
+    bundles = find_served_bundles(path, pipeline, is_needed=not model or bool(path or config))
+    models = load_models(model, pipeline, weights=weights, say=_say) if model else None
+    desk = make_desk(pipeline, bundles, notes or find_notes(bundles)) if bundles else Desk()
     port = _free_port(host, port)
-    hint = "add /?token= and the token the first time; " if token else ""
-    shown = f"[{host}]" if ":" in host else host
-    out.print(f"Feature browser: http://{shown}:{port}   ({hint}Ctrl-C stops it)", soft_wrap=True, markup=False)
-    serve_bundles(bundles, host=host, port=port, token=token, desk=make_desk(pipeline, bundles, notes or find_notes(bundles)))
+    hint = "add /?token= and the token the first time; " if token or known else ""
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    out.print(f"Feature browser: {address}   ({hint}Ctrl-C stops it)", soft_wrap=True, markup=False)
+    for name in models.names if models else ():
+        _say(f'In a notebook:   lab.connect("{address}", "{name}"{", token=..." if token or known else ""})')
+    serve_bundles(bundles, host=host, port=port, token=token, desk=desk._replace(models=models, users=known))
 
 
 @app.command()

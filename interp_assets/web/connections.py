@@ -2,7 +2,8 @@
 
 Before any request is complete nobody has shown a token, so what a connection may cost until then is bounded:
 
-1. a request, with its body, is complete `REQUEST_S` after the connection was made or the last answer was sent, or the connection ends;
+1. a request, with its body, is complete `REQUEST_S` after the connection was made or the last answer was sent, or the connection ends. A long
+   body has a second more for every `BODY_BYTES` that came: a trickle gains nothing by it;
 2. a client that takes nothing of its answer for `WRITE_S` seconds is let go;
 3. there are at most `MAX_CONNECTIONS`, and never more than half of the descriptors that this process may have: when one more comes, the
    one that has been without a complete request for longest makes room. So a flood of idle sockets cannot keep a real request out.
@@ -21,6 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_S: Final = 15.0
 WRITE_S: Final = 60.0
+BODY_BYTES: Final = 256 << 10
 MAX_CONNECTIONS: Final = 256
 _QUEUE: Final = 32
 """Connections that the kernel keeps unaccepted, and that are accepted in one go."""
@@ -31,7 +33,7 @@ _INCOMPLETE: Final = (h11.IDLE, h11.SEND_BODY)
 class Connection(H11Protocol):
     """One connection; it ends when its client is silent for too long."""
 
-    request_s, write_s, max_connections = REQUEST_S, WRITE_S, MAX_CONNECTIONS
+    request_s, write_s, body_bytes, max_connections = REQUEST_S, WRITE_S, BODY_BYTES, MAX_CONNECTIONS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Hold what uvicorn gives a protocol."""
@@ -59,6 +61,10 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.conn.their_state not in _INCOMPLETE:
             self._asked = _cancel(self._asked)
+        elif self._asked is not None and self.conn.their_state is h11.SEND_BODY:
+            end = self._asked.when() + len(data) / self.body_bytes
+            self._asked.cancel()
+            self._asked = self.loop.call_at(end, self.transport.abort)
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
         """Hand the connection on: WebSockets have pings."""

@@ -11,6 +11,7 @@
     GET /api/bundles/{name}/try             the features that fire on `text`, and how `latent` does, where model and SAE are at hand
     PUT /api/bundles/{name}/notes/{latent}  set the note of one latent, and the lists that it stands in
     GET /bundles/{name}/{file}              a file of the bundle: Range, ETag, verified against the manifest
+    /api/models, /api/runs, /api/jobs, ...  models, where some are served: `models.py`
 
 A feature page needs only the last one, so it works on any static host too. Errors are JSON: what is wrong, and what to do.
 `guard.py` decides who may ask; credentials and stores come from the caller.
@@ -23,6 +24,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -35,7 +37,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from interp_assets.errors import ArtifactCorruptError, ArtifactError, ConfigError, InputError, InterpError, StoreError
+from interp_assets.errors import ArtifactCorruptError, ArtifactError, ConfigError, InputError, InterpError, NotFoundError, StoreError
 from interp_assets.web import table
 from interp_assets.web.connections import make_server
 from interp_assets.web.files import file_response
@@ -53,10 +55,6 @@ _BUILD_HINT: Final = "python frontend/build.py"
 _LISTED: Final = ("is_synthetic", "pipeline", "model", "hook_point", "sae", "d_sae", "n_live", "evaluation", "corpus", "tokens_scanned")
 
 
-class NotFoundError(InterpError):
-    """The address names nothing that is served."""
-
-
 @runtime_checkable
 class Asker(Protocol):
     """Answers which features fire on a text."""
@@ -66,11 +64,26 @@ class Asker(Protocol):
         ...
 
 
+@runtime_checkable
+class Routes(Protocol):
+    """Adds routes to the application."""
+
+    def add(self, app: FastAPI) -> None:
+        """Add them."""
+        ...
+
+
 class Desk(NamedTuple):
-    """What a server has besides bundles: the folder of lists and notes (None: pages keep none), and model and SAE of some bundles, by name."""
+    """What a server has besides bundles."""
 
     notes: Path | None = None
+    """The folder of lists and notes; None: pages keep none."""
     examples: Mapping[str, Asker] = {}
+    """Model and SAE of some bundles, by name."""
+    models: Routes | None = None
+    """Models that notebooks ask (`models.py`, which brings transformers and is imported by who serves some)."""
+    users: Mapping[str, str] = {}
+    """Who may ask: names with the SHA-256 of their tokens."""
 
 
 NO_DESK: Final = Desk()
@@ -95,11 +108,13 @@ def make_app(
     opened = {place.name: open_bundle(place) for place in bundles}
     _add_errors(app)
     notebooks = {name: Notebook(desk.notes, name) for name in opened} if desk.notes else {}
-    _add_lists(app, opened, notebooks, desk.examples)
+    _add_lists(app, opened, notebooks, desk)
     _add_notes(app, opened, notebooks)
     _add_files(app, opened)
+    if desk.models:
+        desk.models.add(app)
     _add_pages(app, static)
-    app.add_middleware(Guard, token=token, hosts=tuple(hosts))
+    app.add_middleware(Guard, token=token, hosts=tuple(hosts), users=desk.users)
     return app
 
 
@@ -113,8 +128,8 @@ def serve(
     desk: Desk = NO_DESK,
 ) -> None:
     """Serve until interrupted. Raises `ConfigError` when `host` is not a loopback address and no token protects it."""
-    check_bind(host, token)
-    allowed = tuple(hosts) or (("*",) if token else ())
+    check_bind(host, token, desk.users)
+    allowed = tuple(hosts) or (("*",) if token or desk.users else ())
     app = make_app(bundles, token=token, hosts=allowed, desk=desk)
     return_large_memory()
     make_server(app, host, port).run()
@@ -131,12 +146,12 @@ def return_large_memory() -> bool:
     return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20))
 
 
-def check_bind(host: str, token: str | None) -> None:
+def check_bind(host: str, token: str | None, users: Mapping[str, str] = MappingProxyType({})) -> None:
     """Refuse to open the server to other machines without a token. Raises `ConfigError`."""
-    if host not in LOOPBACK and not token:
+    if host not in LOOPBACK and not token and not users:
         raise ConfigError(
             f"Serving on {host} would answer every machine that reaches this one. Set INTERP_TOKEN, or name a file with --token-file, to a long "
-            "random text that is asked for, or stay on 127.0.0.1 and use an SSH tunnel."
+            "random text that is asked for, or one of users with --users, or stay on 127.0.0.1 and use an SSH tunnel."
         )
 
 
@@ -158,12 +173,15 @@ def _add_notes(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
         return notebooks[name].change(latent, change.note, change.lists)
 
 
-def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook], examples: Mapping[str, Asker]) -> None:
+def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook], desk: Desk) -> None:
+    examples = desk.examples
+
     @app.get("/api/bundles")
     @app.get("/site.json")
     def list_all() -> dict[str, Any]:
         can_try = {name: name in examples for name in bundles}
-        return {"mode": "server", "notes": bool(notebooks), "examples": can_try, "bundles": [summarize(bundle) for bundle in bundles.values()]}
+        told = {"mode": "server", "notes": bool(notebooks), "models": desk.models is not None, "examples": can_try}
+        return {**told, "bundles": [summarize(bundle) for bundle in bundles.values()]}
 
     @app.get("/api/bundles/{name}")
     @_explained

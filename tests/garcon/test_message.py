@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Answer, Kept
-from interp_assets.garcon.message import FILE, JSON, MAX_HEADER, MAX_TEXT, pack, pack_answer, pack_plan, read_answer, read_plan, unpack
 from interp_assets.garcon.plan import Add, Plan, Read, TensorName, name_tensor, parse_plan
+from interp_assets.garcon.remote.message import FILE, JSON, MAX_HEADER, MAX_TEXT, pack, pack_answer, pack_plan, read_answer, read_plan, unpack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
 VECTOR = torch.arange(3.0)

@@ -47,6 +47,8 @@ def test_the_hash_follows_what_is_asked_and_every_byte_of_a_tensor() -> None:
     hashes |= {Plan(rows=((1,),), operations=(Add(point="z.1", value=name_tensor(tensor)),)).hash for tensor in (VECTOR, changed, VECTOR.half())}
     assert len(hashes) == 6
     assert digest_tensor(VECTOR) != digest_tensor(VECTOR[None])
+    assert digest_tensor(torch.arange(6.0)[None, 3::9]) == digest_tensor(torch.tensor([[3.0]]))
+    assert digest_tensor(torch.arange(12.0)[::2].reshape(2, 3)) == digest_tensor(torch.tensor([[0.0, 2.0, 4.0], [6.0, 8.0, 10.0]]))
     assert digest_tensor(torch.arange(6.0).reshape(2, 3).T) == digest_tensor(torch.arange(6.0).reshape(2, 3).T.contiguous())
 
 

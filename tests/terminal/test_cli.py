@@ -39,7 +39,7 @@ OPTIONS = {
     "labels": [],
     "plan": ["--config", "--memory", "--range", "--read-again", "--row-bytes", "--rows", "--simulate", "--workers"],
     "run": ["--config", "--read-again", "--select"],
-    "serve": ["--config", "--host", "--notes", "--port", "--token-file", "path"],
+    "serve": ["--config", "--host", "--model", "--notes", "--port", "--token-file", "--users", "--weights", "path"],
     "sweep": ["--config", "--csv", "--sort"],
     "verify": ["--config", "path"],
 }

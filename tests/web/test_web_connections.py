@@ -113,6 +113,22 @@ def test_a_trickle_does_not_prolong_it(port: int) -> None:
     assert until_closed(connect(port, POST), lambda: b"x") < 5
 
 
+def test_a_long_body_has_the_time_that_it_needs() -> None:
+    """A notebook behind a slow line sends 64 MB; one that sends nothing of them is not waited for."""
+
+    class Slow(Impatient):
+        request_s, body_bytes = 0.5, 100
+
+    head = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 400\r\n\r\n"
+    with serving(Slow) as port, connect(port, head) as client:
+        for _ in range(4):
+            time.sleep(0.3)
+            client.sendall(b"x" * 100)
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    with serving(Slow) as port:
+        assert until_closed(connect(port, head + b"x" * 50)) < 4
+
+
 def test_a_client_that_takes_nothing_is_let_go(port: int) -> None:
     """Answers wait in memory."""
     with connect(port, b"GET /large HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n") as client:

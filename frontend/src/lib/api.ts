@@ -8,7 +8,7 @@ import { decodeRecord, locate, readSpan } from './record';
 import { listParameters, type ListState } from './route';
 import { readClusters, type Cluster } from './labels';
 import { bytesOf, cosine, readPoints, readTiles, type Points, type Tile } from './map';
-import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, Site, Tried } from './types';
+import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, ServedModel, ServedPoint, Site, Tried } from './types';
 import { parseVocabulary, type Vocabulary } from './vocabulary';
 
 const KEPT_RECORDS = 400;
@@ -85,6 +85,15 @@ async function staticList(name: string): Promise<StaticList | null> {
 
 export async function listBundles(): Promise<BundleSummary[]> {
   return (await getSite()).bundles;
+}
+
+export async function listModels(): Promise<ServedModel[]> {
+  if (!(await getSite()).models) throw new Problem('No models are served here.', 'Start `interp serve` with --model and the name of one.');
+  return (await askJson<{ models: ServedModel[] }>('api/models')).models;
+}
+
+export async function listPoints(model: string): Promise<ServedPoint[]> {
+  return (await askJson<{ points: ServedPoint[] }>(`api/models/${encodeURIComponent(model)}/points`)).points;
 }
 
 export function getBundle(name: string): Promise<Bundle> {

@@ -5,6 +5,7 @@
  *     #/<bundle>/<latent>?...the list it was opened from...&view=full&range=2~2.5   feature
  *     #/<bundle>/<latent>/with/<bundle>/<latent>                                    two features side by side
  *     #/<bundle>/map?at=17, #/<bundle>/try?at=17                                    map of decoder directions, search by example, for one feature
+ *     #/models                                                                      the models that this server has for notebooks
  */
 /** A search is sorted so unless somebody chooses otherwise: the best match first. */
 export const RELEVANCE = 'relevance';
@@ -25,6 +26,8 @@ export interface Route {
   /** The feature beside it. */
   other: { bundle: string; latent: number } | null;
   view: 'map' | 'try' | null;
+  /** The models for notebooks, instead of a bundle. */
+  isModels: boolean;
   list: ListState;
   /** Feature to bring into view: in the list, on the map, over a text. */
   at: number | null;
@@ -44,7 +47,8 @@ export function parseRoute(hash: string): Route {
   const given = new URLSearchParams(query);
   const life = given.get('life');
   return {
-    bundle: bundle || null,
+    bundle: bundle && path !== 'models' ? bundle : null,
+    isModels: path === 'models',
     latent: latent === '' ? null : /^\d+$/.test(latent) ? Number(latent) : Number.NaN,
     other: mark === 'with' && otherBundle && /^\d+$/.test(otherLatent) ? { bundle: otherBundle, latent: Number(otherLatent) } : null,
     view,

@@ -29,7 +29,35 @@ export interface Site {
   notes?: boolean;
   /** Whether a text can be run through model and SAE, for each bundle. */
   examples?: Record<string, boolean>;
+  /** Whether models are served to notebooks. */
+  models?: boolean;
   bundles: BundleSummary[];
+}
+
+/** A model that is served to notebooks. */
+export interface ServedModel {
+  name: string;
+  model: string;
+  revision?: string;
+  type: string;
+  dtype: string;
+  device: string;
+  n_layers: number;
+  d_model: number;
+  vocabulary: number;
+  max_context: number;
+  can_measure: boolean;
+  saes: Record<string, { hook_point: string; d_sae: number; fvu?: number | null }>;
+  limits: Record<'operations' | 'rows' | 'tokens' | 'answer_bytes' | 'kept_bytes' | 'kept_s' | 'seconds' | 'in_flight' | 'queued', number>;
+  queue: { waiting: number; answered: number; forwards: number; stopped: string };
+}
+
+export interface ServedPoint {
+  name: string;
+  shape: string;
+  module: string;
+  alias: string;
+  refused: string;
 }
 
 export interface Evaluation {

@@ -15,15 +15,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import polars as pl
 import torch
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.backend import Answer, Kept
-from interp_assets.garcon.plan import TensorName, name_tensor
+from interp_assets.garcon.backend import Answer, Continuation, Effect, Generated, Kept, Token
+from interp_assets.garcon.plan import TensorName, bytes_of, name_tensor
 
 FILE: Final = "application/safetensors"
 JSON: Final = "application/json"
+LINES: Final = "application/x-ndjson"
 MAX_TEXT: Final = 1 << 20
 """Bytes of a plan's text."""
 MAX_HEADER: Final = 4 << 20
@@ -62,12 +64,12 @@ def pack(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[bytes 
     pieces: list[bytes | memoryview] = []
     offset = 0
     for name in sorted(tensors, key=lambda name: -tensors[name].itemsize):  # so that each begins at a multiple of its own size
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name]
         if tensor.dtype not in _CODES:
             raise InputError(f"A tensor of dtype {str(tensor.dtype).removeprefix('torch.')} does not travel; {', '.join(_DTYPES)} do.")
         header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
         if tensor.nbytes:
-            pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            pieces.append(bytes_of(tensor))
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -188,6 +190,92 @@ def read_cells(body: bytearray) -> tuple[float, Tensor]:
         return float(json.loads(take_text(message, "base"))), message.tensors["cells"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise _refuse(f"it is no sweep's answer ({type(error).__name__}: {error})") from error
+
+
+def dump_generated(generated: Generated) -> dict[str, Any]:
+    """Return what a plan that generates gave, as JSON has it."""
+    return {
+        "texts": generated.texts,
+        "defaults": generated.defaults,
+        "effects": [{name: _dump(tensor) for name, tensor in effect._asdict().items()} for effect in generated.effects],
+        "fvu": generated.fvu,
+    }
+
+
+def load_generated(content: Any) -> Generated:
+    """Return what `dump_generated` wrote. Raises `InputError` for something else."""
+    try:
+        texts, defaults = (
+            [Continuation([load_token(token) for token in tokens], is_stopped) for tokens, is_stopped in content[name]]
+            for name in ("texts", "defaults")
+        )
+        effects = [Effect(**{name: _load(dumped) for name, dumped in effect.items()}) for effect in content["effects"]]
+        return Generated(texts, defaults, effects, dict(content["fvu"]))
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        raise _refuse(f"it is no text that was generated ({type(error).__name__}: {error})") from error
+
+
+def load_token(content: Sequence[Any]) -> Token:
+    """Return a token as it was written into a line."""
+    token = Token(*content)
+    return token._replace(watched=tuple(token.watched))
+
+
+def pack_reduced(reduced: Mapping[str, Mapping[str, Any]]) -> list[bytes | memoryview]:
+    """Return the pieces of what a plan that reduces gave: tensors, and tables as one tensor a column; float64 travels as the integers of its bits."""
+    tensors: dict[str, Tensor] = {}
+
+    def place(tensor: Tensor) -> dict[str, Any]:
+        name, is_double = str(len(tensors)), tensor.dtype == torch.float64
+        tensors[name] = tensor.contiguous().view(torch.int64) if is_double else tensor
+        return {"tensor": name, "float64": is_double}
+
+    def write(value: Tensor | pl.DataFrame) -> dict[str, Any]:
+        if isinstance(value, Tensor):
+            return place(value)
+        return {"columns": [[column.name, str(column.dtype), *_write_column(column, place)] for column in value]}
+
+    content = {point: {what: write(value) for what, value in found.items()} for point, found in reduced.items()}
+    return pack({"reduced": json.dumps(content, separators=(",", ":"))}, tensors)
+
+
+def read_reduced(body: bytearray) -> dict[str, dict[str, Any]]:
+    """Read what `pack_reduced` wrote. Raises `InputError` for something else."""
+    message = unpack(body)
+
+    def find(place: dict[str, Any]) -> Tensor:
+        tensor = message.tensors[place["tensor"]]
+        return tensor.view(torch.float64) if place["float64"] else tensor
+
+    def load(value: dict[str, Any]) -> Tensor | pl.DataFrame:
+        if "tensor" in value:
+            return find(value)
+        columns = [
+            pl.Series(name, find(given).numpy() if kind == "numbers" else given, getattr(pl, dtype)) for name, dtype, kind, given in value["columns"]
+        ]
+        return pl.DataFrame(columns)
+
+    try:
+        content = json.loads(take_text(message, "reduced"))
+        return {point: {what: load(value) for what, value in found.items()} for point, found in content.items()}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise _refuse(f"it is nothing that was reduced ({type(error).__name__}: {error})") from error
+
+
+def _write_column(column: pl.Series, place: Callable[[Tensor], dict[str, Any]]) -> tuple[str, Any]:
+    if column.dtype.is_numeric() and not column.null_count():
+        wide = column.cast(pl.Float64 if column.dtype.is_float() else pl.Int64)
+        return "numbers", place(torch.from_numpy(wide.to_numpy().copy()))
+    return "values", column.to_list()
+
+
+def _dump(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "values": tensor.flatten().tolist()}
+
+
+def _load(dumped: dict[str, Any]) -> Tensor:
+    dtype = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}[dumped["dtype"]]
+    return torch.tensor(dumped["values"], dtype=dtype).reshape(dumped["shape"])
 
 
 def read_tensor(body: bytearray) -> Tensor:
