@@ -20,7 +20,7 @@ from interp_assets.garcon.steering.recipe import load_recipe, make_edits
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.steer.refs import curve_lineage, curve_ref, saes_of, steering_of
+from interp_assets.steer.refs import curve_lineage, curve_ref, edits_of, saes_of, steering_of
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import Manifest, Produced, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
@@ -45,7 +45,7 @@ def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokeniz
     prompts = Chats(tuple(map(tuple, backend.tokenize(steering.prompts, special=True))), ())
     strengths = [f"{strength:g} {steering.unit}" for strength in steering.strengths]
     options = {"new_tokens": steering.new_tokens, "n": steering.n, "temperature": steering.temperature, "seed": pipeline.config.seed, "watch": ()}
-    edits = make_edits(load_recipe(steering.recipes[name]), backend)
+    edits = make_edits(load_recipe(edits_of(pipeline, name)), backend)
     names = {point for pattern in edits.freeze for point in _matching(backend, pattern)}
     dose = run_dose(backend, prompts, edits._replace(freeze=tuple(sorted(names))), strengths, options)
     progress(dose.texts.height)
@@ -59,7 +59,7 @@ def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokeniz
 
 
 def read_curve(pipeline: Pipeline, store: Store, name: str) -> Dose:
-    """Read a dose curve."""
+    """Read a dose curve. Raises `ConfigError` for a recipe that the configuration does not have, `ArtifactMissingError` before it is made."""
     ref = curve_ref(pipeline, name)
     manifest = load_manifest(store, ref)
     return _as_dose(pipeline, manifest, pl.read_parquet(io.BytesIO(read_file(store, ref.path, manifest, TEXTS))))

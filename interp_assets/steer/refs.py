@@ -1,6 +1,7 @@
 """Where dose curves lie, and what each is made from."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from interp_assets.errors import ConfigError
 from interp_assets.harvest.refs import statistics_ref
@@ -23,9 +24,17 @@ def steering_of(pipeline: Pipeline) -> SteeringConfig:
     return pipeline.config.steering
 
 
+def edits_of(pipeline: Pipeline, name: str) -> list[dict[str, Any]]:
+    """Return the edits of a recipe. Raises `ConfigError` with the names there are."""
+    recipes = steering_of(pipeline).recipes
+    if name not in recipes:
+        raise ConfigError(f"No recipe is called {name!r}; `steering.recipes` has {sorted(recipes)}.")
+    return recipes[name]
+
+
 def saes_of(pipeline: Pipeline, name: str) -> list[str]:
     """List the SAEs that a recipe names, each once; what else is in it is not looked at here."""
-    edits = steering_of(pipeline).recipes[name]
+    edits = edits_of(pipeline, name)
     named = [part.get("sae") for edit in edits for part in (edit, edit.get("if")) if isinstance(part, dict)]
     return list(dict.fromkeys(sae for sae in named if isinstance(sae, str)))
 
@@ -33,7 +42,7 @@ def saes_of(pipeline: Pipeline, name: str) -> list[str]:
 def curve_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     """Address the dose curve of one recipe: its edits, prompts and strengths, the model, the SAEs and how their latents fire."""
     steering = steering_of(pipeline)
-    asked = {"edits": steering.recipes[name], **steering.model_dump(exclude={"recipes"})}
+    asked = {"edits": edits_of(pipeline, name), **steering.model_dump(exclude={"recipes"})}
     identity = {"code": STEER_VERSION, "model": pipeline.plan.model_fingerprint, "seed": pipeline.config.seed, "steering": asked}
     inputs = {f"{ref.kind}.{ref.path}": ref.artifact_id for ref in sources_of(pipeline, name)}
     return make_ref("steering_sweep", FOLDER, identity=identity, inputs=inputs, label=name)

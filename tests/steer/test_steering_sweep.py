@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from tiny_models import make_tiny_config, save_model, write_texts
 
+from interp_assets import lab
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.errors import ConfigError, InputError
 from interp_assets.garcon.steering.dose import ARMS, DIFFERENCE
@@ -18,7 +19,6 @@ from interp_assets.planning.asset import Asset, Job
 from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
 from interp_assets.steer.assets import find_obstacles
-from interp_assets.steer.curves import read_curve
 from interp_assets.steer.refs import curve_ref
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
@@ -70,7 +70,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[PipelineConfig, Pipe
 def test_a_recipe_becomes_texts_and_a_table_as_the_page_says(made: tuple[PipelineConfig, Pipeline, Store]) -> None:
     """Every arm of every strength, for each prompt; the columns are those of the page, in its order."""
     _, pipeline, store = made
-    dose = read_curve(pipeline, store, "first")
+    dose = lab.Opened(pipeline, store).dose("first")
     columns = re.findall(r"^\| `(\w+)` \| (?:string|int64|float64) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert dose.texts.columns == columns
     assert set(dose.texts["arm"]) <= set(ARMS)
@@ -81,6 +81,8 @@ def test_a_recipe_becomes_texts_and_a_table_as_the_page_says(made: tuple[Pipelin
     table = dose.table().filter((pl.col("arm") == DIFFERENCE) & (pl.col("strength") == "4 raw") & (pl.col("outcome") == "kl"))
     assert facts["kl_over_controls"] == table["mean"][0]
     assert facts["what"] == "Latent 0 of demo at resid_post.0"
+    with pytest.raises(ConfigError, match=r"No recipe is called 'second'; `steering.recipes` has \['first', 'raw'\]"):
+        lab.Opened(pipeline, store).dose("second")
 
 
 def test_what_was_computed_is_found_and_another_recipe_is_another(made: tuple[PipelineConfig, Pipeline, Store]) -> None:
