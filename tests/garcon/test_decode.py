@@ -246,6 +246,8 @@ def test_special_tokens_are_left_alone_unless_it_is_said() -> None:
         for special in (False, True)
     ]
     assert [found.effects[0].n_places.tolist() for found in effects] == [[3, 2], [4, 3]]
+    plain = generate(subject, GeneratePlan(rows=((104, 97),), new_tokens=1, special=(97,), edits=(Edit(write=CLAMP),)), {}, SAES)
+    assert torch.isnan(torch.tensor(plain.fvu["top"]))  # of one activation there is no variance: FVU leaves special tokens out
 
 
 def test_stopping_to_ask_cancels_and_leaves_nothing_behind() -> None:
