@@ -39,7 +39,7 @@ def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokeniz
     if (manifest := find_current(store, ref, kept)) is not None:
         return Produced(ref, manifest, is_cached=True)
     steering = steering_of(pipeline)
-    backend = LocalBackend(subject, tokenizer)
+    backend: Any = LocalBackend(subject, tokenizer)
     backend.saes = {sae: _attach(pipeline, store, subject, sae) for sae in saes_of(pipeline, name)}
     backend.norms = {attached.written_at: _mean_norm(pipeline, store, attached.written_at) for attached in backend.saes.values()}
     prompts = Chats(tuple(map(tuple, backend.tokenize(steering.prompts, special=True))), ())
