@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     import interp_assets.garcon.session
     import interp_assets.garcon.spread
+    import interp_assets.garcon.steering.dose
     import interp_assets.train.sae
     from interp_assets.planning.pipeline import Pipeline
 
@@ -378,6 +379,12 @@ class Opened:
 
         ref = sweep_ref(self.pipeline)
         return read_table(self.store, ref.path, load_manifest(self.store, ref), TABLE)
+
+    def dose(self, recipe: str) -> "interp_assets.garcon.steering.dose.Dose":
+        """Read the dose curve of a recipe of the configuration: texts, table and picture."""
+        from interp_assets.steer.curves import read_curve  # noqa: PLC0415 - as above
+
+        return read_curve(self.pipeline, self.store, recipe)
 
     def features(self, name: str) -> "pl.DataFrame":
         """Return the statistics of an SAE's features, one line a latent."""

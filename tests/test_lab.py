@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from tiny_models import make_tiny_config, save_model, write_texts
+from typer.testing import CliRunner
 
 from interp_assets import lab
 from interp_assets.corpus.plan import plan_corpus
@@ -27,6 +30,7 @@ from interp_assets.storage.manifest import MANIFEST, create_artifact, load_manif
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import TensorSpec, as_bytes, make_header, parse_header
 from interp_assets.storage.traffic import METER
+from interp_assets.terminal.cli import app
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import BundlePlace, OpenBundle
 from interp_assets.web.refs import bundle_ref
@@ -246,6 +250,23 @@ def test_strengths_are_told_by_what_the_pipeline_measured(run: lab.Opened) -> No
     if len(dead):
         with pytest.raises(InputError, match="it is dead"):
             llm.generate("word", new_tokens=1, steer=[{"sae": "heads", "latent": int(dead[0]), "clamp": "10 max"}])
+
+
+def test_a_recipe_steers_in_the_terminal(run: lab.Opened, tmp_path: Path) -> None:
+    """Both texts, and what the edit did; a recipe that does not fit is told in a sentence."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run.config.model_dump(mode="json")))
+    latent = int(run.features("heads").sort("max")["latent"][-1])
+    (tmp_path / "golden.yaml").write_text(f"edits: [{{sae: heads, latent: {latent}, clamp: 10 max}}]")
+    words = ["steer", str(tmp_path / "golden.yaml"), "--prompt", "word word", "--new-tokens", "4", "--config", str(tmp_path / "run.yaml")]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert re.search(r"^ default  word word.*\n steered  word word", done.stdout, re.MULTILINE)
+    assert re.search(
+        rf"sae_clamp [\d.]+ at z\.1: \d+ places, moved by [\d.e+-]+ of their length; latent {latent}: .* FVU of the SAE on this", done.stdout
+    )
+    (tmp_path / "golden.yaml").write_text(f"edits: [{{sae: heads, latent: {latent}, clamp: 10}}]")
+    with pytest.raises(InputError, match="has a unit"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
 
 
 def test_what_is_not_there_is_named(run: lab.Opened, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Generated(NamedTuple):
     effects: list[Effect]
     """One an edit."""
     fvu: dict[str, float]
-    """Of each SAE that is written, over the edited texts: what share of the variance it does not explain."""
+    """Of each SAE that is written, over the edited texts without special tokens: what share of the variance it does not explain."""
 
 
 class Chats(NamedTuple):

@@ -135,7 +135,6 @@ class Cap(_Write):
 class _SaeWrite(_Write):
     """What writes by an SAE share."""
 
-    op: str
     sae: str
     latents: Annotated[tuple[int, ...], Field(min_length=1)]
     values: tuple[float, ...]
@@ -545,7 +544,7 @@ def _tensors_of(operation: object) -> Iterator[TensorName]:
 
 def _check_values(operation: object) -> None:
     if isinstance(operation, _SaeWrite) and len(operation.latents) != len(operation.values):
-        message = f"a {operation.op} at {operation.point} has {len(operation.latents)} latents and {len(operation.values)} values"
+        message = f"a {getattr(operation, 'op', '')} at {operation.point} has {len(operation.latents)} latents and {len(operation.values)} values"
         raise ValueError(message)
 
 

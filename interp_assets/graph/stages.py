@@ -13,6 +13,7 @@ STAGES: Final = (
     "shuffle",
     "train",
     "visualize",
+    "steer",
     "web",
 )
 """Folders whose `assets.py` has a function `make_assets(config)`. They are imported by name, so that this list is all there is."""

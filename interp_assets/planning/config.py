@@ -344,6 +344,25 @@ class ExecutionConfig(_Config):
     """Partitions that one run of a backfill makes: shards, buckets or slices. Fewer spread over more machines; each run costs seconds to start."""
 
 
+class SteeringConfig(_Config):
+    """Which latents are dosed, on which prompts; nothing is steered without this section. All identity."""
+
+    recipes: Annotated[dict[Name, list[dict[str, Any]]], Field(min_length=1)]
+    """By name: edits as in a recipe's file, of which one clamps a latent of an SAE of `features.saes`. Each is a partition."""
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    """Texts that are continued."""
+    strengths: Annotated[list[float], Field(min_length=1)] = [-10.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0]
+    """What the clamped latent is set to, in units of `unit`."""
+    unit: Literal["max", "raw", "norm"] = "max"
+    """Of the strengths: the latent's largest activation, the units of activations, or the mean norm at its hook point."""
+    new_tokens: Annotated[int, Field(ge=1)] = 32
+    """Tokens that are added to a prompt."""
+    n: Annotated[int, Field(ge=1)] = 1
+    """Continuations of each prompt; more than one makes sense with a temperature."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 takes the most probable token."""
+
+
 class PipelineConfig(_Config):
     """A whole pipeline, from text to features."""
 
@@ -361,6 +380,8 @@ class PipelineConfig(_Config):
     features: FeaturesConfig = FeaturesConfig()
     heads: Annotated[HeadsConfig | None, Field(exclude_if=lambda heads: heads is None)] = None
     """Statistics and examples of every attention head; nothing of them is made without this section."""
+    steering: Annotated[SteeringConfig | None, Field(exclude_if=lambda steering: steering is None)] = None
+    """Dose curves of latents beside controls; nothing is steered without this section."""
     retrain: RetrainConfig = RetrainConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -518,7 +539,7 @@ def _explain(item: dict[str, Any]) -> str:
 def _model_at(path: list[str]) -> type[BaseModel] | None:
     """Return the section of a configuration that a path of names leads to; None where it leads to none."""
     sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
-    sections |= {"saes": SaeConfig, "heads": HeadsConfig}
+    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig}
     found = sections.get(path[0]) if path else PipelineConfig
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 

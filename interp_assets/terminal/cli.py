@@ -197,6 +197,26 @@ def sweep(
 
 
 @app.command()
+def steer(
+    recipe: Annotated[str, typer.Argument(help="A YAML file of edits: see docs/steering.md.")],
+    prompt: Annotated[str, typer.Option(help="The text that is continued.")],
+    config: ConfigOption = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are added at most.", min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the numbers that tokens are drawn by, the same for both texts.")] = 0,
+) -> None:
+    """Continue a text by a pipeline's model with a recipe's edits, and without them, one under the other."""
+    from interp_assets import lab
+    from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+    from interp_assets.terminal.steering import print_steered
+
+    loaded = _load(config)
+    store = open_pipeline_store(loaded)
+    llm = lab.Opened(load_pipeline(loaded, store), store).model()
+    print_steered(out, llm, recipe, prompt, {"new_tokens": new_tokens, "temperature": temperature, "seed": seed})
+
+
+@app.command()
 def verify(
     path: Annotated[str | None, typer.Argument(help="An artifact's folder, or any folder above artifacts. Default: data, or the pipeline's.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline: what its plan promises and is not there is a fault too.")] = None,

@@ -2,10 +2,13 @@
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import CONTEXT, D_MODEL, ENCODERS, INSIDE, make_net, make_subject
 from torch import Tensor
 
@@ -243,6 +246,8 @@ def test_special_tokens_are_left_alone_unless_it_is_said() -> None:
         for special in (False, True)
     ]
     assert [found.effects[0].n_places.tolist() for found in effects] == [[3, 2], [4, 3]]
+    plain = generate(subject, GeneratePlan(rows=((104, 97),), new_tokens=1, special=(97,), edits=(Edit(write=CLAMP),)), {}, SAES)
+    assert torch.isnan(torch.tensor(plain.fvu["top"]))  # of one activation there is no variance: FVU leaves special tokens out
 
 
 def test_stopping_to_ask_cancels_and_leaves_nothing_behind() -> None:
@@ -305,6 +310,21 @@ def test_what_no_model_could_generate_is_refused_by_name(change: dict[str, Any],
     with pytest.raises(InputError) as caught:
         parse_generate_plan(json.dumps({"whole": "generate", "rows": [[1]], "new_tokens": 1, **change}))
     assert message in str(caught.value)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_no_text_is_anything_but_a_plan_that_generates_or_a_refusal(content: object) -> None:
+    """Anything may be sent to a server."""
+    edit = {"write": {"op": "scale", "point": "z.0", "times": 2}, "where": content}
+    for text in (json.dumps(content), json.dumps({"rows": [[1]], "new_tokens": 1, "edits": [content]}), str(content)):
+        with pytest.raises(InputError):
+            parse_generate_plan(text)
+    with suppress(InputError):
+        assert parse_generate_plan(json.dumps({"rows": [[1]], "new_tokens": 1, "edits": [edit]})).edits
 
 
 @pytest.mark.parametrize(

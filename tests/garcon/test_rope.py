@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig
 
+from interp_assets.errors import InputError
+from interp_assets.garcon.plan import GeneratePlan
 from interp_assets.garcon.rope import follows_length
+from interp_assets.garcon.steering.decode import generate
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.activations import make_batches
 
@@ -106,3 +109,20 @@ def test_only_such_models_are_run_so() -> None:
     per_layer = LlamaConfig(**_SIZES)
     per_layer.rope_parameters = {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {"rope_type": "default"}}  # type: ignore[assignment]
     assert follows_length(per_layer)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_texts_are_continued_as_far_as_kept_keys_stay_true(kind: str) -> None:
+    """Up to the original length, in a padded batch and after longer forwards, the tokens are those of running all again; beyond it is refused."""
+    contexts = draw_contexts()
+    subject = make_subject(kind)
+    subject.logits(contexts[5][None], None)  # stretches what it keeps
+    rows = tuple(tuple(contexts[4][:length].tolist()) for length in (5, 3))
+    found = generate(subject, GeneratePlan(rows=rows, new_tokens=ORIGINAL - 5), {})
+    for row, text in zip(rows, found.texts, strict=True):
+        whole = list(row)
+        while len(whole) < len(row) + ORIGINAL - 5:
+            whole.append(int(make_subject(kind).logits(torch.tensor([whole]), None)[0, -1].argmax()))
+        assert [token.token for token in text.tokens] == whole[len(row) :]
+    with pytest.raises(InputError, match=r"The rotary frequencies of .* change beyond 20 tokens, and a cache keeps keys with the earlier ones"):
+        generate(subject, GeneratePlan(rows=rows, new_tokens=ORIGINAL - 4), {})

@@ -40,6 +40,7 @@ OPTIONS = {
     "plan": ["--config", "--memory", "--range", "--read-again", "--row-bytes", "--rows", "--simulate", "--workers"],
     "run": ["--config", "--read-again", "--select"],
     "serve": ["--config", "--host", "--model", "--notes", "--port", "--token-file", "--users", "--weights", "path"],
+    "steer": ["--config", "--new-tokens", "--prompt", "--seed", "--temperature", "recipe"],
     "sweep": ["--config", "--csv", "--sort"],
     "verify": ["--config", "path"],
 }

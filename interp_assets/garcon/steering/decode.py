@@ -144,6 +144,7 @@ class _Decoder:
         self._width = max(len(row) for row in plan.rows)
         parameters = inspect.signature(subject.net.forward).parameters
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
+        self._is_special = torch.zeros((len(self._kind), 0), dtype=torch.bool)
         self._cache: Any = None
 
     def run(self) -> Generator[Token, None, Generated]:
@@ -175,6 +176,7 @@ class _Decoder:
     def _extend(self, token_ids: Tensor) -> None:
         """Tell the editor which of the new columns each edit reaches; `_width` counts them already."""
         plan, first = self._plan, self._width - token_ids.shape[1]
+        self._is_special = torch.cat([self._is_special, torch.isin(token_ids, torch.tensor(plan.special, dtype=torch.int64))], dim=1)
         rows: dict[int, list[int]] = {}  # edited rows of each prompt
         for i, (kind, text) in enumerate(zip(self._kind, self._own, strict=True)):
             if kind == _EDITED:
@@ -226,7 +228,7 @@ class _Decoder:
         twins = [
             places.get((_TWIN, text), row) if kind == _EDITED else row for row, (kind, text) in enumerate(zip(self._kind, self._own, strict=True))
         ]
-        return Batch(torch.tensor(self._own), torch.tensor(self._kind) == _EDITED, torch.tensor(twins), is_token, n_new)
+        return Batch(torch.tensor(self._own), torch.tensor(self._kind) == _EDITED, torch.tensor(twins), is_token, self._is_special, n_new)
 
     def _choose(self, logits: Tensor, index: int) -> dict[tuple[int, int], Token]:
         """Draw a token for every row that writes, and measure it."""
@@ -266,7 +268,7 @@ class _Decoder:
             kept = torch.tensor(rows)
             self._cache.batch_select_indices(kept.to(self._subject.device))
             self._editor.keep(kept)
-            self._pads = self._pads[kept]
+            self._pads, self._is_special = self._pads[kept], self._is_special[kept]
             self._kind, self._own = [self._kind[row] for row in rows], [self._own[row] for row in rows]
         pairs = zip(self._kind, self._own, strict=True)
         tokens = [written[_EDITED if kind == _TWIN else kind, text].token for kind, text in pairs]

@@ -189,7 +189,7 @@ def _scores(text: Continuation) -> dict[str, float]:
     tokens = [token.token for token in text.tokens]
     pairs = list(pairwise(tokens))
     surprise = [-(token.base_logprob or 0.0) for token in text.tokens]
-    kl = float(np.mean([token.kl for token in text.tokens]))
+    kl = float(np.mean([token.kl or 0.0 for token in text.tokens]))
     return {"kl": kl, "perplexity": math.exp(float(np.mean(surprise))), "distinct_2": len(set(pairs)) / len(pairs) if pairs else math.nan}
 
 

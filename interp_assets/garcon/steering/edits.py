@@ -41,6 +41,8 @@ class Batch(NamedTuple):
     """[rows]: the row that has the same tokens without edits; itself where there is none."""
     is_token: Tensor
     """[rows, columns so far]: False on padding."""
+    is_special: Tensor
+    """[rows, columns so far]: special tokens, which FVU leaves out."""
     n_new: int
     """Columns that this forward computes."""
 
@@ -53,6 +55,7 @@ class _Read:
         self.latents = torch.empty(0)
         """[rows, new columns, wanted]."""
         self.x_hat = torch.empty(0)
+        self.is_counted = torch.empty(0)
         self.n, self.squared_error, self.squares = 0, 0.0, 0.0
         self.sum = torch.zeros(1, dtype=torch.float64)
 
@@ -278,6 +281,7 @@ class Editor:
         read.latents = new.new_zeros((*new.shape[:2], len(read.wanted)), dtype=torch.float32)
         read.latents[rows, columns] = torch.cat(kept)
         read.x_hat = torch.cat(x_hat) if x_hat else torch.empty(0)
+        read.is_counted = ~batch.is_special[:, -batch.n_new :].to(new.device)[rows, columns]
         for when, fires in self._conditions.items():
             if when.sae == name:
                 now = read.latents[..., read.wanted.index(when.latent)] > when.above
@@ -288,7 +292,7 @@ class Editor:
         for read in self._reads.values():
             if len(read.x_hat) and find_point(self._net, read.attached.written_at) == point:
                 new = shown[:, -batch.n_new :]
-                read.measure(new[_edited_places(batch, new)], read.x_hat)
+                read.measure(new[_edited_places(batch, new)][read.is_counted], read.x_hat[read.is_counted])
                 read.x_hat = torch.empty(0)
 
     def _write(self, group: _Group, shown: Tensor, batch: Batch) -> None:

@@ -1,0 +1,103 @@
+"""A recipe of the configuration becomes a dose curve: all texts, their scores, and the table of means beside controls.
+
+Format: `docs/formats/steering_sweep.md`.
+"""
+
+import fnmatch
+import io
+from collections.abc import Callable
+from typing import Any, Final
+
+import polars as pl
+import torch
+
+from interp_assets.errors import InputError
+from interp_assets.garcon.backend import Chats
+from interp_assets.garcon.features import AttachedSae, Firings
+from interp_assets.garcon.local import LocalBackend
+from interp_assets.garcon.steering.dose import DIFFERENCE, Dose, run_dose
+from interp_assets.garcon.steering.recipe import load_recipe, make_edits
+from interp_assets.garcon.subject import SubjectModel
+from interp_assets.harvest.statistics import load_statistics
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.steer.refs import curve_lineage, curve_ref, edits_of, saes_of, steering_of
+from interp_assets.storage.lineage import Digests, create_current, find_current, trace
+from interp_assets.storage.manifest import Manifest, Produced, load_manifest, read_file, timed
+from interp_assets.storage.store import Store
+from interp_assets.train.checkpoint import load_sae
+from interp_assets.visualize.records import FEATURES
+from interp_assets.visualize.refs import records_ref
+
+TEXTS: Final = "texts.parquet"
+TABLE: Final = "table.parquet"
+
+
+@timed
+def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokenizer: Any, name: str, progress: Callable[[int], None]) -> Produced:
+    """Write and score the texts of one recipe; `progress` is advanced by texts. Raises `InputError` for a recipe that does not fit."""
+    ref, kept = curve_ref(pipeline, name), trace(Digests(store), curve_lineage(pipeline, name))
+    if (manifest := find_current(store, ref, kept)) is not None:
+        return Produced(ref, manifest, is_cached=True)
+    steering = steering_of(pipeline)
+    backend: Any = LocalBackend(subject, tokenizer)
+    backend.saes = {sae: _attach(pipeline, store, subject, sae) for sae in saes_of(pipeline, name)}
+    backend.norms = {attached.written_at: _mean_norm(pipeline, store, attached.written_at) for attached in backend.saes.values()}
+    prompts = Chats(tuple(map(tuple, backend.tokenize(steering.prompts, special=True))), ())
+    strengths = [f"{strength:g} {steering.unit}" for strength in steering.strengths]
+    options = {"new_tokens": steering.new_tokens, "n": steering.n, "temperature": steering.temperature, "seed": pipeline.config.seed, "watch": ()}
+    edits = make_edits(load_recipe(edits_of(pipeline, name)), backend)
+    names = {point for pattern in edits.freeze for point in _matching(backend, pattern)}
+    dose = run_dose(backend, prompts, edits._replace(freeze=tuple(sorted(names))), strengths, options)
+    progress(dose.texts.height)
+    with create_current(store, ref, kept) as art:
+        for file, table in ((TEXTS, dose.texts), (TABLE, dose.table())):
+            content = io.BytesIO()
+            table.write_parquet(content)
+            art.put(file, content.getvalue(), n_rows=table.height)
+        art.facts |= {"what": dose.what, "n_texts": dose.texts.height, "strengths": strengths, "prompts": len(steering.prompts), **_effects(dose)}
+    return art.produced
+
+
+def read_curve(pipeline: Pipeline, store: Store, name: str) -> Dose:
+    """Read a dose curve. Raises `ConfigError` for a recipe that the configuration does not have, `ArtifactMissingError` before it is made."""
+    ref = curve_ref(pipeline, name)
+    manifest = load_manifest(store, ref)
+    return _as_dose(pipeline, manifest, pl.read_parquet(io.BytesIO(read_file(store, ref.path, manifest, TEXTS))))
+
+
+def draw_curve(pipeline: Pipeline, store: Store, made: Produced) -> str:
+    """Draw a dose curve as SVG."""
+    texts = pl.read_parquet(io.BytesIO(read_file(store, made.ref.path, made.manifest, TEXTS)))
+    return _as_dose(pipeline, made.manifest, texts)._repr_html_()
+
+
+def _as_dose(pipeline: Pipeline, manifest: Manifest, texts: pl.DataFrame) -> Dose:
+    return Dose(texts, str(manifest.facts["what"]), list(manifest.facts["strengths"]), pipeline.config.seed)
+
+
+def _effects(dose: Dose) -> dict[str, float]:
+    """Return, of each outcome at the largest strength, the feature's mean less the controls'."""
+    table = dose.table().filter((pl.col("arm") == DIFFERENCE) & (pl.col("strength") == dose.strengths[-1]))
+    return {f"{line['outcome']}_over_controls": line["mean"] for line in table.to_dicts() if line["mean"] == line["mean"]}  # no NaN in a manifest
+
+
+def _attach(pipeline: Pipeline, store: Store, subject: SubjectModel, name: str) -> AttachedSae:
+    config = pipeline.config.sae(name)
+    refs = [records_ref(pipeline, name, latent_slice) for latent_slice in range(pipeline.config.features.latent_slices)]
+    tables = [pl.read_parquet(io.BytesIO(read_file(store, ref.path, load_manifest(store, ref), FEATURES))) for ref in refs]
+    table = pl.concat(tables).sort("latent")
+    maximum, frequency = (torch.from_numpy(table[column].to_numpy().astype("float32")) for column in ("max", "frequency"))
+
+    def quantile(latent: int, share: float) -> float:
+        raise InputError(f"q{share:g} of latent {latent} of {name!r}: write the strength in units of its maximum here, as '0.5 max'.")
+
+    sae = load_sae(pipeline, store, name).to(subject.device)
+    return AttachedSae(sae, config.hook_point, target=config.target_hook_point, firings=Firings(maximum, frequency, quantile))
+
+
+def _mean_norm(pipeline: Pipeline, store: Store, hook_point: str) -> float:
+    return load_statistics(pipeline, store, hook_point).mean_norm
+
+
+def _matching(backend: LocalBackend, pattern: str) -> list[str]:
+    return fnmatch.filter([point.name for point in backend.list_points() if not point.refused], pattern) or [backend.find_point(pattern)]

@@ -1,0 +1,63 @@
+"""Where dose curves lie, and what each is made from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from interp_assets.errors import ConfigError
+from interp_assets.harvest.refs import statistics_ref
+from interp_assets.planning.config import SteeringConfig
+from interp_assets.planning.pipeline import Pipeline
+from interp_assets.storage.lineage import Lineage
+from interp_assets.storage.manifest import ArtifactRef, make_ref
+from interp_assets.train.refs import sae_ref
+from interp_assets.visualize.refs import records_ref
+
+FOLDER = "6-steer"
+STEER_VERSION = 1
+"""Raise it when the same model, SAE and recipe would give other texts or scores."""
+
+
+def steering_of(pipeline: Pipeline) -> SteeringConfig:
+    """Return the configuration of steering. Raises `ConfigError` for a pipeline without."""
+    if pipeline.config.steering is None:
+        raise ConfigError(f"Pipeline {pipeline.config.name!r} steers nothing: its configuration has no section `steering`.")
+    return pipeline.config.steering
+
+
+def edits_of(pipeline: Pipeline, name: str) -> list[dict[str, Any]]:
+    """Return the edits of a recipe. Raises `ConfigError` with the names there are."""
+    recipes = steering_of(pipeline).recipes
+    if name not in recipes:
+        raise ConfigError(f"No recipe is called {name!r}; `steering.recipes` has {sorted(recipes)}.")
+    return recipes[name]
+
+
+def saes_of(pipeline: Pipeline, name: str) -> list[str]:
+    """List the SAEs that a recipe names, each once; what else is in it is not looked at here."""
+    edits = edits_of(pipeline, name)
+    named = [part.get("sae") for edit in edits for part in (edit, edit.get("if")) if isinstance(part, dict)]
+    return list(dict.fromkeys(sae for sae in named if isinstance(sae, str)))
+
+
+def curve_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
+    """Address the dose curve of one recipe: its edits, prompts and strengths, the model, the SAEs and how their latents fire."""
+    steering = steering_of(pipeline)
+    asked = {"edits": edits_of(pipeline, name), **steering.model_dump(exclude={"recipes"})}
+    identity = {"code": STEER_VERSION, "model": pipeline.plan.model_fingerprint, "seed": pipeline.config.seed, "steering": asked}
+    inputs = {f"{ref.kind}.{ref.path}": ref.artifact_id for ref in sources_of(pipeline, name)}
+    return make_ref("steering_sweep", FOLDER, identity=identity, inputs=inputs, label=name)
+
+
+def sources_of(pipeline: Pipeline, name: str) -> Sequence[ArtifactRef]:
+    """List what a dose curve is made from: SAEs, the records of their latents, and the norms of their activations."""
+    refs: list[ArtifactRef] = []
+    for sae in saes_of(pipeline, name):
+        config = pipeline.config.sae(sae)
+        refs += [sae_ref(pipeline, sae), statistics_ref(pipeline, config.targets[0])]
+        refs += [records_ref(pipeline, sae, latent_slice) for latent_slice in range(pipeline.config.features.latent_slices)]
+    return refs
+
+
+def curve_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:
+    """Return what the dose curve of one recipe keeps."""
+    return [Lineage(curve_ref(pipeline, name), list(sources_of(pipeline, name)))]
