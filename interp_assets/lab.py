@@ -401,6 +401,12 @@ class Opened:
 
         return read_head(self.pipeline, self.store, name)
 
+    def prompt(self, name: str) -> "interp_assets.garcon.patterns.view.Attention":
+        """Read the patterns over a configured prompt, as `attention` of a model gives them; no model is needed."""
+        from interp_assets.heads.prompts import read_prompt  # noqa: PLC0415 - as above
+
+        return read_prompt(self.pipeline, self.store, name)
+
     def _mean_norms(self) -> dict[str, float]:
         """Return the mean norm of the rows of every harvested hook point whose statistics there are."""
         from interp_assets.harvest.refs import statistics_ref  # noqa: PLC0415 - as above
