@@ -35,7 +35,7 @@ from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 
 GROUP: Final = "heads"
-EDGE_S: Final = 8e-9
+EDGE_S: Final = 11e-9
 """Seconds that an edge takes beside the forward: its score, exponential and sums."""
 CANDIDATE_BYTES, MASS_BYTES, RECORD_BYTES = 8e3, 16.0, 34e3
 """Of a head and shard; of a head and token; of a head."""
