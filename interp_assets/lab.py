@@ -8,6 +8,7 @@
     run.activations("resid_post.8")[10_000:20_000]  # .tensor .row_ids .tokens .text; .at(row_ids), .document(shard, number)
     run.mixed("resid_post.8")[:4096]
     run.sae("l8"); run.features("l8"); run.feature("l8", 1234)
+    run.heads(); run.head("5.3"); llm.attention("a text")
 
 Importing this module loads neither torch nor transformers nor a web framework: what computes is imported when it is asked for.
 """
@@ -406,6 +407,24 @@ class Opened:
         rows = [label for found in find_labels(self._bundle(name)) for label in found.all()]
         types = {"latent": pl.UInt32, "score": pl.Float64}
         return pl.DataFrame(rows, {field: types.get(field, pl.String) for field in (*Label._fields, "set", "file", "imported")})
+
+    def heads(self) -> "pl.DataFrame":
+        """Return the statistics of every attention head, one line a head: means, and `uniform_` what looking at all keys alike gives."""
+        from interp_assets.heads.records import read_tables  # noqa: PLC0415 - as above
+
+        return read_tables(self.pipeline, self.store)
+
+    def head(self, name: str) -> dict[str, Any]:
+        """Read one head's record, named by layer and place (`5.3`): statistics, distances, tokens, examples with their patterns."""
+        from interp_assets.heads.records import read_head  # noqa: PLC0415 - as above
+
+        return read_head(self.pipeline, self.store, name)
+
+    def prompt(self, name: str) -> "interp_assets.garcon.patterns.view.Attention":
+        """Read the patterns over a configured prompt, as `attention` of a model gives them; no model is needed."""
+        from interp_assets.heads.prompts import read_prompt  # noqa: PLC0415 - as above
+
+        return read_prompt(self.pipeline, self.store, name)
 
     def _mean_norms(self) -> dict[str, float]:
         """Return the mean norm of the rows of every harvested hook point whose statistics there are."""

@@ -51,6 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> lab.Opened:
         shuffle={"passes": 2, "fan_out": 2},
         saes=[{"name": "heads", "hook_point": "z.1", **SAE}, {"name": "mlp", "hook_point": "blocks.0.mlp.hook_post", **SAE}],
         features={"saes": ["heads"], "latent_slices": 1, "top_k": 4, "n_random": 8, "window": 4, "n_intervals": 2, "examples_per_interval": 2},
+        heads={"key_tokens": 8, "top_k": 2, "prompts": {"hello": "ab cd ab"}},
         execution={"device": "cpu", "tokens_per_batch": 512, "rows_per_block": 256},
     )
     store = open_pipeline_store(config)
@@ -309,3 +310,18 @@ def test_the_notebook_about_a_pipelines_data_runs(run: lab.Opened) -> None:
     kinds = [[[output["output_type"] for output in cell["outputs"]] for cell in cells] for cells in (made, committed)]
     assert kinds[0] == kinds[1], "the committed outputs are of these cells"
     assert "background-color:rgba" in "".join(made[-1]["outputs"][-1]["data"]["text/html"])
+
+
+def test_heads_are_a_table_and_records(run: lab.Opened) -> None:
+    """The statistic that the table is sorted by is the record's; a name that there is not is answered with those there are."""
+    table = run.heads()
+    assert table.select("layer", "head").rows() == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    record = run.head("1.1")
+    assert record["statistics"]["previous"] == pytest.approx(table["previous"][3], rel=1e-4)
+    assert record["chance"]["previous"] == pytest.approx(table["uniform_previous"][3], rel=1e-4)
+    assert len(record["top"]) == 2
+    with pytest.raises(InputError, match=r"There is no head '9\.0'; there are 0\.0 to 0\.1, 1\.0 to 1\.1\."):
+        run.head("9.0")
+    seen = run.prompt("hello")
+    assert seen.heads() == ["0.0", "0.1", "1.0", "1.1"]
+    assert "".join(seen.tokens) == "ab cd ab"

@@ -93,7 +93,9 @@ _ONE: Final = float(1 << 24)
 _LOG2_E: Final = 1.4426950408889634
 _LN_2: Final = 0.6931471805599453
 _FAR: Final = np.float32(-128.0)
-_LAST_WORD: Final = np.uint64(0xFFFFFFFFFFFFFFFF)
+_LEAST: Final = -(1 << 31)
+_SHORT: Final = 8192
+"""Keys up to which e d^2 adds up in 64 bits."""
 
 
 @compiled
@@ -102,7 +104,7 @@ def sweep_rows(block: Any, context: Any, scratch: Any, sums: Any, row_scores: An
 
     `block`: scores [heads, queries, keys]; sinks [heads] (-inf: none); value norms [heads, keys]; output norms [heads, queries]; the first query.
     `context`: the keys [low, high) that each query sees; whether it counts; the last earlier place of its token, or -1; its document's places
-    [first, stop); the class of its token. `scratch`: exponentials [keys] int64, logits [keys] int64. `sums`: fields [heads, fields], distance
+    [first, stop); the class of its token. `scratch`: exponentials and logits [keys] int32. `sums`: fields [heads, fields], distance
     masses [heads, bins], key masses by place [heads, keys], query masses by class [heads, classes], scores [heads, bins]: all int64.
     """
     scores, sinks, value_norms, output_norms, first_query = block
@@ -119,8 +121,9 @@ def sweep_rows(block: Any, context: Any, scratch: Any, sums: Any, row_scores: An
             total, weighted = _exponentiate(scores[h, i], low[q], high[q], largest, exponentials, logits)
             sink = np.int64(0)
             if sinks[h] > -np.inf:
-                sink, place = _exponential(max(sinks[h] - largest, _FAR))
-                total, weighted = total + sink, weighted + sink * place
+                e, place = _exponential(max(sinks[h] - largest, _FAR))
+                sink = np.int64(e)
+                total, weighted = total + sink, weighted + sink * np.int64(place)
             _add_logits(top, (low[q], high[q], largest), logits, sums[0][h])
             _add_masses(q, context, exponentials, (total, sink, weighted), sums[0][h])
             _add_distances(q, low[q], high[q], exponentials, total, sums[0][h], sums[1][h])
@@ -135,58 +138,65 @@ def sweep_rows(block: Any, context: Any, scratch: Any, sums: Any, row_scores: An
 @compiled
 def bin_of(score: Any) -> Any:
     """Return the bin of a row score: quarter octaves from 2^-40; the outer bins hold what lies outside."""
-    if score < np.float32(2.0**-40):
-        return np.int64(0)
-    octave = np.int64(np.floor(np.log2(np.float64(score))))
-    scaled = np.float64(score) / 2.0**octave
-    if scaled >= 2.0:
-        octave, scaled = octave + 1, scaled / 2.0
-    elif scaled < 1.0:
-        octave, scaled = octave - 1, scaled * 2.0
-    return min(np.int64(N_SCORES - 1), (octave + 40) * 4 + np.int64((scaled - 1.0) * 4.0))
+    place = np.int64(np.float32(score).view(np.int32) >> np.int32(21)) - SCORE_ORIGIN
+    return min(max(place, np.int64(0)), np.int64(N_SCORES - 1))
 
 
 @compiled
 def _find_top(scores: Any, low: Any, high: Any) -> Any:
-    """Return the largest score and the second largest; -inf where there is one alone."""
-    first, second = np.float32(-np.inf), np.float32(-np.inf)
-    for k in range(low, high):
-        if scores[k] > first:
-            first, second = scores[k], first
-        elif scores[k] > second:
-            second = scores[k]
-    return first, second
+    """Return the largest score and the second largest, which is -inf where there is one alone. Bits compare as whole numbers, lane by lane."""
+    first, second, n_first = np.int32(_LEAST), np.int32(_LEAST), 0
+    seen = scores[low:high]
+    for k in range(len(seen)):
+        first = max(first, _in_order(seen[k]))
+    for k in range(len(seen)):
+        place = _in_order(seen[k])
+        n_first += place == first
+        second = max(second, place if place < first else np.int32(_LEAST))
+    largest = _out_of_order(first)
+    if n_first > 1:
+        return largest, largest
+    return largest, _out_of_order(second) if high - low > 1 else np.float32(-np.inf)
+
+
+@compiled
+def _in_order(score: Any) -> Any:
+    """Return a float32's bits, turned so that they compare as the number does."""
+    bits = np.float32(score).view(np.int32)
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@compiled
+def _out_of_order(place: Any) -> Any:
+    """Return the float32 of such bits."""
+    return np.int32(place ^ ((place >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 @compiled
 def _exponentiate(scores: Any, low: Any, high: Any, largest: Any, exponentials: Any, logits: Any) -> Any:
     """Write e, and x in 2^-16, of the keys that are seen; return the sums of e and of e x."""
+    seen, e, x = scores[low:high], exponentials[low:high], logits[low:high]
+    for k in range(len(seen)):
+        e[k], x[k] = _exponential(max(seen[k] - largest, _FAR))
     total, weighted = np.int64(0), np.int64(0)
-    for k in range(low, high):
-        e, place = _exponential(max(scores[k] - largest, _FAR))
-        exponentials[k], logits[k] = e, place
-        total += e
-        weighted += e * place
+    for k in range(len(seen)):
+        total += np.int64(e[k])
+        weighted += np.int64(e[k]) * np.int64(x[k])
     return total, weighted
 
 
 @compiled
 def _exponential(x: Any) -> Any:
-    """Return round(2^24 exp(x)) and round(2^16 x), for -128 <= x <= 0."""
+    """Return round(2^24 exp(x)) and round(2^16 x), for -128 <= x <= 0: 2^n, made of its bits, times a polynomial."""
     y = max(np.float64(x) * _LOG2_E, -40.0)
     n = np.rint(y)
     t = (y - n) * _LN_2
     p = 1.0 + t / 9.0
-    p = 1.0 + t / 8.0 * p
-    p = 1.0 + t / 7.0 * p
-    p = 1.0 + t / 6.0 * p
-    p = 1.0 + t / 5.0 * p
-    p = 1.0 + t / 4.0 * p
-    p = 1.0 + t / 3.0 * p
-    p = 1.0 + t / 2.0 * p
+    for i in (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0):
+        p = 1.0 + t * (1.0 / i) * p
     p = 1.0 + t * p
-    shift = np.int64(16) - np.int64(n)
-    return (np.int64(p * 1099511627776.0 + 0.5) + (np.int64(1) << (shift - 1))) >> shift, np.int64(np.rint(np.float64(x) * 65536.0))
+    power = np.int64((np.int64(n) + np.int64(1023 + 24)) << np.int64(52)).view(np.float64)
+    return np.int32(p * power + 0.5), np.int32(np.rint(np.float64(x) * 65536.0))
 
 
 @compiled
@@ -213,9 +223,9 @@ def _add_masses(q: Any, context: Any, exponentials: Any, totals: Any, fields: An
     j = same[q]
     while j >= low[q] - 1 and j >= 0:
         if j >= low[q]:
-            copied, n_copied = copied + exponentials[j], n_copied + 1
+            copied, n_copied = copied + np.int64(exponentials[j]), n_copied + 1
         if j + 1 < q:
-            induced, n_induced = induced + exponentials[j + 1], n_induced + 1
+            induced, n_induced = induced + np.int64(exponentials[j + 1]), n_induced + 1
         j = same[j]
     if high[q] == q + 1 and n_induced:  # whoever sees what follows has nothing to induce
         fields[_INDUCTION] += _share(induced, total)
@@ -223,11 +233,7 @@ def _add_masses(q: Any, context: Any, exponentials: Any, totals: Any, fields: An
     if n_copied:
         fields[_DUPLICATE] += _share(copied, total)
         fields[_DUPLICATE_ROWS] += 1
-    outside = np.int64(0)
-    for k in range(low[q], min(high[q], document_first[q])):
-        outside += exponentials[k]
-    for k in range(max(low[q], document_stop[q]), high[q]):
-        outside += exponentials[k]
+    outside = _add_up(exponentials, low[q], min(high[q], document_first[q])) + _add_up(exponentials, max(low[q], document_stop[q]), high[q])
     fields[_OTHER_DOCUMENT] += _share(outside, total)
     n_outcomes = n + (1 if sink > 0 else 0)
     if n > 1:
@@ -245,9 +251,10 @@ def _add_logits(top: Any, seen: Any, logits: Any, fields: Any) -> None:
     if n < 2:
         return
     total, squares = np.int64(0), np.int64(0)
-    for k in range(low, high):
-        total += logits[k]
-        squares += logits[k] * logits[k]
+    x = logits[low:high]
+    for k in range(len(x)):
+        total += np.int64(x[k])
+        squares += np.int64(x[k]) * np.int64(x[k])
     mean = np.float64(total) / n
     deviation = sqrt(max(np.float64(squares) / n - mean * mean, 0.0))
     fields[_LOGIT_STD] += np.int64(deviation + 0.5)
@@ -260,36 +267,62 @@ def _add_logits(top: Any, seen: Any, logits: Any, fields: Any) -> None:
 @compiled
 def _add_distances(q: Any, low: Any, high: Any, exponentials: Any, total: Any, fields: Any, masses: Any) -> None:
     """Add how far the row looks: the mean distance, its square, and the mass in each bin of distances."""
-    far, upper, lower = np.int64(0), np.int64(0), np.int64(0)
-    for k in range(low, high):
-        d = abs(q - k)
-        moment = exponentials[k] * d
-        far += moment
-        upper += (moment >> 20) * d
-        lower += (moment & 0xFFFFF) * d
+    far, square, e = np.int64(0), 0.0, exponentials[low:high]
+    if high - low <= _SHORT:
+        whole = np.int64(0)
+        for k in range(len(e)):
+            d = np.int64(abs(q - low - k))
+            far += np.int64(e[k]) * d
+            whole += np.int64(e[k]) * (d * d)
+        square = np.float64(whole)
+    else:
+        upper, lower = np.int64(0), np.int64(0)
+        for k in range(len(e)):
+            d = np.int64(abs(q - low - k))
+            moment = np.int64(e[k]) * d
+            far += moment
+            upper += (moment >> 20) * d
+            lower += (moment & 0xFFFFF) * d
+        square = np.float64(upper) * 1048576.0 + np.float64(lower)
     fields[_DISTANCE] += np.int64(np.float64(far) / np.float64(total) * 1024.0 + 0.5)
-    fields[_DISTANCE2] += np.int64((np.float64(upper) * 1048576.0 + np.float64(lower)) / np.float64(total) + 0.5)
+    fields[_DISTANCE2] += np.int64(square / np.float64(total) + 0.5)
     masses[0] += _share(exponentials[q], total)
     for b in range(1, N_DISTANCES):
         near, beyond = np.int64(1) << (b - 1), np.int64(1) << b if b < N_DISTANCES - 1 else np.int64(MAX_CONTEXT)
         if q - near < low and q + near >= high:
             break
-        inside = np.int64(0)
-        for k in range(max(low, q - beyond + 1), q - near + 1):
-            inside += exponentials[k]
-        for k in range(q + near, min(high, q + beyond)):
-            inside += exponentials[k]
+        inside = _add_up(exponentials, max(low, q - beyond + 1), q - near + 1) + _add_up(exponentials, q + near, min(high, q + beyond))
         masses[b] += _share(inside, total)
 
 
 @compiled
 def _score(q: Any, low: Any, high: Any, exponentials: Any, value_norms: Any) -> Any:
     """Return the largest e |v W_O| of a key that is neither the first nor the query itself; -e of nothing where there is none."""
-    best = -np.inf
-    for k in range(max(low, 1), high):
-        if k != q:
-            best = max(best, np.float64(exponentials[k]) * np.float64(value_norms[k]))
+    before = _best(exponentials, value_norms, max(low, 1), min(high, q))
+    best = max(before, _best(exponentials, value_norms, max(low, q + 1, 1), high))
+    return -np.inf if best < 0 else np.int64(best).view(np.float64)
+
+
+@compiled
+def _best(exponentials: Any, value_norms: Any, low: Any, high: Any) -> Any:
+    """Return the bits of the largest product of keys [low, high), -1 where there is none: from 0 on, numbers compare as their bits do."""
+    best = np.int64(-1)
+    if low < high:
+        e, norms = exponentials[low:high], value_norms[low:high]
+        for k in range(len(e)):
+            best = max(best, np.float64(np.float64(e[k]) * np.float64(norms[k])).view(np.int64))
     return best
+
+
+@compiled
+def _add_up(exponentials: Any, low: Any, high: Any) -> Any:
+    """Return the sum of keys [low, high), which may be none."""
+    total = np.int64(0)
+    if low < high:
+        e = exponentials[low:high]
+        for k in range(len(e)):
+            total += np.int64(e[k])
+    return total
 
 
 @compiled
@@ -299,9 +332,11 @@ def _add_tokens(q: Any, context: Any, exponentials: Any, totals: Any, masses: An
     total, sink = totals
     keys, queries = masses
     scale = _ONE / np.float64(total)
-    for k in range(max(low, 1), high):
-        keys[k] += np.int64(np.float64(exponentials[k]) * scale + 0.5)
-    first = exponentials[0] if low == 0 else np.int64(0)
+    if max(low, 1) < high:
+        e, columns = exponentials[max(low, 1) : high], keys[max(low, 1) : high]
+        for k in range(len(e)):
+            columns[k] += np.int64(np.int32(np.float64(e[k]) * scale + 0.5))
+    first = np.int64(exponentials[0]) if low == 0 else np.int64(0)
     queries[classes[q]] += _share(total - sink - first, total)
 
 

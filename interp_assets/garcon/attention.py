@@ -58,13 +58,15 @@ class Attended(NamedTuple):
     visible: Tensor | None
     """[batch or 1, 1, queries, keys] booleans; None where every query sees all keys."""
 
+    def products(self, context: int, queries: slice, n_keys: int | None = None) -> Tensor:
+        """Return the scores of these queries with the first `n_keys` keys, [heads, queries, keys] float32, whether they see them or not."""
+        query, key = self.query[context, :, queries].float(), self.key[context, :, :n_keys].float()
+        scores = self.rescale(torch.matmul(query, repeat_kv(key[None], query.shape[0] // key.shape[0])[0].transpose(1, 2)))
+        return scores if self.softcap is None else torch.tanh(scores / self.softcap) * self.softcap
+
     def scores(self, context: int, queries: slice) -> Tensor:
         """Return what the softmax is of, [heads, queries, keys] float32; -inf at keys that a query does not see."""
-        query, key = self.query[context, :, queries].float(), self.key[context].float()
-        scores = self.rescale(torch.matmul(query, repeat_kv(key[None], query.shape[0] // key.shape[0])[0].transpose(1, 2)))
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        seen = self.sees(context, queries)
+        scores, seen = self.products(context, queries), self.sees(context, queries)
         return scores if seen is None else scores.masked_fill_(~seen, -torch.inf)
 
     def sees(self, context: int, queries: slice) -> Tensor | None:

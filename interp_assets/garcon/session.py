@@ -60,6 +60,7 @@ from interp_assets.planning.hook_names import BY_HEAD
 
 if TYPE_CHECKING:
     import interp_assets.garcon.features
+    import interp_assets.garcon.patterns.view
     import interp_assets.garcon.subject
 
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -291,6 +292,18 @@ class Model:
         if is_chat(prompt):
             return self.writing().chats([prompt] if isinstance(prompt[0], Mapping) else prompt)
         return Chats(tuple(map(tuple, self.tokenize(prompt))), ())
+
+    def attention(self, prompt: Prompt, layers: Sequence[int] | None = None) -> "interp_assets.garcon.patterns.view.Attention":
+        """Return what every head looks at in one text; a notebook shows it.
+
+        Raises `InputError` for several rows, a layer that does not attend, and where the model is on a server.
+        """
+        from interp_assets.garcon.patterns.view import read_attention  # noqa: PLC0415 - brings transformers, which a client does without
+
+        rows = self.tokenize(prompt)
+        if len(rows) != 1:
+            raise InputError(f"Attention is shown of one text; the prompt has {len(rows)}. Ask for each by itself.")
+        return read_attention(self.subject, rows[0], self.pieces(rows[0]), layers)
 
     def pieces(self, row: Sequence[int]) -> list[str]:
         """Return every token of a row as text."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from interp_assets.corpus.sizes import TOKEN_BYTES, rows_of
+from interp_assets.corpus.sizes import TEXT_BYTES_PER_TOKEN, TOKEN_BYTES, rows_of
 from interp_assets.harvest.assets import count_parameters, model_bytes
 from interp_assets.heads.checks import MASS_CONSERVED, RECORDS_COMPLETE
 from interp_assets.heads.refs import (
@@ -20,13 +20,14 @@ from interp_assets.heads.refs import (
     model_heads,
     patterns_lineage,
     patterns_ref,
+    prompt_ref,
     read_heads,
     records_lineage,
     records_ref,
     tokens_lineage,
     tokens_ref,
 )
-from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, every, only, same, whole
+from interp_assets.planning.asset import SHARDS, Asset, Axis, Job, Load, Markdown, Needs, Shown, every, only, same, whole
 from interp_assets.planning.config import HeadsConfig, PipelineConfig, code_version
 from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
@@ -34,7 +35,7 @@ from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 
 GROUP: Final = "heads"
-EDGE_S: Final = 8e-9
+EDGE_S: Final = 11e-9
 """Seconds that an edge takes beside the forward: its score, exponential and sums."""
 CANDIDATE_BYTES, MASS_BYTES, RECORD_BYTES = 8e3, 16.0, 34e3
 """Of a head and shard; of a head and token; of a head."""
@@ -43,7 +44,9 @@ ON_ACCELERATOR: Final = Needs(accelerator=True)
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
     """List the assets of this stage."""
-    return [*_finding(config.heads), *_showing(config.heads)] if config.heads else []
+    if config.heads is None:
+        return []
+    return [*_finding(config.heads), *_showing(config.heads), *([_prompting(config.heads)] if config.heads.prompts else [])]
 
 
 def _finding(heads: HeadsConfig) -> list[Asset]:
@@ -148,6 +151,27 @@ def _showing(heads: HeadsConfig) -> list[Asset]:
     ]
 
 
+def _prompting(heads: HeadsConfig) -> Asset:
+    return Asset(
+        key=("prompt_patterns",),
+        group=GROUP,
+        kinds=("pytorch", "json"),
+        description=(
+            "The whole pattern of every head over one configured text, a byte an edge, for who has no model at hand. The unit of work is a prompt. "
+            "Look at the bytes of a head."
+        ),
+        axis=Axis("prompt", fixed=tuple(heads.prompts)),
+        reads=(whole("corpus_plan"),),
+        artifacts=lambda pipeline, _store, key: [prompt_ref(pipeline, key)],
+        make=_prompt,
+        unit="prompts",
+        shows=lambda _job, _key, made: {name: made[0].manifest.facts[name] for name in ("n_tokens", "bytes_per_head")},
+        takes=_prompting_takes,
+        needs=ON_ACCELERATOR,
+        code_version=code_version(HEADS_VERSION, prompts=heads.prompts),
+    )
+
+
 def find_obstacles(pipeline: Pipeline, _store: Store) -> list[str]:
     """Say why the heads that are asked for cannot be shown: the model's structure tells, before weights are loaded."""
     found, layers = model_heads(pipeline), heads_of(pipeline).layers
@@ -189,6 +213,13 @@ def _write(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.heads.records import write_head_records
 
     return lambda key: [write_head_records(job.pipeline, job.store, layer_index(key), job.progress.advance)]
+
+
+def _prompt(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.heads.prompts import keep_prompt
+
+    model, tokenizer = job.world.model(), job.world.tokenizer()
+    return lambda key: [keep_prompt(job.pipeline, job.store, model, tokenizer, key)]
 
 
 def _map(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
@@ -238,6 +269,12 @@ def _writing(pipeline: Pipeline, store: Store, key: str) -> Load:
     n_bytes = head_counts(pipeline).get(layer_index(key), 0) * RECORD_BYTES
     n_tokens = sum(rows_of(pipeline, store, index) for index in pipeline.shard_indices) * TOKEN_BYTES
     return Load(0, n_bytes + n_tokens, n_bytes, 4 * len(pipeline.shard_indices), 3, memory_bytes=2 * n_tokens)
+
+
+def _prompting_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:
+    n_tokens, n_heads = len(heads_of(pipeline).prompts[key]) / TEXT_BYTES_PER_TOKEN, sum(head_counts(pipeline).values())
+    written = n_heads * n_tokens * n_tokens / 4
+    return Load(0, 0.0, written, 1, 3, _forward_s(pipeline, n_tokens), model_bytes(pipeline) + 8 * written)
 
 
 def _forward_s(pipeline: Pipeline, n_rows: float) -> float:

@@ -155,15 +155,15 @@ class LayerSums:
         mixed = heard.mixed[place.place].float().transpose(0, 1)
         value = heard.value[place.place].float().repeat_interleave(len(mixed) // heard.value.shape[1], dim=0)
         value_norms, output_norms = (_lengths(state, self._gram) for state in (value, mixed))
-        outputs = (mixed[:, :length].double().cpu()[:, valid] * 65536.0).round().long().sum(dim=1)
+        outputs = (mixed[:, :length].double().cpu()[:, torch.from_numpy(valid)] * 65536.0).round().long().sum(dim=1)
         sinks = np.full(len(mixed), -np.inf, np.float32) if heard.sinks is None else heard.sinks.detach().float().cpu().numpy()
         statistics = self.statistics
         key_columns = np.zeros((len(mixed), place.padded), np.int64)
         sums = (statistics.fields, statistics.distance_mass, key_columns, statistics.query_mass, statistics.score)
-        scratch = (np.empty(place.padded, np.int64), np.empty(place.padded, np.int64))
+        scratch = (np.empty(place.padded, np.int32), np.empty(place.padded, np.int32))
         for first in range(0, length, self._queries):
             queries = slice(first, first + self._queries)
-            scores = heard.scores(place.place, queries).cpu().numpy()
+            scores = heard.products(place.place, queries, int(high[queries].max())).cpu().numpy()
             row_scores = np.empty(scores.shape[:2], np.float32)
             sweep_rows((scores, sinks, value_norms, output_norms[:, queries], first), context, scratch, sums, row_scores)
             self._offer(row_scores[:, : length - first], place.first_row + first)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import context_offsets, load_tokens
 from interp_assets.garcon.attention import Attended, AttentionLayer
+from interp_assets.garcon.patterns.codec import quantize
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.heads.codec import quantize
 from interp_assets.heads.examples import load_head_examples
 from interp_assets.heads.reading import QUERIES, Place, chosen_layers, hear_shard
 from interp_assets.heads.refs import head_counts, patterns_lineage, patterns_ref
@@ -90,7 +90,8 @@ def strongest_keys(rows: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArra
     keys = np.argsort(-values.astype(np.int16), axis=1, kind="stable")[:, :n]
     masses = np.take_along_axis(values, keys, axis=1)
     if n < TOP_KEYS:
-        keys, masses = (np.pad(part, ((0, 0), (0, TOP_KEYS - n))) for part in (keys, masses))
+        missing = ((0, 0), (0, TOP_KEYS - n))
+        keys, masses = np.pad(keys, missing), np.pad(masses, missing)
     return keys, masses
 
 

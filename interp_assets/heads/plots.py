@@ -18,6 +18,7 @@ def plot_heads(table: pl.DataFrame) -> str:
     FigureCanvasAgg(figure)
     layers = table["layer"].unique(maintain_order=True).to_list()
     n_heads = int(table["head"].max()) + 1 if len(table) else 1  # pyright: ignore[reportArgumentType]
+    drawn = None
     for axes, name in zip(figure.subplots(2, 3).flat, MAPPED, strict=True):
         values = np.full((len(layers), n_heads), np.nan)
         for layer, head, value in table.select("layer", "head", name).iter_rows():
@@ -29,5 +30,6 @@ def plot_heads(table: pl.DataFrame) -> str:
         axes.tick_params(labelsize=7)
     figure.supxlabel("head", fontsize=9)
     figure.supylabel("layer", fontsize=9)
+    assert drawn is not None
     figure.colorbar(drawn, ax=figure.axes, shrink=0.8, label="share")
     return as_markdown(figure, "Statistics of all heads, a row a layer")

@@ -16,17 +16,17 @@ import polars as pl
 from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import TokenShard, load_documents, load_tokens
-from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError
+from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, InputError
 from interp_assets.heads.examples import INTERVAL, TOP, bin_edge, load_head_examples
 from interp_assets.heads.patterns import TOP_KEYS, read_patterns
-from interp_assets.heads.refs import HEAD_RECORD_VERSION, layer_key, patterns_ref, records_lineage, records_ref
+from interp_assets.heads.refs import HEAD_RECORD_VERSION, head_counts, layer_key, patterns_ref, records_lineage, records_ref
 from interp_assets.heads.statistics import CHANCES, MEANS, HeadStatistics
 from interp_assets.heads.tokens import load_chosen
 from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.foreign import parse_json, unpack_gzip
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
-from interp_assets.storage.manifest import Produced, load_manifest, timed
+from interp_assets.storage.manifest import Produced, load_manifest, read_file, read_range, timed
 from interp_assets.storage.store import Store
 
 RECORDS: Final = "records.bin"
@@ -64,6 +64,28 @@ def write_head_records(pipeline: Pipeline, store: Store, layer: int, progress: A
         art.put(HEADS, buffer.getvalue(), n_rows=statistics.n_heads)
         art.facts |= {**evidence.described, "bytes_per_head": round(offsets[-1] / max(1, statistics.n_heads), 1)}
     return art.produced
+
+
+def read_tables(pipeline: Pipeline, store: Store) -> pl.DataFrame:
+    """Read the statistics of all heads, one line each. Raises `ArtifactMissingError` for a layer without records."""
+    tables = []
+    for layer in head_counts(pipeline):
+        ref = records_ref(pipeline, layer)
+        tables.append(pl.read_parquet(io.BytesIO(read_file(store, ref.path, load_manifest(store, ref), HEADS))))
+    return pl.concat(tables)
+
+
+def read_head(pipeline: Pipeline, store: Store, name: str) -> dict[str, Any]:
+    """Read the record of a head, named by layer and place in it (`5.3`). Raises `InputError` with what there is."""
+    counts = head_counts(pipeline)
+    layer, _, head = name.partition(".")
+    if not (layer.isdigit() and head.isdigit() and int(head) < counts.get(int(layer), 0)):
+        shown = ", ".join(f"{layer}.0 to {layer}.{n - 1}" for layer, n in list(counts.items())[:4])
+        raise InputError(f"There is no head {name!r}; there are {shown}{' and more' if len(counts) > 4 else ''}.")
+    ref = records_ref(pipeline, int(layer))
+    manifest = load_manifest(store, ref)
+    start, stop = np.frombuffer(read_range(store, ref.path, manifest, INDEX, 8 * int(head), 16), "<u8").tolist()
+    return unpack_head_record(read_range(store, ref.path, manifest, RECORDS, start, stop - start), f"{store.url}/{ref.path}/{RECORDS}, head {name},")
 
 
 def unpack_head_record(member: bytes, where: str) -> dict[str, Any]:
@@ -147,8 +169,8 @@ def _make_record(evidence: _Evidence, layer: int, head: int) -> dict[str, Any]:
         "head": head,
         **{name: evidence.described[name] for name in ("n_key_heads", "window", "softcap", "has_sinks")},
         "rows": n_rows,
-        "statistics": {name: _shown(statistics.mean_of(name)[head]) for name in MEANS},
-        "chance": {name: _shown(statistics.mean_of(f"uniform_{name}")[head]) for name in (each.removeprefix("uniform_") for each in CHANCES)},
+        "statistics": {name: _shown(float(statistics.mean_of(name)[head])) for name in MEANS},
+        "chance": {name: _shown(float(statistics.mean_of(f"uniform_{name}")[head])) for name in (each.removeprefix("uniform_") for each in CHANCES)},
         "distance": _shares(statistics.distance_mass[head], n_rows),
         "distance_chance": _shares(statistics.uniform_distance_mass[0], n_rows),
         "score": {"edges": [_shown(bin_edge(place)) for place in range(first, stop + 1)] if stop else [], "counts": counts[first:stop].tolist()},

@@ -99,6 +99,20 @@ def records_ref(pipeline: Pipeline, layer: int) -> ArtifactRef:
     return make_ref("head_records", f"{FOLDER}/records", identity=identity, inputs=_all_candidates(pipeline), label=layer_key(layer))
 
 
+def prompt_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
+    """Address the patterns over one configured prompt."""
+    config, plan = pipeline.config, pipeline.plan
+    identity = {
+        "code": HEADS_VERSION,
+        "model": plan.model_fingerprint,
+        "model_dtype": config.model.dtype,
+        "tokenizer": plan.tokenizer_fingerprint,
+        "layers": heads_of(pipeline).layers,
+        "text": heads_of(pipeline).prompts[name],
+    }
+    return make_ref("prompt_patterns", f"{FOLDER}/prompts", identity=identity, inputs={}, label=name)
+
+
 def tokens_lineage(pipeline: Pipeline) -> list[Lineage]:
     """Return what the tokens keep."""
     return [Lineage(tokens_ref(pipeline), [token_shard_ref(pipeline, first_shard(pipeline))])]

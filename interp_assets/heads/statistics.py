@@ -12,12 +12,12 @@ from interp_assets.compute.head_loops import FIELDS, N_DISTANCES, N_SCORES
 
 _PLACE: Final = {name: place for place, name in enumerate(FIELDS)}
 _MASS, _NAT, _STEP, _FINE = 2.0**24, 2.0**20, 2.0**10, 2.0**16
-_UNITS: Final = {"entropy": _NAT, "distance": _STEP, "uniform_distance": _STEP, "distance2": 1.0} | dict.fromkeys(
+_UNITS: Final[dict[str, float]] = {"entropy": _NAT, "distance": _STEP, "uniform_distance": _STEP, "distance2": 1.0} | dict.fromkeys(
     ("logit_std", "logit_margin", "logit_z", "output_norm"), _FINE
 )
 """What one is, in the units of a field; of all others 2^24."""
 _PER: Final = {"previous": "previous_rows", "first": "first_rows", "induction": "induction_rows", "duplicate": "duplicate_rows"}
-_PER_ROW: Final = dict.fromkeys(("entropy", "entropy_share", "logit_std", "logit_margin", "logit_z"), "spread_rows")
+_PER_ROW: Final[dict[str, str]] = dict.fromkeys(("entropy", "entropy_share", "logit_std", "logit_margin", "logit_z"), "spread_rows")
 _CHANCES: Final = ("self", "previous", "first", "induction", "duplicate", "other_document", "distance")
 MEANS: Final = tuple(name for name in FIELDS if not name.endswith("rows") and not name.startswith("uniform"))
 """Statistics of a head that are means over rows."""

@@ -286,6 +286,8 @@ class HeadsConfig(_Config):
     """Examples shown from one interval."""
     key_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
     """Tokens that masses are told apart by: the most frequent ones of the first shard; all others are counted together."""
+    prompts: dict[Name, str] = {}
+    """Texts by name, over each of which every head's whole pattern is kept."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> "HeadsConfig":

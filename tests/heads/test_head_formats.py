@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from interp_assets.compute.head_loops import FIELDS, count_chance, sweep_rows
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, InputError
-from interp_assets.heads.candidates import CANDIDATE_SCHEMA, find_head_candidates
-from interp_assets.heads.codec import (
+from interp_assets.garcon.patterns.codec import (
     TILE,
     check_pattern,
     halve,
@@ -32,6 +31,7 @@ from interp_assets.heads.codec import (
     unpack_tile,
     unpack_triangle,
 )
+from interp_assets.heads.candidates import CANDIDATE_SCHEMA, find_head_candidates
 from interp_assets.heads.examples import EXAMPLE_SCHEMA, select_head_examples
 from interp_assets.heads.patterns import PATTERN_SCHEMA, keep_patterns
 from interp_assets.heads.records import HEADS, INDEX, RECORDS, unpack_head_record, write_head_records
@@ -84,7 +84,7 @@ def test_the_page_of_the_sums_tells_every_tensor_and_field() -> None:
     )
     block = (np.zeros((1, 3, 3), np.float32), np.full(1, -np.inf, np.float32), np.ones((1, 3), np.float32), np.zeros((1, 3), np.float32), 0)
     sums = (found.fields, found.distance_mass, np.zeros((1, 3), np.int64), found.query_mass, found.score)
-    sweep_rows(block, context, (np.zeros(3, np.int64), np.zeros(3, np.int64)), sums, np.zeros((1, 3), np.float32))
+    sweep_rows(block, context, (np.zeros(3, np.int32), np.zeros(3, np.int32)), sums, np.zeros((1, 3), np.float32))
     count_chance(context, found.fields[0], found.uniform_distance_mass[0], np.zeros(4, np.int64), found.uniform_query_mass[0])
     assert {name: int(found.sum_of(name)[0]) for name in example} == example
 

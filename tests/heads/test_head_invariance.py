@@ -37,7 +37,7 @@ def _contexts(n: int) -> list[np.ndarray]:
 def _shard(contexts: Sequence[np.ndarray]) -> TokenShard:
     numbers = np.repeat(np.arange(len(contexts)), [len(each) for each in contexts]).astype(np.uint32)
     token_ids = np.concatenate(contexts)
-    return TokenShard(token_ids, numbers, numbers, token_ids != 7, None)  # type: ignore[arg-type] - nothing is stored
+    return TokenShard(token_ids, numbers, numbers, token_ids != 7, None, None)  # type: ignore[arg-type] - nothing is stored
 
 
 def _measure(model: SubjectModel, contexts: Sequence[np.ndarray], index: int = 0, queries: int = 128) -> list[LayerSums]:

@@ -16,7 +16,7 @@ from interp_assets.planning.schedule import make_schedule
 from interp_assets.storage.manifest import find_manifest
 from interp_assets.storage.verify import verify_tree
 
-NAMES = ["head_tokens", "head_candidates", "head_examples", "example_patterns", "head_records"]
+NAMES = ["head_tokens", "head_candidates", "head_examples", "example_patterns", "head_records", "prompt_patterns"]
 SELECT = ["token_shards", *NAMES]
 
 
@@ -32,7 +32,7 @@ def _configure(folder: Path, kind: str = "gpt2", **heads: object):
         "saes": saes,
         "shuffle": {"passes": 2, "fan_out": 2},
     }
-    return make_tiny_config(folder / kind, texts, **sections, heads={"key_tokens": 16, "top_k": 3, **heads})
+    return make_tiny_config(folder / kind, texts, **sections, heads={"key_tokens": 16, "top_k": 3, "prompts": {"hello": "ab cd ab"}, **heads})
 
 
 def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         pipeline = load_pipeline(config, store)
         n_shards = len(pipeline.shard_indices)
         assert n_shards > 1
-        assert {name: made[name] for name in NAMES} == dict(zip(NAMES, (1, n_shards, 2, n_shards, 2), strict=True))
+        assert {name: made[name] for name in NAMES} == dict(zip(NAMES, (1, n_shards, 2, n_shards, 2, 1), strict=True))
         assert not any(report.n_made for report in run_road(config, instance, select=SELECT) if report.name in NAMES)
         event = instance.get_latest_materialization_event(dg.AssetKey("head_candidates"))
         assert event is not None
@@ -64,7 +64,7 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         assert before is not None
         store.delete([f"{candidates_ref(pipeline, 0).path}/manifest.json"])
         again = {report.name: report.n_made for report in run_road(config, instance, select=SELECT)}
-        assert {name: again[name] for name in NAMES} == dict(zip(NAMES, (0, 1, 0, 0, 0), strict=True))
+        assert {name: again[name] for name in NAMES} == dict(zip(NAMES, (0, 1, 0, 0, 0, 0), strict=True))
         after = find_manifest(store, candidates_ref(pipeline, 0))
         assert after is not None
         assert after.digest == before.digest
@@ -73,7 +73,7 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         assert lines["head_candidates"].n_missing == 0
         other = pipeline.__class__(make_config({**config.model_dump(), "seed": 1}), pipeline.plan)
         priced = {line.name: line for line in make_schedule(road, other, store, {}, 1)}
-        assert all(priced[name].job_bytes >= 0 and priced[name].n_missing for name in NAMES[1:])
+        assert all(priced[name].job_bytes >= 0 and priced[name].n_missing for name in NAMES[1:-1])
         assert priced["head_candidates"].n_rows > 0
         assert records_ref(other, 1).artifact_id != records_ref(pipeline, 1).artifact_id
 
@@ -94,4 +94,4 @@ def test_a_pipeline_without_heads_is_what_it_was() -> None:
     config = make_config({})
     assert not any(asset.stage == "heads" for asset in make_road(config))
     assert "heads" not in config.model_dump(mode="json")
-    assert [asset.name for asset in make_road(make_config({"heads": {}})) if asset.stage == "heads"] == NAMES
+    assert [asset.name for asset in make_road(make_config({"heads": {}})) if asset.stage == "heads"] == NAMES[:-1]

@@ -67,7 +67,7 @@ def make_tokens(n_contexts: int = 6, length: int = 48) -> TokenShard:
     halves = np.stack([generator.permutation(N_TOKENS)[: length // 2] for _ in range(n_contexts)])
     token_ids = np.concatenate([halves, halves], axis=1).reshape(-1).astype(np.uint32)
     contexts = np.repeat(np.arange(n_contexts), length).astype(np.uint32)
-    return TokenShard(token_ids, contexts, contexts, np.ones(len(token_ids), np.bool_), None)  # type: ignore[arg-type] - nothing is stored
+    return TokenShard(token_ids, contexts, contexts, np.ones(len(token_ids), np.bool_), None, None)  # type: ignore[arg-type] - nothing is stored
 
 
 @pytest.fixture(scope="module")
