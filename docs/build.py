@@ -60,9 +60,7 @@ Stages are folders in the order of the data: `corpus`, `harvest`, `heads`, `shuf
 model. The wings serve them all: `storage` and `compute` from below, `planning` with what can be said before anything runs, `graph` with all that
 is Dagster, `terminal` with all that is typed. Arrows run down this page: a folder imports only what stands below it (`resources`, outside the
 package, is used by `graph` alone; `lab.py` stands over the stages), and outside its stage nothing is decided by an asset's name. A stage's
-`assets.py` is its table of
-contents, and a good place to begin; CONTRIBUTING says how to
-[add an asset](../CONTRIBUTING.md#add-an-asset).
+`assets.py` is its table of contents, and a good place to begin; CONTRIBUTING says how to [add an asset](../CONTRIBUTING.md#add-an-asset).
 """
 NAMES: Final = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 NAME_RULE: Final = get_args(Name)[1]
