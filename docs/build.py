@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -132,7 +133,9 @@ def make_configuration() -> str:
 
 
 def _default(value: Any) -> str:
-    """Write a default as YAML would, in one line."""
+    """Write a default as YAML would, in one line; say of a field without one that it has to be given."""
+    if value is PydanticUndefined:
+        return "to be given"
     return json.dumps(value) if not isinstance(value, list) or not value or isinstance(value[0], str) else f"one of {type(value[0]).__name__}"
 
 
@@ -150,9 +153,12 @@ def kind_of(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     if origin in (list, tuple):
         word = kind_of(arguments[0])
         least = "one or more " if any(getattr(item, "min_length", 0) for item in constraints) else ""
-        return f"list of {least}" + {"text": "texts", "name": "names"}.get(word, word)
+        return f"list of {least}" + {"text": "texts", "name": "names", "mapping": "mappings"}.get(word, word)
+    if annotation == dict[str, Any]:
+        return "mapping"
     if origin is dict:
-        return f"{kind_of(arguments[1])}s by {kind_of(arguments[0])}"
+        word = kind_of(arguments[1])
+        return f"{word.replace('list', 'lists', 1) if word.startswith('list of') else f'{word}s'} by {kind_of(arguments[0])}"
     bounds = [
         f"{sign} {_number(getattr(item, name))}" for item in constraints for name, sign in SIGNS.items() if getattr(item, name, None) is not None
     ]

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    import interp_assets.garcon.patterns.view
     import interp_assets.garcon.session
     import interp_assets.garcon.spread
     import interp_assets.garcon.steering.dose

@@ -279,10 +279,10 @@ class Plan(_Part):
 
     @model_validator(mode="after")
     def _check(self) -> "Plan":
-        names = {kind: [] for kind in ("read", "sae_read", "metric", "grad", "attribute")}
+        names: dict[str, list[str]] = {kind: [] for kind in ("read", "sae_read", "metric", "grad", "attribute")}
         for operation in self.operations:
             if operation.op in names:
-                names[operation.op].append(operation.name)
+                names[operation.op].append(getattr(operation, "name"))  # noqa: B009 - these kinds have one
         named = [name for of_kind in names.values() for name in of_kind]
         if len(set(named)) < len(named):
             message = f"two operations have one name: {sorted({name for name in named if named.count(name) > 1})}"

@@ -8,7 +8,7 @@ way of two, so there the tensor itself is overwritten.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def tapped(net: PreTrainedModel, taps: Sequence[Tap], n_tokens: int) -> Iterator
                 attention.setdefault(tap.point.module_path, {})[tap.point.kind] = tap.act
             else:
                 handles.append(_hook(net, tap, n_tokens))
-        with ExitStack() if attention else nullcontext() as stack:
+        with ExitStack() as stack:
             for path, acts in attention.items():
                 stack.enter_context(attention_tapped(net.get_submodule(path), acts))
             yield

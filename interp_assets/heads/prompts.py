@@ -35,7 +35,7 @@ def keep_prompt(pipeline: Pipeline, store: Store, model: SubjectModel, tokenizer
     row = [int(token) for token in tokenizer(heads_of(pipeline).prompts[name])["input_ids"]]  # pyright: ignore[reportArgumentType]
     if not 0 < len(row) <= model.max_context:
         raise InputError(f"The prompt {name!r} has {len(row):,} tokens; {model.name} takes 1 to {model.max_context:,}. Mend `heads.prompts`.")
-    seen = read_attention(model, row, [tokenizer.decode([token]) for token in row], list(head_counts(pipeline)))
+    seen = read_attention(model, row, [str(tokenizer.decode([token])) for token in row], list(head_counts(pipeline)))
     described = {
         "tokens": row,
         "texts": seen.tokens,

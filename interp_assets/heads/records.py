@@ -228,7 +228,7 @@ def _list_tokens(evidence: _Evidence, masses: NDArray[np.int64], chance: NDArray
     lift = masses[known] / chance[known]
     best = known[np.lexsort((known, -lift))][:SHOWN_TOKENS]
     return [
-        [int(evidence.chosen[i]), _shown(masses[i] / chance[i]), _shown(masses[i] / 2.0**24 / counts[i]), int(counts[i])]
+        [int(evidence.chosen[i]), _shown(float(masses[i] / chance[i])), _shown(float(masses[i] / 2.0**24 / counts[i])), int(counts[i])]
         for i in best.tolist()
         if masses[i] > 0
     ]
