@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from interp_assets.errors import ArtifactError, ArtifactMissingError, InputError
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.refs import hook_folder
 from interp_assets.planning.asset import Asset
-from interp_assets.planning.config import PipelineConfig, SaeConfig, ShuffleConfig
+from interp_assets.planning.config import HeadsConfig, PipelineConfig, SaeConfig, ShuffleConfig, SteeringConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline
 from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.storage.direct import find_remains
@@ -89,7 +89,9 @@ def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
     """Return the kinds of artifacts that assets make and keep the digests of, whatever a configuration switches off, and checkpoints."""
     sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
-    changes = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
+    changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
+    changes["heads"] = HeadsConfig(prompts={"any": "text"})
+    changes["steering"] = SteeringConfig(recipes={"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}, prompts=["text"])
     full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT}
     road = make_road(full.config)
     for asset in road.rest:

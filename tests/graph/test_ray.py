@@ -72,9 +72,9 @@ def wait_and_attempt(config_json, asset_key, key):
     place = groups.get(asset_key)
     if place is None:
         return attempt(config_json, asset_key, key)
-    if (folder / "youngest").read_text() == ray.get_runtime_context().get_node_id():
+    if (folder / "youngest").read_text() == ray.get_runtime_context().get_node_id() and not (place / "killed").exists():
         (place / "held").touch()
-        wait_for(place / "killed")
+        threading.Event().wait()  # a worker may outlive its node for seconds, and would answer
     answer = attempt(config_json, asset_key, key)
     (place / "finished").touch()
     wait_for(place / "held")

@@ -8,8 +8,10 @@ process imports, it calls a few.
 import inspect
 from collections.abc import Callable
 from typing import Any
+from warnings import catch_warnings
 
 from beartype import beartype
+from beartype.roar import BeartypeDecorHintPep585DeprecationWarning
 
 _checks: dict[tuple[str, str, inspect.Signature], Callable[..., Any]] = {}
 
@@ -20,7 +22,7 @@ def check_types(empty: Callable[..., Any]) -> Callable[..., Any]:
 
     def check(*args: Any, **kwargs: Any) -> Any:
         if not made:
-            made.append(beartype(empty))
+            made.append(_write_checks(empty))
         return made[0](*args, **kwargs)
 
     key = (empty.__module__, empty.__qualname__, inspect.signature(empty))
@@ -28,3 +30,8 @@ def check_types(empty: Callable[..., Any]) -> Callable[..., Any]:
         return _checks.setdefault(key, check)
     except TypeError:  # a default or an annotation without a hash
         return check
+
+
+def _write_checks(empty: Callable[..., Any]) -> Callable[..., Any]:
+    with catch_warnings(action="ignore", category=BeartypeDecorHintPep585DeprecationWarning):  # of annotations that other libraries inherit
+        return beartype(empty)

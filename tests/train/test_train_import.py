@@ -371,7 +371,7 @@ def test_trained_saes_keep_their_ids(make_planted) -> None:
     """The fields of imported ones are no part of the identity of the others: nothing is trained again after an upgrade."""
     planted = make_planted([{"name": "own"}])
     config = planted.pipeline.config.sae("own")
-    assert set(config.model_dump()) - set(config.identity()) == {"imported", "imported_digest"}
+    assert set(config.model_dump()) - set(config.identity()) == {"imported", "imported_digest", "accepts_misfit"}
     assert config.described() == config.identity()
 
 

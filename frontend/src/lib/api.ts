@@ -198,7 +198,7 @@ export async function getNotes(name: string): Promise<Notes> {
 
 export async function putNote(name: string, latent: number, note: string, lists: string[]): Promise<Notes> {
   const body = JSON.stringify({ note, lists });
-  const response = await ask(at(name, `/notes/${latent}`), { method: 'PUT', headers: { 'Content-Type': 'application/json' }, body });
+  const response = await ask(at(name, `/notes/${latent}`), { method: 'PUT', headers: { 'Content-Type': 'application/json' }, body, keepalive: true });
   return (await response.json()) as Notes;
 }
 
