@@ -162,7 +162,7 @@ def _print_shuffle(console: Console, pipeline: Pipeline, store: Store, workers: 
     try:
         n_rows, how = sum(shard.n_valid for shard in load_shard_rows(pipeline, store)), "counted"
     except ArtifactMissingError:
-        n_rows, how = count_rows(pipeline, store, pipeline.train_indices), f"estimated from the text, {TEXT_BYTES_PER_TOKEN} bytes a row"
+        n_rows, how = count_rows(pipeline, store, pipeline.train_indices), f"estimated from the text, {TEXT_BYTES_PER_TOKEN} bytes of text a row"
     counted = f"{format_count(passes, 'pass', 'passes')}, {format_count(fan_out ** (passes - 1), 'mixed shard')}"
     chosen = "" if shuffle.stated else f", as `shuffle.passes: auto` {'chose' if how == 'counted' else 'will choose for so many'}"
     console.print(f"\nShuffle of {n_rows:,} rows ({how}): {counted}{chosen}", soft_wrap=True, markup=False)

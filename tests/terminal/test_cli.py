@@ -342,7 +342,7 @@ def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None
     assert lines[1].endswith("of text; 1 shard held out")
     assert lines[2] == "1 empty file skipped: __init__.py"
     assert any(
-        line.startswith("Shuffle of ") and line.endswith("(estimated from the text, 4 bytes a row): 2 passes, 8 mixed shards") for line in lines
+        line.startswith("Shuffle of ") and line.endswith("(estimated from the text, 4 bytes of text a row): 2 passes, 8 mixed shards") for line in lines
     )
     rows = {line.partition(" of ")[0].rpartition(" ")[0]: line for line in lines if " of " in line}
     assert rows["corpus_plan"].startswith("corpus_plan 1 of 1 ")  # as `interp run` counts
