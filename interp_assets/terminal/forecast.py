@@ -92,7 +92,9 @@ def print_costs(console: Console, config: PipelineConfig, tables: Mapping[str, l
     total = [Cost(*(sum(values) for values in zip(*side, strict=True))) for side in zip(*sums.values(), strict=True)]
     rows.append(("together", sum(len(found) for found in tables.values()), *_beside(*total)))
     console.print(f"Pipeline {config.name}: expected / taken by the partitions that were made", soft_wrap=True, markup=False)
-    print_table(console, ["asset", "made", "read", "written", "requests", "seconds", "USD"], rows)
+    columns = ["asset", "made", "read", "written", "requests", "seconds", "USD"]
+    n_shown = len(columns) if any(cost.usd for cost in total) else len(columns) - 1  # nothing has a price: no column of zeros
+    print_table(console, columns[:n_shown], [row[:n_shown] for row in rows])
 
 
 def _beside(estimated: Cost, actual: Cost) -> tuple[str, ...]:
