@@ -137,7 +137,7 @@ def _default(value: Any) -> str:
     """Write a default as YAML would, in one line; say of a field without one that it has to be given."""
     if value is PydanticUndefined:
         return "to be given"
-    return json.dumps(value) if not isinstance(value, list) or not value or isinstance(value[0], str) else f"one of {type(value[0]).__name__}"
+    return json.dumps(value)
 
 
 def kind_of(annotation: Any, constraints: Sequence[Any] = ()) -> str:

@@ -233,6 +233,11 @@ class Feature:
         """`text` writes a token id."""
         self.record, self._text = record, text
 
+    def __repr__(self) -> str:
+        """Say which latent it is, and how many examples of it there are."""
+        examples = self.record["examples"]
+        return f"latent {self.record['latent']:,}: {len(examples['top'])} top and {len(examples['random'])} random examples"
+
     def examples(self, kind: str = "top") -> "pl.DataFrame":
         """Return `top` or `random` examples: activation, token, the window as text, and where it is. Raises `InputError` for another kind."""
         import polars as pl  # noqa: PLC0415 - as above
@@ -256,6 +261,10 @@ class Opened:
         """`open` makes it."""
         self.pipeline, self.store = pipeline, store
         self._token_ids: dict[int, NDArray[np.uint32]] = {}
+
+    def __repr__(self) -> str:
+        """Say which pipeline it is, and where."""
+        return f"pipeline {self.config.name} at {self.store.url}: {self.config.model.name}, SAEs {[sae.name for sae in self.config.saes]}"
 
     @property
     def config(self) -> PipelineConfig:

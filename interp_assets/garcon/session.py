@@ -90,6 +90,11 @@ class Model:
         made.backend = backend
         return made
 
+    def __repr__(self) -> str:
+        """Say which model it is, and which SAEs it has."""
+        name = getattr(self.backend, "name", "a model")
+        return f"{name}, SAEs {list(self.saes)}" if self.saes else name
+
     @property
     def subject(self) -> "interp_assets.garcon.subject.SubjectModel":
         """The network itself. Raises `InputError` where it is on a server."""

@@ -61,7 +61,7 @@ class _Config(BaseModel):
     @property
     def looked_in(self) -> str:
         """Where a relative path was looked for in vain, for messages; nothing for others."""
-        return f" (looked in {Path.cwd()} and {self._folder})" if self._folder else ""
+        return f" (looked in {' and '.join(dict.fromkeys([str(Path.cwd()), self._folder]))})" if self._folder else ""
 
 
 HookPointName = Annotated[str, AfterValidator(canonical_name)]

@@ -2,7 +2,8 @@
 
 A forecast knows operations and bytes, and assumes two cores of a server. A small database in the user's cache folder (`storage/seen.py` tells where)
 sums, for each kind of work, expected and real seconds of the partitions that were made here; older ones count less and less, so that a
-forecast follows the machine. Partitions of less than `SHORT_S` are left out: they are start-up, of which nothing follows for larger ones.
+forecast follows the machine. Partitions that took less than `SHORT_S`, or were expected to take less than `SLIGHT_S`, are left out: they are
+start-up, of which nothing follows for larger ones.
 Nothing but forecasts depends on it, and it may be deleted at any time.
 """
 
@@ -14,6 +15,7 @@ from typing import Final, NamedTuple
 from interp_assets.storage.seen import cache_folder
 
 SHORT_S: Final = 1.0
+SLIGHT_S: Final = 0.1
 _FADE: Final = 0.95
 _MOST: Final = 1e18
 _TABLE: Final = "CREATE TABLE IF NOT EXISTS rates (kind TEXT PRIMARY KEY, expected_s REAL, taken_s REAL, partitions INTEGER)"
@@ -31,12 +33,12 @@ class Rate(NamedTuple):
 def rates_path() -> Path | None:
     """Return where the sums lie; None for a user without a home."""
     folder = cache_folder()
-    return folder / "rates-2.sqlite" if folder else None
+    return folder / "rates-3.sqlite" if folder else None
 
 
 def note_rate(path: Path | None, kind: str, expected_s: float, taken_s: float) -> bool:
     """Add a partition that was made; tell whether it counts. What cannot be written is left out: a forecast is not worth an error."""
-    if path is None or taken_s < SHORT_S or expected_s <= 0:
+    if path is None or taken_s < SHORT_S or expected_s < SLIGHT_S:
         return False
     with suppress(OSError, sqlite3.Error):
         path.parent.mkdir(parents=True, exist_ok=True)

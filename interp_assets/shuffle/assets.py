@@ -41,7 +41,7 @@ from interp_assets.shuffle.refs import (
     shuffle_plan_ref,
     split_shard_ref,
 )
-from interp_assets.shuffle.rows import SORT_BYTES
+from interp_assets.shuffle.rows import ID_BYTES, SORT_BYTES
 from interp_assets.storage.lineage import Lineage
 from interp_assets.storage.manifest import ArtifactRef, Produced
 from interp_assets.storage.store import Store
@@ -307,4 +307,4 @@ def _gathering(n_passes: Callable[[int], int]) -> Callable[[Pipeline, Store, str
 
 def _certifying(pipeline: Pipeline, store: Store, _key: str) -> Load:
     n_rows = count_rows(pipeline, store, pipeline.train_indices)
-    return Load(n_rows, 2 * n_rows * sum(item.record_bytes for item in row_formats(pipeline)), 0, 2 * len(pipeline.train_indices), 1)
+    return Load(n_rows, n_rows * ID_BYTES * len(row_formats(pipeline)), 0, 2 * len(pipeline.train_indices), 1)  # ids alone are read

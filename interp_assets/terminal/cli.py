@@ -7,6 +7,7 @@ torch and Dagster take seconds and `interp --help` should not.
 
 import os
 import platform
+import shutil
 import socket
 import sys
 import traceback
@@ -427,12 +428,12 @@ def _show(config: "PipelineConfig", config_path: Path | None, port: int, dagster
 
 
 def explain_opening(config: "PipelineConfig") -> str:
-    """Say how a finished demo is opened again."""
-    return (
-        f"\nTo open it: interp serve {config.root}/{config.name}   (the feature browser)\n"
-        "            interp dev                      (Dagster's UI)\n"
-        "            interp demo                     (both; what is made is found)"
-    )
+    """Say how a finished demo is opened again, in words that can be typed: `make` puts no `interp` on the path."""
+    interp = "interp" if shutil.which("interp") else sys.argv[0]
+    told = {f"serve {config.root}/{config.name}": "the feature browser", "dev": "Dagster's UI", "demo": "both; what is made is found"}
+    width = max(map(len, told))
+    lines = [f"{interp} {words:{width}}   ({what})" for words, what in told.items()]
+    return "\nTo open it: " + "\n            ".join(lines)
 
 
 def _free_port(host: str, port: int) -> int:

@@ -92,7 +92,9 @@ def print_costs(console: Console, config: PipelineConfig, tables: Mapping[str, l
     total = [Cost(*(sum(values) for values in zip(*side, strict=True))) for side in zip(*sums.values(), strict=True)]
     rows.append(("together", sum(len(found) for found in tables.values()), *_beside(*total)))
     console.print(f"Pipeline {config.name}: expected / taken by the partitions that were made", soft_wrap=True, markup=False)
-    print_table(console, ["asset", "made", "read", "written", "requests", "seconds", "USD"], rows)
+    columns = ["asset", "made", "read", "written", "requests", "seconds", "USD"]
+    n_shown = len(columns) if any(cost.usd for cost in total) else len(columns) - 1  # nothing has a price: no column of zeros
+    print_table(console, columns[:n_shown], [row[:n_shown] for row in rows])
 
 
 def _beside(estimated: Cost, actual: Cost) -> tuple[str, ...]:
@@ -162,7 +164,7 @@ def _print_shuffle(console: Console, pipeline: Pipeline, store: Store, workers: 
     try:
         n_rows, how = sum(shard.n_valid for shard in load_shard_rows(pipeline, store)), "counted"
     except ArtifactMissingError:
-        n_rows, how = count_rows(pipeline, store, pipeline.train_indices), f"estimated from the text, {TEXT_BYTES_PER_TOKEN} bytes a row"
+        n_rows, how = count_rows(pipeline, store, pipeline.train_indices), f"estimated from the text, {TEXT_BYTES_PER_TOKEN} bytes of text a row"
     counted = f"{format_count(passes, 'pass', 'passes')}, {format_count(fan_out ** (passes - 1), 'mixed shard')}"
     chosen = "" if shuffle.stated else f", as `shuffle.passes: auto` {'chose' if how == 'counted' else 'will choose for so many'}"
     console.print(f"\nShuffle of {n_rows:,} rows ({how}): {counted}{chosen}", soft_wrap=True, markup=False)

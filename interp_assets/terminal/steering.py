@@ -19,13 +19,19 @@ def print_steered(out: Console, llm: Model, recipe: str, prompt: str, options: d
         lines = [(f"{name:>8}  ", ids[is_default]) for name, is_default in (("default", True), ("steered", False))]
         return Group(*(Text.assemble((name, "bold"), (prompt, "dim"), backend.decode(tokens)) for name, tokens in lines))
 
-    with Live(console=out, get_renderable=shown, auto_refresh=False) as live:
+    live = Live(console=out, get_renderable=shown, auto_refresh=False)
 
-        def hear(token: Token) -> None:
-            ids[token.is_default].append(token.token)
-            live.refresh()
+    def hear(token: Token) -> None:
+        ids[token.is_default].append(token.token)
+        live.start()  # with the first token: a recipe that is refused shows no texts
+        live.refresh()
 
+    try:
         texts = llm.generate(prompt, steer=recipe, compare=True, on_token=hear, **options)
+    finally:
+        live.stop()
+        if any(ids.values()) and not out.is_terminal:
+            out.line()  # which `Live` writes to terminals alone
     for warning in texts.warnings:
         out.print(f"Warning: {warning}", markup=False, soft_wrap=True)
     for line in texts.effects().to_dicts():

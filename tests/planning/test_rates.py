@@ -35,9 +35,10 @@ def test_old_partitions_fade(tmp_path: Path) -> None:
 
 
 def test_short_partitions_tell_nothing(tmp_path: Path) -> None:
-    """A third of a second is start-up: as a rate it would make a large partition a thousand times too long."""
+    """Start-up, as a rate, would make a large partition thousands of times too long: what took little, and what was expected to, is none."""
     path = tmp_path / "rates"
     assert not note_rate(path, "sae", 0.0003, 0.3)
+    assert not note_rate(path, "mixed_shards", 0.0003, 3.0)
     assert not note_rate(path, "sweep", 0.0, 5.0)
     assert not path.exists()
 

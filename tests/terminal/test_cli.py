@@ -341,9 +341,8 @@ def test_plan_says_what_there_will_be_and_writes_nothing(tmp_path: Path) -> None
     assert lines[1].startswith("4 corpus shards: 4 documents, ")
     assert lines[1].endswith("of text; 1 shard held out")
     assert lines[2] == "1 empty file skipped: __init__.py"
-    assert any(
-        line.startswith("Shuffle of ") and line.endswith("(estimated from the text, 4 bytes a row): 2 passes, 8 mixed shards") for line in lines
-    )
+    shuffled = next(line for line in lines if line.startswith("Shuffle of "))
+    assert shuffled.endswith("(estimated from the text, 4 bytes of text a row): 2 passes, 8 mixed shards")
     rows = {line.partition(" of ")[0].rpartition(" ")[0]: line for line in lines if " of " in line}
     assert rows["corpus_plan"].startswith("corpus_plan 1 of 1 ")  # as `interp run` counts
     assert rows["token_shards"].startswith("token_shards 4 of 4 ")
@@ -392,12 +391,15 @@ def test_looking_at_what_is_not_there_makes_no_folder(tmp_path: Path, command: s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.yaml"]
 
 
-def test_a_demo_that_was_only_built_says_how_to_open_it() -> None:
-    """Whoever builds it on a server, and comes back, has forgotten."""
+@pytest.mark.parametrize(("found", "typed"), [("/usr/bin/interp", "interp"), (None, ".venv/bin/interp")])
+def test_a_demo_that_was_only_built_says_how_to_open_it(monkeypatch: pytest.MonkeyPatch, found: str | None, typed: str) -> None:
+    """Whoever builds it on a server, and comes back, has forgotten; and `make` activates nothing."""
+    monkeypatch.setattr(cli.shutil, "which", lambda _name: found)
+    monkeypatch.setattr(cli.sys, "argv", [".venv/bin/interp", "demo", "--no-serve"])
     said = cli.explain_opening(demo_config())
-    assert f"interp serve {demo_config().root}/pystdlib " in said
-    assert "interp dev " in said
-    assert "interp demo " in said
+    assert f" {typed} serve {demo_config().root}/pystdlib " in said
+    assert f" {typed} dev " in said
+    assert f" {typed} demo " in said
 
 
 def test_an_interrupt_says_what_is_kept() -> None:

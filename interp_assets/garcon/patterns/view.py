@@ -52,7 +52,9 @@ class Attention:
         return found[int(place)]
 
     def table(self, head: str, query: int, n: int = 10) -> pl.DataFrame:
-        """Return the keys that a query looks at most: place, token, mass, and the share of the row that they make up so far."""
+        """Return the keys that a query looks at most: place, token, mass, and the share of the row so far. Raises `InputError` for a query beyond."""
+        if not -len(self.tokens) <= query < len(self.tokens):
+            raise InputError(f"There is no query {query}; the text has {len(self.tokens)} tokens, from 0.")
         row = self.pattern(head)[query]
         keys = np.argsort(-row, kind="stable")[:n]
         masses = row[keys].astype(np.float64)
