@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.store import Store, open_store
 
 torch.set_num_threads(1)  # small matrices, and a test process on every core: more threads only wait for each other
+settings.register_profile("untimed", settings.default, deadline=None)  # how long an example takes says what else the machine does
+settings.load_profile("untimed")
 
 
 def pytest_unconfigure() -> None:
