@@ -30,8 +30,8 @@ from transformers import GPT2Config, GPT2Model
 from interp_assets.corpus.tokens import TokenShard
 from interp_assets.garcon.attention import list_attention
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.heads.candidates import LayerSums, ShardRows
-from interp_assets.heads.reading import FORWARD_TOKENS, QUERIES, hear_shard
+from interp_assets.harvest.heads.candidates import LayerSums, ShardRows
+from interp_assets.harvest.heads.reading import FORWARD_TOKENS, QUERIES, hear_shard
 
 VOCABULARY = 1000
 

@@ -393,7 +393,7 @@ class Opened:
 
     def dose(self, recipe: str) -> "interp_assets.garcon.steering.dose.Dose":
         """Read the dose curve of a recipe of the configuration: texts, table and picture."""
-        from interp_assets.steer.curves import read_curve  # noqa: PLC0415 - as above
+        from interp_assets.visualize.steering.curves import read_curve  # noqa: PLC0415 - as above
 
         return read_curve(self.pipeline, self.store, recipe)
 
@@ -420,19 +420,19 @@ class Opened:
 
     def heads(self) -> "pl.DataFrame":
         """Return the statistics of every attention head, one line a head: means, and `uniform_` what looking at all keys alike gives."""
-        from interp_assets.heads.records import read_tables  # noqa: PLC0415 - as above
+        from interp_assets.harvest.heads.records import read_tables  # noqa: PLC0415 - as above
 
         return read_tables(self.pipeline, self.store)
 
     def head(self, name: str) -> dict[str, Any]:
         """Read one head's record, named by layer and place (`5.3`): statistics, distances, tokens, examples with their patterns."""
-        from interp_assets.heads.records import read_head  # noqa: PLC0415 - as above
+        from interp_assets.harvest.heads.records import read_head  # noqa: PLC0415 - as above
 
         return read_head(self.pipeline, self.store, name)
 
     def prompt(self, name: str) -> "interp_assets.garcon.patterns.view.Attention":
         """Read the patterns over a configured prompt, as `attention` of a model gives them; no model is needed."""
-        from interp_assets.heads.prompts import read_prompt  # noqa: PLC0415 - as above
+        from interp_assets.harvest.heads.prompts import read_prompt  # noqa: PLC0415 - as above
 
         return read_prompt(self.pipeline, self.store, name)
 

@@ -9,11 +9,9 @@ from interp_assets.planning.road import Road, named
 STAGES: Final = (
     "corpus",
     "harvest",
-    "heads",
     "shuffle",
     "train",
     "visualize",
-    "steer",
     "web",
 )
 """Folders whose `assets.py` has a function `make_assets(config)`. They are imported by name, so that this list is all there is."""

@@ -5,21 +5,18 @@ from functools import partial
 from typing import Final
 
 from interp_assets.corpus.sizes import TOKEN_BYTES, rows_of
-from interp_assets.garcon.facts import find_facts
 from interp_assets.harvest.checks import ACTIVATION_ROWS, OUTLIER_DIMENSIONS
+from interp_assets.harvest.heads.assets import make_head_assets
 from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, read_dtypes, statistics_ref
+from interp_assets.harvest.sizes import ROWS_PER_S, forward_s, model_bytes
 from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, name_facts, per_hook_point, same, training
 from interp_assets.planning.config import PipelineConfig, code_version
-from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.storage.dtypes import ITEM_BYTES
 from interp_assets.storage.manifest import ArtifactRef, Produced
-from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store
 
 GROUP = "harvest"
-ROWS_PER_S: Final = 10_000
-"""Rows of a small model on two cores; large ones are bound by two operations for each parameter and row."""
 _STATISTICS_BYTES_PER_DIMENSION: Final = 40
 _WIDTH_OF_FORWARD: Final = 30
 """Values of the model's width that a forward pass holds for each token."""
@@ -64,19 +61,8 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             checks=(OUTLIER_DIMENSIONS,),
             code_version=code_version(1),
         ),
+        *make_head_assets(config),
     ]
-
-
-def count_parameters(pipeline: Pipeline) -> int:
-    """Return the number of the subject model's parameters, without its weights."""
-    config = pipeline.config
-    with open_seen() as seen:
-        return pipeline.remember("parameters", lambda: find_facts(config.model, config.harvest.hook_points, seen).n_parameters)
-
-
-def model_bytes(pipeline: Pipeline) -> int:
-    """Return what the subject model's weights take."""
-    return count_parameters(pipeline) * ITEM_BYTES[pipeline.config.model.dtype]
 
 
 def _activations(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
@@ -97,7 +83,6 @@ def _show_norms(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
 def _harvesting(pipeline: Pipeline, store: Store, key: str) -> Load:
     config, n_rows, widths = pipeline.config, rows_of(pipeline, store, shard_index(key)), pipeline.plan.hook_widths
     row_bytes = sum(widths[name] for name in config.harvest.hook_points) * ITEM_BYTES[config.harvest.dtype]
-    forward_s = 2.0 * count_parameters(pipeline) * n_rows / ONE_WORKER.flops
     batch = min(config.execution.tokens_per_batch, n_rows) * max(widths.values()) * 4 * _WIDTH_OF_FORWARD
     return Load(
         rows=n_rows,
@@ -105,7 +90,7 @@ def _harvesting(pipeline: Pipeline, store: Store, key: str) -> Load:
         written_bytes=n_rows * row_bytes,
         n_inputs=3,
         n_outputs=2 * len(config.harvest.hook_points),
-        busy_s=max(n_rows / ROWS_PER_S, forward_s),
+        busy_s=max(n_rows / ROWS_PER_S, forward_s(pipeline, float(n_rows))),
         memory_bytes=model_bytes(pipeline) + batch,
     )
 

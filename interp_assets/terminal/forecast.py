@@ -11,7 +11,7 @@ from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN, c
 from interp_assets.errors import ArtifactMissingError, PlanError, StoreMissingError
 from interp_assets.graph.readiness import find_lacks, free_bytes
 from interp_assets.graph.stages import make_road
-from interp_assets.harvest.assets import ROWS_PER_S
+from interp_assets.harvest.sizes import ROWS_PER_S
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.costs import Cost, add_up
 from interp_assets.planning.machine import PROCESS_BYTES, Machine, Prices

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from interp_assets.corpus.sizes import TOKEN_BYTES, bound_rows, count_rows
 from interp_assets.errors import ArtifactMissingError, CertificateError, InterpError
-from interp_assets.harvest.assets import ROWS_PER_S, model_bytes
+from interp_assets.harvest.sizes import ROWS_PER_S, model_bytes
 from interp_assets.planning.asset import EXPERIMENTS, Asset, Job, Load, Markdown, Needs, Shown, every, only, same, whole
 from interp_assets.planning.config import PipelineConfig, SaeConfig, code_version
 from interp_assets.planning.machine import ONE_WORKER

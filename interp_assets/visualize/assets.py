@@ -28,14 +28,16 @@ from interp_assets.visualize.refs import (
     split_grid_key,
     windows_ref,
 )
+from interp_assets.visualize.steering.assets import make_steering_assets
 
 ON_ACCELERATOR = Needs(accelerator=True)
 _PASSES = ("feature_candidates", "feature_examples", "example_activations", "feature_records")
 
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
-    """List the assets of this stage: four for each SAE of `features.saes`."""
-    return [asset for sae in config.features.saes for asset in [*_finding(config, sae), *_showing(config, sae)]]
+    """List the assets of this stage: four for each SAE of `features.saes`, and the dose curves."""
+    evidence = [asset for sae in config.features.saes for asset in [*_finding(config, sae), *_showing(config, sae)]]
+    return [*evidence, *make_steering_assets(config)]
 
 
 def group_of(sae: str) -> str:

@@ -36,10 +36,10 @@ from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import InputError
 from interp_assets.garcon.attention import Attended, AttentionLayer, gram
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.heads.reading import QUERIES, Place, chosen_layers, hear_shard
-from interp_assets.heads.refs import candidates_lineage, candidates_ref, head_counts, heads_of, layer_key
-from interp_assets.heads.statistics import HeadStatistics, as_statistics, empty_statistics, statistics_arrays
-from interp_assets.heads.tokens import classify, find_documents, find_earlier, load_chosen
+from interp_assets.harvest.heads.reading import QUERIES, Place, chosen_layers, hear_shard
+from interp_assets.harvest.heads.refs import candidates_lineage, candidates_ref, head_counts, heads_of, layer_key
+from interp_assets.harvest.heads.statistics import HeadStatistics, as_statistics, empty_statistics, statistics_arrays
+from interp_assets.harvest.heads.tokens import classify, find_documents, find_earlier, load_chosen
 from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from interp_assets.compute.head_loops import N_SCORES, SCORE_ORIGIN
 from interp_assets.corpus.contexts import first_of_each
-from interp_assets.heads.candidates import SAMPLED, STRONGEST, load_candidates
-from interp_assets.heads.refs import candidates_ref, examples_lineage, examples_ref, heads_of
-from interp_assets.heads.statistics import HeadStatistics, as_statistics, merge_statistics, statistics_arrays
+from interp_assets.harvest.heads.candidates import SAMPLED, STRONGEST, load_candidates
+from interp_assets.harvest.heads.refs import candidates_ref, examples_lineage, examples_ref, heads_of
+from interp_assets.harvest.heads.statistics import HeadStatistics, as_statistics, merge_statistics, statistics_arrays
 from interp_assets.planning.config import HeadsConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace

@@ -12,10 +12,10 @@ from tiny_models import make_tokenizer
 
 from interp_assets.errors import ConfigError, InputError
 from interp_assets.garcon.patterns.view import read_attention
-from interp_assets.heads.prompts import INDEX, PATTERNS, PROMPT, keep_prompt, read_prompt
+from interp_assets.harvest.heads.prompts import INDEX, PATTERNS, PROMPT, keep_prompt, read_prompt
 from interp_assets.storage.manifest import read_file
 
-PAGE = Path(__file__).parents[2] / "docs" / "formats" / "prompt_patterns.md"
+PAGE = Path(__file__).parents[3] / "docs" / "formats" / "prompt_patterns.md"
 PROMPTS = {"short": "ab cd ab cd", "long": "x" * 100, "empty": ""}
 
 

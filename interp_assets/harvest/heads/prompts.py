@@ -15,7 +15,7 @@ from interp_assets.errors import ArtifactCorruptError, ConfigError, InputError
 from interp_assets.garcon.patterns.codec import LONG, pack_tiles, pack_triangle, quantize, restore, unpack_triangle
 from interp_assets.garcon.patterns.view import Attention, read_attention
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.heads.refs import head_counts, heads_of, prompt_ref
+from interp_assets.harvest.heads.refs import head_counts, heads_of, prompt_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, load_manifest, read_file, timed

@@ -20,13 +20,13 @@ from interp_assets.garcon.steering.recipe import load_recipe, make_edits
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.steer.refs import curve_lineage, curve_ref, edits_of, saes_of, steering_of
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import Manifest, Produced, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.visualize.records import FEATURES
 from interp_assets.visualize.refs import records_ref
+from interp_assets.visualize.steering.refs import curve_lineage, curve_ref, edits_of, saes_of, steering_of
 
 TEXTS: Final = "texts.parquet"
 TABLE: Final = "table.parquet"

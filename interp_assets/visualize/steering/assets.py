@@ -3,22 +3,21 @@
 from collections.abc import Callable
 
 from interp_assets.errors import InputError
-from interp_assets.harvest.assets import count_parameters, model_bytes
+from interp_assets.harvest.sizes import forward_s, model_bytes
 from interp_assets.planning.asset import Asset, Axis, Job, Load, Markdown, Needs, Shown, every, whole
 from interp_assets.planning.config import PipelineConfig, SteeringConfig, code_version
-from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.steer.refs import STEER_VERSION, curve_lineage, curve_ref, saes_of, steering_of
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 from interp_assets.visualize.refs import features_key
+from interp_assets.visualize.steering.refs import STEER_VERSION, curve_lineage, curve_ref, saes_of, steering_of
 
 _ARMS = 5
 _PROMPT_TOKENS = 32
 
 
-def make_assets(config: PipelineConfig) -> list[Asset]:
-    """List the assets of this stage."""
+def make_steering_assets(config: PipelineConfig) -> list[Asset]:
+    """List the dose curves: one asset, or none without a section `steering`."""
     return [_sweep(config, config.steering)] if config.steering else []
 
 
@@ -63,14 +62,14 @@ def find_obstacles(pipeline: Pipeline, _store: Store) -> list[str]:
 
 
 def _dose(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.steer.curves import write_curve
+    from interp_assets.visualize.steering.curves import write_curve
 
     model, tokenizer = job.world.model(), job.world.tokenizer()
     return lambda key: [write_curve(job.pipeline, job.store, model, tokenizer, key, job.progress.advance)]
 
 
 def _show(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
-    from interp_assets.steer.curves import draw_curve
+    from interp_assets.visualize.steering.curves import draw_curve
 
     facts = made[0].manifest.facts
     return {
@@ -83,5 +82,4 @@ def _takes(pipeline: Pipeline, _store: Store, _key: str) -> Load:
     steering = steering_of(pipeline)
     n_texts = len(steering.strengths) * _ARMS * len(steering.prompts) * steering.n
     n_tokens = 2.0 * n_texts * (steering.new_tokens + _PROMPT_TOKENS)  # each is scored without edits, too
-    busy_s = 2.0 * count_parameters(pipeline) * n_tokens / ONE_WORKER.flops
-    return Load(0, model_bytes(pipeline), 1e3 * n_texts, 4, 2, busy_s, 2 * model_bytes(pipeline))
+    return Load(0, model_bytes(pipeline), 1e3 * n_texts, 4, 2, forward_s(pipeline, n_tokens), 2 * model_bytes(pipeline))

@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from interp_assets.heads.refs import candidates_ref, head_counts, layer_index, records_ref
+from interp_assets.harvest.heads.refs import candidates_ref, head_counts, layer_index, records_ref
 from interp_assets.planning.asset import Check, Verdict
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.storage.manifest import load_manifest
@@ -16,7 +16,7 @@ MASS_SLACK: Final = 2.0**-20
 
 
 def _mass_conserved(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
-    from interp_assets.heads.candidates import load_statistics  # noqa: PLC0415 - torch
+    from interp_assets.harvest.heads.candidates import load_statistics  # noqa: PLC0415 - torch
 
     verdicts = {}
     for key in keys:

@@ -18,10 +18,10 @@ from interp_assets.graph.stages import make_road
 from interp_assets.planning.asset import Asset, Job
 from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
-from interp_assets.steer.assets import find_obstacles
-from interp_assets.steer.refs import curve_ref
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
+from interp_assets.visualize.steering.assets import find_obstacles
+from interp_assets.visualize.steering.refs import curve_ref
 from resources.world import World
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "steering_sweep.md"
@@ -88,7 +88,7 @@ def test_a_recipe_becomes_texts_and_a_table_as_the_page_says(made: tuple[Pipelin
 def test_what_was_computed_is_found_and_another_recipe_is_another(made: tuple[PipelineConfig, Pipeline, Store]) -> None:
     """Its id is of the edits, prompts, strengths, model and SAEs; a second run makes nothing."""
     config, pipeline, store = made
-    (asset,) = [asset for asset in make_road(config) if asset.stage == "steer"]
+    (asset,) = [asset for asset in make_road(config) if asset.group == "steer"]
     assert asset.partition_keys(pipeline) == ["first", "raw"]
     make = asset.make(Job(World(config), pipeline, store, ("first",)))
     (again,) = make("first")
@@ -114,7 +114,7 @@ def test_a_recipe_that_cannot_be_is_an_obstacle_before_any_work(made: tuple[Pipe
 def test_nothing_is_steered_without_the_section() -> None:
     """The road of a pipeline that does not ask for it is as it was, and so is its configuration."""
     plain = make_config({})
-    assert [asset for asset in make_road(plain) if asset.stage == "steer"] == []
+    assert [asset for asset in make_road(plain) if asset.group == "steer"] == []
     assert "steering" not in plain.model_dump()
     with pytest.raises(ConfigError, match=r"steering.recipes"):
         make_config({"steering": {"prompts": ["a"], "recipes": {}}})

@@ -9,7 +9,7 @@ from tiny_models import make_net, make_tiny_config, make_tokenizer, write_texts
 from interp_assets.errors import PlanError
 from interp_assets.graph.jobs import RunError, run_road
 from interp_assets.graph.stages import make_road
-from interp_assets.heads.refs import candidates_ref, records_ref
+from interp_assets.harvest.heads.refs import candidates_ref, records_ref
 from interp_assets.planning.config import make_config
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.planning.schedule import make_schedule
@@ -92,6 +92,6 @@ def test_heads_that_cannot_be_shown_stop_the_plan(kind: str, heads: dict, messag
 def test_a_pipeline_without_heads_is_what_it_was() -> None:
     """Neither assets nor the saved configuration know of the stage where nobody asks for it."""
     config = make_config({})
-    assert not any(asset.stage == "heads" for asset in make_road(config))
+    assert not any(asset.group == "heads" for asset in make_road(config))
     assert "heads" not in config.model_dump(mode="json")
-    assert [asset.name for asset in make_road(make_config({"heads": {}})) if asset.stage == "heads"] == NAMES[:-1]
+    assert [asset.name for asset in make_road(make_config({"heads": {}})) if asset.group == "heads"] == NAMES[:-1]

@@ -13,11 +13,11 @@ from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import ConfigError, InputError, NonFiniteError
 from interp_assets.garcon.attention import list_attention
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.heads.candidates import LayerSums, ShardRows, find_head_candidates, load_statistics
-from interp_assets.heads.reading import chosen_layers, hear_shard
-from interp_assets.heads.records import tabulate
-from interp_assets.heads.refs import candidates_ref, heads_of
-from interp_assets.heads.statistics import empty_statistics
+from interp_assets.harvest.heads.candidates import LayerSums, ShardRows, find_head_candidates, load_statistics
+from interp_assets.harvest.heads.reading import chosen_layers, hear_shard
+from interp_assets.harvest.heads.records import tabulate
+from interp_assets.harvest.heads.refs import candidates_ref, heads_of
+from interp_assets.harvest.heads.statistics import empty_statistics
 from interp_assets.planning.config import make_config
 from interp_assets.storage.manifest import find_manifest
 

@@ -12,7 +12,7 @@ from interp_assets.corpus.plan import plan_corpus
 from interp_assets.corpus.tokens import make_token_shard
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
-from interp_assets.heads.tokens import choose_tokens
+from interp_assets.harvest.heads.tokens import choose_tokens
 from interp_assets.planning.config import ExecutionConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.store import Store, open_store

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from interp_assets.corpus.tokens import TokenShard
 from interp_assets.garcon.attention import list_attention
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.heads.candidates import LayerSums, ShardRows
-from interp_assets.heads.reading import hear_shard
+from interp_assets.harvest.heads.candidates import LayerSums, ShardRows
+from interp_assets.harvest.heads.reading import hear_shard
 
 N_TOKENS, N_PLACES, D_HEAD, N_HEADS = 24, 64, 128, 4
 D_MODEL = D_HEAD * N_HEADS

@@ -17,9 +17,9 @@ from interp_assets.corpus.tokens import context_offsets, load_tokens
 from interp_assets.garcon.attention import Attended, AttentionLayer
 from interp_assets.garcon.patterns.codec import quantize
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.heads.examples import load_head_examples
-from interp_assets.heads.reading import QUERIES, Place, chosen_layers, hear_shard
-from interp_assets.heads.refs import head_counts, patterns_lineage, patterns_ref
+from interp_assets.harvest.heads.examples import load_head_examples
+from interp_assets.harvest.heads.reading import QUERIES, Place, chosen_layers, hear_shard
+from interp_assets.harvest.heads.refs import head_counts, patterns_lineage, patterns_ref
 from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace

@@ -14,10 +14,10 @@ from interp_assets.compute.priority import latent_keys, priorities, row_keys, sa
 from interp_assets.corpus.tokens import TokenShard
 from interp_assets.garcon.attention import list_attention
 from interp_assets.garcon.subject import SubjectModel
-from interp_assets.heads.candidates import SAMPLED, STRONGEST, LayerSums, ShardRows
-from interp_assets.heads.examples import INTERVAL, TOP, _choose, bin_edge, bins_of, cut_intervals
-from interp_assets.heads.reading import hear_shard
-from interp_assets.heads.statistics import HeadStatistics, merge_statistics
+from interp_assets.harvest.heads.candidates import SAMPLED, STRONGEST, LayerSums, ShardRows
+from interp_assets.harvest.heads.examples import INTERVAL, TOP, _choose, bin_edge, bins_of, cut_intervals
+from interp_assets.harvest.heads.reading import hear_shard
+from interp_assets.harvest.heads.statistics import HeadStatistics, merge_statistics
 from interp_assets.planning.config import HeadsConfig
 
 CHOSEN = np.arange(30, dtype=np.uint32)

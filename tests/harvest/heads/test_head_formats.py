@@ -31,14 +31,14 @@ from interp_assets.garcon.patterns.codec import (
     unpack_tile,
     unpack_triangle,
 )
-from interp_assets.heads.candidates import CANDIDATE_SCHEMA, find_head_candidates
-from interp_assets.heads.examples import EXAMPLE_SCHEMA, select_head_examples
-from interp_assets.heads.patterns import PATTERN_SCHEMA, keep_patterns
-from interp_assets.heads.records import HEADS, INDEX, RECORDS, unpack_head_record, write_head_records
-from interp_assets.heads.statistics import CHANCES, MEANS, empty_statistics, statistics_arrays
+from interp_assets.harvest.heads.candidates import CANDIDATE_SCHEMA, find_head_candidates
+from interp_assets.harvest.heads.examples import EXAMPLE_SCHEMA, select_head_examples
+from interp_assets.harvest.heads.patterns import PATTERN_SCHEMA, keep_patterns
+from interp_assets.harvest.heads.records import HEADS, INDEX, RECORDS, unpack_head_record, write_head_records
+from interp_assets.harvest.heads.statistics import CHANCES, MEANS, empty_statistics, statistics_arrays
 from interp_assets.storage.manifest import read_file
 
-PAGES = Path(__file__).parents[2] / "docs" / "formats"
+PAGES = Path(__file__).parents[3] / "docs" / "formats"
 
 
 def _page(name: str) -> tuple[str, list[Any]]:

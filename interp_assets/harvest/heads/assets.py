@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Final
 
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_TOKEN, TOKEN_BYTES, rows_of
-from interp_assets.harvest.assets import count_parameters, model_bytes
-from interp_assets.heads.checks import MASS_CONSERVED, RECORDS_COMPLETE
-from interp_assets.heads.refs import (
+from interp_assets.harvest.heads.checks import MASS_CONSERVED, RECORDS_COMPLETE
+from interp_assets.harvest.heads.refs import (
     HEAD_RECORD_VERSION,
     HEADS_VERSION,
     LAYERS,
@@ -27,9 +26,9 @@ from interp_assets.heads.refs import (
     tokens_lineage,
     tokens_ref,
 )
+from interp_assets.harvest.sizes import forward_s, model_bytes
 from interp_assets.planning.asset import SHARDS, Asset, Axis, Job, Load, Markdown, Needs, Shown, every, only, same, whole
 from interp_assets.planning.config import HeadsConfig, PipelineConfig, code_version
-from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
@@ -42,8 +41,8 @@ CANDIDATE_BYTES, MASS_BYTES, RECORD_BYTES = 8e3, 16.0, 34e3
 ON_ACCELERATOR: Final = Needs(accelerator=True)
 
 
-def make_assets(config: PipelineConfig) -> list[Asset]:
-    """List the assets of this stage."""
+def make_head_assets(config: PipelineConfig) -> list[Asset]:
+    """List the assets of attention heads; none without a section `heads`."""
     if config.heads is None:
         return []
     return [*_finding(config.heads), *_showing(config.heads), *([_prompting(config.heads)] if config.heads.prompts else [])]
@@ -184,39 +183,39 @@ def find_obstacles(pipeline: Pipeline, _store: Store) -> list[str]:
 
 
 def _choose(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.heads.tokens import choose_tokens
+    from interp_assets.harvest.heads.tokens import choose_tokens
 
     return lambda _key: [choose_tokens(job.pipeline, job.store)]
 
 
 def _find(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.heads.candidates import find_head_candidates
+    from interp_assets.harvest.heads.candidates import find_head_candidates
 
     model = job.world.model()
     return lambda key: [find_head_candidates(job.pipeline, job.store, model, shard_index(key), job.progress.advance)]
 
 
 def _select(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.heads.examples import select_head_examples
+    from interp_assets.harvest.heads.examples import select_head_examples
 
     return lambda key: [select_head_examples(job.pipeline, job.store, layer_index(key))]
 
 
 def _keep(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.heads.patterns import keep_patterns
+    from interp_assets.harvest.heads.patterns import keep_patterns
 
     model = job.world.model()
     return lambda key: [keep_patterns(job.pipeline, job.store, model, shard_index(key), job.progress.advance)]
 
 
 def _write(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.heads.records import write_head_records
+    from interp_assets.harvest.heads.records import write_head_records
 
     return lambda key: [write_head_records(job.pipeline, job.store, layer_index(key), job.progress.advance)]
 
 
 def _prompt(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.heads.prompts import keep_prompt
+    from interp_assets.harvest.heads.prompts import keep_prompt
 
     model, tokenizer = job.world.model(), job.world.tokenizer()
     return lambda key: [keep_prompt(job.pipeline, job.store, model, tokenizer, key)]
@@ -225,9 +224,9 @@ def _prompt(job: Job) -> Callable[[str], list[Produced]]:
 def _map(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
     import polars as pl
 
-    from interp_assets.heads.candidates import load_statistics
-    from interp_assets.heads.plots import plot_heads
-    from interp_assets.heads.records import tabulate
+    from interp_assets.harvest.heads.candidates import load_statistics
+    from interp_assets.harvest.heads.plots import plot_heads
+    from interp_assets.harvest.heads.records import tabulate
 
     item = made[0]
     tables = [tabulate(layer, load_statistics(job.store, item.ref, item.manifest, layer)) for layer in head_counts(job.pipeline)]
@@ -244,7 +243,7 @@ def _finding_takes(pipeline: Pipeline, store: Store, key: str) -> Load:
         written_bytes=n_heads * (CANDIDATE_BYTES + MASS_BYTES * heads_of(pipeline).key_tokens),
         n_inputs=4,
         n_outputs=2 * len(counts) + 1,
-        busy_s=_forward_s(pipeline, float(n_rows)) + n_heads * n_rows * length / 2 * EDGE_S,
+        busy_s=forward_s(pipeline, float(n_rows)) + n_heads * n_rows * length / 2 * EDGE_S,
         memory_bytes=model_bytes(pipeline) + buffer,
     )
 
@@ -262,7 +261,7 @@ def _keeping(pipeline: Pipeline, store: Store, key: str) -> Load:
     run_again = min(n_rows, n_examples * pipeline.config.corpus.context_length)
     n_inputs = 2 * len(head_counts(pipeline)) + 2
     written = RECORD_BYTES * n_heads / n_shards
-    return Load(n_rows, n_rows * TOKEN_BYTES, written, n_inputs, 1, _forward_s(pipeline, float(run_again)), model_bytes(pipeline))
+    return Load(n_rows, n_rows * TOKEN_BYTES, written, n_inputs, 1, forward_s(pipeline, float(run_again)), model_bytes(pipeline))
 
 
 def _writing(pipeline: Pipeline, store: Store, key: str) -> Load:
@@ -274,8 +273,4 @@ def _writing(pipeline: Pipeline, store: Store, key: str) -> Load:
 def _prompting_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:
     n_tokens, n_heads = len(heads_of(pipeline).prompts[key]) / TEXT_BYTES_PER_TOKEN, sum(head_counts(pipeline).values())
     written = n_heads * n_tokens * n_tokens / 4
-    return Load(0, 0.0, written, 1, 3, _forward_s(pipeline, n_tokens), model_bytes(pipeline) + 8 * written)
-
-
-def _forward_s(pipeline: Pipeline, n_rows: float) -> float:
-    return 2.0 * count_parameters(pipeline) * n_rows / ONE_WORKER.flops
+    return Load(0, 0.0, written, 1, 3, forward_s(pipeline, n_tokens), model_bytes(pipeline) + 8 * written)

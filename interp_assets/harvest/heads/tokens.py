@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import TokenShard, context_offsets, load_tokens
-from interp_assets.heads.refs import first_shard, heads_of, tokens_lineage, tokens_ref
+from interp_assets.harvest.heads.refs import first_shard, heads_of, tokens_lineage, tokens_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, load_manifest, timed

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import TokenShard, load_documents, load_tokens
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, InputError
-from interp_assets.heads.examples import INTERVAL, TOP, bin_edge, load_head_examples
-from interp_assets.heads.patterns import TOP_KEYS, read_patterns
-from interp_assets.heads.refs import HEAD_RECORD_VERSION, head_counts, layer_key, patterns_ref, records_lineage, records_ref
-from interp_assets.heads.statistics import CHANCES, MEANS, HeadStatistics
-from interp_assets.heads.tokens import load_chosen
+from interp_assets.harvest.heads.examples import INTERVAL, TOP, bin_edge, load_head_examples
+from interp_assets.harvest.heads.patterns import TOP_KEYS, read_patterns
+from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, layer_key, patterns_ref, records_lineage, records_ref
+from interp_assets.harvest.heads.statistics import CHANCES, MEANS, HeadStatistics
+from interp_assets.harvest.heads.tokens import load_chosen
 from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.foreign import parse_json, unpack_gzip

@@ -10,8 +10,8 @@ import torch
 from interp_assets.compute.head_loops import FIELDS
 from interp_assets.corpus.tokens import context_offsets, load_tokens
 from interp_assets.garcon.attention import attention_heard, list_attention
-from interp_assets.heads.candidates import find_head_candidates, load_candidates
-from interp_assets.heads.tokens import classify, load_chosen
+from interp_assets.harvest.heads.candidates import find_head_candidates, load_candidates
+from interp_assets.harvest.heads.tokens import classify, load_chosen
 
 
 def brute_force(world: Any, index: int, layer: int) -> dict[str, np.ndarray]:
