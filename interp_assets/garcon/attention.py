@@ -142,12 +142,6 @@ def list_attention(net: PreTrainedModel) -> list[AttentionLayer]:
     return found
 
 
-def absent_layers(net: PreTrainedModel) -> list[int]:
-    """Return the layers that do not attend."""
-    attending = {layer.layer for layer in list_attention(net)}
-    return [layer for layer in range(_n_layers(net)) if layer not in attending]
-
-
 def runs_together(net: PreTrainedModel) -> bool:
     """Tell whether a context's bits are the same whatever others run beside it in batches of one size; not known of mixtures of experts."""
     adapter = find_adapter(net.config)

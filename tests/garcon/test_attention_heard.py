@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import ATTENDING_CONFIGS, CONTEXT, INSIDE, VOCABULARY, make_net
 from torch import Tensor
-from transformers import AutoModel, FalconConfig, LlamaConfig, MambaConfig, PreTrainedModel, T5Config, T5Model
+from transformers import AutoModel, FalconConfig, MambaConfig, PreTrainedModel, T5Config, T5Model
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.attention import Attended, absent_layers, attention_heard, gram, list_attention
+from interp_assets.garcon.attention import Attended, attention_heard, gram, list_attention
 from interp_assets.garcon.subject import SubjectModel
 
 HEARD = [kind for kind in (*INSIDE, *ATTENDING_CONFIGS) if kind != "gpt_neo"]
@@ -118,13 +118,6 @@ def test_a_model_whose_heads_cannot_be_heard_is_refused_with_the_reason() -> Non
     for net, message in cases:
         with pytest.raises(InputError, match=re.escape(message)):
             list_attention(net)
-
-
-def test_layers_that_do_not_attend_are_named() -> None:
-    """A model of both kinds shows the heads that it has."""
-    net = AutoModel.from_config(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=20))
-    SubjectModel(net)
-    assert absent_layers(net) == []
 
 
 def test_a_mask_that_favours_keys_is_refused() -> None:

@@ -19,7 +19,6 @@ from interp_assets.harvest.activations import harvest_shard
 from interp_assets.planning.config import ExecutionConfig
 from interp_assets.storage.store import open_store
 
-pytest.importorskip("accelerate")
 CPU = torch.device("cpu")
 MAPS: dict[str, dict[str, int | str]] = {
     "gpt2": {
