@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    import interp_assets.garcon.features
     import interp_assets.garcon.patterns.view
     import interp_assets.garcon.session
     import interp_assets.garcon.spread
@@ -460,26 +461,15 @@ class Opened:
                 ]
         return []
 
-    def _firings(self, name: str) -> Any:
-        """Return how the latents of an SAE fire, as its features tell; None where these have not been made."""
-        import numpy as np  # noqa: PLC0415 - as above
-        import torch  # noqa: PLC0415 - as above
+    def _firings(self, name: str) -> "interp_assets.garcon.features.Firings | None":
+        """Return how the latents of an SAE fire, as its records tell; None where these have not been made."""
+        from interp_assets.errors import ArtifactMissingError  # noqa: PLC0415 - as above
+        from interp_assets.visualize.steering.firings import load_firings  # noqa: PLC0415 - as above
 
-        from interp_assets.garcon.features import Firings  # noqa: PLC0415 - as above
-        from interp_assets.storage.manifest import find_manifest  # noqa: PLC0415 - as above
-        from interp_assets.web.refs import bundle_ref  # noqa: PLC0415 - as above
-
-        if name not in self.config.features.saes or find_manifest(self.store, bundle_ref(self.pipeline, name)) is None:
+        try:
+            return load_firings(self.pipeline, self.store, name) if name in self.config.features.saes else None
+        except ArtifactMissingError:
             return None
-
-        def quantile(latent: int, share: float) -> float:
-            histogram = self.feature(name, latent).record["statistics"]["histogram"]
-            counted = np.concatenate([[0], np.cumsum(histogram["counts"])])
-            return float(np.interp(share * counted[-1], counted, histogram["edges"]))
-
-        table = self.features(name)
-        maximum, frequency = (torch.from_numpy(table[column].to_numpy().astype("float32")) for column in ("max", "frequency"))
-        return Firings(maximum, frequency, quantile)
 
     def _bundle(self, name: str) -> Any:
         from interp_assets.web.opened import BundlePlace, OpenBundle  # noqa: PLC0415 - as above

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import polars as pl
-import torch
 
-from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Chats
-from interp_assets.garcon.features import AttachedSae, Firings
+from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.local import LocalBackend
 from interp_assets.garcon.steering.dose import DIFFERENCE, Dose, run_dose
 from interp_assets.garcon.steering.recipe import load_recipe, make_edits
@@ -24,8 +22,7 @@ from interp_assets.storage.lineage import Digests, create_current, find_current,
 from interp_assets.storage.manifest import Manifest, Produced, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
-from interp_assets.visualize.records import FEATURES
-from interp_assets.visualize.refs import records_ref
+from interp_assets.visualize.steering.firings import load_firings
 from interp_assets.visualize.steering.refs import curve_lineage, curve_ref, edits_of, saes_of, steering_of
 
 TEXTS: Final = "texts.parquet"
@@ -82,17 +79,8 @@ def _effects(dose: Dose) -> dict[str, float]:
 
 
 def _attach(pipeline: Pipeline, store: Store, subject: SubjectModel, name: str) -> AttachedSae:
-    config = pipeline.config.sae(name)
-    refs = [records_ref(pipeline, name, latent_slice) for latent_slice in range(pipeline.config.features.latent_slices)]
-    tables = [pl.read_parquet(io.BytesIO(read_file(store, ref.path, load_manifest(store, ref), FEATURES))) for ref in refs]
-    table = pl.concat(tables).sort("latent")
-    maximum, frequency = (torch.from_numpy(table[column].to_numpy().astype("float32")) for column in ("max", "frequency"))
-
-    def quantile(latent: int, share: float) -> float:
-        raise InputError(f"q{share:g} of latent {latent} of {name!r}: write the strength in units of its maximum here, as '0.5 max'.")
-
-    sae = load_sae(pipeline, store, name).to(subject.device)
-    return AttachedSae(sae, config.hook_point, target=config.target_hook_point, firings=Firings(maximum, frequency, quantile))
+    config, sae = pipeline.config.sae(name), load_sae(pipeline, store, name).to(subject.device)
+    return AttachedSae(sae, config.hook_point, target=config.target_hook_point, firings=load_firings(pipeline, store, name))
 
 
 def _mean_norm(pipeline: Pipeline, store: Store, hook_point: str) -> float:

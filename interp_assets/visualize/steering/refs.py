@@ -10,9 +10,9 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Lineage
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 from interp_assets.train.refs import sae_ref
-from interp_assets.visualize.refs import records_ref
+from interp_assets.visualize.refs import FOLDER, records_ref
 
-FOLDER = "6-steer"
+STEERING_FOLDER = f"{FOLDER}/steering"
 STEER_VERSION = 1
 """Raise it when the same model, SAE and recipe would give other texts or scores."""
 
@@ -45,7 +45,7 @@ def curve_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     asked = {"edits": edits_of(pipeline, name), **steering.model_dump(exclude={"recipes"})}
     identity = {"code": STEER_VERSION, "model": pipeline.plan.model_fingerprint, "seed": pipeline.config.seed, "steering": asked}
     inputs = {f"{ref.kind}.{ref.path}": ref.artifact_id for ref in sources_of(pipeline, name)}
-    return make_ref("steering_sweep", FOLDER, identity=identity, inputs=inputs, label=name)
+    return make_ref("steering_sweep", STEERING_FOLDER, identity=identity, inputs=inputs, label=name)
 
 
 def sources_of(pipeline: Pipeline, name: str) -> Sequence[ArtifactRef]:
