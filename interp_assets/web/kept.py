@@ -5,13 +5,22 @@ once. Nobody finds what another user keeps.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from torch import Tensor
 
 from interp_assets.errors import NotFoundError
 from interp_assets.garcon.plan import TensorName, name_tensor
+
+NAMELESS: Final = "?"
+"""What the name of a user begins with whom the server does not know by a token of his own."""
+
+
+def is_nameless(user: str) -> bool:
+    """Tell whether a client has chosen what it is called, and so may come as many."""
+    return user.startswith(NAMELESS)
 
 
 class _Item(NamedTuple):
@@ -23,7 +32,7 @@ class KeptTensors:
     """What users keep. Safe to use from several threads."""
 
     def __init__(self, user_bytes: int, seconds: float, clock: Callable[[], float]) -> None:
-        """Keep up to `user_bytes` of each user for `seconds`; beyond, his oldest make room."""
+        """Keep up to `user_bytes` of each user for `seconds`; beyond, his oldest make room. Users without a name of their own count as one."""
         self._user_bytes, self._seconds, self._clock = user_bytes, seconds, clock
         self._lock = threading.Lock()
         self._items: dict[str, dict[str, _Item]] = {}
@@ -38,8 +47,7 @@ class KeptTensors:
                 own = self._items.setdefault(user, {})
                 own.pop(name.tensor, None)
                 own[name.tensor] = _Item(there, self._clock() + self._seconds)
-                while sum(item.tensor.nbytes for item in own.values()) > self._user_bytes and len(own) > 1:
-                    del own[next(iter(own))]
+                self._make_room(user)
             yield name
 
     def get(self, user: str, digest: str) -> Tensor:
@@ -53,6 +61,15 @@ class KeptTensors:
                 "keep=True, or send the tensor along."
             )
         return item.tensor
+
+    def _make_room(self, user: str) -> None:
+        """Let the oldest go until those of a user, or of all who name themselves, fit; the newest stays."""
+        shared = [own for other, own in self._items.items() if other == user or (is_nameless(other) and is_nameless(user))]
+        oldest = deque(sorted(((item.end, digest, own) for own in shared for digest, item in own.items()), key=lambda found: found[0]))
+        n_bytes = sum(own[digest].tensor.nbytes for _, digest, own in oldest)
+        while n_bytes > self._user_bytes and len(oldest) > 1:
+            _, digest, own = oldest.popleft()
+            n_bytes -= own.pop(digest).tensor.nbytes
 
     def _drop_ended(self) -> None:
         now = self._clock()

@@ -58,7 +58,7 @@ from interp_assets.garcon.remote.message import FILE, LINES, MAX_TEXT, Asking, d
 from interp_assets.garcon.steering.decode import stream_tokens
 from interp_assets.garcon.sweep import begin_sweep
 from interp_assets.web.files import parse_range
-from interp_assets.web.kept import KeptTensors
+from interp_assets.web.kept import NAMELESS, KeptTensors
 
 CLIENT: Final = "x-interp-client"
 """Header of a random text by which clients without a name of their own are told apart."""
@@ -73,7 +73,7 @@ _STATUSES: Final[Sequence[tuple[type[InterpError], int, str]]] = (
     (CancelledError, 409, "Send it again if it is wanted after all."),
     (NoRoomError, 507, "Ask for less at once."),
     (ServiceError, 503, "Look at the server's terminal."),
-    (InterpError, 500, "Look at the server's terminal."),
+    (InterpError, 502, "Look at the server's terminal."),
 )
 T = TypeVar("T", bound=Asking)
 
@@ -424,7 +424,7 @@ def _answered(answer: Callable[..., Awaitable[Response]]) -> Callable[..., Await
 def _user_of(request: Request) -> str:
     """Return who asks: by name where tokens have names, else by what the client calls itself, or by its address."""
     name = getattr(request.state, "user", "")
-    return name or f"?{request.headers.get(CLIENT, '')[:64] or getattr(request.client, 'host', '')}"
+    return name or f"{NAMELESS}{request.headers.get(CLIENT, '')[:64] or getattr(request.client, 'host', '')}"
 
 
 async def _read_body(request: Request, most: int | None) -> bytearray:

@@ -15,13 +15,14 @@ import pytest
 import torch
 from model_server import Clock, ModelServer, make_served, serve_model
 
-from interp_assets.errors import ConfigError
+from interp_assets.errors import ConfigError, NotFoundError
 from interp_assets.garcon.plan import Add, Operation, Patch, Plan, Read, Scale, name_tensor
 from interp_assets.garcon.points import find_point, module_of
 from interp_assets.garcon.remote.batch import Line
 from interp_assets.garcon.remote.limits import Limits
 from interp_assets.garcon.remote.message import FILE, pack_plan, unpack
 from interp_assets.web.guard import hash_token
+from interp_assets.web.kept import KeptTensors
 from interp_assets.web.server import check_bind
 
 JSON = {"Content-Type": "application/json"}
@@ -249,6 +250,19 @@ def test_what_is_kept_makes_room(anna: httpx.Client) -> None:
     problem = _problem(anna.post(f"{RUN}?keep=1", content=_plan(Read(name="a", point="logits")), headers=JSON), 413)
     assert "are kept" in problem["what"]
     assert "keep=True" not in problem["what"]
+
+
+def test_clients_without_a_name_of_their_own_share_what_one_user_may_keep() -> None:
+    """Whoever chooses what he is called could come as a thousand, and fill the server's memory."""
+    seconds = iter(range(100))
+    kept = KeptTensors(100, 600.0, lambda: float(next(seconds)))
+    digests = {}
+    for user in ("?one", "?two", "anna", "bert", "?three"):
+        (name,) = kept.keep(user, [torch.full((10,), float(len(digests)))])  # 40 bytes
+        digests[user] = name.tensor
+    assert [len(kept.get(user, digests[user])) for user in ("?two", "anna", "bert", "?three")] == [10] * 4
+    with pytest.raises(NotFoundError, match="Nothing of yours is kept"):
+        kept.get("?one", digests["?one"])
 
 
 def test_weights_are_sent_unless_they_are_not(anna: httpx.Client) -> None:
