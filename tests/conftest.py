@@ -15,7 +15,7 @@ from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.store import Store, open_store
 
-torch.set_num_threads(1)  # small matrices, and a test process on every core: more threads only wait for each other
+torch.set_num_threads(1)  # for what several tests share
 settings.register_profile("untimed", settings.default, deadline=None)  # how long an example takes says what else the machine does
 settings.load_profile("untimed")
 
@@ -45,6 +45,14 @@ def _place() -> Iterator[None]:
     shutil.rmtree(place, ignore_errors=True)  # a program that was killed may still end there
     left = own_place.list_checkout() - before
     assert not left, f"This test, or one beside it, left {sorted(left)} at the root of the checkout: write below tmp_path."
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small matrices, and a test process on every core: more threads only wait for each other. What a test sets is not left to the next."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

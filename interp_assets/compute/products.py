@@ -11,7 +11,7 @@ permission only where the processor has tiles (AMX): elsewhere it multiplies by 
 
 A library divides a product among its threads as it likes, also along the sum, so that its bits depend on how many there are. `multiply` divides
 it into tiles that follow from its sizes alone, each by one thread: equal bits for any number of threads. A network asks torch and not us:
-`DividedProducts` answers its products in the same way.
+`any_threads.py` sees to its products.
 
 Price: `torch.get_float32_matmul_precision()` raises after it, because that older setting cannot express this one. Whoever calls
 `torch.set_float32_matmul_precision` later in the process replaces the permission: do that before, or not at all.
@@ -20,9 +20,9 @@ Numbers: `docs/decisions/0008-products-by-cpu.md`.
 
 import logging
 import platform
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from threading import Barrier, Lock
 from typing import Any, Final
 
@@ -30,7 +30,6 @@ import torch
 from llvmlite import binding
 from torch import Tensor
 from torch.profiler import record_function
-from torch.utils._python_dispatch import TorchDispatchMode
 
 _UNSET: Final = "none"
 """What torch answers where nobody has chosen a precision."""
@@ -87,40 +86,39 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, bias: Tensor | None = None, i
         else:
             torch.addmm(bias[columns], x, y, out=part)
 
+    whole = slice(None)
     if out.device.type != "cpu":
-        fill(slice(None), slice(None))
+        fill(whole, whole)
         return out
-    n, whole = max(out.shape), slice(None)
-    step = max(_TILE, -(-n // _MOST_TILES // 64) * 64)
-    tiles = [slice(start, min(start + step, n)) for start in range(0, n, step)]
-    parts = [(tile, whole) if out.shape[0] == n else (whole, tile) for tile in tiles]
-    if (n_threads := torch.get_num_threads()) == 1:
-        for part in parts:
-            fill(*part)
-        return out
-    pool = _pool(n_threads)
-    with record_function(PRODUCT):
-        futures = [pool.submit(fill, *part) for part in parts]
-        for future in futures:
-            future.result()
+    n = max(out.shape)
+    run_each([partial(fill, tile, whole) if out.shape[0] == n else partial(fill, whole, tile) for tile in cut(n, _TILE)], PRODUCT)
     return out
 
 
-class DividedProducts(TorchDispatchMode):
-    """While it is open, what multiplies matrices of a CPU in this thread goes to `multiply`: a network's forward has the bits of any other machine's.
+def cut(n: int, least: int) -> list[slice]:
+    """Cut `n` places into tiles of at least `least`, a multiple of 64: where the cuts are follows from `n` alone."""
+    step = max(least, -(-n // _MOST_TILES // 64) * 64)
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
-    Products of many small matrices at once are left to torch, which divides them by matrix, and so is all else, which it divides by row.
-    """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Answer `a @ b` and `bias + a @ b`."""
-        if func not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) or kwargs or args[-1].device.type != "cpu":
-            return func(*args, **(kwargs or {}))
-        *bias, a, b = args
-        out = a.new_empty(a.shape[0], b.shape[1])
-        if not bias or bias[0].ndim == 1:
-            return multiply(a, b, out, bias=bias[0] if bias else None)
-        return multiply(a, b, out.copy_(bias[0]), is_added=True)
+def run_each(parts: Sequence[Callable[[], object]], name: str) -> None:
+    """Run parts of an operator, each with one thread, side by side; `name` is what a profile calls them together. Raises what a part raises."""
+    if (n_threads := torch.get_num_threads()) == 1:
+        for part in parts:
+            part()
+        return
+    if len(parts) == 1:  # cheaper than to wake another thread
+        torch.set_num_threads(1)
+        try:
+            parts[0]()
+        finally:
+            torch.set_num_threads(n_threads)
+        return
+    pool = _pool(n_threads)
+    with record_function(name):
+        futures = [pool.submit(part) for part in parts]
+        for future in futures:
+            future.result()
 
 
 def _use_one_thread() -> None:

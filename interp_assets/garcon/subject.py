@@ -31,7 +31,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from interp_assets.compute.products import DividedProducts
+from interp_assets.compute.any_threads import AnyThreads
 from interp_assets.errors import InputError
 from interp_assets.garcon.adapters import ADAPTERS, ENCODERS, find_adapter
 from interp_assets.garcon.attention import observe_attention
@@ -136,7 +136,7 @@ class SubjectModel:
         if parts := self._split(token_ids, attention_mask):
             return self._join(token_ids, [(rows, {"logits": self.logits(part, None)}) for rows, part in parts])["logits"]
         arguments = self.arguments(token_ids, attention_mask)
-        with torch.no_grad(), DividedProducts():
+        with torch.no_grad(), AnyThreads():
             return self.net(**arguments).logits
 
     def logits_with_patch(
@@ -251,7 +251,7 @@ class SubjectModel:
 
         network = self.net if any(point.kind == "logits" for point in names) else self.net.base_model
         taps = [Tap(point, partial(keep, point)) for point in names]
-        with tapped(self.net, taps, arguments["input_ids"].shape[1]), suppress(_AllCapturedError), torch.no_grad(), DividedProducts():
+        with tapped(self.net, taps, arguments["input_ids"].shape[1]), suppress(_AllCapturedError), torch.no_grad(), AnyThreads():
             network(**arguments)
         return captured
 

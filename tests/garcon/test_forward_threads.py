@@ -1,7 +1,6 @@
 """A forward has the same bits for any number of threads: what is harvested, measured and tried on a text is the same on a machine of another size."""
 
 import hashlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,28 +27,20 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def with_threads() -> Iterator[Callable[[int], None]]:
-    """Return a setter of the number of threads, which is set back at the end."""
-    n_threads = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(n_threads)
-
-
 def digest(values: list[Tensor]) -> str:
     """Hash the bytes of tensors."""
     return hashlib.blake2b(b"".join(value.float().contiguous().numpy().tobytes() for value in values)).hexdigest()
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("llama", torch.bfloat16), ("gpt2", torch.float32)])
-def test_a_forward_does_not_depend_on_threads(with_threads: Callable[[int], None], family: str, dtype: torch.dtype) -> None:
+def test_a_forward_does_not_depend_on_threads(family: str, dtype: torch.dtype) -> None:
     """Rows, logits, and logits with a replacement; a plain forward of 37 tokens had three answers for one, two and three threads."""
     torch.manual_seed(0)
     model = SubjectModel(AutoModelForCausalLM.from_config(CONFIGS[family]).to(dtype))
     tokens = torch.randint(3, 70, (1, 37), generator=torch.Generator().manual_seed(1))
     found = set()
     for n_threads in (1, 2, 3):
-        with_threads(n_threads)
+        torch.set_num_threads(n_threads)
         rows = model.capture(tokens, None, ["resid_post.0", "q.0", "mlp_out.0"])
         patched = model.logits_with_patch(tokens, None, "mlp_out.0", lambda value: value / 2)
         found.add(digest([*rows.values(), model.logits(tokens, None), patched]))

@@ -138,5 +138,10 @@ def percent(share: float) -> str:
 
 
 def fits(visit: Visit) -> bool:
-    """Say whether nothing is wider than the window."""
-    return visit.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    """Say whether nothing is wider than the window, once what follows its size has been drawn anew."""
+    return visit.page.evaluate(
+        """async () => {
+            for (let i = 0; i < 60 && document.documentElement.scrollWidth > innerWidth; i++) await new Promise(go => setTimeout(go, 50));
+            return document.documentElement.scrollWidth <= innerWidth;
+        }"""
+    )

@@ -1,6 +1,6 @@
 """What the tests of this stage share: mixed shards and statistics of rows that are sparse sums of planted directions."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,15 +35,6 @@ class Planted(NamedTuple):
 
 
 MakePlanted = Callable[..., Planted]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products on a busy machine wait for threads, not for arithmetic."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="session")

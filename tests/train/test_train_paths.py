@@ -32,15 +32,6 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Multiply in this thread: those of a pool are not seen."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 def count(architecture: Architecture, shift: float, dtype: torch.dtype = torch.float32) -> tuple[int, StepLoss]:
     """Count the products of one step on a batch whose pre-activations are `shift` below their usual level."""
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,6 @@
 """Same inputs, same bytes, whatever the number of threads: libraries divide products and sums by it, and we do not."""
 
 import hashlib
-from collections.abc import Callable, Iterator
 from typing import get_args
 
 import pytest
@@ -22,14 +21,6 @@ D_IN, D_SAE, ROWS = 64, 384, 2048
 """Sums of so many rows are what libraries divide among threads."""
 
 
-@pytest.fixture
-def with_threads() -> Iterator[Callable[[int], None]]:
-    """Return a setter of the number of threads, which is set back at the end."""
-    n_threads = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(n_threads)
-
-
 def draw(*shape: int, seed: int) -> Tensor:
     """Draw normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -44,13 +35,13 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 @pytest.mark.parametrize("shape", [(ROWS, D_IN, 512), (1024, 2048, 64), (300, 72, 130), (7, 65, 3)])
-def test_products_do_not_depend_on_threads(with_threads: Callable[[int], None], shape: tuple[int, int, int]) -> None:
+def test_products_do_not_depend_on_threads(shape: tuple[int, int, int]) -> None:
     """MKL and oneDNN divide long sums among threads, and round otherwise then."""
     m, k, n = shape
     a, b, c, bias = draw(m, k, seed=0), draw(k, n, seed=1), draw(m, n, seed=2), draw(n, seed=3)
     found = set()
     for n_threads in THREADS:
-        with_threads(n_threads)
+        torch.set_num_threads(n_threads)
         made = {
             "product": multiply(a, b, torch.empty(m, n)),
             "plus a row": multiply(a, b, torch.empty(m, n), bias=bias),
@@ -68,7 +59,7 @@ def test_products_do_not_depend_on_threads(with_threads: Callable[[int], None], 
 @pytest.mark.parametrize(
     ("architecture", "task"), [*((name, "sae") for name in get_args(Architecture)), ("relu", "skip_transcoder"), ("topk", "skip_transcoder")]
 )
-def test_trainings_do_not_depend_on_threads(with_threads: Callable[[int], None], architecture: Architecture, task: str) -> None:
+def test_trainings_do_not_depend_on_threads(architecture: Architecture, task: str) -> None:
     """A training on a machine of another size is the same training."""
     fields = {"target_hook_point": "mlp_out.0"} if task == "skip_transcoder" else {}
     config = SaeConfig(
@@ -85,7 +76,7 @@ def test_trainings_do_not_depend_on_threads(with_threads: Callable[[int], None],
     x = draw(2, ROWS, D_IN, seed=4) * (draw(2, ROWS, D_IN, seed=5) > 1)
     found = set()
     for n_threads in THREADS:
-        with_threads(n_threads)
+        torch.set_num_threads(n_threads)
         trainer = Trainer(config, make_weights(config, x[0], D_IN, torch.Generator().manual_seed(0)), torch.device("cpu"))
         for batch in x:
             trainer.train_step(batch, batch.roll(1, dims=1) if fields else None)
@@ -95,7 +86,7 @@ def test_trainings_do_not_depend_on_threads(with_threads: Callable[[int], None],
 
 
 @pytest.mark.parametrize("kind", ["relu", "jump_relu", "topk"])
-def test_measurements_do_not_depend_on_threads(with_threads: Callable[[int], None], kind: str) -> None:
+def test_measurements_do_not_depend_on_threads(kind: str) -> None:
     """Two machines must not report two qualities of one SAE."""
     threshold = torch.full((D_SAE,), 0.5 if kind == "jump_relu" else 0.0)
     sae = Sae(
@@ -110,7 +101,7 @@ def test_measurements_do_not_depend_on_threads(with_threads: Callable[[int], Non
     rows = draw(ROWS, D_IN, seed=10)
     found = set()
     for n_threads in THREADS:
-        with_threads(n_threads)
+        torch.set_num_threads(n_threads)
         sums = ReconstructionSums(sae, torch.zeros(D_IN, dtype=torch.float64))
         sums.add(rows)
         measures = measure_sae(sae, [rows], [rows])

@@ -125,15 +125,6 @@ def publish(world: World) -> None:
         art.facts["l0"] = 5.0
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices here are tiny: threads only wait for each other."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture
 def make_world():
     """Return a maker of worlds: SAE kind, sizes of the shards, and the configuration of the features."""
