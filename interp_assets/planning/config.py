@@ -10,14 +10,25 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from interp_assets.errors import ConfigError
 from interp_assets.planning.hook_names import canonical_name
+from interp_assets.planning.identity import leave_out_later
 from interp_assets.storage.foreign import parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -63,12 +74,16 @@ class _Config(BaseModel):
         """Where a relative path was looked for in vain, for messages; nothing for others."""
         return f" (looked in {' and '.join(dict.fromkeys([str(Path.cwd()), self._folder]))})" if self._folder else ""
 
+    @model_serializer(mode="wrap")
+    def _dump_identity(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return leave_out_later(self, dump(self))
+
 
 HookPointName = Annotated[str, AfterValidator(canonical_name)]
 """A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
-Section = TypeVar("Section", bound=_Config)
+AnySection = TypeVar("AnySection", bound=_Config)
 
 
 class CorpusConfig(_Config):
@@ -86,7 +101,7 @@ class CorpusConfig(_Config):
     """`huggingface`: the dataset's revision."""
     text_field: str = "text"
     """Column or key that holds the text (or the messages), in JSONL, Parquet and Hugging Face datasets."""
-    text_kind: Annotated[TextKind, Field(exclude_if=lambda kind: kind == "plain")] = "plain"
+    text_kind: TextKind = "plain"
     """`plain`: names of special tokens are text; `with_special_tokens`: they are these tokens; `messages`: the chat template renders them."""
     context_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per context, a leading BOS included."""
@@ -380,9 +395,9 @@ class PipelineConfig(_Config):
     shuffle: ShuffleConfig = ShuffleConfig()
     saes: Annotated[list[SaeConfig], Field(min_length=1)] = [SaeConfig()]
     features: FeaturesConfig = FeaturesConfig()
-    heads: Annotated[HeadsConfig | None, Field(exclude_if=lambda heads: heads is None)] = None
+    heads: HeadsConfig | None = None
     """Statistics and examples of every attention head; nothing of them is made without this section."""
-    steering: Annotated[SteeringConfig | None, Field(exclude_if=lambda steering: steering is None)] = None
+    steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
     retrain: RetrainConfig = RetrainConfig()
     execution: ExecutionConfig = ExecutionConfig()
@@ -481,7 +496,7 @@ def _find_beside(config: PipelineConfig, folder: Path) -> PipelineConfig:
     return config.model_copy(update={"corpus": corpus, "model": model, "saes": saes})
 
 
-def _point(section: Section, field: str, folder: Path) -> Section:
+def _point(section: AnySection, field: str, folder: Path) -> AnySection:
     given = Path(getattr(section, field))
     if given.is_absolute() or str(given).startswith("~") or given.exists():
         return section

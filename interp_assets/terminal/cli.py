@@ -69,7 +69,7 @@ def backfill(
     config: ConfigOption = None,
     failed: Annotated[bool, typer.Option("--failed", help="Only partitions whose latest run failed, and what comes after them.")] = False,
     select: Annotated[list[str] | None, typer.Option(help="Only this asset; may be given several times.")] = None,
-    partition: Annotated[list[str] | None, typer.Option(help="Only this partition: every byte of it is read, and it is made again if one is wrong or missing.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="Only this partition: all of it is read, and what is damaged is made again.")] = None,
 ) -> None:
     """Make what has failed, is missing or was made from other bytes, as far as possible; exit code 1 when something failed again."""
     pipeline = _load(config)
