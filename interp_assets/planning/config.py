@@ -29,6 +29,7 @@ from pydantic import (
 from interp_assets.errors import ConfigError
 from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.identity import leave_out_later
+from interp_assets.planning.options import find_faults
 from interp_assets.storage.foreign import parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -220,12 +221,20 @@ class SaeConfig(_Config):
     """Seed of the initial weights; the order of the data depends on the pipeline's seed only."""
     product_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that the operands of matrix products are rounded to; weights, thresholds and optimizer stay float32."""
+    options: dict[str, float | tuple[float, ...]] = {}
+    """Constants of the architecture's recipe that are to be others, such as `decay_share`, `betas`, `groups` (docs/howto.md lists them)."""
     imported: str = ""
     """Execution: folder or `s3://` address of an SAE that another tool trained; it is taken from there. `interp import` writes the whole entry."""
     imported_digest: str = ""
     """`imported`: the digest of its files; it, task and hook points are then the identity. Fields from `sparsity_coefficient` on are unused."""
     accepts_misfit: bool = False
     """`imported`, execution: it may reconstruct badly, or fire otherwise than its folder says; `--accept-misfit` of the import writes it."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "SaeConfig":
+        if faults := find_faults(self.architecture, self.options):
+            raise ValueError("; ".join(faults))
+        return self
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the bytes of this SAE: its recipe, or of an imported one its digest, task and hook points."""
@@ -530,7 +539,7 @@ def make_config(content: dict[str, Any], where: str = "the configuration") -> Pi
                 "msg": f"{before['msg']} or {item['msg'].removeprefix('Input should be ')}" if before else item["msg"],
             }
         lines = [_explain(item) for item in found.values()]
-        raise ConfigError(f"{where} has {len(lines)} wrong field(s):\n" + "\n".join(lines)) from error
+        raise ConfigError(f"{where} has {len(lines)} wrong {'field' if len(lines) == 1 else 'fields'}:\n" + "\n".join(lines)) from error
 
 
 def _check_addresses(content: Any, where: str) -> None:

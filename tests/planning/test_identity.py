@@ -104,6 +104,12 @@ def test_a_new_field_at_its_default_changes_no_id() -> None:
     assert WiderSae.model_validate_json(wider.model_copy(update={"p_end": 0.3}).model_dump_json()).p_end == 0.3
 
 
+def test_options_are_hashed_where_there_are_any() -> None:
+    """And leave the ids of all SAEs without them alone."""
+    assert "options" not in SaeConfig(name="a").identity()
+    assert SaeConfig(name="a", options={"betas": (0.9, 0.99)}).identity()["options"] == {"betas": (0.9, 0.99)}
+
+
 @pytest.mark.parametrize("section", ["heads", "steering"])
 def test_a_section_that_is_not_there_is_not_dumped(section: str) -> None:
     """Pipelines without it keep what they were made with."""
