@@ -38,10 +38,9 @@ from interp_assets.train import evaluate
 from interp_assets.train.batches import iter_batches, make_row_order
 from interp_assets.train.fold import fold_weights
 from interp_assets.train.losses.calibrate import calibrate_threshold
-from interp_assets.train.losses.dense import STEP_WIDTH
-from interp_assets.train.losses.loss import Weights
-from interp_assets.train.losses.topk import GROUP_SHARES, group_ends
-from interp_assets.train.recipes import DECAY_SHARE, RECIPES, WARMUP_SHARE, make_normalization, make_weights
+from interp_assets.train.losses.loss import USUAL, Weights
+from interp_assets.train.losses.topk import group_ends
+from interp_assets.train.recipes import RECIPES, make_normalization, make_weights
 from interp_assets.train.trainer import Trainer
 
 COEFFICIENTS: Final[dict[Architecture, float]] = {"relu": 5.0, "gated": 3.0, "jump_relu_tanh": 3.0, "jump_relu_step": 5e-3}
@@ -96,9 +95,9 @@ def train_theirs(python: str, config: SaeConfig, weights: Weights, rows: Path, *
             "betas": recipe.betas,
             "epsilon": recipe.epsilon,
             "coefficient_warmup": recipe.coefficient_warmup,
-            "learning_rate_warmup": WARMUP_SHARE,
-            "learning_rate_decay": DECAY_SHARE,
-            "step_width": STEP_WIDTH * d_in**0.5,
+            "learning_rate_warmup": recipe.warmup_share,
+            "learning_rate_decay": recipe.decay_share,
+            "step_width": USUAL.step_width * d_in**0.5,
             "error_parts": _error_parts(config.architecture, d_in, is_same_recipe=is_same_recipe),
             "is_unit_norm": recipe.is_unit_norm and not recipe.is_sparse,
             "is_same_recipe": is_same_recipe,
@@ -117,7 +116,7 @@ def _error_parts(architecture: Architecture, d_in: int, *, is_same_recipe: bool)
     """Return what SAELens' squared errors, summed over dimensions and over the prefixes of a Matryoshka SAE, are divided by."""
     if not (RECIPES[architecture].is_sparse or architecture == "jump_relu_step"):
         return 1
-    return d_in * (len(GROUP_SHARES) + 1 if architecture == "matryoshka_batch_topk" and is_same_recipe else 1)
+    return d_in * (len(USUAL.groups) + 1 if architecture == "matryoshka_batch_topk" and is_same_recipe else 1)
 
 
 def from_sae_lens(architecture: Architecture, found: dict[str, Tensor], norm: Tensor) -> Weights:

@@ -5,7 +5,7 @@
         which of them can be made?  those whose upstream partitions are there; the others wait and are counted
         one Dagster run for each contiguous range, whether or not an earlier one failed
 
-A run of the road stops at the first asset that fails; a backfill goes as far as it can, and says at the end what is left. A partition
+A run of the road stops where an asset has failed whole; a backfill goes as far as it can, and says at the end what is left. A partition
 that is made again with the bytes it had leaves everything behind it alone, because what counts is the digest.
 
 Dagster's own backfills do the same from its UI, through the daemon and the run launcher, on as many machines as there are; they walk the
@@ -13,7 +13,6 @@ graph in steps of half a minute. This one needs no daemon and takes a second a r
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import dagster as dg
 from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus
@@ -23,7 +22,7 @@ from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 from interp_assets.errors import ArtifactError, ConfigError
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.fanout import side_by_side
-from interp_assets.graph.jobs import count_partitions, find_missing, run_asset
+from interp_assets.graph.jobs import count_partitions, find_holding, find_missing, run_asset
 from interp_assets.graph.partitions import partitions_of
 from interp_assets.graph.readiness import check_machine
 from interp_assets.graph.stages import make_road
@@ -37,18 +36,6 @@ from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_artifact
 
 
-class BackfillReport(NamedTuple):
-    """What a backfill did for one asset."""
-
-    report: AssetReport
-    failed: list[str]
-    """Partitions that failed (again)."""
-    waiting: list[str]
-    """Partitions that are due and cannot be made before failed ones upstream."""
-    message: str
-    """What the first failure said; empty when there is none."""
-
-
 def run_backfill(
     config: PipelineConfig,
     instance: DagsterInstance,
@@ -57,7 +44,7 @@ def run_backfill(
     partitions: Sequence[str] = (),
     only_failed: bool = False,
     progress: Progress | None = None,
-) -> Iterator[BackfillReport]:
+) -> Iterator[AssetReport]:
     """Make what is due, asset by asset, and report each asset that had something to do.
 
     `select` limits it to the named assets. `partitions` names partitions to make, whatever their state; the others are left alone. Of these
@@ -86,7 +73,7 @@ def run_backfill(
             due = set(keys) & set(partitions)
         elif only_failed:
             due = {key for key in due if key in failed_before or road.parents(asset, pipeline, key) & touched}
-        waiting = [key for key in keys if key in due and broken and road.parents(asset, pipeline, key) & broken]
+        waiting = [key for key in keys if key in due and broken and road.awaited(asset, pipeline, key) & broken]
         ready = [key for key in keys if key in due and key not in set(waiting)]
         if partitions:
             _remove_damaged(asset, pipeline, store, ready)
@@ -98,13 +85,13 @@ def run_backfill(
             for asset, ready, waiting in all_due:
                 if not ready and not waiting:
                     continue
-                progress.plan(len(ready))
-                progress.expect(asset.name, len(ready), asset.unit)
+                n_holding = len(find_holding(road, asset, pipeline, store) & set(ready))
+                progress.plan(n_holding)
+                progress.expect(asset.name, n_holding, asset.unit)
                 outcome = run_asset(job, instance, asset, ready, asset.partition_keys(pipeline))
                 touched |= {(asset.name, key) for key in ready}
-                broken |= {(asset.name, key) for key in [*outcome.failed, *waiting]}
-                report = count_partitions(road, asset, (pipeline, store), ready, outcome.report)
-                yield BackfillReport(report, outcome.failed, waiting, str(outcome.errors[0]) if outcome.errors else "")
+                broken |= {(asset.name, key) for key in [*outcome.report.failed, *waiting]}
+                yield count_partitions(road, asset, (pipeline, store), ready, outcome.report._replace(waiting=waiting))
 
 
 def find_failed(asset: Asset, keys: Sequence[str], instance: DagsterInstance) -> list[str]:

@@ -43,6 +43,8 @@ class Made(NamedTuple):
     metadata: dict[str, Any]
     is_whole: bool = True
     """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
+    holds_anything: bool = True
+    """Whether it has artifacts."""
 
 
 class Shared(NamedTuple):
@@ -78,7 +80,7 @@ def record(
                 break
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
-        progress.end()
+        (progress.end if made.holds_anything else progress.leave)()
         took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
         is_rated = made.is_whole and n_compilations() == n_compiled and (shared is None or shared.is_rated)
         is_new = not made.metadata.get("reused", True)
@@ -149,7 +151,7 @@ def describe(produced: Sequence[Produced], url: str, shown: Mapping[str, Shown])
     """Describe the artifacts of one partition: rows, bytes, seconds, rows per second, where, digest, whether they were there before, and more."""
     extra = {name: as_metadata(value) for name, value in shown.items()}
     if not produced:
-        return Made(data_version([]), _with_sizes(extra))
+        return Made(data_version([]), _with_sizes(extra), holds_anything=False)
     n_bytes = sum(item.manifest.n_bytes for item in produced)
     n_rows = sum(n_rows_of(item) for item in produced)
     wall_s = sum(item.wall_s for item in produced)

@@ -3,6 +3,7 @@
     for each asset, in the order of the data
         which partitions are missing?   an artifact is not in the store, or Dagster does not know that it is
         for each contiguous range of them: one Dagster run
+    an asset of which some partitions failed (one SAE of a sweep) stops only what reads these; one that failed whole stops the road
     siblings, such as the bundles of several SAEs, are looked at together: on a cluster the first sends the tasks of all (`fanout.py`)
 
 One process and one run per range, because a Dagster run costs about a second of bookkeeping on SQLite and a queued backfill walks the
@@ -37,7 +38,7 @@ from interp_assets.planning.asset import NONE, Asset
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
-from interp_assets.planning.road import Road, group_siblings
+from interp_assets.planning.road import Partition, Road, group_siblings
 from interp_assets.storage.leases import SILENT_S, leased
 from interp_assets.storage.lineage import Digests
 from interp_assets.storage.locks import Holder, locked
@@ -72,7 +73,6 @@ class Outcome(NamedTuple):
     """What became of the missing partitions of one asset."""
 
     report: AssetReport
-    failed: list[str]
     errors: list[RunError]
     """One for each range that failed."""
 
@@ -156,18 +156,20 @@ def run_road(
 ) -> Iterator[AssetReport]:
     """Materialize what is missing, asset by asset, and report each one when it is done.
 
-    `select` limits the run to the named assets (the plan is always made: it notices new text). Raises `RunError` at the first asset that
-    fails; what is finished stays, and the next run goes on from there.
+    `select` limits the run to the named assets (the plan is always made: it notices new text). Raises the first `RunError`: at an asset that
+    failed whole, else when all is made that does not read what failed. What is finished stays, and the next run goes on from there.
     """
     progress = progress or Progress()
     road = make_road(config)
     rest = [asset for asset in road.select(select) if not asset.plan]
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
     progress.expect(road.plan.name, 1)
-    yield _report(run_asset(job, instance, road.plan, [""], [""]))
+    yield _whole(run_asset(job, instance, road.plan, [""], [""]))
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
-    progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
+    progress.plan(sum(len(find_holding(road, asset, pipeline, store)) for asset in rest))
+    errors: list[RunError] = []
+    broken: set[Partition] = set()
     is_certain = are_counted(pipeline, store)
     check_machine(road, pipeline, store, rest)
     for siblings in group_siblings(rest):
@@ -178,12 +180,23 @@ def run_road(
         with side_by_side([asset for asset, missing in due if missing], config):
             for asset, missing in due:
                 if keys := asset.partition_keys(pipeline):
-                    progress.skip(len(keys) - len(missing))
-                    progress.expect(asset.name, len(missing), asset.unit)
-                    yield count_partitions(road, asset, (pipeline, store), missing, _report(run_asset(job, instance, asset, missing, keys)))
+                    waiting = [key for key in missing if broken and road.awaited(asset, pipeline, key) & broken]
+                    ready = [key for key in missing if key not in set(waiting)]
+                    holding = find_holding(road, asset, pipeline, store)
+                    progress.skip(len(holding - set(ready)))
+                    progress.expect(asset.name, len(holding & set(ready)), asset.unit)
+                    outcome = run_asset(job, instance, asset, ready, keys)
+                    if len(outcome.report.failed) == len(keys):
+                        _whole(outcome)
+                    told = outcome.report.message if errors else ""  # the first is raised
+                    errors += outcome.errors
+                    broken |= {(asset.name, key) for key in [*outcome.report.failed, *waiting]}
+                    yield count_partitions(road, asset, (pipeline, store), ready, outcome.report._replace(waiting=waiting, message=told))
         if any(asset.completes_plan for asset in siblings):
             pipeline = load_pipeline(config, store)
-            progress.plan(sum(len(asset.partition_keys(pipeline)) for asset in rest))
+            progress.plan(sum(len(find_holding(road, asset, pipeline, store)) for asset in rest))
+    if errors:
+        raise errors[0]
 
 
 def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
@@ -288,8 +301,9 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
         failed_checks += [f"{check.check_name}: {check.description}" for check in result.get_asset_check_evaluations() if not check.passed]
     failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
     n_made = len(missing) - len(failed) - n_found
-    report = AssetReport(asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found)
-    return Outcome(report, failed, errors)
+    message = str(errors[0]) if errors else ""
+    report = AssetReport(asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found, failed, message=message)
+    return Outcome(report, errors)
 
 
 @contextmanager
@@ -304,7 +318,8 @@ def _own_signals() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _report(outcome: Outcome) -> AssetReport:
+def _whole(outcome: Outcome) -> AssetReport:
+    """Return what was done. Raises the first error."""
     if outcome.errors:
         raise outcome.errors[0]
     return outcome.report
@@ -312,9 +327,13 @@ def _report(outcome: Outcome) -> AssetReport:
 
 def count_partitions(road: Road, asset: Asset, where: tuple[Pipeline, Store], missing: Sequence[str], report: AssetReport) -> AssetReport:
     """Count as `interp plan` does: partitions that hold nothing, as a held-out shard's share of the shuffle, are none."""
-    pipeline, store = where
-    empty = {key for key in asset.partition_keys(pipeline) if not road.holds_anything(asset, pipeline, store, key)}
+    empty = set(asset.partition_keys(where[0])) - find_holding(road, asset, *where)
     return report._replace(n_partitions=report.n_partitions - len(empty), n_made=report.n_made - len(empty & set(missing)))
+
+
+def find_holding(road: Road, asset: Asset, pipeline: Pipeline, store: Store) -> set[str]:
+    """Return the partitions of an asset that have artifacts, there or not."""
+    return {key for key in asset.partition_keys(pipeline) if road.holds_anything(asset, pipeline, store, key)}
 
 
 def _node_name(asset: Asset) -> str:

@@ -136,5 +136,5 @@ def _make(config: PipelineConfig, instance: dg.DagsterInstance, select: Sequence
     done = list(run_backfill(config, instance, select=select))
     for item in done:
         if item.message:
-            raise InterpError(f"{item.report.name}: {item.message}")
-    return sum(item.report.n_made for item in done)
+            raise InterpError(f"{item.name}: {item.message}")
+    return sum(item.n_made for item in done)

@@ -70,6 +70,12 @@ class Reads(NamedTuple):
     """Whether the own artifacts keep the digests of what was read, as the fact `made_from`."""
     may_be_gone: bool = False
     """Whether what was read may be deleted afterwards: then it says nothing of what was made."""
+    is_needed: bool = True
+    """Whether nothing can be made without it."""
+
+    def if_there(self) -> "Reads":
+        """Say that what is not there is left out, so that a failure there stops nothing here."""
+        return self._replace(is_needed=False)
 
     def remember(self, *, may_be_gone: bool = False) -> "Reads":
         """Say that artifacts keep the digests of these inputs, of their own hook point where they have one."""

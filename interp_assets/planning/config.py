@@ -10,14 +10,26 @@ import difflib
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from interp_assets.errors import ConfigError
 from interp_assets.planning.hook_names import canonical_name
+from interp_assets.planning.identity import leave_out_later
+from interp_assets.planning.options import find_faults
 from interp_assets.storage.foreign import parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -63,12 +75,16 @@ class _Config(BaseModel):
         """Where a relative path was looked for in vain, for messages; nothing for others."""
         return f" (looked in {' and '.join(dict.fromkeys([str(Path.cwd()), self._folder]))})" if self._folder else ""
 
+    @model_serializer(mode="wrap")
+    def _dump_identity(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return leave_out_later(self, dump(self))
+
 
 HookPointName = Annotated[str, AfterValidator(canonical_name)]
 """A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
-Section = TypeVar("Section", bound=_Config)
+AnySection = TypeVar("AnySection", bound=_Config)
 
 
 class CorpusConfig(_Config):
@@ -86,7 +102,7 @@ class CorpusConfig(_Config):
     """`huggingface`: the dataset's revision."""
     text_field: str = "text"
     """Column or key that holds the text (or the messages), in JSONL, Parquet and Hugging Face datasets."""
-    text_kind: Annotated[TextKind, Field(exclude_if=lambda kind: kind == "plain")] = "plain"
+    text_kind: TextKind = "plain"
     """`plain`: names of special tokens are text; `with_special_tokens`: they are these tokens; `messages`: the chat template renders them."""
     context_length: Annotated[int, Field(ge=2)] = 256
     """Tokens per context, a leading BOS included."""
@@ -205,12 +221,20 @@ class SaeConfig(_Config):
     """Seed of the initial weights; the order of the data depends on the pipeline's seed only."""
     product_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type that the operands of matrix products are rounded to; weights, thresholds and optimizer stay float32."""
+    options: dict[str, float | tuple[float, ...]] = {}
+    """Constants of the architecture's recipe that are to be others, such as `decay_share`, `betas`, `groups` (docs/howto.md lists them)."""
     imported: str = ""
     """Execution: folder or `s3://` address of an SAE that another tool trained; it is taken from there. `interp import` writes the whole entry."""
     imported_digest: str = ""
     """`imported`: the digest of its files; it, task and hook points are then the identity. Fields from `sparsity_coefficient` on are unused."""
     accepts_misfit: bool = False
     """`imported`, execution: it may reconstruct badly, or fire otherwise than its folder says; `--accept-misfit` of the import writes it."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> "SaeConfig":
+        if faults := find_faults(self.architecture, self.options):
+            raise ValueError("; ".join(faults))
+        return self
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the bytes of this SAE: its recipe, or of an imported one its digest, task and hook points."""
@@ -380,9 +404,9 @@ class PipelineConfig(_Config):
     shuffle: ShuffleConfig = ShuffleConfig()
     saes: Annotated[list[SaeConfig], Field(min_length=1)] = [SaeConfig()]
     features: FeaturesConfig = FeaturesConfig()
-    heads: Annotated[HeadsConfig | None, Field(exclude_if=lambda heads: heads is None)] = None
+    heads: HeadsConfig | None = None
     """Statistics and examples of every attention head; nothing of them is made without this section."""
-    steering: Annotated[SteeringConfig | None, Field(exclude_if=lambda steering: steering is None)] = None
+    steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
     retrain: RetrainConfig = RetrainConfig()
     execution: ExecutionConfig = ExecutionConfig()
@@ -481,7 +505,7 @@ def _find_beside(config: PipelineConfig, folder: Path) -> PipelineConfig:
     return config.model_copy(update={"corpus": corpus, "model": model, "saes": saes})
 
 
-def _point(section: Section, field: str, folder: Path) -> Section:
+def _point(section: AnySection, field: str, folder: Path) -> AnySection:
     given = Path(getattr(section, field))
     if given.is_absolute() or str(given).startswith("~") or given.exists():
         return section
@@ -515,7 +539,7 @@ def make_config(content: dict[str, Any], where: str = "the configuration") -> Pi
                 "msg": f"{before['msg']} or {item['msg'].removeprefix('Input should be ')}" if before else item["msg"],
             }
         lines = [_explain(item) for item in found.values()]
-        raise ConfigError(f"{where} has {len(lines)} wrong field(s):\n" + "\n".join(lines)) from error
+        raise ConfigError(f"{where} has {len(lines)} wrong {'field' if len(lines) == 1 else 'fields'}:\n" + "\n".join(lines)) from error
 
 
 def _check_addresses(content: Any, where: str) -> None:

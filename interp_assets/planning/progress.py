@@ -44,6 +44,13 @@ class Progress:
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Hear that work on one partition starts (`""` without partitions), and how many units it has, if that is known."""
 
+    def begin_together(self, asset: str, partitions: Sequence[str], n_units: int) -> None:
+        """Hear that work on several partitions at once starts; when it is done, each of them begins and ends for itself."""
+        self.begin(asset, ", ".join(partitions), n_units)
+
+    def measure(self, text: str) -> None:
+        """Hear how good what is being made is so far, in a few words."""
+
     def tell(self, sentence: str) -> None:
         """Hear something that a person should read."""
 
@@ -52,6 +59,10 @@ class Progress:
 
     def end(self) -> None:
         """Hear that the current partition is finished, or has failed."""
+
+    def leave(self) -> None:
+        """Hear that the current partition is finished, and holds nothing: it was none of those expected."""
+        self.end()
 
 
 class AssetReport(NamedTuple):
@@ -68,6 +79,12 @@ class AssetReport(NamedTuple):
     """For each check that did not pass and does not block its name, and what is wrong."""
     n_found: int = 0
     """Partitions that were asked for and found to be there, made by another run or without one: only recorded."""
+    failed: Sequence[str] = ()
+    """Partitions that failed."""
+    waiting: Sequence[str] = ()
+    """Partitions that are due and cannot be made before failed ones upstream."""
+    message: str = ""
+    """What the first failure said; empty when there is none."""
 
 
 def format_bytes(n_bytes: int) -> str:

@@ -70,6 +70,11 @@ class Road:
         """Return the partitions that a partition reads."""
         return {(self._by_key[item.key].name, parent) for item in asset.reads for parent in self.parent_keys(asset, item, pipeline, key)}
 
+    def awaited(self, asset: Asset, pipeline: Pipeline, key: str) -> set[Partition]:
+        """Return the partitions without which a partition cannot be made."""
+        needed = [item for item in asset.reads if item.is_needed]
+        return {(self._by_key[item.key].name, parent) for item in needed for parent in self.parent_keys(asset, item, pipeline, key)}
+
     def parent_keys(self, asset: Asset, item: Reads, pipeline: Pipeline, key: str) -> Sequence[str]:
         """List the partitions of an earlier asset that partition `key` of `asset` reads, in order."""
         parent = self._by_key[item.key]

@@ -69,7 +69,7 @@ def backfill(
     config: ConfigOption = None,
     failed: Annotated[bool, typer.Option("--failed", help="Only partitions whose latest run failed, and what comes after them.")] = False,
     select: Annotated[list[str] | None, typer.Option(help="Only this asset; may be given several times.")] = None,
-    partition: Annotated[list[str] | None, typer.Option(help="Only this partition, whatever its state; damaged files are found.")] = None,
+    partition: Annotated[list[str] | None, typer.Option(help="Only this partition: all of it is read, and what is damaged is made again.")] = None,
 ) -> None:
     """Make what has failed, is missing or was made from other bytes, as far as possible; exit code 1 when something failed again."""
     pipeline = _load(config)
@@ -88,13 +88,8 @@ def backfill(
     with take_turn(pipeline, _say), open_instance(pipeline) as instance, watch(out) as progress:
         for item in run_backfill(pipeline, instance, select=select or [], partitions=partition or [], only_failed=failed, progress=progress):
             reports.append(item)
-            print_report(out, item.report)
-            if item.failed or item.waiting:
-                left = [f"{len(keys):,} {word}: {', '.join(keys[:8])}" for keys, word in ((item.failed, "failed"), (item.waiting, "waiting")) if keys]
-                out.print(f"    {'; '.join(left)}", style="red", markup=False, soft_wrap=True)
-            if item.message:
-                out.print(f"    {item.message}", markup=False, soft_wrap=True)
-    print_total(out, [item.report for item in reports])
+            print_report(out, item)
+    print_total(out, reports)
     if any(item.failed or item.waiting for item in reports):
         raise typer.Exit(1)
 

@@ -6,7 +6,7 @@ Bars are drawn on a terminal only; elsewhere (a log file, a pipe) there are line
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.text import Text
 
 from interp_assets.planning.progress import AssetReport, Progress, format_bytes
 from interp_assets.terminal.left import find_compiling
+
+_NAMED: Final = 3
+"""Partitions that are named where several are made at once."""
 
 
 class Bars(Progress):
@@ -36,7 +39,7 @@ class Bars(Progress):
         self._partition = self._rich.add_task("", total=None, note="", visible=False)
         self._n_partitions = self._n_done = self._n_units = 0
         self._n_expected: int | None = None
-        self._asset, self._unit = "", "rows"
+        self._asset, self._unit, self._measured = "", "rows", ""
 
     def __enter__(self) -> "Bars":  # noqa: PYI034 - beartype, which checks in tests, cannot read Self
         """Start to draw."""
@@ -69,9 +72,17 @@ class Bars(Progress):
         elif self._n_units:
             self._n_expected = self._n_units
         self._n_expected = n_units or self._n_expected
-        self._n_units = 0
+        self._n_units, self._measured = 0, ""
         name = " ".join(part for part in (asset, partition) if part)
         self._rich.reset(self._partition, description=name, total=self._n_expected, note="", visible=True)
+
+    def begin_together(self, asset: str, partitions: Sequence[str], n_units: int) -> None:
+        """Show several partitions as one piece of work."""
+        self.begin(asset, name_together(partitions), n_units)
+
+    def measure(self, text: str) -> None:
+        """Show how good it is so far."""
+        self._measured = text
 
     def tell(self, sentence: str) -> None:
         """Print a sentence above the bars."""
@@ -81,13 +92,17 @@ class Bars(Progress):
         """Show units of work."""
         self._n_units += n
         total = None if self._n_expected is None else max(self._n_expected, self._n_units)
-        note = f"{self._n_units:,} {self._unit}" + (", writing it" if self._n_units == self._n_expected else "")
+        note = f"{self._n_units:,} {self._unit}" + (", writing it" if self._n_units == self._n_expected else f"  {self._measured}")
         self._rich.update(self._partition, completed=self._n_units, total=total, note=note)
 
     def end(self) -> None:
         """Count the finished partition."""
         self._rich.update(self._partition, visible=False)
         self._count(1)
+
+    def leave(self) -> None:
+        """Take the bar of a partition that holds nothing away."""
+        self._rich.update(self._partition, visible=False)
 
     def _count(self, n: int) -> None:
         if self._n_partitions:
@@ -100,6 +115,11 @@ class _CompilingColumn(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text("compiling loops, once" if task.id and (found := find_compiling()) and found.is_busy else "")
+
+
+def name_together(partitions: Sequence[str]) -> str:
+    """Name partitions that are made at once, a few by name."""
+    return ", ".join(partitions) if len(partitions) <= _NAMED else f"{', '.join(partitions[:_NAMED])} and {len(partitions) - _NAMED:,} more"
 
 
 @contextmanager
@@ -124,6 +144,11 @@ def print_report(console: Console, report: AssetReport) -> None:
     parts = [f"{report.n_made:,} made" if report.n_made else "", f"{n_reused:,} there already" if n_reused else ""]
     text = Text(f"  {report.name:<38}{', '.join(part for part in parts if part):<34}{report.wall_s:>8.1f} s  {format_bytes(report.n_bytes):>9}")
     console.print(text, soft_wrap=True)
+    left = [f"{len(keys):,} {word}: {', '.join(keys[:8])}" for keys, word in ((report.failed, "failed"), (report.waiting, "waiting")) if keys]
+    if left:
+        console.print(f"    {'; '.join(left)}", style="red", markup=False, soft_wrap=True)
+    if report.message:
+        console.print(f"    {report.message}", markup=False, soft_wrap=True)
     for sentence in report.failed_checks:
         console.print(f"    check not passed: {sentence}", style="yellow", soft_wrap=True, markup=False)
 

@@ -3,7 +3,8 @@
     activations: 12 partitions to make
     activations: 4 of 12 done, shard-000004 at 43 %; 1 min 20 s so far, about 2 min 24 s left
     sae: demo at 12 %, compiling loops (once on this machine); 40 s so far
-    sae: demo at 100 %, writing and checking it; 9 min so far
+    sae: demo at 60 %, FVU 0.21, L0 32.0; 9 min so far, about 6 min left
+    sae: demo at 100 %, writing and checking it; 15 min so far
 
 A line comes when an asset of several partitions begins, and every `every_s` seconds from then on, from a thread of its own: a stage that
 computes for an hour without a word would print nothing if only its own calls did. What is left is `left.py`'s: partitions of one asset are alike.
@@ -11,14 +12,14 @@ computes for an hour without a word would print nothing if only its own calls di
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
 from interp_assets.planning.progress import Progress
-from interp_assets.terminal.console import Bars
+from interp_assets.terminal.console import Bars, name_together
 from interp_assets.terminal.left import Remaining, find_compiling
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ class Lines(Progress):
         self._over, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._asset, self._partition, self._unit = "", "", "rows"
+        self._measured = ""
         self._n_partitions = self._n_made = self._n_units = self._n_last = 0
+        self._together = range(0)
+        """Which of the partitions, counted, were begun at once and have not all ended."""
         self._n_expected: int | None = None
         self._left = Remaining(now, compiling)
 
@@ -62,14 +66,30 @@ class Lines(Progress):
         with self._lock:
             self._asset, self._n_partitions, self._n_made, self._partition, self._unit = asset, n_partitions, 0, "", unit
             self._n_units, self._n_last, self._n_expected, self._left = 0, 0, None, Remaining(self._now, self._compiling)
+            self._together, self._measured = range(0), ""
         if n_partitions > 1:
             self._print(f"{asset}: {n_partitions:,} partitions to make")
 
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Remember the partition at hand; the last one's units are the next one's estimate."""
         with self._lock:
+            self._measured = ""
+            if self._n_made in self._together:  # its work is done: it is only written down
+                self._partition = partition
+                return
             known = max(self._n_units, self._n_last) if asset == self._asset else 0
             self._asset, self._partition, self._n_units, self._n_expected = asset, partition, 0, n_units or known or self._n_expected
+
+    def begin_together(self, asset: str, partitions: Sequence[str], n_units: int) -> None:
+        """Remember that the units of several partitions are done at once."""
+        with self._lock:
+            self._together, self._measured = range(self._n_made, self._n_made + len(partitions)), ""
+            self._asset, self._partition, self._n_units, self._n_expected = asset, name_together(partitions), 0, n_units
+
+    def measure(self, text: str) -> None:
+        """Remember how good it is so far."""
+        with self._lock:
+            self._measured = text
 
     def advance(self, n: int) -> None:
         """Count units of work."""
@@ -80,7 +100,13 @@ class Lines(Progress):
         """Count the finished partition."""
         with self._lock:
             self._n_made, self._partition = self._n_made + 1, ""
-            self._n_last, self._n_units = self._n_units, 0
+            if self._n_made not in self._together:
+                self._n_last, self._n_units, self._together = self._n_units, 0, range(0)
+
+    def leave(self) -> None:
+        """Forget a partition that holds nothing."""
+        with self._lock:
+            self._partition, self._n_units = "", 0
 
     def tell(self, sentence: str) -> None:
         """Print a sentence."""
@@ -99,9 +125,11 @@ class Lines(Progress):
             elif self._partition or share:
                 at = f"at {share:.0%}".replace("%", " %") if share else f"with {self._n_units:,} {self._unit} done" if self._n_units else "at work"
                 parts.append(f"{self._partition} {at}".strip() + (", writing and checking it" if share == 1 else ""))
+                parts += [self._measured] if self._measured and share < 1 else []
             if (found := self._compiling()) and found.is_busy:
                 parts.append("compiling loops (once on this machine)")
-            left = self._left.estimate(min(1.0, (n_made + share) / n))
+            n_worked = self._together.start + share * len(self._together) if self._together else n_made + share
+            left = self._left.estimate(min(1.0, n_worked / n))
             rest = f", about {format_duration(left.seconds)} left" + (f" ({left.why})" if left.why else "") if left else ""
             return f"{self._asset}: {', '.join(parts) or 'at work'}; {format_duration(self._left.wall_s)} so far{rest}"
 

@@ -3,7 +3,8 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m interp_assets.train pipeline.yaml demo other
 
 Lines on standard output are objects with the key `event`: `progress` (`n` rows), `metrics` (a logged step), `compiling` (a loop begins or ends to be
-compiled), and from every rank `traffic` (requests and bytes, at its end) and, when a training fails, `error` (`type`, `message`).
+compiled), `failed` (an SAE that dropped out: `name`, `type`, `message`), and from every rank `traffic` (requests and bytes, at its end) and, when
+all training fails, `error` (`type`, `message`).
 Nothing here knows Dagster: `launch.py` reads the lines and hands them on.
 
 Started by `launch.py`, a process ends when its launcher is gone, however that went: the launcher never writes to standard input, which torchrun
@@ -64,9 +65,10 @@ def main(arguments: list[str]) -> int:
             (lambda n: _tell("progress", n=n)) if is_first else unheard,
             (lambda metrics: _tell("metrics", **{**metrics._asdict(), "row": metrics.row._asdict()})) if is_first else None,
             ranks,
+            (lambda name, error: _tell("failed", name=name, **_describe(error))) if is_first else (lambda _name, _error: None),
         )
     except InterpError as error:  # told by every rank: memory may run out on one of them alone
-        _tell("error", type=type(error).__name__, message=str(error))
+        _tell("error", **_describe(error))
         return 1
     finally:
         _tell("traffic", **METER.total()._asdict())
@@ -84,6 +86,10 @@ def _end_with_launcher() -> None:
         os._exit(1)  # the threads that train are inside torch, and would not hear of it
 
     threading.Thread(target=wait, name="waits for the launcher's end", daemon=True).start()
+
+
+def _describe(error: InterpError) -> dict[str, str]:
+    return {"type": type(error).__name__, "message": str(error)}
 
 
 def _tell(event: str, **content: Any) -> None:

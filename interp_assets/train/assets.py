@@ -109,7 +109,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
                 "All SAEs of the pipeline in one table: configuration, quality on the held-out shards, speed, and artifact ids of each; polars, "
                 "DuckDB and pandas read it. Look at the Pareto plot of L0 and FVU, and at the learning curves side by side."
             ),
-            reads=(every("sae").remember(), every("sae_evaluation").remember()),
+            reads=(every("sae").remember().if_there(), every("sae_evaluation").remember().if_there()),
             artifacts=lambda pipeline, _store, _key: [sweep_ref(pipeline)],
             make=_compare,
             shows=_show_sweep,
@@ -127,10 +127,10 @@ def _train(job: Job) -> Callable[[str], list[Produced]]:
 
     names = list(job.keys)
     _require_certificates(job.pipeline, job.store, names)
-    job.progress.begin("sae", ", ".join(names), training_rows(job.pipeline, names))
+    job.progress.begin_together("sae", names, training_rows(job.pipeline, names))
     begun_before = {name for name in names if has_checkpoint(job.store, sae_ref(job.pipeline, name))}
-    trained = run_training(job.pipeline, job.store, names, job.progress.advance, make_listener(job.log))
-    return lambda key: [trained[key]._replace(is_whole=key not in begun_before)]
+    trained = run_training(job.pipeline, job.store, names, job.progress.advance, make_listener(job.log, job.progress))
+    return lambda key: [trained.take(key)._replace(is_whole=key not in begun_before)]
 
 
 def _find_obstacles(pipeline: Pipeline, store: Store) -> list[str]:

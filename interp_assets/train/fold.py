@@ -25,7 +25,7 @@ import torch
 
 from interp_assets.planning.config import SaeConfig
 from interp_assets.train.losses.loss import Weights, latent_norms
-from interp_assets.train.recipes import RECIPES, Normalization
+from interp_assets.train.recipes import RECIPES, Normalization, make_recipe
 from interp_assets.train.sae import Sae, SaeKind
 
 
@@ -68,7 +68,7 @@ def unfold_weights(config: SaeConfig, sae: Sae, source: Normalization, target: N
     """Return the weights of a trainer that starts as `sae`."""
     W_enc, W_dec, b_dec = sae.W_enc.double(), sae.W_dec.double() * target.scale, sae.b_dec.double() - target.mean
     norm = W_dec.norm(dim=1)
-    c = torch.where(norm > 0, RECIPES[config.architecture].decoder_norm / norm, 1.0)
+    c = torch.where(norm > 0, make_recipe(config).decoder_norm / norm, 1.0)
     if RECIPES[config.architecture].is_sparse and config.is_transcoder:
         c = torch.ones_like(norm)
     b_enc, threshold = (sae.b_enc.double() + source.mean @ W_enc) / c, sae.threshold.double() / c

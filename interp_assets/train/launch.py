@@ -25,14 +25,14 @@ from typing import Any, Final, NamedTuple
 
 from interp_assets import errors
 from interp_assets.compute.compiled import Compiling, hear_compiling
-from interp_assets.errors import ConfigError, InterpError
+from interp_assets.errors import ConfigError, InterpError, StoreError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
-from interp_assets.storage.manifest import Produced, load_manifest
+from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 from interp_assets.storage.traffic import METER, Traffic
 from interp_assets.train.exchange.imported import import_sae
-from interp_assets.train.loop import OnMetrics, TrainingMetrics, find_trained, train_saes
+from interp_assets.train.loop import OnFailure, OnMetrics, TrainingMetrics, find_trained, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import LogRow, sae_ref
 
@@ -47,32 +47,52 @@ _SUMMARY: Final = re.compile(r"^\s*rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+) \(
 _logger = logging.getLogger(__name__)
 
 
-def run_training(
-    pipeline: Pipeline, store: Store, names: Sequence[str], progress: Advance = unheard, on_metrics: OnMetrics | None = None
-) -> dict[str, Produced]:
+class Trained(NamedTuple):
+    """What became of SAEs that were to be trained."""
+
+    made: dict[str, Produced]
+    failed: dict[str, InterpError]
+
+    def take(self, name: str) -> Produced:
+        """Return an SAE. Raises what kept it from being one."""
+        if name in self.failed:
+            raise self.failed[name]
+        return self.made[name]
+
+
+def run_training(pipeline: Pipeline, store: Store, names: Sequence[str], progress: Advance = unheard, on_metrics: OnMetrics | None = None) -> Trained:
     """Train the named SAEs with as many processes as `execution.processes` says; they inherit the environment, and so the credentials.
 
-    Imported ones are read from their folders instead. Raises what `train_saes` and `import_sae` raise, and `ConfigError` when the processes
-    can't be arranged as configured.
+    Imported ones are read from their folders instead. One that cannot be trained or read keeps no other from it: its error is returned. Raises
+    what would stop them all: `ConfigError` when the processes can't be arranged as configured, `StoreError`, the death of a process.
     """
-    imported = {name: import_sae(pipeline, store, name) for name in names if pipeline.config.sae(name).imported}
-    trained = [name for name in names if name not in imported]
-    made = imported | (_train(pipeline, store, trained, progress, on_metrics) if trained else {})
-    return {name: made[name] for name in names}
+    failed: dict[str, InterpError] = {}
+    imported: dict[str, Produced] = {}
+    for name in names:
+        if pipeline.config.sae(name).imported:
+            try:
+                imported[name] = import_sae(pipeline, store, name)
+            except StoreError:
+                raise
+            except InterpError as error:
+                failed[name] = error
+    trained = [name for name in names if not pipeline.config.sae(name).imported]
+    made = imported | (_train(pipeline, store, trained, (progress, on_metrics, failed.setdefault)) if trained else {})
+    return Trained({name: made[name] for name in names if name in made}, failed)
 
 
-def _train(pipeline: Pipeline, store: Store, names: Sequence[str], progress: Advance, on_metrics: OnMetrics | None) -> dict[str, Produced]:
-    n_processes = pipeline.config.execution.processes
+def _train(pipeline: Pipeline, store: Store, names: Sequence[str], hears: tuple[Advance, OnMetrics | None, OnFailure]) -> dict[str, Produced]:
+    n_processes, (progress, on_metrics, on_failure) = pipeline.config.execution.processes, hears
     check_processes(pipeline, names)
     if n_processes == 1:
-        return train_saes(pipeline, store, names, progress, on_metrics)
+        return train_saes(pipeline, store, names, progress, on_metrics, on_failure=on_failure)
     started_s = time.perf_counter()
     cached = {name for name in names if find_trained(pipeline, store, name) is not None}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "pipeline.json"
         config.write_text(pipeline.config.model_dump_json(), encoding="utf-8")
         with start_group(*_command(config, names, n_processes)) as (process, last_words):
-            failure = _listen(process, progress, on_metrics)
+            failure = _listen(process, *hears)
             status = process.wait()
             last_words.thread.join(_GRACE_S)
     if failure is not None:
@@ -80,8 +100,12 @@ def _train(pipeline: Pipeline, store: Store, names: Sequence[str], progress: Adv
     if status:
         raise InterpError(explain_death(last_words.text(), status))
     wall_s = time.perf_counter() - started_s
-    refs = {name: sae_ref(pipeline, name) for name in names}
-    return {name: Produced(ref, load_manifest(store, ref), name in cached, 0.0 if name in cached else wall_s) for name, ref in refs.items()}
+    found = {name: find_trained(pipeline, store, name) for name in names}
+    return {
+        name: Produced(sae_ref(pipeline, name), manifest, name in cached, 0.0 if name in cached else wall_s)
+        for name, manifest in found.items()
+        if manifest is not None
+    }
 
 
 def check_processes(pipeline: Pipeline, names: Sequence[str]) -> None:
@@ -190,7 +214,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _listen(process: subprocess.Popen[str], progress: Advance, on_metrics: OnMetrics | None) -> InterpError | None:
+def _listen(process: subprocess.Popen[str], progress: Advance, on_metrics: OnMetrics | None, on_failure: OnFailure) -> InterpError | None:
     """Hand rank 0's lines on until all have closed their output, and count every rank's traffic; return the first error that was reported."""
     failure: InterpError | None = None
     hear, heard = hear_compiling(), Compiling(is_busy=False, took_s=0.0)
@@ -206,13 +230,19 @@ def _listen(process: subprocess.Popen[str], progress: Advance, on_metrics: OnMet
                 hear(heard)
             case "traffic":
                 METER.add(Traffic(event["gets"], event["puts"], event["read_bytes"], event["written_bytes"]))
+            case "failed":
+                on_failure(event["name"], _make_error(event))
             case "error" if failure is None:
-                kind = getattr(errors, event["type"], InterpError)
-                failure = kind(event["message"])
+                failure = _make_error(event)
             case None:
                 _logger.info("training: %s", line.rstrip())
     hear(heard._replace(is_busy=False))
     return failure
+
+
+def _make_error(event: Mapping[str, Any]) -> InterpError:
+    kind = getattr(errors, event["type"], InterpError)
+    return kind(event["message"])
 
 
 def _parse(line: str) -> dict[str, Any]:

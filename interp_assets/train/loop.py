@@ -1,17 +1,19 @@
 """Mixed shards become trained SAEs: one pass over the data feeds all SAEs that share hook points and a batch size.
 
 1. Skip what is published; resume what has a checkpoint, from the same rows and statistics; draw initial weights for the rest.
-2. Read each batch once, normalise it once, and advance every SAE by it. An SAE that is ahead (its checkpoint is newer) waits.
+2. Read each batch once, normalise it once, and advance every SAE by it. An SAE that is ahead (its checkpoint is newer) waits; one whose
+   loss is not finite, or that memory does not hold, drops out and is told of, and the others go on.
 3. Fold each finished SAE, calibrate it on the rows that follow its training rows, measure it, publish it, drop its checkpoints.
 
 An SAE's weights depend on its own configuration and the data only, not on the company it is trained in, and are the same bit for bit
-whether or not the training was killed and resumed. Times go to `on_metrics` and to files that are outside the artifact's digest.
+whether or not the training was killed and resumed, or another SAE dropped out. Times go to `on_metrics` and to files outside the digest.
 """
 
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import groupby
 from typing import NamedTuple
 
 import polars as pl
@@ -21,25 +23,26 @@ from torch.profiler import record_function
 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.compute.seeds import stream
-from interp_assets.errors import NonFiniteError, PlanError
+from interp_assets.errors import ConfigError, InterpError, NonFiniteError, PlanError, StoreError
 from interp_assets.planning.config import ExecutionConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
-from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, load_manifest
+from interp_assets.storage.manifest import ArtifactRef, ArtifactWriter, Manifest, Produced, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import FREQUENCY, load_sae, save_sae
 from interp_assets.train.fold import fold_weights, unfold_weights
 from interp_assets.train.lineage import sae_lineage
 from interp_assets.train.losses.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
+from interp_assets.train.losses.loss import Weights
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.refs import TRAINING, LogRow, sae_ref
 from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save_checkpoint
-from interp_assets.train.rows import TrainingData, iter_rows, open_training_data
+from interp_assets.train.rows import TrainingData, TrainingRows, iter_rows, open_training_data
 from interp_assets.train.times import TIMES, TrainingTimes, WaitClock, describe_times, forget_peaks
 from interp_assets.train.trainer import Trainer, n_steps
 
@@ -57,6 +60,8 @@ class TrainingMetrics(NamedTuple):
 
 
 OnMetrics = Callable[[TrainingMetrics], None]
+OnFailure = Callable[[str, InterpError], object]
+"""Hears of an SAE that dropped out, and why."""
 
 
 class _Member(NamedTuple):
@@ -67,6 +72,25 @@ class _Member(NamedTuple):
     """Digests of what it is trained on, as facts."""
 
 
+class _Group(NamedTuple):
+    """SAEs that share one read of the data, and who hears how they do."""
+
+    configs: list[SaeConfig]
+    ranks: Ranks
+    progress: Advance
+    on_metrics: OnMetrics | None
+    on_failure: OnFailure
+    dropped: set[str]
+
+    def drop(self, config: SaeConfig, step: int, error: InterpError) -> None:
+        """Let an SAE go that was trained up to `step`. Raises what stops all others too, and what other ranks may not see."""
+        if isinstance(error, ConfigError | StoreError) or (self.ranks.size > 1 and not isinstance(error, NonFiniteError)):
+            raise error
+        self.dropped.add(config.name)
+        self.progress((n_steps(config) - step) * config.batch_rows)
+        self.on_failure(config.name, error)
+
+
 def train_saes(
     pipeline: Pipeline,
     store: Store,
@@ -74,13 +98,16 @@ def train_saes(
     progress: Advance = unheard,
     on_metrics: OnMetrics | None = None,
     ranks: Ranks = ONE_RANK,
+    on_failure: OnFailure | None = None,
 ) -> dict[str, Produced]:
     """Train the named SAEs with the `ranks` that call this; those that share hook point and batch size share one read of the data.
 
-    `progress` advances by the rows that each SAE has trained on: `training_rows` is the total. Raises `NonFiniteError` that names step
-    and rows when a loss is not finite, `PlanError` when memory runs out.
+    `progress` advances by the rows that each SAE has trained on, or never will: `training_rows` is the total. `on_failure` hears of each SAE
+    that cannot be trained, with the error: `NonFiniteError` that names step and rows when its loss is not finite, `PlanError` when memory
+    runs out. Without it the first of them is raised, when all others are published.
     """
     produced: dict[str, Produced] = {}
+    failures: dict[str, InterpError] = {}
     groups: dict[tuple[tuple[str, ...], tuple[str, ...], int], list[SaeConfig]] = {}
     for config in (pipeline.config.sae(name) for name in names):
         ref = sae_ref(pipeline, config.name)
@@ -92,8 +119,11 @@ def train_saes(
             progress(n_steps(config) * config.batch_rows)
     ranks.barrier()
     for configs in groups.values():
-        produced |= _train_group(pipeline, store, configs, progress, on_metrics, ranks)
-    return {name: produced[name] for name in names}
+        group = _Group(configs, ranks, progress, on_metrics, on_failure or failures.setdefault, set())
+        produced |= _train_group(pipeline, store, group)
+    if failures:
+        raise next(iter(failures.values()))
+    return {name: produced[name] for name in names if name in produced}
 
 
 def find_trained(pipeline: Pipeline, store: Store, name: str) -> Manifest | None:
@@ -107,61 +137,82 @@ def training_rows(pipeline: Pipeline, names: Sequence[str]) -> int:
     return sum(n_steps(config) * config.batch_rows for config in configs if not config.imported)
 
 
-def _train_group(
-    pipeline: Pipeline, store: Store, configs: list[SaeConfig], progress: Advance, on_metrics: OnMetrics | None, ranks: Ranks
-) -> dict[str, Produced]:
+def _train_group(pipeline: Pipeline, store: Store, group: _Group) -> dict[str, Produced]:
     started_s = time.perf_counter()
-    data = open_training_data(pipeline, store, configs[0])
-    forget_peaks(data.device)
-    members = [_open_member(pipeline, store, config, data, ranks) for config in configs]
-    for member in members:
-        if member.trainer.step:
-            progress(member.trainer.step * data.batch_rows)
-    profile = _run_steps(store, members, data, progress, on_metrics, pipeline.config.execution)
-    for member in members:
-        _publish(pipeline, store, member, data, profile, members)
-    ranks.barrier()
+    members: list[_Member] = []
+    try:
+        data = open_training_data(pipeline, store, group.configs[0])
+        forget_peaks(data.device)
+        members += _open_members(pipeline, store, group, data)
+        profile = _run_steps(store, members, data, group, pipeline.config.execution) if members else None
+        _publish_all(pipeline, store, members, data, profile, len(group.configs))
+    except InterpError as error:  # what these read is damaged: other SAEs may read what is sound
+        steps = {member.trainer.config.name: member.trainer.step for member in members}
+        for config in group.configs:
+            if config.name not in group.dropped and find_trained(pipeline, store, config.name) is None:
+                group.drop(config, steps.get(config.name, 0), error)
+    group.ranks.barrier()
     wall_s = time.perf_counter() - started_s
-    return {member.trainer.config.name: Produced(member.ref, load_manifest(store, member.ref), is_cached=False, wall_s=wall_s) for member in members}
+    refs = {config.name: sae_ref(pipeline, config.name) for config in group.configs if config.name not in group.dropped}
+    return {name: Produced(ref, load_manifest(store, ref), is_cached=False, wall_s=wall_s) for name, ref in refs.items()}
 
 
-def _run_steps(
-    store: Store, members: list[_Member], data: TrainingData, progress: Advance, on_metrics: OnMetrics | None, execution: ExecutionConfig
-) -> Profile | None:
-    """Advance all members to their last step, by one read of the data; return what a watched window of steps showed."""
+def _open_members(pipeline: Pipeline, store: Store, group: _Group, data: TrainingData) -> Iterator[_Member]:
+    for config in group.configs:
+        try:
+            member = _open_member(pipeline, store, config, data, group.ranks)
+        except PlanError as error:
+            group.drop(config, 0, error)
+            continue
+        if member.trainer.step:
+            group.progress(member.trainer.step * data.batch_rows)
+        yield member
+
+
+def _run_steps(store: Store, members: list[_Member], data: TrainingData, group: _Group, execution: ExecutionConfig) -> Profile | None:
+    """Advance all members to their last step, by one read of the data; return what a watched window of steps showed.
+
+    A member that cannot go on is taken out of `members`.
+    """
     steps = range(min(member.trainer.step for member in members), max(member.trainer.n_steps for member in members))
-    ranks = members[0].trainer.ranks
-    share, watched = ranks.share(data.batch_rows), execution.profile_steps if ranks.rank == 0 else 0
-    with closing(StepProfiler(watched, steps, data.device)) as profiler:
+    share, watched = group.ranks.share(data.batch_rows), execution.profile_steps if group.ranks.rank == 0 else 0
+    with closing(StepProfiler(watched, steps, data.device)) as profiler, closing(iter_rows(store, data, steps)) as reader:
         profiler.before(steps.start)
         clock, together = WaitClock(), TrainingTimes()
         first_steps = {member.trainer.step for member in members}
-        for rows in clock.each(iter_rows(store, data, steps)):
+        for rows in clock.each(reader):
             with record_function(NORMALIZE):
                 x, y = data.normalize(rows, share)
-            trained = [member for member in members if member.trainer.step == rows.step < member.trainer.n_steps]
-            own_s: list[float] = []
             n_compiled = n_compilations()
-            for member in trained:
+            trained: list[tuple[_Member, float]] = []
+            for member in [member for member in members if member.trainer.step == rows.step < member.trainer.n_steps]:
                 before_s = clock.elapsed_s
-                row = _train_step(member.trainer, x, y, data)
-                own_s.append(clock.elapsed_s - before_s)
-                progress(data.batch_rows)
-                if row is not None and on_metrics is not None:
+                try:
+                    row = _train_step(member.trainer, x, y, data)
+                except (NonFiniteError, PlanError) as error:
+                    members.remove(member)
+                    group.drop(member.trainer.config, rows.step, error)
+                    continue
+                trained.append((member, clock.elapsed_s - before_s))
+                group.progress(data.batch_rows)
+                if row is not None and group.on_metrics is not None:
                     rates = together.rows_per_s, together.input_wait_share
-                    on_metrics(TrainingMetrics(member.trainer.config.name, row, member.trainer.n_steps, *rates))
+                    group.on_metrics(TrainingMetrics(member.trainer.config.name, row, member.trainer.n_steps, *rates))
             is_rated = rows.step not in first_steps and rows.step not in profiler.window and n_compilations() == n_compiled
-            wall_s = clock.lap()
-            together.add(wall_s=wall_s, wait_s=clock.last_wait_s, step_s=sum(own_s), n_rows=data.batch_rows, is_rated=is_rated)
-            for member, step_s in zip(trained, own_s, strict=True):
-                member.times.add(wall_s=wall_s, wait_s=clock.last_wait_s, step_s=step_s, n_rows=data.batch_rows, is_rated=is_rated)
+            wall_s, wait_s = clock.lap(), clock.last_wait_s
+            own_s = sum((step_s for _, step_s in trained), 0.0)
+            together.add(wall_s=wall_s, wait_s=wait_s, step_s=own_s, n_rows=data.batch_rows, is_rated=is_rated)
+            for member, step_s in trained:
+                member.times.add(wall_s=wall_s, wait_s=wait_s, step_s=step_s, n_rows=data.batch_rows, is_rated=is_rated)
             with record_function(CHECKPOINT):
-                for ref, trainer, times, kept in trained:
+                for (ref, trainer, times, kept), _ in trained:
                     if trainer.step % execution.checkpoint_steps == 0 and trainer.step < trainer.n_steps:
                         save_checkpoint(store, ref, trainer, times, kept)
             with clock.stopped():
                 profiler.after(rows.step)
                 profiler.before(rows.step + 1)
+            if all(member.trainer.step == member.trainer.n_steps for member in members):
+                break  # the one that needed more steps has dropped out
     return profiler.result
 
 
@@ -212,14 +263,38 @@ def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: Trai
     return _Member(ref, trainer, TrainingTimes() if checkpoint is None else checkpoint.times, kept)
 
 
-def _publish(pipeline: Pipeline, store: Store, member: _Member, data: TrainingData, profile: Profile | None, members: list[_Member]) -> None:
-    ref, trainer, times, kept = member
-    config, weights = trainer.config, trainer.whole_weights()
-    if trainer.ranks.rank != 0:
-        return
+def _publish_all(pipeline: Pipeline, store: Store, members: list[_Member], data: TrainingData, profile: Profile | None, n_together: int) -> None:
+    """Publish all members; those of one length are calibrated on the same rows, read once. Every rank must call it."""
+
+    def add_times(art: ArtifactWriter, member: _Member) -> None:
+        art.put(TIMES, describe_times(member.times, member.trainer.ranks, data.device, n_together), is_timed=True)
+        if profile is not None:
+            save_profile(art, profile, first=members[0].ref.path, is_first=member is members[0])
+
     n_blocks = max(1, min(CALIBRATION_ROWS, data.order.n_rows) // data.batch_rows)
-    steps = range(trainer.n_steps, trainer.n_steps + n_blocks)
-    blocks = [rows._replace(x=rows.x.to(data.device), y=rows.y.to(data.device)) for rows in iter_rows(store, data, steps)]
+    for n, alike in groupby(sorted(members, key=lambda member: member.trainer.n_steps), key=lambda member: member.trainer.n_steps):
+        blocks: list[TrainingRows] = []
+        for member in alike:
+            weights = member.trainer.whole_weights()
+            if member.trainer.ranks.rank != 0:
+                continue
+            if not blocks:
+                steps = range(n, n + n_blocks)
+                blocks = [rows._replace(x=rows.x.to(data.device), y=rows.y.to(data.device)) for rows in iter_rows(store, data, steps)]
+            _publish(pipeline, store, member, weights, data, blocks, add_times)
+
+
+def _publish(
+    pipeline: Pipeline,
+    store: Store,
+    member: _Member,
+    weights: Weights,
+    data: TrainingData,
+    blocks: list[TrainingRows],
+    add_times: Callable[[ArtifactWriter, _Member], None],
+) -> None:
+    ref, trainer, _, kept = member
+    config = trainer.config
     x, y = [block.x for block in blocks], [block.y for block in blocks]
     sae = fold_weights(config, weights, data.source, data.target, data.widths).to(data.device)
     if RECIPES[config.architecture].is_calibrated:
@@ -230,9 +305,7 @@ def _publish(pipeline: Pipeline, store: Store, member: _Member, data: TrainingDa
         table = io.BytesIO()
         pl.DataFrame(trainer.log, schema=list(LogRow._fields), orient="row").write_parquet(table)
         art.put(TRAINING, table.getvalue(), n_rows=len(trainer.log))
-        art.put(TIMES, describe_times(times, trainer.ranks, data.device, len(members)), is_timed=True)
-        if profile is not None:
-            save_profile(art, profile, first=members[0].ref.path, is_first=member is members[0])
+        add_times(art, member)
         frequency = measures.n_fired.double() / measures.n_rows
         save_tensors(art, FREQUENCY, {"firing_frequency": frequency, "n_rows": torch.tensor([measures.n_rows])})
         art.facts |= {

@@ -17,7 +17,7 @@ and skip start at 0). Peak learning rate and batch are the user's.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import torch
@@ -27,18 +27,11 @@ from torch import Tensor
 from interp_assets.compute.products import multiply
 from interp_assets.harvest.statistics import ActivationStatistics
 from interp_assets.planning.config import Architecture, SaeConfig
-from interp_assets.train.losses.dense import STEP_WIDTH, jump_relu_loss, jump_relu_step_loss, jump_relu_tanh_loss, relu_loss
+from interp_assets.train.losses.dense import jump_relu_loss, jump_relu_step_loss, jump_relu_tanh_loss, relu_loss
 from interp_assets.train.losses.gated import gated_loss
-from interp_assets.train.losses.loss import LossFunction, Weights
+from interp_assets.train.losses.loss import USUAL, Constants, LossFunction, Weights
 from interp_assets.train.losses.topk import batch_topk_loss, matryoshka_loss, topk_loss
 
-GRADIENT_CLIP: Final = 1.0
-WARMUP_STEPS: Final = 1000
-WARMUP_SHARE: Final = 0.05
-"""The learning rate rises over `WARMUP_STEPS`, and over no more than this share of all steps."""
-DECAY_SHARE: Final = 0.2
-"""The learning rate falls linearly to 0 over this last share of the steps."""
-JUMP_THRESHOLD: Final = 0.1
 _PROJECTED_ROWS: Final = 1024
 """Decoder rows whose gradient is projected at once on a CPU: buffers that fit the second-level cache and are used again."""
 _INITIAL_L0: Final = 2.0
@@ -58,6 +51,16 @@ class Recipe:
     epsilon: float = 1e-8
     coefficient_warmup: float = 0.0
     """Share of the steps over which the sparsity coefficient rises from 0."""
+    warmup_steps: float = 1000.0
+    warmup_share: float = 0.05
+    """The learning rate rises over `warmup_steps`, and over no more than this share of all steps."""
+    decay_share: float = 0.2
+    """The learning rate falls linearly to 0 over this last share of the steps."""
+    gradient_clip: float = 1.0
+    initial_threshold: float = 0.1
+    """Of `jump_relu` and `jump_relu_tanh`."""
+    constants: Constants = USUAL
+    """Those of its loss."""
     is_sparse: bool = False
     """A fixed number of latents is active: the TopK family."""
     is_calibrated: bool = False
@@ -74,6 +77,18 @@ RECIPES: Final[dict[Architecture, Recipe]] = {
     "jump_relu_tanh": Recipe(loss=jump_relu_tanh_loss, coefficient_warmup=1.0),
     "jump_relu_step": Recipe(loss=jump_relu_step_loss, is_unit_norm=True, betas=(0.0, 0.999), coefficient_warmup=0.1),
 }
+
+
+def make_recipe(config: SaeConfig) -> Recipe:
+    """Return the constants of an SAE: its architecture's, but for its `options`."""
+    recipe = RECIPES[config.architecture]
+    if not config.options:
+        return recipe
+    given = dict(config.options)
+    if "bandwidth" in given:
+        given["step_width" if config.architecture == "jump_relu_step" else "jump_width"] = given.pop("bandwidth")
+    of_loss = {name: given.pop(name) for name in Constants._fields if name in given}
+    return replace(recipe, **given, constants=recipe.constants._replace(**of_loss))
 
 
 class Normalization(NamedTuple):
@@ -109,7 +124,7 @@ def make_weights(config: SaeConfig, z: Float[Tensor, "sample d_in"], d_out: int,
     `z` is a sample of normalised rows: it sets the biases of `jump_relu` and `jump_relu_tanh`, so that each latent starts to fire at the same rate
     (Anthropic January 2025, where the rate is 10,000 / d_sae; here a few times k / d_sae).
     """
-    recipe, d_sae, d_in = RECIPES[config.architecture], config.d_sae, z.shape[1]
+    recipe, d_sae, d_in = make_recipe(config), config.d_sae, z.shape[1]
     W_enc_T = _directions(d_sae, d_in, generator) * recipe.decoder_norm
     W_dec = W_enc_T.clone()
     if config.is_transcoder:
@@ -123,22 +138,24 @@ def make_weights(config: SaeConfig, z: Float[Tensor, "sample d_in"], d_out: int,
         rate = min(0.5, _INITIAL_L0 * config.k / d_sae)
         n_fire = max(1, round(rate * len(z)))
         level = multiply(z.cpu(), W_enc_T.T, torch.empty(len(z), d_sae)).topk(n_fire, dim=0).values[-1]
-        weights |= {"b_enc": JUMP_THRESHOLD - level, "log_threshold": torch.full((d_sae,), JUMP_THRESHOLD).log()}
+        threshold = recipe.initial_threshold
+        weights |= {"b_enc": threshold - level, "log_threshold": torch.full((d_sae,), threshold).log()}
     if config.architecture == "jump_relu_step":
-        weights["threshold"] = torch.full((d_sae,), STEP_WIDTH * d_in**0.5)
+        weights["threshold"] = torch.full((d_sae,), recipe.constants.step_width * d_in**0.5)
     return weights
 
 
 def learning_rate_at(config: SaeConfig, step: int, n_steps: int) -> float:
     """Return the learning rate of a step: linear warm-up, plateau, linear decay to 0 over the last part."""
-    warmup = min(WARMUP_STEPS, WARMUP_SHARE * n_steps)
-    decay = DECAY_SHARE * n_steps
-    return config.learning_rate * min(1.0, (step + 1) / (warmup + 1), (n_steps - step) / decay)
+    recipe = make_recipe(config)
+    warmup = min(recipe.warmup_steps, recipe.warmup_share * n_steps)
+    decay = recipe.decay_share * n_steps
+    return config.learning_rate * min(1.0, (step + 1) / (warmup + 1), (n_steps - step) / decay if decay else 1.0)
 
 
 def coefficient_at(config: SaeConfig, step: int, n_steps: int) -> float:
     """Return the sparsity coefficient of a step: linear warm-up from 0 over the recipe's share of the steps."""
-    warmup = RECIPES[config.architecture].coefficient_warmup * n_steps
+    warmup = make_recipe(config).coefficient_warmup * n_steps
     return config.sparsity_coefficient * min(1.0, (step + 1) / (warmup + 1))
 
 

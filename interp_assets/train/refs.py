@@ -26,7 +26,7 @@ IMPORT_VERSION = 3
 EVALUATION_VERSION = 4
 """Raise it when the same SAE would be measured otherwise, or the measurement keeps other digests."""
 
-SWEEP_VERSION = 2
+SWEEP_VERSION = 3
 """Raise it when the table of the same SAEs would hold something else."""
 
 

@@ -4,14 +4,16 @@ Nothing is computed here that is not in an artifact. Tables are short enough to 
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from interp_assets.planning.progress import Progress
 from interp_assets.storage.manifest import Produced, read_file
 from interp_assets.storage.store import Store
 from interp_assets.train.loop import OnMetrics, TrainingMetrics
 from interp_assets.train.plots import COMPARED
 from interp_assets.train.profile import PROFILE
+from interp_assets.train.refs import LogRow
 from interp_assets.train.sweep import MAX_SHOWN, TABLE, read_table, shorten
 from interp_assets.train.times import find_times
 
@@ -42,12 +44,17 @@ def describe_sweep(store: Store, sweep: Produced) -> str:
     return "\n\n".join([text, *more, *late])
 
 
-def make_listener(log: Callable[[str], Any]) -> OnMetrics:
-    """Return what hears the logged steps of a training and writes about `_LOGGED` lines of each SAE to `log`."""
+def make_listener(log: Callable[[str], Any], progress: Progress) -> OnMetrics:
+    """Return what hears the logged steps of a training: `progress` shows how good the SAEs are, and `log` gets about `_LOGGED` lines of each."""
     tenths: dict[str, int] = {}
+    last: dict[str, LogRow] = {}
 
     def listen(metrics: TrainingMetrics) -> None:
         row, tenth = metrics.row, _LOGGED * metrics.row.step // metrics.n_steps
+        last[metrics.name] = row
+        progress.measure(describe_quality(last))
+        if row.step == metrics.n_steps:
+            progress.tell(f"{metrics.name}: {describe_quality({'': row})}, dead {row.dead_share:.1%}, in the last batch of its training")
         if tenths.get(metrics.name) == tenth:
             return
         tenths[metrics.name] = tenth
@@ -60,6 +67,15 @@ def make_listener(log: Callable[[str], Any]) -> OnMetrics:
         )
 
     return listen
+
+
+def describe_quality(rows: Mapping[str, LogRow]) -> str:
+    """Say how good SAEs are by their last logged steps: one's loss, L0 and FVU, or the span from the best of several to the worst."""
+    ordered = sorted(rows.items(), key=lambda item: item[1].fvu)
+    (first, best), (last, worst) = ordered[0], ordered[-1]
+    if len(rows) == 1:
+        return f"loss {best.loss:.4g}, L0 {best.l0:.1f}, FVU {best.fvu:.3f}"
+    return f"FVU {best.fvu:.3f} ({first}, L0 {best.l0:.1f}) to {worst.fvu:.3f} ({last}, L0 {worst.l0:.1f})"
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -4,7 +4,7 @@ The shuffle gave all hook points one order, and batches don't depend on widths, 
 positions. Rows of several hook points lie side by side: what a transcoder reads and reconstructs, and a crosscoder's whole row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,7 +87,7 @@ def open_training_data(pipeline: Pipeline, store: Store, config: SaeConfig) -> T
     )
 
 
-def iter_rows(store: Store, data: TrainingData, steps: range) -> Iterator[TrainingRows]:
+def iter_rows(store: Store, data: TrainingData, steps: range) -> Generator[TrainingRows]:
     """Yield the global batches of consecutive steps, read ahead in the background."""
     names = list(data.shards)
     readers = [iter_batches(store, data.shards[name], data.order, data.batch_rows, steps) for name in names]

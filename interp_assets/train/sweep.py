@@ -11,12 +11,14 @@ instead is the fact `table_digest`, the hash of all columns but those. Columns: 
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import polars as pl
 
 from interp_assets.errors import ArtifactMissingError
 from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import FIELDS, find_unread
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests, find_current, trace
 from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file, timed
@@ -46,6 +48,7 @@ CONFIGURATION: Final[dict[str, pl.DataType]] = {
     "dead_after_rows": _COUNT,
     "seed": _COUNT,
     "product_dtype": _TEXT,
+    "options": _TEXT,
 }
 TRAINED: Final[dict[str, pl.DataType]] = dict.fromkeys(("train_loss", "train_l0", "train_fvu", "train_dead_share"), _NUMBER)
 OUTLIERS: Final = ("outlier_share", "fvu_ordinary", "fvu_outliers")
@@ -93,6 +96,8 @@ SHOWN: Final = (
     "sparsity_coefficient",
     "learning_rate",
     "seed",
+    "options",
+    "train_fvu",
     "l0",
     "fvu",
     *OUTLIERS,
@@ -116,15 +121,15 @@ _NO_CURVES: Final = pl.DataFrame(
 class _Experiment(NamedTuple):
     config: SaeConfig
     trained: Manifest
-    measured: Manifest
+    measured: Manifest | None
 
 
 @timed
 def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
     """Collect what is known of every SAE of the pipeline. Raises `ArtifactMissingError` when none is trained and measured yet."""
     ref = sweep_ref(pipeline)
-    experiments = _find_experiments(pipeline, store)
-    made_from = [manifest for item in experiments for manifest in (item.trained, item.measured)]
+    experiments = [item for item in _find_experiments(pipeline, store, pipeline.config.saes) if item.measured]
+    made_from = [manifest for item in experiments for manifest in (item.trained, item.measured) if manifest]
     manifest = find_made_from(store, ref, made_from) if experiments else None
     if manifest is not None:
         return Produced(ref, manifest, is_cached=True)
@@ -156,27 +161,51 @@ def load_table(pipeline: Pipeline, store: Store) -> pl.DataFrame:
     return read_table(store, ref.path, manifest, TABLE)
 
 
+def load_known(pipeline: Pipeline, store: Store) -> pl.DataFrame:
+    """Read the pipeline's table of SAEs, and add those that are trained and not in it: measured since, or not yet.
+
+    Raises `ArtifactMissingError` when none is trained.
+    """
+    manifest = find_manifest(store, sweep_ref(pipeline))
+    table = load_table(pipeline, store) if manifest else pl.DataFrame(schema=SCHEMA)
+    known = {
+        row["name"]
+        for row in table.iter_rows(named=True)
+        if (found := find_manifest(store, sae_ref(pipeline, row["name"]))) is not None and found.digest == row["sae_digest"]
+    }
+    rest = _find_experiments(pipeline, store, [config for config in pipeline.config.saes if config.name not in known])
+    if not known and not rest:
+        return load_table(pipeline, store)
+    added = pl.DataFrame([_describe(pipeline, store, item) for item in rest], schema=SCHEMA, orient="row")
+    return pl.concat([table.filter(pl.col("name").is_in(list(known))), added])
+
+
 def read_table(store: Store, path: str, manifest: Manifest, name: str) -> pl.DataFrame:
     """Read one of the two tables of the sweep at `path`."""
     return pl.read_parquet(io.BytesIO(read_file(store, path, manifest, name)))
 
 
 def shorten(table: pl.DataFrame) -> pl.DataFrame:
-    """Keep of a sweep's table what a person reads first: a few columns, numbers of four digits; of outliers nothing where there is none."""
+    """Keep of a sweep's table what a person reads first: a few columns, numbers of four digits; nothing that no SAE has.
+
+    Of outliers nothing where there is none, and FVU at the end of training only where one is not measured.
+    """
     has_outliers = bool((table["outlier_share"] > 0).any())
-    names = [name for name in SHOWN if has_outliers or name not in OUTLIERS]
+    is_measured = not bool(table["fvu"].is_null().any())
+    hidden = {*(() if has_outliers else OUTLIERS), *(("train_fvu",) if is_measured else ())}
+    names = [name for name in SHOWN if name not in hidden and not table[name].is_null().all()]
     return table.head(MAX_SHOWN).select(pl.col(name).round_sig_figs(4) if table.schema[name] == pl.Float64() else pl.col(name) for name in names)
 
 
-def _find_experiments(pipeline: Pipeline, store: Store) -> list[_Experiment]:
+def _find_experiments(pipeline: Pipeline, store: Store, configs: Sequence[SaeConfig]) -> list[_Experiment]:
+    """List the SAEs that are trained."""
     found: list[_Experiment] = []
     known = Digests(store)
-    for config in pipeline.config.saes:
+    for config in configs:
         trained = find_manifest(store, sae_ref(pipeline, config.name))
-        kept = trace(known, evaluation_lineage(pipeline, config.name)) if trained else {}
-        measured = find_current(store, evaluation_ref(pipeline, config.name), kept) if trained else None
-        if trained is not None and measured is not None:
-            found.append(_Experiment(config, trained, measured))
+        if trained is not None:
+            kept = trace(known, evaluation_lineage(pipeline, config.name))
+            found.append(_Experiment(config, trained, find_current(store, evaluation_ref(pipeline, config.name), kept)))
     return found
 
 
@@ -185,24 +214,26 @@ def _describe(pipeline: Pipeline, store: Store, item: _Experiment) -> dict[str, 
 
     config, trained, measured = item
     sae, evaluation = sae_ref(pipeline, config.name), evaluation_ref(pipeline, config.name)
-    metrics = json.loads(read_file(store, evaluation.path, measured, METRICS))
+    metrics = json.loads(read_file(store, evaluation.path, measured, METRICS)) if measured else {}
     facts, times = trained.facts, find_times(store, sae.path, trained)
     row: dict[str, Any] = {
         **dict.fromkeys(CONFIGURATION),  # an imported SAE has no recipe
         **{name: value for name, value in config.described().items() if name in CONFIGURATION},
+        **dict.fromkeys(find_unread(config.architecture, FIELDS)),
         **{name: facts[name] for name in ("kind", "d_in", "d_out", "n_rows")},
+        "options": json.dumps(config.options, sort_keys=True) if config.options else None,
         "hook_points": ",".join(config.sources),
         "target_hook_points": ",".join(config.targets),
         **{name: facts.get(name.removeprefix("train_")) for name in TRAINED},
-        **{name: measured.facts[name] for name in HELD_OUT},
-        **{name: metrics[section][name] for section, names in _SAEBENCH.items() for name in names},
+        **{name: measured.facts[name] if measured else None for name in HELD_OUT},
+        **{name: metrics[section][name] if measured else None for section, names in _SAEBENCH.items() for name in names},
         **{name: times.get(name) for name in SPEED},
         "mixed_shards_id": trained.inputs.get("mixed_shards"),
         "sae_id": sae.artifact_id,
         "sae_digest": trained.digest,
         "sae_path": sae.path,
         "evaluation_id": evaluation.artifact_id,
-        "evaluation_digest": measured.digest,
+        "evaluation_digest": measured.digest if measured else None,
         "evaluation_path": evaluation.path,
     }
     return {name: row[name] for name in SCHEMA}

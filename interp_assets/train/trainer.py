@@ -36,7 +36,7 @@ class Trainer:
         self, config: SaeConfig, weights: Weights, device: torch.device, ranks: Ranks = ONE_RANK, widths: tuple[int, ...] | None = None
     ) -> None:
         """Start from the weights of all latents; `widths` are those of the hook points that are reconstructed, one by default."""
-        self.config, self.recipe, self.ranks = config, recipes.RECIPES[config.architecture], ranks
+        self.config, self.recipe, self.ranks = config, recipes.make_recipe(config), ranks
         self.widths = widths if widths is not None else (weights["W_dec"].shape[1],)
         self._slice = ranks.latents(config.d_sae)
         self.weights: Weights = {name: self._own(name, value).to(device, torch.float32).clone() for name, value in weights.items()}
@@ -123,6 +123,7 @@ class Trainer:
             scratch=self._scratch,
             widths=self.widths,
             dtype=getattr(torch, self.config.product_dtype),
+            constants=self.recipe.constants,
         )
 
     def _totals(self, result: StepLoss, y: Tensor) -> list[float]:
@@ -153,15 +154,15 @@ class Trainer:
         return learning_rate, gradient_norm
 
     def _clip(self) -> float:
-        """Bring the norm of the gradient over all latents to at most `GRADIENT_CLIP`; return what it was."""
+        """Bring the norm of the gradient over all latents to at most the recipe's limit; return what it was."""
         gradients = {name: weight.grad for name, weight in self.weights.items() if weight.grad is not None}
         squares = {name: sum_squares(gradient.view(len(gradient), -1)).double() for name, gradient in gradients.items()}
         sliced = torch.stack([value for name, value in squares.items() if name not in REPLICATED]).sum()
         whole = torch.stack([value for name, value in squares.items() if name in REPLICATED]).sum()
         norm = float((self.ranks.sum_slices(sliced) + whole).sqrt())
-        if norm > recipes.GRADIENT_CLIP:
+        if norm > self.recipe.gradient_clip:
             for gradient in gradients.values():
-                gradient.mul_(recipes.GRADIENT_CLIP / norm)
+                gradient.mul_(self.recipe.gradient_clip / norm)
         return norm
 
     def _log(self, totals: list[float], learning_rate: float, gradient_norm: float) -> LogRow | None:

@@ -17,12 +17,12 @@ from typer.testing import CliRunner, Result
 
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ConfigError
-from interp_assets.graph.backfill import BackfillReport, find_failed, run_backfill
+from interp_assets.graph.backfill import find_failed, run_backfill
 from interp_assets.graph.jobs import RunError, dagster_home, open_instance, recorded_versions, run_road
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.asset import Asset
 from interp_assets.planning.config import PipelineConfig
-from interp_assets.planning.progress import Progress
+from interp_assets.planning.progress import AssetReport, Progress
 from interp_assets.storage.manifest import create_artifact, load_manifest, read_file
 from interp_assets.terminal.cli import app
 
@@ -53,9 +53,9 @@ def stop_of(config: PipelineConfig, name: str) -> Asset:
     return next(stop for stop in make_road(config) if stop.name == name)
 
 
-def made(reports: list[BackfillReport]) -> dict[str, int]:
+def made(reports: list[AssetReport]) -> dict[str, int]:
     """Return how many partitions of each asset were run: made, or found and recorded."""
-    return {item.report.name: item.report.n_made + item.report.n_found for item in reports}
+    return {item.name: item.n_made + item.n_found for item in reports}
 
 
 def test_three_of_sixteen_fail_and_only_these_are_made_again(many: Finished, copied: PipelineConfig) -> None:
@@ -150,10 +150,10 @@ def test_a_run_says_which_shards_failed_and_a_backfill_finishes_the_road(many: F
         good = damage(config)
         with pytest.raises(RunError, match=r"3 of 16 partitions failed .*the finished ones are kept"):
             list(run_road(config, instance))
-        stuck = {item.report.name: item for item in run_backfill(config, instance)}
+        stuck = {item.name: item for item in run_backfill(config, instance)}
         assert stuck["activations"].failed == list(BAD)
         assert stuck["shuffle_pass_1"].waiting == list(BAD)
-        assert stuck["shuffle_pass_1"].report.n_made == N_SHARDS - 3 - 1  # the held-out shard has no share, as `interp run` counts
+        assert stuck["shuffle_pass_1"].n_made == N_SHARDS - 3 - 1  # the held-out shard has no share, as `interp run` counts
         assert stuck["sae"].waiting == ["demo", "other"]
         for path, data in good.items():
             path.write_bytes(data)
@@ -222,7 +222,7 @@ import os, signal, sys, warnings
 warnings.simplefilter("ignore")
 from interp_assets.planning.config import load_config
 from interp_assets.graph.jobs import open_instance, run_road
-from interp_assets.planning.progress import Progress
+from interp_assets.planning.progress import AssetReport, Progress
 class Dying(Progress):
     n = 0
     def begin(self, asset, partition, n_units=None):

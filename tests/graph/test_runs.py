@@ -11,17 +11,19 @@ from dagster._core.loader import LoadingContext
 from road_world import Finished, copied_history, make_road_config
 
 from interp_assets.corpus.refs import token_shard_ref
+from interp_assets.graph.backfill import run_backfill
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.events import as_metadata
 from interp_assets.graph.jobs import RunError, explain_failure, find_missing, recorded_versions, run_road
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.refs import activation_shard_ref
-from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
-from interp_assets.planning.progress import Progress, format_bytes
+from interp_assets.planning.progress import AssetReport, Progress, format_bytes
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.manifest import create_artifact, remove_artifact
 from interp_assets.storage.store import Store
+from interp_assets.train.sweep import load_table
 
 SHARD = "shard-000002"
 
@@ -243,6 +245,24 @@ def test_a_range_keeps_what_it_finished_when_one_partition_fails(finished: Finis
         tokens.write_bytes(good)
         reports = {report.name: report.n_made for report in run_road(copied, instance, select=["activations"])}
         assert reports == {"corpus_plan": 1, "activations": 1}
+
+
+def test_one_bad_sae_of_a_sweep_costs_only_itself(finished: Finished, copied: PipelineConfig) -> None:
+    """The others are trained, measured and compared, the bad one is named, and the command fails: it made nothing of all this."""
+    fields = {**copied.saes[0].model_dump(), "name": "good", "seed": 1}
+    config = make_config({**copied.model_dump(), "saes": [*copied.saes, fields, {**fields, "name": "bad", "learning_rate": 1e25}]})
+    reports: list[AssetReport] = []
+    with copied_history(finished) as instance:
+        with pytest.raises(RunError, match=r"1 of 2 partitions failed \(bad\).*The loss of SAE 'bad' is"):
+            reports.extend(run_road(config, instance, select=["sae", "sae_evaluation", "sweep"]))
+        found = {report.name: report for report in reports}
+        assert (found["sae"].n_made, found["sae"].failed) == (1, ["bad"])
+        assert (found["sae_evaluation"].n_made, found["sae_evaluation"].failed, found["sae_evaluation"].waiting) == (1, [], ["bad"])
+        assert sorted(recorded_versions(instance, next(stop for stop in make_road(config) if stop.name == "sae"))) == ["demo", "good", "other"]
+        pipeline, store = open_finished(config)
+        assert load_table(pipeline, store)["name"].to_list() == ["demo", "other", "good"]
+        again = {item.name: item for item in run_backfill(config, instance)}
+        assert (again["sae"].failed, again["sae_evaluation"].waiting) == (["bad"], ["bad"])
 
 
 def test_what_is_only_recorded_is_not_counted_as_made_or_written(finished: Finished) -> None:

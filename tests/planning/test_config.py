@@ -30,7 +30,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         make_config({"corpus": {"context_length": 1, "souce": "files"}, "shuffle": {"passes": 0}}, where="p.yaml")
     text = str(caught.value)
-    assert "p.yaml has 3 wrong field(s)" in text
+    assert "p.yaml has 3 wrong fields" in text
     for part in ("corpus.context_length", "corpus.souce", "shuffle.passes", "(got 0)"):
         assert part in text
 
@@ -103,3 +103,24 @@ def test_a_wrong_field_is_said_in_our_words(content: dict[str, Any], message: st
     """A typing slip is the commonest error of all; pydantic's own words and the whole configuration after it do not help."""
     with pytest.raises(ConfigError, match=message):
         make_config(content)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("batch_topk", {"decay_shar": 0.1}, "there is no option 'decay_shar'; did you mean 'decay_share'?"),
+        ("relu", {"auxk_weight": 0.1}, "the option 'auxk_weight' decides nothing for relu: it is one of topk, batch_topk, matryoshka_batch_topk"),
+        ("relu", {"betas": [0.9]}, "the option 'betas' is 2 numbers from 0, at most 1 (got (0.9,))"),
+        ("relu", {"decay_share": [0.1, 0.2]}, "the option 'decay_share' is a number from 0, at most 1"),
+        ("relu", {"decay_share": float("nan")}, "the option 'decay_share' is a number from 0, at most 1 (got nan)"),
+        ("relu", {"p": 0}, "the option 'p' is a number above 0, at most 2"),
+        ("matryoshka_batch_topk", {"groups": [0.5, 0.25]}, "the option 'groups' is numbers whose sum is 1"),
+        ("matryoshka_batch_topk", {"groups": []}, "the option 'groups' is a list of numbers above 0"),
+        ("relu", {"p": "big"}, "saes.0.options.p"),
+    ],
+)
+def test_options_are_checked_against_their_architecture(architecture: str, options: dict, message: str) -> None:
+    """An option that nothing reads would look like a result."""
+    with pytest.raises(ConfigError) as caught:
+        make_config({"saes": [{"name": "demo", "architecture": architecture, "options": options}]})
+    assert message in str(caught.value)

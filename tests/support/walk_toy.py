@@ -60,7 +60,7 @@ def walk(config_path: str, texts: Path, checkout: Path) -> dict[str, object]:
         path.write_bytes(path.read_bytes().replace(b"[", b"{"))
         found["faults"] = [fault.path for fault in verify_tree(store)]
         done = list(run_backfill(config, instance, select=[NAMES[0]], partitions=[SHARD]))
-        found["backfilled"] = {item.report.name: item.report.n_made for item in done}
+        found["backfilled"] = {item.name: item.n_made for item in done}
         found["faults after"] = [fault.path for fault in verify_tree(store)]
         changed = max(texts.iterdir())
         changed.write_text(changed.read_text() + "\nAnd one more sentence of text.\n")

@@ -126,7 +126,7 @@ def test_a_wrong_configuration_is_one_paragraph(tmp_path: Path) -> None:
     result = interp("run", "--config", "p.yaml", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("Error: p.yaml has 2 wrong field(s):")
+    assert result.stderr.startswith("Error: p.yaml has 2 wrong fields:")
     assert "shuffle.passes" in result.stderr
     assert "modle" in result.stderr
     assert "Traceback" not in result.stderr

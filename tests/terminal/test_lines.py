@@ -67,6 +67,47 @@ def test_an_asset_without_partitions_is_at_work() -> None:
     assert lines.describe() == ""
 
 
+def test_a_joint_training_says_how_much_of_all_of_it_is_done() -> None:
+    """At 62 % of twelve SAEs in one pass it said `2 h 10 min left`, and it was 4 min: a share of one of twelve was taken for that of all."""
+    clock = Clock()
+    lines = Lines(Console(file=io.StringIO()), now=clock)
+    names = [f"arm-{i}" for i in range(12)]
+    lines.expect("sae", 12)
+    lines.begin_together("sae", names, 12_000)
+    lines.measure("FVU 0.210 (arm-3, L0 32.0) to 0.340 (arm-1, L0 32.0)")
+    lines.advance(7440)
+    clock.now = 372.0
+    assert lines.describe() == (
+        "sae: 0 of 12 done, arm-0, arm-1, arm-2 and 9 more at 62 %, FVU 0.210 (arm-3, L0 32.0) to 0.340 (arm-1, L0 32.0); "
+        "6 min 12 s so far, about 3 min 48 s left"
+    )
+    lines.advance(4560)
+    clock.now = 600.0
+    for name in names[:6]:
+        lines.begin("sae", name)
+        lines.end()
+    assert lines.describe() == "sae: 6 of 12 done, at 100 %, writing and checking it; 10 min so far"
+    lines.begin("sae", names[6])
+    assert lines.describe() == "sae: 6 of 12 done, arm-6 at 100 %, writing and checking it; 10 min so far"
+    for _ in names[6:]:
+        lines.end()
+    assert lines.describe() == "sae: 12 of 12 done, checking what was made; 10 min so far"
+
+
+def test_partitions_that_hold_nothing_are_not_counted() -> None:
+    """A held-out shard has no share in the shuffle: `3 of 2 done` would come of it, and a rate that is too high."""
+    clock = Clock()
+    lines = Lines(Console(file=io.StringIO()), now=clock)
+    lines.expect("shuffle_pass_1", 2)
+    lines.begin("shuffle_pass_1", "shard-000000")
+    lines.leave()
+    clock.now = 10.0
+    assert lines.describe() == "shuffle_pass_1: 0 of 2 done; 10 s so far"
+    lines.begin("shuffle_pass_1", "shard-000001")
+    lines.end()
+    assert lines.describe() == "shuffle_pass_1: 1 of 2 done; 10 s so far, about 10 s left"
+
+
 def replay(trace: list[tuple[float, float]], compiled_s: float = 0.0) -> list[tuple[float, float, str]]:
     """Return time, seconds left and reason at each point (seconds, share done) of a trace, whose first `compiled_s` seconds went into compiling."""
     clock, said = Clock(), []

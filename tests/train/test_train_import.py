@@ -271,7 +271,7 @@ def test_an_imported_sae_is_published_in_the_place_of_a_training(foreign_pipelin
     """Bit for bit the weights of the folder; progress is that of the trained SAEs alone."""
     store = open_store(foreign_pipeline.config.root).child(foreign_pipeline.config.name)
     seen: list[int] = []
-    produced = run_training(foreign_pipeline, store, ["foreign", "own"], seen.append)
+    produced = run_training(foreign_pipeline, store, ["foreign", "own"], seen.append).made
     assert (list(produced), produced["foreign"].is_cached, produced["own"].is_cached) == (["foreign", "own"], False, True)
     assert sum(seen) == training_rows(foreign_pipeline, ["foreign", "own"]) == 1000
     own, foreign = load_sae(foreign_pipeline, store, "own"), load_sae(foreign_pipeline, store, "foreign")
@@ -282,7 +282,7 @@ def test_an_imported_sae_is_published_in_the_place_of_a_training(foreign_pipelin
     export_sae(foreign_pipeline, store, "foreign", "saelens", open_store(str(tmp_path / "again")))
     before, after = (load_file(tmp_path / name / "sparsity.safetensors")["sparsity"] for name in ("theirs", "again"))
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
-    assert run_training(foreign_pipeline, store, ["foreign"])["foreign"].is_cached
+    assert run_training(foreign_pipeline, store, ["foreign"]).made["foreign"].is_cached
 
 
 def test_the_digest_identifies_an_imported_sae_not_its_folder(foreign_pipeline: Pipeline, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_killed_grid_resumes_to_the_bytes_of_an_uninterrupted_one(make_planted
     The ranks go on while this process looks for the victim; where the machine is so busy that they were through, it begins again.
     """
     pipeline, store = make_grid(make_planted, tmp_path / "whole", n, n_slices)
-    expected = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES).items()}
+    expected = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES).made.items()}
     draw = np.random.default_rng(drawn)
     victim, step = int(draw.integers(n)), int(draw.integers(CHECKPOINT_STEPS + 2, TINY["n_rows"] // TINY["batch_rows"] - 3))
     where = f"rank {victim} of {n}, step {step}, drawn by seed {drawn}"
@@ -138,7 +138,7 @@ def test_a_killed_grid_resumes_to_the_bytes_of_an_uninterrupted_one(make_planted
     expected_text = rf"of rank {victim} \(pid \d+\) was killed by SIGKILL.*goes on from its last checkpoint"
     assert re.search(expected_text, message), f"{where}: {message}"
     seen: list[int] = []
-    found = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES, seen.append).items()}
+    found = {name: item.manifest.digest for name, item in run_training(pipeline, store, NAMES, seen.append).made.items()}
     assert found == expected, where
     assert seen[0] >= CHECKPOINT_STEPS * TINY["batch_rows"], f"{where}: nothing was resumed"
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from planned import executing
 
-from interp_assets.errors import InputError, NonFiniteError, PlanError
+from interp_assets.errors import InputError, InterpError, NonFiniteError, PlanError
 from interp_assets.planning.config import make_config
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.mixed import open_mixed
-from interp_assets.storage.manifest import Manifest, load_manifest, read_file
+from interp_assets.storage.manifest import Manifest, find_manifest, load_manifest, read_file
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors
 from interp_assets.train.batches import make_row_order
@@ -198,6 +198,40 @@ def test_a_loss_that_is_not_finite_names_step_and_rows(make_planted) -> None:
     planted = make_planted([{"name": "a", **TINY}], nan_row=1234)
     with pytest.raises(NonFiniteError, match=r"The loss of SAE 'a' is nan at step 12, on rows .*bucket-00001.*epoch 0"):
         train(planted.pipeline, planted.store)
+
+
+def test_one_bad_sae_drops_out_and_the_others_are_as_without_it(make_planted) -> None:
+    """A learning rate that is too high cost all SAEs of its group: twelve hours of eleven others. It was the longest, too."""
+    good = [{"name": "a", **TINY}, {"name": "c", **TINY, "architecture": "relu", "batch_rows": 50}]
+    bad = {"name": "b", **TINY, "learning_rate": 1e25, "n_rows": 5000}
+    mixed, alone = make_planted([good[0], bad, good[1]]), make_planted(good)
+    failed: dict[str, InterpError] = {}
+    n_rows: list[int] = []
+    found = train_saes(mixed.pipeline, mixed.store, ["b", "a", "c"], n_rows.append, on_failure=failed.setdefault)
+    expected = train_saes(alone.pipeline, alone.store, ["a", "c"])
+    assert {name: item.manifest.digest for name, item in found.items()} == {name: item.manifest.digest for name, item in expected.items()}
+    assert list(failed) == ["b"]
+    assert isinstance(failed["b"], NonFiniteError)
+    assert sum(n_rows) == training_rows(mixed.pipeline, ["a", "b", "c"])
+    assert find_manifest(mixed.store, sae_ref(mixed.pipeline, "b")) is None
+    with pytest.raises(NonFiniteError, match="The loss of SAE 'b'"):
+        train_saes(mixed.pipeline, mixed.store, ["a", "b", "c"])
+
+
+def test_an_sae_that_no_memory_holds_keeps_no_other_from_training(make_planted) -> None:
+    """Its weights cannot be made; the other's are."""
+    planted = make_planted([{"name": "a", **TINY}, {"name": "b", **TINY, "d_sae": 1 << 44}])
+    failed: dict[str, InterpError] = {}
+    assert list(train_saes(planted.pipeline, planted.store, ["b", "a"], on_failure=failed.setdefault)) == ["a"]
+    assert isinstance(failed["b"], PlanError)
+
+
+def test_a_batch_that_is_too_large_fails_its_own_group_only(make_planted) -> None:
+    """Other SAEs of the sweep take smaller batches."""
+    planted = make_planted([{"name": "a", **TINY}, {"name": "b", **TINY, "batch_rows": 4000}, {"name": "c", **TINY, "batch_rows": 4000, "seed": 2}])
+    failed: dict[str, InterpError] = {}
+    assert list(train_saes(planted.pipeline, planted.store, ["b", "c", "a"], on_failure=failed.setdefault)) == ["a"]
+    assert {name: type(error) for name, error in failed.items()} == {"b": InputError, "c": InputError}
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from interp_assets.compute.kernels import Scratch
 from interp_assets.planning.config import Architecture
-from interp_assets.train.losses.dense import JUMP_WIDTH, PRE_ACTIVATION_COEFFICIENT, STEP_WIDTH, TANH_SCALE
 from interp_assets.train.losses.loss import FEW, LossContext, StepLoss, Weights
-from interp_assets.train.losses.topk import AUXK_COEFFICIENT, add_auxk, auxk_count, group_ends
+from interp_assets.train.losses.topk import add_auxk, auxk_count, group_ends
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES
 
@@ -84,7 +83,8 @@ def plain_loss(architecture: Architecture, weights: Weights, x: Tensor, y: Tenso
     if architecture == "relu":
         latents = pre.relu()
         error = (y - latents @ W_dec - offset).square().sum(1)
-        return (error + COEFFICIENT * (latents * norms(W_dec, context.widths)).sum(1)).mean()
+        penalty = latents.clamp(min=1e-6).pow(context.constants.p) * (latents >= 1e-6)
+        return (error + COEFFICIENT * (penalty * norms(W_dec, context.widths)).sum(1)).mean()
     if architecture == "gated":
         gate, magnitude = pre, (x @ W_enc) * weights["r_mag"].exp() + weights["b_mag"]
         latents = (gate > 0) * magnitude.relu()
@@ -100,16 +100,16 @@ def plain_loss(architecture: Architecture, weights: Weights, x: Tensor, y: Tenso
     else:
         mask = torch.zeros(pre.numel()).scatter(0, competing.flatten().topk(K * BATCH).indices, 1.0).view_as(pre)
     latents = values * mask
-    prefixes = [0, *group_ends(D_SAE)] if architecture == "matryoshka_batch_topk" else [D_SAE]
+    prefixes = [0, *group_ends(D_SAE, context.constants.groups)] if architecture == "matryoshka_batch_topk" else [D_SAE]
     errors = [y - latents[:, :end] @ W_dec[:end] - offset for end in prefixes]
     loss = torch.stack([error.square().mean() for error in errors]).mean()
-    return loss + AUXK_COEFFICIENT * plain_auxk(weights, x, errors[-1].detach(), context)
+    return loss + context.constants.auxk_weight * plain_auxk(weights, x, errors[-1].detach(), context)
 
 
 def plain_jump(architecture: Architecture, weights: Weights, pre: Tensor, target: Tensor, context: LossContext) -> Tensor:
     """Write the three JumpReLU losses."""
     threshold, norm = weights["log_threshold"].exp(), norms(weights["W_dec"], context.widths)
-    width = STEP_WIDTH * D_IN**0.5 if architecture == "jump_relu_step" else JUMP_WIDTH
+    width = context.constants.step_width * D_IN**0.5 if architecture == "jump_relu_step" else context.constants.jump_width
     latents, fires = PlainJump.apply(pre, threshold, width, architecture != "jump_relu_step")
     error = (target - latents @ weights["W_dec"]).square()
     l0 = fires.sum(1).mean()
@@ -117,10 +117,10 @@ def plain_jump(architecture: Architecture, weights: Weights, pre: Tensor, target
         return error.mean() + COEFFICIENT * l0
     silence = (threshold - pre).relu() * norm
     if architecture == "jump_relu":
-        auxiliary = PRE_ACTIVATION_COEFFICIENT * (silence * context.is_dead).mean(0).sum() / target.shape[1]
+        auxiliary = context.constants.pre_activation_weight * (silence * context.is_dead).mean(0).sum() / target.shape[1]
         return error.mean() + COEFFICIENT * (l0 / K - 1) ** 2 + auxiliary
-    tanh = (TANH_SCALE * latents * norm).tanh().sum(1)
-    return (error.sum(1) + COEFFICIENT * tanh + PRE_ACTIVATION_COEFFICIENT * silence.sum(1)).mean()
+    tanh = (context.constants.tanh_scale * latents * norm).tanh().sum(1)
+    return (error.sum(1) + COEFFICIENT * tanh + context.constants.pre_activation_weight * silence.sum(1)).mean()
 
 
 def plain_auxk(weights: Weights, x: Tensor, error: Tensor, context: LossContext) -> Tensor:
@@ -155,6 +155,29 @@ def test_loss_and_gradients_equal_the_plain_formula(architecture: Architecture, 
     """The hand-made backward (blocks in place, k-sparse pairs, prefix sums, AuxK with few and with many dead latents) must change nothing."""
     x = draw(BATCH, D_IN, seed=9)
     check(architecture, x, x, make_context(dead=dead))
+
+
+@pytest.mark.parametrize("shift", [0.0, 14.0])
+@pytest.mark.parametrize(
+    ("architecture", "constants"),
+    [
+        ("relu", {"p": 0.5}),
+        ("relu", {"p": 2.0}),
+        ("topk", {"auxk_weight": 0.5}),
+        ("matryoshka_batch_topk", {"groups": (0.25, 0.75), "auxk_weight": 0.0}),
+        ("jump_relu", {"jump_width": 0.5, "pre_activation_weight": 0.1}),
+        ("jump_relu_tanh", {"tanh_scale": 1.5, "jump_width": 3.0}),
+        ("jump_relu_step", {"step_width": 0.5}),
+    ],
+)
+def test_other_constants_are_those_of_the_formula(architecture: Architecture, constants: dict, shift: float) -> None:
+    """What researchers vary: it must reach the loss and every gradient, by pairs too."""
+    x = draw(BATCH, D_IN, seed=9)
+    context = make_context(dead=[1, 5])
+    other = context._replace(constants=context.constants._replace(**constants))
+    found = check(architecture, x, x, other, shift=shift)
+    usual = find_loss(architecture, make_weights(architecture, shift=shift), x, make_context(dead=[1, 5]))
+    assert any(not torch.equal(found.gradients[name], gradient) for name, gradient in usual.gradients.items())
 
 
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jump_relu_step"])

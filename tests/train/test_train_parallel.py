@@ -89,7 +89,7 @@ def train_all(make_planted, root: str, n: int, n_slices: int) -> dict[str, pl.Da
     store = open_pipeline_store(pipeline.config)
     save_plan(store, pipeline.plan)
     seen, heard, before = [], [], METER.total()
-    produced = run_training(pipeline, store, list(RECIPES), seen.append, heard.append)
+    produced = run_training(pipeline, store, list(RECIPES), seen.append, heard.append).made
     moved = METER.total().since(before)
     assert moved.written_bytes >= sum(item.manifest.n_bytes for item in produced.values())
     assert moved.read_bytes >= n * 1500 * 16 * 2
@@ -122,12 +122,14 @@ def test_a_grid_of_processes_trains_like_one(make_planted, of_one: dict[str, pl.
 
 
 @pytest.mark.slow
-def test_an_error_in_a_process_is_raised_here(make_planted, tmp_path) -> None:
-    """With its type and its message, and without workers left behind."""
+def test_an_sae_that_fails_in_the_processes_fails_here_and_alone(make_planted, tmp_path) -> None:
+    """With its type and its message; the other one of the same processes is trained."""
     root = str(tmp_path)
-    planted = make_planted([TINY], root=root, nan_row=700)
+    planted = make_planted([TINY, {**TINY, "name": "b", "learning_rate": 1e25}], root=root)
     pipeline = with_processes(planted.pipeline, root, 2)
     store = open_pipeline_store(pipeline.config)
     save_plan(store, pipeline.plan)
-    with pytest.raises(NonFiniteError, match="is nan at step 7"):
-        run_training(pipeline, store, ["a"])
+    found = run_training(pipeline, store, ["b", "a"])
+    assert list(found.made) == ["a"]
+    with pytest.raises(NonFiniteError, match=r"The loss of SAE .b. is .* at step"):
+        found.take("b")

@@ -1,20 +1,23 @@
 """Initial weights, schedules and the fold into a frozen SAE."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from interp_assets.harvest.statistics import ActivationStatistics
 from interp_assets.planning.config import Architecture, SaeConfig
+from interp_assets.planning.options import OPTIONS
 from interp_assets.train.fold import fold_weights
 from interp_assets.train.losses.loss import Weights
 from interp_assets.train.recipes import (
-    DECAY_SHARE,
     RECIPES,
     Normalization,
     coefficient_at,
     learning_rate_at,
     make_normalization,
+    make_recipe,
     make_weights,
     normalize_decoder,
     project_decoder_gradient,
@@ -107,7 +110,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
     assert rates[0] < 0.05 * config.learning_rate
     assert rates[100] == rates[799] == config.learning_rate
     assert rates[900] == pytest.approx(0.5 * config.learning_rate)
-    assert 0 < rates[-1] <= config.learning_rate / (DECAY_SHARE * n) * 1.001
+    assert 0 < rates[-1] <= config.learning_rate / (RECIPES[config.architecture].decay_share * n) * 1.001
     assert [coefficient_at(make_config("relu"), step, n) for step in (49, 50, 999)][1:] == [5.0, 5.0]
     assert coefficient_at(make_config("relu"), 9, n) < 1.0
 
@@ -118,3 +121,43 @@ def test_the_decoder_gradient_is_orthogonal_to_unit_rows() -> None:
     gradient = torch.randn(5, 3)
     project_decoder_gradient(W_dec, gradient)
     torch.testing.assert_close((gradient * W_dec).sum(1), torch.zeros(5), atol=1e-6, rtol=0)
+
+
+def test_options_take_the_place_of_a_recipes_constants() -> None:
+    """Each reaches what it names, and nothing else moves."""
+    usual = SaeConfig(architecture="jump_relu_tanh", learning_rate=1.0, sparsity_coefficient=1.0)
+    given = {
+        "warmup_steps": 0,
+        "decay_share": 0.0,
+        "betas": (0.5, 0.9),
+        "gradient_clip": 7,
+        "coefficient_warmup": 0,
+        "bandwidth": 0.5,
+        "epsilon": 1e-6,
+    }
+    other = usual.model_copy(update={"options": given})
+    assert [learning_rate_at(other, step, 100) for step in (0, 50, 99)] == [1.0, 1.0, 1.0]
+    assert learning_rate_at(usual, 99, 100) == pytest.approx(0.05)
+    assert (coefficient_at(other, 0, 100), coefficient_at(usual, 0, 100) < 0.01) == (1.0, True)
+    recipe = make_recipe(other)
+    assert (recipe.betas, recipe.gradient_clip, recipe.constants.jump_width) == ((0.5, 0.9), 7, 0.5)
+    assert make_recipe(usual) is RECIPES["jump_relu_tanh"]
+    step = make_recipe(SaeConfig(architecture="jump_relu_step", options={"bandwidth": 0.5}))
+    assert (step.constants.step_width, step.constants.jump_width) == (0.5, 2.0)
+
+
+def test_every_option_reaches_the_recipe() -> None:
+    """One that is accepted and read by nobody would look like a result."""
+    for name, option in OPTIONS.items():
+        architecture = (option.architectures or ("relu",))[0]
+        value: Any = {"betas": (0.1, 0.2), "groups": (0.5, 0.5)}.get(name, 0.125)
+        config = SaeConfig(architecture=architecture, options={name: value})
+        assert make_recipe(config) != RECIPES[architecture], name
+
+
+def test_decoder_norm_and_threshold_of_the_options_are_those_of_the_weights() -> None:
+    """The two that show in what training begins with."""
+    config = SaeConfig(architecture="jump_relu", d_sae=8, k=2, options={"decoder_norm": 3.0, "initial_threshold": 0.5})
+    weights = make_weights(config, torch.randn(16, 4, generator=torch.Generator().manual_seed(0)), 4, torch.Generator().manual_seed(0))
+    assert weights["W_dec"].norm(dim=1).tolist() == pytest.approx([3.0] * 8)
+    assert weights["log_threshold"].exp().tolist() == pytest.approx([0.5] * 8)

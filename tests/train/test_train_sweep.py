@@ -62,7 +62,7 @@ def test_the_table_has_what_the_artifacts_say(make_planted) -> None:
     assert table["name"].to_list() == ["a", "b", "c"]
     assert table["architecture"].to_list() == ["batch_topk", "relu", "batch_topk"]
     assert table["kind"].to_list() == ["jump_relu", "relu", "jump_relu"]
-    assert (table["seed"].to_list(), table["k"].to_list()) == ([0, 3, 0], [2, 2, 4])
+    assert (table["seed"].to_list(), table["k"].to_list()) == ([0, 3, 0], [2, None, 4])
     for row in table.iter_rows(named=True):
         sae, evaluation = sae_ref(planted.pipeline, row["name"]), evaluation_ref(planted.pipeline, row["name"])
         trained, measured = (load_manifest(planted.store, ref) for ref in (sae, evaluation))
@@ -223,6 +223,32 @@ def test_the_command_prints_the_table(make_planted, tmp_path: Path) -> None:
     assert pl.read_csv(io.StringIO(csv)).columns == table.columns
     with pytest.raises(InputError, match=r"no column 'quality'; it has name, architecture, kind"):
         CliRunner().invoke(app, ["sweep", "--config", str(config), "--sort", "quality"], catch_exceptions=False)
+
+
+def test_the_command_shows_saes_that_are_only_trained(make_planted, tmp_path: Path) -> None:
+    """Whoever waits for the evaluation, or lost one SAE of three, wants to see what there is; and `k` only where it decides something."""
+    saes = [{**SAES[0], "options": {"decay_share": 0.5}}, *SAES[1:]]
+    planted = make_planted(saes, root=str(tmp_path / "data"))
+    train_saes(planted.pipeline, planted.store, ["a", "b"])
+    save_plan(planted.store, planted.pipeline.plan)
+    config = tmp_path / "pipeline.yaml"
+    config.write_text(planted.pipeline.config.model_dump_json())
+
+    def show() -> list[str]:
+        return CliRunner().invoke(app, ["sweep", "--config", str(config)], catch_exceptions=False).stdout.splitlines()
+
+    head, *lines = show()
+    assert "train_fvu" in head
+    rows = {line.split()[0]: line.split() for line in lines[:2]}
+    k, options = head.split().index("k"), head.split().index("options")
+    assert (rows["a"][k], rows["b"][k]) == ("2", "-")
+    assert rows["a"][options] == '{"decay_share":'
+    assert lines[2:4] == ["1 SAE not trained: c", "2 SAEs trained, not measured: a, b"]
+    measure(planted, "a")
+    make_sweep(planted.pipeline, planted.store)
+    measure(planted, "b")
+    head, *lines = show()
+    assert ("train_fvu" in head, lines[2]) == (False, "1 SAE not trained: c")
 
 
 def test_the_page_names_every_column() -> None:

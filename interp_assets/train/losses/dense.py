@@ -45,18 +45,14 @@ from interp_assets.train.losses.loss import (
     row_blocks,
 )
 
-JUMP_WIDTH: Final = 2.0
-"""Width of the rectangle, in units of a normalised row's dimensions (Anthropic, January 2025)."""
-TANH_SCALE: Final = 4.0
-PRE_ACTIVATION_COEFFICIENT: Final = 3e-6
-"""Weight of the loss that pulls silent latents back (Anthropic, January 2025)."""
-STEP_WIDTH: Final = 0.001
-"""Width of the rectangle for rows of squared norm 1 (Rajamanoharan et al. 2024): times sqrt(d_in) here."""
+_LEAST: Final = 1e-6
+"""A latent below this has no penalty of its p-th power, whose slope has no bound there."""
 
 
 def relu_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> StepLoss:
-    """ReLU with an L1 penalty weighted by decoder norms."""
-    return _dense_loss(weights, x, y, context, _Relu(weights, context))
+    """ReLU with an L1 penalty weighted by decoder norms, or one of the p-th power (Karvonen et al. 2024, 2408.00113)."""
+    rule = _Relu if context.constants.p == 1 else _PowerRelu
+    return _dense_loss(weights, x, y, context, rule(weights, context))
 
 
 def jump_relu_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> StepLoss:
@@ -248,6 +244,36 @@ class _Relu(_Rule):
         add_norm_gradient(gradients["W_dec"], self.weights["W_dec"], self.context.widths, self.sums * self.slope)
 
 
+class _PowerRelu(_Relu):
+    """Gradient where the latent is above 0, with lambda |d_i| p f_i^(p - 1) added."""
+
+    reach = None
+
+    def __init__(self, weights: Weights, context: LossContext) -> None:
+        super().__init__(weights, context)
+        self.slopes = self.slopes._replace(rise=torch.zeros_like(self.penalty))
+        self.powers = torch.zeros_like(self.penalty)
+
+    def add_penalty(self, grad: Tensor, latents: Tensor, pairs: kernels.Pairs | None) -> None:
+        column, f, places = _find_fired(grad, latents, pairs, self.powers.dtype)
+        p, flat = self.context.constants.p, grad.view(-1)
+        slope = torch.where(f >= _LEAST, f.clamp(min=_LEAST).pow(p - 1), 0.0)
+        self.powers.index_add_(0, column, slope * f)
+        flat[places] = (flat[places] + p * slope * self.penalty[column]).to(flat.dtype)
+
+    def finish(self, gradients: Weights) -> None:
+        self.sums = self.powers
+        super().finish(gradients)
+
+
+def _find_fired(grad: Tensor, latents: Tensor, pairs: kernels.Pairs | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what fires in a block: latents, their values, and their places in the gradient."""
+    if pairs is None:
+        places = kernels.nonzero(latents > 0)
+        return places % latents.shape[1], latents.view(-1)[places].to(dtype), places
+    return pairs.latents, latents, pairs.bags * grad.shape[1] + pairs.latents
+
+
 class _Jump(_Rule):
     """What the JumpReLU rules share: the threshold, its rectangle and its gradient; and the loss that pulls silent latents back.
 
@@ -284,10 +310,11 @@ class _TargetJump(_Jump):
     """The squared distance of L0 from k, and the pre-activation loss on dead latents."""
 
     def __init__(self, weights: Weights, y: Tensor, context: LossContext) -> None:
-        super().__init__(weights, context, JUMP_WIDTH, reaches_encoder=True)
+        super().__init__(weights, context, context.constants.jump_width, reaches_encoder=True)
         self.error_scale = 1 / y.shape[1]
         self.is_dead = context.is_dead.to(y.dtype)
-        self.pull_silent(latent_norms(weights["W_dec"], context.widths) * self.is_dead, PRE_ACTIVATION_COEFFICIENT / (context.n_rows * y.shape[1]))
+        weight = context.constants.pre_activation_weight / (context.n_rows * y.shape[1])
+        self.pull_silent(latent_norms(weights["W_dec"], context.widths) * self.is_dead, weight)
 
     def iter_blocks(self, encoder: _Encoder) -> Iterator[_Block]:
         """Encode the whole batch first: the gradient of each firing depends on L0. The loss is spread evenly over ranks."""
@@ -310,11 +337,11 @@ class _TanhJump(_Jump):
     """The tanh of decoder-weighted activations, and the pre-activation loss on every latent."""
 
     def __init__(self, weights: Weights, context: LossContext) -> None:
-        super().__init__(weights, context, JUMP_WIDTH, reaches_encoder=True)
+        super().__init__(weights, context, context.constants.jump_width, reaches_encoder=True)
         norms = latent_norms(weights["W_dec"], context.widths)
-        self.pull_silent(norms, PRE_ACTIVATION_COEFFICIENT / context.n_rows)
-        self.slope = context.coefficient / context.n_rows
-        self.steepness, self.rise = norms * TANH_SCALE, norms * (TANH_SCALE * self.slope)
+        self.pull_silent(norms, context.constants.pre_activation_weight / context.n_rows)
+        self.slope, self.scale = context.coefficient / context.n_rows, context.constants.tanh_scale
+        self.steepness, self.rise = norms * self.scale, norms * (self.scale * self.slope)
         self.slopes = self.slopes._replace(rise=self.rise)
         self.grad_norms = torch.zeros_like(norms)
 
@@ -323,11 +350,7 @@ class _TanhJump(_Jump):
 
         d tanh(c f n) = (1 - tanh^2) (c n df + c f dn).
         """
-        if pairs is None:
-            places = kernels.nonzero(latents > 0)
-            column, f = places % latents.shape[1], latents.view(-1)[places].to(self.rise.dtype)
-        else:
-            column, f, places = pairs.latents, latents, pairs.bags * grad.shape[1] + pairs.latents
+        column, f, places = _find_fired(grad, latents, pairs, self.rise.dtype)
         tanh = (f * self.steepness[column]).tanh_()
         self.loss = self.loss + sum_all(tanh) * self.slope
         squared = tanh.square_()
@@ -336,7 +359,7 @@ class _TanhJump(_Jump):
         flat[places] = (flat[places] - squared * self.rise[column]).to(flat.dtype)
 
     def finish(self, gradients: Weights) -> None:
-        scale = self.grad_norms * (TANH_SCALE * self.slope) + self.finish_silence()
+        scale = self.grad_norms * (self.scale * self.slope) + self.finish_silence()
         add_norm_gradient(gradients["W_dec"], self.weights["W_dec"], self.context.widths, scale)
         super().finish(gradients)
 
@@ -345,7 +368,7 @@ class _StepJump(_Jump):
     """L0 itself; nothing but the mask reaches the encoder."""
 
     def __init__(self, weights: Weights, y: Tensor, context: LossContext) -> None:
-        super().__init__(weights, context, STEP_WIDTH * weights["W_enc_T"].shape[1] ** 0.5, reaches_encoder=False)
+        super().__init__(weights, context, context.constants.step_width * weights["W_enc_T"].shape[1] ** 0.5, reaches_encoder=False)
         self.error_scale = 1 / y.shape[1]
         self.reach = self.slopes.width / 2
         self.slopes = self.slopes._replace(grad_n_fired=self.slopes.grad_n_fired + context.coefficient / context.n_rows)

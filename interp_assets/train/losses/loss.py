@@ -46,6 +46,26 @@ _DEVICE_BLOCK_VALUES: Final = 1 << 30
 """The same on a GPU (4 GiB): its memory is larger, adding to gradients costs more than caches gain, and torch's scans take no more than 2^31."""
 
 
+class Constants(NamedTuple):
+    """Constants of the losses that people vary; of an architecture without one it is not read."""
+
+    auxk_weight: float = 1 / 32
+    groups: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+    """Nested groups of a Matryoshka SAE, as shares of `d_sae`."""
+    jump_width: float = 2.0
+    """Width of the rectangle, in units of a normalised row's dimensions (Anthropic, January 2025)."""
+    step_width: float = 0.001
+    """`jump_relu_step`: width of the rectangle for rows of squared norm 1 (Rajamanoharan et al. 2024), times sqrt(d_in) here."""
+    tanh_scale: float = 4.0
+    pre_activation_weight: float = 3e-6
+    """Of the loss that pulls silent latents back (Anthropic, January 2025)."""
+    p: float = 1.0
+    """`relu`: the penalty is on this power of the latents."""
+
+
+USUAL: Final = Constants()
+
+
 class LossContext(NamedTuple):
     """What a loss depends on besides weights and rows."""
 
@@ -66,6 +86,7 @@ class LossContext(NamedTuple):
     Smaller than float32 as in torch's autocast: weights, optimizer and sums (losses, gradients of biases and of weights over blocks) are float32,
     and a product's result is rounded once before it is added to them.
     """
+    constants: Constants = USUAL
 
 
 class StepLoss(NamedTuple):

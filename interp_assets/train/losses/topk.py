@@ -13,7 +13,7 @@ row at d_in 512, so pairs pay above about six times `auxk_count` dead latents.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from interp_assets.compute.encode import can_encode, find_damage, make_encoder, 
 from interp_assets.compute.loops import SMALLEST, is_native, over_rows, sum_prefixes
 from interp_assets.compute.products import multiply
 from interp_assets.train.losses.loss import (
+    USUAL,
     LossContext,
     StepLoss,
     Weights,
@@ -37,12 +38,9 @@ from interp_assets.train.losses.loss import (
 )
 from interp_assets.train.losses.sparsify import Active, candidates_above, encode_per_row, guess_bound, keep_largest, level_rows, pick_per_row
 
-AUXK_COEFFICIENT: Final = 1 / 32
 _NO_VARIANCE: Final = (8 * torch.finfo(torch.float32).eps) ** 2
 """Squared deviation, relative to the squares of error and rows, that rounding alone may leave where all rows have the same error."""
 _DENSE_AUXK_FACTOR: Final = 6
-GROUP_SHARES: Final = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Nested groups of a Matryoshka SAE, as shares of `d_sae`."""
 
 
 def topk_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> StepLoss:
@@ -58,7 +56,7 @@ def batch_topk_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext
 def matryoshka_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> StepLoss:
     """BatchTopK over the full width; every prefix of groups must reconstruct alone."""
     n_local = len(weights["b_enc"])
-    ends = group_ends(n_local * context.ranks.n_slices)
+    ends = group_ends(n_local * context.ranks.n_slices, context.constants.groups)
     first = context.ranks.slice_index * n_local
     return _pairs_loss(weights, x, y, context, _pick_per_batch(weights, x, context), [min(n_local, max(0, end - first)) for end in ends])
 
@@ -68,14 +66,14 @@ def auxk_count(d_in: int) -> int:
     return 1 << max(0, round(math.log2(d_in / 2)))
 
 
-def group_ends(d_sae: int) -> list[int]:
-    """Return where each Matryoshka group ends; the last is `d_sae`."""
-    shares = torch.tensor(GROUP_SHARES, dtype=torch.float64).cumsum(0)
+def group_ends(d_sae: int, groups: Sequence[float] = USUAL.groups) -> list[int]:
+    """Return where each Matryoshka group ends, given their shares of `d_sae`; the last is `d_sae`."""
+    shares = torch.tensor(groups, dtype=torch.float64).cumsum(0)
     return [max(1, round(float(share) * d_sae)) for share in shares]
 
 
 def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tensor, "batch d_out"], context: LossContext) -> Float[Tensor, ""]:
-    """Return this rank's share of the AuxK loss for the detached `error`, and add `AUXK_COEFFICIENT` times its gradients."""
+    """Return this rank's share of the AuxK loss for the detached `error`, and add its gradients times its weight."""
     ranks = context.ranks
     dead = context.is_dead.nonzero().view(-1)
     n_dead = int(ranks.sum_slices(torch.tensor([len(dead)], device=x.device)))
@@ -94,14 +92,14 @@ def add_auxk(weights: Weights, gradients: Weights, x: Tensor, error: Float[Tenso
         pairs = kernels.make_pairs(active.places, len(x), len(dead))
         missed = ranks.sum_slices(kernels.decode_pairs(active.values, W_dec, pairs, context.scratch, "missed")).sub_(error)
         loss = sum_squares(missed) * scale / ranks.n_slices
-        missed.mul_(2 * AUXK_COEFFICIENT * scale)
+        missed.mul_(2 * context.constants.auxk_weight * scale)
         found = {"W_dec": torch.zeros_like(W_dec), "W_enc_T": torch.zeros_like(W_enc_T), "b_enc": x.new_zeros(len(dead))}
         _pair_gradients({"W_dec": W_dec}, x, missed, active.values, pairs, found, context.scratch)
     else:
         latents = pre.mul_(pre >= level_rows(pre, n_active, ranks, n_dead))
         missed = ranks.sum_slices(kernels.product(latents, W_dec, context.scratch.take("missed", tuple(error.shape), error))).sub_(error)
         loss = sum_squares(missed) * scale / ranks.n_slices
-        missed.mul_(2 * AUXK_COEFFICIENT * scale)
+        missed.mul_(2 * context.constants.auxk_weight * scale)
         grad = keep_above(kernels.product(missed, W_dec.T, context.scratch.take("dead_gradient", tuple(pre.shape), x)), latents)
         found = {name: torch.empty_like(value) for name, value in (("W_dec", W_dec), ("W_enc_T", W_enc_T))} | {"b_enc": sum_rows(grad)}
         multiply(latents.T, missed, found["W_dec"])
@@ -201,7 +199,7 @@ def _pairs_loss(weights: Weights, x: Tensor, y: Tensor, context: LossContext, pi
     _pair_gradients(weights, x, grad, active.values, bags, gradients, scratch, scale)
     auxk = add_auxk(weights, gradients, x, error.neg_(), context)
     squared = squared / context.ranks.n_slices
-    loss = squared.mean() / (context.n_rows * d_out) + AUXK_COEFFICIENT * auxk + picked.damage
+    loss = squared.mean() / (context.n_rows * d_out) + context.constants.auxk_weight * auxk + picked.damage
     return StepLoss(loss, squared[-1], loss.new_zeros(()), auxk, pairs.counts, gradients)
 
 
