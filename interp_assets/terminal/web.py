@@ -52,7 +52,7 @@ def export(
     from interp_assets.storage.store import open_store
     from interp_assets.terminal.console import byte_bar, format_count
     from interp_assets.web.exports import FORMATS, export_bundle
-    from interp_assets.web.opened import OpenBundle
+    from interp_assets.web.opened import open_any
     from interp_assets.web.site import export_site
 
     if format_name in SAE_FORMATS:
@@ -66,7 +66,7 @@ def export(
         raise InputError(f"No export format is called {format_name!r}; there are {', '.join([SITE, *sorted(FORMATS), *SAE_FORMATS])}.")
     places = _find(bundle, config)
     if format_name == SITE:
-        total = sum(OpenBundle(place).manifest.n_bytes for place in places)
+        total = sum(open_any(place).manifest.n_bytes for place in places)
         with byte_bar(err, "copying", total) as advance:
             site = export_site(places, open_store(target), progress=advance)
         counted = f"{format_count(site.n_files, 'file')}, {format_bytes(site.n_bytes)}"
@@ -193,9 +193,13 @@ class _Later:
 
 def _choose(places: "list[BundlePlace]", sae: str | None) -> "OpenBundle":
     """Open the one bundle that is meant: of an SAE that was shown more than once, the newest. Raises `InputError` when several SAEs are meant."""
-    from interp_assets.web.opened import OpenBundle
+    from interp_assets.web.opened import OpenAttention, OpenBundle, open_any
 
-    found = [OpenBundle(place) for place in places]
+    opened = [open_any(place) for place in places]
+    found = [bundle for bundle in opened if isinstance(bundle, OpenBundle)]
+    if not found:
+        named = ", ".join(bundle.where for bundle in opened if isinstance(bundle, OpenAttention))
+        raise InputError(f"What lies there is of attention heads and has no features: {named}. `interp export site` writes it as pages.")
     names = sorted({str(item.description["sae"]["name"]) for item in found})
     if sae is not None:
         found = [item for item in found if item.description["sae"]["name"] == sae]

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
-from interp_assets.web.opened import OpenBundle
+from interp_assets.web.opened import OpenFiles
 
 _RANGE: Final = re.compile(r"bytes=(?:(\d{1,18})-(\d{1,18})?|-(\d{1,18}))")
 _TYPES: Final = {"json": "application/json; charset=utf-8"}
@@ -49,7 +49,7 @@ def parse_range(header: str | None, size: int) -> Span | None:
     return Span(start, n_bytes)
 
 
-def file_response(bundle: OpenBundle, name: str, request: Request) -> Response:
+def file_response(bundle: OpenFiles, name: str, request: Request) -> Response:
     """Answer a request for one file of a bundle. Raises `ArtifactCorruptError` when the first piece differs from its checksum."""
     size, etag = bundle.manifest.file(name).n_bytes, bundle.etag(name)
     headers = {"etag": etag, "accept-ranges": "bytes", "cache-control": "private, max-age=3600"}

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +24,19 @@ from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import MANIFEST, Manifest, read_file, read_manifest, read_range, read_ranges
 from interp_assets.storage.store import Store, open_store
 from interp_assets.visualize.packing import unpack_record
+from interp_assets.web.attention import DESCRIPTION, INDEX, RECORDS
+from interp_assets.web.attention import FORMAT as ATTENTION_FORMAT
+from interp_assets.web.attention import KIND as ATTENTION_KIND
+from interp_assets.web.attention import VERSION as ATTENTION_VERSION
 from interp_assets.web.bundle import FORMAT, VERSION, decode_offsets
 from interp_assets.web.columns import ROW, ROWS
 from interp_assets.web.labels import find_labels
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.table import FeatureTable
 from interp_assets.web.vocabulary import Vocabulary, decode_vocabulary
+
+if TYPE_CHECKING:
+    from interp_assets.garcon.patterns.view import Attention
 
 KIND = "feature_bundle"
 MAX_DESCRIPTION_BYTES = 16 << 20
@@ -105,6 +112,39 @@ class _Columns(_Part):
     numeric: dict[str, str]
 
 
+class BundleKind(NamedTuple):
+    """What tells one kind of bundle from another: the file that describes it, its format, and the asset that makes it."""
+
+    file: str
+    format: str
+    version: int
+    asset: str
+
+
+FEATURES: Final = BundleKind("bundle.json", FORMAT, VERSION, "feature_browser")
+ATTENTION: Final = BundleKind(DESCRIPTION, ATTENTION_FORMAT, ATTENTION_VERSION, "attention_browser")
+
+
+class _Layer(_Part):
+    layer: int
+    n_heads: Annotated[int, Field(ge=1, le=1 << 16)]
+
+
+class _Prompt(_Part):
+    name: str
+    n_tokens: Annotated[int, Field(ge=1)]
+
+
+class _AttentionDescription(_Part):
+    """What every reader of a bundle of heads relies on."""
+
+    pipeline: str
+    model: _Model
+    layers: Annotated[list[_Layer], Field(min_length=1)]
+    heads: dict[str, list[float | None]]
+    prompts: list[_Prompt]
+
+
 class _Description(_Part):
     """What every reader of a bundle relies on; pages read more of it."""
 
@@ -118,24 +158,63 @@ class _Description(_Part):
     columns: _Columns
 
 
-class OpenBundle:
-    """One bundle, opened. Reads are verified against the manifest."""
+class OpenFiles:
+    """One bundle of any kind, opened. Reads are verified against the manifest."""
 
-    def __init__(self, place: BundlePlace) -> None:
-        """Read manifest and description. Raises `ArtifactError` when this release cannot show the bundle."""
-        self.name, self.place = place.name, place
+    def __init__(self, place: BundlePlace, manifest: Manifest, description: dict[str, Any]) -> None:
+        self.name, self.place, self.manifest, self.description = place.name, place, manifest, description
         self._store, self._path = place
-        self.manifest: Manifest = read_manifest(self._store, self._path)
-        if self.manifest.kind != KIND:
-            raise ArtifactForeignError(f"{self.where} holds a {self.manifest.kind}, not a {KIND}. Name the folder of a bundle.")
-        self.description: dict[str, Any] = self._read_description()
-        self._lock = Lock()
-        self._table: FeatureTable | None = None
 
     @property
     def where(self) -> str:
         """Address for people and messages."""
         return f"{self._store.url}/{self._path}"
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The text of every token id."""
+        return decode_vocabulary(read_file(self._store, self._path, self.manifest, "vocabulary.json"), f"{self.where}/vocabulary.json")
+
+    def read(self, name: str) -> bytes:
+        """Read a whole file of the bundle."""
+        return read_file(self._store, self._path, self.manifest, name)
+
+    def read_spans(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+        """Read several ranges of one file at once."""
+        return read_ranges(self._store, self._path, self.manifest, name, starts, lengths)
+
+    def stream(self, name: str, start: int, n_bytes: int) -> Iterator[bytes]:
+        """Read a range of a file in verified pieces. The first is read before anything is answered, so a missing file is an error."""
+        step = max(_STREAM_BYTES, self.manifest.file(name).block_bytes)
+        stop = start + n_bytes
+        while start < stop:
+            piece = min(step - start % step, stop - start)
+            yield read_range(self._store, self._path, self.manifest, name, start, piece)
+            start += piece
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file, or None when the bundle has no such file."""
+        return next((entry.n_bytes for entry in self.manifest.files if entry.name == name), None)
+
+    def etag(self, name: str) -> str:
+        """Return a strong validator: it changes exactly when the file's bytes do."""
+        entry = self.manifest.file(name)
+        return f'"{hashlib.blake2b(repr((entry.n_bytes, entry.checksums)).encode(), digest_size=12).hexdigest()}"'
+
+
+class OpenBundle(OpenFiles):
+    """One feature bundle, opened."""
+
+    def __init__(self, place: BundlePlace) -> None:
+        """Read manifest and description. Raises `ArtifactError` when this release cannot show the bundle."""
+        manifest = read_manifest(place.store, place.path)
+        where = f"{place.store.url}/{place.path}"
+        if manifest.kind != KIND:
+            raise ArtifactForeignError(f"{where} holds a {manifest.kind}, not a {KIND}. Name the folder of a bundle.")
+        super().__init__(place, manifest, read_description(place, manifest, FEATURES))
+        self._check()
+        self._lock = Lock()
+        self._table: FeatureTable | None = None
 
     def table(self) -> FeatureTable:
         """Return the table of statistics with its search index."""
@@ -145,21 +224,8 @@ class OpenBundle:
             return self._table
 
     @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The text of every token id."""
-        return decode_vocabulary(read_file(self._store, self._path, self.manifest, "vocabulary.json"), f"{self.where}/vocabulary.json")
-
-    @cached_property
     def _order(self) -> NDArray[np.uint32]:
         return np.asarray(self.vocabulary.order, np.uint32)
-
-    def read(self, name: str) -> bytes:
-        """Read a whole file of the bundle."""
-        return read_file(self._store, self._path, self.manifest, name)
-
-    def read_spans(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
-        """Read several ranges of one file at once."""
-        return read_ranges(self._store, self._path, self.manifest, name, starts, lengths)
 
     def record(self, latent: int) -> dict[str, Any]:
         """Read one feature record. Raises `InputError` for a latent that the SAE does not have, `ArtifactCorruptError` for a damaged one."""
@@ -194,52 +260,92 @@ class OpenBundle:
         """Records that are stored: as many as latents, except in invented bundles that repeat theirs."""
         return int(self.description["records"]["repeat"] or self.description["d_sae"])
 
-    def stream(self, name: str, start: int, n_bytes: int) -> Iterator[bytes]:
-        """Read a range of a file in verified pieces. The first is read before anything is answered, so a missing file is an error."""
-        step = max(_STREAM_BYTES, self.manifest.file(name).block_bytes)
-        stop = start + n_bytes
-        while start < stop:
-            piece = min(step - start % step, stop - start)
-            yield read_range(self._store, self._path, self.manifest, name, start, piece)
-            start += piece
-
-    def size(self, name: str) -> int | None:
-        """Return the size of a file, or None when the bundle has no such file."""
-        return next((entry.n_bytes for entry in self.manifest.files if entry.name == name), None)
-
-    def etag(self, name: str) -> str:
-        """Return a strong validator: it changes exactly when the file's bytes do."""
-        entry = self.manifest.file(name)
-        return f'"{hashlib.blake2b(repr((entry.n_bytes, entry.checksums)).encode(), digest_size=12).hexdigest()}"'
-
-    def _read_description(self) -> dict[str, Any]:
-        where = f"{self.where}/bundle.json"
-        try:
-            n_bytes = min(self.manifest.file("bundle.json").n_bytes, MAX_DESCRIPTION_BYTES + 1)
-            data = read_range(self._store, self._path, self.manifest, "bundle.json", 0, n_bytes)
-            content = parse_json(data, MAX_DESCRIPTION_BYTES)
-            found = (content["format"], content["version"])
-            json.dumps([self.manifest.created, content], ensure_ascii=False, allow_nan=False).encode()  # as it will be sent
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ArtifactCorruptError(f"{where} describes no bundle ({error}). Materialize `feature_browser` again.") from error
-        if found != (FORMAT, VERSION):
-            raise ArtifactForeignError(f"{where} is {found[0]!r} version {found[1]}; this release reads version {VERSION}. {_next_step(found[1])}")
-        try:
-            described = _Description.model_validate(content)
-        except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3])
-            raise ArtifactCorruptError(f"{where} lacks what a bundle needs ({faults}). Materialize `feature_browser` again.") from error
+    def _check(self) -> None:
+        where = f"{self.where}/{FEATURES.file}"
+        described = _validate(_Description, self.description, where, FEATURES.asset)
         n_bytes = self.size(ROWS)
         if n_bytes != described.d_sae * ROW.itemsize or not 0 <= described.n_live <= described.d_sae:
             raise ArtifactCorruptError(
                 f"{where} speaks of {described.d_sae:,} latents, {described.n_live:,} of them alive, and the rows of its list have {n_bytes} bytes. "
                 "Materialize `feature_browser` again."
             )
-        return content
 
 
-def _next_step(version: Any) -> str:
-    return "Materialize `feature_browser` again." if isinstance(version, int) and version < VERSION else "Upgrade interp-assets."
+class OpenAttention(OpenFiles):
+    """The bundle of a model's attention heads, opened."""
+
+    def __init__(self, place: BundlePlace) -> None:
+        """Read manifest and description. Raises `ArtifactError` when this release cannot show the bundle."""
+        manifest = read_manifest(place.store, place.path)
+        super().__init__(place, manifest, read_description(place, manifest, ATTENTION))
+        where = f"{self.where}/{ATTENTION.file}"
+        described = _validate(_AttentionDescription, self.description, where, ATTENTION.asset)
+        places = [(layer.layer, head) for layer in described.layers for head in range(layer.n_heads)]
+        columns, n_bytes = described.heads, self.size(INDEX)
+        named = list(zip(columns.get("layer", []), columns.get("head", []), strict=False))
+        if named != places or {len(column) for column in columns.values()} != {len(places)} or n_bytes != 8 * (len(places) + 1):
+            raise ArtifactCorruptError(
+                f"{where} speaks of {len(places):,} heads, and its columns of {len(named):,}; the index of their records has {n_bytes} bytes. "
+                "Materialize `attention_browser` again."
+            )
+
+    def head_names(self) -> list[str]:
+        """List the heads, such as `5.3`, in the order of their records."""
+        columns = self.description["heads"]
+        return [f"{layer}.{head}" for layer, head in zip(columns["layer"], columns["head"], strict=True)]
+
+    def head(self, name: str) -> dict[str, Any]:
+        """Read one head's record. Raises `InputError` with what there is, and `ArtifactCorruptError` for a damaged one."""
+        from interp_assets.harvest.heads.records import unpack_head_record  # noqa: PLC0415 - torch; a server sends files and unpacks none
+
+        names = self.head_names()
+        if name not in names:
+            raise InputError(f"There is no head {name!r:.40} in {self.where}; there are {', '.join(names[:8])}{' and more' if names[8:] else ''}.")
+        place = names.index(name)
+        start, stop = np.frombuffer(self.read_spans(INDEX, [8 * place], [16])[0], "<u8").tolist()
+        member = self.read_spans(RECORDS, [start], [max(0, stop - start)])[0]
+        record = unpack_head_record(member, f"{self.where}/{RECORDS}, head {name},")
+        if (record["layer"], record["head"]) != tuple(map(int, name.split("."))):
+            raise ArtifactCorruptError(f"{self.where}/{INDEX} says that head {name} lies where another is. Materialize `attention_browser` again.")
+        return record
+
+    def prompt(self, name: str) -> "Attention":
+        """Read the patterns over one prompt. Raises `InputError` with the prompts there are, `ArtifactCorruptError` for damaged ones."""
+        from interp_assets.harvest.heads.prompts import FILES, unpack_prompt  # noqa: PLC0415 - as above
+
+        names = [prompt["name"] for prompt in self.description["prompts"]]
+        if name not in names:
+            raise InputError(f"There is no prompt {name!r:.40} in {self.where}; there are {names}.")
+        return unpack_prompt({file: self.read(f"prompts/{name}/{file}") for file in FILES}, f"{self.where}/prompts/{name}")
+
+
+def read_description(place: BundlePlace, manifest: Manifest, kind: "BundleKind") -> dict[str, Any]:
+    """Read the file that says what a bundle holds. Raises `ArtifactForeignError` for another version, `ArtifactCorruptError` for none."""
+    where = f"{place.store.url}/{place.path}/{kind.file}"
+    try:
+        n_bytes = min(manifest.file(kind.file).n_bytes, MAX_DESCRIPTION_BYTES + 1)
+        data = read_range(place.store, place.path, manifest, kind.file, 0, n_bytes)
+        content = parse_json(data, MAX_DESCRIPTION_BYTES)
+        found = (content["format"], content["version"])
+        json.dumps([manifest.created, content], ensure_ascii=False, allow_nan=False).encode()  # as it will be sent
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ArtifactCorruptError(f"{where} describes no bundle ({error}). Materialize `{kind.asset}` again.") from error
+    if found != (kind.format, kind.version):
+        is_older = isinstance(found[1], int) and found[1] < kind.version
+        step = f"Materialize `{kind.asset}` again." if is_older else "Upgrade interp-assets."
+        raise ArtifactForeignError(f"{where} is {found[0]!r} version {found[1]}; this release reads version {kind.version}. {step}")
+    return content
+
+
+_Described = TypeVar("_Described", bound=BaseModel)
+
+
+def _validate(model: type[_Described], content: dict[str, Any], where: str, asset: str) -> _Described:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()[:3])
+        raise ArtifactCorruptError(f"{where} lacks what a bundle needs ({faults}). Materialize `{asset}` again.") from error
 
 
 class BrokenBundle(NamedTuple):
@@ -249,10 +355,16 @@ class BrokenBundle(NamedTuple):
     reason: str
 
 
-def open_bundle(place: BundlePlace) -> OpenBundle | BrokenBundle:
+def open_any(place: BundlePlace) -> OpenBundle | OpenAttention:
+    """Open a bundle of either kind. Raises `ArtifactError` when this release cannot show it."""
+    is_attention = read_manifest(place.store, place.path).kind == ATTENTION_KIND
+    return OpenAttention(place) if is_attention else OpenBundle(place)
+
+
+def open_bundle(place: BundlePlace) -> OpenBundle | OpenAttention | BrokenBundle:
     """Open a bundle, or keep the reason why it cannot be."""
     try:
-        return OpenBundle(place)
+        return open_any(place)
     except ArtifactError as error:
         return BrokenBundle(place.name, str(error))
     except InterpError as error:

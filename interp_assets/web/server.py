@@ -43,7 +43,7 @@ from interp_assets.web.connections import make_server
 from interp_assets.web.files import file_response
 from interp_assets.web.guard import LOOPBACK, Guard
 from interp_assets.web.notes import Notebook
-from interp_assets.web.opened import BrokenBundle, BundlePlace, OpenBundle, open_bundle
+from interp_assets.web.opened import BrokenBundle, BundlePlace, OpenAttention, OpenBundle, open_bundle
 
 STATIC: Final = Path(__file__).parent / "static"
 """The built pages; `frontend/build.py` makes them, wheels carry them."""
@@ -53,6 +53,9 @@ _M_MMAP_THRESHOLD: Final = -3
 """`mallopt`'s number in <malloc.h>."""
 _BUILD_HINT: Final = "python frontend/build.py"
 _LISTED: Final = ("is_synthetic", "pipeline", "model", "hook_point", "sae", "d_sae", "n_live", "evaluation", "corpus", "tokens_scanned")
+
+
+Bundles = dict[str, OpenBundle | OpenAttention | BrokenBundle]
 
 
 @runtime_checkable
@@ -155,7 +158,7 @@ def check_bind(host: str, token: str | None, users: Mapping[str, str] = MappingP
         )
 
 
-def _add_notes(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook]) -> None:
+def _add_notes(app: FastAPI, bundles: Bundles, notebooks: dict[str, Notebook]) -> None:
     @app.get("/api/bundles/{name}/notes")
     @_explained
     def read_notes(name: str) -> dict[str, Any]:
@@ -173,7 +176,7 @@ def _add_notes(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
         return notebooks[name].change(latent, change.note, change.lists)
 
 
-def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], notebooks: dict[str, Notebook], desk: Desk) -> None:
+def _add_lists(app: FastAPI, bundles: Bundles, notebooks: dict[str, Notebook], desk: Desk) -> None:
     examples = desk.examples
 
     @app.get("/api/bundles")
@@ -226,11 +229,11 @@ def _add_lists(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle], note
         return bundle.table().place(_read_query(request), latent, _listed(bundle, notebooks, request))._asdict()
 
 
-def _add_files(app: FastAPI, bundles: dict[str, OpenBundle | BrokenBundle]) -> None:
+def _add_files(app: FastAPI, bundles: Bundles) -> None:
     @app.api_route("/bundles/{name}/{file:path}", methods=["GET", "HEAD"])
     @_explained
     def send_file(name: str, file: str, request: Request) -> Response:
-        bundle = _find(bundles, name)
+        bundle = _find_any(bundles, name)
         if bundle.size(file) is None:  # only what the manifest lists is ever opened
             raise NotFoundError(f"Bundle {name!r} has no file {file!r:.200}. Its manifest lists {len(bundle.manifest.files)} files.")
         return file_response(bundle, file, request)
@@ -294,7 +297,14 @@ def _explained(answer: Callable[..., Any]) -> Callable[..., Response]:
     return wrapped
 
 
-def _find(bundles: dict[str, OpenBundle | BrokenBundle], name: str) -> OpenBundle:
+def _find(bundles: Bundles, name: str) -> OpenBundle:
+    bundle = _find_any(bundles, name)
+    if isinstance(bundle, OpenAttention):
+        raise NotFoundError(f"The bundle {name!r:.200} is of attention heads: it has no features. Its files lie under /bundles/.")
+    return bundle
+
+
+def _find_any(bundles: Bundles, name: str) -> OpenBundle | OpenAttention:
     bundle = bundles.get(name)
     if bundle is None:
         raise NotFoundError(f"No bundle is called {name!r:.200}. This server has {len(bundles)}: {', '.join(list(bundles)[:10])}.")
@@ -303,12 +313,21 @@ def _find(bundles: dict[str, OpenBundle | BrokenBundle], name: str) -> OpenBundl
     return bundle
 
 
-def summarize(bundle: OpenBundle | BrokenBundle) -> dict[str, Any]:
+def summarize(bundle: OpenBundle | OpenAttention | BrokenBundle) -> dict[str, Any]:
     """Return what the first page shows of a bundle."""
     if isinstance(bundle, BrokenBundle):
         return {"name": bundle.name, "error": {"what": bundle.reason, "do": ""}}
-    described = {key: bundle.description.get(key) for key in _LISTED}
-    return {"name": bundle.name, "created": bundle.manifest.created, "n_bytes": bundle.manifest.n_bytes, **described}
+    told = {"name": bundle.name, "created": bundle.manifest.created, "n_bytes": bundle.manifest.n_bytes}
+    if isinstance(bundle, OpenAttention):
+        layers = bundle.description["layers"]
+        counted = {"n_layers": len(layers), "n_heads": sum(layer["n_heads"] for layer in layers), "n_prompts": len(bundle.description["prompts"])}
+        return {
+            **told,
+            "kind": "attention",
+            **{key: bundle.description.get(key) for key in ("is_synthetic", "pipeline", "model", "corpus")},
+            **counted,
+        }
+    return {**told, "kind": "features", **{key: bundle.description.get(key) for key in _LISTED}}
 
 
 def _listed(bundle: OpenBundle, notebooks: dict[str, Notebook], request: Request) -> NDArray[np.bool_] | None:

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from interp_assets.errors import ConfigError
 from interp_assets.storage.manifest import MANIFEST
 from interp_assets.storage.store import Store
-from interp_assets.web.opened import BundlePlace, OpenBundle
+from interp_assets.web.opened import BundlePlace, open_any
 from interp_assets.web.server import STATIC, summarize
 
 _PIECE: Final = 16 << 20
@@ -37,7 +37,7 @@ def export_site(places: Sequence[BundlePlace], out: Store, *, static: Path = STA
     """
     if not (static / "index.html").exists():
         raise ConfigError(f"There are no built pages in {static}. Run `python frontend/build.py`, then export again.")
-    bundles = [(place, OpenBundle(place)) for place in places]
+    bundles = [(place, open_any(place)) for place in places]
     n_files, n_bytes = 0, 0
     for path in sorted(path for path in static.rglob("*") if path.is_file()):
         out.put(path.relative_to(static).as_posix(), path.read_bytes())

@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +21,12 @@ import pytest
 import uvicorn
 from chromium import Visit, skip_or_fail
 from synthetic_bundle import build_synthetic_bundle
+from synthetic_heads import build_synthetic_heads
 
 from interp_assets.errors import InputError
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import Store, open_store
+from interp_assets.web.files import parse_range
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC, Desk, make_app
@@ -33,7 +37,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 class Site(NamedTuple):
-    """A running server: its address, the names of its three good bundles, and where they lie."""
+    """A running server: its address, the names of its good bundles, and where they lie."""
 
     address: str
     name: str
@@ -41,6 +45,8 @@ class Site(NamedTuple):
     sinks: str
     """Of an SAE that meets attention sinks: rows are left out and outliers, feature 2 fires where contexts begin, the map is of little worth."""
     store: Store
+    heads: str
+    """The bundle of attention heads."""
 
     def page(self, path: str = "") -> str:
         """Return the address of a page of the first bundle."""
@@ -70,7 +76,7 @@ class Fixed:
 
 @contextmanager
 def serve_site(folder: Path) -> Iterator[Site]:
-    """Serve an invented bundle of 300 features, two of 40 of other SAEs, and one of a newer version, with the pages built from these sources."""
+    """Serve invented bundles with the pages built from these sources: 300 features, 40 of two other SAEs, attention heads, a newer version."""
     built = subprocess.run([sys.executable, str(REPOSITORY / "frontend" / "build.py")], check=False, capture_output=True, text=True)
     if built.returncode:
         skip_or_fail(f"the pages cannot be built: {built.stderr.strip()}")
@@ -78,6 +84,7 @@ def serve_site(folder: Path) -> Iterator[Site]:
     build_synthetic_bundle(store, n_features=300)
     build_synthetic_bundle(store, n_features=40, seed=1, sae="second")
     build_synthetic_bundle(store, n_features=40, seed=2, sae="sinks", has_sinks=True)
+    heads = build_synthetic_heads(store).ref.path.rsplit("/", 1)[-1]
     with create_artifact(store, make_ref("feature_bundle", "6-web", identity={}, inputs={}, label="newer")) as art:
         art.put("bundle.json", json.dumps({"format": "interp-assets/feature-bundle", "version": 99}).encode())
     places = list_bundles(store)
@@ -93,9 +100,40 @@ def serve_site(folder: Path) -> Iterator[Site]:
     while not server.started:
         time.sleep(0.02)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield Site(f"http://127.0.0.1:{port}", name, second, sinks, store)
+    yield Site(f"http://127.0.0.1:{port}", name, second, sinks, store, heads)
     server.should_exit = True
     thread.join(10)
+
+
+class RangeHandler(SimpleHTTPRequestHandler):
+    """What any static host does: files, and single ranges of them."""
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if "Range" not in self.headers or not path.is_file():
+            super().do_GET()
+            return
+        data = path.read_bytes()
+        span = parse_range(self.headers["Range"], len(data))
+        assert span
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {span.start}-{span.start + span.n_bytes - 1}/{len(data)}")
+        self.send_header("Content-Length", str(span.n_bytes))
+        self.end_headers()
+        self.wfile.write(data[span.start : span.start + span.n_bytes])
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serve_files(folder: Path) -> Iterator[str]:
+    """Serve a folder as a static host would; gives its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
 
 
 def heading(visit: Visit) -> str:

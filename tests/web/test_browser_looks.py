@@ -47,7 +47,7 @@ def test_pages_fit_a_telephone(visit: Visit, site: Site) -> None:
 @pytest.mark.parametrize(
     ("path", "selector"),
     [
-        (None, "h1:has-text('Feature bundles')"),
+        (None, "h1:text-is('Bundles')"),
         ("", "[role=row] a"),
         ("/4", ".evidence section h2"),
         ("/4/with/{name}/9", "table"),

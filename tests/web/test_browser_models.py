@@ -47,5 +47,5 @@ def test_a_server_without_models_says_how_some_are_served(site: Any, visit: Visi
     """And its other pages have no link to them."""
     visit.open(f"{site.address}/#/models", "text=No models are served here")
     assert "--model" in visit.page.inner_text("main")
-    visit.open(site.address, "h1:text-is('Feature bundles')")
+    visit.open(site.address, "h1:text-is('Bundles')")
     assert visit.page.locator("header >> text=Models").count() == 0

@@ -1,13 +1,11 @@
 """A bundle becomes a site of plain files, and a real browser reads it there by range requests alone."""
 
 import json
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from browser_site import serve_files
 from chromium import Visit
 from synthetic_bundle import build_synthetic_bundle
 
@@ -15,32 +13,10 @@ from interp_assets.errors import ConfigError
 from interp_assets.storage.manifest import read_manifest
 from interp_assets.storage.store import open_store
 from interp_assets.storage.verify import verify_tree
-from interp_assets.web.files import parse_range
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC
 from interp_assets.web.site import export_site
 from interp_assets.web.table import Query
-
-
-class RangeHandler(SimpleHTTPRequestHandler):
-    """What any static host does: files, and single ranges of them."""
-
-    def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
-        if "Range" not in self.headers or not path.is_file():
-            super().do_GET()
-            return
-        data = path.read_bytes()
-        span = parse_range(self.headers["Range"], len(data))
-        assert span
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {span.start}-{span.start + span.n_bytes - 1}/{len(data)}")
-        self.send_header("Content-Length", str(span.n_bytes))
-        self.end_headers()
-        self.wfile.write(data[span.start : span.start + span.n_bytes])
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +34,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OpenBundle
 @pytest.fixture(scope="module")
 def address(exported: tuple[Path, OpenBundle]) -> Iterator[str]:
     """Serve the folder as a static host would."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=str(exported[0])))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with serve_files(exported[0]) as found:
+        yield found
 
 
 def test_a_site_holds_every_file_unchanged(exported: tuple[Path, OpenBundle]) -> None:

@@ -15,7 +15,7 @@ const KEPT_RECORDS = 400;
 const BUNDLE_VERSION = 3;
 
 /** Remember promises by key; a failed one is forgotten, so that the next try asks again. */
-class Memory<T> {
+export class Memory<T> {
   private readonly kept = new Map<string, Promise<T>>();
   constructor(private readonly limit: number) {}
 
@@ -36,7 +36,7 @@ const vocabularies = new Memory<Vocabulary>(4);
 const indices = new Memory<ArrayBuffer>(256);
 const records = new Memory<FeatureRecord>(KEPT_RECORDS);
 
-async function ask(path: string, init?: RequestInit): Promise<Response> {
+export async function ask(path: string, init?: RequestInit): Promise<Response> {
   let response: Response;
   try {
     response = await fetch(path, init);
@@ -55,7 +55,7 @@ async function ask(path: string, init?: RequestInit): Promise<Response> {
   throw problem;
 }
 
-async function askJson<T>(path: string, signal?: AbortSignal): Promise<T> {
+export async function askJson<T>(path: string, signal?: AbortSignal): Promise<T> {
   const response = await ask(path, signal ? { signal } : undefined);
   try {
     return (await response.json()) as T;
@@ -65,7 +65,7 @@ async function askJson<T>(path: string, signal?: AbortSignal): Promise<T> {
 }
 
 const at = (name: string, rest: string): string => `api/bundles/${encodeURIComponent(name)}${rest}`;
-const fileOf = (name: string, file: string): string => `bundles/${encodeURIComponent(name)}/${file}`;
+export const fileOf = (name: string, file: string): string => `bundles/${encodeURIComponent(name)}/${file}`;
 
 const sites = new Memory<Site>(1);
 const staticLists = new Map<string, StaticList>();
@@ -114,7 +114,7 @@ function checkBundle<T extends { format?: string; version?: number }>(found: T):
 }
 
 /** Read bytes [start, stop) of a file. A host without ranges sends the whole file, which is cut here. */
-async function readRange(path: string, start: number, stop: number): Promise<ArrayBuffer> {
+export async function readRange(path: string, start: number, stop: number): Promise<ArrayBuffer> {
   // Not through the browser's cache: it lets only one request at a time touch an address, and lists ask for many ranges of one file.
   const response = await ask(path, { headers: { Range: `bytes=${start}-${stop - 1}` }, cache: 'no-store' });
   const body = await response.arrayBuffer();

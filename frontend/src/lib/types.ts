@@ -7,6 +7,11 @@ export interface Distribution {
 
 export interface BundleSummary {
   name: string;
+  /** Of attention heads or of features. */
+  kind?: 'attention' | 'features';
+  n_layers?: number;
+  n_heads?: number;
+  n_prompts?: number;
   error?: { what: string; do: string };
   created?: string;
   n_bytes?: number;
@@ -88,7 +93,7 @@ export interface Corpus {
   n_excluded?: number;
 }
 
-export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created' | 'n_bytes'>> {
+export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created' | 'n_bytes' | 'kind' | 'n_layers' | 'n_heads' | 'n_prompts'>> {
   d_in: number;
   coactivation_rows: number | null;
   logits_reason: string | null;

@@ -9,6 +9,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.attention import Attended, AttentionLayer, attention_heard, list_attention
+from interp_assets.garcon.attention import Attended, AttentionLayer, attention_heard, gram, list_attention
 from interp_assets.garcon.patterns.codec import check_pattern, pack_triangle, quantize
 from interp_assets.garcon.subject import SubjectModel
 
@@ -30,14 +31,23 @@ _SHOWN_NAMES: Final = 8
 class Attention:
     """What heads look at in one text. In a notebook it shows itself."""
 
-    def __init__(self, patterns: Mapping[int, NDArray[np.floating]], tokens: Sequence[str], *, weights: bool = False, note: str = "") -> None:
+    def __init__(
+        self,
+        patterns: Mapping[int, NDArray[np.floating]],
+        tokens: Sequence[str],
+        *,
+        weights: bool = False,
+        note: str = "",
+        lengths: Mapping[int, NDArray[np.floating]] = MappingProxyType({}),
+    ) -> None:
         """Take patterns [heads, queries, keys] by layer, and the text of every token.
 
-        Raises `InputError` for an array of another shape, and for rows that do not sum to one; `weights` takes any numbers from 0.
+        `lengths` [heads, 2, keys] by layer are how long each key's value is, before and after W_O. Raises `InputError` for an array of another
+        shape, and for rows that do not sum to one; `weights` takes any numbers from 0.
         """
         for pattern in patterns.values():
             check_pattern(pattern, len(tokens), weights=weights)
-        self.patterns, self.tokens, self.note = dict(patterns), list(tokens), note
+        self.patterns, self.tokens, self.note, self.lengths = dict(patterns), list(tokens), note, dict(lengths)
 
     def heads(self) -> list[str]:
         """List the heads, such as `5.3`: layer and head in it."""
@@ -99,10 +109,12 @@ def read_attention(subject: SubjectModel, row: Sequence[int], tokens: Sequence[s
     if missing := [layer for layer in layers or () if layer not in known]:
         raise InputError(f"{subject.name} has no attention in layer(s) {missing}; those that attend are {_shorten(list(map(str, known)))}.")
     found: dict[int, NDArray[np.float32]] = {}
+    lengths: dict[int, NDArray[np.float32]] = {}
 
     def hear(layer: AttentionLayer) -> Any:
         def keep(heard: Attended) -> None:
             found[layer.layer] = heard.pattern(0, slice(0, length)).cpu().numpy()
+            lengths[layer.layer] = _measure_values(heard, layer)
 
         return keep
 
@@ -111,7 +123,17 @@ def read_attention(subject: SubjectModel, row: Sequence[int], tokens: Sequence[s
     with attention_heard({layer.module: hear(layer) for layer in chosen}), torch.no_grad():
         subject.net.base_model(**subject.arguments(token_ids, None))
     has_sinks = any(getattr(layer.module, "sinks", None) is not None for layer in chosen)
-    return Attention({layer.layer: found[layer.layer] for layer in chosen}, tokens[:length], weights=has_sinks, note=note)
+    patterns = {layer.layer: found[layer.layer] for layer in chosen}
+    return Attention(patterns, tokens[:length], weights=has_sinks, note=note, lengths=lengths)
+
+
+def _measure_values(heard: Attended, layer: AttentionLayer) -> NDArray[np.float32]:
+    """Return how long each key's value is, before and after W_O, [heads, 2, keys]."""
+    value = heard.value[0].float()
+    value = value.repeat_interleave(layer.n_heads // len(value), dim=0)
+    outputs = torch.bmm(value, gram(layer).to(value.device, value.dtype))
+    squared = torch.stack([value.square().sum(dim=2), (outputs * value).sum(dim=2)], dim=1)
+    return squared.clamp(min=0).sqrt().cpu().numpy()
 
 
 def _shorten(names: Sequence[str]) -> str:

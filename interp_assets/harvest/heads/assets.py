@@ -9,6 +9,7 @@ from interp_assets.harvest.heads.refs import (
     HEAD_RECORD_VERSION,
     HEADS_VERSION,
     LAYERS,
+    PROMPT_VERSION,
     candidates_lineage,
     candidates_ref,
     examples_lineage,
@@ -167,7 +168,7 @@ def _prompting(heads: HeadsConfig) -> Asset:
         shows=lambda _job, _key, made: {name: made[0].manifest.facts[name] for name in ("n_tokens", "bytes_per_head")},
         takes=_prompting_takes,
         needs=ON_ACCELERATOR,
-        code_version=code_version(HEADS_VERSION, prompts=heads.prompts),
+        code_version=code_version(PROMPT_VERSION, prompts=heads.prompts),
     )
 
 

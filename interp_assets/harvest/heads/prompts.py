@@ -1,10 +1,14 @@
 """A configured text becomes the whole pattern of every head over it, for who has no model at hand.
 
 Up to 1,024 tokens a head is a triangle, above a pyramid of tiles (`garcon/patterns/codec.py`); members lie one after the other in
-`patterns.bin`, their offsets in `patterns.idx`. The files are described in docs/formats/prompt_patterns.md.
+`patterns.bin`, their offsets in `patterns.idx`. Beside them lie what weights the keys, and a small picture of every head. The files are described
+in docs/formats/prompt_patterns.md.
 """
 
+import gzip
 import json
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -12,18 +16,35 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from interp_assets.errors import ArtifactCorruptError, ConfigError, InputError
-from interp_assets.garcon.patterns.codec import LONG, pack_tiles, pack_triangle, quantize, restore, unpack_triangle
+from interp_assets.garcon.patterns.codec import (
+    GZIP_LEVEL,
+    LONG,
+    TILE,
+    pack_tiles,
+    pack_triangle,
+    quantize,
+    restore,
+    shrink,
+    tile_places,
+    unpack_tile,
+    unpack_triangle,
+)
 from interp_assets.garcon.patterns.view import Attention, read_attention
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.heads.refs import head_counts, heads_of, prompt_ref
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.foreign import parse_json
+from interp_assets.storage.foreign import parse_json, unpack_gzip
 from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 
 PROMPT: Final = "prompt.json"
 PATTERNS: Final = "patterns.bin"
 INDEX: Final = "patterns.idx"
+COLUMNS: Final = "columns.bin"
+THUMBS: Final = "thumbs.bin"
+FILES: Final = (PROMPT, PATTERNS, INDEX, COLUMNS, THUMBS)
+THUMB: Final = 64
+"""Places of a small picture on each side, at most."""
 
 
 @timed
@@ -42,14 +63,21 @@ def keep_prompt(pipeline: Pipeline, store: Store, model: SubjectModel, tokenizer
         "heads": seen.heads(),
         "both_ways": not model.is_causal,
         "form": "triangle" if len(row) <= LONG else "tiles",
+        "columns": ["value", "output"],
+        "thumb": min(THUMB, len(row)),
     }
-    offsets = [0]
+    offsets, thumbs = [0], []
     with create_artifact(store, ref) as art:
         with art.open(PATTERNS, n_rows=len(seen.heads())) as sink:
             for head in seen.heads():
-                for member in _pack(quantize(seen.pattern(head)), both_ways=described["both_ways"]):
+                values = quantize(seen.pattern(head))
+                thumbs.append(shrink(values, THUMB).tobytes())
+                for member in pack_prompt_pattern(values, both_ways=described["both_ways"]):
                     sink.write(member)
                     offsets.append(offsets[-1] + len(member))
+        lengths = np.concatenate([seen.lengths[layer] for layer in seen.patterns])
+        art.put(COLUMNS, np.minimum(lengths, np.finfo(np.float16).max).astype("<f2").tobytes(), n_rows=len(lengths))
+        art.put(THUMBS, gzip.compress(b"".join(thumbs), GZIP_LEVEL, mtime=0), n_rows=len(thumbs))
         art.put(INDEX, np.array(offsets, "<u8").tobytes(), n_rows=len(offsets))
         art.put(PROMPT, json.dumps(described).encode())
         art.facts |= {"n_tokens": len(row), "n_heads": len(seen.heads()), "bytes_per_head": round(offsets[-1] / max(1, len(seen.heads())), 1)}
@@ -64,21 +92,47 @@ def read_prompt(pipeline: Pipeline, store: Store, name: str) -> Attention:
     ref = prompt_ref(pipeline, name)
     manifest = load_manifest(store, ref)
     where = f"{store.url}/{ref.path}"
-    described = parse_json(read_file(store, ref.path, manifest, PROMPT))
-    if described["form"] != "triangle":
-        raise InputError(f"The prompt {name!r} is a pyramid of tiles: it has {len(described['tokens']):,} tokens. Read {where}/{PATTERNS} by tiles.")
-    offsets = np.frombuffer(read_file(store, ref.path, manifest, INDEX), "<u8").tolist()
-    data = read_file(store, ref.path, manifest, PATTERNS)
-    if len(offsets) != len(described["heads"]) + 1 or offsets[-1] != len(data):
+    return unpack_prompt({file: read_file(store, ref.path, manifest, file) for file in FILES}, where)
+
+
+def unpack_prompt(files: Mapping[str, bytes], where: str) -> Attention:
+    """Return the patterns that the files of a prompt hold; `where` names them. Raises `ArtifactCorruptError` for damaged ones."""
+    try:
+        described = parse_json(files[PROMPT])
+        texts, heads, both_ways, is_tiled = described["texts"], described["heads"], described["both_ways"], described["form"] == "tiles"
+        n, size = len(texts), int(described["thumb"])
+        offsets = np.frombuffer(files[INDEX], "<u8").tolist()
+        places = list(tile_places(n, both_ways=both_ways)) if is_tiled else [None]
+        lengths = np.frombuffer(files[COLUMNS], "<f2").reshape(len(heads), len(described["columns"]), n).astype(np.float32)
+        thumbs = unpack_gzip(files[THUMBS], len(heads) * size * size)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ArtifactCorruptError(f"{where} is no prompt ({error!r}). Materialize `prompt_patterns` again.") from error
+    is_whole = len(offsets) == len(heads) * len(places) + 1 and offsets[-1] == len(files[PATTERNS]) and offsets == sorted(offsets)
+    if not is_whole or len(thumbs) != len(heads) * size * size:
         raise ArtifactCorruptError(f"{where}/{INDEX} does not fit its patterns. Materialize `prompt_patterns` again.")
+    members = [files[PATTERNS][start:stop] for start, stop in pairwise(offsets)]
     found: dict[int, list[NDArray[np.float32]]] = {}
-    for place, head in enumerate(described["heads"]):
-        member = data[offsets[place] : offsets[place + 1]]
-        values = unpack_triangle(member, len(described["tokens"]), f"{where}, head {head},", both_ways=described["both_ways"])
+    columns: dict[int, list[NDArray[np.float32]]] = {}
+    for place, head in enumerate(heads):
+        own, said = members[place * len(places) : (place + 1) * len(places)], f"{where}, head {head},"
+        values = _join(own, n, said, both_ways=both_ways) if is_tiled else unpack_triangle(own[0], n, said, both_ways=both_ways)
         found.setdefault(int(head.partition(".")[0]), []).append(restore(values))
+        columns.setdefault(int(head.partition(".")[0]), []).append(lengths[place])
     note = "Read from bytes: each number is right within 0.004."
-    return Attention({layer: np.stack(patterns) for layer, patterns in found.items()}, described["texts"], weights=True, note=note)
+    patterns = {layer: np.stack(each) for layer, each in found.items()}
+    return Attention(patterns, texts, weights=True, note=note, lengths={layer: np.stack(each) for layer, each in columns.items()})
 
 
-def _pack(values: NDArray[Any], *, both_ways: bool) -> list[bytes]:
+def _join(members: list[bytes], n_tokens: int, where: str, *, both_ways: bool) -> NDArray[np.uint8]:
+    """Return one head's bytes [tokens, tokens] of the finest tiles of its pyramid."""
+    side = -(-n_tokens // TILE) * TILE
+    values = np.zeros((side, side), np.uint8)
+    for member, (level, row, column) in zip(members, tile_places(n_tokens, both_ways=both_ways), strict=True):
+        if level == 0:
+            values[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE] = unpack_tile(member, where)
+    return values[:n_tokens, :n_tokens]
+
+
+def pack_prompt_pattern(values: NDArray[Any], *, both_ways: bool) -> list[bytes]:
+    """Return the members of one head's bytes [tokens, tokens]: a triangle, or the tiles of a pyramid."""
     return [pack_triangle(values, both_ways=both_ways)] if len(values) <= LONG else pack_tiles(values, both_ways=both_ways)

@@ -16,6 +16,8 @@ from interp_assets.storage.seen import open_seen
 FOLDER = "2-heads"
 HEADS_VERSION = 1
 """Raise it when the same model and tokens would give other statistics, examples or patterns."""
+PROMPT_VERSION = 2
+"""Likewise for patterns over a prompt, and for what lies beside them."""
 HEAD_RECORD_VERSION = 1
 """Version of a record's layout."""
 Pass = Literal["candidates", "examples", "patterns", "records"]
@@ -103,7 +105,7 @@ def prompt_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     """Address the patterns over one configured prompt."""
     config, plan = pipeline.config, pipeline.plan
     identity = {
-        "code": HEADS_VERSION,
+        "code": PROMPT_VERSION,
         "model": plan.model_fingerprint,
         "model_dtype": config.model.dtype,
         "tokenizer": plan.tokenizer_fingerprint,

@@ -3,21 +3,26 @@
 from pathlib import Path
 
 import dagster as dg
+import numpy as np
 import pytest
 from tiny_models import make_net, make_tiny_config, make_tokenizer, write_texts
 
 from interp_assets.errors import PlanError
 from interp_assets.graph.jobs import RunError, run_road
 from interp_assets.graph.stages import make_road
+from interp_assets.harvest.heads.prompts import read_prompt
+from interp_assets.harvest.heads.records import read_head, read_tables
 from interp_assets.harvest.heads.refs import candidates_ref, records_ref
 from interp_assets.planning.config import make_config
-from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.schedule import make_schedule
 from interp_assets.storage.manifest import find_manifest
+from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_tree
+from interp_assets.web.opened import OpenAttention, list_bundles, open_any
 
 NAMES = ["head_tokens", "head_candidates", "head_examples", "example_patterns", "head_records", "prompt_patterns"]
-SELECT = ["token_shards", *NAMES]
+SELECT = ["token_shards", *NAMES, "attention_browser"]
 
 
 def _configure(folder: Path, kind: str = "gpt2", **heads: object):
@@ -53,7 +58,11 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         assert str(event.asset_materialization.metadata["heads"].value).startswith("![Statistics of all heads")
         keys = [
             dg.AssetCheckKey(dg.AssetKey(name), check)
-            for name, check in (("head_candidates", "mass_conserved"), ("head_records", "records_complete"))
+            for name, check in (
+                ("head_candidates", "mass_conserved"),
+                ("head_records", "records_complete"),
+                ("attention_browser", "bundle_reads_back"),
+            )
         ]
         for key in keys:
             summary = instance.event_log_storage.get_asset_check_summary_records([key])[key]
@@ -65,6 +74,7 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         store.delete([f"{candidates_ref(pipeline, 0).path}/manifest.json"])
         again = {report.name: report.n_made for report in run_road(config, instance, select=SELECT)}
         assert {name: again[name] for name in NAMES} == dict(zip(NAMES, (0, 1, 0, 0, 0, 0), strict=True))
+        assert again["attention_browser"] == 0
         after = find_manifest(store, candidates_ref(pipeline, 0))
         assert after is not None
         assert after.digest == before.digest
@@ -75,7 +85,28 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         priced = {line.name: line for line in make_schedule(road, other, store, {}, 1)}
         assert all(priced[name].job_bytes >= 0 and priced[name].n_missing for name in NAMES[1:-1])
         assert priced["head_candidates"].n_rows > 0
+        assert (priced["attention_browser"].n_missing, lines["attention_browser"].n_missing) == (1, 0)
+        assert_bundle_is_what_was_made(pipeline, store)
         assert records_ref(other, 1).artifact_id != records_ref(pipeline, 1).artifact_id
+
+
+def assert_bundle_is_what_was_made(pipeline: Pipeline, store: Store) -> None:
+    """A page and a notebook show the same: records, statistics and patterns of the bundle are those of the stage."""
+    (place,) = list_bundles(store)
+    bundle = open_any(place)
+    assert isinstance(bundle, OpenAttention)
+    assert bundle.head_names() == ["0.0", "0.1", "1.0", "1.1"]
+    assert all(bundle.head(name) == read_head(pipeline, store, name) for name in bundle.head_names())
+    table, columns = read_tables(pipeline, store), bundle.description["heads"]
+    assert list(columns) == table.columns
+    for name in table.columns:
+        assert columns[name] == [value if value is None else pytest.approx(value, rel=1e-4) for value in table[name].to_list()]
+    made, shown = read_prompt(pipeline, store, "hello"), bundle.prompt("hello")
+    assert shown.tokens == made.tokens
+    assert all((shown.pattern(head) == made.pattern(head)).all() for head in made.heads())
+    assert all(np.array_equal(shown.lengths[layer], made.lengths[layer]) for layer in made.lengths)
+    texts = [bundle.vocabulary.text(token) for token in bundle.head("1.0")["contexts"][0]["tokens"]]
+    assert set("".join(texts)) - {"\ufffd"}
 
 
 @pytest.mark.parametrize(
