@@ -31,6 +31,7 @@ from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import TensorSpec, as_bytes, make_header, parse_header
 from interp_assets.storage.traffic import METER
 from interp_assets.terminal.cli import app
+from interp_assets.terminal.serving import load_models
 from interp_assets.web.labels import import_labels
 from interp_assets.web.opened import BundlePlace, OpenBundle
 from interp_assets.web.refs import bundle_ref
@@ -212,6 +213,18 @@ def test_a_model_is_loaded_by_its_name(run: lab.Opened) -> None:
     drawn = llm.run("<word>", read="pattern.0", heads=[0])["pattern.0"]._repr_html_()
     assert drawn.count("<td") == 36
     assert "&lt;" in drawn
+
+
+def test_a_bundle_finds_its_model_on_a_server(run: lab.Opened) -> None:
+    """By the id of the SAE, which the bundle and the served model both tell: a page steers by no other."""
+    config = run.pipeline.config
+    models = load_models([config.model.name], config, weights=False, say=lambda _: None)
+    (name,) = models.names
+    served = models.find(name)
+    served.thread.close()
+    bundle = OpenBundle(BundlePlace(run.store, bundle_ref(run.pipeline, "heads").path))
+    assert served.facts["saes"]["heads"]["artifact_id"] == bundle.description["sae"]["artifact_id"]
+    assert served.facts["saes"]["heads"]["fvu"] > 0
 
 
 def test_the_pipelines_saes_come_with_its_model(run: lab.Opened) -> None:

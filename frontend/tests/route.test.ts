@@ -5,7 +5,7 @@ describe('addresses', () => {
   test('the whole state survives a copied address', () => {
     const list = { sort: 'max', isDescending: true, life: 'all' as const, filters: ['max>=3', 'frequency<=0.01'], text: 'a&b #?"%" =', list: 'my list/é' };
     const address = formatRoute({ bundle: 'demo 1/é', latent: 17, list, isFull: true, range: [2, 2.5] });
-    expect(parseRoute(address)).toEqual({ bundle: 'demo 1/é', latent: 17, other: null, view: null, isModels: false, list, at: null, isFull: true, range: [2, 2.5] });
+    expect(parseRoute(address)).toEqual({ bundle: 'demo 1/é', latent: 17, other: null, view: null, isModels: false, list, at: null, isFull: true, range: [2, 2.5], steering: null });
   });
 
   test('a default list has a short address', () => expect(formatRoute({ bundle: 'demo', list: DEFAULT_LIST })).toBe('#/demo'));

@@ -24,7 +24,8 @@ def expand_crosscoders(
 ) -> tuple[Plan, dict[str, Tensor], dict[str, Tensor]]:
     """Return a plan without operations by crosscoders, what they read, and the tensors that the plan names instead, by digest.
 
-    `run` runs a plan of reads. Raises `InputError` for another point than a crosscoder's first, and for conditions on one.
+    `run` runs a plan of reads. Raises `InputError` for another point than a crosscoder's first,
+    for conditions on one, and for reads of it after the writes.
     """
     coders = {name: attached for name, attached in beside.saes.items() if attached.more}
     uses = [operation for operation in plan.operations if isinstance(operation, SaeRead | SaeClamp | SaeAdd) and operation.sae in coders]
@@ -50,6 +51,8 @@ def expand_crosscoders(
         chosen = tuple(range(attached.sae.d_sae)) if isinstance(operation, SaeRead) and operation.latents is None else tuple(operation.latents or ())
         check_latents(attached, chosen)
         if isinstance(operation, SaeRead):
+            if operation.after:
+                raise InputError(f"{operation.sae!r} is a crosscoder: its latents are read of an unedited forward alone. Leave `after` out.")
             found[operation.name] = find_part(subject.net, point, operation, lengths).take(encoded)[..., list(chosen)]
             continue
         values = encoded.new_tensor(operation.values)

@@ -156,13 +156,15 @@ class SaeAdd(_SaeWrite):
 
 
 class SaeRead(_At):
-    """Keep the latent activations of an SAE at its point, as it arrives there: [rows, positions, latents]."""
+    """Keep the latent activations of an SAE at its point: [rows, positions, latents]."""
 
     op: Literal["sae_read"] = "sae_read"
     name: str
     sae: str
     latents: tuple[int, ...] | None = None
     """None means all of them."""
+    after: bool = False
+    """Of what the network goes on with, after the writes at this point; else of what it arrived with."""
 
 
 class Freeze(_Part):

@@ -99,7 +99,7 @@ class _AtPoint:
         self.point = point
         self.before: list[tuple[Read | SaeRead, Part]] = []
         self.writes: list[tuple[Write, Part]] = []
-        self.after: list[tuple[Read, Part]] = []
+        self.after: list[tuple[Read | SaeRead, Part]] = []
         self.wants_edge = False
         self.value: Tensor | None = None
         """What arrived; kept where a derivative is wanted."""
@@ -180,10 +180,7 @@ class Run:
             part = find_part(self.subject.net, at.point, operation, self.lengths)
             if is_of_sae(operation):
                 self._check_sae(operation, at.point)
-            if operation.op == "sae_read":
-                at.before.append((operation, part))
-                continue
-            if operation.op == "read":
+            if operation.op == "read" or operation.op == "sae_read":  # noqa: PLR1714 - so the type is known below
                 (at.after if operation.after else at.before).append((operation, part))
                 continue
             at.writes.append((operation, part))
@@ -243,7 +240,7 @@ class Run:
                 apply_write(write, part, shown, self.beside, self.found, fires)
             value = shown.transpose(1, 2) if is_pattern else shown
         for read, part in at.after:
-            self.found[read.name] = part.take(shown)
+            self.found[read.name] = self._read(read, part, shown)
         return value
 
     def _read(self, read: Read | SaeRead, part: Part, shown: Tensor) -> Tensor:

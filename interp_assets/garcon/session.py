@@ -425,11 +425,11 @@ class Trace:
         """Keep what these points (patterns, for the most part) are in an unedited forward over the same tokens."""
         self._operations.append(Freeze(points=tuple(self._model.names(points))))
 
-    def sae_read(self, sae: str, latents: Sequence[int] | None = None, *, pos: Where = None) -> Result:
-        """Keep the latent activations of an SAE at its point, all of them or some: [rows, positions, latents]."""
+    def sae_read(self, sae: str, latents: Sequence[int] | None = None, *, pos: Where = None, after: bool = False) -> Result:
+        """Keep the latent activations of an SAE at its point, as it arrives there or `after` the writes: [rows, positions, latents]."""
         at = self._at(self._sae(sae).hook_point, pos, None, None)
         name = self._name("read")
-        self._operations.append(SaeRead(name=name, sae=sae, latents=None if latents is None else tuple(latents), **at))
+        self._operations.append(SaeRead(name=name, sae=sae, latents=None if latents is None else tuple(latents), after=after, **at))
         axes = ["row", *([] if isinstance(at["pos"], int) else ["position"]), "latent"]
         self._results[name] = Result(f"{sae} at {at['point']}", axes, self._tokens_at(range(len(self._rows)), at["pos"]))
         self._results[name].operation = name

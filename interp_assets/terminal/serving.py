@@ -65,6 +65,7 @@ def _find_own(config: "PipelineConfig") -> "tuple[interp_assets.garcon.session.M
     from interp_assets.errors import ArtifactMissingError
     from interp_assets.lab import Opened
     from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
+    from interp_assets.train.refs import sae_ref
 
     try:
         store = open_pipeline_store(config)
@@ -72,7 +73,7 @@ def _find_own(config: "PipelineConfig") -> "tuple[interp_assets.garcon.session.M
     except ArtifactMissingError:
         return None, {}
     llm = run.model()
-    return llm, {name: _measured(run, name) for name in llm.saes}
+    return llm, {name: {"artifact_id": sae_ref(run.pipeline, name).artifact_id, **_measured(run, name)} for name in llm.saes}
 
 
 def _measured(run: Any, name: str) -> dict[str, Any]:

@@ -115,6 +115,10 @@ def test_a_crosscoder_is_written_at_all_its_points_by_what_it_read_before() -> N
     with pytest.raises(InputError, match="'c' is a crosscoder, whose latents are known after a forward: clamp it in a trace"):
         llm.generate("hello", new_tokens=2, steer=[{"sae": "c", "latent": 3, "clamp": "1 raw"}])
     trace = llm.trace("hello")
+    trace.sae_read("c", [3], after=True)
+    with pytest.raises(InputError, match="'c' is a crosscoder: its latents are read of an unedited forward alone"):
+        trace.execute()
+    trace = llm.trace("hello")
     trace.sae_clamp("c", {3: "1 raw"}, when=("c", 3, 0.0))
     with pytest.raises(InputError, match="'c' is a crosscoder: its latents are known after the forward"):
         trace.execute()

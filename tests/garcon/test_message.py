@@ -13,9 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.backend import Answer, Kept
+from interp_assets.garcon.backend import Answer, Continuation, Effect, Generated, Kept, Token
 from interp_assets.garcon.plan import Add, Plan, Read, TensorName, name_tensor, parse_plan
-from interp_assets.garcon.remote.message import FILE, JSON, MAX_HEADER, MAX_TEXT, pack, pack_answer, pack_plan, read_answer, read_plan, unpack
+from interp_assets.garcon.remote.message import (
+    FILE,
+    JSON,
+    MAX_HEADER,
+    MAX_TEXT,
+    dump_generated,
+    load_generated,
+    pack,
+    pack_answer,
+    pack_plan,
+    read_answer,
+    read_plan,
+    unpack,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
 VECTOR = torch.arange(3.0)
@@ -49,6 +62,18 @@ def test_a_file_is_read_as_it_was_written_and_as_the_library_reads_it(kinds: lis
         for found in (message.tensors[name], theirs[name]):
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
             assert torch.equal(found, tensor)
+
+
+def test_what_is_not_known_of_a_text_is_json_too() -> None:
+    """Where an edit reached no place its means are NaN, which a browser's JSON does not have; a notebook gets it back as it was."""
+    effect = Effect(torch.tensor([0, 2]), torch.tensor([torch.nan, 0.5]), torch.tensor([[torch.nan], [1.0]]), torch.tensor([[torch.nan], [2.0]]))
+    generated = Generated([Continuation([Token(0, False, 0, 7, -0.5, None, None)], is_stopped=False)], [], [effect], {"demo": float("nan")})
+    text = json.dumps(dump_generated(generated), allow_nan=False)
+    again = load_generated(json.loads(text))
+    assert again.texts == generated.texts
+    assert str(again.fvu) == "{'demo': nan}"
+    for found, expected in zip(again.effects[0], effect, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_file_of_the_library_is_read() -> None:

@@ -49,6 +49,20 @@ def test_clamping_is_full_decoding_plus_the_error(kind: str, name: str) -> None:
     torch.testing.assert_close(after.tensor[0].flatten(1), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["stream", "heads"])
+def test_latents_are_read_after_the_writes_too(name: str) -> None:
+    """A latent does not read what it was set to: what it and its neighbours read afterwards is what a person wants to see."""
+    llm = _model()
+    with llm.trace("hello") as t:
+        t.sae_clamp(name, {3: "2.5 raw"}, pos=slice(1, None))
+        before, after = t.sae_read(name), t.sae_read(name, after=True, pos=[0, 2])
+        stream = t.read(llm.saes[name].hook_point, after=True)
+    found = llm.saes[name].sae.encode(stream.tensor[0].flatten(1))
+    torch.testing.assert_close(after.tensor[0], found[[0, 2]])
+    torch.testing.assert_close(after.tensor[0, 0], before.tensor[0, 0])  # nothing was written there
+    assert not torch.equal(after.tensor[0, 1], before.tensor[0, 2])
+
+
 def test_a_condition_holds_position_by_position() -> None:
     """Also for a write at a later point; elsewhere nothing is touched."""
     llm = _model()

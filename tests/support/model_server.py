@@ -3,7 +3,7 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from interp_assets.garcon.session import Model
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.web.connections import make_server
 from interp_assets.web.models import Models, Served
+from interp_assets.web.opened import BundlePlace
 from interp_assets.web.server import Desk, make_app
 
 
@@ -64,10 +65,11 @@ def serve_model(
     users: Mapping[str, str] | None = None,
     weights: bool = True,
     clock: Any = time.monotonic,
+    bundles: Sequence[BundlePlace] = (),
 ) -> Iterator[ModelServer]:
-    """Serve a model on a free port while this is open."""
+    """Serve a model, and bundles beside it, on a free port while this is open."""
     models = Models([served], limits, weights=weights, clock=clock)
-    app = make_app([], token=token, desk=Desk(models=models, users=users or {}))
+    app = make_app(bundles, token=token, desk=Desk(models=models, users=users or {}))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

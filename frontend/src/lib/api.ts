@@ -6,6 +6,7 @@ import { Problem, asProblem } from './problem';
 import { StaticList } from './files';
 import { decodeRecord, locate, readSpan } from './record';
 import { listParameters, type ListState } from './route';
+import { readAnswer, readLine, splitLines, type Line, type Tensor } from './steer';
 import { readClusters, type Cluster } from './labels';
 import { bytesOf, cosine, readPoints, readTiles, type Points, type Tile } from './map';
 import type { Bundle, BundleSummary, FeaturePage, FeatureRecord, FeatureRow, Label, Notes, Place, ServedModel, ServedPoint, Site, Tried } from './types';
@@ -94,6 +95,32 @@ export async function listModels(): Promise<ServedModel[]> {
 
 export async function listPoints(model: string): Promise<ServedPoint[]> {
   return (await askJson<{ points: ServedPoint[] }>(`api/models/${encodeURIComponent(model)}/points`)).points;
+}
+
+const ofModel = (model: string, rest: string): string => `api/models/${encodeURIComponent(model)}${rest}`;
+const posting = (content: unknown, signal: AbortSignal): RequestInit => ({ method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(content), signal });
+
+/** The token ids of a prompt, with those that the model begins a text with. */
+export async function tokenize(model: string, text: string, signal: AbortSignal): Promise<number[]> {
+  const { ids } = (await (await ask(ofModel(model, '/tokenize'), posting({ texts: [text] }, signal))).json()) as { ids: number[][] };
+  return ids[0]!;
+}
+
+/** What a strength is in the units of raw activations. */
+export async function getStrength(model: string, written: string, sae: string, latent: number, signal: AbortSignal): Promise<number> {
+  const query = new URLSearchParams({ written, sae, latent: String(latent) });
+  return (await askJson<{ strength: number }>(ofModel(model, `/strength?${query}`), signal)).strength;
+}
+
+/** Write texts; tokens come as they are drawn. */
+export async function* writeTexts(model: string, plan: Record<string, unknown>, signal: AbortSignal): AsyncGenerator<Line> {
+  const { body } = await ask(ofModel(model, '/generate'), posting(plan, signal));
+  for await (const line of splitLines(body!)) yield readLine(line);
+}
+
+/** Run a plan that reads. */
+export async function runPlan(model: string, plan: Record<string, unknown>, signal: AbortSignal): Promise<Map<string, Tensor>> {
+  return readAnswer(await (await ask(ofModel(model, '/run'), posting(plan, signal))).arrayBuffer());
 }
 
 export function getBundle(name: string): Promise<Bundle> {

@@ -6,7 +6,11 @@
  *     #/<bundle>/<latent>/with/<bundle>/<latent>                                    two features side by side
  *     #/<bundle>/map?at=17, #/<bundle>/try?at=17                                    map of decoder directions, search by example, for one feature
  *     #/models                                                                      the models that this server has for notebooks
+ *
+ * A feature that is steered has `&steer=<latent>:<strength>,...&prompt=...` besides: see `steer.ts`.
  */
+import { parseSteering, writeSteering, type Steering } from './steer';
+
 /** A search is sorted so unless somebody chooses otherwise: the best match first. */
 export const RELEVANCE = 'relevance';
 
@@ -35,6 +39,8 @@ export interface Route {
   isFull: boolean;
   /** Only examples with an activation in [low, high): a bar of the histogram. */
   range: [number, number] | null;
+  /** What the panel "Steer" shows; null where it is closed. */
+  steering: Steering | null;
 }
 
 export const DEFAULT_LIST: ListState = { sort: 'latent', isDescending: false, life: 'live', filters: [], text: '', list: '' };
@@ -63,10 +69,11 @@ export function parseRoute(hash: string): Route {
     at: /^\d+$/.test(given.get('at') ?? '') ? Number(given.get('at')) : null,
     isFull: given.get('view') === 'full',
     range: parseRange(given.get('range')),
+    steering: parseSteering(given),
   };
 }
 
-export function formatRoute(route: { bundle: string; latent?: number | null; list?: ListState; at?: number | null; isFull?: boolean; range?: [number, number] | null; other?: { bundle: string; latent: number } | null; view?: 'map' | 'try' | null }): string {
+export function formatRoute(route: { bundle: string; latent?: number | null; list?: ListState; at?: number | null; isFull?: boolean; range?: [number, number] | null; other?: { bundle: string; latent: number } | null; view?: 'map' | 'try' | null; steering?: Steering | null }): string {
   const list = route.list ?? DEFAULT_LIST;
   const query = new URLSearchParams();
   if (list.sort !== defaultSort(list.text)) query.set('sort', list.sort);
@@ -78,6 +85,7 @@ export function formatRoute(route: { bundle: string; latent?: number | null; lis
   if (route.at != null) query.set('at', String(route.at));
   if (route.isFull) query.set('view', 'full');
   if (route.range) query.set('range', route.range.join('~'));
+  if (route.steering) writeSteering(query, route.steering);
   const beside = route.other ? `/with/${encodeURIComponent(route.other.bundle)}/${route.other.latent}` : '';
   const place = route.view ?? (route.latent == null ? null : `${route.latent}${beside}`);
   const path = `#/${encodeURIComponent(route.bundle)}${place === null ? '' : `/${place}`}`;

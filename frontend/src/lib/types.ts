@@ -52,7 +52,10 @@ export interface ServedModel {
   vocabulary: number;
   max_context: number;
   can_measure: boolean;
-  saes: Record<string, { hook_point: string; d_sae: number; fvu?: number | null }>;
+  /** `artifact_id` is that of the pipeline's own SAEs. */
+  saes: Record<string, { hook_point: string; written_at: string; d_sae: number; fvu?: number | null; artifact_id?: string }>;
+  special_tokens: number[];
+  stop_tokens: number[];
   limits: Record<'operations' | 'rows' | 'tokens' | 'answer_bytes' | 'kept_bytes' | 'kept_s' | 'seconds' | 'in_flight' | 'queued', number>;
   queue: { waiting: number; answered: number; forwards: number; stopped: string };
 }

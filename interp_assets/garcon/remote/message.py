@@ -198,7 +198,7 @@ def dump_generated(generated: Generated) -> dict[str, Any]:
         "texts": generated.texts,
         "defaults": generated.defaults,
         "effects": [{name: _dump(tensor) for name, tensor in effect._asdict().items()} for effect in generated.effects],
-        "fvu": generated.fvu,
+        "fvu": {name: _finite(fvu) for name, fvu in generated.fvu.items()},
     }
 
 
@@ -210,7 +210,7 @@ def load_generated(content: Any) -> Generated:
             for name in ("texts", "defaults")
         )
         effects = [Effect(**{name: _load(dumped) for name, dumped in effect.items()}) for effect in content["effects"]]
-        return Generated(texts, defaults, effects, dict(content["fvu"]))
+        return Generated(texts, defaults, effects, {name: math.nan if fvu is None else fvu for name, fvu in content["fvu"].items()})
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         raise _refuse(f"it is no text that was generated ({type(error).__name__}: {error})") from error
 
@@ -270,12 +270,18 @@ def _write_column(column: pl.Series, place: Callable[[Tensor], dict[str, Any]]) 
 
 
 def _dump(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "values": tensor.flatten().tolist()}
+    values = [_finite(value) for value in tensor.flatten().tolist()]
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "values": values}
+
+
+def _finite(value: float | int) -> float | int | None:  # noqa: PYI041 - counts are integers, and checked as such
+    """Return a number, or None in the place of a NaN: JSON has none, and only Python would read it."""
+    return value if math.isfinite(value) else None
 
 
 def _load(dumped: dict[str, Any]) -> Tensor:
     dtype = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}[dumped["dtype"]]
-    return torch.tensor(dumped["values"], dtype=dtype).reshape(dumped["shape"])
+    return torch.tensor([math.nan if value is None else value for value in dumped["values"]], dtype=dtype).reshape(dumped["shape"])
 
 
 def read_tensor(body: bytearray) -> Tensor:
