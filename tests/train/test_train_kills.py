@@ -118,12 +118,9 @@ def is_running(pid: int) -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in Linux' /proc")
-@pytest.mark.parametrize(
-    ("n", "n_slices", "drawn"),
-    [(2, 2, 1), pytest.param(4, 2, 2, marks=pytest.mark.faults)],  # fifteen processes that import torch: in `make faults`
-)
+@pytest.mark.parametrize(("n", "n_slices", "drawn"), [(2, 2, 1), (4, 2, 2)])
 def test_a_killed_grid_resumes_to_the_bytes_of_an_uninterrupted_one(make_planted, tmp_path: Path, n: int, n_slices: int, drawn: int) -> None:
     """SIGKILL of a drawn rank at a drawn step, not one of the last, of latent-parallel and 2 x 2 training: weights, logs, facts of every SAE.
 
