@@ -105,7 +105,7 @@ def of_one(make_planted, tmp_path_factory) -> dict[str, pl.DataFrame]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "n_slices"), [(2, 1), pytest.param(2, 2, marks=pytest.mark.faults), (4, 2)])
+@pytest.mark.parametrize(("n", "n_slices"), [(2, 1), *(pytest.param(n, 2, marks=pytest.mark.faults) for n in (2, 4))])
 def test_a_grid_of_processes_trains_like_one(make_planted, of_one: dict[str, pl.DataFrame], tmp_path, n: int, n_slices: int) -> None:
     """Gradients, the top k of rows and batches, L0, AuxK and dead latents are those of all latents and of the global batch.
 
