@@ -29,7 +29,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from interp_assets.errors import InterpError
 from interp_assets.garcon.subject import load_subject_model
+from interp_assets.harvest.outliers import norm_limits
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.config import Architecture, PipelineConfig, SaeConfig, demo_config, load_config
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
@@ -156,8 +158,12 @@ class Bench:
         sae = fold_weights(config, weights, self.normalization, self.normalization, (self.d_in,))
         if RECIPES[config.architecture].is_calibrated:
             sae = calibrate_threshold(sae, self.calibration, config.k)
-        sums = evaluate._measure_rows(self.pipeline, self.store, sae, config, None)
-        losses = evaluate._measure_model(self.pipeline, self.store, self.model, sae, config, None)
+        arm = evaluate._Arm(config, sae, norm_limits(self.pipeline, self.store, config))
+        sums = evaluate._measure_rows(self.pipeline, self.store, arm, None)
+        (groups,) = evaluate._measure_model(self.pipeline, self.store, self.model, [arm], None)
+        if isinstance(groups, InterpError):
+            raise groups
+        losses = groups.whole
         recovered = (losses.ce_zero - losses.ce_sae) / (losses.ce_zero - losses.ce_clean)
         return {"fvu": sums.fvu, "l0": sums.l0, "ce_recovered": recovered, "dead_share": sums.dead_share}
 

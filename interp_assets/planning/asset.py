@@ -276,6 +276,8 @@ class Asset:
     """Whether partitions of later assets are known only when it is made: it adds to the plan."""
     is_made_together: bool = False
     """Whether a run's partitions are one piece of work, done when it is prepared; others are made alone, on any machine."""
+    may_part: bool = False
+    """With `is_made_together`: whether its partitions may be made apart all the same, each on a machine of its own."""
     is_one_run: bool = False
     """Whether a backfill makes all partitions in one run; else so many as `execution.partitions_per_run`, side by side."""
     may_go: bool = False
@@ -299,7 +301,7 @@ class Asset:
     @property
     def can_spread(self) -> bool:
         """Whether a partition can be made on any machine; one without partitions is sent there beside siblings only."""
-        return self.make is not None and not self.is_made_together
+        return self.make is not None and (self.may_part or not self.is_made_together)
 
     def partition_keys(self, pipeline: Pipeline) -> list[str]:
         """List all partitions in order; `[""]` without partitions."""

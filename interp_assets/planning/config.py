@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from interp_assets.errors import ConfigError
+from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.identity import leave_out_later
 from interp_assets.planning.options import find_faults
@@ -472,8 +473,8 @@ def _check_task(sae: SaeConfig, hook_points: list[str]) -> None:
         raise ValueError(message)
 
 
-def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) -> PipelineConfig:
-    """Read a YAML configuration; `overrides` replace top-level keys, and `INTERP_ROOT` replaces `root` if it is set.
+def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None, settings: Sequence[str] = ()) -> PipelineConfig:
+    """Read a YAML configuration; `overrides` replace top-level keys, `INTERP_ROOT` replaces `root` if it is set, `settings` are `path=value`.
 
     Text, model and imported SAEs of relative paths are looked for in the working directory, then beside the file. `root` is relative to the former.
 
@@ -494,7 +495,8 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None) ->
     if not isinstance(content, dict):
         raise ConfigError(f"{where} must hold keys and values (name, corpus, model, ...), not a {type(content).__name__}.")
     moved = {"root": os.environ[ROOT_VARIABLE]} if os.environ.get(ROOT_VARIABLE) else {}
-    return _find_beside(make_config({**content, **moved, **(overrides or {})}, where=str(where)), where.resolve().parent)
+    changed = set_values({**content, **moved, **(overrides or {})}, settings)
+    return _find_beside(make_config(changed, where=str(where)), where.resolve().parent)
 
 
 def _find_beside(config: PipelineConfig, folder: Path) -> PipelineConfig:
@@ -526,6 +528,9 @@ def _explain_yaml(error: yaml.YAMLError) -> str:
 def make_config(content: dict[str, Any], where: str = "the configuration") -> PipelineConfig:
     """Check a configuration given as plain data. Raises `ConfigError`, one line per wrong field."""
     _check_addresses(content, where)
+    if isinstance(content.get("saes"), list):
+        defaults = {name: field.default for name, field in SaeConfig.model_fields.items()}
+        content = {**content, "saes": expand(content["saes"], defaults)}
     try:
         return PipelineConfig.model_validate(content)
     except ValidationError as error:
@@ -538,7 +543,10 @@ def make_config(content: dict[str, Any], where: str = "the configuration") -> Pi
                 "loc": where_it_is,
                 "msg": f"{before['msg']} or {item['msg'].removeprefix('Input should be ')}" if before else item["msg"],
             }
-        lines = [_explain(item) for item in found.values()]
+        alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for item in found.values():
+            alike.setdefault((*(part for part in item["loc"] if isinstance(part, str)), item["msg"], repr(item["input"])), []).append(item)
+        lines = [_explain(items[0]) + (f", and {len(items) - 1:,} more of the list" if len(items) > 1 else "") for items in alike.values()]
         raise ConfigError(f"{where} has {len(lines)} wrong {'field' if len(lines) == 1 else 'fields'}:\n" + "\n".join(lines)) from error
 
 
@@ -559,6 +567,8 @@ def _explain(item: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(item["loc"][-1]), model.model_fields, n=1) if model else []
         return f"  {where}: there is no such field{f'; did you mean {near[0]!r}?' if near else ''} (got {item['input']!r:.80})"
     message = str(item["msg"]).removeprefix("Value error, ")
+    if path[:1] == ["saes"] and isinstance(item["input"], list) and item["type"].endswith(("_type", "_parsing")):
+        message += f"; to try all of them: each: {{{'.'.join(path[1:])}: {item['input']!r:.60}}}"
     return f"  {where}: {message}" + ("" if isinstance(item["input"], dict) else f" (got {item['input']!r:.80})")
 
 

@@ -7,6 +7,7 @@ An artifact's id promises equal bytes on one kind of device only: a shard made a
 keep the digests of what they were made from (`Reads.remember`, `Asset.lineage`), and what was made from other bytes counts as missing.
 """
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -53,11 +54,25 @@ class Road:
         return self._by_key[tuple(name.split("/"))]
 
     def select(self, names: Sequence[str]) -> list[Asset]:
-        """Return the named assets, all when none is named. Raises `ConfigError` for a name that there is not."""
-        known = {asset.name for asset in self._assets}
-        if unknown := sorted(set(names) - known):
-            raise ConfigError(f"There is no asset {', '.join(map(repr, unknown))}; this pipeline has {', '.join(sorted(known))}.")
-        return [asset for asset in self._assets if not names or asset.name in set(names)]
+        """Return the named assets, all when none is named; `+name` is one and all before it. Raises `ConfigError` for a name that there is not."""
+        known = {asset.name: asset for asset in self._assets}
+        if unknown := sorted({name.removeprefix("+") for name in names} - set(known)):
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"There is no asset {', '.join(map(repr, unknown))}; this pipeline has {', '.join(sorted(known))}.{hint}")
+        chosen: set[str] = set()
+        for name in names:
+            chosen |= {item.name for item in self._up_to(known[name[1:]])} if name.startswith("+") else {name}
+        return [asset for asset in self._assets if not names or asset.name in chosen]
+
+    def _up_to(self, asset: Asset) -> list[Asset]:
+        """Return an asset and all that it reads, directly or not."""
+        found, due = [asset], [asset]
+        while due:
+            read = [self._by_key[item.key] for item in due.pop().reads]
+            new = [item for item in read if not item.is_external and item not in found]
+            found, due = found + new, due + new
+        return found
 
     def check(self, pipeline: Pipeline, store: Store) -> None:
         """Raise `PlanError` with all that is known to stop an asset, before any work."""

@@ -12,6 +12,7 @@ import socket
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,8 +33,10 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 _INTERRUPTED = 130
+_MANY_SAES = 256
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline's YAML file. Default: the demo pipeline.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="A field for this time, `saes.*.k=64` or `corpus.max_shards=4`; several times.")]
 ReadAgain = Annotated[bool, typer.Option("--read-again", help="Plan from all text and weights, also of files that look unchanged.")]
 PathArgument = Annotated[str, typer.Argument(help="An artifact's folder, or any folder above artifacts; a path or s3:// address.")]
 PortOption = Annotated[int, typer.Option(help="Port of the feature browser; the next free one is taken when it is in use.")]
@@ -57,11 +60,27 @@ def demo(
 @app.command()
 def run(
     config: ConfigOption = None,
-    select: Annotated[list[str] | None, typer.Option(help="Only this asset, for example `activations`; may be given several times.")] = None,
+    select: Annotated[
+        list[str] | None, typer.Option(help="Only this asset, for example `activations`; `+sweep` is all up to it. May be given several times.")
+    ] = None,
     read_again: ReadAgain = False,
+    settings: Settings = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Also where a sweep has more than 256 SAEs.")] = False,
 ) -> None:
     """Materialize what is missing of a pipeline, from text to the feature browser's bundle."""
-    _run(_load(config, read_again=read_again), select or [])
+    loaded = _load(config, read_again=read_again, settings=settings)
+    if len(loaded.saes) > _MANY_SAES and not yes:
+        raise InputError(f"{len(loaded.saes):,} SAEs would be trained. `interp plan` says what that takes; --yes begins it.")
+    _run(loaded, select or [])
+    _say(explain_result(loaded, config))
+
+
+@app.command("config")
+def show_config(config: ConfigOption = None, settings: Settings = None) -> None:
+    """Print what a configuration comes to: sweeps written out, defaults and --set filled in."""
+    from interp_assets.terminal.resolved import print_config
+
+    print_config(out, err, _load(config, settings=settings))
 
 
 @app.command()
@@ -140,13 +159,14 @@ def plan(
     smallest_range: Annotated[str, typer.Option("--range", help="Smallest range of a bucket in a job's file.")] = "8MiB",
     workers: Annotated[int | None, typer.Option(help="Jobs that run at once. Default: execution.workers; 64 with --rows.", min=1)] = None,
     read_again: ReadAgain = False,
+    settings: Settings = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="With --rows: run the cheapest plan on row numbers, without a row.")] = False,
 ) -> None:
     """Say what a pipeline will make before anything is made: partitions, rows, bytes, memory and time of each asset, and what the shuffle costs."""
     if rows is None:
         from interp_assets.terminal.forecast import print_plan
 
-        print_plan(out, _load(config, read_again=read_again), workers)
+        print_plan(out, _load(config, read_again=read_again, settings=settings), workers)
         return
     from interp_assets.planning.machine import Prices
     from interp_assets.terminal.quote import parse_size, print_quote, print_simulation
@@ -276,7 +296,8 @@ def serve(
     port = _free_port(host, port)
     hint = "add /?token= and the token the first time; " if token or known else ""
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    out.print(f"Feature browser: {address}   ({hint}Ctrl-C stops it)", soft_wrap=True, markup=False)
+    what = "Feature browser" if bundles else "Models for notebooks"
+    out.print(f"{what}: {address}   ({hint}Ctrl-C stops it)", soft_wrap=True, markup=False)
     for name in models.names if models else ():
         _say(f'In a notebook:   lab.connect("{address}", "{name}"{", token=..." if token or known else ""})')
     serve_bundles(bundles, host=host, port=port, token=token, desk=desk._replace(models=models, users=known))
@@ -358,10 +379,16 @@ def main() -> None:
         sys.exit(3)
 
 
-def _load(path: Path | None, *, read_again: bool = False) -> "PipelineConfig":
-    from interp_assets.planning.config import demo_config, load_config
+def _load(path: Path | None, *, read_again: bool = False, settings: Sequence[str] | None = None) -> "PipelineConfig":
+    from interp_assets.planning.config import demo_config, load_config, make_config
+    from interp_assets.planning.grammar import set_values
 
-    config = demo_config() if path is None else load_config(path)
+    if path is not None:
+        config = load_config(path, settings=settings or ())
+    else:
+        config = demo_config()
+        content = set_values(config.model_dump(exclude_unset=True), settings or ())
+        config = make_config(content, "the demo's configuration") if settings else config
     return config.model_copy(update={"execution": config.execution.model_copy(update={"read_again": True})}) if read_again else config
 
 
@@ -429,6 +456,18 @@ def explain_opening(config: "PipelineConfig") -> str:
     width = max(map(len, told))
     lines = [f"{interp} {words:{width}}   ({what})" for words, what in told.items()]
     return "\nTo open it: " + "\n            ".join(lines)
+
+
+def explain_result(config: "PipelineConfig", path: Path | None) -> str:
+    """Say by which commands the results of a run are looked at."""
+    from interp_assets.terminal.serving import find_served_bundles
+
+    given = f" --config {path}" if path else ""
+    has_bundles = bool(config.features.saes) and bool(find_served_bundles(None, config, is_needed=False))
+    told = {f"interp serve{given}": "the feature browser"} if has_bundles else {}
+    told |= {f"interp sweep{given}": "all SAEs in one table", f"interp dev{given}": "Dagster's UI"}
+    width = max(map(len, told))
+    return "To look at it: " + "\n               ".join(f"{words:{width}}   ({what})" for words, what in told.items())
 
 
 def _free_port(host: str, port: int) -> int:

@@ -18,6 +18,7 @@ from interp_assets.train.lineage import evaluation_lineage, sae_lineage
 from interp_assets.train.refs import (
     EVALUATION_VERSION,
     IMPORT_VERSION,
+    MODEL_TOKENS,
     PICK_VERSION,
     SWEEP_VERSION,
     TRAIN_VERSION,
@@ -42,6 +43,8 @@ _OF_PRODUCTS = {
     "jump_relu_step": 1.3,
 }
 """Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
+_ENCODING = 2.0
+"""Times that the products of encoding and decoding take where an SAE is measured: its sums are in float64."""
 _SPEEDS = ("step_rows_per_s", "input_wait_share", "peak_memory_bytes", "peak_device_bytes")
 _WEIGHT_COPIES = 5
 """Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
@@ -97,6 +100,8 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             takes=_evaluating,
             work_kind=lambda config, _key: f"sae_evaluation {config.model.name}",
             needs=Needs(accelerator=True),
+            is_made_together=True,
+            may_part=True,
             is_one_run=True,
             checks=(QUALITY_BOUNDS, OUTLIER_ROWS, IMPORTED_FIT),
             code_version=code_version(EVALUATION_VERSION),
@@ -219,10 +224,19 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
 
 
 def _evaluate(job: Job) -> Callable[[str], list[Produced]]:
-    from interp_assets.train.evaluate import evaluate_sae
+    from interp_assets.train.evaluate import evaluate_saes
 
-    model = job.world.model()
-    return lambda key: [evaluate_sae(job.pipeline, job.store, model, key, job.progress.advance)]
+    n_units = sum(_evaluation_units(job.pipeline, job.store))
+    job.progress.begin_together("sae_evaluation", job.keys, n_units * len(job.keys))
+    made = evaluate_saes(job.pipeline, job.store, job.world.model(), job.keys, job.progress.advance)
+
+    def take(key: str) -> list[Produced]:
+        found = made[key]
+        if isinstance(found, InterpError):
+            raise found
+        return [found]
+
+    return take
 
 
 def _show_frequencies(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
@@ -233,11 +247,19 @@ def _show_frequencies(job: Job, _key: str, made: list[Produced]) -> dict[str, Sh
 
 def _evaluating(pipeline: Pipeline, store: Store, key: str) -> Load:
     sae = pipeline.config.sae(key)
-    n_rows, n_shards = count_rows(pipeline, store, pipeline.held_out_indices), len(pipeline.held_out_indices)
+    (n_rows, n_tokens), n_shards = _evaluation_units(pipeline, store), len(pipeline.held_out_indices)
+    n_alike = sum(other.targets == sae.targets for other in pipeline.config.saes)
+    busy_s = (1 + 2 / n_alike) * n_tokens / ROWS_PER_S + _ENCODING * 2.0 * n_rows * (_held_bytes(pipeline, sae)[0] / 4) / ONE_WORKER.flops
     d_in = pipeline.d_in(sae.hook_point)
     read_bytes = n_rows * (RowFormat(d_in, pipeline.config.harvest.dtype).row_bytes + TOKEN_BYTES) + 8.0 * d_in * sae.d_sae
-    held_bytes = sum(_held_bytes(pipeline, sae)) + model_bytes(pipeline)
-    return Load(n_rows, read_bytes, 0, 4 * n_shards, 2, busy_s=3 * n_rows / ROWS_PER_S, memory_bytes=held_bytes)
+    held_bytes = n_alike * _held_bytes(pipeline, sae)[0] + _held_bytes(pipeline, sae)[1] + model_bytes(pipeline)
+    return Load(n_rows, read_bytes, 0, 4 * n_shards, 2, busy_s=busy_s, memory_bytes=held_bytes)
+
+
+def _evaluation_units(pipeline: Pipeline, store: Store) -> tuple[int, int]:
+    """Return the stored rows that an SAE is measured on, and the tokens that go through the model."""
+    n_rows = count_rows(pipeline, store, pipeline.held_out_indices)
+    return n_rows, min(n_rows, MODEL_TOKENS)
 
 
 def _held_bytes(pipeline: Pipeline, sae: SaeConfig) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 
 1. The stored rows of the held-out shards (valid ones) are encoded and decoded: L0, FVU, firing frequencies, shrinkage (`metrics.py`).
 2. The first `MODEL_TOKENS` held-out tokens go through the subject model three times: untouched, with the reconstruction in place of
-   every valid row, and with zeros in place of the same rows (so a BOS, which no SAE sees, is left alone by both). Cross entropy and KL
-   divergence are means over the valid positions that have a next token. A transcoder reads its own hook point in the untouched model
-   and is put in place of its target.
+   every valid row, and with zeros in place of the same rows (so a BOS, which no SAE sees, is left alone by both); SAEs in one place share
+   the first and the last. Cross entropy and KL divergence are means over the valid positions that have a next token. A transcoder reads
+   its own hook point in the untouched model and is put in place of its target.
 
     CE recovered = (CE_zero - CE_sae) / (CE_zero - CE_clean)        KL = mean of KL(clean || sae), in nats
 
@@ -17,7 +17,9 @@ beside it. Formats: `docs/formats/sae_evaluation.md`.
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.corpus.tokens import context_offsets, load_tokens
-from interp_assets.errors import ArtifactMissingError, InputError, NonFiniteError
+from interp_assets.errors import ArtifactMissingError, ConfigError, InputError, InterpError, NonFiniteError, StoreError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.outliers import GroupSums, find_outliers, norm_limits
 from interp_assets.harvest.refs import OUTLIER_MULTIPLE
@@ -35,18 +37,16 @@ from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
-from interp_assets.storage.manifest import ArtifactWriter, Produced, timed
+from interp_assets.storage.manifest import ArtifactWriter, Produced
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.exchange.fit import N_ROWS, Fit
 from interp_assets.train.lineage import evaluation_lineage, hook_points_of
 from interp_assets.train.metrics import ReconstructionSums
-from interp_assets.train.refs import METRICS, evaluation_ref
+from interp_assets.train.refs import METRICS, MODEL_TOKENS, evaluation_ref
 from interp_assets.train.sae import Sae
 
 LATENTS: Final = "latents.parquet"
-MODEL_TOKENS: Final = 1 << 15
-"""Token positions that the subject model is run on."""
 _BLOCK_ROWS: Final = 4096
 """Stored rows that are measured at once: always as many, because sums round by it."""
 _LOGIT_TOKENS: Final = 2048
@@ -85,31 +85,80 @@ class ModelGroups(NamedTuple):
         return ModelSums(*sums)
 
 
-@timed
+class _Arm(NamedTuple):
+    """An SAE that is measured."""
+
+    config: SaeConfig
+    sae: Sae
+    limits: dict[str, float]
+
+
 def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: str, progress: Callable[[int], None] | None = None) -> Produced:
     """Measure the SAE called `name` on the held-out shards; `progress` advances by stored rows, then by tokens run through the model.
 
     Raises `NonFiniteError` when the model's loss is not finite, `InputError` when the held-out shards have no valid row.
     """
-    ref, kept = evaluation_ref(pipeline, name), trace(Digests(store), evaluation_lineage(pipeline, name))
-    if (manifest := find_current(store, ref, kept)) is not None:
-        return Produced(ref, manifest, is_cached=True)
-    config = pipeline.config.sae(name)
-    sae = load_sae(pipeline, store, name).to(model.device)
-    limits = norm_limits(pipeline, store, config)
-    sums = _measure_rows(pipeline, store, sae, config, limits, progress)
+    found = evaluate_saes(pipeline, store, model, [name], progress)[name]
+    if isinstance(found, InterpError):
+        raise found
+    return found
+
+
+def evaluate_saes(
+    pipeline: Pipeline, store: Store, model: SubjectModel, names: Sequence[str], progress: Callable[[int], None] | None = None
+) -> dict[str, Produced | InterpError]:
+    """Measure SAEs; those that are put in one place share the model's untouched pass and that with zeros: 14 forwards for 12 SAEs instead of 36.
+
+    Returns for each its artifact, or what kept it from being measured.
+    """
+    made: dict[str, Produced | InterpError] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        groups.setdefault(pipeline.config.sae(name).targets, []).append(name)
+    for group in groups.values():
+        made |= _evaluate_group(pipeline, store, model, group, progress)
+    return {name: made[name] for name in names}
+
+
+def _evaluate_group(
+    pipeline: Pipeline, store: Store, model: SubjectModel, names: Sequence[str], progress: Callable[[int], None] | None
+) -> dict[str, Produced | InterpError]:
+    started_s, made = time.perf_counter(), dict[str, Produced | InterpError]()
+    kept: dict[str, dict[str, str]] = {}
+    arms: list[_Arm] = []
+    sums: dict[str, ReconstructionSums] = {}
+    for name in names:
+        try:
+            kept[name] = trace(Digests(store), evaluation_lineage(pipeline, name))
+            if (manifest := find_current(store, evaluation_ref(pipeline, name), kept[name])) is not None:
+                made[name] = Produced(evaluation_ref(pipeline, name), manifest, is_cached=True, wall_s=0.0)
+                continue
+            config = pipeline.config.sae(name)
+            arm = _Arm(config, load_sae(pipeline, store, name).to(model.device), norm_limits(pipeline, store, config))
+            sums[name] = _measure_rows(pipeline, store, arm, progress)
+        except (ConfigError, StoreError):
+            raise  # it would meet them all
+        except InterpError as error:
+            made[name] = error
+        else:
+            arms.append(arm)
     reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else "the subject model has no causal language-model head"
-    if config.task == "crosscoder":
+    if pipeline.config.sae(names[0]).task == "crosscoder":
         reason = "a crosscoder reconstructs several hook points at once"
-    model_sums = None if reason else _measure_model(pipeline, store, model, sae, config, limits, progress)
-    with create_current(store, ref, kept) as art:
-        save_evaluation(art, sums, model_sums, reason)
-    return art.produced
+    measured = [None] * len(arms) if reason or not arms else _measure_model(pipeline, store, model, arms, progress)
+    for arm, found in zip(arms, measured, strict=True):
+        name = arm.config.name
+        if isinstance(found, InterpError):
+            made[name] = found
+            continue
+        with create_current(store, evaluation_ref(pipeline, name), kept[name]) as art:
+            save_evaluation(art, sums[name], found, reason)
+        made[name] = art.produced._replace(wall_s=(time.perf_counter() - started_s) / len(arms))
+    return made
 
 
-def _measure_rows(
-    pipeline: Pipeline, store: Store, sae: Sae, config: SaeConfig, limits: dict[str, float], progress: Callable[[int], None] | None
-) -> ReconstructionSums:
+def _measure_rows(pipeline: Pipeline, store: Store, arm: _Arm, progress: Callable[[int], None] | None) -> ReconstructionSums:
+    config, sae, limits = arm
     sums = ReconstructionSums(sae, torch.cat([load_statistics(pipeline, store, name).mean for name in config.targets]))
     for block in iter_held_out_rows(pipeline, store, config):
         sums.add(block.x, block.y, find_outliers(block.by_hook_point, limits))
@@ -165,51 +214,35 @@ def iter_held_out_rows(pipeline: Pipeline, store: Store, config: SaeConfig) -> I
 
 
 def _measure_model(
-    pipeline: Pipeline,
-    store: Store,
-    model: SubjectModel,
-    sae: Sae,
-    config: SaeConfig,
-    limits: dict[str, float],
-    progress: Callable[[int], None] | None,
-) -> ModelGroups:
-    total = torch.zeros(2, 6, dtype=torch.float64)
+    pipeline: Pipeline, store: Store, model: SubjectModel, arms: Sequence[_Arm], progress: Callable[[int], None] | None
+) -> list[ModelGroups | InterpError]:
+    """Return the sums of each SAE, or an error where they are not finite."""
+    totals = [torch.zeros(2, 6, dtype=torch.float64) for _ in arms]
     n_left = MODEL_TOKENS
     for batch in _iter_contexts(pipeline, store):
-        total += _measure_contexts(model, sae, config, batch, limits)
+        totals = [total + found for total, found in zip(totals, _measure_contexts(model, arms, batch), strict=True)]
         n_tokens = int(batch.is_token.sum())
         if progress is not None:
-            progress(n_tokens)
+            progress(n_tokens * len(arms))
         n_left -= n_tokens
         if n_left <= 0:
             break
+    return [_check_sums(model, arm.config, total) for arm, total in zip(arms, totals, strict=True)]
+
+
+def _check_sums(model: SubjectModel, config: SaeConfig, total: Tensor) -> ModelGroups | InterpError:
     if not bool(torch.isfinite(total).all()):
-        raise NonFiniteError(
-            f"The loss of {model.name} on the held-out shards is not finite ({total.tolist()}) with the SAE at {config.targets[0]} in place. "
-            "Try model.dtype float32, and look at the SAE's training curve."
+        return NonFiniteError(
+            f"The loss of {model.name} on the held-out shards is not finite ({total.tolist()}) with the SAE {config.name!r} at {config.targets[0]} "
+            "in place. Try model.dtype float32, and look at the SAE's training curve."
         )
     return ModelGroups(*(ModelSums(int(n), *sums) for n, *sums in total.tolist()))
 
 
-def _measure_contexts(model: SubjectModel, sae: Sae, config: SaeConfig, batch: _Contexts, limits: dict[str, float]) -> Tensor:
-    """Return the six sums of `ModelSums` over the ordinary rows and over the outliers of one batch of contexts: `[2, 6]`."""
+def _measure_contexts(model: SubjectModel, arms: Sequence[_Arm], batch: _Contexts) -> Iterator[Tensor]:
+    """Yield for each SAE the six sums of `ModelSums` over the ordinary rows and over the outliers of one batch of contexts: `[2, 6]`."""
     token_ids, is_valid = batch.token_ids.to(model.device), batch.is_valid.to(model.device)
-
-    read: Tensor | None = None
-    if config.is_transcoder:
-        read = model.capture(token_ids, batch.is_token, [config.hook_point])[config.hook_point]
-    is_outlier = torch.zeros_like(is_valid)
-
-    def reconstruct(rows: Tensor) -> Tensor:
-        x = (rows if read is None else read.to(rows.device)).flatten(0, 1).float()
-        here = {config.targets[0]: rows} | ({} if read is None else {config.hook_point: read.to(rows.device)})
-        is_outlier.copy_(find_outliers(here, limits))
-        x_hat = sae.reconstruct(x, sae.encode(x)).view(rows.shape).to(rows.dtype)
-        return torch.where(is_valid[..., None], x_hat, rows)
-
-    def ablate(rows: Tensor) -> Tensor:
-        return torch.where(is_valid[..., None], 0.0, rows)
-
+    target = arms[0].config.targets[0]
     measured = (is_valid[:, :-1] & batch.is_token[:, 1:].to(model.device)).flatten()
     targets = token_ids[:, 1:].flatten()[measured]
 
@@ -217,14 +250,32 @@ def _measure_contexts(model: SubjectModel, sae: Sae, config: SaeConfig, batch: _
         return logits[:, :-1].flatten(0, 1)[measured].float().log_softmax(dim=1)
 
     clean = log_probabilities(model.logits(token_ids, batch.is_token))
-    columns = [torch.ones_like(targets), -clean.gather(1, targets[:, None])[:, 0]]
-    divergences: list[Tensor] = []
-    for replace in (reconstruct, ablate):
-        patched = log_probabilities(model.logits_with_patch(token_ids, batch.is_token, config.targets[0], replace))
-        columns.append(-patched.gather(1, targets[:, None])[:, 0])
-        divergences.append((clean.exp() * (clean - patched)).sum(1))
-    found, apart = torch.stack([value.double().cpu() for value in (*columns, *divergences)]), is_outlier[:, :-1].flatten()[measured].cpu()
-    return torch.stack([found[:, ~apart].sum(1), found[:, apart].sum(1)])
+
+    def compare(replace: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return cross entropy and divergence from the untouched model at each position, with the target's rows replaced."""
+        patched = log_probabilities(model.logits_with_patch(token_ids, batch.is_token, target, replace))
+        return -patched.gather(1, targets[:, None])[:, 0], (clean.exp() * (clean - patched)).sum(1)
+
+    read = {config.hook_point for config, _, _ in arms if config.is_transcoder}
+    captured = model.capture(token_ids, batch.is_token, sorted(read)) if read else {}
+    ce_clean = -clean.gather(1, targets[:, None])[:, 0]
+    ce_zero, kl_zero = compare(lambda rows: torch.where(is_valid[..., None], 0.0, rows))
+    for arm in arms:
+        is_outlier = torch.zeros_like(is_valid)
+        ce_sae, kl_sae = compare(partial(_reconstruct, arm, captured, is_valid, is_outlier))
+        columns = (torch.ones_like(targets), ce_clean, ce_sae, ce_zero, kl_sae, kl_zero)
+        found, apart = torch.stack([value.double().cpu() for value in columns]), is_outlier[:, :-1].flatten()[measured].cpu()
+        yield torch.stack([found[:, ~apart].sum(1), found[:, apart].sum(1)])
+
+
+def _reconstruct(arm: _Arm, captured: dict[str, Tensor], is_valid: Tensor, is_outlier: Tensor, rows: Tensor) -> Tensor:
+    """Return rows with what an SAE makes of them in the place of the valid ones, and note which are outliers."""
+    config, sae, limits = arm
+    here = {config.targets[0]: rows} | ({config.hook_point: captured[config.hook_point].to(rows.device)} if config.is_transcoder else {})
+    x = (here[config.hook_point] if config.is_transcoder else rows).flatten(0, 1).float()
+    is_outlier.copy_(find_outliers(here, limits))
+    x_hat = sae.reconstruct(x, sae.encode(x)).view(rows.shape).to(rows.dtype)
+    return torch.where(is_valid[..., None], x_hat, rows)
 
 
 def _iter_contexts(pipeline: Pipeline, store: Store) -> Iterator[_Contexts]:

@@ -14,6 +14,8 @@ TRAINING: Final = "training.parquet"
 """The logged steps of a training."""
 METRICS: Final = "metrics.json"
 """The measurements of an SAE, in the terms of SAEBench."""
+MODEL_TOKENS: Final = 1 << 15
+"""Token positions that the subject model is run on to measure an SAE."""
 TRAIN_VERSION = 7
 """Raise it when the same rows would give other weights, or an SAE keeps other digests."""
 

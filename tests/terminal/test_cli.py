@@ -17,7 +17,8 @@ from tiny_models import make_tiny_config, save_model, write_texts
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from interp_assets.errors import InputError, PlanError, explain_missing, find_no_room
+from interp_assets.errors import ConfigError, InputError, PlanError, explain_missing, find_no_room
+from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import PipelineConfig, demo_config, load_config
 from interp_assets.planning.progress import AssetReport
 from interp_assets.storage.manifest import create_artifact, make_ref
@@ -28,6 +29,7 @@ from interp_assets.terminal.starter import make_starter
 
 OPTIONS = {
     "backfill": ["--config", "--failed", "--partition", "--select"],
+    "config": ["--config", "--set"],
     "costs": ["--config"],
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
@@ -37,8 +39,8 @@ OPTIONS = {
     "init": ["path"],
     "inspect": ["path"],
     "labels": [],
-    "plan": ["--config", "--memory", "--range", "--read-again", "--row-bytes", "--rows", "--simulate", "--workers"],
-    "run": ["--config", "--read-again", "--select"],
+    "plan": ["--config", "--memory", "--range", "--read-again", "--row-bytes", "--rows", "--set", "--simulate", "--workers"],
+    "run": ["--config", "--read-again", "--select", "--set", "--yes"],
     "serve": ["--config", "--host", "--model", "--notes", "--port", "--token-file", "--users", "--weights", "path"],
     "steer": ["--config", "--new-tokens", "--prompt", "--seed", "--temperature", "recipe"],
     "sweep": ["--config", "--csv", "--sort"],
@@ -518,3 +520,35 @@ def test_verify_of_a_pipeline_wants_no_folder_besides(artifacts: Path) -> None:
     result = invoke("verify", str(artifacts), "--config", "p.yaml")
     assert isinstance(result.exception, InputError)
     assert "name one of the two" in str(result.exception)
+
+
+def test_the_resolved_configuration_is_one_that_means_the_same(tmp_path: Path) -> None:
+    """What `interp config` prints can be saved and run: the sweep written out, the setting in it; what decides nothing is said beside it."""
+    path, again = tmp_path / "s.yaml", tmp_path / "again.yaml"
+    path.write_text("name: s\nsaes:\n  - {name: a, architecture: relu, k: 3, each: {seed: {count: 2}}}\nfeatures: {saes: []}\n")
+    shown = invoke("config", "--config", str(path), "--set", "saes.*.d_sae=64", "--set", "execution.workers=2")
+    again.write_text(shown.stdout)
+    config = load_config(again)
+    assert [(sae.name, sae.seed, sae.d_sae) for sae in config.saes] == [("a-seed0", 0, 64), ("a-seed1", 1, 64)]
+    assert config == load_config(path, settings=["saes.*.d_sae=64", "execution.workers=2"])
+    assert shown.stderr == "`k` decides nothing for relu: 2 SAEs (a-seed0, a-seed1)\n"
+    assert '"name": "demo-k8"' in invoke("config", "--set", "saes.*.k=[8, 16]", "--set", "features.saes=[]").stdout
+
+
+def test_more_saes_than_anybody_wants_by_accident_need_a_yes(tmp_path: Path) -> None:
+    """A range too many is 300 SAEs: refused before anything is begun."""
+    path = tmp_path / "s.yaml"
+    path.write_text("root: memory://s\nsaes:\n  - {name: a, each: {seed: {count: 300}}}\nfeatures: {saes: []}\n")
+    refused = invoke("run", "--config", str(path)).exception
+    assert isinstance(refused, InputError)
+    assert "300 SAEs would be trained. `interp plan` says what that takes; --yes begins it" in str(refused)
+
+
+def test_all_up_to_an_asset_is_selected_with_a_plus() -> None:
+    """Whoever wants the table of a sweep does not want to name what it is made of, nor to make features."""
+    road = make_road(demo_config())
+    names = [asset.name for asset in road.select(["+sweep"])]
+    assert names == [asset.name for asset in road if not asset.name.startswith("features/")]
+    assert [asset.name for asset in road.select(["+token_shards", "sweep"])] == ["corpus_plan", "token_shards", "sweep"]
+    with pytest.raises(ConfigError, match=r"There is no asset 'swep'; this pipeline has .*Did you mean 'sweep'\?"):
+        road.select(["+swep"])

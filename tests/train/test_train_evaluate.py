@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,12 +24,12 @@ from interp_assets.harvest.refs import OUTLIER_MULTIPLE, activation_shard_ref, s
 from interp_assets.harvest.statistics import STATISTICS, ActivationStatistics, as_tensors, measure_rows
 from interp_assets.planning.config import make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
-from interp_assets.storage.manifest import create_artifact, read_file
+from interp_assets.storage.manifest import Produced, create_artifact, read_file
 from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import load_sae, save_sae
 from interp_assets.train.checks import OUTLIER_ROWS, QUALITY_BOUNDS
-from interp_assets.train.evaluate import _measure_model, evaluate_sae, save_evaluation
+from interp_assets.train.evaluate import ModelGroups, _Arm, _measure_model, evaluate_sae, evaluate_saes, save_evaluation
 from interp_assets.train.metrics import ReconstructionSums, max_cosines
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
@@ -414,13 +415,42 @@ def test_cross_entropy_is_told_apart_for_outliers_and_others() -> None:
     median = float(world.rows.norm(dim=1).median())
     model, sae = world.model, load_sae(world.pipeline, world.store, "demo")
     config = world.pipeline.config.sae("demo")
-    groups = _measure_model(world.pipeline, world.store, model, sae, config, {HOOK: median}, None)
-    whole = _measure_model(world.pipeline, world.store, model, sae, config, {HOOK: math.inf}, None)
+    arms = [_Arm(config, sae, {HOOK: limit}) for limit in (median, math.inf)]
+    groups, whole = _measure_model(world.pipeline, world.store, model, arms, None)
+    assert isinstance(groups, ModelGroups)
+    assert isinstance(whole, ModelGroups)
     assert groups.whole == pytest.approx(whole.ordinary)
     assert whole.outliers.n == 0
     contexts = zip(split(world.valid), split((world.rows.norm(dim=1) > median).numpy()), strict=True)
     assert groups.outliers.n == sum(int((valid & large)[:-1].sum()) for valid, large in contexts)
     assert 0 < groups.outliers.n < whole.ordinary.n
+
+
+def test_saes_in_one_place_share_the_untouched_model_and_the_zeros() -> None:
+    """Each SAE ran the model three times: 36 forwards for 12 SAEs, of which 22 gave what was known. The numbers are those of each alone."""
+    names = ["demo", "second", "broken", "third"]
+
+    def make_three() -> World:
+        world = make_world()
+        arms = [world.pipeline.config.saes[0].model_copy(update={"name": name, "seed": seed}) for seed, name in enumerate(names)]
+        pipeline = Pipeline(world.pipeline.config.model_copy(update={"saes": arms}), world.pipeline.plan)
+        sae = load_sae(pipeline, world.store, "demo")
+        for scale, name in ((0.5, "second"), (0.25, "third"), (math.nan, "broken")):
+            with create_artifact(world.store, sae_ref(pipeline, name)) as art:
+                save_sae(art, replace(sae, W_dec=sae.W_dec * scale), pipeline, pipeline.config.sae(name), l0=1.0)
+        return world._replace(pipeline=pipeline)
+
+    together, alone = make_three(), make_three()
+    n_forwards: list[int] = []
+    handle = together.model.net.register_forward_hook(lambda *_: n_forwards.append(1))
+    found = evaluate_saes(together.pipeline, together.store, together.model, names)
+    handle.remove()
+    assert len(n_forwards) == 2 + len(names)
+    assert isinstance(found["broken"], NonFiniteError)
+    for name in ("demo", "second", "third"):
+        item = found[name]
+        assert isinstance(item, Produced)
+        assert item.manifest.digest == evaluate_sae(alone.pipeline, alone.store, alone.model, name).manifest.digest
 
 
 def test_rows_without_variance_give_numbers() -> None:
