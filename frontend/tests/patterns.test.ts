@@ -86,7 +86,7 @@ const heads = {
     { layer: 1, n_heads: 2, n_key_heads: 1, window: null, softcap: null, has_sinks: false },
     { layer: 3, n_heads: 1, n_key_heads: 1, window: null, softcap: null, has_sinks: false },
   ],
-  heads: { layer: [1, 1, 3], head: [0, 1, 0], rows: [5, 5, 5], induction: [0.5, null, 0.7], uniform_induction: [0.1, null, 0.1], first: [0.5, 0.9, 0.1], self: [0.1, 0.05, 0.1], duplicate: [null, null, null] },
+  heads: { layer: [1, 1, 3], head: [0, 1, 0], rows: [5, 5, 5], induction: [0.5, null, 0.7], uniform_induction: [0.1, null, 0.1], first: [0.5, 0.9, 0.1], self: [0.1, 0.05, 0.1], learned_sink: [0, 0, 0], duplicate: [null, null, null] },
 } as unknown as Heads;
 
 describe('heads', () => {

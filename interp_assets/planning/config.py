@@ -35,6 +35,10 @@ from interp_assets.storage.foreign import parse_yaml
 from interp_assets.storage.store import check_address
 
 DEMO_MODEL = "builtin:pystdlib_gpt2"
+_READER = 'class Reader:\n    def __init__(self, path, mode="r"):\n        self.path = path\n        self.mode = mode\n\n'
+_WRITER = 'class Writer:\n    def __init__(self, path, mode="w"):\n        self.path = path\n        self.mode = mode\n'
+DEMO_PROMPTS = {"repeated": _READER + _WRITER, "renamed": _READER + _WRITER.replace("mode", "flags")}
+"""What is said twice shows heads that copy; with another name in the second half, what they do without."""
 """The language model that ships with this package."""
 
 ROOT_VARIABLE = "INTERP_ROOT"
@@ -311,6 +315,8 @@ class HeadsConfig(_Config):
     """Examples shown from one interval."""
     key_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
     """Tokens that masses are told apart by: the most frequent ones of the first shard; all others are counted together."""
+    max_shards: Annotated[int, Field(ge=1)] = 1 << 20
+    """Corpus shards whose text is read, the first ones: what heads do shows in a few, and a forward over all text is the price."""
     prompts: dict[Name, str] = {}
     """Texts by name, over each of which every head's whole pattern is kept."""
 
@@ -590,4 +596,6 @@ def demo_config() -> PipelineConfig:
     """Return the embedded default: the shipped model on a million tokens of the standard library, under `INTERP_ROOT` (default `data`)."""
     sae = SaeConfig(batch_rows=2048, learning_rate=1e-3, n_rows=1_500_000)
     shuffle = ShuffleConfig(passes=2, fan_out=8)  # its rows fit one job: stated, so that it shows what larger data need
-    return PipelineConfig(root=os.environ.get(ROOT_VARIABLE, "data"), corpus=CorpusConfig(max_shards=12), shuffle=shuffle, saes=[sae])
+    heads = HeadsConfig(max_shards=2, prompts=DEMO_PROMPTS)  # a sixth of the text: the ranking of the heads is that of all of it
+    root = os.environ.get(ROOT_VARIABLE, "data")
+    return PipelineConfig(root=root, corpus=CorpusConfig(max_shards=12), heads=heads, shuffle=shuffle, saes=[sae])

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, heads_of, prompt_ref, records_ref
+from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, head_shards, heads_of, prompt_ref, records_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, read_file, timed
@@ -108,8 +108,8 @@ def _describe(pipeline: Pipeline) -> dict[str, Any]:
         "is_synthetic": False,
         "pipeline": config.name,
         "model": {"name": config.model.shown_name, "revision": config.model.revision, "fingerprint": pipeline.plan.model_fingerprint},
-        "corpus": {"source": config.corpus.source, "n_shards": len(pipeline.plan.shards), "context_length": config.corpus.context_length},
-        "evidence": heads_of(pipeline).model_dump(exclude={"layers", "prompts"}),
+        "corpus": {"source": config.corpus.source, "n_shards": len(head_shards(pipeline)), "context_length": config.corpus.context_length},
+        "evidence": heads_of(pipeline).model_dump(exclude={"layers", "prompts", "max_shards"}),
         "records": {"version": HEAD_RECORD_VERSION},
     }
 

@@ -15,6 +15,9 @@ def test_the_demo_needs_no_file() -> None:
     config = demo_config()
     assert config.corpus.source == "stdlib"
     assert config.sae("demo").hook_point in config.harvest.hook_points
+    assert config.heads
+    assert config.heads.max_shards < config.corpus.max_shards
+    assert set(config.heads.prompts) == {"repeated", "renamed"}
 
 
 def test_a_yaml_file_becomes_a_configuration(tmp_path: Path) -> None:

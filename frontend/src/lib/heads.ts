@@ -122,8 +122,9 @@ export function listHeads(heads: Heads, statistic: string): HeadLine[] {
   });
 }
 
-/** The statistics that a bundle has, those that no head has left out. */
-export const statisticsOf = (heads: Heads): typeof STATISTICS => STATISTICS.filter(({ key }) => heads.heads[key]?.some((value) => value !== null));
+/** The statistics that a bundle has; what no head has is left out, and a learned sink where none is learned. */
+export const statisticsOf = (heads: Heads): typeof STATISTICS =>
+  STATISTICS.filter(({ key }) => heads.heads[key]?.some((value) => value !== null) && (key !== 'learned_sink' || heads.layers.some((layer) => layer.has_sinks)));
 
 /** The head beside one: `across` in its layer, and on into the next; `along` at the same place of another layer. */
 export function besideHead(heads: Heads, name: string, across: number, along: number): string | null {

@@ -7,6 +7,7 @@ from interp_assets.corpus.sizes import TEXT_BYTES_PER_TOKEN, TOKEN_BYTES, rows_o
 from interp_assets.harvest.heads.checks import MASS_CONSERVED, RECORDS_COMPLETE
 from interp_assets.harvest.heads.refs import (
     HEAD_RECORD_VERSION,
+    HEAD_SHARDS,
     HEADS_VERSION,
     LAYERS,
     PROMPT_VERSION,
@@ -15,6 +16,7 @@ from interp_assets.harvest.heads.refs import (
     examples_lineage,
     examples_ref,
     head_counts,
+    head_shards,
     heads_of,
     layer_index,
     model_heads,
@@ -28,7 +30,7 @@ from interp_assets.harvest.heads.refs import (
     tokens_ref,
 )
 from interp_assets.harvest.sizes import forward_s, model_bytes
-from interp_assets.planning.asset import SHARDS, Asset, Axis, Job, Load, Markdown, Needs, Shown, every, only, same, whole
+from interp_assets.planning.asset import Asset, Axis, Job, Load, Markdown, Needs, Shown, every, only, same, whole
 from interp_assets.planning.config import HeadsConfig, PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.storage.manifest import Produced
@@ -76,7 +78,7 @@ def _finding(heads: HeadsConfig) -> list[Asset]:
                 "What one corpus shard holds of every attention head: where it looks, as exact sums beside chance, and the rows that examples can "
                 "come from. The unit of work is a corpus shard, one forward without logits. Look at the map of the heads."
             ),
-            axis=SHARDS,
+            axis=HEAD_SHARDS,
             reads=(same("token_shards"), whole("head_tokens")),
             artifacts=lambda pipeline, _store, key: [candidates_ref(pipeline, shard_index(key))],
             lineage=lambda pipeline, _store, key: candidates_lineage(pipeline, shard_index(key)),
@@ -118,7 +120,7 @@ def _showing(heads: HeadsConfig) -> list[Asset]:
                 "The strongest keys of the queries around each example that lies in one shard; only contexts that hold one are run again. "
                 "The unit of work is a corpus shard. Look at the number of contexts."
             ),
-            axis=SHARDS,
+            axis=HEAD_SHARDS,
             reads=(every("head_examples"), same("token_shards")),
             artifacts=lambda pipeline, _store, key: [patterns_ref(pipeline, shard_index(key))],
             lineage=lambda pipeline, _store, key: patterns_lineage(pipeline, shard_index(key)),
@@ -250,14 +252,14 @@ def _finding_takes(pipeline: Pipeline, store: Store, key: str) -> Load:
 
 
 def _merging(pipeline: Pipeline, _store: Store, key: str) -> Load:
-    n_heads, n_shards = head_counts(pipeline).get(layer_index(key), 0), len(pipeline.shard_indices)
+    n_heads, n_shards = head_counts(pipeline).get(layer_index(key), 0), len(head_shards(pipeline))
     n_bytes = n_heads * (CANDIDATE_BYTES + MASS_BYTES * heads_of(pipeline).key_tokens)
     return Load(0, n_bytes * n_shards, n_bytes, 3 * n_shards, 2, memory_bytes=n_bytes * n_shards)
 
 
 def _keeping(pipeline: Pipeline, store: Store, key: str) -> Load:
     n_rows, config = rows_of(pipeline, store, shard_index(key)), heads_of(pipeline)
-    n_heads, n_shards = sum(head_counts(pipeline).values()), max(1, len(pipeline.shard_indices))
+    n_heads, n_shards = sum(head_counts(pipeline).values()), max(1, len(head_shards(pipeline)))
     n_examples = n_heads * (config.top_k + config.n_intervals * config.examples_per_interval) / n_shards
     run_again = min(n_rows, n_examples * pipeline.config.corpus.context_length)
     n_inputs = 2 * len(head_counts(pipeline)) + 2
@@ -267,8 +269,8 @@ def _keeping(pipeline: Pipeline, store: Store, key: str) -> Load:
 
 def _writing(pipeline: Pipeline, store: Store, key: str) -> Load:
     n_bytes = head_counts(pipeline).get(layer_index(key), 0) * RECORD_BYTES
-    n_tokens = sum(rows_of(pipeline, store, index) for index in pipeline.shard_indices) * TOKEN_BYTES
-    return Load(0, n_bytes + n_tokens, n_bytes, 4 * len(pipeline.shard_indices), 3, memory_bytes=2 * n_tokens)
+    n_tokens = sum(rows_of(pipeline, store, index) for index in head_shards(pipeline)) * TOKEN_BYTES
+    return Load(0, n_bytes + n_tokens, n_bytes, 4 * len(head_shards(pipeline)), 3, memory_bytes=2 * n_tokens)
 
 
 def _prompting_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:

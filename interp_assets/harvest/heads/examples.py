@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from interp_assets.compute.head_loops import N_SCORES, SCORE_ORIGIN
 from interp_assets.corpus.contexts import first_of_each
 from interp_assets.harvest.heads.candidates import SAMPLED, STRONGEST, load_candidates
-from interp_assets.harvest.heads.refs import candidates_ref, examples_lineage, examples_ref, heads_of
+from interp_assets.harvest.heads.refs import candidates_ref, examples_lineage, examples_ref, head_shards, heads_of
 from interp_assets.harvest.heads.statistics import HeadStatistics, as_statistics, merge_statistics, statistics_arrays
 from interp_assets.planning.config import HeadsConfig
 from interp_assets.planning.pipeline import Pipeline
@@ -46,7 +46,7 @@ def select_head_examples(pipeline: Pipeline, store: Store, layer: int) -> Produc
     kept = trace(Digests(store), examples_lineage(pipeline, layer))
     if current := find_current(store, ref, kept):
         return Produced(ref, current, is_cached=True)
-    refs = [candidates_ref(pipeline, index) for index in pipeline.shard_indices]
+    refs = [candidates_ref(pipeline, index) for index in head_shards(pipeline)]
     manifests = [load_manifest(store, each) for each in refs]
     found = [load_candidates(store, each, manifest, layer) for each, manifest in zip(refs, manifests, strict=True)]
     statistics = merge_statistics([each for each, _ in found])

@@ -19,7 +19,7 @@ from interp_assets.corpus.tokens import TokenShard, load_documents, load_tokens
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError, InputError
 from interp_assets.harvest.heads.examples import INTERVAL, TOP, bin_edge, load_head_examples
 from interp_assets.harvest.heads.patterns import TOP_KEYS, read_patterns
-from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, layer_key, patterns_ref, records_lineage, records_ref
+from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, head_shards, layer_key, patterns_ref, records_lineage, records_ref
 from interp_assets.harvest.heads.statistics import CHANCES, MEANS, HeadStatistics
 from interp_assets.harvest.heads.tokens import load_chosen
 from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline
@@ -139,7 +139,7 @@ class _Evidence(NamedTuple):
 def _load(pipeline: Pipeline, store: Store, layer: int) -> _Evidence:
     manifest, statistics, edges, table = load_head_examples(pipeline, store, layer)
     patterns: dict[tuple[int, int], dict[str, Any]] = {}
-    for index in pipeline.shard_indices:
+    for index in head_shards(pipeline):
         ref = patterns_ref(pipeline, index)
         found = read_patterns(store, ref, load_manifest(store, ref), layer)
         patterns |= {(row["head"], row["row_id"]): row for row in found.to_pylist()}

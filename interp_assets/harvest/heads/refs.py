@@ -60,6 +60,12 @@ def layer_index(key: str) -> int:
     return int(key.removeprefix("layer-"))
 
 
+def head_shards(pipeline: Pipeline) -> list[int]:
+    """Return the shards whose text is read, in order."""
+    return list(pipeline.shard_indices[: heads_of(pipeline).max_shards])
+
+
+HEAD_SHARDS: Final = Axis("shard", planned=lambda pipeline: [shard_key(index) for index in head_shards(pipeline)], registered="head shards")
 LAYERS: Final = Axis("slice", planned=lambda pipeline: [layer_key(layer) for layer in head_counts(pipeline)], registered="head layers")
 """A head slice is one layer: its heads share queries' windows, keys' tokens and what is read."""
 
@@ -138,7 +144,7 @@ def patterns_lineage(pipeline: Pipeline, index: int) -> list[Lineage]:
 
 def records_lineage(pipeline: Pipeline, layer: int) -> list[Lineage]:
     """Return what the records of one layer keep."""
-    patterns = [patterns_ref(pipeline, index) for index in pipeline.shard_indices]
+    patterns = [patterns_ref(pipeline, index) for index in head_shards(pipeline)]
     return [Lineage(records_ref(pipeline, layer), [examples_ref(pipeline, layer), *patterns, *_tokens(pipeline), tokens_ref(pipeline)])]
 
 
@@ -163,8 +169,8 @@ def _all_candidates(pipeline: Pipeline) -> dict[str, str]:
 
 
 def _candidates(pipeline: Pipeline) -> Sequence[ArtifactRef]:
-    return pipeline.remember("head candidate refs", lambda: [candidates_ref(pipeline, index) for index in pipeline.shard_indices])
+    return pipeline.remember("head candidate refs", lambda: [candidates_ref(pipeline, index) for index in head_shards(pipeline)])
 
 
 def _tokens(pipeline: Pipeline) -> Sequence[ArtifactRef]:
-    return pipeline.remember("head token shards", lambda: [token_shard_ref(pipeline, index) for index in pipeline.shard_indices])
+    return pipeline.remember("head token shards", lambda: [token_shard_ref(pipeline, index) for index in head_shards(pipeline)])

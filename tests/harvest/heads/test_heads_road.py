@@ -87,6 +87,10 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         assert priced["head_candidates"].n_rows > 0
         assert (priced["attention_browser"].n_missing, lines["attention_browser"].n_missing) == (1, 0)
         assert_bundle_is_what_was_made(pipeline, store)
+        few = other.__class__(make_config({**config.model_dump(), "heads": {**config.model_dump()["heads"], "max_shards": 1}}), pipeline.plan)
+        assert road.find("head_candidates").partition_keys(few) == ["shard-000000"]
+        missing = {line.name: line.n_missing for line in make_schedule(road, few, store, {}, 1)}
+        assert {name: missing[name] for name in NAMES} == dict(zip(NAMES, (0, 0, 2, 1, 2, 0), strict=True))  # shard 0 is what it was
         assert records_ref(other, 1).artifact_id != records_ref(pipeline, 1).artifact_id
 
 
