@@ -22,6 +22,8 @@ from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.visualize.steering.assets import find_obstacles
 from interp_assets.visualize.steering.refs import curve_ref
+from interp_assets.web.opened import BundlePlace, OpenBundle
+from interp_assets.web.refs import bundle_ref
 from resources.world import World
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "steering_sweep.md"
@@ -109,6 +111,28 @@ def test_a_recipe_that_cannot_be_is_an_obstacle_before_any_work(made: tuple[Pipe
     assert "`steering.recipes.typo`: The recipe is wrong at edits.0.sae" in found[0]
     assert "`steering.recipes.strange` names ['other']; how latents fire is known of features.saes, ['demo']" in found[1]
     assert find_obstacles(pipeline, store) == []
+
+
+def test_the_bundle_holds_the_curves_of_its_latents(made: tuple[PipelineConfig, Pipeline, Store]) -> None:
+    """A page without a model shows what was swept; the bundle follows the curves, and only where there are some."""
+    config, pipeline, store = made
+    (browser,) = [asset for asset in make_road(config) if asset.stage == "web"]
+    assert [reads.partitions for reads in browser.reads if reads.key == ("steering_sweep",)] == [("first", "raw")]
+    _make(config, pipeline, store, [browser])
+    bundle = OpenBundle(BundlePlace(store, bundle_ref(pipeline, "demo").path))
+    assert bundle.description["doses"]["latents"] == [0, 1]
+    (curve,) = bundle.doses(0)
+    assert (curve.recipe, curve.prompts, curve.n_texts) == ("first", STEERING["prompts"], 2)
+    dose = lab.Opened(pipeline, store).dose("first")
+    table = dose.table().filter((pl.col("outcome") == "kl") & (pl.col("arm") == DIFFERENCE))
+    assert curve.outcomes["kl"][DIFFERENCE].high == table["high"].to_list()
+    assert {text.text for text in curve.texts} == set(dose.texts.filter(pl.col("arm") == "feature")["text"])
+    changed = config.steering.model_copy(update={"new_tokens": 5}) if config.steering else None
+    longer = Pipeline(config.model_copy(update={"steering": changed}), pipeline.plan)
+    plain = Pipeline(config.model_copy(update={"steering": None}), pipeline.plan)
+    assert len({bundle_ref(other, "demo").artifact_id for other in (pipeline, longer, plain)}) == 3
+    (unswept,) = [asset for asset in make_road(plain.config) if asset.stage == "web"]
+    assert [reads.key for reads in unswept.reads] == [reads.key for reads in browser.reads[:-1]]
 
 
 def test_nothing_is_steered_without_the_section() -> None:

@@ -5,7 +5,7 @@ Format: `docs/formats/steering_sweep.md`.
 
 import fnmatch
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import polars as pl
@@ -14,7 +14,7 @@ from interp_assets.garcon.backend import Chats
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.local import LocalBackend
 from interp_assets.garcon.steering.dose import DIFFERENCE, Dose, run_dose
-from interp_assets.garcon.steering.recipe import load_recipe, make_edits
+from interp_assets.garcon.steering.recipe import SaeEntry, load_recipe, make_edits
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.pipeline import Pipeline
@@ -53,6 +53,11 @@ def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokeniz
             art.put(file, content.getvalue(), n_rows=table.height)
         art.facts |= {"what": dose.what, "n_texts": dose.texts.height, "strengths": strengths, "prompts": len(steering.prompts), **_effects(dose)}
     return art.produced
+
+
+def clamped_latent(edits: Sequence[Mapping[str, Any]]) -> int:
+    """Return the latent that a recipe clamps, of which its dose curve is."""
+    return next(entry.latent for entry in load_recipe(edits).edits if isinstance(entry, SaeEntry) and entry.clamp is not None)
 
 
 def read_curve(pipeline: Pipeline, store: Store, name: str) -> Dose:

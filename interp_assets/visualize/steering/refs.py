@@ -39,6 +39,13 @@ def saes_of(pipeline: Pipeline, name: str) -> list[str]:
     return list(dict.fromkeys(sae for sae in named if isinstance(sae, str)))
 
 
+def recipes_of(steering: SteeringConfig | None, sae: str) -> list[str]:
+    """List the recipes whose dose curves are of latents of an SAE: those that clamp one."""
+    recipes = steering.recipes if steering else {}
+    clamped = {name: [edit.get("sae") for edit in edits if "clamp" in edit] for name, edits in recipes.items()}
+    return [name for name, saes in clamped.items() if sae in saes]
+
+
 def curve_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     """Address the dose curve of one recipe: its edits, prompts and strengths, the model, the SAEs and how their latents fire."""
     steering = steering_of(pipeline)
