@@ -1,6 +1,6 @@
 """What a browser opens, as assets: one bundle for each SAE that is shown, and one of a model's attention heads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_TOKEN
 from interp_assets.harvest.heads.refs import head_counts, heads_of
@@ -22,10 +22,8 @@ HEAD_BYTES = 34e3
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
     """List the assets of this stage; none of heads without a section `heads`."""
-    return [
-        *([_attention(config.heads)] if config.heads else []),
-        *(_browser(name, recipes_of(config.steering, name)) for name in config.features.saes),
-    ]
+    heads = [_attention(config.heads)] if config.heads else []
+    return [*heads, *(_browser(config, name) for name in config.features.saes)]
 
 
 def _attention(heads: HeadsConfig) -> Asset:
@@ -50,8 +48,10 @@ def _attention(heads: HeadsConfig) -> Asset:
     )
 
 
-def _browser(name: str, recipes: Sequence[str]) -> Asset:
+def _browser(config: PipelineConfig, name: str) -> Asset:
+    recipes = recipes_of(config.steering, name)
     doses = [only("steering_sweep", partitions=recipes).remember()] if recipes else []
+    doses += [only("steering_search", partitions=[name]).remember()] if config.steering and config.steering.search else []
     return Asset(
         key=features_key(name, "feature_browser"),
         group="web",

@@ -45,7 +45,7 @@ from interp_assets.storage.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.packing import ORDER, RECORD_VERSION
 from interp_assets.visualize.refs import records_ref, slice_bounds
-from interp_assets.visualize.steering.refs import curve_ref, edits_of, recipes_of, steering_of
+from interp_assets.visualize.steering.refs import edits_of, recipes_of, search_edits, swept_refs
 from interp_assets.visualize.tables import SinkFile
 from interp_assets.web.clusters import write_clusters
 from interp_assets.web.columns import WORDS, ListFacts, ListWriter, collect_words, encode_words
@@ -93,8 +93,7 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
     """
     ref = bundle_ref(pipeline, sae_name)
     refs = [records_ref(pipeline, sae_name, latent_slice) for latent_slice in range(pipeline.config.features.latent_slices)]
-    curves = [curve_ref(pipeline, recipe) for recipe in recipes_of(pipeline.config.steering, sae_name)]
-    inputs = [load_manifest(store, source) for source in [*refs, evaluation_ref(pipeline, sae_name), *curves]]
+    inputs = [load_manifest(store, source) for source in [*refs, evaluation_ref(pipeline, sae_name), *swept_refs(pipeline, sae_name)]]
     existing = find_made_from(store, ref, inputs)
     if existing:
         return Produced(ref, existing, is_cached=True)
@@ -166,14 +165,26 @@ def _read_directions(pipeline: Pipeline, store: Store, sae_name: str) -> NDArray
 
 
 def _read_curves(pipeline: Pipeline, store: Store, sae_name: str) -> dict[int, list[DoseCurve]]:
-    """Read the dose curves of an SAE's latents, in the order of the recipes."""
+    """Read the dose curves of an SAE's latents: of recipes in their order, then those that a search found."""
     from interp_assets.visualize.steering.curves import clamped_latent, read_curve  # noqa: PLC0415 - torch, as above
+    from interp_assets.visualize.steering.search import fresh_prompts, read_search  # noqa: PLC0415 - torch, as above
 
+    steering = pipeline.config.steering
+    if steering is None:
+        return {}
     found: dict[int, list[DoseCurve]] = {}
-    for recipe in recipes_of(pipeline.config.steering, sae_name):
-        steering, edits = steering_of(pipeline), edits_of(pipeline, recipe)
-        asked: dict[str, Any] = steering.model_dump(include={"prompts", "new_tokens", "temperature"})
-        found.setdefault(clamped_latent(edits), []).append(describe_dose(read_curve(pipeline, store, recipe), recipe, edits, **asked))
+    drawn: dict[str, Any] = steering.model_dump(include={"new_tokens", "temperature"})
+    for recipe in recipes_of(steering, sae_name):
+        edits = edits_of(pipeline, recipe)
+        curve = describe_dose(read_curve(pipeline, store, recipe), recipe, edits, prompts=steering.prompts, **drawn)
+        found.setdefault(clamped_latent(edits), []).append(curve)
+    if steering.search:
+        search = read_search(pipeline, store, sae_name)
+        roles = dict(search.candidates.select("latent", "role").iter_rows())
+        for latent, dose in search.doses.items():
+            edits = search_edits(pipeline, sae_name, latent)
+            curve = describe_dose(dose, f"found: {roles[latent]}", edits, prompts=fresh_prompts(steering.prompts), **drawn)
+            found.setdefault(latent, []).append(curve)
     return found
 
 
