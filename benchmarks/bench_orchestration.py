@@ -42,7 +42,8 @@ from interp_assets.graph.backfill import run_backfill
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import open_instance, run_asset, run_road
 from interp_assets.graph.stages import make_road
-from interp_assets.planning.config import CorpusConfig, ExecutionConfig, PipelineConfig, demo_config
+from interp_assets.planning.config import CorpusConfig, ExecutionConfig, PipelineConfig
+from interp_assets.planning.demo import demo_config
 
 NOOP = """
 import dagster as dg

@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from interp_assets.graph.stages import STAGES, make_road  # noqa: E402 - the checkout, not an installed copy
 from interp_assets.planning.asset import NONE, Asset  # noqa: E402 - as above
-from interp_assets.planning.config import Name, PipelineConfig, demo_config  # noqa: E402 - as above
+from interp_assets.planning.config import Name, PipelineConfig  # noqa: E402 - as above
+from interp_assets.planning.demo import demo_config  # noqa: E402 - as above
 
 ROOMS: Final = {
     "resources/": "What the graph is handed: a configuration's store, plan, tokenizer and model; Dagster's settings for each kind of machine",

@@ -15,7 +15,8 @@ import dagster as dg
 from interp_assets.graph.assembly import CONFIG_VARIABLE, assemble
 from interp_assets.graph.retraining import make_retraining, make_retraining_sensor
 from interp_assets.graph.sensors import make_sensor
-from interp_assets.planning.config import PipelineConfig, demo_config, load_config
+from interp_assets.planning.config import PipelineConfig, load_config
+from interp_assets.planning.demo import demo_config
 from interp_assets.planning.progress import Progress
 
 

@@ -31,14 +31,10 @@ from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.identity import leave_out_later
 from interp_assets.planning.options import find_faults
-from interp_assets.storage.foreign import parse_yaml
+from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
 DEMO_MODEL = "builtin:pystdlib_gpt2"
-_READER = 'class Reader:\n    def __init__(self, path, mode="r"):\n        self.path = path\n        self.mode = mode\n\n'
-_WRITER = 'class Writer:\n    def __init__(self, path, mode="w"):\n        self.path = path\n        self.mode = mode\n'
-DEMO_PROMPTS = {"repeated": _READER + _WRITER, "renamed": _READER + _WRITER.replace("mode", "flags")}
-"""What is said twice shows heads that copy; with another name in the second half, what they do without."""
 """The language model that ships with this package."""
 
 ROOT_VARIABLE = "INTERP_ROOT"
@@ -46,7 +42,6 @@ ROOT_VARIABLE = "INTERP_ROOT"
 
 _ALTERNATIVES: Final = ("literal['auto']", "constrained-int")
 """What pydantic puts behind the name of a field that is either of two: both of its errors are one wrong field."""
-
 _OVERKEEP: Final = 4
 """Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
 
@@ -377,11 +372,24 @@ class ExecutionConfig(_Config):
     """Partitions that one run of a backfill makes: shards, buckets or slices. Fewer spread over more machines; each run costs seconds to start."""
 
 
+class SearchConfig(_Config):
+    """How a sweep finds latents that change what is written, and some that do not: on every other prompt, to be dosed on the rest. All identity."""
+
+    candidates: Annotated[int, Field(ge=2)] = 64
+    """Live latents that are tried, evenly over how often they fire."""
+    strength: float = 5.0
+    """What each is set to, in units of `steering.unit`."""
+    shown: Annotated[int, Field(ge=1)] = 3
+    """Of those that move predictions most beyond their controls, and of those that move them least, so many are dosed."""
+
+
 class SteeringConfig(_Config):
     """Which latents are dosed, on which prompts; nothing is steered without this section. All identity."""
 
-    recipes: Annotated[dict[Name, list[dict[str, Any]]], Field(min_length=1)]
+    recipes: dict[Name, list[dict[str, Any]]] = {}
     """By name: edits as in a recipe's file, of which one clamps a latent of an SAE of `features.saes`. Each is a partition."""
+    search: Annotated[SearchConfig | None, Field(exclude_if=lambda search: search is None)] = None
+    """Latents that a sweep finds, of each SAE of `features.saes`; none without it."""
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     """Texts that are continued."""
     strengths: Annotated[list[float], Field(min_length=1)] = [-10.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0]
@@ -394,6 +402,13 @@ class SteeringConfig(_Config):
     """Continuations of each prompt; more than one makes sense with a temperature."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 takes the most probable token."""
+
+    @model_validator(mode="after")
+    def _check_work(self) -> "SteeringConfig":
+        if not self.recipes and not self.search:
+            message = "there is nothing to steer by: write steering.recipes, or `search: {}` to find latents"
+            raise ValueError(message)
+        return self
 
 
 class PipelineConfig(_Config):
@@ -495,7 +510,7 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None, se
     try:
         content = parse_yaml(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {_explain_yaml(error)}. Mend it; `interp init` writes a file to compare with.") from error
+        raise ConfigError(f"{where} is not YAML: {explain_yaml(error)}. Mend it; `interp init` writes a file to compare with.") from error
     except ValueError as error:
         raise ConfigError(f"{where} is no configuration: {error}. Write out what is meant; `interp init` writes a file to compare with.") from error
     if not isinstance(content, dict):
@@ -522,13 +537,6 @@ def _point(section: AnySection, field: str, folder: Path) -> AnySection:
     lost = section.model_copy()
     lost._folder = str(folder)  # noqa: SLF001 - no field: it is no part of what was configured
     return lost
-
-
-def _explain_yaml(error: yaml.YAMLError) -> str:
-    """Say in a line where a file stops being YAML."""
-    mark = getattr(error, "problem_mark", None)
-    what = str(getattr(error, "problem", None) or str(error).splitlines()[0])
-    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
 
 
 def make_config(content: dict[str, Any], where: str = "the configuration") -> PipelineConfig:
@@ -590,12 +598,3 @@ def code_version(version: int, **identity: object) -> str:
     """Return an asset's code version: its own number, and a hash of what decides its bytes of the configuration, by any names."""
     text = json.dumps(identity, sort_keys=True, default=BaseModel.model_dump)
     return f"{version}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}" if identity else str(version)
-
-
-def demo_config() -> PipelineConfig:
-    """Return the embedded default: the shipped model on a million tokens of the standard library, under `INTERP_ROOT` (default `data`)."""
-    sae = SaeConfig(batch_rows=2048, learning_rate=1e-3, n_rows=1_500_000)
-    shuffle = ShuffleConfig(passes=2, fan_out=8)  # its rows fit one job: stated, so that it shows what larger data need
-    heads = HeadsConfig(max_shards=2, prompts=DEMO_PROMPTS)  # a sixth of the text: the ranking of the heads is that of all of it
-    root = os.environ.get(ROOT_VARIABLE, "data")
-    return PipelineConfig(root=root, corpus=CorpusConfig(max_shards=12), heads=heads, shuffle=shuffle, saes=[sae])

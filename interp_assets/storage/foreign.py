@@ -152,6 +152,13 @@ def parse_yaml(text: str) -> Any:
         loader.dispose()
 
 
+def explain_yaml(error: yaml.YAMLError) -> str:
+    """Say in a line where a file stops being YAML."""
+    mark = getattr(error, "problem_mark", None)
+    what = str(getattr(error, "problem", None) or str(error).splitlines()[0])
+    return f"line {mark.line + 1}, column {mark.column + 1}: {what}" if mark else what
+
+
 def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
     """Count what a node is when its aliases are followed; `known` holds what was counted, and 0 for what is being counted."""
     if id(node) in known:

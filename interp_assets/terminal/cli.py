@@ -380,7 +380,8 @@ def main() -> None:
 
 
 def _load(path: Path | None, *, read_again: bool = False, settings: Sequence[str] | None = None) -> "PipelineConfig":
-    from interp_assets.planning.config import demo_config, load_config, make_config
+    from interp_assets.planning.config import load_config, make_config
+    from interp_assets.planning.demo import demo_config
     from interp_assets.planning.grammar import set_values
 
     if path is not None:

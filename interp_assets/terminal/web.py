@@ -79,7 +79,8 @@ def export(
 
 
 def _export_sae(format_name: str, target: str, config_path: Path | None, name: str | None) -> None:
-    from interp_assets.planning.config import demo_config, load_config
+    from interp_assets.planning.config import load_config
+    from interp_assets.planning.demo import demo_config
     from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
     from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.store import open_store
@@ -220,7 +221,8 @@ def _choose(places: "list[BundlePlace]", sae: str | None) -> "OpenBundle":
 
 
 def _find(bundle: str | None, config: Path | None) -> "list[BundlePlace]":
-    from interp_assets.planning.config import demo_config, load_config
+    from interp_assets.planning.config import load_config
+    from interp_assets.planning.demo import demo_config
     from interp_assets.web.opened import find_bundles
 
     pipeline = demo_config() if config is None else load_config(config)

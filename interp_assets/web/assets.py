@@ -10,6 +10,7 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 from interp_assets.visualize.refs import features_key
+from interp_assets.visualize.steering.refs import recipes_of
 from interp_assets.web.checks import READS_BACK
 from interp_assets.web.refs import ATTENTION_VERSION, BUNDLE_VERSION, attention_ref, bundle_ref
 
@@ -21,7 +22,8 @@ HEAD_BYTES = 34e3
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
     """List the assets of this stage; none of heads without a section `heads`."""
-    return [*([_attention(config.heads)] if config.heads else []), *(_browser(name) for name in config.features.saes)]
+    heads = [_attention(config.heads)] if config.heads else []
+    return [*heads, *(_browser(config, name) for name in config.features.saes)]
 
 
 def _attention(heads: HeadsConfig) -> Asset:
@@ -46,7 +48,10 @@ def _attention(heads: HeadsConfig) -> Asset:
     )
 
 
-def _browser(name: str) -> Asset:
+def _browser(config: PipelineConfig, name: str) -> Asset:
+    recipes = recipes_of(config.steering, name)
+    doses = [only("steering_sweep", partitions=recipes).remember()] if recipes else []
+    doses += [only("steering_search", partitions=[name]).remember()] if config.steering and config.steering.search else []
     return Asset(
         key=features_key(name, "feature_browser"),
         group="web",
@@ -55,7 +60,7 @@ def _browser(name: str) -> Asset:
             f"The records of {name} as a bundle that a browser opens by range requests from any folder or bucket: feature table, search index, "
             "records, vocabulary. `interp serve` shows it."
         ),
-        reads=(every(*features_key(name, "feature_records")).remember(), only("sae_evaluation", partitions=[name]).remember()),
+        reads=(every(*features_key(name, "feature_records")).remember(), only("sae_evaluation", partitions=[name]).remember(), *doses),
         artifacts=lambda pipeline, _store, _key: [bundle_ref(pipeline, name)],
         make=lambda job: _bundle(job, name),
         unit="features",

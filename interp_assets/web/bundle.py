@@ -8,6 +8,7 @@
     records/NNNNN.bin  the records of 4,096 latents: independent gzip members of JSON
     records/NNNNN.idx  u64 offsets into it, one more than there are records
     vocabulary.json    the text of every token id, and the ids by frequency
+    doses/N.json       what steering by latent N did, where that was swept (`doses.py`)
 
 Steps: copy the slices' gzip members, byte for byte, into files of a fixed number of latents, so that a page finds a record by division
 and not by a table; collect the tables' tokens; join the tables, sort every column, index the tokens. The work is one read and one write of the
@@ -16,7 +17,7 @@ records, at bounded memory. Nothing in the bundle tells when it was made: same r
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -44,9 +45,11 @@ from interp_assets.storage.store import ByteSink, Store
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.packing import ORDER, RECORD_VERSION
 from interp_assets.visualize.refs import records_ref, slice_bounds
+from interp_assets.visualize.steering.refs import edits_of, recipes_of, search_edits, swept_refs
 from interp_assets.visualize.tables import SinkFile
 from interp_assets.web.clusters import write_clusters
 from interp_assets.web.columns import WORDS, ListFacts, ListWriter, collect_words, encode_words
+from interp_assets.web.doses import DoseCurve, describe_dose, write_doses
 from interp_assets.web.map import Layout, embed_directions, measure_kept, place_points, write_directions, write_map
 from interp_assets.web.refs import bundle_ref
 from interp_assets.web.search import write_index
@@ -77,6 +80,8 @@ class BundleContent(NamedTuple):
     """Where the latents stand on the map; without one there is none."""
     directions: NDArray[np.float32] | None = None
     """Decoder rows `[d_sae, d_in]`, by which any two features are compared."""
+    doses: Mapping[int, Sequence[DoseCurve]] = {}
+    """Dose curves of some latents."""
 
 
 @timed
@@ -88,7 +93,7 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
     """
     ref = bundle_ref(pipeline, sae_name)
     refs = [records_ref(pipeline, sae_name, latent_slice) for latent_slice in range(pipeline.config.features.latent_slices)]
-    inputs = [load_manifest(store, source) for source in [*refs, evaluation_ref(pipeline, sae_name)]]
+    inputs = [load_manifest(store, source) for source in [*refs, evaluation_ref(pipeline, sae_name), *swept_refs(pipeline, sae_name)]]
     existing = find_made_from(store, ref, inputs)
     if existing:
         return Produced(ref, existing, is_cached=True)
@@ -101,6 +106,7 @@ def build_bundle(pipeline: Pipeline, store: Store, sae_name: str, tokenizer: Any
         make_vocabulary(tokenizer, _read_order(sources)),
         embed_directions(W_dec) if W_dec is not None else None,
         W_dec,
+        _read_curves(pipeline, store, sae_name),
     )
     with create_artifact(store, ref, made_from=inputs) as art:
         write_bundle(art, content, progress=progress)
@@ -125,6 +131,8 @@ def write_bundle(art: ArtifactWriter, content: BundleContent, *, progress: Calla
     description = {"format": FORMAT, "version": VERSION, **description, **facts.described()}
     description["map"] = _write_map(art, content, facts, words.to_pylist()) if content.layout else None
     description["directions"] = write_directions(art, content.directions) if content.directions is not None else None
+    if content.doses:
+        description["doses"] = write_doses(art, content.doses)
     art.put("vocabulary.json", encode_vocabulary(content.vocabulary))
     art.put("bundle.json", (json.dumps(description, indent=1) + "\n").encode())
     art.facts |= {
@@ -154,6 +162,30 @@ def _read_directions(pipeline: Pipeline, store: Store, sae_name: str) -> NDArray
     ref = sae_ref(pipeline, sae_name)
     manifest = find_manifest(store, ref)
     return read_sae(store, ref.path, manifest).W_dec.numpy() if manifest else None
+
+
+def _read_curves(pipeline: Pipeline, store: Store, sae_name: str) -> dict[int, list[DoseCurve]]:
+    """Read the dose curves of an SAE's latents: of recipes in their order, then those that a search found."""
+    from interp_assets.visualize.steering.curves import clamped_latent, read_curve  # noqa: PLC0415 - torch, as above
+    from interp_assets.visualize.steering.search import fresh_prompts, read_search  # noqa: PLC0415 - torch, as above
+
+    steering = pipeline.config.steering
+    if steering is None:
+        return {}
+    found: dict[int, list[DoseCurve]] = {}
+    drawn: dict[str, Any] = steering.model_dump(include={"new_tokens", "temperature"})
+    for recipe in recipes_of(steering, sae_name):
+        edits = edits_of(pipeline, recipe)
+        curve = describe_dose(read_curve(pipeline, store, recipe), recipe, edits, prompts=steering.prompts, **drawn)
+        found.setdefault(clamped_latent(edits), []).append(curve)
+    if steering.search:
+        search = read_search(pipeline, store, sae_name)
+        roles = dict(search.candidates.select("latent", "role").iter_rows())
+        for latent, dose in search.doses.items():
+            edits = search_edits(pipeline, sae_name, latent)
+            curve = describe_dose(dose, f"found: {roles[latent]}", edits, prompts=fresh_prompts(steering.prompts), **drawn)
+            found.setdefault(latent, []).append(curve)
+    return found
 
 
 class _Source(NamedTuple):

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from interp_assets.web.attention import KIND as ATTENTION_KIND
 from interp_assets.web.attention import VERSION as ATTENTION_VERSION
 from interp_assets.web.bundle import FORMAT, VERSION, decode_offsets
 from interp_assets.web.columns import ROW, ROWS
+from interp_assets.web.doses import DoseCurve, dose_file, read_doses
 from interp_assets.web.labels import find_labels
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.table import FeatureTable
@@ -145,6 +146,11 @@ class _AttentionDescription(_Part):
     prompts: list[_Prompt]
 
 
+class _Doses(_Part):
+    version: Literal[1]
+    latents: list[Annotated[int, Field(ge=0)]]
+
+
 class _Description(_Part):
     """What every reader of a bundle relies on; pages read more of it."""
 
@@ -156,6 +162,7 @@ class _Description(_Part):
     model: _Model
     records: _Records
     columns: _Columns
+    doses: _Doses | None = None
 
 
 class OpenFiles:
@@ -237,6 +244,13 @@ class OpenBundle(OpenFiles):
         start, stop = np.frombuffer(read_range(self._store, self._path, self.manifest, f"{name}.idx", 8 * place, 16), "<u8").tolist()
         return self._decode(read_range(self._store, self._path, self.manifest, f"{name}.bin", start, stop - start), latent, name)
 
+    def doses(self, latent: int) -> list[DoseCurve]:
+        """Read the dose curves of a latent; none where it was not swept. Raises `ArtifactCorruptError` for a file that holds none."""
+        if latent not in (self.description.get("doses") or {"latents": []})["latents"]:
+            return []
+        name = dose_file(latent)
+        return read_doses(self.read(name), latent, f"{self.where}/{name}").curves
+
     def records(self) -> Iterator[dict[str, Any]]:
         """Read all feature records in order, a file of them at a time (about 30 MB)."""
         per_file, d_sae = self.description["records"]["per_file"], self.description["d_sae"]
@@ -263,6 +277,9 @@ class OpenBundle(OpenFiles):
     def _check(self) -> None:
         where = f"{self.where}/{FEATURES.file}"
         described = _validate(_Description, self.description, where, FEATURES.asset)
+        if unknown := [latent for latent in (described.doses.latents if described.doses else ()) if latent >= described.d_sae]:
+            what = f"{where} has dose curves of latent {unknown[0]:,}, and the SAE {described.d_sae:,} latents"
+            raise ArtifactCorruptError(f"{what}. Materialize `feature_browser` again.")
         n_bytes = self.size(ROWS)
         if n_bytes != described.d_sae * ROW.itemsize or not 0 <= described.n_live <= described.d_sae:
             raise ArtifactCorruptError(

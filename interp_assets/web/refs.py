@@ -5,6 +5,7 @@ from interp_assets.harvest.heads.refs import records_ref as head_records_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 from interp_assets.visualize.refs import records_ref
+from interp_assets.visualize.steering.refs import swept_refs
 
 FOLDER = "6-web"
 BUNDLE_VERSION = 7
@@ -19,6 +20,8 @@ def bundle_ref(pipeline: Pipeline, sae: str) -> ArtifactRef:
     slices = range(pipeline.config.features.latent_slices)
     inputs = {"records": combine_ids([records_ref(pipeline, sae, latent_slice).artifact_id for latent_slice in slices])}
     config = pipeline.config
+    if swept := swept_refs(pipeline, sae):
+        inputs["doses"] = combine_ids([ref.artifact_id for ref in swept])
     shown = {"model": config.model.shown_name, "revision": config.model.revision, "corpus": config.corpus.source}
     return make_ref("feature_bundle", FOLDER, identity={"code": BUNDLE_VERSION, "shown": shown}, inputs=inputs, label=sae)
 

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from interp_assets.errors import ConfigError
-from interp_assets.planning.config import PipelineConfig, demo_config, load_config, make_config
+from interp_assets.planning.config import PipelineConfig, load_config, make_config
+from interp_assets.planning.demo import demo_config
 
 
 def test_the_demo_needs_no_file() -> None:

@@ -21,6 +21,7 @@ from interp_assets.storage.store import Store
 from interp_assets.visualize.packing import RECORD_VERSION, TokenOrder, order_tokens, pack_record
 from interp_assets.visualize.records import FEATURE_SCHEMA
 from interp_assets.web.bundle import RECORDS_PER_FILE, BundleContent, write_bundle
+from interp_assets.web.doses import Curve, DoseCurve, WrittenText
 from interp_assets.web.map import embed_directions
 from interp_assets.web.refs import FOLDER
 from interp_assets.web.vocabulary import Vocabulary
@@ -39,6 +40,8 @@ _WINDOW: Final = 32
 GROUPED: Final = ("import", "yield")
 """Tokens that a tenth of the features raise each, and stand together on the map."""
 _GROUP_OF: Final = 10
+DOSED: Final = 1
+"""The feature that has dose curves."""
 _SINK: Final = 2
 """The feature that fires where contexts begin."""
 _N_INTERVALS: Final = 5
@@ -74,7 +77,7 @@ def build_synthetic_bundle(
     text is messages.
     """
     start = time.perf_counter()
-    identity = {"synthetic": 8, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae, "has_sinks": has_sinks}
+    identity = {"synthetic": 9, "seed": seed, "n_features": n_features, "n_documents": n_documents, "sae": sae, "has_sinks": has_sinks}
     ref = make_ref("feature_bundle", FOLDER, identity=identity, inputs={}, label=sae)
     existing = find_manifest(store, ref)
     if existing:
@@ -94,11 +97,34 @@ def build_synthetic_bundle(
         text.vocabulary,
         embed_directions(W_dec),
         W_dec,
+        {DOSED: [make_invented_curve(sae, recipe) for recipe in ("golden", "other")]},
     )
     with create_artifact(store, ref) as art:
         write_bundle(art, content)
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False, wall_s=time.perf_counter() - start)
+
+
+def make_invented_curve(sae: str, recipe: str) -> DoseCurve:
+    """Invent a dose curve of feature `DOSED`: it moves predictions more than its controls do, and one point could not be measured."""
+    strengths = ["-10 max", "0 max", "10 max"]
+    curves = {
+        arm: Curve(mean=[5 * scale, 0.0, 8 * scale], low=[4 * scale, 0.0, 6 * scale], high=[6 * scale, 0.1, 9 * scale])
+        for arm, scale in (("feature", 1.0), ("other", 0.25), ("random", 0.5), ("flip", 0.5), ("zero", 0.0), ("feature - controls", 0.625))
+    }
+    curves["other"] = Curve(mean=[None, 0.0, 2.0], low=[None, 0.0, 1.5], high=[None, 0.1, 2.5])
+    texts = [WrittenText(strength=i, prompt=0, text=f" {recipe} text {i}\n<b>") for i in range(3)]
+    return DoseCurve(
+        recipe=recipe,
+        edits=[{"sae": sae, "latent": DOSED, "clamp": "10 max"}],
+        strengths=strengths,
+        prompts=["def main("],
+        n_texts=1,
+        new_tokens=8,
+        temperature=0.0,
+        outcomes={"kl": curves, "perplexity": {"feature": curves["feature"]}},
+        texts=texts,
+    )
 
 
 def make_synthetic_records(*, n_features: int, seed: int = 0, n_documents: int = 48) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 
 from interp_assets.errors import ConfigError, InputError, PlanError, explain_missing, find_no_room
 from interp_assets.graph.stages import make_road
-from interp_assets.planning.config import PipelineConfig, demo_config, load_config
+from interp_assets.planning.config import PipelineConfig, load_config
+from interp_assets.planning.demo import demo_config
 from interp_assets.planning.progress import AssetReport
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import open_store
@@ -291,7 +292,7 @@ def test_a_finished_asset_is_one_line() -> None:
 
 def test_the_demo_root_comes_from_the_environment(tmp_path: Path) -> None:
     """Tests, and people with a big disk elsewhere, move the demo."""
-    command = [sys.executable, "-c", "from interp_assets.planning.config import demo_config; print(demo_config().root)"]
+    command = [sys.executable, "-c", "from interp_assets.planning.demo import demo_config; print(demo_config().root)"]
     result = subprocess.run(command, env={**os.environ, "INTERP_ROOT": "/elsewhere"}, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "/elsewhere"
     assert demo_config().name == "pystdlib"

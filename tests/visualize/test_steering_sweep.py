@@ -12,22 +12,26 @@ from tiny_models import make_tiny_config, save_model, write_texts
 from interp_assets import lab
 from interp_assets.corpus.plan import plan_corpus
 from interp_assets.errors import ConfigError, InputError
-from interp_assets.garcon.steering.dose import ARMS, DIFFERENCE
+from interp_assets.garcon.steering.dose import ARMS, DIFFERENCE, Dose
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.asset import Asset, Job
-from interp_assets.planning.config import PipelineConfig, make_config
+from interp_assets.planning.config import PipelineConfig, SteeringConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.visualize.steering.assets import find_obstacles
 from interp_assets.visualize.steering.refs import curve_ref
+from interp_assets.visualize.steering.search import IDLE, MOVER, choose_candidates, chosen_latents, rank_candidates, read_search
+from interp_assets.web.opened import BundlePlace, OpenBundle
+from interp_assets.web.refs import bundle_ref
 from resources.world import World
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "steering_sweep.md"
 SAE = {"d_sae": 24, "k": 3, "n_rows": 512, "batch_rows": 128, "dead_after_rows": 256}
 FEATURES = {"latent_slices": 2, "top_k": 4, "n_random": 8, "window": 4, "n_intervals": 2, "examples_per_interval": 2}
 STEERING = {"prompts": ["word1 word", "word5"], "strengths": [-2, 4], "new_tokens": 4}
+SEARCHED = {"prompts": ["word1 word", "word5", "a", "word word"], "strengths": [1, 4], "new_tokens": 4, "unit": "raw"}
 
 
 def _configure(root: Path, **steering: Any) -> PipelineConfig:
@@ -109,6 +113,87 @@ def test_a_recipe_that_cannot_be_is_an_obstacle_before_any_work(made: tuple[Pipe
     assert "`steering.recipes.typo`: The recipe is wrong at edits.0.sae" in found[0]
     assert "`steering.recipes.strange` names ['other']; how latents fire is known of features.saes, ['demo']" in found[1]
     assert find_obstacles(pipeline, store) == []
+
+
+def test_the_bundle_holds_the_curves_of_its_latents(made: tuple[PipelineConfig, Pipeline, Store]) -> None:
+    """A page without a model shows what was swept; the bundle follows the curves, and only where there are some."""
+    config, pipeline, store = made
+    (browser,) = [asset for asset in make_road(config) if asset.stage == "web"]
+    assert [reads.partitions for reads in browser.reads if reads.key == ("steering_sweep",)] == [("first", "raw")]
+    _make(config, pipeline, store, [browser])
+    bundle = OpenBundle(BundlePlace(store, bundle_ref(pipeline, "demo").path))
+    assert bundle.description["doses"]["latents"] == [0, 1]
+    (curve,) = bundle.doses(0)
+    assert (curve.recipe, curve.prompts, curve.n_texts) == ("first", STEERING["prompts"], 2)
+    dose = lab.Opened(pipeline, store).dose("first")
+    table = dose.table().filter((pl.col("outcome") == "kl") & (pl.col("arm") == DIFFERENCE))
+    assert curve.outcomes["kl"][DIFFERENCE].high == table["high"].to_list()
+    assert {text.text for text in curve.texts} == set(dose.texts.filter(pl.col("arm") == "feature")["text"])
+    changed = config.steering.model_copy(update={"new_tokens": 5}) if config.steering else None
+    longer = Pipeline(config.model_copy(update={"steering": changed}), pipeline.plan)
+    plain = Pipeline(config.model_copy(update={"steering": None}), pipeline.plan)
+    assert len({bundle_ref(other, "demo").artifact_id for other in (pipeline, longer, plain)}) == 3
+    (unswept,) = [asset for asset in make_road(plain.config) if asset.stage == "web"]
+    assert [reads.key for reads in unswept.reads] == [reads.key for reads in browser.reads[:-1]]
+
+
+def test_a_search_finds_latents_that_move_and_some_that_do_not(made: tuple[PipelineConfig, Pipeline, Store]) -> None:
+    """On every other prompt; curves are of the rest, and both go into the bundle."""
+    config, planned, store = made
+    steering = SteeringConfig.model_validate({**SEARCHED, "search": {"candidates": 6, "strength": 3, "shown": 2}})
+    pipeline = Pipeline(config.model_copy(update={"steering": steering}), planned.plan)
+    road = make_road(pipeline.config)
+    search, browser = [asset for asset in road if asset.group == "steer" or asset.stage == "web"]
+    _make(pipeline.config, pipeline, store, [search, browser])
+    found = read_search(pipeline, store, "demo")
+    page = PAGE.with_name("steering_search.md").read_text(encoding="utf-8")
+    columns = [name for row in re.findall(r"^\| (`.+?) \| (?:string|int64|float64) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+    assert found.candidates.columns == columns
+    assert 2 <= found.candidates.height <= 6
+    roles = dict(found.candidates.select("latent", "role").iter_rows())
+    assert [latent for latent, role in roles.items() if role] == sorted(found.doses)
+    assert list(roles.values()).count(IDLE) == 2
+    for dose in found.doses.values():
+        assert dose.strengths == ["1 raw", "4 raw"]
+        assert dose.texts["prompt"].unique().to_list() == [0, 1]
+    bundle = OpenBundle(BundlePlace(store, bundle_ref(pipeline, "demo").path))
+    assert bundle.description["doses"]["latents"] == sorted(found.doses)
+    for latent, role in roles.items():
+        assert [(curve.recipe, curve.prompts) for curve in bundle.doses(latent)] == ([(f"found: {role}", ["word5", "word word"])] if role else [])
+    (again,) = search.make(Job(World(pipeline.config), pipeline, store, ("demo",)))("demo")
+    assert again.is_cached
+    assert str(search.shows(Job(World(pipeline.config), pipeline, store, ("demo",)), "demo", [again])["curves"]).count("<svg") == 5 * len(found.doses)
+    assert search.takes(pipeline, store, "demo").busy_s > 0
+    assert search.obstacles is not None
+    assert search.obstacles(pipeline, store) == []
+    few = pipeline.config.model_copy(update={"steering": steering.model_copy(update={"prompts": ["a", "b"]})})
+    assert "it takes 4, and there are 2" in search.obstacles(Pipeline(few, planned.plan), store)[0]
+
+
+def test_candidates_are_live_and_even_over_how_often_they_fire() -> None:
+    """Nobody picks them; a dead latent has no strength."""
+    frequency, maximum = [0.5, 0.1, 0.0, 0.3, 0.2, 0.4], [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    assert choose_candidates(frequency, maximum, 2) == [4, 5]
+    assert choose_candidates(frequency, maximum, 99) == [1, 4, 3, 5, 0]
+    with pytest.raises(InputError, match="of 3 there are 1"):
+        choose_candidates([0.1, 0.0, 0.0], [1.0, 0.0, 0.0], 2)
+
+
+def test_movers_are_beyond_doubt_and_idle_ones_nearest_to_nothing() -> None:
+    """A large mean with an interval over zero is no mover."""
+    effects = {7: [2.0, 2.2], 8: [0.0, 9.0], 9: [0.5, 0.6], 4: [-0.1, 0.1], 5: [-3.0, -2.0]}
+
+    def dose(effect: list[float]) -> Dose:
+        lines = [
+            {"arm": arm, "strength": "1 max", "prompt": i, "continuation": 0, "kl": value * (arm == "feature")}
+            for arm in ("feature", "other", "random")
+            for i, value in enumerate(effect)
+        ]
+        return Dose(pl.DataFrame(lines), "", ["1 max"], 0)
+
+    table = rank_candidates(list(effects), [0.1] * 5, [dose(effect) for effect in effects.values()], 2)
+    assert chosen_latents(table) == [7, 9, 4, 5]
+    assert dict(table.select("latent", "role").iter_rows()) == {4: IDLE, 5: IDLE, 7: MOVER, 8: "", 9: MOVER}
 
 
 def test_nothing_is_steered_without_the_section() -> None:

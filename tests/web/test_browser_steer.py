@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from browser_site import NARROW, fits, until
+from browser_site import NARROW, fits, serve_files, until
 from chromium import Visit, lowest_contrast
 from model_server import ModelServer, make_served, serve_model
-from synthetic_bundle import build_synthetic_bundle
+from synthetic_bundle import DOSED, build_synthetic_bundle
 from tiny_models import D_MODEL
 
 from interp_assets.garcon.features import AttachedSae, Firings
-from interp_assets.storage.store import open_store
+from interp_assets.storage.store import Store, open_store
 from interp_assets.train.sae import Sae
 from interp_assets.web.opened import OpenBundle, list_bundles
 from interp_assets.web.server import STATIC
+from interp_assets.web.site import export_site
 
 pytestmark = pytest.mark.browser
 N_FEATURES = 24
@@ -35,6 +36,7 @@ class Steered(NamedTuple):
 
     server: ModelServer
     name: str
+    store: Store
 
     def page(self, path: str) -> str:
         """Return the address of a page of the bundle."""
@@ -57,7 +59,16 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Steered]:
     served = make_served(saes={"synthetic": AttachedSae(sae, "resid_post.0", firings=firings)})
     facts = {**served.facts, "saes": {"synthetic": {"artifact_id": bundle.description["sae"]["artifact_id"]}}}
     with serve_model(served._replace(facts=facts), bundles=list_bundles(store)) as server:
-        yield Steered(server, bundle.name)
+        yield Steered(server, bundle.name, store)
+
+
+@pytest.fixture(scope="module")
+def static_site(steered: Steered, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Export the bundle as a static site, and serve its files alone."""
+    folder = tmp_path_factory.mktemp("exported")
+    export_site(list_bundles(steered.store), open_store(str(folder)))
+    with serve_files(folder) as address:
+        yield address
 
 
 def _lines(visit: Visit) -> list[dict[str, Any]]:
@@ -168,6 +179,34 @@ def test_what_the_server_refuses_is_told(steered: Steered, unhappy_visit: Visit)
     unhappy_visit.open(steered.page("/3?steer=9%3A1&prompt=hello"), "section[aria-label=Steer] [role=alert]")
     assert "'1 max' of latent 9 of 'synthetic': it is dead" in unhappy_visit.page.inner_text("section[aria-label=Steer]")
     until(unhappy_visit, "document.querySelector('section[aria-label=Steer]').innerText.includes('Writing') === false")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_dose_curves_are_shown_on_any_static_host(chromium, steered: Steered, static_site: str, scheme: str) -> None:
+    """Beside their controls and with their numbers and texts, where no model is: and the panel says so, and what to start."""
+    visit = Visit(chromium, color_scheme=scheme)
+    visit.page.set_viewport_size(NARROW)
+    visit.open(f"{static_site}/#/{steered.name}/3?steer=3%3A10", "section[aria-label=Steer] .swept")
+    assert "This site is files only, and steering needs the model." in visit.page.inner_text("section[aria-label=Steer] .warn")
+    visit.page.click(f".swept a:text-is('{DOSED}')")
+    visit.page.wait_for_selector(".doses svg[role=img]")
+    said = visit.page.get_attribute(".doses svg[role=img]", "aria-label")
+    assert said == (
+        "kl at 10 max: feature 8.00 (6.00 to 9.00), other 2.00 (1.50 to 2.50), random 4.00 (3.00 to 4.50), flip 4.00 (3.00 to 4.50), "
+        "zero 0 (0 to 0), feature - controls 5.00 (3.75 to 5.63)"
+    )
+    assert len(visit.page.get_attribute(".doses polyline.other", "points").split()) == 2  # its first point could not be measured
+    for summary in visit.page.locator(".doses summary").all():
+        summary.press("Enter")
+    assert "golden text 2\u21b5<b>" in visit.page.inner_text(".doses dl")
+    visit.page.locator(".doses").get_by_label("recipe").select_option("other")
+    assert "other text 2" in visit.page.inner_text(".doses dl")
+    visit.page.locator(".doses").get_by_label("outcome").select_option("perplexity")
+    assert visit.page.locator(".doses tbody tr").count() == 1
+    assert lowest_contrast(visit) >= 4.5
+    assert fits(visit)
+    visit.context.close()
+    assert visit.complaints == []
 
 
 def test_without_a_model_the_panel_says_what_to_start(site: Any, visit: Visit) -> None:

@@ -2,6 +2,7 @@
  * Asks the server, or the files of a static host, and keeps what may be asked again: vocabularies, record indices and the latest records.
  * `site.json` tells which of the two it is: `interp serve` answers it, `interp export site` writes it.
  */
+import { parseDoses, type DoseCurve } from './doses';
 import { Problem, asProblem } from './problem';
 import { StaticList } from './files';
 import { decodeRecord, locate, readSpan } from './record';
@@ -247,6 +248,12 @@ export async function getCosine(a: Bundle, i: number, b: Bundle, j: number): Pro
   const isOneSpace = a.hook_point === b.hook_point && a.model.fingerprint === b.model.fingerprint && a.directions?.width === b.directions?.width;
   if (!a.directions || !b.directions || !isOneSpace) return null;
   return cosine(...(await Promise.all([getDirection(a, i), getDirection(b, j)])));
+}
+
+/** What steering by a feature did, as its pipeline swept it; none where it was not. */
+export async function getDoses(bundle: Bundle, latent: number): Promise<DoseCurve[]> {
+  if (!bundle.doses?.latents.includes(latent)) return [];
+  return parseDoses(await askJson(fileOf(bundle.name, `doses/${latent}.json`)), latent);
 }
 
 const tileLists = new Memory<Tile[]>(4);

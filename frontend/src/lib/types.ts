@@ -104,6 +104,8 @@ export interface Bundle extends Required<Omit<BundleSummary, 'error' | 'created'
   /** Decoder rows, of so many numbers each, where the bundle holds them. */
   directions?: { width: number } | null;
   map: { method: string; variance_share: number | null; n_points: number; n_tiles: number; n_clusters?: number; neighbours?: { kept: number; near_share: number } | null } | null;
+  /** Features whose dose curves lie in the bundle; absent where none was swept. */
+  doses?: { version: number; latents: number[] };
   /** What can be sorted by, with the order file of each; what can be filtered, with the type of its values. */
   columns: { sortable: Record<string, string>; numeric: Record<string, string>; labels?: boolean };
   distributions: Record<string, Distribution>;

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from interp_assets.compute.seeds import stream
 from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Chats, Continuation, Effect, Generated, WritingBackend
-from interp_assets.garcon.plan import Edit, SaeClamp, name_tensor
+from interp_assets.garcon.plan import SaeClamp, name_tensor
 from interp_assets.garcon.steering.recipe import Edits
 from interp_assets.garcon.steering.texts import Sampling, make_generate_plan
 
@@ -101,44 +101,57 @@ class Dose:
 
 def run_dose(backend: WritingBackend, prompts: Chats, edits: Edits, strengths: Sequence[str], options: dict[str, Any]) -> Dose:
     """Write all texts and measure them. Raises `InputError` for a recipe without one clamp, and for strengths that cannot be resolved."""
-    clamps = [edit for edit in edits.edits if isinstance(edit.write, SaeClamp)]
-    if len(clamps) != 1 or not strengths:
+    clamps = [edit.write for edit in edits.edits if isinstance(edit.write, SaeClamp)]
+    if len(clamps) != 1 or len(clamps[0].latents) != 1 or not strengths:
         raise InputError(
             f"A dose curve is of one clamped latent at some strengths; the recipe clamps {len(clamps)}, the strengths are {list(strengths)}."
         )
-    (edit,) = clamps
-    cells, tensors = _make_cells(backend, edit, strengths, options["seed"])
+    return run_doses(backend, prompts, edits, clamps[0].latents, strengths, options)[0]
+
+
+def run_doses(
+    backend: WritingBackend,
+    prompts: Chats,
+    edits: Edits,
+    latents: Sequence[int],
+    strengths: Sequence[str],
+    options: dict[str, Any],
+    arms: Sequence[str] = ARMS,
+) -> list[Dose]:
+    """Return a dose curve of each latent, under some arms, in the place of the one that the only clamp is of; their texts share batches."""
+    (edit,) = [edit for edit in edits.edits if isinstance(edit.write, SaeClamp)]
+    clamp: Any = edit.write
+    made = [_make_cells(backend, clamp.model_copy(update={"latents": (latent,)}), strengths, options["seed"]) for latent in latents]
+    cells = [(latent, cell) for latent, (own, _) in zip(latents, made, strict=True) for cell in own if cell.arm in arms]
+    tensors = {**edits.tensors, **{name: vector for _, beside in made for name, vector in beside.items()}}
     n_prompts = len(prompts.rows)
-    lines: list[dict[str, Any]] = []
+    lines: dict[int, list[dict[str, Any]]] = {latent: [] for latent in latents}
     per_batch = max(1, _ROWS // (n_prompts * options["n"]))
     for first in range(0, len(cells), per_batch):
         batch = cells[first : first + per_batch]
-        made: list[Edit] = []
-        for other in edits.edits:
-            own = [edit.model_copy(update={"write": cell.clamp.model_copy(update={"rows": _rows_of(i, n_prompts)})}) for i, cell in enumerate(batch)]
-            made += own if other is edit else [other]
+        own = [edit.model_copy(update={"write": cell.clamp.model_copy(update={"rows": _rows_of(i, n_prompts)})}) for i, (_, cell) in enumerate(batch)]
+        placed = [placed for other in edits.edits for placed in (own if other is edit else [other])]
         repeated = Chats(prompts.rows * len(batch), prompts.assistant * len(batch))
-        plan = make_generate_plan(backend, repeated, Edits(tuple(made), edits.freeze, {}), **options, score=True)
-        found = backend.generate(plan, {**edits.tensors, **tensors})
+        plan = make_generate_plan(backend, repeated, Edits(tuple(placed), edits.freeze, {}), **options, score=True)
+        found = backend.generate(plan, {name.tensor: tensors[name.tensor] for name in plan.tensors()})
         places = [i for i, written in enumerate(plan.edits) if isinstance(written.write, SaeClamp)]
-        for cell, place in zip(batch, places, strict=True):
-            lines += _measure(cell, found, found.effects[place], batch.index(cell) * n_prompts * options["n"], n_prompts, options, backend)
-    write: Any = edit.write
-    return Dose(
-        pl.DataFrame(lines, infer_schema_length=None), f"Latent {write.latents[0]} of {write.sae} at {write.point}", strengths, options["seed"]
-    )
+        for i, ((latent, cell), place) in enumerate(zip(batch, places, strict=True)):
+            lines[latent] += _measure(cell, found, found.effects[place], i * n_prompts * options["n"], n_prompts, options, backend)
+    what = f"of {clamp.sae} at {clamp.point}"
+    return [
+        Dose(pl.DataFrame(found, infer_schema_length=None), f"Latent {latent} {what}", strengths, options["seed"]) for latent, found in lines.items()
+    ]
 
 
 def _rows_of(cell: int, n_prompts: int) -> tuple[int, ...]:
     return tuple(range(cell * n_prompts, (cell + 1) * n_prompts))
 
 
-def _make_cells(backend: WritingBackend, edit: Edit, strengths: Sequence[str], seed: int) -> tuple[list[_Cell], dict[str, Any]]:
+def _make_cells(backend: WritingBackend, clamp: Any, strengths: Sequence[str], seed: int) -> tuple[list[_Cell], dict[str, Any]]:
     """Return every arm at every strength, and the directions that they are written along."""
-    clamp: Any = edit.write
     attached: Any = backend.saes[clamp.sae]
     latent = clamp.latents[0]
-    if len(clamp.latents) != 1 or not hasattr(attached, "sae"):
+    if not hasattr(attached, "sae"):
         raise InputError("A dose curve is of one latent of an SAE that is here, with its model: open the pipeline by `lab.open`.")
     direction = attached.sae.W_dec[latent].detach().cpu()
     drawn = torch.randn(len(direction), generator=torch.Generator().manual_seed(stream(seed, "dose", "random", latent).torch_seed()))

@@ -5,7 +5,7 @@ Format: `docs/formats/steering_sweep.md`.
 
 import fnmatch
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import polars as pl
@@ -14,7 +14,7 @@ from interp_assets.garcon.backend import Chats
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.local import LocalBackend
 from interp_assets.garcon.steering.dose import DIFFERENCE, Dose, run_dose
-from interp_assets.garcon.steering.recipe import load_recipe, make_edits
+from interp_assets.garcon.steering.recipe import SaeEntry, load_recipe, make_edits
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.pipeline import Pipeline
@@ -36,9 +36,7 @@ def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokeniz
     if (manifest := find_current(store, ref, kept)) is not None:
         return Produced(ref, manifest, is_cached=True)
     steering = steering_of(pipeline)
-    backend: Any = LocalBackend(subject, tokenizer)
-    backend.saes = {sae: _attach(pipeline, store, subject, sae) for sae in saes_of(pipeline, name)}
-    backend.norms = {attached.written_at: _mean_norm(pipeline, store, attached.written_at) for attached in backend.saes.values()}
+    backend = open_backend(pipeline, store, subject, tokenizer, saes_of(pipeline, name))
     prompts = Chats(tuple(map(tuple, backend.tokenize(steering.prompts, special=True))), ())
     strengths = [f"{strength:g} {steering.unit}" for strength in steering.strengths]
     options = {"new_tokens": steering.new_tokens, "n": steering.n, "temperature": steering.temperature, "seed": pipeline.config.seed, "watch": ()}
@@ -53,6 +51,19 @@ def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokeniz
             art.put(file, content.getvalue(), n_rows=table.height)
         art.facts |= {"what": dose.what, "n_texts": dose.texts.height, "strengths": strengths, "prompts": len(steering.prompts), **_effects(dose)}
     return art.produced
+
+
+def open_backend(pipeline: Pipeline, store: Store, subject: SubjectModel, tokenizer: Any, saes: Sequence[str]) -> Any:
+    """Return the model with SAEs, how their latents fire, and how long activations are where they write."""
+    backend: Any = LocalBackend(subject, tokenizer)
+    backend.saes = {sae: _attach(pipeline, store, subject, sae) for sae in saes}
+    backend.norms = {attached.written_at: _mean_norm(pipeline, store, attached.written_at) for attached in backend.saes.values()}
+    return backend
+
+
+def clamped_latent(edits: Sequence[Mapping[str, Any]]) -> int:
+    """Return the latent that a recipe clamps, of which its dose curve is."""
+    return next(entry.latent for entry in load_recipe(edits).edits if isinstance(entry, SaeEntry) and entry.clamp is not None)
 
 
 def read_curve(pipeline: Pipeline, store: Store, name: str) -> Dose:
