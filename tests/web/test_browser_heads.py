@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +164,31 @@ def test_a_long_prompt_loads_the_tiles_in_view(visit: Visit, site: Site) -> None
     visit.page.wait_for_timeout(300)
     assert len([request for request in visit.requests if request.url.endswith("patterns.bin")]) - n_before <= 3 + 4 + 4
     assert visit.page.locator(".tokens span[data-place]").count() == 1024
+
+
+def _save(visit: Visit, way: str) -> bytes:
+    visit.page.get_by_role("button", name="Export").click()
+    with visit.page.expect_download() as download:
+        visit.page.get_by_role("button", name=way, exact=True).click()
+    return Path(download.value.path()).read_bytes()
+
+
+def test_what_is_shown_is_saved(visit: Visit, site: Site) -> None:
+    """For a paper or a talk: numbers as JSON and CSV, the pattern as a picture, the page as one file without a network."""
+    bundle = _heads(site)
+    seen = bundle.prompt("short")
+    visit.open(site.page_of(site.heads, "/prompt/short?head=1.0&q=20"), ".reading tbody tr")
+    saved = json.loads(_save(visit, "JSON"))
+    assert (saved["head"], saved["query"], len(saved["tokens"])) == ("1.0", 20, 24)
+    assert np.allclose(saved["values"], seen.pattern("1.0")[20], atol=1e-4)
+    assert _save(visit, "CSV").decode().splitlines()[0] == "key,token,value"
+    assert _save(visit, "PNG").startswith(b"\x89PNG")
+    page = _save(visit, "HTML").decode()
+    assert page.count("<img ") == 1 + len(seen.heads())
+    assert not re.findall("<script|<canvas|https?://(?!www.w3.org)", page)
+    visit.open(site.page_of(site.heads, "/heads/1.0"), "article")
+    assert json.loads(_save(visit, "JSON"))["statistics"] == bundle.head("1.0")["statistics"]
+    assert _save(visit, "CSV").decode().splitlines()[1].startswith("Strongest,invented/module_")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
