@@ -1,19 +1,18 @@
 """Compiling takes minutes at first use: a training in processes of its own says so, and no rate is made of that time."""
 
 import json
+import runpy
 import sys
+from pathlib import Path
 
 from interp_assets.compute.compiled import Compiling, compiled, n_compilations, observe_compiling, tell_compiling
 from interp_assets.train.launch import _listen, start_group
 
 
-def double(x):
-    """Double a number."""
-    return 2 * x
-
-
-def test_each_loop_that_is_compiled_is_told() -> None:
-    """Rank 0 hands this on to its launcher, line by line."""
+def test_each_loop_that_is_compiled_is_told(tmp_path: Path) -> None:
+    """Rank 0 hands this on to its launcher, line by line. The loop lies in a file of its own: what was compiled once is kept with its file."""
+    (tmp_path / "fresh.py").write_text("def double(x):\n    return 2 * x\n")
+    double = runpy.run_path(str(tmp_path / "fresh.py"))["double"]
     told: list[Compiling] = []
     tell_compiling(told.append)
     try:
@@ -38,6 +37,9 @@ def test_a_launcher_knows_what_its_processes_compile() -> None:
     before, seen = observe_compiling(), []
     with start_group([sys.executable, "-c", f"print({lines!r})"], {}) as (process, _):
         assert _listen(process, lambda n: seen.append((n, observe_compiling())), None) is None
-    assert [(n, found.is_busy, found.took_s - before.took_s, found.n - before.n) for n, found in seen] == [(1, True, 2.5, 7), (2, False, 40.0, 8)]
+    assert seen == [
+        (1, Compiling(is_busy=True, took_s=before.took_s + 2.5, n=before.n + 7)),
+        (2, Compiling(is_busy=False, took_s=before.took_s + 40.0, n=before.n + 8)),
+    ]
     assert observe_compiling() == Compiling(is_busy=False, took_s=before.took_s + 41.0, n=before.n + 9)
     assert n_compilations() == before.n + 9
