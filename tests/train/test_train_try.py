@@ -13,11 +13,10 @@ from interp_assets.storage.manifest import load_manifest, read_manifest
 from interp_assets.storage.store import open_store
 from interp_assets.storage.verify import verify_tree
 from interp_assets.terminal.cli import app
-from interp_assets.terminal.trying import draw_line
+from interp_assets.terminal.trying import draw_line, shorten_training, try_saes
 from interp_assets.train.loop import train_saes
 from interp_assets.train.refs import LogRow, sae_ref
 from interp_assets.train.sweep import TRAINING, read_table
-from interp_assets.train.trying import shorten_training, try_saes
 
 TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 100_000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 50_000}
 SAES = [{"name": "a", **TINY}, {"name": "b", **TINY, "architecture": "relu"}, {"name": "bad", **TINY, "learning_rate": 1e25}]
