@@ -120,19 +120,24 @@ def make_configuration() -> str:
     ]
     sections: list[tuple[str, type[BaseModel]]] = [("(top level)", PipelineConfig)]
     lists = {name for name, field in PipelineConfig.model_fields.items() if get_origin(field.annotation) is list}
-    for name, field in PipelineConfig.model_fields.items():
-        model = field.annotation
-        model = getattr(model, "__args__", (model,))[0]
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            sections.append((name, model))
+    for name, model in sections:  # which grows by the sections inside
+        for key, field in model.model_fields.items():
+            if inner := _section_of(field.annotation):
+                sections.append((key if model is PipelineConfig else f"{name}.{key}", inner))
     for name, model in sections:
         caption = (model.__doc__ or "").splitlines()[0] + (" A list of one or more, each with these fields." if name in lists else "")
         parts += ["", f"## {name}", "", caption, "", "| field | type | default | meaning |", "|---|---|---|---|"]
         for key, field in model.model_fields.items():
-            if name == "(top level)" and key in dict(sections):
+            if _section_of(field.annotation):
                 continue
             parts.append(f"| `{key}` | {kind_of(field.annotation, field.metadata)} | `{_default(field.default)}` | {field.description or ''} |")
     return "\n".join(parts) + "\n"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds, or holds a list of; None for another field."""
+    first = (get_args(annotation) or (annotation,))[0]
+    return first if isinstance(first, type) and issubclass(first, BaseModel) else None
 
 
 def _default(value: Any) -> str:

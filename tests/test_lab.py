@@ -275,6 +275,8 @@ def test_a_recipe_steers_in_the_terminal(run: lab.Opened, tmp_path: Path) -> Non
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0
     assert re.search(r"^ default  word word.*\n steered  word word", done.stdout, re.MULTILINE)
+    long = CliRunner().invoke(app, [*words, "--prompt", "word word word word"], env={"COLUMNS": "20"}, catch_exceptions=False).stdout
+    assert re.search(r"^ default  word word word word", long, re.MULTILINE), "a pipe has no width: lines were broken at 80 columns"
     assert re.search(
         rf"sae_clamp [\d.]+ at z\.1: \d+ places, moved by [\d.e+-]+ of their length; latent {latent}: .* FVU of the SAE on this", done.stdout
     )

@@ -23,6 +23,8 @@ from interp_assets.storage.manifest import ArtifactWriter, Manifest, read_range
 from interp_assets.storage.store import Store
 
 ALIGNMENT: Final = 4096
+_AT_ONCE_BYTES: Final = 16 << 20
+"""A file of less is read whole; of a larger one no tensor is in memory twice."""
 _MAX_HEADER_BYTES: Final = 1 << 20
 _SHORT: Final = {"bfloat": "BF", "float": "F", "uint": "U", "int": "I", "bool": "BOOL"}
 _CODES: Final = {name: _SHORT[name.rstrip("0123456789")] + name.lstrip("abcdefghijklmnopqrstuvwxyz") for name in ITEM_BYTES}
@@ -143,9 +145,17 @@ def read_rows(store: Store, path: str, manifest: Manifest, name: str, span: Tens
 
 
 def load_tensors(store: Store, path: str, manifest: Manifest, name: str) -> dict[str, Tensor]:
-    """Read and verify all tensors of a file."""
+    """Read and verify all tensors of a file: at once where that is little, because tensors that share a block would each read all of it."""
     spans = read_spans(store, path, manifest, name)
-    return {key: as_tensor(read_range(store, path, manifest, name, span.start, span.n_bytes), span.dtype, span.shape) for key, span in spans.items()}
+    first, stop = min((span.start for span in spans.values()), default=0), max((span.start + span.n_bytes for span in spans.values()), default=0)
+    whole = memoryview(read_range(store, path, manifest, name, first, stop - first)) if stop - first <= _AT_ONCE_BYTES else None
+
+    def read(span: TensorSpan) -> bytes | memoryview:
+        if whole is None:
+            return read_range(store, path, manifest, name, span.start, span.n_bytes)
+        return whole[span.start - first : span.start - first + span.n_bytes]
+
+    return {key: as_tensor(read(span), span.dtype, span.shape) for key, span in spans.items()}
 
 
 def as_tensor(data: bytes | bytearray | memoryview, dtype: str, shape: Sequence[int]) -> Tensor:

@@ -212,6 +212,19 @@ def sweep(
     print_sweep(out, _load(config), sort, as_csv=csv)
 
 
+@app.command("try")
+def try_sweep(
+    config: ConfigOption = None,
+    rows: Annotated[int, typer.Option(help="Rows that each SAE is trained on.", min=1000)] = 100_000,
+    settings: Settings = None,
+) -> None:
+    """Train all SAEs on the first rows of the mixed shards and compare them, in seconds; nothing of it becomes part of the pipeline."""
+    from interp_assets.terminal.trying import print_try
+
+    if not print_try(out, _load(config, settings=settings), rows):
+        raise typer.Exit(1)
+
+
 @app.command()
 def steer(
     recipe: Annotated[str, typer.Argument(help="A YAML file of edits: see docs/steering.md.")],

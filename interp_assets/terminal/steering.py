@@ -23,15 +23,17 @@ def print_steered(out: Console, llm: Model, recipe: str, prompt: str, options: d
 
     def hear(token: Token) -> None:
         ids[token.is_default].append(token.token)
-        live.start()  # with the first token: a recipe that is refused shows no texts
-        live.refresh()
+        if out.is_terminal:
+            live.start()  # with the first token: a recipe that is refused shows no texts
+            live.refresh()
 
     try:
         texts = llm.generate(prompt, steer=recipe, compare=True, on_token=hear, **options)
     finally:
         live.stop()
         if any(ids.values()) and not out.is_terminal:
-            out.line()  # which `Live` writes to terminals alone
+            for text in shown().renderables:
+                out.print(text, soft_wrap=True)  # whoever reads a pipe has no width
     for warning in texts.warnings:
         out.print(f"Warning: {warning}", markup=False, soft_wrap=True)
     for line in texts.effects().to_dicts():

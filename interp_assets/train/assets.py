@@ -52,6 +52,7 @@ _WEIGHT_COPIES = 5
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
     """List the assets of this stage."""
+    held_out = [shard_key(index) for index in range(config.corpus.held_out_shards)]
     return [
         Asset(
             key=("sae",),
@@ -88,7 +89,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
                 "frequencies."
             ),
             axis=EXPERIMENTS,
-            reads=(same("sae"), only("activations", partitions=map(shard_key, range(config.corpus.held_out_shards))), whole("activation_statistics")),
+            reads=(same("sae"), only("activations", partitions=held_out), whole("activation_statistics")),
             artifacts=lambda pipeline, _store, key: [evaluation_ref(pipeline, key)],
             lineage=lambda pipeline, _store, key: evaluation_lineage(pipeline, key),
             make=_evaluate,

@@ -10,6 +10,7 @@ whether or not the training was killed and resumed, or another SAE dropped out. 
 """
 
 import io
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -23,7 +24,7 @@ from torch.profiler import record_function
 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.compute.seeds import stream
-from interp_assets.errors import ConfigError, InterpError, NonFiniteError, PlanError, StoreError
+from interp_assets.errors import ConfigError, InputError, InterpError, NonFiniteError, PlanError, StoreError
 from interp_assets.planning.config import ExecutionConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
@@ -35,7 +36,7 @@ from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import FREQUENCY, load_sae, save_sae
 from interp_assets.train.fold import fold_weights, unfold_weights
 from interp_assets.train.lineage import sae_lineage
-from interp_assets.train.losses.calibrate import CALIBRATION_ROWS, calibrate_threshold, measure_sae
+from interp_assets.train.losses.calibrate import CALIBRATION_ROWS, SaeMeasures, calibrate_threshold, measure_sae
 from interp_assets.train.losses.loss import Weights
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
@@ -43,6 +44,7 @@ from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.refs import TRAINING, LogRow, sae_ref
 from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save_checkpoint
 from interp_assets.train.rows import TrainingData, TrainingRows, iter_rows, open_training_data
+from interp_assets.train.sae import Sae
 from interp_assets.train.times import TIMES, TrainingTimes, WaitClock, describe_times, forget_peaks
 from interp_assets.train.trainer import Trainer, n_steps
 
@@ -108,22 +110,61 @@ def train_saes(
     """
     produced: dict[str, Produced] = {}
     failures: dict[str, InterpError] = {}
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...], int], list[SaeConfig]] = {}
+    due: list[SaeConfig] = []
     for config in (pipeline.config.sae(name) for name in names):
         ref = sae_ref(pipeline, config.name)
         manifest = find_trained(pipeline, store, config.name)
         if manifest is None:
-            groups.setdefault((config.sources, config.targets, config.batch_rows), []).append(config)
+            due.append(config)
         else:
             produced[config.name] = Produced(ref, manifest, is_cached=True, wall_s=0.0)
             progress(n_steps(config) * config.batch_rows)
     ranks.barrier()
-    for configs in groups.values():
+    for configs in _group(due):
         group = _Group(configs, ranks, progress, on_metrics, on_failure or failures.setdefault, set())
         produced |= _train_group(pipeline, store, group)
     if failures:
         raise next(iter(failures.values()))
     return {name: produced[name] for name in names if name in produced}
+
+
+class Brief(NamedTuple):
+    """A training of which nothing is kept."""
+
+    log: list[LogRow]
+    measures: SaeMeasures
+    """On the rows that follow those it was trained on."""
+    wall_s: float
+    """Of its group."""
+
+
+def train_briefly(pipeline: Pipeline, store: Store, names: Sequence[str], on_metrics: OnMetrics | None, on_failure: OnFailure) -> dict[str, Brief]:
+    """Train the named SAEs as `train_saes` does, publish nothing, and return how they did. Those that cannot be trained are told of."""
+    found: dict[str, Brief] = {}
+    execution = pipeline.config.execution.model_copy(update={"checkpoint_steps": sys.maxsize, "profile_steps": 0})
+    for configs in _group([pipeline.config.sae(name) for name in names]):
+        group, started_s = _Group(configs, ONE_RANK, unheard, on_metrics, on_failure, set()), time.perf_counter()
+        try:
+            data = open_training_data(pipeline, store, configs[0])
+        except InputError as error:
+            for config in configs:
+                group.drop(config, 0, error)
+            continue
+        members = list(_open_members(pipeline, store, group, data))
+        if members:
+            _run_steps(store, members, data, group, execution)
+        for member, blocks in _with_fresh_rows(store, members, data):
+            _, measures = _finish(member.trainer.config, member.trainer.whole_weights(), data, blocks)
+            found[member.trainer.config.name] = Brief(member.trainer.log, measures, time.perf_counter() - started_s)
+    return found
+
+
+def _group(configs: Sequence[SaeConfig]) -> list[list[SaeConfig]]:
+    """Put together what shares one read of the data."""
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...], int], list[SaeConfig]] = {}
+    for config in configs:
+        groups.setdefault((config.sources, config.targets, config.batch_rows), []).append(config)
+    return list(groups.values())
 
 
 def find_trained(pipeline: Pipeline, store: Store, name: str) -> Manifest | None:
@@ -271,17 +312,29 @@ def _publish_all(pipeline: Pipeline, store: Store, members: list[_Member], data:
         if profile is not None:
             save_profile(art, profile, first=members[0].ref.path, is_first=member is members[0])
 
+    for member, blocks in _with_fresh_rows(store, members, data):
+        weights = member.trainer.whole_weights()
+        if member.trainer.ranks.rank == 0:
+            _publish(pipeline, store, member, weights, data, blocks, add_times)
+
+
+def _with_fresh_rows(store: Store, members: Sequence[_Member], data: TrainingData) -> Iterator[tuple[_Member, list[TrainingRows]]]:
+    """Yield each member with the rows that follow its own, read once for those of one length, and by the first rank alone."""
     n_blocks = max(1, min(CALIBRATION_ROWS, data.order.n_rows) // data.batch_rows)
     for n, alike in groupby(sorted(members, key=lambda member: member.trainer.n_steps), key=lambda member: member.trainer.n_steps):
-        blocks: list[TrainingRows] = []
+        steps = range(n, n + n_blocks) if members[0].trainer.ranks.rank == 0 else range(0)
+        blocks = [rows._replace(x=rows.x.to(data.device), y=rows.y.to(data.device)) for rows in iter_rows(store, data, steps)]
         for member in alike:
-            weights = member.trainer.whole_weights()
-            if member.trainer.ranks.rank != 0:
-                continue
-            if not blocks:
-                steps = range(n, n + n_blocks)
-                blocks = [rows._replace(x=rows.x.to(data.device), y=rows.y.to(data.device)) for rows in iter_rows(store, data, steps)]
-            _publish(pipeline, store, member, weights, data, blocks, add_times)
+            yield member, blocks
+
+
+def _finish(config: SaeConfig, weights: Weights, data: TrainingData, blocks: Sequence[TrainingRows]) -> tuple[Sae, SaeMeasures]:
+    """Fold trained weights, and calibrate and measure them on rows that follow."""
+    x, y = [block.x for block in blocks], [block.y for block in blocks]
+    sae = fold_weights(config, weights, data.source, data.target, data.widths).to(data.device)
+    if RECIPES[config.architecture].is_calibrated:
+        sae = calibrate_threshold(sae, x, config.k)
+    return sae, measure_sae(sae, x, y)
 
 
 def _publish(
@@ -295,11 +348,7 @@ def _publish(
 ) -> None:
     ref, trainer, _, kept = member
     config = trainer.config
-    x, y = [block.x for block in blocks], [block.y for block in blocks]
-    sae = fold_weights(config, weights, data.source, data.target, data.widths).to(data.device)
-    if RECIPES[config.architecture].is_calibrated:
-        sae = calibrate_threshold(sae, x, config.k)
-    measures = measure_sae(sae, x, y)
+    sae, measures = _finish(config, weights, data, blocks)
     with create_current(store, ref, kept) as art:
         save_sae(art, sae.to("cpu"), pipeline, config, l0=measures.l0)
         table = io.BytesIO()

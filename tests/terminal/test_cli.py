@@ -45,6 +45,7 @@ OPTIONS = {
     "serve": ["--config", "--host", "--model", "--notes", "--port", "--token-file", "--users", "--weights", "path"],
     "steer": ["--config", "--new-tokens", "--prompt", "--seed", "--temperature", "recipe"],
     "sweep": ["--config", "--csv", "--sort"],
+    "try": ["--config", "--rows", "--set"],
     "verify": ["--config", "path"],
 }
 

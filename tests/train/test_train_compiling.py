@@ -36,7 +36,7 @@ def test_a_launcher_knows_what_its_processes_compile() -> None:
     lines = "\n".join(json.dumps(event) for event in events)
     before, seen = observe_compiling(), []
     with start_group([sys.executable, "-c", f"print({lines!r})"], {}) as (process, _):
-        assert _listen(process, lambda n: seen.append((n, observe_compiling())), None) is None
+        assert _listen(process, lambda n: seen.append((n, observe_compiling())), None, print) is None
     assert seen == [
         (1, Compiling(is_busy=True, took_s=before.took_s + 2.5, n=before.n + 7)),
         (2, Compiling(is_busy=False, took_s=before.took_s + 40.0, n=before.n + 8)),

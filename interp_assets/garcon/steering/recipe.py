@@ -12,7 +12,8 @@
 `special: true`. An entry does one thing. Strengths are those of `strengths.py`.
 """
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
@@ -170,6 +171,8 @@ def load_recipe(given: Steer) -> Recipe:
             if path.stat().st_size > _MAX_BYTES:
                 raise InputError(f"{where} has {path.stat().st_size:,} bytes; a recipe has at most {_MAX_BYTES:,}.")
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{where} is not there{suggest(path.name, _recipes_in(path.parent))}. Give the path of a YAML file.") from error
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{where} cannot be read: {error}. Give the path of a YAML file, or a list of edits.") from error
         except yaml.YAMLError as error:
@@ -180,9 +183,32 @@ def load_recipe(given: Steer) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        found = error.errors(include_url=False)
+        first = next((item for item in found if item["type"] == "extra_forbidden"), found[0])
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where} is wrong{f' at {place}' if place else ''}: {first['msg'].removeprefix('Value error, ')}.") from error
+        said = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            said = f"there is no such field{suggest(str(first['loc'][-1]), _fields_beside(first['loc']))}"
+        if first["type"] == "entry" and isinstance(first["input"], Mapping):
+            said += next((hint for key in first["input"] if (hint := suggest(str(key), _KEYS))), "")
+        raise InputError(f"{where} is wrong{f' at {place}' if place else ''}: {said}.") from error
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return a question after the nearest known name; nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _recipes_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.y*ml")] if folder.is_dir() else []
+
+
+def _fields_beside(loc: Sequence[int | str]) -> list[str]:
+    """List the fields that may stand where an unknown one does, as people write them."""
+    kinds: dict[str, type[BaseModel]] = {"sae": SaeEntry, "point": PointEntry, "freeze": FreezeEntry}
+    kind = Condition if "if" in loc[:-1] else next((kinds[part] for part in loc if isinstance(part, str) and part in kinds), Recipe)
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def make_edits(recipe: Recipe, backend: WritingBackend) -> Edits:

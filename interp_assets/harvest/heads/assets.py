@@ -42,6 +42,8 @@ EDGE_S: Final = 11e-9
 CANDIDATE_BYTES, MASS_BYTES, RECORD_BYTES = 8e3, 16.0, 34e3
 """Of a head and shard; of a head and token; of a head."""
 ON_ACCELERATOR: Final = Needs(accelerator=True)
+_HELD_TOKEN_BYTES: Final = 14.0
+"""A token of all shards in memory, with its place in the text."""
 
 
 def make_head_assets(config: PipelineConfig) -> list[Asset]:
@@ -242,9 +244,9 @@ def _finding_takes(pipeline: Pipeline, store: Store, key: str) -> Load:
     buffer = max(counts.values(), default=0) * 128.0 * length * 4
     return Load(
         rows=n_rows,
-        read_bytes=n_rows * TOKEN_BYTES,
+        read_bytes=n_rows * TOKEN_BYTES + n_heads * MASS_BYTES * heads_of(pipeline).key_tokens,  # statistics are read again to be shown
         written_bytes=n_heads * (CANDIDATE_BYTES + MASS_BYTES * heads_of(pipeline).key_tokens),
-        n_inputs=4,
+        n_inputs=4 + 3 * len(counts),
         n_outputs=2 * len(counts) + 1,
         busy_s=forward_s(pipeline, float(n_rows)) + n_heads * n_rows * length / 2 * EDGE_S,
         memory_bytes=model_bytes(pipeline) + buffer,
@@ -269,8 +271,8 @@ def _keeping(pipeline: Pipeline, store: Store, key: str) -> Load:
 
 def _writing(pipeline: Pipeline, store: Store, key: str) -> Load:
     n_bytes = head_counts(pipeline).get(layer_index(key), 0) * RECORD_BYTES
-    n_tokens = sum(rows_of(pipeline, store, index) for index in head_shards(pipeline)) * TOKEN_BYTES
-    return Load(0, n_bytes + n_tokens, n_bytes, 4 * len(head_shards(pipeline)), 3, memory_bytes=2 * n_tokens)
+    n_rows = sum(rows_of(pipeline, store, index) for index in head_shards(pipeline))
+    return Load(0, n_bytes + n_rows * TOKEN_BYTES, n_bytes, 4 * len(head_shards(pipeline)), 3, memory_bytes=_HELD_TOKEN_BYTES * n_rows)
 
 
 def _prompting_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:
