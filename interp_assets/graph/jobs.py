@@ -187,6 +187,8 @@ def run_road(
                     progress.expect(asset.name, len(holding & set(ready)), asset.unit)
                     outcome = run_asset(job, instance, asset, ready, keys)
                     if len(outcome.report.failed) == len(keys):
+                        if errors:  # what failed before is why: a table of SAEs of which none could be trained
+                            raise errors[0]
                         _whole(outcome)
                     told = outcome.report.message if errors else ""  # the first is raised
                     errors += outcome.errors

@@ -20,7 +20,7 @@ from interp_assets.errors import ArtifactError, ArtifactMissingError, InputError
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.refs import hook_folder
 from interp_assets.planning.asset import Asset
-from interp_assets.planning.config import HeadsConfig, PipelineConfig, SaeConfig, ShuffleConfig, SteeringConfig
+from interp_assets.planning.config import HeadsConfig, PipelineConfig, SaeConfig, SearchConfig, ShuffleConfig, SteeringConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline
 from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.storage.direct import find_remains
@@ -91,7 +91,8 @@ def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
     changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
     changes["heads"] = HeadsConfig(prompts={"any": "text"})
-    changes["steering"] = SteeringConfig(recipes={"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}, prompts=["text"])
+    recipes: dict[str, list[dict[str, Any]]] = {"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}
+    changes["steering"] = SteeringConfig(recipes=recipes, search=SearchConfig(), prompts=["text"])
     full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT}
     road = make_road(full.config)
     for asset in road.rest:
