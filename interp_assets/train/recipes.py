@@ -88,9 +88,9 @@ def make_recipe(config: SaeConfig) -> Recipe:
     if "bandwidth" in given:
         given["step_width" if config.architecture == "jump_relu_step" else "jump_width"] = given.pop("bandwidth")
     today = {**vars(recipe), **recipe.constants._asdict()}
-    given = {
-        name: float(value) if isinstance(value, int) and isinstance(today[name], float) else value for name, value in given.items()
-    }  # YAML writes 7 for 7.0
+    for name, value in given.items():
+        if isinstance(value, int) and isinstance(today[name], float):
+            given[name] = float(value)  # YAML writes 7 for 7.0
     of_loss = {name: given.pop(name) for name in Constants._fields if name in given}
     return replace(recipe, **given, constants=recipe.constants._replace(**of_loss))
 
