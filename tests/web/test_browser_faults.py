@@ -15,7 +15,7 @@ def test_hostile_tokens_are_text(visit: Visit, site: Site) -> None:
     visit.page.on("dialog", lambda dialog: (dialogs.append(dialog), dialog.dismiss()))
     visit.open(site.page("?q=%3Cscript"), "[role=row] a")
     visit.page.locator(".row .latent a").first.click()
-    visit.page.wait_for_selector("h1:has-text('Feature')")
+    visit.page.wait_for_selector("h1:text-matches('^Feature [0-9]')")
     assert "<script>alert(1)</script>" in visit.page.locator("article").inner_text()
     assert visit.page.locator("article script, article img").count() == 0
     assert dialogs == []

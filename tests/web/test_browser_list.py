@@ -19,9 +19,11 @@ def test_from_the_list_to_a_feature_and_its_tokens(visit: Visit, site: Site) -> 
     until(visit, "document.querySelector('[role=columnheader].max').getAttribute('aria-sort') === 'descending'")
     assert header.get_attribute("aria-sort") == "descending"
     visit.page.locator(".row .latent a").first.click()
-    visit.page.wait_for_selector("h1:has-text('Feature')")
+    visit.page.wait_for_selector("h1:text-matches('^Feature [0-9]')")
     for title in ("Top activations", "Quantile intervals", "Random activations", "Activations", "Logit effects", "Nearest decoder rows"):
-        assert visit.page.get_by_role("heading", name=title, exact=True).count() == 1
+        found = visit.page.get_by_role("heading", name=title, exact=True)
+        found.first.wait_for()
+        assert found.count() == 1
     peak = visit.page.locator("[data-item='0'] [data-place].peak").first
     peak.hover()
     tip = visit.page.get_by_role("tooltip")
@@ -40,7 +42,7 @@ def test_an_address_holds_the_whole_state(visit: Visit, site: Site) -> None:
     visit.page.wait_for_selector("[role=status]:has-text('of 300')")
     assert (visit.page.get_by_role("status").inner_text(), visit.page.locator(".row .latent a").first.inner_text()) == (status, first)
     visit.page.locator(".row .latent a").first.click()
-    visit.page.wait_for_selector("h1:has-text('Feature')")
+    visit.page.wait_for_selector("h1:text-matches('^Feature [0-9]')")
     visit.page.get_by_role("button", name="Windows").click()
     visit.page.wait_for_selector(".provenance")
     visit.page.reload()
