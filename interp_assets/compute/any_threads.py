@@ -34,6 +34,8 @@ _UNDIVIDED: Final = 2048
 """So many elements torch never divides."""
 _TILE: Final = 1 << 14
 """Elements of a tile, at least: a multiple of any vector."""
+_MOST_TILES: Final = 64
+"""Of rows that do not lie side by side."""
 _NAME: Final = "threads::divided"
 
 
@@ -75,7 +77,9 @@ def _map(func: Any, x: Tensor, *rest: Any) -> Tensor:
     else:
         axis = next(i for i, size in enumerate(x.shape) if size > 1)
         source, target = x.movedim(axis, 0), out.movedim(axis, 0)
-        tiles = cut(x.shape[axis], max(1, -(-_TILE * x.shape[axis] // x.numel())))
+        n = x.shape[axis]
+        step = max(1, _TILE * n // x.numel(), -(-n // _MOST_TILES))
+        tiles = [slice(start, start + step) for start in range(0, n, step)]
 
     @torch.no_grad()
     def fill(tile: slice) -> None:

@@ -379,7 +379,7 @@ class SteeringConfig(_Config):
 
     recipes: dict[Name, list[dict[str, Any]]] = {}
     """By name: edits as in a recipe's file, of which one clamps a latent of an SAE of `features.saes`. Each is a partition."""
-    search: Annotated[SearchConfig | None, Field(exclude_if=lambda search: search is None)] = None
+    search: SearchConfig | None = None
     """Latents that a sweep finds, of each SAE of `features.saes`; none without it."""
     prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     """Texts that are continued."""
