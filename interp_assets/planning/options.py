@@ -14,9 +14,8 @@ _PENALIZED: Final = ("relu", "gated", *_JUMP)
 
 
 class Option(NamedTuple):
-    """One constant."""
+    """One constant; what it does is in docs/howto.md."""
 
-    sentence: str
     least: float = 0.0
     most: float = float("inf")
     architectures: tuple[str, ...] = ()
@@ -30,21 +29,21 @@ class Option(NamedTuple):
 
 
 OPTIONS: Final[dict[str, Option]] = {
-    "warmup_steps": Option("Steps over which the learning rate rises; 1,000."),
-    "warmup_share": Option("Share of all steps that this rise takes at most; 0.05.", most=1),
-    "decay_share": Option("Last share of the steps, over which the learning rate falls to 0; 0.2.", most=1),
-    "betas": Option("Adam's two decay rates.", most=1, length=2),
-    "epsilon": Option("Adam's epsilon.", is_open=True),
-    "gradient_clip": Option("Largest norm of the gradient; 1.", is_open=True),
-    "decoder_norm": Option("Norm of the initial decoder rows.", architectures=("relu", *_LEARNED), is_open=True),
-    "coefficient_warmup": Option("Share of the steps over which the sparsity coefficient rises from 0.", most=1, architectures=_PENALIZED),
-    "p": Option("The penalty is on the p-th power of the latents; 1.", most=2, architectures=("relu",), is_open=True),
-    "auxk_weight": Option("Weight of the AuxK loss; 1/32.", architectures=_TOPK),
-    "groups": Option("Matryoshka groups as shares of d_sae, from the innermost.", architectures=_TOPK[2:], length=None, total=1.0, is_open=True),
-    "bandwidth": Option("Width of the rectangle that stands for the slope of the step.", architectures=_JUMP, is_open=True),
-    "initial_threshold": Option("Threshold that training begins with; 0.1.", architectures=_LEARNED, is_open=True),
-    "tanh_scale": Option("Steepness of the tanh penalty; 4.", architectures=_JUMP[1:2], is_open=True),
-    "pre_activation_weight": Option("Weight of the loss that pulls silent latents back; 3e-6.", architectures=_LEARNED),
+    "warmup_steps": Option(),
+    "warmup_share": Option(most=1),
+    "decay_share": Option(most=1),
+    "betas": Option(most=1, length=2),
+    "epsilon": Option(is_open=True),
+    "gradient_clip": Option(is_open=True),
+    "decoder_norm": Option(architectures=("relu", *_LEARNED), is_open=True),
+    "coefficient_warmup": Option(most=1, architectures=_PENALIZED),
+    "p": Option(most=2, architectures=("relu",), is_open=True),
+    "auxk_weight": Option(architectures=_TOPK),
+    "groups": Option(architectures=_TOPK[2:], length=None, total=1.0, is_open=True),
+    "bandwidth": Option(architectures=_JUMP, is_open=True),
+    "initial_threshold": Option(architectures=_LEARNED, is_open=True),
+    "tanh_scale": Option(architectures=_JUMP[1:2], is_open=True),
+    "pre_activation_weight": Option(architectures=_LEARNED),
 }
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {"k": (*_TOPK, *_LEARNED), "sparsity_coefficient": _PENALIZED}
