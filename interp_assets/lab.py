@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     import interp_assets.garcon.spread
     import interp_assets.garcon.steering.dose
     import interp_assets.train.sae
+    import interp_assets.visualize.steering.patching
+    import interp_assets.visualize.steering.search
     from interp_assets.planning.pipeline import Pipeline
 
 _OPENED_AT_ONCE: Final = 16
@@ -397,6 +399,19 @@ class Opened:
         from interp_assets.visualize.steering.curves import read_curve  # noqa: PLC0415 - as above
 
         return read_curve(self.pipeline, self.store, recipe)
+
+    def steering_search(self, sae: str) -> "interp_assets.visualize.steering.search.Search":
+        """Read what a search among an SAE's latents found: `.candidates`, a table of all that were tried, and `.doses` of those that were chosen."""
+        from interp_assets.visualize.steering.search import read_search  # noqa: PLC0415 - as above
+
+        self.config.sae(sae)
+        return read_search(self.pipeline, self.store, sae)
+
+    def patching(self, name: str) -> "interp_assets.visualize.steering.patching.Patching":
+        """Read what patching did over a set of prompts of the configuration: table and heat map."""
+        from interp_assets.visualize.steering.patching import read_patching  # noqa: PLC0415 - as above
+
+        return read_patching(self.pipeline, self.store, name)
 
     def features(self, name: str) -> "pl.DataFrame":
         """Return the statistics of an SAE's features, one line a latent."""

@@ -19,7 +19,7 @@ from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
-from interp_assets.storage.manifest import Manifest, Produced, load_manifest, read_file, timed
+from interp_assets.storage.manifest import Produced, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.visualize.steering.firings import load_firings
@@ -70,16 +70,7 @@ def read_curve(pipeline: Pipeline, store: Store, name: str) -> Dose:
     """Read a dose curve. Raises `ConfigError` for a recipe that the configuration does not have, `ArtifactMissingError` before it is made."""
     ref = curve_ref(pipeline, name)
     manifest = load_manifest(store, ref)
-    return _as_dose(pipeline, manifest, pl.read_parquet(io.BytesIO(read_file(store, ref.path, manifest, TEXTS))))
-
-
-def draw_curve(pipeline: Pipeline, store: Store, made: Produced) -> str:
-    """Draw a dose curve as SVG."""
-    texts = pl.read_parquet(io.BytesIO(read_file(store, made.ref.path, made.manifest, TEXTS)))
-    return _as_dose(pipeline, made.manifest, texts)._repr_html_()
-
-
-def _as_dose(pipeline: Pipeline, manifest: Manifest, texts: pl.DataFrame) -> Dose:
+    texts = pl.read_parquet(io.BytesIO(read_file(store, ref.path, manifest, TEXTS)))
     return Dose(texts, str(manifest.facts["what"]), list(manifest.facts["strengths"]), pipeline.config.seed)
 
 
