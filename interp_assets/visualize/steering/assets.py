@@ -1,11 +1,12 @@
 """Dose curves and patched prompts as assets: what steering by a latent does beside controls, and what each place of a model carries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_TOKEN
 from interp_assets.errors import InputError
 from interp_assets.harvest.heads.refs import model_heads
-from interp_assets.harvest.sizes import forward_s, model_bytes
+from interp_assets.harvest.sizes import ROWS_PER_S, forward_s, model_bytes
 from interp_assets.planning.asset import Asset, Axis, Job, Load, Markdown, Needs, Shown, every, whole
 from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline
@@ -31,7 +32,8 @@ from interp_assets.visualize.steering.refs import (
 _ARMS = 5
 _TRIED_ARMS = 3
 _FEWEST_PROMPTS = 4
-_PROMPT_TOKENS = 32
+_TOKENS_PER_S: Final = 6_000
+"""Of a small model on two cores: a text is written a token at a time, and what the cache holds is copied for each."""
 
 
 def make_steering_assets(config: PipelineConfig) -> list[Asset]:
@@ -187,19 +189,28 @@ def _show_patched(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
 
 def _takes(pipeline: Pipeline, _store: Store, _key: str) -> Load:
     steering = steering_of(pipeline)
-    return _writing(pipeline, len(steering.strengths) * _ARMS * len(steering.prompts) * steering.n)
+    return _writing(pipeline, _count_tokens(steering, _count_cells(steering), steering.prompts))
 
 
 def _searching(pipeline: Pipeline, _store: Store, _key: str) -> Load:
     steering, search = steering_of(pipeline), search_of(pipeline)
-    n_tried, n_dosed = search.candidates * _TRIED_ARMS, 2 * search.shown * _ARMS * len(steering.strengths)
-    return _writing(pipeline, (n_tried + n_dosed) * len(steering.prompts) // 2 * steering.n)
+    n_tried = _count_tokens(steering, search.candidates * _TRIED_ARMS, steering.prompts[::2])
+    return _writing(pipeline, n_tried + _count_tokens(steering, 2 * search.shown * _count_cells(steering), steering.prompts[1::2]))
 
 
-def _writing(pipeline: Pipeline, n_texts: int) -> Load:
-    steering = steering_of(pipeline)
-    n_tokens = 2.0 * n_texts * (steering.new_tokens + _PROMPT_TOKENS)  # each is scored without edits, too
-    return Load(0, model_bytes(pipeline), 1e3 * n_texts, 4, 2, forward_s(pipeline, n_tokens), 2 * model_bytes(pipeline))
+def _count_cells(steering: SteeringConfig) -> int:
+    """Return the arms of a dose curve at all strengths, of which `zero` has none."""
+    return (_ARMS - 1) * len(steering.strengths) + 1
+
+
+def _count_tokens(steering: SteeringConfig, n_cells: int, prompts: Sequence[str]) -> float:
+    """Return the tokens that pass the model for so many cells: each text has a twin without edits."""
+    return 2.0 * n_cells * steering.n * sum(len(prompt) / TEXT_BYTES_PER_TOKEN + steering.new_tokens for prompt in prompts)
+
+
+def _writing(pipeline: Pipeline, n_tokens: float) -> Load:
+    busy_s = max(n_tokens / _TOKENS_PER_S, forward_s(pipeline, n_tokens))
+    return Load(0, model_bytes(pipeline), n_tokens, 4, 2, busy_s, 2 * model_bytes(pipeline))
 
 
 def _patching_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:
@@ -212,4 +223,5 @@ def _patching_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:
         cells = n_points * (n_tokens if asked.by == "position" else max(heads.values(), default=1))
         n_cells += cells
         n_passed += n_tokens * (2 + cells / 2 if asked.method == "exact" else 4)
-    return Load(0, model_bytes(pipeline), 16 * n_cells, 2, 2, forward_s(pipeline, n_passed), 2 * model_bytes(pipeline))
+    busy_s = max(n_passed / ROWS_PER_S, forward_s(pipeline, n_passed))
+    return Load(0, model_bytes(pipeline), 4e3 + 4 * n_cells, 2, 2, busy_s, 2 * model_bytes(pipeline))
