@@ -165,10 +165,7 @@ def test_a_search_finds_latents_that_move_and_some_that_do_not(made: tuple[Pipel
     assert again.is_cached
     assert str(search.shows(Job(World(pipeline.config), pipeline, store, ("demo",)), "demo", [again])["curves"]).count("![") == len(found.doses)
     assert lab.Opened(pipeline, store).steering_search("demo").candidates.equals(found.candidates)
-    tried, dosed = (
-        6 * 3 * (2 * 4 + (10 + 1) / 4),
-        2 * 2 * (4 * 2 + 1) * (2 * 4 + (5 + 9) / 4),
-    )  # cells x (new tokens + a prompt's), by the bytes of each
+    tried, dosed = 6 * 3 * (2 * 4 + (10 + 1) / 4), 2 * 2 * (4 * 2 + 1) * (2 * 4 + (5 + 9) / 4)  # cells x tokens, new and the prompts'
     assert search.takes(pipeline, store, "demo").busy_s == pytest.approx(2 * (tried + dosed) / 6_000)
     assert search.obstacles is not None
     assert search.obstacles(pipeline, store) == []
