@@ -281,7 +281,7 @@ def time_dose(llm: Model) -> dict[str, Any]:
     W_enc, zeros = torch.randn((d, n), generator=torch.Generator().manual_seed(0)) / d**0.5, torch.zeros(n)
     sae = Sae(kind="relu", W_enc=W_enc, b_enc=zeros, W_dec=W_enc.T.contiguous(), b_dec=torch.zeros(d), threshold=zeros, k=0)
     firings = Firings(torch.ones(n), torch.linspace(0, 1, n), lambda _latent, share: share)
-    backend = Recorder(llm.subject, llm.tokenizer, {"sae": AttachedSae(sae, "resid_post.1", firings=firings)})
+    backend: Any = Recorder(llm.subject, llm.tokenizer, {"sae": AttachedSae(sae, "resid_post.1", firings=firings)})
     ours = Model.over(backend)
     prompts, strengths = ["the cat sat", "a dog ran to it", "some words", "more"], [-10, -2, 0, 1, 2, 5, 10]
     ours.dose([{"sae": "sae", "latent": 7, "clamp": "1 max"}], prompts=prompts, strengths=strengths, new_tokens=2)

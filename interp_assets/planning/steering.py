@@ -2,11 +2,27 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from interp_assets.planning.hook_names import LAYER_KINDS, canonical_name, explain_other
 from interp_assets.planning.identity import Name, Section
 
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _check_point(name: str) -> str:
+    """Return our name of a point inside or between blocks, with its layer or a star for all of them."""
+    first = name.replace("*", "0", 1)
+    kind, _, layer = canonical_name(first).partition(".")
+    if kind not in LAYER_KINDS or not layer.isdecimal():
+        told = explain_other(first) or f"name one as resid_post.3, or resid_post.* for all layers; the kinds are {', '.join(LAYER_KINDS)}"
+        message = f"{name!r} is no hook point inside or between blocks: {told}"
+        raise ValueError(message)
+    return f"{kind}.*" if "*" in name else f"{kind}.{layer}"
+
+
+PatchedPoint = Annotated[str, AfterValidator(_check_point)]
+"""Hook points of a prompt set, in our words whichever they were named in."""
 
 
 class SearchConfig(Section):
@@ -67,8 +83,8 @@ class PatchingConfig(Section):
     name: Name
     """Name of the set; it becomes a partition."""
     pairs: Annotated[list[PairConfig], Field(min_length=1)]
-    points: Annotated[list[Text], Field(min_length=1)] = ["resid_post.*"]
-    """Hook points inside or between blocks, by our names or TransformerLens'; `*` stands for all layers."""
+    points: Annotated[list[PatchedPoint], Field(min_length=1)] = ["resid_post.*"]
+    """Hook points inside or between blocks, by our names or TransformerLens'; `*` in the place of the layer stands for all."""
     by: Literal["position", "head"] = "position"
     """What a cell is at a point: one position, or one head at all positions (`z.*`, `q.*`, `pattern.*` and their like)."""
     method: Literal["exact", "gradient"] = "exact"

@@ -29,7 +29,7 @@ PAIR = {"clean": "Mary gave", "corrupted": "Anna gave", "answer": "M", "other": 
 OTHER = {"clean": "hello you", "corrupted": "hallo you", "answer": "e", "other": "a"}
 LONGER = {"clean": "so long", "corrupted": "so lung", "answer": "o", "other": "u"}
 SETS: list[dict[str, Any]] = [
-    {"name": "stream", "pairs": [PAIR, OTHER], "points": ["resid_post.*", "blocks.1.hook_mlp_out"]},
+    {"name": "stream", "pairs": [PAIR, OTHER], "points": ["blocks.*.hook_resid_post", "blocks.1.hook_mlp_out"]},
     {"name": "heads", "pairs": [PAIR, LONGER], "points": ["z.*"], "by": "head"},
     {"name": "slopes", "pairs": [PAIR], "points": ["resid_post.*", "z.0"], "method": "gradient"},
     {"name": "slopes-of-heads", "pairs": [PAIR], "points": ["pattern.1", "z.1"], "by": "head", "method": "gradient"},
@@ -42,8 +42,7 @@ class Made:
     def __init__(self, root: Path) -> None:
         save_model(root / "model", "gpt2")
         write_texts(root / "texts", n_files=4)
-        sections: dict[str, Any] = {"shuffle": {"passes": 2, "fan_out": 2}, "execution": {"device": "cpu"}, "patching": SETS}
-        self.config = make_tiny_config(root / "model", root / "texts", root=str(root / "data"), **sections)
+        self.config = make_tiny_config(root / "model", root / "texts", root=str(root / "data"), execution={"device": "cpu"}, patching=SETS)
         self.store: Store = open_pipeline_store(self.config)
         self.pipeline = plan_corpus(self.config, self.store)
         self.llm: Model = lab.Opened(self.pipeline, self.store).model()
@@ -160,7 +159,6 @@ def test_what_was_computed_is_found_and_shown(made: Made) -> None:
         ({"pairs": [PAIR, LONGER]}, "The pairs of the set 'x' have [9, 7] tokens, so position 3 is not the same in all"),
         ({"pairs": [{**PAIR, "answer": "Mary"}]}, "'Mary' is 4 tokens"),
         ({"points": ["resid_post.9"]}, "resid_post.9"),
-        ({"points": ["logits"]}, "'logits' is neither"),
         ({"points": ["resid_post.*"], "by": "head"}, "A sweep by head needs points with one number of heads"),
         ({"points": ["resid_post.*"], "by": "head", "method": "gradient"}, "A sweep by head needs points with one number of heads"),
     ],
@@ -178,6 +176,15 @@ def test_a_configuration_is_refused_that_mixes_metrics_or_names() -> None:
         make_config({"patching": [{"name": "x", "pairs": [PAIR, alone]}]})
     with pytest.raises(ConfigError, match=r"two sets of prompts in `patching` have one name: \['x', 'x'\]"):
         make_config({"patching": [{"name": "x", "pairs": [PAIR]}] * 2})
+    for point, told in (
+        ("resid_pots.*", r"'resid_pots\.\*' is no hook point inside or between blocks: name one as resid_post\.3, or"),
+        ("logits", "'logits' is no hook point inside or between blocks"),
+        ("module:transformer.h.*.mlp", "is no hook point inside or between blocks"),
+        ("blocks.*.attn.hook_q", r"it is read before RoPE, q\.0 after it"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            make_config({"patching": [{"name": "x", "pairs": [PAIR], "points": [point]}]})
+    assert make_config({"patching": [{"name": "x", "pairs": [PAIR], "points": ["blocks.*.hook_mlp_out"]}]}).patching[0].points == ["mlp_out.*"]
     with pytest.raises(ConfigError, match="did you mean 'pairs'"):
         make_config({"patching": [{"name": "x", "pairs": [PAIR], "pair": []}]})
 

@@ -3,7 +3,6 @@
 Format: `docs/formats/steering_sweep.md`.
 """
 
-import fnmatch
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -13,6 +12,7 @@ import polars as pl
 from interp_assets.garcon.backend import Chats
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.local import LocalBackend
+from interp_assets.garcon.session import Model
 from interp_assets.garcon.steering.dose import DIFFERENCE, Dose, run_dose
 from interp_assets.garcon.steering.recipe import SaeEntry, load_recipe, make_edits
 from interp_assets.garcon.subject import SubjectModel
@@ -41,8 +41,8 @@ def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokeniz
     strengths = [f"{strength:g} {steering.unit}" for strength in steering.strengths]
     options = {"new_tokens": steering.new_tokens, "n": steering.n, "temperature": steering.temperature, "seed": pipeline.config.seed, "watch": ()}
     edits = make_edits(load_recipe(edits_of(pipeline, name)), backend)
-    names = {point for pattern in edits.freeze for point in _matching(backend, pattern)}
-    dose = run_dose(backend, prompts, edits._replace(freeze=tuple(sorted(names))), strengths, options)
+    names = sorted(Model.over(backend).names(edits.freeze))
+    dose = run_dose(backend, prompts, edits._replace(freeze=tuple(names)), strengths, options)
     progress(dose.texts.height)
     with create_current(store, ref, kept) as art:
         for file, table in ((TEXTS, dose.texts), (TABLE, dose.table())):
@@ -87,7 +87,3 @@ def _attach(pipeline: Pipeline, store: Store, subject: SubjectModel, name: str) 
 
 def _mean_norm(pipeline: Pipeline, store: Store, hook_point: str) -> float:
     return load_statistics(pipeline, store, hook_point).mean_norm
-
-
-def _matching(backend: LocalBackend, pattern: str) -> list[str]:
-    return fnmatch.filter([point.name for point in backend.list_points() if not point.refused], pattern) or [backend.find_point(pattern)]
