@@ -17,7 +17,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from interp_assets.errors import InputError
+from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.results import Results, draw_heat_map
 from interp_assets.garcon.session import Model
 from interp_assets.garcon.subject import SubjectModel
@@ -124,6 +124,10 @@ def patch_pair(llm: Model, asked: PatchingConfig, number: int) -> Patched:
             now = t.measure(metric)
             estimated = t.attribute(now, names, source)
         base, effects = now.value, torch.stack([_sum_up(estimated[point], asked.by) for point in names])
+    if not bool(torch.isfinite(effects).all()):
+        point, column = (~torch.isfinite(effects)).nonzero()[0].tolist()
+        where = f"{asked.by} {column} of {names[point]!r}"
+        raise NonFiniteError(f"Pair {number} of the set {asked.name!r}: with {where} patched the metric is not finite. Run the model in float32.")
     pieces = zip(llm.pieces(clean), llm.pieces(corrupted), strict=True)
     by_position = [one if one == other else f"{one} → {other}" for one, other in pieces]
     labels = by_position if asked.by == "position" else [f"head {head}" for head in range(n_columns)]
