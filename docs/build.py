@@ -35,6 +35,7 @@ ROOMS: Final = {
     "interp_assets/visualize/": "An SAE and activations become the evidence for every feature: examples, statistics, records",
     "interp_assets/visualize/steering/": "What a feature does to the texts that a model writes, beside controls: dose curves",
     "interp_assets/train/": "Mixed shards become SAEs, their evaluations, and the table of a sweep",
+    "interp_assets/train/results/": "What has become of SAEs: one table of all, replicas and noise, exact causes of differences",
     "interp_assets/train/losses/": "What an architecture computes on a batch, and its gradients: one file a family",
     "interp_assets/train/exchange/": "SAEs as the folders of SAELens, sparsify, dictionary_learning and Gemma Scope, both ways",
     "interp_assets/shuffle/": "Activation shards become mixed shards in exactly uniform order, and the certificate of it",

@@ -31,6 +31,7 @@ from interp_assets.web.opened import OpenBundle, list_bundles, open_bundle
 
 CHECKPOINT: Final = "sae_checkpoint"
 TRY: Final = "try"
+ENDED: Final = "sae_ended"
 _PLANS: Final = ("plan.", ".json")
 _OF_SAES: Final = ("sae", "sae_evaluation")
 
@@ -87,14 +88,14 @@ def find_leftovers(
 
 
 def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
-    """Return the kinds of artifacts that assets make and keep the digests of, whatever a configuration switches off, checkpoints and tries."""
+    """Return the kinds of artifacts that assets make and keep the digests of, whatever is switched off, checkpoints, tries, records of failures."""
     sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
     changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
     changes["heads"] = HeadsConfig(prompts={"any": "text"})
     recipes: dict[str, list[dict[str, Any]]] = {"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}
     changes["steering"] = SteeringConfig(recipes=recipes, search=SearchConfig(), prompts=["text"])
-    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY}
+    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY, ENDED}
     road = make_road(full.config)
     for asset in road.rest:
         kinds = ({ref.kind for ref in _refs_of(asset, full, store, key)} for key in asset.partition_keys(full))

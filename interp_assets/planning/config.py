@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -454,11 +455,19 @@ class PipelineConfig(_Config):
                 raise ValueError(message)
         return self
 
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Where in `saes` each was found when it was last asked for, by name."""
+        return {}
+
     def sae(self, name: str) -> SaeConfig:
         """Return the SAE called `name`. Raises `ConfigError` with the names there are."""
-        for sae in self.saes:
-            if sae.name == name:
-                return sae
+        for attempt in range(2):
+            place = self._places.get(name, len(self.saes))
+            if place < len(self.saes) and self.saes[place].name == name:
+                return self.saes[place]
+            if not attempt:  # not asked before, or a copy with other SAEs
+                self._places.update({sae.name: place for place, sae in enumerate(self.saes)})
         raise ConfigError(f"No SAE is called {name!r}; the configuration has {[sae.name for sae in self.saes]}.")
 
 

@@ -22,6 +22,7 @@ from interp_assets.shuffle.refs import mixed_ids
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import Store
 from interp_assets.terminal.console import print_table
+from interp_assets.terminal.recording import recorded
 from interp_assets.train.loop import OnFailure, OnMetrics, TrainingMetrics, train_briefly
 from interp_assets.train.refs import LogRow
 
@@ -35,8 +36,16 @@ CURVES: Final = "curves.parquet"
 _LEAST_STEPS: Final = 10
 
 
-def print_try(out: Console, config: PipelineConfig, n_rows: int) -> bool:
-    """Try all SAEs on `n_rows` rows each; return whether all could be trained."""
+def print_try(out: Console, config: PipelineConfig, n_rows: int, note: str = "") -> bool:
+    """Try all SAEs on `n_rows` rows each, and keep that in the history; return whether all could be trained."""
+    with recorded(config, note) as recorder:
+        tried, failed = _print_try(out, config, n_rows)
+        told = {name: row for name, *row in tried.table.select("name", "l0", "fvu", "dead_share").rows()}
+        recorder.entry["tried"] = {"rows": n_rows, "path": tried.path, "measures": ["l0", "fvu", "dead_share"], "saes": told, "failed": failed}
+    return not failed
+
+
+def _print_try(out: Console, config: PipelineConfig, n_rows: int) -> "tuple[Tried, dict[str, str]]":
     store = open_pipeline_store(config)
     seen: dict[str, list[LogRow]] = {}
     failed: dict[str, str] = {}
@@ -60,7 +69,7 @@ def print_try(out: Console, config: PipelineConfig, n_rows: int) -> bool:
         out.print(f"{name} failed: {sentence}", style="red", soft_wrap=True, markup=False)
     took = f"{n_rows:,} rows each in {time.monotonic() - started_s:.1f} s; L0, FVU and dead latents on rows that follow"
     out.print(f"{took}. Kept in {store.url}/{tried.path}/{TABLE}", soft_wrap=True, markup=False, highlight=False)
-    return not failed
+    return tried, failed
 
 
 def draw_line(values: list[float]) -> str:

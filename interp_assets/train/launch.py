@@ -35,6 +35,7 @@ from interp_assets.train.exchange.imported import import_sae
 from interp_assets.train.loop import OnFailure, OnMetrics, TrainingMetrics, find_trained, train_saes
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import LogRow, sae_ref
+from interp_assets.train.results.ended import FAILED, save_ended
 
 _GRACE_S: Final = 10.0
 ATTACHED: Final = "INTERP_TRAINING_ATTACHED"
@@ -68,6 +69,17 @@ def run_training(pipeline: Pipeline, store: Store, names: Sequence[str], progres
     """
     failed: dict[str, InterpError] = {}
     imported: dict[str, Produced] = {}
+    logs: dict[str, list[LogRow]] = {}
+
+    def hear(metrics: TrainingMetrics) -> None:
+        logs.setdefault(metrics.name, []).append(metrics.row)
+        if on_metrics is not None:
+            on_metrics(metrics)
+
+    def drop(name: str, error: InterpError) -> None:
+        failed.setdefault(name, error)
+        save_ended(store, sae_ref(pipeline, name), name, logs.get(name, []), status=FAILED, why=str(error))
+
     for name in names:
         if pipeline.config.sae(name).imported:
             try:
@@ -75,9 +87,9 @@ def run_training(pipeline: Pipeline, store: Store, names: Sequence[str], progres
             except StoreError:
                 raise
             except InterpError as error:
-                failed[name] = error
+                drop(name, error)
     trained = [name for name in names if not pipeline.config.sae(name).imported]
-    made = imported | (_train(pipeline, store, trained, (progress, on_metrics, failed.setdefault)) if trained else {})
+    made = imported | (_train(pipeline, store, trained, (progress, hear, drop)) if trained else {})
     return Trained({name: made[name] for name in names if name in made}, failed)
 
 

@@ -52,23 +52,7 @@ class LogRow(NamedTuple):
 
 def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     """Address a trained SAE, or an imported one. In a pipeline that has grown a trained one starts from the SAE before."""
-    config = pipeline.config.sae(name)
-    identity: dict[str, Any] = {"sae": config.identity()}
-    if renamed := {name: alias for name, alias in pipeline.plan.hook_aliases.items() if name in (*config.sources, *config.targets)}:
-        identity["hook_aliases"] = renamed
-    if config.imported:
-        return make_ref("sae", FOLDER, identity={"code": IMPORT_VERSION, **identity}, inputs={}, label=name)
-    identity |= {"code": TRAIN_VERSION, "seed": pipeline.config.seed}
-    if config.architecture.endswith("topk"):
-        identity["pick"] = PICK_VERSION
-    inputs: dict[str, str] = {}
-    for hook_point in dict.fromkeys((*config.sources, *config.targets)):
-        suffix = "" if hook_point == config.hook_point else f".{hook_point}"
-        inputs[f"mixed_shards{suffix}"] = mixed_ids(pipeline, hook_point)
-        inputs[f"statistics{suffix}"] = statistics_ref(pipeline, hook_point).artifact_id
-    if has_grown(pipeline):
-        inputs["warm_start"] = sae_ref(before(pipeline), name).artifact_id
-    return make_ref("sae", FOLDER, identity=identity, inputs=inputs, label=name)
+    return pipeline.remember(("sae_ref", name), lambda: _sae_ref(pipeline, name))
 
 
 def evaluation_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
@@ -94,3 +78,23 @@ def sweep_ref(pipeline: Pipeline) -> ArtifactRef:
     names = [config.name for config in pipeline.config.saes]
     inputs = {"evaluations": combine_ids([evaluation_ref(pipeline, name).artifact_id for name in names])}
     return make_ref("sweep", FOLDER, identity={"code": SWEEP_VERSION, "saes": names}, inputs=inputs, label="sweep")
+
+
+def _sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
+    config = pipeline.config.sae(name)
+    identity: dict[str, Any] = {"sae": config.identity()}
+    if renamed := {name: alias for name, alias in pipeline.plan.hook_aliases.items() if name in (*config.sources, *config.targets)}:
+        identity["hook_aliases"] = renamed
+    if config.imported:
+        return make_ref("sae", FOLDER, identity={"code": IMPORT_VERSION, **identity}, inputs={}, label=name)
+    identity |= {"code": TRAIN_VERSION, "seed": pipeline.config.seed}
+    if config.architecture.endswith("topk"):
+        identity["pick"] = PICK_VERSION
+    inputs: dict[str, str] = {}
+    for hook_point in dict.fromkeys((*config.sources, *config.targets)):
+        suffix = "" if hook_point == config.hook_point else f".{hook_point}"
+        inputs[f"mixed_shards{suffix}"] = mixed_ids(pipeline, hook_point)
+        inputs[f"statistics{suffix}"] = statistics_ref(pipeline, hook_point).artifact_id
+    if has_grown(pipeline):
+        inputs["warm_start"] = sae_ref(before(pipeline), name).artifact_id
+    return make_ref("sae", FOLDER, identity=identity, inputs=inputs, label=name)
