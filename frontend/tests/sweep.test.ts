@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import { columnsOf, findBest, findDifferences, formatSweepRoute, isToldApart, listArms, parseSweepRoute, readComparison, showCell, sortArms, type Comparison } from '../src/lib/sweep';
+import { columnsOf, findBest, findDifferences, formatSweepRoute, isToldApart, listArms, parseSweepRoute, readComparison, showCell, showChange, showDeviation, sortArms, type Comparison } from '../src/lib/sweep';
 
 const DATA: Comparison = {
   format: 'interp-assets/comparison-of-saes', version: 1, pipeline: 'demo', model: { name: 'm', revision: 'main' }, n_held_out: 100,
@@ -9,8 +9,8 @@ const DATA: Comparison = {
     l0: [8, 8, 16, null], fvu: [0.19, 0.21, 0.1, null], dead_share: [0, 0.02, 0, null], status: ['measured', 'measured', 'measured', 'failed'], why: [null, null, null, 'nan'],
   },
   replicas: {
-    members: [['a-seed0', 'a-seed1'], ['b'], ['x']], name: ['a', 'b', 'x'], n: [2, 1, 1], l0: [8, 16, null], fvu: [0.2, 0.1, null], fvu_deviation: [0.0141421, null, null],
-    l0_deviation: [0, null, null], versus_best: ['+0.1', 'best', null],
+    members: [['a-seed0', 'a-seed1'], ['b'], ['x']],
+    columns: { name: ['a', 'b', 'x'], n: [2, 1, 1], l0: [8, 16, null], fvu: [0.2, 0.1, null], fvu_deviation: [0.0141421, null, null], l0_deviation: [0, null, null], versus_best: ['+0.1', 'best', null] },
   },
   curves: { b: { n_rows: [1, 2], loss: [1, 0.5], l0: [16, 16], fvu: [0.5, 0.1], dead_share: [0, 0] } },
 };
@@ -18,7 +18,7 @@ const DATA: Comparison = {
 describe('a comparison', () => {
   test('of another version, or with ragged columns, is a problem', () => {
     expect(readComparison(DATA)).toBe(DATA);
-    for (const wrong of [null, { ...DATA, version: 2 }, { ...DATA, saes: { ...DATA.saes, k: [1] } }, { ...DATA, replicas: { ...DATA.replicas, n: [1] } }]) {
+    for (const wrong of [null, { ...DATA, version: 2 }, { ...DATA, saes: { ...DATA.saes, k: [1] } }, { ...DATA, replicas: { ...DATA.replicas, columns: { n: [1] } } }]) {
       expect(() => readComparison(wrong)).toThrow();
     }
   });
@@ -60,6 +60,7 @@ describe('a comparison', () => {
 
   test('writes cells as people read them', () => {
     expect([showCell('k', 1024), showCell('fvu', 0.123456), showCell('dead_share', 0.034), showCell('fvu', null), showCell('architecture', 'topk')]).toEqual(['1,024', '0.123', '3.4 %', '–', 'topk']);
+    expect([showChange('dead_share', -0.005), showChange('fvu', 0.02), showChange('k', 0), showDeviation('fvu', 0.0014142)]).toEqual(['−0.50 %', '+0.0200', '0', '0.0014']);
   });
 });
 

@@ -76,7 +76,7 @@ def describe_comparison(store: Store) -> dict[str, Any]:
         "model": {"name": config.model.shown_name, "revision": config.model.revision},
         "n_held_out": count_held_out(store, table),
         "saes": _columns(table.drop(_LEFT_OUT)),
-        "replicas": {"members": list_replicas(table), **_columns(folded)},
+        "replicas": {"members": list_replicas(table), "columns": _columns(folded)},
         "curves": {name: _thin(curves.filter(pl.col("name") == name)) for name in shown},
     }
 

@@ -32,10 +32,11 @@ def test_it_has_every_sae_its_replicas_and_its_curve(store: Store) -> None:
     found = describe_comparison(store)
     json.dumps(found, allow_nan=False)
     assert (found["n_held_out"], len(found["saes"]["name"])) == (N_HELD_OUT, 26)
-    place = found["replicas"]["name"].index("topk-k16")
+    recipes = found["replicas"]["columns"]
+    place = recipes["name"].index("topk-k16")
     assert found["replicas"]["members"][place] == [f"topk-k16-seed{seed}" for seed in range(3)]
-    assert found["replicas"]["fvu"][place] == pytest.approx(fvu_of(16, 1, is_topk=True), rel=1e-5)
-    assert found["replicas"]["fvu_deviation"][place] == pytest.approx(0.002, rel=1e-4)
+    assert recipes["fvu"][place] == pytest.approx(fvu_of(16, 1, is_topk=True), rel=1e-5)
+    assert recipes["fvu_deviation"][place] == pytest.approx(0.002, rel=1e-4)
     assert found["saes"]["status"].count("failed") == 1
     assert len(found["curves"]["bad"]["n_rows"]) == 4
     assert not {"sae_path", "evaluation_digest"} & set(found["saes"])
@@ -88,6 +89,6 @@ def test_the_page_of_the_format_shows_what_is_written(store: Store) -> None:
     example, found = json.loads(text), describe_comparison(store)
     assert list(example) == list(found)
     assert set(example["saes"]) <= set(found["saes"])
-    assert set(example["replicas"]) <= set(found["replicas"])
+    assert set(example["replicas"]["columns"]) <= set(found["replicas"]["columns"])
     assert list(example["curves"]["k-seed0"]) == list(found["curves"]["bad"])
-    assert math.isclose(example["replicas"]["fvu_deviation"][0], 0.02 / math.sqrt(2), rel_tol=1e-4)
+    assert math.isclose(example["replicas"]["columns"]["fvu_deviation"][0], 0.02 / math.sqrt(2), rel_tol=1e-4)

@@ -1,5 +1,5 @@
 /** The SAEs of a pipeline beside each other: what `sweeps/<pipeline>.json` says, and what pages make of it. See docs/formats/comparison.md. */
-import { Memory, askJson } from './api';
+import { Memory, ask } from './api';
 import { formatCount, formatShare, formatValue } from './format';
 import { Problem } from './problem';
 
@@ -17,7 +17,7 @@ export interface Comparison {
   /** Rows that the measured SAEs were measured on; null where not all were on as many. */
   n_held_out: number | null;
   saes: Columns;
-  replicas: Columns & { members: string[][] };
+  replicas: { members: string[][]; columns: Columns };
   curves: Record<string, Record<CurveName | 'n_rows', (number | null)[]>>;
 }
 
@@ -49,7 +49,7 @@ const GROUPED = ['task', 'hook_points', 'target_hook_points'];
 const kept = new Memory<Comparison>(4);
 
 export function getComparison(name: string): Promise<Comparison> {
-  return kept.get(name, async () => readComparison(await askJson<unknown>(`sweeps/${encodeURIComponent(name)}.json`)));
+  return kept.get(name, async () => readComparison(await (await ask(`sweeps/${encodeURIComponent(name)}.json`, { cache: 'no-cache' })).json()));
 }
 
 /** Check what came. */
@@ -59,7 +59,7 @@ export function readComparison(found: unknown): Comparison {
     throw new Problem(`The comparison is '${read?.format}' version ${read?.version}; these pages read version ${VERSION}.`, (read?.version ?? 0) > VERSION ? 'Upgrade interp-assets.' : 'Export the site again.');
   }
   const lengths = new Set(Object.values(read.saes).map((column) => column.length));
-  if (lengths.size !== 1 || Object.entries(read.replicas).some(([, column]) => column.length !== read.replicas.members.length)) {
+  if (lengths.size !== 1 || Object.values(read.replicas.columns).some((column) => column.length !== read.replicas.members.length)) {
     throw new Problem('The columns of the comparison have unequal lengths.', 'Export the site again, or restart `interp serve`.');
   }
   return read;
@@ -82,7 +82,7 @@ export function listArms(data: Comparison, isFolded: boolean): Arm[] {
   }
   return data.replicas.members.map((members, i) => {
     const each = members.map((name) => ofSae(place.get(name)!));
-    const folded = Object.fromEntries(Object.entries(data.replicas).filter(([key]) => key !== 'members').map(([key, column]) => [key, (column as Cell[])[i] ?? null]));
+    const folded = Object.fromEntries(Object.entries(data.replicas.columns).map(([key, column]) => [key, column[i] ?? null]));
     const values: Record<string, Cell> = { ...each[0]!, ...folded, ...(members.length > 1 ? { seed: null } : {}) };
     values.rows_per_s = mean(each.map((one) => one.rows_per_s as number | null));
     const deviations = Object.fromEntries(Object.keys(MEASURES).flatMap((key) => (typeof folded[`${key}_deviation`] === 'number' ? [[key, folded[`${key}_deviation`] as number]] : [])));
@@ -95,7 +95,8 @@ export const hasReplicas = (data: Comparison): boolean => data.replicas.members.
 
 /** What is configured and not alike for all, then what is measured at all: only what differs is a column. */
 export function columnsOf(arms: Arm[]): { configured: string[]; measured: string[] } {
-  const differs = (key: string): boolean => new Set(arms.map((arm) => arm.values[key] ?? null)).size > 1;
+  const whole = arms.filter((arm) => !arm.why); // one that ended early has fewer rows than it was configured with
+  const differs = (key: string): boolean => new Set((key === 'n_rows' ? whole : arms).map((arm) => arm.values[key] ?? null)).size > 1;
   const isThere = (key: string): boolean => arms.some((arm) => arm.values[key] !== null && arm.values[key] !== undefined);
   const isWhole = arms.every((arm) => arm.values.fvu !== null);
   const isFolded = arms.some((arm) => arm.n > 1);
@@ -151,6 +152,12 @@ export function showCell(key: string, value: Cell): string {
   if (SHARES.has(key)) return formatShare(value);
   return Number.isInteger(value) && !(key in MEASURES) ? formatCount(value) : formatValue(value);
 }
+
+/** A deviation: two digits say all that three trainings know. */
+export const showDeviation = (key: string, value: number): string => (SHARES.has(key) ? formatShare(value) : value !== 0 && value < 1e-5 ? value.toExponential(0).replace('-', '−') : String(Number(value.toPrecision(2))));
+
+/** A difference, with its sign. */
+export const showChange = (key: string, value: number): string => (value === 0 ? '0' : `${value > 0 ? '+' : '−'}${showCell(key, Math.abs(value))}`);
 
 function mean(values: (number | null)[]): number | null {
   const known = values.filter((value): value is number => typeof value === 'number');
