@@ -88,8 +88,13 @@ def count_held_out(store: Store, table: pl.DataFrame) -> int | None:
 
 def _wanted(pipeline: Pipeline, times: Mapping[str, datetime]) -> dict[str, str]:
     """Return where the SAEs of a configuration lie that are there, and their evaluations."""
-    places = {sae.name: sae_ref(pipeline, sae.name).path for sae in _configs(pipeline)}
-    return {path: evaluation_ref(pipeline, name).path for name, path in places.items() if f"{path}/{MANIFEST}" in times}
+    return {path: evaluation for path, evaluation in _places(pipeline).items() if f"{path}/{MANIFEST}" in times}
+
+
+def _places(pipeline: Pipeline) -> dict[str, str]:
+    """Return where the SAEs of a configuration and their evaluations will lie: ten thousand ids are computed once."""
+    names = [sae.name for sae in _configs(pipeline)]
+    return pipeline.remember("places of SAEs", lambda: {sae_ref(pipeline, name).path: evaluation_ref(pipeline, name).path for name in names})
 
 
 def _configs(pipeline: Pipeline) -> list[SaeConfig]:
