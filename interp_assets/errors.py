@@ -4,6 +4,7 @@
     ├── ConfigError              the pipeline's configuration is wrong
     ├── InputError               what the user pointed at is wrong: text, model, tokenizer, hook point
     │   ├── NonFiniteError       a NaN or infinity where numbers must be finite
+    │   ├── OwnCodeError         a file of one's own that the configuration names fails
     │   ├── NotFoundError        the address names nothing that is served
     │   └── TooLargeError        more is asked for at once than is answered
     ├── ServiceError             a server cannot do now what it was asked; the request may be right
@@ -51,6 +52,10 @@ class InputError(InterpError):
 
 class NonFiniteError(InputError):
     """A NaN or an infinity stands where numbers must be finite."""
+
+
+class OwnCodeError(InputError):
+    """A file of one's own, which the configuration names and training executes, cannot be used: the message has its line."""
 
 
 class NotFoundError(InputError):

@@ -11,6 +11,9 @@
     run.sae("l8").encode(run.rows("resid_post.8", 1000)); run.features("l8"); run.feature("l8", 1234)
     run.heads(); run.head("5.3"); llm.attention("a text")
 
+    @lab.architecture(kind="relu")  # in a file of its own, which a configuration names: see docs/howto.md
+    def mine(w, x, y, step, *, p: float = 0.5): return lab.Terms(y_hat, latents=f, penalty=...)
+
 Importing this module loads neither torch nor transformers nor a web framework: what computes is imported when it is asked for.
 """
 
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from interp_assets.errors import InputError
 from interp_assets.planning.config import ExecutionConfig, ModelConfig, PipelineConfig, load_config
 from interp_assets.storage.store import Store, open_store
+from interp_assets.train.own.terms import Terms, architecture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     import interp_assets.train.sae
     from interp_assets.planning.pipeline import Pipeline
 
+__all__ = ["Terms", "architecture", "connect", "load", "open"]
 _OPENED_AT_ONCE: Final = 16
 _SHARDS_KEPT: Final = 16
 

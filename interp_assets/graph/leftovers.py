@@ -20,8 +20,9 @@ from interp_assets.errors import ArtifactError, ArtifactMissingError, InputError
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.refs import hook_folder
 from interp_assets.planning.asset import Asset
-from interp_assets.planning.config import HeadsConfig, PipelineConfig, SaeConfig, SearchConfig, ShuffleConfig, SteeringConfig
+from interp_assets.planning.config import PipelineConfig, SaeConfig, ShuffleConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline
+from interp_assets.planning.sections import HeadsConfig, SearchConfig, SteeringConfig
 from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.storage.direct import find_remains
 from interp_assets.storage.manifest import ArtifactRef, Manifest, read_manifest, remove_artifact
@@ -32,6 +33,7 @@ from interp_assets.web.opened import OpenBundle, list_bundles, open_bundle
 CHECKPOINT: Final = "sae_checkpoint"
 TRY: Final = "try"
 ENDED: Final = "sae_ended"
+CODE: Final = "code"
 _PLANS: Final = ("plan.", ".json")
 _OF_SAES: Final = ("sae", "sae_evaluation")
 
@@ -88,14 +90,14 @@ def find_leftovers(
 
 
 def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
-    """Return the kinds of artifacts that assets make and keep the digests of, whatever is switched off, checkpoints, tries, records of failures."""
+    """Return the kinds of artifacts that assets make and keep the digests of, whatever is switched off, checkpoints, tries, failures and code."""
     sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
     changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
     changes["heads"] = HeadsConfig(prompts={"any": "text"})
     recipes: dict[str, list[dict[str, Any]]] = {"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}
     changes["steering"] = SteeringConfig(recipes=recipes, search=SearchConfig(), prompts=["text"])
-    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY, ENDED}
+    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY, ENDED, CODE}
     road = make_road(full.config)
     for asset in road.rest:
         kinds = ({ref.kind for ref in _refs_of(asset, full, store, key)} for key in asset.partition_keys(full))

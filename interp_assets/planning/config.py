@@ -10,19 +10,20 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, WithJsonSchema, model_validator
 
-from interp_assets.errors import ConfigError
+from interp_assets.errors import ConfigError, OwnCodeError
 from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
-from interp_assets.planning.identity import leave_out_later
-from interp_assets.planning.options import find_faults
+from interp_assets.planning.options import ARCHITECTURES, find_faults
+from interp_assets.planning.own import MAX_BYTES, NAMED, hash_code, read_declaration, split_name
+from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, Name, Section, SteeringConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -34,8 +35,6 @@ ROOT_VARIABLE = "INTERP_ROOT"
 
 _ALTERNATIVES: Final = ("literal['auto']", "constrained-int")
 """What pydantic puts behind the name of a field that is either of two: both of its errors are one wrong field."""
-_OVERKEEP: Final = 4
-"""Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
 
 FORMER_SHAPE: Final = {"passes": 2, "fan_out": 8}
 """What was not stated of the shuffle's numbers before the plan could choose them."""
@@ -44,42 +43,30 @@ MAX_MIXED_SHARDS = 100_000
 """More partitions than this make Dagster's pages slow; a mixed shard may be as large as memory."""
 
 
-def _check_name(name: str) -> str:
-    if not name or not all(char.isascii() and (char.isalnum() or char in "_-.") for char in name) or name.startswith((".", "-")):
-        message = f"{name!r} is no name: letters, digits, '_', '-' and '.' only, and not '.' or '-' first"
+def _check_architecture(name: str) -> str:
+    if name not in ARCHITECTURES and not split_name(name):
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        message = f"there is no architecture {name!r}{hint} (there are {', '.join(ARCHITECTURES)}, and your own: my_sae.py:function)"
         raise ValueError(message)
     return name
 
 
-Name = Annotated[str, AfterValidator(_check_name)]
-Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu", "jump_relu_tanh", "jump_relu_step"]
-
+_NAMES: Final = {"anyOf": [{"enum": list(ARCHITECTURES)}, {"type": "string", "pattern": NAMED.pattern}]}
+ArchitectureName = Annotated[str, AfterValidator(_check_architecture), WithJsonSchema(_NAMES)]
+"""A built-in architecture, or a function in a file of one's own."""
 
 TextKind = Literal["plain", "with_special_tokens", "messages"]
-
-
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-    _folder: str = PrivateAttr("")
-
-    @property
-    def looked_in(self) -> str:
-        """Where a relative path was looked for in vain, for messages; nothing for others."""
-        return f" (looked in {' and '.join(dict.fromkeys([str(Path.cwd()), self._folder]))})" if self._folder else ""
-
-    @model_serializer(mode="wrap")
-    def _dump_identity(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return leave_out_later(self, dump(self))
 
 
 HookPointName = Annotated[str, AfterValidator(canonical_name)]
 """A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
-AnySection = TypeVar("AnySection", bound=_Config)
+AnySection = TypeVar("AnySection", bound=Section)
 
 
-class CorpusConfig(_Config):
+class CorpusConfig(Section):
     """Which text, and how it becomes token shards. All identity."""
 
     source: Literal["stdlib", "files", "huggingface"] = "stdlib"
@@ -117,7 +104,7 @@ class CorpusConfig(_Config):
         return self
 
 
-class ModelConfig(_Config):
+class ModelConfig(Section):
     """The subject model. All identity."""
 
     name: str = DEMO_MODEL
@@ -135,7 +122,7 @@ class ModelConfig(_Config):
         return PurePosixPath(self.name).name if self.name.startswith(("/", "./", "../", "~")) else self.name
 
 
-class HarvestConfig(_Config):
+class HarvestConfig(Section):
     """Which activations are kept. All identity."""
 
     hook_points: Annotated[list[HookPointName], Field(min_length=1)] = ["resid_post.2"]
@@ -148,7 +135,7 @@ class HarvestConfig(_Config):
     """Tokens whose rows are left out likewise, such as separators that act as attention sinks."""
 
 
-class ShuffleConfig(_Config):
+class ShuffleConfig(Section):
     """How the rows are mixed: all identity but the memory. What is `auto` is chosen once, when the rows are counted, and kept in the plan."""
 
     passes: Literal["auto"] | Annotated[int, Field(ge=1, le=6)] = "auto"
@@ -180,15 +167,17 @@ class ShuffleConfig(_Config):
         return None if self.passes == "auto" or self.fan_out == "auto" else (self.passes, self.fan_out)
 
 
-class SaeConfig(_Config):
+class SaeConfig(Section):
     """One sparse autoencoder of the sweep. Identity, but for `imported`."""
 
     name: Name = "demo"
     """Name of the experiment; it becomes a partition and a folder."""
     hook_point: HookPointName = "resid_post.2"
     """Where its rows come from; one of `harvest.hook_points`."""
-    architecture: Architecture = "batch_topk"
-    """Sparsifying function and its recipe."""
+    architecture: ArchitectureName = "batch_topk"
+    """Sparsifying function and its recipe; one of your own is a function in a file beside the configuration, `my_sae.py:p_anneal`."""
+    code: Code | None = None
+    """Of an architecture of your own: its file's hash, which is filled in when the configuration is read. Stating it pins the bytes."""
     task: Literal["sae", "transcoder", "skip_transcoder", "crosscoder"] = "sae"
     """What is reconstructed: the rows themselves, those of `target_hook_point`, or those of several hook points by shared latents."""
     target_hook_point: HookPointName = ""
@@ -224,8 +213,13 @@ class SaeConfig(_Config):
 
     @model_validator(mode="after")
     def _check_options(self) -> "SaeConfig":
+        if self.architecture not in ARCHITECTURES:
+            return self  # its options are in its file
         if faults := find_faults(self.architecture, self.options):
             raise ValueError("; ".join(faults))
+        if self.code:
+            message = f"code belongs to an architecture of one's own, and {self.architecture!r} is built in"
+            raise ValueError(message)
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -237,7 +231,15 @@ class SaeConfig(_Config):
         return self._dump({"name", "architecture", "task", "hook_point", "target_hook_point", "d_sae", "imported_digest"})
 
     def _dump(self, of_imported: set[str]) -> dict[str, Any]:
-        return self.model_dump(include=of_imported) if self.imported else self.model_dump(exclude={"imported", "imported_digest", "accepts_misfit"})
+        if self.imported:
+            return self.model_dump(include=of_imported)
+        dumped = self.model_dump(exclude={"imported", "imported_digest", "accepts_misfit", "code"})
+        return {**dumped, "code": self.code.digest} if self.code else dumped
+
+    @property
+    def is_own(self) -> bool:
+        """Tell whether the architecture is a function of somebody's own."""
+        return self.architecture not in ARCHITECTURES
 
     @property
     def is_transcoder(self) -> bool:
@@ -255,7 +257,7 @@ class SaeConfig(_Config):
         return (self.target_hook_point,) if self.is_transcoder else self.sources
 
 
-class FeaturesConfig(_Config):
+class FeaturesConfig(Section):
     """Which SAEs are shown, and what evidence is gathered. All identity."""
 
     saes: list[Name] = ["demo"]
@@ -286,41 +288,10 @@ class FeaturesConfig(_Config):
     @property
     def n_kept_top(self) -> int:
         """How many of a latent's strongest firings are kept to choose the top examples from: more when repeated texts are left out."""
-        return self.top_k * (_OVERKEEP if self.distinct_tokens else 1)
+        return self.top_k * (OVERKEEP if self.distinct_tokens else 1)
 
 
-class HeadsConfig(_Config):
-    """Which attention heads are shown, and what evidence is gathered; nothing is made of them without this section. All identity."""
-
-    layers: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "all"
-    """Layers whose heads are shown, from 0; `all` that attend."""
-    top_k: Annotated[int, Field(ge=1)] = 20
-    """Strongest examples per head, one of a document."""
-    n_intervals: Annotated[int, Field(ge=1, le=64)] = 10
-    """Quantile intervals of the row score, from each of which examples are shown."""
-    examples_per_interval: Annotated[int, Field(ge=1, le=16)] = 5
-    """Examples shown from one interval."""
-    key_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
-    """Tokens that masses are told apart by: the most frequent ones of the first shard; all others are counted together."""
-    max_shards: Annotated[int, Field(ge=1)] = 1 << 20
-    """Corpus shards whose text is read, the first ones: what heads do shows in a few, and a forward over all text is the price."""
-    prompts: dict[Name, str] = {}
-    """Texts by name, over each of which every head's whole pattern is kept."""
-
-    @model_validator(mode="after")
-    def _check_layers(self) -> "HeadsConfig":
-        if self.layers != "all" and self.layers != sorted(set(self.layers)):
-            message = f"layers is {self.layers}: name each layer once, in order"
-            raise ValueError(message)
-        return self
-
-    @property
-    def n_kept_top(self) -> int:
-        """How many of a head's strongest rows each shard keeps to choose the top examples from: repeated texts are left out."""
-        return self.top_k * _OVERKEEP
-
-
-class RetrainConfig(_Config):
+class RetrainConfig(Section):
     """When new text retrains the SAEs, and when the result takes the place of what was there. Never part of an id."""
 
     after_tokens: Annotated[int, Field(ge=0)] = 0
@@ -333,7 +304,7 @@ class RetrainConfig(_Config):
     """Days after which the plan, an SAE or a browser counts as out of date in Dagster's UI; it warns at half. Only with `after_tokens`."""
 
 
-class ExecutionConfig(_Config):
+class ExecutionConfig(Section):
     """How the work is done; never part of an id."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -364,46 +335,7 @@ class ExecutionConfig(_Config):
     """Partitions that one run of a backfill makes: shards, buckets or slices. Fewer spread over more machines; each run costs seconds to start."""
 
 
-class SearchConfig(_Config):
-    """How a sweep finds latents that change what is written, and some that do not: on every other prompt, to be dosed on the rest. All identity."""
-
-    candidates: Annotated[int, Field(ge=2)] = 64
-    """Live latents that are tried, evenly over how often they fire."""
-    strength: float = 5.0
-    """What each is set to, in units of `steering.unit`."""
-    shown: Annotated[int, Field(ge=1)] = 3
-    """Of those that move predictions most beyond their controls, and of those that move them least, so many are dosed."""
-
-
-class SteeringConfig(_Config):
-    """Which latents are dosed, on which prompts; nothing is steered without this section. All identity."""
-
-    recipes: dict[Name, list[dict[str, Any]]] = {}
-    """By name: edits as in a recipe's file, of which one clamps a latent of an SAE of `features.saes`. Each is a partition."""
-    search: SearchConfig | None = None
-    """Latents that a sweep finds, of each SAE of `features.saes`; none without it."""
-    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    """Texts that are continued."""
-    strengths: Annotated[list[float], Field(min_length=1)] = [-10.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0]
-    """What the clamped latent is set to, in units of `unit`."""
-    unit: Literal["max", "raw", "norm"] = "max"
-    """Of the strengths: the latent's largest activation, the units of activations, or the mean norm at its hook point."""
-    new_tokens: Annotated[int, Field(ge=1)] = 32
-    """Tokens that are added to a prompt."""
-    n: Annotated[int, Field(ge=1)] = 1
-    """Continuations of each prompt; more than one makes sense with a temperature."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 takes the most probable token."""
-
-    @model_validator(mode="after")
-    def _check_work(self) -> "SteeringConfig":
-        if not self.recipes and not self.search:
-            message = "there is nothing to steer by: write steering.recipes, or `search: {}` to find latents"
-            raise ValueError(message)
-        return self
-
-
-class PipelineConfig(_Config):
+class PipelineConfig(Section):
     """A whole pipeline, from text to features."""
 
     name: Name = "pystdlib"
@@ -498,6 +430,7 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None, se
     """Read a YAML configuration; `overrides` replace top-level keys, `INTERP_ROOT` replaces `root` if it is set, `settings` are `path=value`.
 
     Text, model and imported SAEs of relative paths are looked for in the working directory, then beside the file. `root` is relative to the former.
+    Files of code are looked for beside the file alone.
 
     Raises `ConfigError` that names the file, the field, the value and what is allowed.
     """
@@ -517,7 +450,45 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None, se
         raise ConfigError(f"{where} must hold keys and values (name, corpus, model, ...), not a {type(content).__name__}.")
     moved = {"root": os.environ[ROOT_VARIABLE]} if os.environ.get(ROOT_VARIABLE) else {}
     changed = set_values({**content, **moved, **(overrides or {})}, settings)
-    return _find_beside(make_config(changed, where=str(where)), where.resolve().parent)
+    folder = where.resolve().parent
+    return find_code(_find_beside(make_config(changed, where=str(where)), folder), folder)
+
+
+def find_code(config: PipelineConfig, folder: Path) -> PipelineConfig:
+    """Fill in what the files of one's own are that a configuration names; relative paths lie in `folder`. Nothing is executed.
+
+    Raises `ConfigError` for a file that is not there, a function that it does not have, and options that this has not. What else is wrong with a
+    file, its SAE's training says: others go on.
+    """
+    sources: dict[Path, bytes] = {}
+    saes = [_find_architecture(sae, folder, sources) if sae.is_own and not sae.imported else sae for sae in config.saes]
+    return config if saes == config.saes else config.model_copy(update={"saes": saes})
+
+
+def _find_architecture(sae: SaeConfig, folder: Path, sources: dict[Path, bytes]) -> SaeConfig:
+    named = split_name(sae.architecture)
+    assert named is not None
+    place = folder / Path(named[0]).expanduser()
+    short = {"architecture": f"{place.name}:{named[1]}"}  # where the file lies decides nothing
+    if sae.code:
+        return sae.model_copy(update=short)
+    try:
+        if place not in sources:
+            with place.open("rb") as file:
+                sources[place] = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        message = f"SAE {sae.name!r} has the architecture {sae.architecture}, and {place} cannot be read ({error.strerror})"
+        raise ConfigError(f"{message}. Its path is relative to {folder}.") from error
+    source = sources[place]
+    if len(source) > MAX_BYTES:
+        raise ConfigError(f"{place} has more than {MAX_BYTES:,} bytes: it is no file of an architecture (SAE {sae.name!r}).")
+    try:
+        declared = read_declaration(source, place.name, named[1])
+        if faults := find_faults(declared.kind, sae.options, declared.options, short["architecture"]):
+            raise ConfigError(f"SAE {sae.name!r}: {'; '.join(faults)}.")
+    except OwnCodeError:
+        pass  # told where it is trained
+    return sae.model_copy(update={**short, "code": Code(path=str(place), digest=hash_code(source))})
 
 
 def _find_beside(config: PipelineConfig, folder: Path) -> PipelineConfig:

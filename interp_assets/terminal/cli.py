@@ -253,6 +253,18 @@ def diff(
 
 
 @app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="A function in a file, for example my_sae.py:p_anneal.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A field of its SAE, `k=4` or `options.p_end=0.3`; several times.")] = None,
+) -> None:
+    """Try an architecture of your own on planted rows: gradients, resuming, ranks, folding, exchange, time; exit code 1 when a check fails."""
+    from interp_assets.terminal.checking import print_check
+
+    if not print_check(out, name, settings or []):
+        raise typer.Exit(1)
+
+
+@app.command()
 def steer(
     recipe: Annotated[str, typer.Argument(help="A YAML file of edits: see docs/steering.md.")],
     prompt: Annotated[str, typer.Option(help="The text that is continued.")],
@@ -421,7 +433,7 @@ def main() -> None:
 
 
 def _load(path: Path | None, *, read_again: bool = False, settings: Sequence[str] | None = None) -> "PipelineConfig":
-    from interp_assets.planning.config import load_config, make_config
+    from interp_assets.planning.config import find_code, load_config, make_config
     from interp_assets.planning.demo import demo_config
     from interp_assets.planning.grammar import set_values
 
@@ -430,7 +442,7 @@ def _load(path: Path | None, *, read_again: bool = False, settings: Sequence[str
     else:
         config = demo_config()
         content = set_values(config.model_dump(exclude_unset=True), settings or ())
-        config = make_config(content, "the demo's configuration") if settings else config
+        config = find_code(make_config(content, "the demo's configuration"), Path.cwd()) if settings else config
     return config.model_copy(update={"execution": config.execution.model_copy(update={"read_again": True})}) if read_again else config
 
 

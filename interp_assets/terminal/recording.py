@@ -99,15 +99,9 @@ def recorded(config: PipelineConfig, note: str = "", progress: Progress | None =
 
 def describe_code(config: PipelineConfig) -> dict[str, Any]:
     """Return which code runs: this package's version and the hash of its sources, own files of the configuration, and both repositories."""
-    files = {path: _hash(Path(path).read_bytes()) for path in own_files(config) if Path(path).is_file()}
+    files = {sae.architecture.rpartition(":")[0]: sae.code.digest for sae in config.saes if sae.code}
     told = {"version": metadata.version("interp-assets"), "sources": hash_sources(), "files": files}
     return told | {"package": _describe_repository(_PACKAGE), "folder": _describe_repository(Path.cwd())}
-
-
-def own_files(config: PipelineConfig) -> list[str]:
-    """List the files of code that a configuration names: `my_sae.py` of an architecture `my_sae.py:p_anneal`."""
-    named = (str(sae.architecture).rpartition(":")[0] for sae in config.saes)
-    return sorted({path for path in named if path.endswith(".py")})
 
 
 def describe_machine() -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 
 from interp_assets import errors
 from interp_assets.compute.compiled import Compiling, hear_compiling
-from interp_assets.errors import ConfigError, InterpError, StoreError
+from interp_assets.errors import ConfigError, InterpError, OwnCodeError, StoreError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.manifest import Produced
@@ -33,6 +33,7 @@ from interp_assets.storage.store import Store
 from interp_assets.storage.traffic import METER, Traffic
 from interp_assets.train.exchange.imported import import_sae
 from interp_assets.train.loop import OnFailure, OnMetrics, TrainingMetrics, find_trained, train_saes
+from interp_assets.train.own.load import keep_code
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import LogRow, sae_ref
 from interp_assets.train.results.ended import FAILED, save_ended
@@ -98,6 +99,9 @@ def _train(pipeline: Pipeline, store: Store, names: Sequence[str], hears: tuple[
     check_processes(pipeline, names)
     if n_processes == 1:
         return train_saes(pipeline, store, names, progress, on_metrics, on_failure=on_failure)
+    names = [name for name in names if _can_keep(pipeline, store, name, on_failure)]
+    if not names:
+        return {}
     started_s = time.perf_counter()
     cached = {name for name in names if find_trained(pipeline, store, name) is not None}
     with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +124,16 @@ def _train(pipeline: Pipeline, store: Store, names: Sequence[str], hears: tuple[
     }
 
 
+def _can_keep(pipeline: Pipeline, store: Store, name: str, on_failure: OnFailure) -> bool:
+    """Publish the file of an SAE's own architecture, which the processes execute; tell of one that is lost."""
+    try:
+        keep_code(store, pipeline.config.sae(name))
+    except OwnCodeError as error:
+        on_failure(name, error)
+        return False
+    return True
+
+
 def check_processes(pipeline: Pipeline, names: Sequence[str]) -> None:
     """Say what divides before any process starts. Raises `ConfigError`."""
     n_processes, n_slices = pipeline.config.execution.processes, pipeline.config.execution.latent_processes
@@ -129,6 +143,10 @@ def check_processes(pipeline: Pipeline, names: Sequence[str]) -> None:
     ranks = Ranks(0, n_processes, n_slices)
     for config in (pipeline.config.sae(name) for name in names):
         ranks.share(config.batch_rows)
+        if config.is_own and n_slices > 1:
+            raise ConfigError(
+                f"SAE {config.name!r} has an architecture of your own, whose latents are not divided. Set execution.latent_processes to 1."
+            )
         ranks.latents(config.d_sae)
 
 

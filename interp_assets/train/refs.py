@@ -10,6 +10,8 @@ from interp_assets.shuffle.refs import mixed_ids
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 
 FOLDER = "4-sae"
+CODE: Final = "code.py"
+"""The file of an architecture of one's own, as it was when the configuration was read."""
 TRAINING: Final = "training.parquet"
 """The logged steps of a training."""
 METRICS: Final = "metrics.json"
@@ -18,6 +20,9 @@ MODEL_TOKENS: Final = 1 << 15
 """Token positions that the subject model is run on to measure an SAE."""
 TRAIN_VERSION = 8
 """Raise it when the same rows would give other weights, or an SAE keeps other digests."""
+
+OWN_VERSION = 1
+"""Raise it when the same file of somebody's own architecture would give other weights."""
 
 PICK_VERSION = 1
 """Raise it when an SAE of the TopK family would get other weights because other latents are picked."""
@@ -48,6 +53,11 @@ class LogRow(NamedTuple):
     dead_share: float
     learning_rate: float
     gradient_norm: float
+
+
+def code_ref(digest: str) -> ArtifactRef:
+    """Address the bytes of a file with this SHA-256."""
+    return make_ref("code", FOLDER, identity={"sha256": digest}, inputs={}, label="code")
 
 
 def sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
@@ -88,7 +98,9 @@ def _sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
     if config.imported:
         return make_ref("sae", FOLDER, identity={"code": IMPORT_VERSION, **identity}, inputs={}, label=name)
     identity |= {"code": TRAIN_VERSION, "seed": pipeline.config.seed}
-    if config.architecture.endswith("topk"):
+    if config.is_own:
+        identity["own"] = OWN_VERSION
+    elif config.architecture.endswith("topk"):
         identity["pick"] = PICK_VERSION
     inputs: dict[str, str] = {}
     for hook_point in dict.fromkeys((*config.sources, *config.targets)):

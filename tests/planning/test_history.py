@@ -16,7 +16,7 @@ from interp_assets.planning.pipeline import Pipeline, open_pipeline_store, save_
 from interp_assets.planning.progress import AssetReport
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_tree
-from interp_assets.terminal.recording import describe_code, hash_sources, own_files, recorded
+from interp_assets.terminal.recording import describe_code, hash_sources, recorded
 from interp_assets.train.results.causes import Cause
 from interp_assets.train.results.states import compare_states, read_state
 
@@ -119,9 +119,9 @@ def test_two_runs_differ_in_exactly_what_was_changed(config: PipelineConfig, sma
     found = causes(first, run(config))
     assert found == [Cause("text", "shard 1", "text-1", "new"), Cause("weights", "model", "model", "other")]
     entry = read_entry(store, first)
-    entry["code"] |= {"sources": "older", "files": {"my_sae.py": "0" * 32}}
+    entry["code"] |= {"sources": "older"}
     old = read_state(store, entry)
-    assert [cause.kind for cause in compare_states(read_state(store, read_entry(store, first)), old)] == ["version", "code"]
+    assert [cause.kind for cause in compare_states(read_state(store, read_entry(store, first)), old)] == ["version"]
     assert read_plan_aside(store, "none") == {}
 
 
@@ -129,5 +129,4 @@ def test_own_code_is_hashed_and_git_is_asked_if_there_is_one(config: PipelineCon
     """The working directory of a test is no repository."""
     told = describe_code(config)
     assert told["files"] == {}
-    assert own_files(config) == []
     assert told["folder"] is None or re.fullmatch(r"[0-9a-f]{40}", told["folder"]["commit"])

@@ -30,6 +30,7 @@ from interp_assets.terminal.starter import make_starter
 
 OPTIONS = {
     "backfill": ["--config", "--failed", "--partition", "--select"],
+    "check": ["--set", "name"],
     "config": ["--config", "--set"],
     "costs": ["--config"],
     "demo": ["--dagster-port", "--port", "--serve"],

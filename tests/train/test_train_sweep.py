@@ -207,7 +207,7 @@ def test_the_command_prints_the_table(make_planted, tmp_path: Path) -> None:
     assert [line.split()[0] for line in shown[1:-2]] == table.sort("l0")["name"].to_list()
     assert pl.read_parquet(shown[-1].removeprefix("file://")).equals(table)
     csv = CliRunner().invoke(app, ["sweep", "--config", str(config), "--csv"], catch_exceptions=False).stdout
-    assert pl.read_csv(io.StringIO(csv)).columns == [*table.columns, "status", "why"]
+    assert pl.read_csv(io.StringIO(csv)).columns == [*table.columns, "code", "status", "why"]
     with pytest.raises(InputError, match=r"no column 'quality'; it has name, architecture, kind"):
         CliRunner().invoke(app, ["sweep", "--config", str(config), "--sort", "quality"], catch_exceptions=False)
 

@@ -16,8 +16,9 @@ from interp_assets.garcon.steering.dose import ARMS, DIFFERENCE, Dose
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.asset import Asset, Job
-from interp_assets.planning.config import PipelineConfig, SteeringConfig, make_config
+from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
+from interp_assets.planning.sections import SteeringConfig
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.visualize.steering.assets import find_obstacles

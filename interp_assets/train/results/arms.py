@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from interp_assets.errors import ArtifactError, ArtifactMissingError
 from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import ARCHITECTURES
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests
 from interp_assets.storage.manifest import MANIFEST, ArtifactRef, Manifest, combine_ids, read_manifest
@@ -30,14 +31,14 @@ from interp_assets.train.sweep import read_table as read_file_of
 
 MEASURED: Final = "measured"
 TRAINED: Final = "trained"
-COLUMNS: Final[dict[str, pl.DataType]] = {**SCHEMA, "status": pl.String(), "why": pl.String()}
-"""Every column of the table and its type: those of a sweep, and what has become of the SAE."""
+COLUMNS: Final[dict[str, pl.DataType]] = {**SCHEMA, "code": pl.String(), "status": pl.String(), "why": pl.String()}
+"""Every column of the table and its type: those of a sweep, the hash of an architecture of one's own, and what has become of the SAE."""
 _READERS: Final = 16
 _NEVER: Final = datetime.max.replace(tzinfo=UTC)
 _SWEEP, _SAE, _EVALUATION = "sweep", "sae", "sae_evaluation"
 
 
-class _Told(NamedTuple):
+class _Swept(NamedTuple):
     """Rows of a sweep that are as things are now."""
 
     path: str
@@ -51,10 +52,12 @@ def read_table(pipeline: Pipeline, store: Store, *, everything: bool = False) ->
     told = list(_read_sweeps(store, times, None if everything else _wanted(pipeline, times)))
     known = {path for item in told for path in item.rows["sae_path"]}
     found = _find_all(store, times, known) if everything else _find_wanted(pipeline, store, times, known)
-    rows = [{**describe(store, item), "status": MEASURED if item.measured else TRAINED, "why": None} for item in found]
+    rows = [{**describe(store, item), **_told(item.config, MEASURED if item.measured else TRAINED)} for item in found]
     there = known | {str(row["sae_path"]) for row in rows}
     rows += [_describe_ended(item) for item in _find_ended(pipeline, store, times, there)]
-    parts = [item.rows.with_columns(pl.lit(MEASURED).alias("status"), pl.lit(None, pl.String()).alias("why")) for item in told]
+    codes = {sae.name: sae.code.digest for sae in pipeline.config.saes if sae.code}
+    code = pl.col("name").replace_strict(codes, default=None, return_dtype=pl.String()) if codes and not everything else pl.lit(None, pl.String())
+    parts = [item.rows.with_columns(code.alias("code"), pl.lit(MEASURED).alias("status"), pl.lit(None, pl.String()).alias("why")) for item in told]
     table = pl.concat([*parts, pl.DataFrame(rows, schema=COLUMNS, orient="row")])
     if not table.height:
         raise ArtifactMissingError(
@@ -107,7 +110,7 @@ def _configs(pipeline: Pipeline) -> list[SaeConfig]:
     return pipeline.config.saes
 
 
-def _read_sweeps(store: Store, times: Mapping[str, datetime], wanted: Mapping[str, str] | None) -> Iterator[_Told]:
+def _read_sweeps(store: Store, times: Mapping[str, datetime], wanted: Mapping[str, str] | None) -> Iterator[_Swept]:
     """Yield what sweeps tell that still holds, of the newest first: of `wanted` SAEs with these evaluations, or of all."""
     paths = [path for path in _list_artifacts(times) if path.startswith(f"{FOLDER}/{_SWEEP}-")]
     left = None if wanted is None else dict(wanted)
@@ -119,6 +122,8 @@ def _read_sweeps(store: Store, times: Mapping[str, datetime], wanted: Mapping[st
         if manifest is None or manifest.kind != _SWEEP or manifest.identity["code"] != SWEEP_VERSION:
             continue
         table, at = read_file_of(store, path, manifest, TABLE), times[f"{path}/{MANIFEST}"]
+        if left is None:  # of an architecture of one's own the table has the name, and not which bytes that were
+            table = table.filter(pl.col("architecture").is_in(ARCHITECTURES) | pl.col("architecture").is_null())
         pairs = table.select("sae_path", "evaluation_path").rows()
         keep = [
             sae not in seen
@@ -131,7 +136,7 @@ def _read_sweeps(store: Store, times: Mapping[str, datetime], wanted: Mapping[st
         if left is not None:
             left = {sae: evaluation for sae, evaluation in left.items() if sae not in seen}
         if rows.height:
-            yield _Told(path, manifest, rows)
+            yield _Swept(path, manifest, rows)
 
 
 def _find_wanted(pipeline: Pipeline, store: Store, times: Mapping[str, datetime], known: set[str]) -> list[Experiment]:
@@ -161,6 +166,8 @@ def _find_all(store: Store, times: Mapping[str, datetime], known: set[str]) -> l
 def _read_config(path: str, manifest: Manifest) -> SaeConfig | None:
     """Make the configuration of an SAE from its manifest, None where another release wrote what this one does not know."""
     recipe = {**manifest.identity["sae"]}
+    if "code" in recipe:
+        recipe["code"] = {"digest": recipe["code"]}
     if digest := recipe.get("imported_digest"):
         told = {name: manifest.facts[name] for name in ("architecture", "d_sae") if manifest.facts.get(name)}
         recipe |= {"name": path.rpartition("/")[2].rpartition("-")[0], "imported": digest, **told}
@@ -183,7 +190,16 @@ def _find_ended(pipeline: Pipeline, store: Store, times: Mapping[str, datetime],
 def _describe_ended(item: Ended) -> dict[str, Any]:
     row = {**dict.fromkeys(COLUMNS), **describe_recipe(item.config)}
     told = {f"train_{name}": item.facts.get(name) for name in ("loss", "l0", "fvu", "dead_share")}
-    return row | told | {"n_rows": item.facts.get("n_rows"), "sae_id": item.sae.artifact_id, "status": item.facts["status"], "why": item.facts["why"]}
+    return (
+        row
+        | told
+        | {"n_rows": item.facts.get("n_rows"), "sae_id": item.sae.artifact_id, **_told(item.config, item.facts["status"], item.facts["why"])}
+    )
+
+
+def _told(config: SaeConfig, status: str, why: str | None = None) -> dict[str, str | None]:
+    """Return the columns that a sweep has not."""
+    return {"code": config.code.digest if config.code else None, "status": status, "why": why}
 
 
 def _list_artifacts(times: Iterable[str]) -> list[str]:

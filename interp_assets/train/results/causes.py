@@ -10,6 +10,7 @@ cannot be put together, because it was deleted, is the cause `unknown`.
 Where ids agree and bytes do not (made again on another kind of device), the walk follows digests to the first artifact whose inputs agree.
 """
 
+import difflib
 import itertools
 import json
 from collections import defaultdict
@@ -22,13 +23,16 @@ import pyarrow.parquet as pq
 
 from interp_assets.corpus.tokens import DOCUMENTS, TOKENS
 from interp_assets.errors import ArtifactError
-from interp_assets.storage.manifest import MANIFEST, Manifest, combine_ids, read_file, read_manifest
+from interp_assets.storage.manifest import MANIFEST, Manifest, combine_ids, load_manifest, read_file, read_manifest
 from interp_assets.storage.store import Store
+from interp_assets.train.refs import CODE as CODE_FILE
+from interp_assets.train.refs import code_ref
 
 FIELD, OPTION, TEXT, WEIGHTS, VERSION, CODE = "field", "option", "text", "weights", "version", "code"
 BYTES, UNKNOWN, ROWS = "bytes", "unknown", "rows"
 _READERS: Final = 16
 _MAX_GUESSES: Final = 4096
+_MOST_LINES: Final = 4
 _MOST_HELD_OUT: Final = 256
 _PLACES: Final = ("shard", "bucket")
 _LEAVES: Final[dict[str, dict[str, tuple[str, str]]]] = {
@@ -41,7 +45,7 @@ _LEAVES: Final[dict[str, dict[str, tuple[str, str]]]] = {
     },
     "activation_shard": {"model": (WEIGHTS, "model"), "model_dtype": (FIELD, "model.dtype"), "dtype": (FIELD, "harvest.dtype")},
     "shuffle_plan": {"passes": (FIELD, "shuffle.passes"), "fan_out": (FIELD, "shuffle.fan_out")},
-    "sae": {"pick": (VERSION, "picking of latents")},
+    "sae": {"pick": (VERSION, "picking of latents"), "own": (VERSION, "architectures of one's own"), "sae.code": (CODE, "")},
 }
 """Leaves of an identity, by kind of artifact: what sort of cause they are and what people call them; all others are fields of their own name."""
 _NAME: Final = "sae.name"
@@ -186,7 +190,9 @@ def _compare_leaves(a: Side, b: Side) -> Iterator[Cause]:
             continue
         kind, what = _classify(a.manifest.kind, name)
         values = write_value(before.get(name)), write_value(after.get(name))
-        if kind == TEXT:
+        if kind == CODE:
+            yield name_code((a.store, b.store), (values[0], values[1]), str(after.get("sae.architecture")))
+        elif kind == TEXT:
             yield Cause(kind, f"shard {_place(a.manifest)}", values[0][:12], values[1][:12], _describe_text(a, b))
         else:
             yield Cause(kind, what, values[0], values[1])
@@ -201,6 +207,25 @@ def _classify(kind: str, name: str) -> tuple[str, str]:
     if name.startswith(_OPTIONS):
         return OPTION, name.removeprefix(_OPTIONS)
     return FIELD, name.removeprefix(_OF_SAE) if name.startswith(_OF_SAE) else name
+
+
+def name_code(stores: tuple[Store, Store], digests: tuple[str, str], architecture: str) -> Cause:
+    """Return the cause that two files are, with the first lines in which they differ, as far as the pipelines keep them."""
+    file = architecture.rpartition(":")[0] or architecture
+    try:
+        refs = [code_ref(digest) for digest in digests]
+        sources = [
+            read_file(store, ref.path, load_manifest(store, ref), CODE_FILE).decode().splitlines() for store, ref in zip(stores, refs, strict=True)
+        ]
+    except (ArtifactError, UnicodeDecodeError):
+        return Cause(CODE, file, digests[0][:12], digests[1][:12])
+    said = []
+    for tag, start, stop, first, last in difflib.SequenceMatcher(None, *sources, autojunk=False).get_opcodes():
+        if tag != "equal":
+            old, new = ("; ".join(line.strip() for line in lines) or "nothing" for lines in (sources[0][start:stop], sources[1][first:last]))
+            said.append(f"line {first + 1}: {old:.80} -> {new:.80}")
+    more = f" and {len(said) - _MOST_LINES:,} more places" if len(said) > _MOST_LINES else ""
+    return Cause(CODE, file, digests[0][:12], digests[1][:12], " | ".join(said[:_MOST_LINES]) + more)
 
 
 def _describe_text(a: Side, b: Side) -> str:
@@ -241,11 +266,11 @@ def _place(manifest: Manifest) -> int | None:
     return next((manifest.identity[name] for name in _PLACES if name in manifest.identity), None)
 
 
-def flatten(content: Mapping[str, Any], above: str = "", by: str = ".") -> Iterator[tuple[str, Any]]:
+def flatten(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested sections, by their paths."""
     for name, value in content.items():
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{above}{name}{by}", by)
+            yield from flatten(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
 

@@ -100,4 +100,4 @@ def shared_name(names: Sequence[str]) -> str:
 
 def _recipe(table: pl.DataFrame) -> list[str]:
     """Return the columns in which replicas agree."""
-    return [name for name in CONFIGURATION if name in table.columns and name not in ("name", SEED)]
+    return [name for name in (*CONFIGURATION, "code") if name in table.columns and name not in ("name", SEED)]

@@ -12,7 +12,7 @@ from interp_assets.planning.history import read_plan_aside
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import CONFIGURATION, PLAN
 from interp_assets.storage.store import Store
-from interp_assets.train.results.causes import CODE, FIELD, OPTION, TEXT, VERSION, WEIGHTS, Cause, flatten, write_value
+from interp_assets.train.results.causes import FIELD, OPTION, TEXT, VERSION, WEIGHTS, Cause, flatten, name_code, write_value
 
 _NOT_IDENTITY = ("execution", "name", "root", "shuffle.memory_bytes")
 
@@ -42,19 +42,24 @@ def read_state(store: Store, entry: Mapping[str, Any] | None = None) -> State:
 
 def compare_states(a: State, b: State) -> list[Cause]:
     """Return what two runs differ in, each cause once; a field that all SAEs share is said once for all."""
-    return [*_compare_configs(a.config, b.config), *_compare_plans(a.plan, b.plan), *_compare_code(a.code, b.code)]
+    return [*_compare_configs(a, b), *_compare_plans(a.plan, b.plan), *_compare_code(a.code, b.code)]
 
 
-def _compare_configs(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Cause]:
-    plain = [{name: value for name, value in side.items() if name not in ("saes", *_NOT_IDENTITY)} for side in (a, b)]
+def _compare_configs(a: State, b: State) -> Iterator[Cause]:
+    plain = [{name: value for name, value in side.config.items() if name not in ("saes", *_NOT_IDENTITY)} for side in (a, b)]
     for name, before, after in _differences(plain[0], plain[1]):
         if name not in _NOT_IDENTITY:
             yield Cause(FIELD, name, before, after)
-    saes = [{sae["name"]: sae for sae in side.get("saes", [])} for side in (a, b)]
+    saes = [{sae["name"]: sae for sae in side.config.get("saes", [])} for side in (a, b)]
+    code: dict[Cause, None] = {}
     found: dict[tuple[str, str, str], list[str]] = {}
     for name in saes[0].keys() & saes[1].keys():
         for field, before, after in _differences(saes[0][name], saes[1][name]):
-            found.setdefault((field, before, after), []).append(name)
+            if field == "code.digest":
+                code[name_code((a.store, b.store), (before, after), saes[1][name]["architecture"])] = None
+            elif field != "code.path":
+                found.setdefault((field, before, after), []).append(name)
+    yield from code
     n_both = len(saes[0].keys() & saes[1].keys())
     for (field, before, after), names in sorted(found.items()):
         who = "*" if len(names) == n_both else ",".join(sorted(names)[:4]) + (",..." if len(names) > 4 else "")
@@ -82,8 +87,6 @@ def _compare_code(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[Cause]
         return
     if a.get("sources") != b.get("sources"):
         yield Cause(VERSION, "interp-assets", *(_name_version(side) for side in (a, b)))
-    for name, before, after in _differences({"files": a.get("files", {})}, {"files": b.get("files", {})}, by="/"):
-        yield Cause(CODE, name.removeprefix("files/"), before[:12], after[:12])
 
 
 def _name_version(code: Mapping[str, Any]) -> str:
@@ -92,8 +95,8 @@ def _name_version(code: Mapping[str, Any]) -> str:
     return f"{code.get('version', '')} {str(code.get('sources', ''))[:12]}{commit}"
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], by: str = ".") -> Sequence[tuple[str, str, str]]:
-    before, after = dict(flatten(a, by=by)), dict(flatten(b, by=by))
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    before, after = dict(flatten(a)), dict(flatten(b))
     return [
         (name, write_value(before.get(name)), write_value(after.get(name)))
         for name in sorted({*before, *after})

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from interp_assets.errors import InputError
 from interp_assets.harvest.sizes import forward_s, model_bytes
 from interp_assets.planning.asset import Asset, Axis, Job, Load, Markdown, Needs, Shown, every, whole
-from interp_assets.planning.config import PipelineConfig, SteeringConfig, code_version
+from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.sections import SteeringConfig
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 from interp_assets.visualize.refs import features_key

@@ -5,8 +5,8 @@ from typing import Any
 
 from interp_assets.errors import ConfigError
 from interp_assets.harvest.refs import statistics_ref
-from interp_assets.planning.config import SearchConfig, SteeringConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.sections import SearchConfig, SteeringConfig
 from interp_assets.storage.lineage import Lineage
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 from interp_assets.train.refs import sae_ref

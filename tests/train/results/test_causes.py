@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 from measured_saes import measure
+from own_files import SOUND, write_file
 from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 from typer.testing import CliRunner
@@ -15,14 +16,16 @@ from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import InputError
 from interp_assets.garcon.locate import fingerprint_model
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
-from interp_assets.planning.config import ModelConfig, make_config
+from interp_assets.planning.config import ModelConfig, find_code, make_config
+from interp_assets.planning.own import hash_code
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource, save_configuration, save_plan
 from interp_assets.shuffle.refs import mixed_shard_ref, n_mixed_shards, shuffle_plan_ref
 from interp_assets.storage.manifest import ArtifactRef, create_artifact, make_ref, read_manifest, remove_artifact
 from interp_assets.storage.store import Store, open_store
 from interp_assets.terminal.cli import app
 from interp_assets.train.loop import train_saes
-from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.train.own.load import keep_code
+from interp_assets.train.refs import code_ref, evaluation_ref, sae_ref
 from interp_assets.train.results.causes import Cause, Side, find_causes
 from interp_assets.train.results.weights import describe_weights
 
@@ -142,6 +145,25 @@ def test_a_version_is_named() -> None:
         art.put("content.bin", b"")
     found = find_causes(side, Side(store, newer.path, read_manifest(store, newer.path)))
     assert [(cause.kind, cause.what, cause.after) for cause in found] == [("version", "sae_evaluation", "99")]
+
+
+def test_a_line_of_code_is_named(tmp_path: Path) -> None:
+    """One number in one's own architecture: the file, the line, before and after; without the bytes the file alone."""
+    sources = [SOUND, SOUND.replace("0.3", "0.4")]
+    store, sides = open_store("memory://").child("p"), []
+    for number, source in enumerate(sources):
+        write_file(tmp_path / str(number), source)
+        pipeline = make_pipeline({"architecture": "my_sae.py:p_anneal"})
+        pipeline = Pipeline(find_code(pipeline.config, tmp_path / str(number)), pipeline.plan)
+        keep_code(store, pipeline.config.saes[0])
+        sides.append(publish(store, pipeline))
+    (cause,) = find_causes(*sides)
+    assert (cause.kind, cause.what) == ("code", "my_sae.py")
+    line = next(i for i, text in enumerate(SOUND.splitlines(), 1) if "0.3" in text)
+    text = SOUND.splitlines()[line - 1].strip()
+    assert cause.detail == f"line {line}: {text[:80]} -> {text.replace('0.3', '0.4')[:80]}"
+    remove_artifact(store, code_ref(hash_code(SOUND.encode())).path)
+    assert [cause.detail for cause in find_causes(*sides)] == [""]
 
 
 def test_a_name_alone_decides_nothing_and_is_said_so() -> None:

@@ -147,6 +147,13 @@ def test_seeds_become_mean_deviation_and_n_and_noise_is_named() -> None:
     assert "seed" not in found.columns
 
 
+def test_other_code_is_another_recipe() -> None:
+    """Two versions of one file have one name: folded as seeds they would be called noise."""
+    table = arms(("a", 1, 0, 0.2), ("b", 1, 1, 0.3)).with_columns(pl.Series("code", ["x" * 64, "y" * 64]))
+    assert over_seeds(table)["n"].to_list() == [1, 1]
+    assert over_seeds(table.with_columns(pl.lit("x" * 64).alias("code")))["n"].to_list() == [2]
+
+
 def test_a_recipes_name_is_what_its_seeds_share() -> None:
     """As sweeps write names, and as people do."""
     assert shared_name(["k-k16-seed0", "k-k16-seed1"]) == "k-k16"
