@@ -20,6 +20,7 @@
     │   ├── ArtifactForeignError another pipeline's, another kind's or a newer version's artifact
     │   └── ArtifactRaceError    somebody else published other bytes for the same artifact
     ├── PlanError                the requested work cannot fit its bounds
+    ├── StoppedError             a training was given up because others do better: nothing is wrong
     └── CertificateError         a shuffle lost, doubled or failed to mix rows
 
 A message says what, where, what was expected and found, and the next step.
@@ -40,6 +41,10 @@ class InterpError(Exception):
     """Of a plan's error: the kind of operation that it is about, where that is known."""
     point = ""
     """Likewise: the hook point."""
+
+
+class StoppedError(InterpError):
+    """A training ended early because another one is sparser and more exact, as the configuration asked for."""
 
 
 class ConfigError(InterpError):

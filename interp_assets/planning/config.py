@@ -23,7 +23,7 @@ from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.options import ARCHITECTURES, find_faults
 from interp_assets.planning.own import MAX_BYTES, NAMED, hash_code, read_declaration, split_name
-from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, Name, Section, SteeringConfig
+from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, Name, Section, SteeringConfig, StopConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -355,6 +355,8 @@ class PipelineConfig(Section):
     steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
     retrain: RetrainConfig = RetrainConfig()
+    stop: StopConfig | None = None
+    """Trainings that others dominate end early, as a record and a checkpoint; none does without this section."""
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
@@ -560,7 +562,7 @@ def _explain(item: dict[str, Any]) -> str:
 def _model_at(path: list[str]) -> type[BaseModel] | None:
     """Return the section of a configuration that a path of names leads to; None where it leads to none."""
     sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
-    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig}
+    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig, "stop": StopConfig}
     found = sections.get(path[0]) if path else PipelineConfig
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 

@@ -89,6 +89,15 @@ class SearchConfig(Section):
     """Of those that move predictions most beyond their controls, and of those that move them least, so many are dosed."""
 
 
+class StopConfig(Section):
+    """When an SAE is given up because others do better. Execution: those that are trained to their end are what they would be without it."""
+
+    at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.25, 0.5)
+    """Shares of its steps at which an SAE is compared with those that read the same rows and take as many."""
+    margin: Annotated[float, Field(ge=0)] = 0.05
+    """It is given up where another one is as sparse or sparser, and its FVU by more than this share of it less."""
+
+
 class SteeringConfig(Section):
     """Which latents are dosed, on which prompts; nothing is steered without this section. All identity."""
 

@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 
 from interp_assets import errors
 from interp_assets.compute.compiled import Compiling, hear_compiling
-from interp_assets.errors import ConfigError, InterpError, OwnCodeError, StoreError
+from interp_assets.errors import ConfigError, InterpError, OwnCodeError, StoppedError, StoreError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.manifest import Produced
@@ -36,7 +36,7 @@ from interp_assets.train.loop import OnFailure, OnMetrics, TrainingMetrics, find
 from interp_assets.train.own.load import keep_code
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import LogRow, sae_ref
-from interp_assets.train.results.ended import FAILED, save_ended
+from interp_assets.train.results.ended import FAILED, STOPPED, save_ended
 
 _GRACE_S: Final = 10.0
 ATTACHED: Final = "INTERP_TRAINING_ATTACHED"
@@ -79,7 +79,9 @@ def run_training(pipeline: Pipeline, store: Store, names: Sequence[str], progres
 
     def drop(name: str, error: InterpError) -> None:
         failed.setdefault(name, error)
-        save_ended(store, sae_ref(pipeline, name), name, logs.get(name, []), status=FAILED, why=str(error))
+        is_stopped = isinstance(error, StoppedError)
+        if logs.get(name) or not is_stopped:  # one that was stopped in an earlier run has its record
+            save_ended(store, sae_ref(pipeline, name), name, logs.get(name, []), status=STOPPED if is_stopped else FAILED, why=str(error))
 
     for name in names:
         if pipeline.config.sae(name).imported:

@@ -24,10 +24,11 @@ from torch.profiler import record_function
 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.compute.seeds import stream
-from interp_assets.errors import ConfigError, InputError, InterpError, NonFiniteError, OwnCodeError, PlanError, StoreError
+from interp_assets.errors import ConfigError, InputError, InterpError, NonFiniteError, OwnCodeError, PlanError, StoppedError, StoreError
 from interp_assets.planning.config import ExecutionConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
+from interp_assets.planning.sections import StopConfig
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import ArtifactRef, ArtifactWriter, Manifest, Produced, load_manifest
@@ -43,6 +44,7 @@ from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
 from interp_assets.train.recipes import make_weights
 from interp_assets.train.refs import TRAINING, LogRow, sae_ref
+from interp_assets.train.results.stopping import find_dominated, find_stopped
 from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save_checkpoint
 from interp_assets.train.rows import TrainingData, TrainingRows, iter_rows, open_training_data
 from interp_assets.train.sae import Sae
@@ -84,10 +86,13 @@ class _Group(NamedTuple):
     on_metrics: OnMetrics | None
     on_failure: OnFailure
     dropped: set[str]
+    stop: StopConfig | None = None
 
     def drop(self, config: SaeConfig, step: int, error: InterpError) -> None:
         """Let an SAE go that was trained up to `step`. Raises what stops all others too, and what other ranks may not see."""
-        if isinstance(error, ConfigError | StoreError) or (self.ranks.size > 1 and not isinstance(error, NonFiniteError | OwnCodeError)):
+        if isinstance(error, ConfigError | StoreError) or (
+            self.ranks.size > 1 and not isinstance(error, NonFiniteError | OwnCodeError | StoppedError)
+        ):
             raise error
         self.dropped.add(config.name)
         self.progress((n_steps(config) - step) * config.batch_rows)
@@ -115,14 +120,17 @@ def train_saes(
     for config in (pipeline.config.sae(name) for name in names):
         ref = sae_ref(pipeline, config.name)
         manifest = find_trained(pipeline, store, config.name)
-        if manifest is None:
+        if manifest is None and pipeline.config.stop and (why := find_stopped(store, ref, config)):
+            progress(n_steps(config) * config.batch_rows)
+            (on_failure or failures.setdefault)(config.name, StoppedError(why))
+        elif manifest is None:
             due.append(config)
         else:
             produced[config.name] = Produced(ref, manifest, is_cached=True, wall_s=0.0)
             progress(n_steps(config) * config.batch_rows)
     ranks.barrier()
     for configs in _group(due):
-        group = _Group(configs, ranks, progress, on_metrics, on_failure or failures.setdefault, set())
+        group = _Group(configs, ranks, progress, on_metrics, on_failure or failures.setdefault, set(), pipeline.config.stop)
         produced |= _train_group(pipeline, store, group)
     if failures:
         raise next(iter(failures.values()))
@@ -250,12 +258,25 @@ def _run_steps(store: Store, members: list[_Member], data: TrainingData, group: 
                 for (ref, trainer, times, kept), _ in trained:
                     if trainer.step % execution.checkpoint_steps == 0 and trainer.step < trainer.n_steps:
                         save_checkpoint(store, ref, trainer, times, kept)
+                _stop_dominated(store, members, group, rows.step + 1)
             with clock.stopped():
                 profiler.after(rows.step)
                 profiler.before(rows.step + 1)
             if all(member.trainer.step == member.trainer.n_steps for member in members):
                 break  # the one that needed more steps has dropped out
     return profiler.result
+
+
+def _stop_dominated(store: Store, members: list[_Member], group: _Group, step: int) -> None:
+    """Take members out that others dominate at this step, and keep where they were. Ranks log the same, so that all take out the same ones."""
+    if group.stop is None:
+        return
+    trainers = {member.trainer.config.name: member.trainer for member in members if member.trainer.step == step}
+    for name, why in find_dominated(trainers, group.stop).items():
+        (member,) = [member for member in members if member.trainer.config.name == name]
+        save_checkpoint(store, member.ref, member.trainer, member.times, member.kept)
+        members.remove(member)
+        group.drop(member.trainer.config, step, StoppedError(why))
 
 
 def _train_step(trainer: Trainer, x: Tensor, y: Tensor, data: TrainingData) -> LogRow | None:
