@@ -224,10 +224,16 @@ def try_sweep(
     rows: Annotated[int, typer.Option(help="Rows that each SAE is trained on.", min=1000)] = 100_000,
     settings: Settings = None,
     note: Note = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Try again whenever the configuration or a file of code that it names is saved.")] = False,
 ) -> None:
     """Train all SAEs on the first rows of the mixed shards and compare them, in seconds; nothing of it becomes part of the pipeline."""
-    from interp_assets.terminal.trying import print_try
+    from interp_assets.terminal.trying import print_try, watch_try
 
+    if watch:
+        if config is None:
+            raise InputError("--watch waits for a file: name the configuration with --config.")
+        watch_try(out, lambda: _load(config, settings=settings), config, rows)
+        return
     if not print_try(out, _load(config, settings=settings), rows, note):
         raise typer.Exit(1)
 

@@ -6,8 +6,9 @@ is one artifact of two tables, in `tries/`, which nothing refers to: `interp gc`
 
 import io
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import polars as pl
@@ -34,6 +35,9 @@ FOLDER: Final = "tries"
 TABLE: Final = "try.parquet"
 CURVES: Final = "curves.parquet"
 _LEAST_STEPS: Final = 10
+_POLL_S: Final = 0.3
+Wait = Callable[[Sequence[Path]], bool]
+"""Waits for files to change; False ends it."""
 
 
 def print_try(out: Console, config: PipelineConfig, n_rows: int, note: str = "") -> bool:
@@ -43,6 +47,39 @@ def print_try(out: Console, config: PipelineConfig, n_rows: int, note: str = "")
         told = {name: row for name, *row in tried.table.select("name", "l0", "fvu", "dead_share").rows()}
         recorder.entry["tried"] = {"rows": n_rows, "path": tried.path, "measures": ["l0", "fvu", "dead_share"], "saes": told, "failed": failed}
     return not failed
+
+
+def watch_try(out: Console, load: Callable[[], PipelineConfig], path: Path, n_rows: int, *, wait: "Wait | None" = None) -> None:
+    """Try again whenever the configuration or a file of code that it names is saved, until Ctrl-C. What is wrong is printed, and waited for."""
+    files = [path]
+    with suppress(KeyboardInterrupt):
+        while True:
+            try:
+                config = load()
+                files = [path, *sorted({Path(sae.code.path) for sae in config.saes if sae.code and sae.code.path})]
+                print_try(out, config, n_rows)
+            except InterpError as error:
+                out.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+            out.print(f"Waiting for {', '.join(file.name for file in files)} to be saved; Ctrl-C ends it.", soft_wrap=True, markup=False)
+            if not (wait or wait_for_change)(files):
+                return
+
+
+def wait_for_change(files: Sequence[Path]) -> bool:
+    """Return when one of the files has other bytes, or is there again."""
+    before = [_state(file) for file in files]
+    while [_state(file) for file in files] == before:
+        time.sleep(_POLL_S)
+    return True
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Return what changes when a file is saved; an editor may take it away for a moment."""
+    try:
+        found = file.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
 
 
 def _print_try(out: Console, config: PipelineConfig, n_rows: int) -> "tuple[Tried, dict[str, str]]":

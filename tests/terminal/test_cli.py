@@ -48,7 +48,7 @@ OPTIONS = {
     "serve": ["--config", "--host", "--model", "--notes", "--port", "--token-file", "--users", "--weights", "path"],
     "steer": ["--config", "--new-tokens", "--prompt", "--seed", "--temperature", "recipe"],
     "sweep": ["--all", "--config", "--csv", "--over", "--sort"],
-    "try": ["--config", "--note", "--rows", "--set"],
+    "try": ["--config", "--note", "--rows", "--set", "--watch"],
     "verify": ["--config", "path"],
 }
 
