@@ -409,6 +409,12 @@ class Opened:
 
         return read_curves(self.pipeline, self.store)
 
+    def matches(self) -> "pl.DataFrame":
+        """Return the latents of the SAEs of `matches` beside their nearest in each other: cosine, whether mutual, correlation on held-out rows."""
+        from interp_assets.train.results.matches import read_matches  # noqa: PLC0415 - as above
+
+        return read_matches(self.pipeline, self.store)
+
     def history(self) -> "pl.DataFrame":
         """Return what `interp run` and `interp try` did here, one line each: when, how long, on which code, with what note, and what came of it."""
         from interp_assets.planning.history import read_history  # noqa: PLC0415 - as above

@@ -12,6 +12,7 @@ const DATA: Comparison = {
     members: [['a-seed0', 'a-seed1'], ['b'], ['x']],
     columns: { name: ['a', 'b', 'x'], n: [2, 1, 1], l0: [8, 16, null], fvu: [0.2, 0.1, null], fvu_deviation: [0.0141421, null, null], l0_deviation: [0, null, null], versus_best: ['+0.1', 'best', null] },
   },
+  matches: [],
   curves: { b: { n_rows: [1, 2], loss: [1, 0.5], l0: [16, 16], fvu: [0.5, 0.1], dead_share: [0, 0] } },
 };
 

@@ -23,7 +23,7 @@ from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.options import ARCHITECTURES, find_faults
 from interp_assets.planning.own import MAX_BYTES, NAMED, hash_code, read_declaration, split_name
-from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, Name, Section, SteeringConfig, StopConfig
+from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, MatchesConfig, Name, Section, SteeringConfig, StopConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -355,6 +355,8 @@ class PipelineConfig(Section):
     steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
     retrain: RetrainConfig = RetrainConfig()
+    matches: MatchesConfig | None = None
+    """The same features in other SAEs; nothing is matched without this section."""
     stop: StopConfig | None = None
     """Trainings that others dominate end early, as a record and a checkpoint; none does without this section."""
     execution: ExecutionConfig = ExecutionConfig()
@@ -369,6 +371,9 @@ class PipelineConfig(Section):
             if name not in names:
                 message = f"features.saes names {name!r}, but the SAEs are {names}"
                 raise ValueError(message)
+        if unknown := [name for name in (self.matches.saes if self.matches else ()) if name not in names]:
+            message = f"matches.saes names {unknown[0]!r}, but the SAEs are {names}"
+            raise ValueError(message)
         if len(set(self.harvest.hook_points)) != len(self.harvest.hook_points):
             message = f"harvest.hook_points names one twice: {self.harvest.hook_points}"
             raise ValueError(message)
@@ -562,7 +567,7 @@ def _explain(item: dict[str, Any]) -> str:
 def _model_at(path: list[str]) -> type[BaseModel] | None:
     """Return the section of a configuration that a path of names leads to; None where it leads to none."""
     sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
-    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig, "stop": StopConfig}
+    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig, "stop": StopConfig, "matches": MatchesConfig}
     found = sections.get(path[0]) if path else PipelineConfig
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 

@@ -89,6 +89,15 @@ class SearchConfig(Section):
     """Of those that move predictions most beyond their controls, and of those that move them least, so many are dosed."""
 
 
+class MatchesConfig(Section):
+    """Which SAEs' latents are looked for in each other; nothing is matched without this section. All identity."""
+
+    saes: Annotated[list[Name], Field(min_length=2, max_length=16)]
+    """Names of SAEs; every pair of them whose decoders are of one space is matched."""
+    rows: Annotated[int, Field(ge=1)] = 65_536
+    """Held-out rows, the first ones, over which firings are correlated."""
+
+
 class StopConfig(Section):
     """When an SAE is given up because others do better. Execution: those that are trained to their end are what they would be without it."""
 

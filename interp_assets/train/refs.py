@@ -14,6 +14,8 @@ CODE: Final = "code.py"
 """The file of an architecture of one's own, as it was when the configuration was read."""
 TRAINING: Final = "training.parquet"
 """The logged steps of a training."""
+MATCHES: Final = "matches.parquet"
+"""The latents of SAEs beside their nearest in each other."""
 METRICS: Final = "metrics.json"
 """The measurements of an SAE, in the terms of SAEBench."""
 MODEL_TOKENS: Final = 1 << 15
@@ -35,6 +37,9 @@ EVALUATION_VERSION = 5
 
 SWEEP_VERSION = 3
 """Raise it when the table of the same SAEs would hold something else."""
+
+MATCH_VERSION = 1
+"""Raise it when the same SAEs would be matched otherwise."""
 
 
 class LogRow(NamedTuple):
@@ -88,6 +93,16 @@ def sweep_ref(pipeline: Pipeline) -> ArtifactRef:
     names = [config.name for config in pipeline.config.saes]
     inputs = {"evaluations": combine_ids([evaluation_ref(pipeline, name).artifact_id for name in names])}
     return make_ref("sweep", FOLDER, identity={"code": SWEEP_VERSION, "saes": names}, inputs=inputs, label="sweep")
+
+
+def matches_ref(pipeline: Pipeline) -> ArtifactRef:
+    """Address the latents of the configured SAEs beside their nearest in each other."""
+    matches = pipeline.config.matches
+    assert matches
+    sources = dict.fromkeys(point for name in matches.saes for point in pipeline.config.sae(name).sources)
+    inputs = {f"sae.{name}": sae_ref(pipeline, name).artifact_id for name in matches.saes}
+    inputs |= {f"held_out.{point}": activation_ids(pipeline, point, pipeline.held_out_indices) for point in sources}
+    return make_ref("sae_matches", FOLDER, identity={"code": MATCH_VERSION, **matches.model_dump()}, inputs=inputs, label="matches")
 
 
 def _sae_ref(pipeline: Pipeline, name: str) -> ArtifactRef:

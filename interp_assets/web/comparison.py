@@ -14,11 +14,13 @@ import polars as pl
 
 from interp_assets.errors import InterpError
 from interp_assets.planning.pipeline import Pipeline, load_configuration, load_pipeline
-from interp_assets.storage.manifest import CONFIGURATION
+from interp_assets.storage.manifest import CONFIGURATION, find_manifest
 from interp_assets.storage.store import Store
+from interp_assets.train.refs import MATCHES, matches_ref
 from interp_assets.train.results.arms import count_held_out, read_curves, read_table
 from interp_assets.train.results.replicas import list_replicas, over_seeds
 from interp_assets.train.sweep import IDS
+from interp_assets.train.sweep import read_table as read_table_of
 from interp_assets.web.opened import BundlePlace
 from interp_assets.web.refs import FOLDER
 
@@ -29,6 +31,9 @@ _POINTS: Final = 100
 """Logged steps of one SAE that are sent."""
 _CURVES: Final = ("n_rows", "loss", "l0", "fvu", "dead_share")
 _DIGITS: Final = 6
+_MATCHES: Final = 24
+"""Matched latents of a pair of SAEs that are sent, those that fire most alike."""
+_MATCHED: Final = ("latent", "other_latent", "cosine", "correlation", "n_fired", "n_other_fired")
 _LEFT_OUT: Final = frozenset(IDS) - {"sae_id", "mixed_shards_id"}
 
 
@@ -77,8 +82,22 @@ def describe_comparison(store: Store) -> dict[str, Any]:
         "n_held_out": count_held_out(store, table),
         "saes": _columns(table.drop(_LEFT_OUT)),
         "replicas": {"members": list_replicas(table), "columns": _columns(folded)},
+        "matches": _describe_matches(pipeline, store),
         "curves": {name: _thin(curves.filter(pl.col("name") == name)) for name in shown},
     }
+
+
+def _describe_matches(pipeline: Pipeline, store: Store) -> list[dict[str, Any]]:
+    """Return what is known of pairs of SAEs whose latents were matched, and their best mutual matches; nothing where none were."""
+    if pipeline.config.matches is None or (manifest := find_manifest(store, matches_ref(pipeline))) is None:
+        return []
+    table = read_table_of(store, matches_ref(pipeline).path, manifest, MATCHES)
+    told = []
+    for pair in manifest.facts["pairs"]:
+        own = table.filter((pl.col("sae") == pair["sae"]) & (pl.col("other_sae") == pair["other_sae"]) & pl.col("is_mutual"))
+        best = own.sort("correlation", "cosine", descending=True, nulls_last=True).head(_MATCHES).select(_MATCHED)
+        told.append({**{name: _plain(value) for name, value in pair.items()}, "n_held_out": manifest.facts["n_held_out"], "best": _columns(best)})
+    return told
 
 
 def _open(store: Store) -> Pipeline:

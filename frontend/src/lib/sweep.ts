@@ -18,7 +18,22 @@ export interface Comparison {
   n_held_out: number | null;
   saes: Columns;
   replicas: { members: string[][]; columns: Columns };
+  /** Pairs of SAEs whose latents were matched, in both directions. */
+  matches: Match[];
   curves: Record<string, Record<CurveName | 'n_rows', (number | null)[]>>;
+}
+
+/** What is known of the latents of one SAE beside their nearest in another; `best` are the mutual ones that fire most alike. */
+export interface Match {
+  sae: string;
+  other_sae: string;
+  n_latents: number;
+  n_held_out: number;
+  mean_cosine: number;
+  'share_above_0.7': number;
+  'share_above_0.9': number;
+  share_mutual: number;
+  best: { latent: number[]; other_latent: number[]; cosine: number[]; correlation: (number | null)[]; n_fired: (number | null)[]; n_other_fired: (number | null)[] };
 }
 
 /** A line of the table: an SAE, or a recipe with its replicas. */
