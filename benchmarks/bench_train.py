@@ -60,7 +60,8 @@ from train_gpu import main as measure_gpu
 from train_states import Planted, make_config
 
 from interp_assets.compute.products import use_fastest_products
-from interp_assets.planning.config import Architecture, SaeConfig
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import Architecture
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.trainer import Trainer
 

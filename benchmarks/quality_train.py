@@ -33,8 +33,9 @@ from interp_assets.errors import InterpError
 from interp_assets.garcon.subject import load_subject_model
 from interp_assets.harvest.outliers import norm_limits
 from interp_assets.harvest.statistics import load_statistics
-from interp_assets.planning.config import Architecture, PipelineConfig, SaeConfig, load_config
+from interp_assets.planning.config import PipelineConfig, SaeConfig, load_config
 from interp_assets.planning.demo import demo_config
+from interp_assets.planning.options import Architecture
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.shuffle.mixed import open_mixed
 from interp_assets.train import evaluate

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from interp_assets.compute.products import use_fastest_products
-from interp_assets.planning.config import Architecture, SaeConfig
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import Architecture
 from interp_assets.train.recipes import RECIPES, make_weights
 from interp_assets.train.trainer import Trainer
 

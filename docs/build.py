@@ -16,7 +16,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, WithJsonSchema
 from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +24,9 @@ sys.path.insert(0, str(ROOT))
 
 from interp_assets.graph.stages import STAGES, make_road  # noqa: E402 - the checkout, not an installed copy
 from interp_assets.planning.asset import NONE, Asset  # noqa: E402 - as above
-from interp_assets.planning.config import Name, PipelineConfig  # noqa: E402 - as above
+from interp_assets.planning.config import PipelineConfig  # noqa: E402 - as above
 from interp_assets.planning.demo import demo_config  # noqa: E402 - as above
+from interp_assets.planning.sections import Name  # noqa: E402 - as above
 
 ROOMS: Final = {
     "resources/": "What the graph is handed: a configuration's store, plan, tokenizer and model; Dagster's settings for each kind of machine",
@@ -35,7 +36,9 @@ ROOMS: Final = {
     "interp_assets/visualize/": "An SAE and activations become the evidence for every feature: examples, statistics, records",
     "interp_assets/visualize/steering/": "What a feature does to the texts that a model writes, beside controls: dose curves",
     "interp_assets/train/": "Mixed shards become SAEs, their evaluations, and the table of a sweep",
+    "interp_assets/train/results/": "What has become of SAEs: one table of all, replicas and noise, exact causes of differences",
     "interp_assets/train/losses/": "What an architecture computes on a batch, and its gradients: one file a family",
+    "interp_assets/train/own/": "Architectures of one's own: a function in a file becomes a loss with gradients, and is checked",
     "interp_assets/train/exchange/": "SAEs as the folders of SAELens, sparsify, dictionary_learning and Gemma Scope, both ways",
     "interp_assets/shuffle/": "Activation shards become mixed shards in exactly uniform order, and the certificate of it",
     "interp_assets/harvest/": "Token shards and the subject model become activation shards and their statistics",
@@ -155,6 +158,8 @@ def kind_of(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         return kind_of(arguments[0], arguments[1:])
     if NAME_RULE in constraints:
         return "name"
+    for schema in (item.json_schema or {} for item in constraints if isinstance(item, WithJsonSchema)):
+        return " or ".join(f"`{choice}`" for part in schema["anyOf"] for choice in part.get("enum", ())) + " or `file.py:function`"
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, UnionType):

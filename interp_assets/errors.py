@@ -4,6 +4,7 @@
     ├── ConfigError              the pipeline's configuration is wrong
     ├── InputError               what the user pointed at is wrong: text, model, tokenizer, hook point
     │   ├── NonFiniteError       a NaN or infinity where numbers must be finite
+    │   ├── OwnCodeError         a file of one's own that the configuration names fails
     │   ├── NotFoundError        the address names nothing that is served
     │   └── TooLargeError        more is asked for at once than is answered
     ├── ServiceError             a server cannot do now what it was asked; the request may be right
@@ -19,6 +20,7 @@
     │   ├── ArtifactForeignError another pipeline's, another kind's or a newer version's artifact
     │   └── ArtifactRaceError    somebody else published other bytes for the same artifact
     ├── PlanError                the requested work cannot fit its bounds
+    ├── StoppedError             a training was given up because others do better: nothing is wrong
     └── CertificateError         a shuffle lost, doubled or failed to mix rows
 
 A message says what, where, what was expected and found, and the next step.
@@ -41,6 +43,10 @@ class InterpError(Exception):
     """Likewise: the hook point."""
 
 
+class StoppedError(InterpError):
+    """A training ended early because another one is sparser and more exact, as the configuration asked for."""
+
+
 class ConfigError(InterpError):
     """The pipeline's configuration is wrong."""
 
@@ -51,6 +57,10 @@ class InputError(InterpError):
 
 class NonFiniteError(InputError):
     """A NaN or an infinity stands where numbers must be finite."""
+
+
+class OwnCodeError(InputError):
+    """A file of one's own, which the configuration names and training executes, cannot be used: the message has its line."""
 
 
 class NotFoundError(InputError):

@@ -7,8 +7,12 @@
     run = lab.open("pythia.yaml")  # or a pipeline's folder, or s3://bucket/name
     run.activations("resid_post.8")[10_000:20_000]  # .tensor .row_ids .tokens .text; .at(row_ids), .document(shard, number)
     run.mixed("resid_post.8")[:4096]
-    run.sae("l8"); run.features("l8"); run.feature("l8", 1234)
+    run.table(); run.table(over="seed"); run.curves(); run.sql("select name, fvu from saes")  # all SAEs, what became of each, its learning curve
+    run.sae("l8").encode(run.rows("resid_post.8", 1000)); run.features("l8"); run.feature("l8", 1234)
     run.heads(); run.head("5.3"); llm.attention("a text")
+
+    @lab.architecture(kind="relu")  # in a file of its own, which a configuration names: see docs/howto.md
+    def mine(w, x, y, step, *, p: float = 0.5): return lab.Terms(y_hat, latents=f, penalty=...)
 
 Importing this module loads neither torch nor transformers nor a web framework: what computes is imported when it is asked for.
 """
@@ -24,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.planning.config import ExecutionConfig, ModelConfig, PipelineConfig, load_config
 from interp_assets.storage.store import Store, open_store
+from interp_assets.train.own.terms import Terms, architecture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     import interp_assets.visualize.steering.search
     from interp_assets.planning.pipeline import Pipeline
 
+__all__ = ["Terms", "architecture", "connect", "load", "open"]
 _OPENED_AT_ONCE: Final = 16
 _SHARDS_KEPT: Final = 16
 
@@ -395,14 +401,58 @@ class Opened:
         self.config.sae(name)
         return dict(load_manifest(self.store, evaluation_ref(self.pipeline, name)).facts)
 
-    def sweep(self) -> "pl.DataFrame":
-        """Return the table of all SAEs, one line each."""
-        from interp_assets.storage.manifest import load_manifest  # noqa: PLC0415 - as above
-        from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - as above
-        from interp_assets.train.sweep import TABLE, read_table  # noqa: PLC0415 - as above
+    def table(self, *, over: str = "", everything: bool = False) -> "pl.DataFrame":
+        """Return all SAEs, one line each: configuration, quality, speed, `status` (measured, trained, stopped, failed) and `why`.
 
-        ref = sweep_ref(self.pipeline)
-        return read_table(self.store, ref.path, load_manifest(self.store, ref), TABLE)
+        `over="seed"` makes one line of those that differ in their seed alone: means, deviations, `n`, and what is within noise. `everything` takes
+        every SAE of the folder in, other configurations' too. Raises `ArtifactMissingError` where there is none.
+        """
+        from interp_assets.train.results.arms import read_table  # noqa: PLC0415 - as above
+        from interp_assets.train.results.replicas import SEED, over_seeds  # noqa: PLC0415 - as above
+
+        if over not in ("", SEED):
+            raise InputError(f"SAEs are folded over {SEED!r}; found {over!r}. For anything else: .table().group_by(...).")
+        found = read_table(self.pipeline, self.store, everything=everything)
+        return over_seeds(found) if over else found
+
+    def curves(self) -> "pl.DataFrame":
+        """Return the logged steps of all SAEs that were trained here, of those that ended early too: `name`, `n_rows`, `loss`, `fvu` and more."""
+        from interp_assets.train.results.arms import read_curves  # noqa: PLC0415 - as above
+
+        return read_curves(self.pipeline, self.store)
+
+    def matches(self) -> "pl.DataFrame":
+        """Return the latents of the SAEs of `matches` beside their nearest in each other: cosine, whether mutual, correlation on held-out rows."""
+        from interp_assets.train.results.matches import read_matches  # noqa: PLC0415 - as above
+
+        return read_matches(self.pipeline, self.store)
+
+    def history(self) -> "pl.DataFrame":
+        """Return what `interp run` and `interp try` did here, one line each: when, how long, on which code, with what note, and what came of it."""
+        from interp_assets.planning.history import read_history  # noqa: PLC0415 - as above
+
+        return read_history(self.store)
+
+    def rows(self, hook_point: str, n: int) -> "Tensor":
+        """Return `n` rows of a hook point, [n, d_in] in the stored dtype: the first mixed ones, which are a uniform sample without repetition."""
+        return self.mixed(hook_point)[:n].tensor
+
+    def sql(self, query: str) -> "pl.DataFrame":
+        """Ask DuckDB of what is here: the tables `saes`, `replicas`, `curves` and `history`, as `table()`, `table(over="seed")` and so on are."""
+        import duckdb  # noqa: PLC0415 - as above
+
+        from interp_assets.train.results.replicas import over_seeds  # noqa: PLC0415 - as above
+
+        asked = query.lower()
+        with duckdb.connect() as base:
+            tables = {"saes": self.table, "replicas": lambda: over_seeds(self.table()), "curves": self.curves, "history": self.history}
+            for name, make in tables.items():
+                if name in asked:
+                    base.register(name, make().to_arrow())
+            try:
+                return base.sql(query).pl()
+            except duckdb.Error as error:
+                raise InputError(f"DuckDB cannot answer: {error}. The tables are saes, replicas, curves and history.") from error
 
     def dose(self, recipe: str) -> "interp_assets.garcon.steering.dose.Dose":
         """Read the dose curve of a recipe of the configuration: texts, table and picture."""

@@ -83,7 +83,7 @@ def test_saes_train_at_heads_and_inside_an_mlp(run: lab.Opened) -> None:
         assert 0 < facts["fvu"] < 2, facts
         assert np.isfinite(facts["ce_recovered"])
     assert run.feature("heads", 3).record["logits"] is None
-    assert run.sweep().height == 2
+    assert run.table().height == 2
 
 
 def test_rows_come_with_tokens_and_addresses(run: lab.Opened) -> None:

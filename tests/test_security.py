@@ -109,10 +109,15 @@ def test_no_pickle_is_read_or_written() -> None:
         for path in root.rglob("*.py")
         for line in path.read_text(encoding="utf-8").splitlines()
         for word in words
-        if word in line and not line.strip().startswith(("#", '"""')) and ".eval()" not in line and "allow_pickle=False" not in line
+        if word in line
+        and not line.strip().startswith(("#", '"""'))
+        and ".eval()" not in line
+        and "allow_pickle=False" not in line
+        and "ast.literal_eval(" not in line
     ]
     allowed = {line for line in found if line.split(": ")[1] == "pickle"}  # prose
     allowed |= {"folders.py: torch.save(", "folders.py: torch.load("}
+    allowed |= {"load.py: exec("}  # architectures of one's own, whose hash the configuration has: tests/train/test_train_own.py
     (load,) = [line for line in (root / "train" / "exchange" / "folders.py").read_text(encoding="utf-8").splitlines() if "torch.load(" in line]
     assert "weights_only=True" in load
     assert set(found) - allowed == set()

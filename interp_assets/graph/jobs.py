@@ -282,7 +282,7 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
     Raises `KeyboardInterrupt` when a run was interrupted: Dagster records that as a failure, and a person wants all of it to stop.
     """
     started = time.monotonic()
-    n_bytes, n_found, failed_checks, failed, errors = 0, 0, [], [], []
+    n_bytes, n_found, failed_checks, failed, made, errors = 0, 0, [], [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
     for first, last in ranges:
         tags = {"interp/asset": asset.name, "interp/stage": asset.stage, PROCESS_TAG: name_process()}
@@ -300,11 +300,14 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
             failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
         n_bytes += sum(_written_bytes(event) for event in events)
         n_found += sum(_is_found(event) for event in events)
+        made += [event.partition or "" for event in events if not _is_found(event)]
         failed_checks += [f"{check.check_name}: {check.description}" for check in result.get_asset_check_evaluations() if not check.passed]
     failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
     n_made = len(missing) - len(failed) - n_found
     message = str(errors[0]) if errors else ""
-    report = AssetReport(asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found, failed, message=message)
+    report = AssetReport(
+        asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found, failed, message=message, made=made
+    )
     return Outcome(report, errors)
 
 

@@ -20,8 +20,9 @@ from interp_assets.errors import ArtifactError, ArtifactMissingError, InputError
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.refs import hook_folder
 from interp_assets.planning.asset import Asset
-from interp_assets.planning.config import HeadsConfig, PipelineConfig, SaeConfig, ShuffleConfig
+from interp_assets.planning.config import PipelineConfig, SaeConfig, ShuffleConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline
+from interp_assets.planning.sections import HeadsConfig
 from interp_assets.planning.steering import PairConfig, PatchingConfig, SearchConfig, SteeringConfig
 from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.storage.direct import find_remains
@@ -32,6 +33,8 @@ from interp_assets.web.opened import OpenBundle, list_bundles, open_bundle
 
 CHECKPOINT: Final = "sae_checkpoint"
 TRY: Final = "try"
+ENDED: Final = "sae_ended"
+CODE: Final = "code"
 _PLANS: Final = ("plan.", ".json")
 _OF_SAES: Final = ("sae", "sae_evaluation")
 
@@ -88,7 +91,7 @@ def find_leftovers(
 
 
 def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
-    """Return the kinds of artifacts that assets make and keep the digests of, whatever a configuration switches off, checkpoints and tries."""
+    """Return the kinds of artifacts that assets make and keep the digests of, whatever is switched off, checkpoints, tries, failures and code."""
     sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
     changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
@@ -96,7 +99,7 @@ def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
     recipes: dict[str, list[dict[str, Any]]] = {"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}
     changes["steering"] = SteeringConfig(recipes=recipes, search=SearchConfig(), prompts=["text"])
     changes["patching"] = [PatchingConfig(name="any", pairs=[PairConfig(clean="a", corrupted="b", answer="c")])]
-    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY}
+    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY, ENDED, CODE}
     road = make_road(full.config)
     for asset in road.rest:
         kinds = ({ref.kind for ref in _refs_of(asset, full, store, key)} for key in asset.partition_keys(full))

@@ -37,11 +37,7 @@ def read_dtypes(config: PipelineConfig) -> dict[str, Any]:
 
 def statistics_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
     """Address the merged statistics of one hook point over the training shards."""
-    inputs = {"activation_shards": activation_ids(pipeline, hook_point, pipeline.train_indices)}
-    identity = {"code": 1, "hook_point": hook_point}
-    return make_ref(
-        "activation_statistics", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label="statistics", hook_point=hook_point
-    )
+    return pipeline.remember(("statistics_ref", hook_point), lambda: _statistics_ref(pipeline, hook_point))
 
 
 def activation_ids(pipeline: Pipeline, hook_point: str, indices: Sequence[int]) -> str:
@@ -53,3 +49,11 @@ def activation_ids(pipeline: Pipeline, hook_point: str, indices: Sequence[int]) 
 def hook_folder(hook_point: str) -> str:
     """Return a folder name for a hook point: `module:model.layers.3` becomes `module_model.layers.3`."""
     return "".join(char if char.isalnum() or char in "._-" else "_" for char in hook_point)
+
+
+def _statistics_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
+    inputs = {"activation_shards": activation_ids(pipeline, hook_point, pipeline.train_indices)}
+    identity = {"code": 1, "hook_point": hook_point}
+    return make_ref(
+        "activation_statistics", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label="statistics", hook_point=hook_point
+    )

@@ -11,17 +11,19 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeGuard, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, WithJsonSchema, model_validator
 
-from interp_assets.errors import ConfigError
+from interp_assets.errors import ConfigError, OwnCodeError
 from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
-from interp_assets.planning.identity import Name, Section
-from interp_assets.planning.options import find_faults
+from interp_assets.planning.options import ARCHITECTURES, find_faults
+from interp_assets.planning.own import MAX_BYTES, NAMED, hash_code, read_declaration, split_name
+from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, MatchesConfig, Name, Section, StopConfig
 from interp_assets.planning.steering import PatchingConfig, SteeringConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
@@ -34,8 +36,6 @@ ROOT_VARIABLE = "INTERP_ROOT"
 
 _ALTERNATIVES: Final = ("literal['auto']", "constrained-int")
 """What pydantic puts behind the name of a field that is either of two: both of its errors are one wrong field."""
-_OVERKEEP: Final = 4
-"""Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
 
 FORMER_SHAPE: Final = {"passes": 2, "fan_out": 8}
 """What was not stated of the shuffle's numbers before the plan could choose them."""
@@ -44,29 +44,30 @@ MAX_MIXED_SHARDS = 100_000
 """More partitions than this make Dagster's pages slow; a mixed shard may be as large as memory."""
 
 
-Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu", "jump_relu_tanh", "jump_relu_step"]
+def _check_architecture(name: str) -> str:
+    if name not in ARCHITECTURES and not split_name(name):
+        near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        message = f"there is no architecture {name!r}{hint} (there are {', '.join(ARCHITECTURES)}, and your own: my_sae.py:function)"
+        raise ValueError(message)
+    return name
 
+
+_NAMES: Final = {"anyOf": [{"enum": list(ARCHITECTURES)}, {"type": "string", "pattern": NAMED.pattern}]}
+ArchitectureName = Annotated[str, AfterValidator(_check_architecture), WithJsonSchema(_NAMES)]
+"""A built-in architecture, or a function in a file of one's own."""
 
 TextKind = Literal["plain", "with_special_tokens", "messages"]
-
-
-class _Config(Section):
-    _folder: str = PrivateAttr("")
-
-    @property
-    def looked_in(self) -> str:
-        """Where a relative path was looked for in vain, for messages; nothing for others."""
-        return f" (looked in {' and '.join(dict.fromkeys([str(Path.cwd()), self._folder]))})" if self._folder else ""
 
 
 HookPointName = Annotated[str, AfterValidator(canonical_name)]
 """A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
-AnySection = TypeVar("AnySection", bound=_Config)
+AnySection = TypeVar("AnySection", bound=Section)
 
 
-class CorpusConfig(_Config):
+class CorpusConfig(Section):
     """Which text, and how it becomes token shards. All identity."""
 
     source: Literal["stdlib", "files", "huggingface"] = "stdlib"
@@ -104,7 +105,7 @@ class CorpusConfig(_Config):
         return self
 
 
-class ModelConfig(_Config):
+class ModelConfig(Section):
     """The subject model. All identity."""
 
     name: str = DEMO_MODEL
@@ -122,7 +123,7 @@ class ModelConfig(_Config):
         return PurePosixPath(self.name).name if self.name.startswith(("/", "./", "../", "~")) else self.name
 
 
-class HarvestConfig(_Config):
+class HarvestConfig(Section):
     """Which activations are kept. All identity."""
 
     hook_points: Annotated[list[HookPointName], Field(min_length=1)] = ["resid_post.2"]
@@ -135,7 +136,7 @@ class HarvestConfig(_Config):
     """Tokens whose rows are left out likewise, such as separators that act as attention sinks."""
 
 
-class ShuffleConfig(_Config):
+class ShuffleConfig(Section):
     """How the rows are mixed: all identity but the memory. What is `auto` is chosen once, when the rows are counted, and kept in the plan."""
 
     passes: Literal["auto"] | Annotated[int, Field(ge=1, le=6)] = "auto"
@@ -167,15 +168,17 @@ class ShuffleConfig(_Config):
         return None if self.passes == "auto" or self.fan_out == "auto" else (self.passes, self.fan_out)
 
 
-class SaeConfig(_Config):
+class SaeConfig(Section):
     """One sparse autoencoder of the sweep. Identity, but for `imported`."""
 
     name: Name = "demo"
     """Name of the experiment; it becomes a partition and a folder."""
     hook_point: HookPointName = "resid_post.2"
     """Where its rows come from; one of `harvest.hook_points`."""
-    architecture: Architecture = "batch_topk"
-    """Sparsifying function and its recipe."""
+    architecture: ArchitectureName = "batch_topk"
+    """Sparsifying function and its recipe; one of your own is a function in a file beside the configuration, `my_sae.py:p_anneal`."""
+    code: Code | None = None
+    """Of an architecture of your own: its file's hash, which is filled in when the configuration is read. Stating it pins the bytes."""
     task: Literal["sae", "transcoder", "skip_transcoder", "crosscoder"] = "sae"
     """What is reconstructed: the rows themselves, those of `target_hook_point`, or those of several hook points by shared latents."""
     target_hook_point: HookPointName = ""
@@ -211,8 +214,13 @@ class SaeConfig(_Config):
 
     @model_validator(mode="after")
     def _check_options(self) -> "SaeConfig":
+        if self.architecture not in ARCHITECTURES:
+            return self  # its options are in its file
         if faults := find_faults(self.architecture, self.options):
             raise ValueError("; ".join(faults))
+        if self.code:
+            message = f"code belongs to an architecture of one's own, and {self.architecture!r} is built in"
+            raise ValueError(message)
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -224,7 +232,15 @@ class SaeConfig(_Config):
         return self._dump({"name", "architecture", "task", "hook_point", "target_hook_point", "d_sae", "imported_digest"})
 
     def _dump(self, of_imported: set[str]) -> dict[str, Any]:
-        return self.model_dump(include=of_imported) if self.imported else self.model_dump(exclude={"imported", "imported_digest", "accepts_misfit"})
+        if self.imported:
+            return self.model_dump(include=of_imported)
+        dumped = self.model_dump(exclude={"imported", "imported_digest", "accepts_misfit", "code"})
+        return {**dumped, "code": self.code.digest} if self.code else dumped
+
+    @property
+    def is_own(self) -> bool:
+        """Tell whether the architecture is a function of somebody's own."""
+        return self.architecture not in ARCHITECTURES
 
     @property
     def is_transcoder(self) -> bool:
@@ -242,7 +258,7 @@ class SaeConfig(_Config):
         return (self.target_hook_point,) if self.is_transcoder else self.sources
 
 
-class FeaturesConfig(_Config):
+class FeaturesConfig(Section):
     """Which SAEs are shown, and what evidence is gathered. All identity."""
 
     saes: list[Name] = ["demo"]
@@ -273,41 +289,10 @@ class FeaturesConfig(_Config):
     @property
     def n_kept_top(self) -> int:
         """How many of a latent's strongest firings are kept to choose the top examples from: more when repeated texts are left out."""
-        return self.top_k * (_OVERKEEP if self.distinct_tokens else 1)
+        return self.top_k * (OVERKEEP if self.distinct_tokens else 1)
 
 
-class HeadsConfig(_Config):
-    """Which attention heads are shown, and what evidence is gathered; nothing is made of them without this section. All identity."""
-
-    layers: Literal["all"] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = "all"
-    """Layers whose heads are shown, from 0; `all` that attend."""
-    top_k: Annotated[int, Field(ge=1)] = 20
-    """Strongest examples per head, one of a document."""
-    n_intervals: Annotated[int, Field(ge=1, le=64)] = 10
-    """Quantile intervals of the row score, from each of which examples are shown."""
-    examples_per_interval: Annotated[int, Field(ge=1, le=16)] = 5
-    """Examples shown from one interval."""
-    key_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
-    """Tokens that masses are told apart by: the most frequent ones of the first shard; all others are counted together."""
-    max_shards: Annotated[int, Field(ge=1)] = 1 << 20
-    """Corpus shards whose text is read, the first ones: what heads do shows in a few, and a forward over all text is the price."""
-    prompts: dict[Name, str] = {}
-    """Texts by name, over each of which every head's whole pattern is kept."""
-
-    @model_validator(mode="after")
-    def _check_layers(self) -> "HeadsConfig":
-        if self.layers != "all" and self.layers != sorted(set(self.layers)):
-            message = f"layers is {self.layers}: name each layer once, in order"
-            raise ValueError(message)
-        return self
-
-    @property
-    def n_kept_top(self) -> int:
-        """How many of a head's strongest rows each shard keeps to choose the top examples from: repeated texts are left out."""
-        return self.top_k * _OVERKEEP
-
-
-class RetrainConfig(_Config):
+class RetrainConfig(Section):
     """When new text retrains the SAEs, and when the result takes the place of what was there. Never part of an id."""
 
     after_tokens: Annotated[int, Field(ge=0)] = 0
@@ -320,7 +305,7 @@ class RetrainConfig(_Config):
     """Days after which the plan, an SAE or a browser counts as out of date in Dagster's UI; it warns at half. Only with `after_tokens`."""
 
 
-class ExecutionConfig(_Config):
+class ExecutionConfig(Section):
     """How the work is done; never part of an id."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -351,7 +336,7 @@ class ExecutionConfig(_Config):
     """Partitions that one run of a backfill makes: shards, buckets or slices. Fewer spread over more machines; each run costs seconds to start."""
 
 
-class PipelineConfig(_Config):
+class PipelineConfig(Section):
     """A whole pipeline, from text to features."""
 
     name: Name = "pystdlib"
@@ -373,6 +358,10 @@ class PipelineConfig(_Config):
     patching: list[PatchingConfig] = []
     """Sets of prompts over which activations are patched, each a partition."""
     retrain: RetrainConfig = RetrainConfig()
+    matches: MatchesConfig | None = None
+    """The same features in other SAEs; nothing is matched without this section."""
+    stop: StopConfig | None = None
+    """Trainings that others dominate end early, as a record and a checkpoint; none does without this section."""
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
@@ -386,6 +375,9 @@ class PipelineConfig(_Config):
             if name not in names:
                 message = f"features.saes names {name!r}, but the SAEs are {names}"
                 raise ValueError(message)
+        if unknown := [name for name in (self.matches.saes if self.matches else ()) if name not in names]:
+            message = f"matches.saes names {unknown[0]!r}, but the SAEs are {names}"
+            raise ValueError(message)
         if len(set(self.harvest.hook_points)) != len(self.harvest.hook_points):
             message = f"harvest.hook_points names one twice: {self.harvest.hook_points}"
             raise ValueError(message)
@@ -406,11 +398,19 @@ class PipelineConfig(_Config):
                 raise ValueError(message)
         return self
 
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Where in `saes` each was found when it was last asked for, by name."""
+        return {}
+
     def sae(self, name: str) -> SaeConfig:
         """Return the SAE called `name`. Raises `ConfigError` with the names there are."""
-        for sae in self.saes:
-            if sae.name == name:
-                return sae
+        for attempt in range(2):
+            place = self._places.get(name, len(self.saes))
+            if place < len(self.saes) and self.saes[place].name == name:
+                return self.saes[place]
+            if not attempt:  # not asked before, or a copy with other SAEs
+                self._places.update({sae.name: place for place, sae in enumerate(self.saes)})
         raise ConfigError(f"No SAE is called {name!r}; the configuration has {[sae.name for sae in self.saes]}.")
 
 
@@ -441,6 +441,7 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None, se
     """Read a YAML configuration; `overrides` replace top-level keys, `INTERP_ROOT` replaces `root` if it is set, `settings` are `path=value`.
 
     Text, model and imported SAEs of relative paths are looked for in the working directory, then beside the file. `root` is relative to the former.
+    Files of code are looked for beside the file alone.
 
     Raises `ConfigError` that names the file, the field, the value and what is allowed.
     """
@@ -460,7 +461,45 @@ def load_config(path: str | Path, *, overrides: dict[str, Any] | None = None, se
         raise ConfigError(f"{where} must hold keys and values (name, corpus, model, ...), not a {type(content).__name__}.")
     moved = {"root": os.environ[ROOT_VARIABLE]} if os.environ.get(ROOT_VARIABLE) else {}
     changed = set_values({**content, **moved, **(overrides or {})}, settings)
-    return _find_beside(make_config(changed, where=str(where)), where.resolve().parent)
+    folder = where.resolve().parent
+    return find_code(_find_beside(make_config(changed, where=str(where)), folder), folder)
+
+
+def find_code(config: PipelineConfig, folder: Path) -> PipelineConfig:
+    """Fill in what the files of one's own are that a configuration names; relative paths lie in `folder`. Nothing is executed.
+
+    Raises `ConfigError` for a file that is not there, a function that it does not have, and options that this has not. What else is wrong with a
+    file, its SAE's training says: others go on.
+    """
+    sources: dict[Path, bytes] = {}
+    saes = [_find_architecture(sae, folder, sources) if sae.is_own and not sae.imported else sae for sae in config.saes]
+    return config if saes == config.saes else config.model_copy(update={"saes": saes})
+
+
+def _find_architecture(sae: SaeConfig, folder: Path, sources: dict[Path, bytes]) -> SaeConfig:
+    named = split_name(sae.architecture)
+    assert named is not None
+    place = folder / Path(named[0]).expanduser()
+    short = {"architecture": f"{place.name}:{named[1]}"}  # where the file lies decides nothing
+    if sae.code:
+        return sae.model_copy(update=short)
+    try:
+        if place not in sources:
+            with place.open("rb") as file:
+                sources[place] = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        message = f"SAE {sae.name!r} has the architecture {sae.architecture}, and {place} cannot be read ({error.strerror})"
+        raise ConfigError(f"{message}. Its path is relative to {folder}.") from error
+    source = sources[place]
+    if len(source) > MAX_BYTES:
+        raise ConfigError(f"{place} has more than {MAX_BYTES:,} bytes: it is no file of an architecture (SAE {sae.name!r}).")
+    try:
+        declared = read_declaration(source, place.name, named[1])
+        if faults := find_faults(declared.kind, sae.options, declared.options, short["architecture"]):
+            raise ConfigError(f"SAE {sae.name!r}: {'; '.join(faults)}.")
+    except OwnCodeError:
+        pass  # told where it is trained
+    return sae.model_copy(update={**short, "code": Code(path=str(place), digest=hash_code(source))})
 
 
 def _find_beside(config: PipelineConfig, folder: Path) -> PipelineConfig:
@@ -531,10 +570,14 @@ def _explain(item: dict[str, Any]) -> str:
 
 def _model_at(path: list[str]) -> type[BaseModel] | None:
     """Return the section of a configuration that a path of names leads to; None where it leads to none."""
-    sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
-    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig, "patching": PatchingConfig}
-    found = sections.get(path[0]) if path else PipelineConfig
-    return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
+    sections = {
+        name: next(filter(_is_section, (field.annotation, *get_args(field.annotation))), None) for name, field in PipelineConfig.model_fields.items()
+    }
+    return (PipelineConfig if not path else sections.get(path[0])) if len(path) < 2 else None
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def code_version(version: int, **identity: object) -> str:

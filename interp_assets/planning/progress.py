@@ -1,6 +1,7 @@
 """Who hears how the work goes: nobody by default, the command line's bars when a person watches."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from interp_assets.storage.traffic import Traffic
@@ -28,9 +29,18 @@ class Progress:
     estimator: Estimator | None = None
     """Knows what partitions should cost. Given by the definitions, because it sees all stages, and a stage sees only those before it."""
 
+    @cached_property
+    def expected_s(self) -> dict[str, float]:
+        """What the partitions that were made were expected to take, in seconds, by asset."""
+        return {}
+
     def cost(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool = True) -> list[dict[str, Any]] | None:
         """Return what a partition took beside what it was expected to take, if that is known."""
-        return self.estimator(asset, partition, traffic, seconds, is_whole=is_whole) if self.estimator else None
+        table = self.estimator(asset, partition, traffic, seconds, is_whole=is_whole) if self.estimator else None
+        for row in table or ():
+            if row["what"] == "seconds":
+                self.expected_s["/".join(asset)] = self.expected_s.get("/".join(asset), 0.0) + float(row["estimated"])
+        return table
 
     def plan(self, n_partitions: int) -> None:
         """Hear how many partitions a run has, finished ones included."""
@@ -85,6 +95,8 @@ class AssetReport(NamedTuple):
     """Partitions that are due and cannot be made before failed ones upstream."""
     message: str = ""
     """What the first failure said; empty when there is none."""
+    made: Sequence[str] = ()
+    """Partitions that were made."""
 
 
 def format_bytes(n_bytes: int) -> str:

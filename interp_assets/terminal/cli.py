@@ -38,6 +38,7 @@ _MANY_SAES = 256
 ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="A pipeline's YAML file. Default: the demo pipeline.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A field for this time, `saes.*.k=64` or `corpus.max_shards=4`; several times.")]
 ReadAgain = Annotated[bool, typer.Option("--read-again", help="Plan from all text and weights, also of files that look unchanged.")]
+Note = Annotated[str, typer.Option(help="A word for the history (`interp history`), such as why this is tried.")]
 PathArgument = Annotated[str, typer.Argument(help="An artifact's folder, or any folder above artifacts; a path or s3:// address.")]
 PortOption = Annotated[int, typer.Option(help="Port of the feature browser; the next free one is taken when it is in use.")]
 
@@ -66,12 +67,13 @@ def run(
     read_again: ReadAgain = False,
     settings: Settings = None,
     yes: Annotated[bool, typer.Option("--yes", help="Also where a sweep has more than 256 SAEs.")] = False,
+    note: Note = "",
 ) -> None:
     """Materialize what is missing of a pipeline, from text to the feature browser's bundle."""
     loaded = _load(config, read_again=read_again, settings=settings)
     if len(loaded.saes) > _MANY_SAES and not yes:
         raise InputError(f"{len(loaded.saes):,} SAEs would be trained. `interp plan` says what that takes; --yes begins it.")
-    _run(loaded, select or [])
+    _run(loaded, select or [], note)
     _say(explain_result(loaded, config))
 
 
@@ -205,11 +207,15 @@ def sweep(
     config: ConfigOption = None,
     sort: Annotated[str, typer.Option(help="Column of the table to sort by, for example `l0`.")] = "fvu",
     csv: Annotated[bool, typer.Option("--csv", help="Write all columns as CSV.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Every SAE of the pipeline's folder, also of other configurations.")] = False,
+    over: Annotated[
+        str, typer.Option(help="`seed`: mean, deviation and n of SAEs that differ in nothing else, the default where there are such; `none`: each.")
+    ] = "",
 ) -> None:
     """Show all SAEs of a pipeline side by side: configuration, quality on the held-out shards, speed."""
-    from interp_assets.terminal.show import print_sweep
+    from interp_assets.terminal.show import Shown, print_sweep
 
-    print_sweep(out, _load(config), sort, as_csv=csv)
+    print_sweep(out, _load(config), Shown(sort, csv, everything, over))
 
 
 @app.command("try")
@@ -217,11 +223,50 @@ def try_sweep(
     config: ConfigOption = None,
     rows: Annotated[int, typer.Option(help="Rows that each SAE is trained on.", min=1000)] = 100_000,
     settings: Settings = None,
+    note: Note = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Try again whenever the configuration or a file of code that it names is saved.")] = False,
 ) -> None:
     """Train all SAEs on the first rows of the mixed shards and compare them, in seconds; nothing of it becomes part of the pipeline."""
-    from interp_assets.terminal.trying import print_try
+    from interp_assets.terminal.trying import print_try, watch_try
 
-    if not print_try(out, _load(config, settings=settings), rows):
+    if watch:
+        if config is None:
+            raise InputError("--watch waits for a file: name the configuration with --config.")
+        watch_try(out, lambda: _load(config, settings=settings), config, rows)
+        return
+    if not print_try(out, _load(config, settings=settings), rows, note):
+        raise typer.Exit(1)
+
+
+@app.command()
+def history(config: ConfigOption = None) -> None:
+    """List what `interp run` and `interp try` did to a pipeline: when, on which code, how long it took, and what came of it."""
+    from interp_assets.terminal.show import print_history
+
+    print_history(out, _load(config))
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="An SAE's name, a run of the history, or a folder (or s3:// address) of an artifact or a pipeline.")],
+    b: Annotated[str, typer.Argument(help="What it is compared with, of the same sort.")],
+    config: ConfigOption = None,
+) -> None:
+    """Name exactly what two SAEs, artifacts, runs or pipelines differ in: fields, options, code, text, weights, versions; then their numbers."""
+    from interp_assets.terminal.differing import print_diff
+
+    print_diff(out, a, b, _load(config))
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help="A function in a file, for example my_sae.py:p_anneal.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A field of its SAE, `k=4` or `options.p_end=0.3`; several times.")] = None,
+) -> None:
+    """Try an architecture of your own on planted rows: gradients, resuming, ranks, folding, exchange, time; exit code 1 when a check fails."""
+    from interp_assets.terminal.checking import print_check
+
+    if not print_check(out, name, settings or []):
         raise typer.Exit(1)
 
 
@@ -295,7 +340,7 @@ def serve(
     weights: Annotated[bool, typer.Option(help="Send weights of models to who asks for them.")] = True,
 ) -> None:
     """Open the feature browser, and serve models to notebooks (`lab.connect`)."""
-    from interp_assets.terminal.serving import find_served_bundles, load_models, read_users
+    from interp_assets.terminal.serving import find_compared_saes, find_served_bundles, load_models, read_users
     from interp_assets.web.server import Desk, check_bind
     from interp_assets.web.server import serve as serve_bundles
 
@@ -303,13 +348,14 @@ def serve(
     known = read_users(users) if users else {}
     check_bind(host, token, known)
     pipeline = _load(config)
-    bundles = find_served_bundles(path, pipeline, is_needed=not model or bool(path or config))
+    compared = find_compared_saes(None if path else pipeline)
+    bundles = find_served_bundles(path, pipeline, is_needed=not compared and (not model or bool(path or config)))
     models = load_models(model, pipeline, weights=weights, say=_say) if model else None
-    desk = make_desk(pipeline, bundles, notes or find_notes(bundles)) if bundles else Desk()
+    desk = (make_desk(pipeline, bundles, notes or find_notes(bundles)) if bundles else Desk())._replace(pipelines=compared)
     port = _free_port(host, port)
     hint = "add /?token= and the token the first time; " if token or known else ""
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    what = "Feature browser" if bundles else "Models for notebooks"
+    what = "Feature browser" if bundles else "Comparison of SAEs" if compared else "Models for notebooks"
     out.print(f"{what}: {address}   ({hint}Ctrl-C stops it)", soft_wrap=True, markup=False)
     for name in models.names if models else ():
         _say(f'In a notebook:   lab.connect("{address}", "{name}"{", token=..." if token or known else ""})')
@@ -393,7 +439,7 @@ def main() -> None:
 
 
 def _load(path: Path | None, *, read_again: bool = False, settings: Sequence[str] | None = None) -> "PipelineConfig":
-    from interp_assets.planning.config import load_config, make_config
+    from interp_assets.planning.config import find_code, load_config, make_config
     from interp_assets.planning.demo import demo_config
     from interp_assets.planning.grammar import set_values
 
@@ -402,7 +448,7 @@ def _load(path: Path | None, *, read_again: bool = False, settings: Sequence[str
     else:
         config = demo_config()
         content = set_values(config.model_dump(exclude_unset=True), settings or ())
-        config = make_config(content, "the demo's configuration") if settings else config
+        config = find_code(make_config(content, "the demo's configuration"), Path.cwd()) if settings else config
     return config.model_copy(update={"execution": config.execution.model_copy(update={"read_again": True})}) if read_again else config
 
 
@@ -429,18 +475,20 @@ def _check_names(config: "PipelineConfig", select: list[str]) -> None:
         make_road(config).select(select)
 
 
-def _run(config: "PipelineConfig", select: list[str]) -> None:
+def _run(config: "PipelineConfig", select: list[str], note: str = "") -> None:
     _check_names(config, select)
     from interp_assets.graph.jobs import open_instance, run_road, take_turn
     from interp_assets.terminal.console import print_report, print_total
     from interp_assets.terminal.lines import watch
+    from interp_assets.terminal.recording import recorded
 
     warnings.simplefilter("ignore")  # Dagster's notes about beta features; the tests run with warnings as errors
     out.print(f"Pipeline {config.name} in {config.root}", soft_wrap=True, markup=False)
     reports = []
-    with take_turn(config, _say), open_instance(config) as instance, watch(out) as progress:
+    with take_turn(config, _say), open_instance(config) as instance, watch(out) as progress, recorded(config, note, progress) as entry:
         for report in run_road(config, instance, select=select, progress=progress):
             reports.append(report)
+            entry.add(report)
             print_report(out, report)
     print_total(out, reports)
 

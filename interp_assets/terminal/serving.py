@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import interp_assets.garcon.session
     import interp_assets.web.models
     from interp_assets.planning.config import PipelineConfig
+    from interp_assets.storage.store import Store
     from interp_assets.web.opened import BundlePlace
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
@@ -30,6 +31,17 @@ def find_served_bundles(path: str | None, config: "PipelineConfig", *, is_needed
         if is_needed:
             raise
         return []
+
+
+def find_compared_saes(config: "PipelineConfig | None") -> "dict[str, Store]":
+    """Return the pipeline's folder by its name where it has SAEs to compare; nothing else."""
+    from interp_assets.planning.pipeline import open_pipeline_store
+    from interp_assets.web.comparison import add_pipeline
+
+    found: dict[str, Store] = {}
+    if config is not None:
+        add_pipeline(found, open_pipeline_store(config))
+    return found
 
 
 def load_models(names: Sequence[str], config: "PipelineConfig", *, weights: bool, say: Callable[[str], None]) -> "interp_assets.web.models.Models":

@@ -3,14 +3,16 @@
 import io
 import json
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 import polars as pl
 from rich.console import Console
 
 from interp_assets.errors import InputError
 from interp_assets.planning.config import PipelineConfig
+from interp_assets.planning.history import FOLDER as HISTORY
+from interp_assets.planning.history import read_history
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import format_bytes
 from interp_assets.storage.manifest import MANIFEST, FileEntry, Manifest, read_file, read_manifest
@@ -36,28 +38,77 @@ def print_inspection(console: Console, address: str) -> None:
         raise InputError(f"There is no artifact at or below {address}. Artifacts are folders with a {MANIFEST}.")
 
 
-def print_sweep(console: Console, config: PipelineConfig, sort: str, *, as_csv: bool) -> None:
-    """Print the table of all SAEs of a pipeline, and where it lies. Raises `InputError` for a column that it has not."""
-    from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - torch takes seconds to import
-    from interp_assets.train.sweep import TABLE, load_known, shorten  # noqa: PLC0415
+class Shown(NamedTuple):
+    """Which SAEs are printed, and how."""
 
+    sort: str = "fvu"
+    as_csv: bool = False
+    everything: bool = False
+    """All of the folder, not only those of the configuration."""
+    over: str = ""
+    """`seed` folds those that differ in their seed alone, `none` shows each, empty folds where there are such."""
+
+
+def print_sweep(console: Console, config: PipelineConfig, how: Shown) -> None:
+    """Print the table of all SAEs of a pipeline, and where it lies. Raises `InputError` for a column that it has not."""
+    from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - polars takes a second to import
+    from interp_assets.train.results.arms import count_held_out, read_table  # noqa: PLC0415 - as above
+    from interp_assets.train.results.replicas import has_replicas, over_seeds  # noqa: PLC0415 - as above
+    from interp_assets.train.sweep import TABLE, shorten  # noqa: PLC0415 - as above
+
+    if how.over not in ("", "seed", "none"):
+        raise InputError(f"--over {how.over!r} is neither `seed` nor `none`.")
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
-    table = load_known(pipeline, store)
-    if sort not in table.columns:
-        raise InputError(f"The table of SAEs has no column {sort!r}; it has {', '.join(table.columns)}.")
-    table = table.sort(sort, nulls_last=True)
-    if as_csv:
+    arms = read_table(pipeline, store, everything=how.everything)
+    is_folded = how.over == "seed" or (not how.over and not how.as_csv and has_replicas(arms))
+    table = over_seeds(arms) if is_folded else arms
+    if how.sort not in table.columns:
+        raise InputError(f"The table of SAEs has no column {how.sort!r}; it has {', '.join(table.columns)}.")
+    table = table.sort(how.sort, nulls_last=True)
+    if how.as_csv:
         console.print(table.write_csv().rstrip(), soft_wrap=True, markup=False)
         return
     shown = shorten(table)
     print_table(console, shown.columns, ([_cell("-" if value is None else value) for value in row] for row in shown.rows()))
-    missing = [sae.name for sae in config.saes if sae.name not in set(table["name"])]
-    late = table.filter(pl.col("fvu").is_null())["name"].to_list()
+    for sentence in _explain(arms, config, count_held_out(store, arms), is_folded=is_folded):
+        console.print(sentence, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"{store.url}/{sweep_ref(pipeline).path}/{TABLE}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _explain(arms: pl.DataFrame, config: PipelineConfig, n_rows: int | None, *, is_folded: bool) -> Iterator[str]:
+    """Yield what a table of SAEs does not say itself: who is missing and why, and on how much its numbers stand."""
+    missing = [sae.name for sae in config.saes if sae.name not in set(arms["name"])]
+    late = arms.filter(pl.col("status") == "trained")["name"].to_list()
     for names, what in ((missing, "not trained"), (late, "trained, not measured")):
         if names:
-            console.print(f"{format_count(len(names), 'SAE')} {what}: {', '.join(names[:8])}", soft_wrap=True, markup=False, highlight=False)
-    console.print(f"{store.url}/{sweep_ref(pipeline).path}/{TABLE}", soft_wrap=True, markup=False, highlight=False)
+            yield f"{format_count(len(names), 'SAE')} {what}: {', '.join(names[:8])}"
+    for name, status, why in arms.filter(pl.col("why").is_not_null()).select("name", "status", "why").head(8).rows():
+        yield f"{name} {status}: {why}"
+    if is_folded:
+        yield "Means over n seeds, with deviations of single trainings; differences under two of them are within noise (--over none: each)."
+    if n_rows:
+        yield (
+            f"L0, FVU and dead share on {n_rows:,} held-out rows; each row one training."
+            if not is_folded
+            else f"Measured on {n_rows:,} held-out rows."
+        )
+
+
+def print_history(console: Console, config: PipelineConfig) -> None:
+    """Print what commands did to a pipeline, a line each, the newest last."""
+    store = open_pipeline_store(config)
+    found = read_history(store)
+    if not found.height:
+        console.print(f"Nothing was run on pipeline {config.name!r} yet ({store.url}/{HISTORY}).", soft_wrap=True, markup=False, highlight=False)
+        return
+    columns = ["id", "status", "seconds", "forecast_s", "n_made", "n_reused", "n_failed", "commit", "note", "command"]
+    rows = (
+        ["-" if value is None else str(value)[:9] if name == "commit" else value for name, value in zip(columns, row, strict=True)]
+        for row in found.select(columns).rows()
+    )
+    print_table(console, columns, rows)
+    console.print(f"{store.url}/{HISTORY}", soft_wrap=True, markup=False, highlight=False)
 
 
 def print_tree(console: Console, store: Store, tree: Tree) -> None:

@@ -6,8 +6,9 @@ is one artifact of two tables, in `tries/`, which nothing refers to: `interp gc`
 
 import io
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import polars as pl
@@ -22,6 +23,7 @@ from interp_assets.shuffle.refs import mixed_ids
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import Store
 from interp_assets.terminal.console import print_table
+from interp_assets.terminal.recording import recorded
 from interp_assets.train.loop import OnFailure, OnMetrics, TrainingMetrics, train_briefly
 from interp_assets.train.refs import LogRow
 
@@ -33,10 +35,54 @@ FOLDER: Final = "tries"
 TABLE: Final = "try.parquet"
 CURVES: Final = "curves.parquet"
 _LEAST_STEPS: Final = 10
+_POLL_S: Final = 0.3
+Wait = Callable[[Sequence[Path]], bool]
+"""Waits for files to change; False ends it."""
 
 
-def print_try(out: Console, config: PipelineConfig, n_rows: int) -> bool:
-    """Try all SAEs on `n_rows` rows each; return whether all could be trained."""
+def print_try(out: Console, config: PipelineConfig, n_rows: int, note: str = "") -> bool:
+    """Try all SAEs on `n_rows` rows each, and keep that in the history; return whether all could be trained."""
+    with recorded(config, note) as recorder:
+        tried, failed = _print_try(out, config, n_rows)
+        told = {name: row for name, *row in tried.table.select("name", "l0", "fvu", "dead_share").rows()}
+        recorder.entry["tried"] = {"rows": n_rows, "path": tried.path, "measures": ["l0", "fvu", "dead_share"], "saes": told, "failed": failed}
+    return not failed
+
+
+def watch_try(out: Console, load: Callable[[], PipelineConfig], path: Path, n_rows: int, *, wait: "Wait | None" = None) -> None:
+    """Try again whenever the configuration or a file of code that it names is saved, until Ctrl-C. What is wrong is printed, and waited for."""
+    files = [path]
+    with suppress(KeyboardInterrupt):
+        while True:
+            try:
+                config = load()
+                files = [path, *sorted({Path(sae.code.path) for sae in config.saes if sae.code and sae.code.path})]
+                print_try(out, config, n_rows)
+            except InterpError as error:
+                out.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+            out.print(f"Waiting for {', '.join(file.name for file in files)} to be saved; Ctrl-C ends it.", soft_wrap=True, markup=False)
+            if not (wait or wait_for_change)(files):
+                return
+
+
+def wait_for_change(files: Sequence[Path]) -> bool:
+    """Return when one of the files has other bytes, or is there again."""
+    before = [_state(file) for file in files]
+    while [_state(file) for file in files] == before:
+        time.sleep(_POLL_S)
+    return True
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Return what changes when a file is saved; an editor may take it away for a moment."""
+    try:
+        found = file.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size
+
+
+def _print_try(out: Console, config: PipelineConfig, n_rows: int) -> "tuple[Tried, dict[str, str]]":
     store = open_pipeline_store(config)
     seen: dict[str, list[LogRow]] = {}
     failed: dict[str, str] = {}
@@ -60,7 +106,7 @@ def print_try(out: Console, config: PipelineConfig, n_rows: int) -> bool:
         out.print(f"{name} failed: {sentence}", style="red", soft_wrap=True, markup=False)
     took = f"{n_rows:,} rows each in {time.monotonic() - started_s:.1f} s; L0, FVU and dead latents on rows that follow"
     out.print(f"{took}. Kept in {store.url}/{tried.path}/{TABLE}", soft_wrap=True, markup=False, highlight=False)
-    return not failed
+    return tried, failed
 
 
 def draw_line(values: list[float]) -> str:

@@ -51,6 +51,7 @@ def export(
     from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.store import open_store
     from interp_assets.terminal.console import byte_bar, format_count
+    from interp_assets.terminal.serving import find_compared_saes, find_served_bundles
     from interp_assets.web.exports import FORMATS, export_bundle
     from interp_assets.web.opened import open_any
     from interp_assets.web.site import export_site
@@ -64,15 +65,16 @@ def export(
         return
     if format_name not in (SITE, *FORMATS):
         raise InputError(f"No export format is called {format_name!r}; there are {', '.join([SITE, *sorted(FORMATS), *SAE_FORMATS])}.")
-    places = _find(bundle, config)
     if format_name == SITE:
+        compared = find_compared_saes(None if bundle else _load(config))
+        places = find_served_bundles(bundle, _load(config), is_needed=not compared)
         total = sum(open_any(place).manifest.n_bytes for place in places)
         with byte_bar(err, "copying", total) as advance:
-            site = export_site(places, open_store(target), progress=advance)
+            site = export_site(places, open_store(target), pipelines=compared, progress=advance)
         counted = f"{format_count(site.n_files, 'file')}, {format_bytes(site.n_bytes)}"
         out.print(f"{counted} in {target}. Serve it from any host that answers Range requests.", soft_wrap=True, markup=False)
         return
-    done = export_bundle(_choose(places, sae), format_name, open_store(target))
+    done = export_bundle(_choose(_find(bundle, config), sae), format_name, open_store(target))
     dead = f"; {format_count(done.n_dead, 'dead feature')} left out" if done.n_dead else ""
     counted = f"{format_count(done.n_features, 'feature')} in {format_count(done.n_files, 'file')}, {format_bytes(done.n_bytes)}"
     out.print(f"{counted}, in {target}{dead}.", soft_wrap=True, markup=False)
@@ -220,10 +222,15 @@ def _choose(places: "list[BundlePlace]", sae: str | None) -> "OpenBundle":
     return chosen
 
 
-def _find(bundle: str | None, config: Path | None) -> "list[BundlePlace]":
+def _load(config: Path | None) -> "PipelineConfig":
     from interp_assets.planning.config import load_config
     from interp_assets.planning.demo import demo_config
+
+    return demo_config() if config is None else load_config(config)
+
+
+def _find(bundle: str | None, config: Path | None) -> "list[BundlePlace]":
     from interp_assets.web.opened import find_bundles
 
-    pipeline = demo_config() if config is None else load_config(config)
+    pipeline = _load(config)
     return find_bundles(bundle or f"{pipeline.root}/{pipeline.name}")

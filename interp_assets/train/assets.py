@@ -1,6 +1,7 @@
 """SAEs as assets: one partition per experiment of the sweep, trained together, measured on the held-out shards, and compared in one table."""
 
 from collections.abc import Callable
+from typing import Any
 
 from interp_assets.corpus.sizes import TOKEN_BYTES, bound_rows, count_rows
 from interp_assets.errors import ArtifactMissingError, CertificateError, InterpError
@@ -18,11 +19,13 @@ from interp_assets.train.lineage import evaluation_lineage, sae_lineage
 from interp_assets.train.refs import (
     EVALUATION_VERSION,
     IMPORT_VERSION,
+    MATCH_VERSION,
     MODEL_TOKENS,
     PICK_VERSION,
     SWEEP_VERSION,
     TRAIN_VERSION,
     evaluation_ref,
+    matches_ref,
     sae_ref,
     sweep_ref,
 )
@@ -42,6 +45,8 @@ _OF_PRODUCTS = {
     "jump_relu_tanh": 1.0,
     "jump_relu_step": 1.3,
 }
+_OF_OWN_PRODUCTS = 3.0
+"""The same of an architecture of one's own: autograd takes up to twice what the built-in one does."""
 """Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
 _ENCODING = 2.0
 """Times that the products of encoding and decoding take where an SAE is measured: its sums are in float64."""
@@ -118,6 +123,31 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             takes=lambda pipeline, _store, _key: Load(n_inputs=2 * len(pipeline.config.saes)),
             code_version=code_version(SWEEP_VERSION),
         ),
+        *_matching(config, held_out),
+    ]
+
+
+def _matching(config: PipelineConfig, held_out: list[str]) -> list[Asset]:
+    """List the asset of matches; none without the section."""
+    if config.matches is None:
+        return []
+    return [
+        Asset(
+            key=("sae_matches",),
+            group=GROUP,
+            kinds=("pytorch", "parquet"),
+            description=(
+                "Each latent of some SAEs beside the one with the nearest decoder row in each other SAE of its space: cosine, whether each is the "
+                "other's nearest, and how their activations correlate on held-out rows. Look at the mean cosine, and at the share above 0.9."
+            ),
+            reads=(only("sae", partitions=config.matches.saes).remember(), only("activations", partitions=held_out)),
+            artifacts=lambda pipeline, _store, _key: [matches_ref(pipeline)],
+            make=_match,
+            shows=lambda _job, _key, made: name_numbers(made[0].manifest.facts["pairs"]),
+            takes=_matching_takes,
+            needs=Needs(accelerator=True),
+            code_version=code_version(MATCH_VERSION),
+        )
     ]
 
 
@@ -215,7 +245,7 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
         written_bytes=weights_bytes,
         n_inputs=4,
         n_outputs=4,
-        busy_s=_OF_PRODUCTS[sae.architecture] * products_s + _STEP_S * sae.n_rows / sae.batch_rows,
+        busy_s=_OF_PRODUCTS.get(sae.architecture, _OF_OWN_PRODUCTS) * products_s + _STEP_S * sae.n_rows / sae.batch_rows,
         memory_bytes=weights * _WEIGHT_COPIES + batch,
     )
 
@@ -264,6 +294,29 @@ def _held_bytes(pipeline: Pipeline, sae: SaeConfig) -> tuple[int, int]:
     d_in, d_out = (sum(pipeline.d_in(hook_point) for hook_point in names) for names in (sae.sources, sae.targets))
     skip = d_in * d_out if sae.task == "skip_transcoder" else 0
     return ((d_in + d_out) * sae.d_sae + skip) * 4, sae.batch_rows * (d_in + 3 * d_out + 2 * sae.d_sae) * 4
+
+
+def _match(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.results.matches import match_saes
+
+    return lambda _key: [match_saes(job.pipeline, job.store, job.progress.advance)]
+
+
+def name_numbers(pairs: list[dict[str, Any]]) -> dict[str, Shown]:
+    """Return what is known of pairs of SAEs, each number under its own name: `mean_cosine.a.b`."""
+    named = ("mean_cosine", "share_above_0.7", "share_above_0.9", "share_mutual")
+    return {f"{name}.{pair['sae']}.{pair['other_sae']}": pair[name] for pair in pairs for name in named}
+
+
+def _matching_takes(pipeline: Pipeline, store: Store, _key: str) -> Load:
+    matches = pipeline.config.matches
+    assert matches
+    saes = [pipeline.config.sae(name) for name in matches.saes]
+    n_rows, n_pairs = min(matches.rows, count_rows(pipeline, store, pipeline.held_out_indices)), len(saes) * (len(saes) - 1) / 2
+    held = [_held_bytes(pipeline, sae)[0] for sae in saes]
+    largest = max(sae.d_sae for sae in saes)
+    busy_s = n_pairs * (2 * n_rows * 2 * max(held) / 4 + 2 * largest * max(held) / 8) / ONE_WORKER.flops
+    return Load(n_rows, sum(held), 0, len(saes), 1, busy_s=busy_s, memory_bytes=2 * max(held) + 4096 * largest * 16)
 
 
 def _compare(job: Job) -> Callable[[str], list[Produced]]:

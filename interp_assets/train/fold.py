@@ -21,32 +21,40 @@ and thresholds scale like the biases. A gated SAE comes back with a gain of 1. F
 normalisation gives the same SAE, which a test holds. The optimizer starts anew, and so does the learning rate's warm-up.
 """
 
+from collections.abc import Callable
+
 import torch
 
+from interp_assets.errors import OwnCodeError
 from interp_assets.planning.config import SaeConfig
 from interp_assets.train.losses.loss import Weights, latent_norms
-from interp_assets.train.recipes import RECIPES, Normalization, make_recipe
+from interp_assets.train.recipes import Normalization, Recipe, make_recipe
 from interp_assets.train.sae import Sae, SaeKind
 
 
-def fold_weights(config: SaeConfig, weights: Weights, source: Normalization, target: Normalization, widths: tuple[int, ...]) -> Sae:
+def fold_weights(
+    config: SaeConfig, weights: Weights, source: Normalization, target: Normalization, widths: tuple[int, ...], recipe: Recipe | None = None
+) -> Sae:
     """Fold normalisation, decoder norms and gates into the tensors of a `Sae`, in float64.
 
     `widths` are those of the hook points that are reconstructed. A calibrated architecture comes back with threshold 0: `calibrate.py` sets it.
     """
+    recipe = recipe or make_recipe(config)
+    if recipe.fold:
+        weights = _fold_own(recipe.fold, weights)
     exact = {name: value.detach().to("cpu", torch.float64) for name, value in weights.items()}
     W_enc, b_enc, threshold = exact["W_enc_T"].T, exact["b_enc"], torch.zeros(config.d_sae, dtype=torch.float64)
-    kind: SaeKind = "topk" if config.architecture == "topk" else "jump_relu"
-    if config.architecture == "relu":
+    kind: SaeKind = "topk" if recipe.base == "topk" else "jump_relu"
+    if recipe.base == "relu":
         kind = "relu"
-    if config.architecture == "gated":
+    if recipe.base == "gated":
         gain = exact["r_mag"].exp()
         W_enc, b_enc, threshold = W_enc * gain, exact["b_mag"], (exact["b_mag"] - gain * b_enc).clamp(min=0)
     if "threshold" in exact:
         threshold = exact["threshold"]
     if "log_threshold" in exact:
         threshold = exact["log_threshold"].exp()
-    norm = _gains(config, exact["W_dec"], target, widths)
+    norm = _gains(config, recipe, exact["W_dec"], target, widths)
     b_dec = exact["b_dec"] / target.scale + target.mean
     W_skip = None
     if "W_skip" in exact:
@@ -64,12 +72,24 @@ def fold_weights(config: SaeConfig, weights: Weights, source: Normalization, tar
     )
 
 
-def unfold_weights(config: SaeConfig, sae: Sae, source: Normalization, target: Normalization) -> Weights:
-    """Return the weights of a trainer that starts as `sae`."""
+def _fold_own(fold: Callable[[Weights], Weights], weights: Weights) -> Weights:
+    """Let a person's own function make the weights of its base; those that it does not name stay."""
+    folded = fold(weights)
+    for name in ("W_enc_T", "b_enc", "W_dec", "b_dec"):
+        if name in folded and folded[name].shape != weights[name].shape:
+            raise OwnCodeError(f"fold= returned {name} of shape {tuple(folded[name].shape)}, expected {tuple(weights[name].shape)}.")
+    return {**weights, **folded}
+
+
+def unfold_weights(config: SaeConfig, sae: Sae, source: Normalization, target: Normalization, recipe: Recipe | None = None) -> Weights:
+    """Return the weights of a trainer that starts as `sae`. Raises `OwnCodeError` for an architecture with a fold= of its own."""
+    recipe = recipe or make_recipe(config)
+    if recipe.fold:
+        raise OwnCodeError(f"SAE {config.name!r} cannot go on from the one before it: {config.architecture} has a fold= without an inverse.")
     W_enc, W_dec, b_dec = sae.W_enc.double(), sae.W_dec.double() * target.scale, sae.b_dec.double() - target.mean
     norm = W_dec.norm(dim=1)
-    c = torch.where(norm > 0, make_recipe(config).decoder_norm / norm, 1.0)
-    if RECIPES[config.architecture].is_sparse and config.is_transcoder:
+    c = torch.where(norm > 0, recipe.decoder_norm / norm, 1.0)
+    if recipe.is_sparse and config.is_transcoder:
         c = torch.ones_like(norm)
     b_enc, threshold = (sae.b_enc.double() + source.mean @ W_enc) / c, sae.threshold.double() / c
     weights = {"W_enc_T": (W_enc / c).T / source.scale, "b_enc": b_enc, "W_dec": W_dec * c[:, None]}
@@ -78,18 +98,18 @@ def unfold_weights(config: SaeConfig, sae: Sae, source: Normalization, target: N
         weights["W_skip"] = W_skip * target.scale / source.scale[:, None]
         b_dec = b_dec + source.mean @ W_skip
     weights["b_dec"] = b_dec * target.scale
-    if config.architecture == "gated":
+    if recipe.base == "gated":
         weights |= {"r_mag": torch.zeros(config.d_sae), "b_mag": b_enc, "b_enc": b_enc - threshold}
-    if config.architecture == "jump_relu_step":
+    if recipe.base == "jump_relu_step":
         weights["threshold"] = threshold
-    elif config.architecture.startswith("jump_relu"):
+    elif recipe.base.startswith("jump_relu"):
         weights["log_threshold"] = threshold.clamp(min=torch.finfo(torch.float32).tiny).log()
     return {name: value.float().contiguous() for name, value in weights.items()}
 
 
-def _gains(config: SaeConfig, W_dec: torch.Tensor, target: Normalization, widths: tuple[int, ...]) -> torch.Tensor:
+def _gains(config: SaeConfig, recipe: Recipe, W_dec: torch.Tensor, target: Normalization, widths: tuple[int, ...]) -> torch.Tensor:
     """Return by what each latent is multiplied, at least where its decoder row is not zero."""
-    if RECIPES[config.architecture].is_sparse and config.is_transcoder:
+    if recipe.is_sparse and config.is_transcoder:
         return torch.ones(len(W_dec), dtype=torch.float64)
     norm = latent_norms(W_dec, widths)
     if len(widths) == 1:

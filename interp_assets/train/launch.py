@@ -25,7 +25,7 @@ from typing import Any, Final, NamedTuple
 
 from interp_assets import errors
 from interp_assets.compute.compiled import Compiling, hear_compiling
-from interp_assets.errors import ConfigError, InterpError, StoreError
+from interp_assets.errors import ConfigError, InterpError, OwnCodeError, StoppedError, StoreError
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.storage.manifest import Produced
@@ -33,8 +33,10 @@ from interp_assets.storage.store import Store
 from interp_assets.storage.traffic import METER, Traffic
 from interp_assets.train.exchange.imported import import_sae
 from interp_assets.train.loop import OnFailure, OnMetrics, TrainingMetrics, find_trained, train_saes
+from interp_assets.train.own.load import keep_code
 from interp_assets.train.parallel import Ranks, check_grid
 from interp_assets.train.refs import LogRow, sae_ref
+from interp_assets.train.results.ended import FAILED, STOPPED, save_ended
 
 _GRACE_S: Final = 10.0
 ATTACHED: Final = "INTERP_TRAINING_ATTACHED"
@@ -68,6 +70,19 @@ def run_training(pipeline: Pipeline, store: Store, names: Sequence[str], progres
     """
     failed: dict[str, InterpError] = {}
     imported: dict[str, Produced] = {}
+    logs: dict[str, list[LogRow]] = {}
+
+    def hear(metrics: TrainingMetrics) -> None:
+        logs.setdefault(metrics.name, []).append(metrics.row)
+        if on_metrics is not None:
+            on_metrics(metrics)
+
+    def drop(name: str, error: InterpError) -> None:
+        failed.setdefault(name, error)
+        is_stopped = isinstance(error, StoppedError)
+        if logs.get(name) or not is_stopped:  # one that was stopped in an earlier run has its record
+            save_ended(store, sae_ref(pipeline, name), name, logs.get(name, []), status=STOPPED if is_stopped else FAILED, why=str(error))
+
     for name in names:
         if pipeline.config.sae(name).imported:
             try:
@@ -75,9 +90,9 @@ def run_training(pipeline: Pipeline, store: Store, names: Sequence[str], progres
             except StoreError:
                 raise
             except InterpError as error:
-                failed[name] = error
+                drop(name, error)
     trained = [name for name in names if not pipeline.config.sae(name).imported]
-    made = imported | (_train(pipeline, store, trained, (progress, on_metrics, failed.setdefault)) if trained else {})
+    made = imported | (_train(pipeline, store, trained, (progress, hear, drop)) if trained else {})
     return Trained({name: made[name] for name in names if name in made}, failed)
 
 
@@ -86,6 +101,9 @@ def _train(pipeline: Pipeline, store: Store, names: Sequence[str], hears: tuple[
     check_processes(pipeline, names)
     if n_processes == 1:
         return train_saes(pipeline, store, names, progress, on_metrics, on_failure=on_failure)
+    names = [name for name in names if _can_keep(pipeline, store, name, on_failure)]
+    if not names:
+        return {}
     started_s = time.perf_counter()
     cached = {name for name in names if find_trained(pipeline, store, name) is not None}
     with tempfile.TemporaryDirectory() as folder:
@@ -108,6 +126,16 @@ def _train(pipeline: Pipeline, store: Store, names: Sequence[str], hears: tuple[
     }
 
 
+def _can_keep(pipeline: Pipeline, store: Store, name: str, on_failure: OnFailure) -> bool:
+    """Publish the file of an SAE's own architecture, which the processes execute; tell of one that is lost."""
+    try:
+        keep_code(store, pipeline.config.sae(name))
+    except OwnCodeError as error:
+        on_failure(name, error)
+        return False
+    return True
+
+
 def check_processes(pipeline: Pipeline, names: Sequence[str]) -> None:
     """Say what divides before any process starts. Raises `ConfigError`."""
     n_processes, n_slices = pipeline.config.execution.processes, pipeline.config.execution.latent_processes
@@ -117,6 +145,10 @@ def check_processes(pipeline: Pipeline, names: Sequence[str]) -> None:
     ranks = Ranks(0, n_processes, n_slices)
     for config in (pipeline.config.sae(name) for name in names):
         ranks.share(config.batch_rows)
+        if config.is_own and n_slices > 1:
+            raise ConfigError(
+                f"SAE {config.name!r} has an architecture of your own, whose latents are not divided. Set execution.latent_processes to 1."
+            )
         ranks.latents(config.d_sae)
 
 

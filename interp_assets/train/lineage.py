@@ -1,6 +1,7 @@
 """Whose digests SAEs and their evaluations keep: those of the rows, statistics and SAEs of their own hook points, and of no others.
 
-    sae           shuffle certificates, which keep the digests of the mixed shards, and statistics; the SAE that a grown pipeline's starts from
+    sae           shuffle certificates, which keep the digests of the mixed shards, and statistics; the SAE that a grown pipeline's starts from;
+                  the file of an architecture of one's own
     evaluation    the SAE, the held-out activations, which keep those of their tokens, and statistics
 
 An imported SAE depends on its folder alone. What is gone says nothing: a trained SAE does not fall when its rows are deleted.
@@ -12,7 +13,7 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.lineage import Lineage
-from interp_assets.train.refs import evaluation_ref, sae_ref
+from interp_assets.train.refs import code_ref, evaluation_ref, sae_ref
 
 
 def hook_points_of(config: SaeConfig) -> list[str]:
@@ -28,7 +29,8 @@ def sae_lineage(pipeline: Pipeline, name: str) -> Lineage:
     hook_points = hook_points_of(config)
     sources = [address(pipeline, hook_point) for address in (certificate_ref, statistics_ref) for hook_point in hook_points]
     first = [sae_ref(before(pipeline), name)] if has_grown(pipeline) else []
-    return Lineage(ref, sources + first, may_be_gone=True)
+    code = [code_ref(config.code.digest)] if config.code else []
+    return Lineage(ref, sources + first + code, may_be_gone=True)
 
 
 def evaluation_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:

@@ -24,10 +24,11 @@ from torch.profiler import record_function
 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.compute.seeds import stream
-from interp_assets.errors import ConfigError, InputError, InterpError, NonFiniteError, PlanError, StoreError
+from interp_assets.errors import ConfigError, InputError, InterpError, NonFiniteError, OwnCodeError, PlanError, StoppedError, StoreError
 from interp_assets.planning.config import ExecutionConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
+from interp_assets.planning.sections import StopConfig
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import ArtifactRef, ArtifactWriter, Manifest, Produced, load_manifest
@@ -38,10 +39,12 @@ from interp_assets.train.fold import fold_weights, unfold_weights
 from interp_assets.train.lineage import sae_lineage
 from interp_assets.train.losses.calibrate import CALIBRATION_ROWS, SaeMeasures, calibrate_threshold, measure_sae
 from interp_assets.train.losses.loss import Weights
+from interp_assets.train.own.load import keep_code, open_recipe
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.profile import CHECKPOINT, NORMALIZE, Profile, StepProfiler, save_profile
-from interp_assets.train.recipes import RECIPES, make_weights
+from interp_assets.train.recipes import make_weights
 from interp_assets.train.refs import TRAINING, LogRow, sae_ref
+from interp_assets.train.results.stopping import find_dominated, find_stopped
 from interp_assets.train.resume import load_checkpoint, remove_checkpoints, save_checkpoint
 from interp_assets.train.rows import TrainingData, TrainingRows, iter_rows, open_training_data
 from interp_assets.train.sae import Sae
@@ -83,10 +86,13 @@ class _Group(NamedTuple):
     on_metrics: OnMetrics | None
     on_failure: OnFailure
     dropped: set[str]
+    stop: StopConfig | None = None
 
     def drop(self, config: SaeConfig, step: int, error: InterpError) -> None:
         """Let an SAE go that was trained up to `step`. Raises what stops all others too, and what other ranks may not see."""
-        if isinstance(error, ConfigError | StoreError) or (self.ranks.size > 1 and not isinstance(error, NonFiniteError)):
+        if isinstance(error, ConfigError | StoreError) or (
+            self.ranks.size > 1 and not isinstance(error, NonFiniteError | OwnCodeError | StoppedError)
+        ):
             raise error
         self.dropped.add(config.name)
         self.progress((n_steps(config) - step) * config.batch_rows)
@@ -114,14 +120,17 @@ def train_saes(
     for config in (pipeline.config.sae(name) for name in names):
         ref = sae_ref(pipeline, config.name)
         manifest = find_trained(pipeline, store, config.name)
-        if manifest is None:
+        if manifest is None and pipeline.config.stop and (why := find_stopped(store, ref, config)):
+            progress(n_steps(config) * config.batch_rows)
+            (on_failure or failures.setdefault)(config.name, StoppedError(why))
+        elif manifest is None:
             due.append(config)
         else:
             produced[config.name] = Produced(ref, manifest, is_cached=True, wall_s=0.0)
             progress(n_steps(config) * config.batch_rows)
     ranks.barrier()
     for configs in _group(due):
-        group = _Group(configs, ranks, progress, on_metrics, on_failure or failures.setdefault, set())
+        group = _Group(configs, ranks, progress, on_metrics, on_failure or failures.setdefault, set(), pipeline.config.stop)
         produced |= _train_group(pipeline, store, group)
     if failures:
         raise next(iter(failures.values()))
@@ -154,7 +163,7 @@ def train_briefly(pipeline: Pipeline, store: Store, names: Sequence[str], on_met
         if members:
             _run_steps(store, members, data, group, execution)
         for member, blocks in _with_fresh_rows(store, members, data):
-            _, measures = _finish(member.trainer.config, member.trainer.whole_weights(), data, blocks)
+            _, measures = _finish(member.trainer, member.trainer.whole_weights(), data, blocks)
             found[member.trainer.config.name] = Brief(member.trainer.log, measures, time.perf_counter() - started_s)
     return found
 
@@ -202,7 +211,7 @@ def _open_members(pipeline: Pipeline, store: Store, group: _Group, data: Trainin
     for config in group.configs:
         try:
             member = _open_member(pipeline, store, config, data, group.ranks)
-        except PlanError as error:
+        except (PlanError, OwnCodeError) as error:
             group.drop(config, 0, error)
             continue
         if member.trainer.step:
@@ -230,7 +239,7 @@ def _run_steps(store: Store, members: list[_Member], data: TrainingData, group: 
                 before_s = clock.elapsed_s
                 try:
                     row = _train_step(member.trainer, x, y, data)
-                except (NonFiniteError, PlanError) as error:
+                except (NonFiniteError, OwnCodeError, PlanError) as error:
                     members.remove(member)
                     group.drop(member.trainer.config, rows.step, error)
                     continue
@@ -249,12 +258,25 @@ def _run_steps(store: Store, members: list[_Member], data: TrainingData, group: 
                 for (ref, trainer, times, kept), _ in trained:
                     if trainer.step % execution.checkpoint_steps == 0 and trainer.step < trainer.n_steps:
                         save_checkpoint(store, ref, trainer, times, kept)
+                _stop_dominated(store, members, group, rows.step + 1)
             with clock.stopped():
                 profiler.after(rows.step)
                 profiler.before(rows.step + 1)
             if all(member.trainer.step == member.trainer.n_steps for member in members):
                 break  # the one that needed more steps has dropped out
     return profiler.result
+
+
+def _stop_dominated(store: Store, members: list[_Member], group: _Group, step: int) -> None:
+    """Take members out that others dominate at this step, and keep where they were. Ranks log the same, so that all take out the same ones."""
+    if group.stop is None:
+        return
+    trainers = {member.trainer.config.name: member.trainer for member in members if member.trainer.step == step}
+    for name, why in find_dominated(trainers, group.stop).items():
+        (member,) = [member for member in members if member.trainer.config.name == name]
+        save_checkpoint(store, member.ref, member.trainer, member.times, member.kept)
+        members.remove(member)
+        group.drop(member.trainer.config, step, StoppedError(why))
 
 
 def _train_step(trainer: Trainer, x: Tensor, y: Tensor, data: TrainingData) -> LogRow | None:
@@ -290,17 +312,21 @@ def raise_if_out_of_memory(error: Exception, config: SaeConfig, device: torch.de
 
 
 def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: TrainingData, ranks: Ranks) -> _Member:
+    keep_code(store, config)
+    recipe = open_recipe(store, config)
     ref, kept = sae_ref(pipeline, config.name), trace(Digests(store), [sae_lineage(pipeline, config.name)])
     (sample,) = iter_rows(store, data, range(1))
     generator = torch.Generator().manual_seed(stream(pipeline.config.seed, "train", "weights", config.seed).torch_seed())
     with _explained_memory(config, data.device):
-        weights = make_weights(config, data.source.apply(sample.x), sum(data.widths), generator)
+        weights = make_weights(config, data.source.apply(sample.x), sum(data.widths), generator, recipe)
         if has_grown(pipeline):
-            weights = unfold_weights(config, load_sae(before(pipeline), store, config.name), data.source, data.target)
-        trainer = Trainer(config, weights, data.device, ranks, data.widths)
+            weights |= unfold_weights(config, load_sae(before(pipeline), store, config.name), data.source, data.target, recipe)
+        if recipe.fold:
+            fold_weights(config, weights, data.source, data.target, data.widths, recipe)  # what is wrong with it is known before hours of training
+        trainer = Trainer(config, weights, data.device, ranks, data.widths, recipe)
     checkpoint = load_checkpoint(store, ref, kept)
     if checkpoint is not None:
-        trainer.restore(checkpoint.tensors, checkpoint.step, checkpoint.log)
+        trainer.restore(checkpoint.tensors, checkpoint.step, checkpoint.log, checkpoint.terms)
     return _Member(ref, trainer, TrainingTimes() if checkpoint is None else checkpoint.times, kept)
 
 
@@ -328,11 +354,11 @@ def _with_fresh_rows(store: Store, members: Sequence[_Member], data: TrainingDat
             yield member, blocks
 
 
-def _finish(config: SaeConfig, weights: Weights, data: TrainingData, blocks: Sequence[TrainingRows]) -> tuple[Sae, SaeMeasures]:
+def _finish(trainer: Trainer, weights: Weights, data: TrainingData, blocks: Sequence[TrainingRows]) -> tuple[Sae, SaeMeasures]:
     """Fold trained weights, and calibrate and measure them on rows that follow."""
-    x, y = [block.x for block in blocks], [block.y for block in blocks]
-    sae = fold_weights(config, weights, data.source, data.target, data.widths).to(data.device)
-    if RECIPES[config.architecture].is_calibrated:
+    x, y, config, recipe = [block.x for block in blocks], [block.y for block in blocks], trainer.config, trainer.recipe
+    sae = fold_weights(config, weights, data.source, data.target, data.widths, recipe).to(data.device)
+    if recipe.is_calibrated:
         sae = calibrate_threshold(sae, x, config.k)
     return sae, measure_sae(sae, x, y)
 
@@ -348,11 +374,12 @@ def _publish(
 ) -> None:
     ref, trainer, _, kept = member
     config = trainer.config
-    sae, measures = _finish(config, weights, data, blocks)
+    sae, measures = _finish(trainer, weights, data, blocks)
     with create_current(store, ref, kept) as art:
         save_sae(art, sae.to("cpu"), pipeline, config, l0=measures.l0)
         table = io.BytesIO()
-        pl.DataFrame(trainer.log, schema=list(LogRow._fields), orient="row").write_parquet(table)
+        curve = pl.DataFrame(trainer.log, schema=list(LogRow._fields), orient="row")
+        (curve.hstack(pl.DataFrame(trainer.terms)) if trainer.terms else curve).write_parquet(table)
         art.put(TRAINING, table.getvalue(), n_rows=len(trainer.log))
         add_times(art, member)
         frequency = measures.n_fired.double() / measures.n_rows
@@ -370,7 +397,7 @@ def _publish(
             "l0": measures.l0,
             "fvu": measures.fvu,
             "dead_share": measures.dead_share,
-            "threshold": float(sae.threshold[0]) if RECIPES[config.architecture].is_calibrated else None,
+            "threshold": float(sae.threshold[0]) if trainer.recipe.is_calibrated else None,
             "normalization_scale": float(data.source.scale[0]),
         }
     remove_checkpoints(store, ref)

@@ -13,14 +13,13 @@ from matplotlib.ticker import PercentFormatter
 from interp_assets.planning import plots
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
+from interp_assets.train.sweep import COMPARED
 
 _BINS: Final = 50
 _LEAST_SHARE: Final = 0.01
 """What an axis of dead latents shows at least."""
 _MARKERS: Final = "os^Dvp"
 _DASHES: Final = ((4, 2), (1, 1.5), (4, 1.5, 1, 1.5), ())
-COMPARED: Final = ("hook_points", "target_hook_points", "task")
-"""SAEs that agree in these columns do the same thing: their L0 and FVU can be compared."""
 _CURVES: Final = (("loss", "loss", True), ("l0", "L0 (latents a row)", True), ("fvu", "FVU", True), ("dead_share", "dead latents", False))
 """Panels of the learning curves: column, label, and whether a logarithmic axis is used where all values are positive."""
 

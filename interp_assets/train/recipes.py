@@ -16,9 +16,9 @@ Gao et al. 2024 (topk, AuxK), Bussmann et al. 2024 and 2025 (batch_topk, matryos
 and skip start at 0). Peak learning rate and batch are the user's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64
@@ -26,7 +26,8 @@ from torch import Tensor
 
 from interp_assets.compute.products import multiply
 from interp_assets.harvest.statistics import ActivationStatistics
-from interp_assets.planning.config import Architecture, SaeConfig
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import Architecture
 from interp_assets.train.losses.dense import jump_relu_loss, jump_relu_step_loss, jump_relu_tanh_loss, relu_loss
 from interp_assets.train.losses.gated import gated_loss
 from interp_assets.train.losses.loss import USUAL, Constants, LossFunction, Weights
@@ -42,6 +43,8 @@ _INITIAL_L0: Final = 2.0
 class Recipe:
     """The constants of one architecture."""
 
+    base: Architecture
+    """The built-in architecture that it is, or is made of: initial weights and saved function are by this."""
     loss: LossFunction
     decoder_norm: float = 1.0
     """Norm of the initial decoder rows."""
@@ -65,28 +68,38 @@ class Recipe:
     """A fixed number of latents is active: the TopK family."""
     is_calibrated: bool = False
     """The artifact fires by one threshold, calibrated so that the mean L0 is k."""
+    init: Callable[[Weights, Tensor, torch.Generator], Weights] | None = None
+    """Of an architecture of one's own: makes weights from a sample of rows, besides those of its base or in their place."""
+    fold: Callable[[Weights], Weights] | None = None
+    """Likewise: turns trained weights into those of its base, which are saved."""
 
 
 RECIPES: Final[dict[Architecture, Recipe]] = {
-    "relu": Recipe(loss=relu_loss, decoder_norm=0.1, coefficient_warmup=0.05),
-    "gated": Recipe(loss=gated_loss, is_unit_norm=True, betas=(0.0, 0.999), coefficient_warmup=0.05),
-    "topk": Recipe(loss=topk_loss, is_unit_norm=True, epsilon=6.25e-10, is_sparse=True),
-    "batch_topk": Recipe(loss=batch_topk_loss, is_unit_norm=True, betas=(0.9, 0.99), is_sparse=True, is_calibrated=True),
-    "matryoshka_batch_topk": Recipe(loss=matryoshka_loss, is_unit_norm=True, betas=(0.9, 0.99), is_sparse=True, is_calibrated=True),
-    "jump_relu": Recipe(loss=jump_relu_loss),
-    "jump_relu_tanh": Recipe(loss=jump_relu_tanh_loss, coefficient_warmup=1.0),
-    "jump_relu_step": Recipe(loss=jump_relu_step_loss, is_unit_norm=True, betas=(0.0, 0.999), coefficient_warmup=0.1),
+    "relu": Recipe(base="relu", loss=relu_loss, decoder_norm=0.1, coefficient_warmup=0.05),
+    "gated": Recipe(base="gated", loss=gated_loss, is_unit_norm=True, betas=(0.0, 0.999), coefficient_warmup=0.05),
+    "topk": Recipe(base="topk", loss=topk_loss, is_unit_norm=True, epsilon=6.25e-10, is_sparse=True),
+    "batch_topk": Recipe(base="batch_topk", loss=batch_topk_loss, is_unit_norm=True, betas=(0.9, 0.99), is_sparse=True, is_calibrated=True),
+    "matryoshka_batch_topk": Recipe(
+        base="matryoshka_batch_topk", loss=matryoshka_loss, is_unit_norm=True, betas=(0.9, 0.99), is_sparse=True, is_calibrated=True
+    ),
+    "jump_relu": Recipe(base="jump_relu", loss=jump_relu_loss),
+    "jump_relu_tanh": Recipe(base="jump_relu_tanh", loss=jump_relu_tanh_loss, coefficient_warmup=1.0),
+    "jump_relu_step": Recipe(base="jump_relu_step", loss=jump_relu_step_loss, is_unit_norm=True, betas=(0.0, 0.999), coefficient_warmup=0.1),
 }
 
 
 def make_recipe(config: SaeConfig) -> Recipe:
-    """Return the constants of an SAE: its architecture's, but for its `options`."""
-    recipe = RECIPES[config.architecture]
-    if not config.options:
+    """Return the constants of an SAE of a built-in architecture: its own, but for the SAE's `options`."""
+    return vary(RECIPES[config.architecture], config.options)  # pyright: ignore[reportArgumentType] - what else it may be, `own/load.py` makes
+
+
+def vary(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with some of its constants replaced."""
+    if not options:
         return recipe
-    given = dict(config.options)
+    given: dict[str, Any] = dict(options)
     if "bandwidth" in given:
-        given["step_width" if config.architecture == "jump_relu_step" else "jump_width"] = given.pop("bandwidth")
+        given["step_width" if recipe.base == "jump_relu_step" else "jump_width"] = given.pop("bandwidth")
     today = {**vars(recipe), **recipe.constants._asdict()}
     for name, value in given.items():
         if isinstance(value, int) and isinstance(today[name], float):
@@ -116,19 +129,19 @@ def make_normalization(statistics: Sequence[ActivationStatistics]) -> Normalizat
     return Normalization(torch.cat([item.mean for item in statistics]), torch.cat(scales))
 
 
-def keeps_unit_norm(config: SaeConfig) -> bool:
+def keeps_unit_norm(config: SaeConfig, recipe: Recipe) -> bool:
     """Tell whether decoder rows stay at norm 1: a TopK transcoder's start at 0 and are free (Paulo et al. 2025)."""
-    recipe = RECIPES[config.architecture]
     return recipe.is_unit_norm and not (recipe.is_sparse and config.is_transcoder)
 
 
-def make_weights(config: SaeConfig, z: Float[Tensor, "sample d_in"], d_out: int, generator: torch.Generator) -> Weights:
+def make_weights(config: SaeConfig, z: Float[Tensor, "sample d_in"], d_out: int, generator: torch.Generator, recipe: Recipe | None = None) -> Weights:
     """Draw initial weights: random encoder directions, the decoder their transpose where input and output are the same rows.
 
     `z` is a sample of normalised rows: it sets the biases of `jump_relu` and `jump_relu_tanh`, so that each latent starts to fire at the same rate
     (Anthropic January 2025, where the rate is 10,000 / d_sae; here a few times k / d_sae).
     """
-    recipe, d_sae, d_in = make_recipe(config), config.d_sae, z.shape[1]
+    recipe = recipe or make_recipe(config)
+    d_sae, d_in = config.d_sae, z.shape[1]
     W_enc_T = _directions(d_sae, d_in, generator) * recipe.decoder_norm
     W_dec = W_enc_T.clone()
     if config.is_transcoder:
@@ -136,30 +149,29 @@ def make_weights(config: SaeConfig, z: Float[Tensor, "sample d_in"], d_out: int,
     weights = {"W_enc_T": W_enc_T, "b_enc": torch.zeros(d_sae), "W_dec": W_dec, "b_dec": torch.zeros(d_out)}
     if config.task == "skip_transcoder":
         weights["W_skip"] = torch.zeros(d_in, d_out)
-    if config.architecture == "gated":
+    if recipe.base == "gated":
         weights |= {"r_mag": torch.zeros(d_sae), "b_mag": torch.zeros(d_sae)}
-    if config.architecture in ("jump_relu", "jump_relu_tanh"):
+    if recipe.base in ("jump_relu", "jump_relu_tanh"):
         rate = min(0.5, _INITIAL_L0 * config.k / d_sae)
         n_fire = max(1, round(rate * len(z)))
         level = multiply(z.cpu(), W_enc_T.T, torch.empty(len(z), d_sae)).topk(n_fire, dim=0).values[-1]
         threshold = recipe.initial_threshold
         weights |= {"b_enc": threshold - level, "log_threshold": torch.full((d_sae,), threshold).log()}
-    if config.architecture == "jump_relu_step":
+    if recipe.base == "jump_relu_step":
         weights["threshold"] = torch.full((d_sae,), recipe.constants.step_width * d_in**0.5)
-    return weights
+    return weights | recipe.init(weights, z.cpu(), generator) if recipe.init else weights
 
 
-def learning_rate_at(config: SaeConfig, step: int, n_steps: int) -> float:
+def learning_rate_at(config: SaeConfig, recipe: Recipe, step: int, n_steps: int) -> float:
     """Return the learning rate of a step: linear warm-up, plateau, linear decay to 0 over the last part."""
-    recipe = make_recipe(config)
     warmup = min(recipe.warmup_steps, recipe.warmup_share * n_steps)
     decay = recipe.decay_share * n_steps
     return config.learning_rate * min(1.0, (step + 1) / (warmup + 1), (n_steps - step) / decay if decay else 1.0)
 
 
-def coefficient_at(config: SaeConfig, step: int, n_steps: int) -> float:
+def coefficient_at(config: SaeConfig, recipe: Recipe, step: int, n_steps: int) -> float:
     """Return the sparsity coefficient of a step: linear warm-up from 0 over the recipe's share of the steps."""
-    warmup = make_recipe(config).coefficient_warmup * n_steps
+    warmup = recipe.coefficient_warmup * n_steps
     return config.sparsity_coefficient * min(1.0, (step + 1) / (warmup + 1))
 
 

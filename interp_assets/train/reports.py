@@ -11,10 +11,9 @@ from interp_assets.planning.progress import Progress
 from interp_assets.storage.manifest import Produced, read_file
 from interp_assets.storage.store import Store
 from interp_assets.train.loop import OnMetrics, TrainingMetrics
-from interp_assets.train.plots import COMPARED
 from interp_assets.train.profile import PROFILE
 from interp_assets.train.refs import LogRow
-from interp_assets.train.sweep import MAX_SHOWN, TABLE, read_table, shorten
+from interp_assets.train.sweep import COMPARED, MAX_SHOWN, TABLE, read_table, shorten
 from interp_assets.train.times import find_times
 
 _LOGGED: Final = 10

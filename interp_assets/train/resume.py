@@ -26,6 +26,8 @@ from interp_assets.train.trainer import Trainer
 KEPT: Final = 2
 STATE: Final = "state.safetensors"
 LOG: Final = "log.json"
+TERMS: Final = "terms.json"
+"""What an architecture of one's own logs besides."""
 _logger = logging.getLogger(__name__)
 
 
@@ -36,6 +38,7 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     log: list[LogRow]
     times: TrainingTimes
+    terms: list[dict[str, float]]
 
 
 def checkpoint_ref(sae: ArtifactRef, step: int) -> ArtifactRef:
@@ -54,6 +57,8 @@ def save_checkpoint(store: Store, sae: ArtifactRef, trainer: Trainer, times: Tra
     with create_current(store, checkpoint_ref(sae, trainer.step), kept) as art:
         save_tensors(art, STATE, state)
         art.put(LOG, json.dumps(trainer.log).encode())
+        if trainer.terms:
+            art.put(TERMS, json.dumps(trainer.terms).encode())
         art.put(TIMES, times.encode(), is_timed=True)
     for step in _steps(store, sae)[:-KEPT]:
         remove_artifact(store, checkpoint_ref(sae, step).path)
@@ -73,7 +78,9 @@ def load_checkpoint(store: Store, sae: ArtifactRef, kept: Mapping[str, str]) -> 
                 remove_artifact(store, ref.path)
                 continue
             log = [LogRow(*row) for row in json.loads(read_file(store, ref.path, manifest, LOG))]
-            return Checkpoint(step, load_tensors(store, ref.path, manifest, STATE), log, _load_times(store, ref, manifest))
+            has_terms = any(entry.name == TERMS for entry in manifest.files)
+            terms = json.loads(read_file(store, ref.path, manifest, TERMS)) if has_terms else []
+            return Checkpoint(step, load_tensors(store, ref.path, manifest, STATE), log, _load_times(store, ref, manifest), terms)
         except ArtifactMissingError:
             continue
         except ArtifactError as error:

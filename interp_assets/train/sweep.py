@@ -11,7 +11,6 @@ instead is the fact `table_digest`, the hash of all columns but those. Columns: 
 import hashlib
 import io
 import json
-from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import polars as pl
@@ -21,7 +20,7 @@ from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.options import FIELDS, find_unread
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests, find_current, trace
-from interp_assets.storage.manifest import Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file, timed
+from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, create_artifact, find_made_from, find_manifest, read_file, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.lineage import evaluation_lineage
 from interp_assets.train.refs import METRICS, TRAINING, LogRow, evaluation_ref, sae_ref, sweep_ref
@@ -108,19 +107,23 @@ SHOWN: Final = (
     "wall_s",
 )
 """Columns of the sweep that a person sees first."""
+COMPARED: Final = ("hook_points", "target_hook_points", "task")
+"""SAEs that agree in these columns do the same thing: their L0 and FVU can be compared."""
 MAX_SHOWN: Final = 60
 """Rows of the table that a person is shown at once."""
 
 
-_NO_CURVES: Final = pl.DataFrame(
-    schema={"name": _TEXT, **{name: _COUNT if kind is int else _NUMBER for name, kind in LogRow.__annotations__.items()}}
-)
+NO_CURVES: Final = pl.DataFrame(schema={"name": _TEXT, **{name: _COUNT if kind is int else _NUMBER for name, kind in LogRow.__annotations__.items()}})
 """Imported SAEs have none."""
 
 
-class _Experiment(NamedTuple):
+class Experiment(NamedTuple):
+    """An SAE that is there, and where."""
+
     config: SaeConfig
+    path: str
     trained: Manifest
+    evaluation: ArtifactRef | None
     measured: Manifest | None
 
 
@@ -128,7 +131,9 @@ class _Experiment(NamedTuple):
 def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
     """Collect what is known of every SAE of the pipeline. Raises `ArtifactMissingError` when none is trained and measured yet."""
     ref = sweep_ref(pipeline)
-    experiments = [item for item in _find_experiments(pipeline, store, pipeline.config.saes) if item.measured]
+    known = Digests(store)
+    found = (find_experiment(pipeline, store, config, known) for config in pipeline.config.saes)
+    experiments = [item for item in found if item and item.measured]
     made_from = [manifest for item in experiments for manifest in (item.trained, item.measured) if manifest]
     manifest = find_made_from(store, ref, made_from) if experiments else None
     if manifest is not None:
@@ -136,8 +141,8 @@ def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
     names = [config.name for config in pipeline.config.saes]
     if not experiments:
         raise ArtifactMissingError(f"None of the SAEs {names} is trained and measured yet. Materialize `sae` and `sae_evaluation` first.")
-    table = pl.DataFrame([_describe(pipeline, store, item) for item in experiments], schema=SCHEMA, orient="row")
-    curves = pl.concat([_NO_CURVES, *(_read_curve(pipeline, store, item) for item in experiments if not item.config.imported)])
+    table = pl.DataFrame([describe(store, item) for item in experiments], schema=SCHEMA, orient="row")
+    curves = pl.concat([NO_CURVES, *(read_curve(store, item) for item in experiments if not item.config.imported)])
     with create_artifact(store, ref, made_from=made_from) as art:
         art.put(TABLE, _as_parquet(table), n_rows=table.height, is_timed=True)
         art.put(CURVES, _as_parquet(curves), n_rows=curves.height)
@@ -161,25 +166,6 @@ def load_table(pipeline: Pipeline, store: Store) -> pl.DataFrame:
     return read_table(store, ref.path, manifest, TABLE)
 
 
-def load_known(pipeline: Pipeline, store: Store) -> pl.DataFrame:
-    """Read the pipeline's table of SAEs, and add those that are trained and not in it: measured since, or not yet.
-
-    Raises `ArtifactMissingError` when none is trained.
-    """
-    manifest = find_manifest(store, sweep_ref(pipeline))
-    table = load_table(pipeline, store) if manifest else pl.DataFrame(schema=SCHEMA)
-    known = {
-        row["name"]
-        for row in table.iter_rows(named=True)
-        if (found := find_manifest(store, sae_ref(pipeline, row["name"]))) is not None and found.digest == row["sae_digest"]
-    }
-    rest = _find_experiments(pipeline, store, [config for config in pipeline.config.saes if config.name not in known])
-    if not known and not rest:
-        return load_table(pipeline, store)
-    added = pl.DataFrame([_describe(pipeline, store, item) for item in rest], schema=SCHEMA, orient="row")
-    return pl.concat([table.filter(pl.col("name").is_in(list(known))), added])
-
-
 def read_table(store: Store, path: str, manifest: Manifest, name: str) -> pl.DataFrame:
     """Read one of the two tables of the sweep at `path`."""
     return pl.read_parquet(io.BytesIO(read_file(store, path, manifest, name)))
@@ -193,54 +179,61 @@ def shorten(table: pl.DataFrame) -> pl.DataFrame:
     has_outliers = bool((table["outlier_share"] > 0).any())
     is_measured = not bool(table["fvu"].is_null().any())
     hidden = {*(() if has_outliers else OUTLIERS), *(("train_fvu",) if is_measured else ())}
-    names = [name for name in SHOWN if name not in hidden and not table[name].is_null().all()]
+    shown = [each for name in SHOWN for each in ((name, "n") if name == "name" else (name, f"{name}_deviation"))] + ["versus_best"]
+    names = [name for name in shown if name in table.columns and name.removesuffix("_deviation") not in hidden and not table[name].is_null().all()]
     return table.head(MAX_SHOWN).select(pl.col(name).round_sig_figs(4) if table.schema[name] == pl.Float64() else pl.col(name) for name in names)
 
 
-def _find_experiments(pipeline: Pipeline, store: Store, configs: Sequence[SaeConfig]) -> list[_Experiment]:
-    """List the SAEs that are trained."""
-    found: list[_Experiment] = []
-    known = Digests(store)
-    for config in configs:
-        trained = find_manifest(store, sae_ref(pipeline, config.name))
-        if trained is not None:
-            kept = trace(known, evaluation_lineage(pipeline, config.name))
-            found.append(_Experiment(config, trained, find_current(store, evaluation_ref(pipeline, config.name), kept)))
-    return found
+def find_experiment(pipeline: Pipeline, store: Store, config: SaeConfig, known: Digests) -> Experiment | None:
+    """Return an SAE of a pipeline that is trained, measured as the held-out rows are now or not."""
+    ref, evaluation = sae_ref(pipeline, config.name), evaluation_ref(pipeline, config.name)
+    trained = find_manifest(store, ref)
+    if trained is None:
+        return None
+    measured = find_current(store, evaluation, trace(known, evaluation_lineage(pipeline, config.name)))
+    return Experiment(config, ref.path, trained, evaluation, measured)
 
 
-def _describe(pipeline: Pipeline, store: Store, item: _Experiment) -> dict[str, Any]:
+def describe(store: Store, item: Experiment) -> dict[str, Any]:
+    """Return the row of an SAE."""
     from interp_assets.train.times import find_times  # noqa: PLC0415 - takes torch, and reading a table does without
 
-    config, trained, measured = item
-    sae, evaluation = sae_ref(pipeline, config.name), evaluation_ref(pipeline, config.name)
-    metrics = json.loads(read_file(store, evaluation.path, measured, METRICS)) if measured else {}
-    facts, times = trained.facts, find_times(store, sae.path, trained)
+    config, path, trained, evaluation, measured = item
+    metrics = json.loads(read_file(store, evaluation.path, measured, METRICS)) if evaluation and measured else {}
+    facts, times = trained.facts, find_times(store, path, trained)
     row: dict[str, Any] = {
-        **dict.fromkeys(CONFIGURATION),  # an imported SAE has no recipe
-        **{name: value for name, value in config.described().items() if name in CONFIGURATION},
-        **dict.fromkeys(find_unread(config.architecture, FIELDS)),
+        **describe_recipe(config),
         **{name: facts[name] for name in ("kind", "d_in", "d_out", "n_rows")},
-        "options": json.dumps(config.options, sort_keys=True) if config.options else None,
-        "hook_points": ",".join(config.sources),
-        "target_hook_points": ",".join(config.targets),
         **{name: facts.get(name.removeprefix("train_")) for name in TRAINED},
         **{name: measured.facts[name] if measured else None for name in HELD_OUT},
         **{name: metrics[section][name] if measured else None for section, names in _SAEBENCH.items() for name in names},
         **{name: times.get(name) for name in SPEED},
         "mixed_shards_id": trained.inputs.get("mixed_shards"),
-        "sae_id": sae.artifact_id,
+        "sae_id": trained.artifact_id,
         "sae_digest": trained.digest,
-        "sae_path": sae.path,
-        "evaluation_id": evaluation.artifact_id,
+        "sae_path": path,
+        "evaluation_id": evaluation.artifact_id if evaluation else None,
         "evaluation_digest": measured.digest if measured else None,
-        "evaluation_path": evaluation.path,
+        "evaluation_path": evaluation.path if evaluation else None,
     }
     return {name: row[name] for name in SCHEMA}
 
 
-def _read_curve(pipeline: Pipeline, store: Store, item: _Experiment) -> pl.DataFrame:
-    curve = read_table(store, sae_ref(pipeline, item.config.name).path, item.trained, TRAINING)
+def describe_recipe(config: SaeConfig) -> dict[str, Any]:
+    """Return the columns of a row that the configuration tells, null where its architecture does not read them."""
+    return {
+        **dict.fromkeys(CONFIGURATION),  # an imported SAE has no recipe
+        **{name: value for name, value in config.described().items() if name in CONFIGURATION},
+        **dict.fromkeys(find_unread(config.architecture, FIELDS)),
+        "options": json.dumps(config.options, sort_keys=True) if config.options else None,
+        "hook_points": ",".join(config.sources),
+        "target_hook_points": ",".join(config.targets),
+    }
+
+
+def read_curve(store: Store, item: Experiment) -> pl.DataFrame:
+    """Read the logged steps of an SAE that was trained here."""
+    curve = read_table(store, item.path, item.trained, TRAINING)
     return curve.select(pl.lit(item.config.name).alias("name"), *LogRow._fields)
 
 

@@ -8,6 +8,7 @@ A checkpoint holds all latents: `state` gathers the slices, `restore` takes this
 """
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -33,10 +34,19 @@ class Trainer:
     """The state of one SAE in training."""
 
     def __init__(
-        self, config: SaeConfig, weights: Weights, device: torch.device, ranks: Ranks = ONE_RANK, widths: tuple[int, ...] | None = None
+        self,
+        config: SaeConfig,
+        weights: Weights,
+        device: torch.device,
+        ranks: Ranks = ONE_RANK,
+        widths: tuple[int, ...] | None = None,
+        recipe: recipes.Recipe | None = None,
     ) -> None:
-        """Start from the weights of all latents; `widths` are those of the hook points that are reconstructed, one by default."""
-        self.config, self.recipe, self.ranks = config, recipes.make_recipe(config), ranks
+        """Start from the weights of all latents; `widths` are those of the hook points that are reconstructed, one by default.
+
+        `recipe` is that of the configuration's architecture unless it is given, which one of a person's own has to be.
+        """
+        self.config, self.recipe, self.ranks = config, recipe or recipes.make_recipe(config), ranks
         self.widths = widths if widths is not None else (weights["W_dec"].shape[1],)
         self._slice = ranks.latents(config.d_sae)
         self.weights: Weights = {name: self._own(name, value).to(device, torch.float32).clone() for name, value in weights.items()}
@@ -46,8 +56,10 @@ class Trainer:
         self.rows_since_fired = torch.zeros(len(self.weights["b_enc"]), dtype=torch.int64, device=device)
         self.step = 0
         self.log: list[LogRow] = []
+        self.terms: list[dict[str, float]] = []
+        """What an architecture of one's own logs besides, a row for each of the log; empty for the built-in ones."""
         self._scratch = Scratch()
-        self._is_unit_norm = recipes.keeps_unit_norm(config)
+        self._is_unit_norm = recipes.keeps_unit_norm(config, self.recipe)
 
     @property
     def n_steps(self) -> int:
@@ -70,7 +82,9 @@ class Trainer:
             result = self.recipe.loss(self.weights, x, y, self._context())
             totals = self._totals(result, y)
         if not math.isfinite(totals[0]):
-            raise NonFiniteError(f"The loss of SAE {self.config.name!r} is {totals[0]} at step {self.step}")
+            explain = getattr(self.recipe.loss, "explain", None)
+            why = f": {found}" if explain and (found := explain(self.weights, x, y, self._context())) else ""
+            raise NonFiniteError(f"The loss of SAE {self.config.name!r} is {totals[0]} at step {self.step}{why}")
         with record_function(COLLECTIVE):
             for name, weight in self.weights.items():
                 weight.grad = self.ranks.sum_replicas(result.gradients[name])
@@ -79,7 +93,7 @@ class Trainer:
             learning_rate, gradient_norm = self._update()
         self.rows_since_fired = torch.where(n_fired > 0, 0, self.rows_since_fired + self.config.batch_rows)
         self.step += 1
-        return self._log(totals, learning_rate, gradient_norm)
+        return self._log(totals, list(result.terms), learning_rate, gradient_norm)
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of all latents that, with `step` and `log`, are the whole state. Every rank must call it."""
@@ -94,7 +108,7 @@ class Trainer:
         """Return the weights of all latents. Every rank must call it."""
         return {name: self._whole(name, value) for name, value in self.weights.items()}
 
-    def restore(self, tensors: dict[str, Tensor], step: int, log: list[LogRow]) -> None:
+    def restore(self, tensors: dict[str, Tensor], step: int, log: list[LogRow], terms: Sequence[dict[str, float]] = ()) -> None:
         """Take over a state as `state()` returned it, for any number of slices."""
         device = self.rows_since_fired.device
         for name, value in self.weights.items():
@@ -105,10 +119,10 @@ class Trainer:
                 "exp_avg_sq": self._own(name, tensors[f"second_moments.{name}"]).to(device).clone(),
             }
         self.rows_since_fired = tensors["rows_since_fired"][self._slice].to(device).clone()
-        self.step, self.log = step, list(log)
+        self.step, self.log, self.terms = step, list(log), list(terms)
 
     def _own(self, name: str, value: Tensor) -> Tensor:
-        return value if name in REPLICATED else value[self._slice]
+        return value if name in REPLICATED or self.ranks.n_slices == 1 else value[self._slice]
 
     def _whole(self, name: str, value: Tensor) -> Tensor:
         return value if name in REPLICATED else self.ranks.gather_slices(value)
@@ -116,7 +130,7 @@ class Trainer:
     def _context(self) -> LossContext:
         return LossContext(
             k=self.config.k,
-            coefficient=recipes.coefficient_at(self.config, self.step, self.n_steps),
+            coefficient=recipes.coefficient_at(self.config, self.recipe, self.step, self.n_steps),
             n_rows=self.config.batch_rows,
             is_dead=self.is_dead,
             ranks=self.ranks,
@@ -124,10 +138,12 @@ class Trainer:
             widths=self.widths,
             dtype=getattr(torch, self.config.product_dtype),
             constants=self.recipe.constants,
+            step=self.step,
+            n_steps=self.n_steps,
         )
 
     def _totals(self, result: StepLoss, y: Tensor) -> list[float]:
-        """Return loss, squared error, sparsity loss, AuxK loss, squared norm and firings of the global batch."""
+        """Return loss, squared error, sparsity loss, AuxK loss, squared norm and firings of the global batch, and further terms."""
         own = [
             result.loss,
             result.squared_error,
@@ -135,11 +151,12 @@ class Trainer:
             result.auxk_loss,
             sum_squares(y) / self.ranks.n_slices,
             result.n_fired.sum(),
+            *result.terms.values(),
         ]
         return self.ranks.sum(torch.stack([value.double() for value in own])).tolist()
 
     def _update(self) -> tuple[float, float]:
-        learning_rate = recipes.learning_rate_at(self.config, self.step, self.n_steps)
+        learning_rate = recipes.learning_rate_at(self.config, self.recipe, self.step, self.n_steps)
         W_dec = self.weights["W_dec"]
         if self._is_unit_norm and W_dec.grad is not None:
             recipes.project_decoder_gradient(W_dec, W_dec.grad)
@@ -165,11 +182,11 @@ class Trainer:
                 gradient.mul_(self.recipe.gradient_clip / norm)
         return norm
 
-    def _log(self, totals: list[float], learning_rate: float, gradient_norm: float) -> LogRow | None:
+    def _log(self, totals: list[float], names: list[str], learning_rate: float, gradient_norm: float) -> LogRow | None:
         every = max(1, self.n_steps // _LOGGED_STEPS)
         if (self.step - 1) % every and self.step != self.n_steps:
             return None
-        loss, squared_error, sparsity_loss, auxk_loss, squared_norm, n_fired = totals
+        loss, squared_error, sparsity_loss, auxk_loss, squared_norm, n_fired, *terms = totals
         batch_rows, d_out = self.config.batch_rows, self.weights["b_dec"].numel()
         n_dead = self.ranks.sum_slices(self.is_dead.sum())
         row = LogRow(
@@ -186,6 +203,8 @@ class Trainer:
             gradient_norm=gradient_norm,
         )
         self.log.append(row)
+        if names:
+            self.terms.append(dict(zip(names, terms, strict=True)))
         return row
 
 

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_TOKEN
 from interp_assets.harvest.heads.refs import head_counts, heads_of
 from interp_assets.planning.asset import Asset, Job, Load, every, only
-from interp_assets.planning.config import HeadsConfig, PipelineConfig, code_version
+from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.sections import HeadsConfig
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 from interp_assets.visualize.refs import features_key

@@ -11,9 +11,10 @@
     GET /api/bundles/{name}/try             the features that fire on `text`, and how `latent` does, where model and SAE are at hand
     PUT /api/bundles/{name}/notes/{latent}  set the note of one latent, and the lists that it stands in
     GET /bundles/{name}/{file}              a file of the bundle: Range, ETag, verified against the manifest
+    GET /sweeps/{name}.json                 the SAEs of a pipeline beside each other, as they are now
     /api/models, /api/runs, /api/jobs, ...  models, where some are served: `models.py`
 
-A feature page needs only the last one, so it works on any static host too. Errors are JSON: what is wrong, and what to do.
+A feature page needs only files of the bundle, so it works on any static host too. Errors are JSON: what is wrong, and what to do.
 `guard.py` decides who may ask; credentials and stores come from the caller.
 """
 
@@ -38,7 +39,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ConfigError, InputError, InterpError, NotFoundError, StoreError
+from interp_assets.storage.store import Store
 from interp_assets.web import table
+from interp_assets.web.comparison import describe_comparison, find_pipelines
 from interp_assets.web.connections import make_server
 from interp_assets.web.files import file_response
 from interp_assets.web.guard import LOOPBACK, Guard
@@ -85,6 +88,8 @@ class Desk(NamedTuple):
     """Model and SAE of some bundles, by name."""
     models: Routes | None = None
     """Models that notebooks ask (`models.py`, which brings transformers and is imported by who serves some)."""
+    pipelines: Mapping[str, Store] = {}
+    """Folders of pipelines whose SAEs are compared, by name, besides those that bundles lie in."""
     users: Mapping[str, str] = {}
     """Who may ask: names with the SHA-256 of their tokens."""
 
@@ -111,7 +116,9 @@ def make_app(
     opened = {place.name: open_bundle(place) for place in bundles}
     _add_errors(app)
     notebooks = {name: Notebook(desk.notes, name) for name in opened} if desk.notes else {}
+    desk = desk._replace(pipelines={**find_pipelines(bundles), **desk.pipelines})
     _add_lists(app, opened, notebooks, desk)
+    _add_comparisons(app, desk.pipelines)
     _add_notes(app, opened, notebooks)
     _add_files(app, opened)
     if desk.models:
@@ -183,7 +190,7 @@ def _add_lists(app: FastAPI, bundles: Bundles, notebooks: dict[str, Notebook], d
     @app.get("/site.json")
     def list_all() -> dict[str, Any]:
         can_try = {name: name in examples for name in bundles}
-        told = {"mode": "server", "notes": bool(notebooks), "models": desk.models is not None, "examples": can_try}
+        told = {"mode": "server", "notes": bool(notebooks), "models": desk.models is not None, "examples": can_try, "sweeps": list(desk.pipelines)}
         return {**told, "bundles": [summarize(bundle) for bundle in bundles.values()]}
 
     @app.get("/api/bundles/{name}")
@@ -227,6 +234,15 @@ def _add_lists(app: FastAPI, bundles: Bundles, notebooks: dict[str, Notebook], d
     def find_place(name: str, request: Request, latent: Annotated[int, Query(ge=0)]) -> dict[str, Any]:
         bundle = _find(bundles, name)
         return bundle.table().place(_read_query(request), latent, _listed(bundle, notebooks, request))._asdict()
+
+
+def _add_comparisons(app: FastAPI, pipelines: Mapping[str, Store]) -> None:
+    @app.get("/sweeps/{name}.json")
+    @_explained
+    def compare(name: str) -> dict[str, Any]:
+        if name not in pipelines:
+            raise NotFoundError(f"No pipeline is called {name!r:.200}. This server has {', '.join(pipelines) or 'none'}.")
+        return describe_comparison(pipelines[name])
 
 
 def _add_files(app: FastAPI, bundles: Bundles) -> None:

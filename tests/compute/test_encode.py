@@ -17,7 +17,8 @@ from interp_assets.compute.encode_loops import make_room, take_largest
 from interp_assets.compute.kernels import Found, Scratch
 from interp_assets.compute.loops import bound_largest
 from interp_assets.errors import NonFiniteError
-from interp_assets.planning.config import Architecture, SaeConfig
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import Architecture
 from interp_assets.train.losses.sparsify import encode_per_row
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES, make_weights

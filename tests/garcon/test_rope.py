@@ -94,7 +94,7 @@ def test_a_row_of_a_plan_is_what_it_is_alone(kind: str) -> None:
         torch.testing.assert_close(found.tensors["p"][i, :, :length, :length], alone.tensors["p"][0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.tensors["d"][i], alone.tensors["d"][0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.derivatives["g"]["resid_pre.1"][i, :length], alone.derivatives["g"]["resid_pre.1"][0], rtol=1e-3, atol=1e-4)
-    assert not any(module._forward_hooks for module in subject.net.modules())  # noqa: SLF001 - torch tells it nowhere else
+    assert not any(module._forward_hooks for module in subject.net.modules())
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

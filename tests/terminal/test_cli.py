@@ -30,22 +30,25 @@ from interp_assets.terminal.starter import make_starter
 
 OPTIONS = {
     "backfill": ["--config", "--failed", "--partition", "--select"],
+    "check": ["--set", "name"],
     "config": ["--config", "--set"],
     "costs": ["--config"],
     "demo": ["--dagster-port", "--port", "--serve"],
     "dev": ["--config", "--dagster-port"],
+    "diff": ["--config", "a", "b"],
     "export": ["--bundle", "--config", "--sae", "format_name", "target"],
     "gc": ["--config", "--delete", "--forget", "--hours"],
+    "history": ["--config"],
     "import": ["--accept-misfit", "--add", "--config", "--hook-point", "--name", "--target-hook-point", "folder"],
     "init": ["path"],
     "inspect": ["path"],
     "labels": [],
     "plan": ["--config", "--memory", "--range", "--read-again", "--row-bytes", "--rows", "--set", "--simulate", "--workers"],
-    "run": ["--config", "--read-again", "--select", "--set", "--yes"],
+    "run": ["--config", "--note", "--read-again", "--select", "--set", "--yes"],
     "serve": ["--config", "--host", "--model", "--notes", "--port", "--token-file", "--users", "--weights", "path"],
     "steer": ["--config", "--new-tokens", "--prompt", "--seed", "--temperature", "recipe"],
-    "sweep": ["--config", "--csv", "--sort"],
-    "try": ["--config", "--rows", "--set"],
+    "sweep": ["--all", "--config", "--csv", "--over", "--sort"],
+    "try": ["--config", "--note", "--rows", "--set", "--watch"],
     "verify": ["--config", "path"],
 }
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp_assets.planning.config import Architecture, make_config
+from interp_assets.planning.config import make_config
+from interp_assets.planning.options import Architecture
 from interp_assets.train.losses.sparsify import candidates_above, keep_largest, level_rows, pick_per_row
 from interp_assets.train.parallel import ONE_RANK, Ranks
 from interp_assets.train.recipes import RECIPES, make_weights

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.compute.kernels import Scratch
-from interp_assets.planning.config import Architecture
+from interp_assets.planning.options import Architecture
 from interp_assets.train.losses.loss import FEW, LossContext, StepLoss, Weights
 from interp_assets.train.losses.topk import add_auxk, auxk_count, group_ends
 from interp_assets.train.parallel import ONE_RANK

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp_assets.compute.kernels import Scratch
-from interp_assets.planning.config import Architecture
+from interp_assets.planning.options import Architecture
 from interp_assets.train.losses.loss import FEW, LossContext, StepLoss, Weights
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from interp_assets.harvest.statistics import ActivationStatistics
-from interp_assets.planning.config import Architecture, SaeConfig
-from interp_assets.planning.options import OPTIONS
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import OPTIONS, Architecture
 from interp_assets.train.fold import fold_weights
 from interp_assets.train.losses.loss import Weights
 from interp_assets.train.recipes import (
@@ -106,13 +106,13 @@ def test_jump_relu_starts_with_every_latent_firing_at_one_rate() -> None:
 def test_the_learning_rate_rises_stays_and_falls_to_zero() -> None:
     """Linear warm-up; linear decay over the last fifth."""
     config, n = make_config("topk"), 1000
-    rates = [learning_rate_at(config, step, n) for step in range(n)]
+    rates = [learning_rate_at(config, make_recipe(config), step, n) for step in range(n)]
     assert rates[0] < 0.05 * config.learning_rate
     assert rates[100] == rates[799] == config.learning_rate
     assert rates[900] == pytest.approx(0.5 * config.learning_rate)
     assert 0 < rates[-1] <= config.learning_rate / (RECIPES[config.architecture].decay_share * n) * 1.001
-    assert [coefficient_at(make_config("relu"), step, n) for step in (49, 50, 999)][1:] == [5.0, 5.0]
-    assert coefficient_at(make_config("relu"), 9, n) < 1.0
+    assert [coefficient_at(make_config("relu"), RECIPES["relu"], step, n) for step in (49, 50, 999)][1:] == [5.0, 5.0]
+    assert coefficient_at(make_config("relu"), RECIPES["relu"], 9, n) < 1.0
 
 
 def test_the_decoder_gradient_is_orthogonal_to_unit_rows() -> None:
@@ -136,9 +136,9 @@ def test_options_take_the_place_of_a_recipes_constants() -> None:
         "epsilon": 1e-6,
     }
     other = usual.model_copy(update={"options": given})
-    assert [learning_rate_at(other, step, 100) for step in (0, 50, 99)] == [1.0, 1.0, 1.0]
-    assert learning_rate_at(usual, 99, 100) == pytest.approx(0.05)
-    assert (coefficient_at(other, 0, 100), coefficient_at(usual, 0, 100) < 0.01) == (1.0, True)
+    assert [learning_rate_at(other, make_recipe(other), step, 100) for step in (0, 50, 99)] == [1.0, 1.0, 1.0]
+    assert learning_rate_at(usual, make_recipe(usual), 99, 100) == pytest.approx(0.05)
+    assert (coefficient_at(other, make_recipe(other), 0, 100), coefficient_at(usual, make_recipe(usual), 0, 100) < 0.01) == (1.0, True)
     recipe = make_recipe(other)
     assert (recipe.betas, recipe.gradient_clip, recipe.constants.jump_width) == ((0.5, 0.9), 7, 0.5)
     assert make_recipe(usual) is RECIPES["jump_relu_tanh"]

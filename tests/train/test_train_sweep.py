@@ -8,17 +8,14 @@ from typing import Any
 import duckdb
 import polars as pl
 import pytest
-import torch
+from measured_saes import HOOK, measure
 from typer.testing import CliRunner
 
 from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.planning.pipeline import save_plan
-from interp_assets.storage.manifest import Produced, create_artifact, load_manifest, read_file
+from interp_assets.storage.manifest import Produced, load_manifest, read_file
 from interp_assets.terminal.cli import app
-from interp_assets.train.checkpoint import load_sae
-from interp_assets.train.evaluate import save_evaluation
 from interp_assets.train.loop import train_saes
-from interp_assets.train.metrics import ReconstructionSums
 from interp_assets.train.plots import find_best, plot_curves, plot_pareto
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.reports import describe_sweep
@@ -26,18 +23,8 @@ from interp_assets.train.sweep import OUTLIERS, SCHEMA, SPEED, load_table, make_
 
 TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 1000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
 SAES = [{"name": "a", **TINY}, {"name": "b", **TINY, "architecture": "relu", "seed": 3}, {"name": "c", **TINY, "k": 4}]
-HOOK, OTHER = "resid_post.0", "mlp_out.0"
+OTHER = "mlp_out.0"
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "sweep.md"
-
-
-def measure(planted, name: str, hook_point: str = HOOK, n_outliers: int = 0) -> None:
-    """Publish an evaluation of a trained SAE, on the rows of the planted data, the first of which are taken for outliers."""
-    rows = planted.rows if hook_point == HOOK else planted.rows[:, : planted.rows.shape[1] // 2]
-    sums = ReconstructionSums(load_sae(planted.pipeline, planted.store, name), rows.double().mean(0))
-    sums.add(rows, is_outlier=torch.arange(len(rows)) < n_outliers)
-    trained = load_manifest(planted.store, sae_ref(planted.pipeline, name))
-    with create_artifact(planted.store, evaluation_ref(planted.pipeline, name), made_from=[trained]) as art:
-        save_evaluation(art, sums, None, "this is a test")
 
 
 def make_all(make_planted, names: list[str], *, saes: list[dict[str, Any]] = SAES, **kwargs):
@@ -217,10 +204,10 @@ def test_the_command_prints_the_table(make_planted, tmp_path: Path) -> None:
     table = load_table(planted.pipeline, planted.store)
     shown = CliRunner().invoke(app, ["sweep", "--config", str(config), "--sort", "l0"], catch_exceptions=False).stdout.splitlines()
     assert shown[0].split()[:7] == ["name", "hook_points", "task", "architecture", "d_sae", "k", "sparsity_coefficient"]
-    assert [line.split()[0] for line in shown[1:-1]] == table.sort("l0")["name"].to_list()
+    assert [line.split()[0] for line in shown[1:-2]] == table.sort("l0")["name"].to_list()
     assert pl.read_parquet(shown[-1].removeprefix("file://")).equals(table)
     csv = CliRunner().invoke(app, ["sweep", "--config", str(config), "--csv"], catch_exceptions=False).stdout
-    assert pl.read_csv(io.StringIO(csv)).columns == table.columns
+    assert pl.read_csv(io.StringIO(csv)).columns == [*table.columns, "code", "status", "why"]
     with pytest.raises(InputError, match=r"no column 'quality'; it has name, architecture, kind"):
         CliRunner().invoke(app, ["sweep", "--config", str(config), "--sort", "quality"], catch_exceptions=False)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from interp_assets.compute.elementwise import sum_all, sum_rows
 from interp_assets.compute.products import multiply
-from interp_assets.planning.config import Architecture, SaeConfig
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import Architecture
 from interp_assets.train.losses.calibrate import measure_sae
 from interp_assets.train.metrics import ReconstructionSums
 from interp_assets.train.recipes import make_weights

@@ -1,19 +1,27 @@
 """Trying SAEs: seconds, the numbers of a short training, and nothing that the pipeline would take for its own."""
 
+import io
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import polars as pl
 import pytest
+from own_files import write_file
+from rich.console import Console
 from typer.testing import CliRunner
 
 from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.planning.config import load_config
+from interp_assets.planning.history import read_history
 from interp_assets.planning.pipeline import save_plan
 from interp_assets.storage.manifest import load_manifest, read_manifest
 from interp_assets.storage.store import open_store
 from interp_assets.storage.verify import verify_tree
 from interp_assets.terminal.cli import app
-from interp_assets.terminal.trying import draw_line, shorten_training, try_saes
+from interp_assets.terminal.trying import draw_line, shorten_training, try_saes, wait_for_change, watch_try
 from interp_assets.train.loop import train_saes
 from interp_assets.train.refs import LogRow, sae_ref
 from interp_assets.train.sweep import TRAINING, read_table
@@ -56,6 +64,43 @@ def test_the_command_prints_the_best_first_and_fails_for_what_failed(make_plante
     assert fvu == sorted(fvu)
     assert lines[3].startswith("bad failed: The loss of SAE 'bad' is")
     assert "2,000 rows each in" in lines[4]
+
+
+def test_a_saved_file_is_tried_again(make_planted, tmp_path: Path) -> None:
+    """What is saved is tried, what is wrong is said and waited for, and a file of code is waited for like the configuration."""
+    write_file(tmp_path)
+    planted = make_planted(SAES[:1], root=str(tmp_path / "data"))
+    save_plan(planted.store, planted.pipeline.plan)
+    path, content = tmp_path / "pipeline.yaml", planted.pipeline.config.model_dump(mode="json")
+    own = {**content["saes"][0], "name": "own", "architecture": "my_sae.py:p_anneal", "sparsity_coefficient": 0.5}
+    saved = [{**content, "saes": content["saes"]}, {**content, "sase": 1}, {**content, "saes": [own]}]
+    path.write_text(json.dumps(saved.pop(0)))
+    waited: list[list[str]] = []
+
+    def wait(files: Sequence[Path]) -> bool:
+        waited.append([file.name for file in files])
+        if saved:
+            path.write_text(json.dumps(saved.pop(0)))
+        return len(waited) < 3
+
+    out = Console(file=io.StringIO(), width=200)
+    watch_try(out, lambda: load_config(path), path, 1000, wait=wait)
+    text = out.file.getvalue()
+    assert waited == [["pipeline.yaml"], ["pipeline.yaml"], ["pipeline.yaml", "my_sae.py"]]
+    assert "Error:" in text
+    assert "did you mean 'saes'?" in text
+    assert [line.split()[0] for line in text.splitlines() if line.startswith(("a ", "own "))] == ["a", "own"]
+    assert read_history(planted.store)["status"].to_list() == ["done", "done"]
+
+
+def test_a_file_that_is_saved_is_seen(tmp_path: Path) -> None:
+    """By another thread, as an editor does: taken away and put back, too."""
+    file = tmp_path / "a.yaml"
+    file.write_text("1")
+    Timer(0.2, lambda: file.write_text("22")).start()
+    assert wait_for_change([file])
+    Timer(0.2, file.unlink).start()
+    assert wait_for_change([file])
 
 
 def test_without_mixed_rows_it_says_how_they_are_made(make_planted) -> None:

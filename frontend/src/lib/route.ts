@@ -6,6 +6,7 @@
  *     #/<bundle>/<latent>/with/<bundle>/<latent>                                    two features side by side
  *     #/<bundle>/map?at=17, #/<bundle>/try?at=17                                    map of decoder directions, search by example, for one feature
  *     #/models                                                                      the models that this server has for notebooks
+ *     #/sweep/<pipeline>                                                            its SAEs beside each other (`sweep.ts`)
  *
  * A feature that is steered has `&steer=<latent>:<strength>,...&prompt=...` besides: see `steer.ts`.
  */
@@ -53,7 +54,7 @@ export function parseRoute(hash: string): Route {
   const given = new URLSearchParams(query);
   const life = given.get('life');
   return {
-    bundle: bundle && path !== 'models' ? bundle : null,
+    bundle: bundle && path !== 'models' && bundle !== 'sweep' ? bundle : null,
     isModels: path === 'models',
     latent: latent === '' ? null : /^\d+$/.test(latent) ? Number(latent) : Number.NaN,
     other: mark === 'with' && otherBundle && /^\d+$/.test(otherLatent) ? { bundle: otherBundle, latent: Number(otherLatent) } : null,

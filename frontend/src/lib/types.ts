@@ -36,6 +36,8 @@ export interface Site {
   examples?: Record<string, boolean>;
   /** Whether models are served to notebooks. */
   models?: boolean;
+  /** Pipelines whose SAEs are compared. */
+  sweeps?: string[];
   bundles: BundleSummary[];
 }
 

@@ -31,8 +31,9 @@ from interp_assets.harvest.heads.refs import (
 )
 from interp_assets.harvest.sizes import forward_s, model_bytes
 from interp_assets.planning.asset import Asset, Axis, Job, Load, Markdown, Needs, Shown, every, only, same, whole
-from interp_assets.planning.config import HeadsConfig, PipelineConfig, code_version
+from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
+from interp_assets.planning.sections import HeadsConfig
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 

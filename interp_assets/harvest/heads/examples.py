@@ -22,8 +22,8 @@ from interp_assets.corpus.contexts import first_of_each
 from interp_assets.harvest.heads.candidates import SAMPLED, STRONGEST, load_candidates
 from interp_assets.harvest.heads.refs import candidates_ref, examples_lineage, examples_ref, head_shards, heads_of
 from interp_assets.harvest.heads.statistics import HeadStatistics, as_statistics, merge_statistics, statistics_arrays
-from interp_assets.planning.config import HeadsConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.sections import HeadsConfig
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import Manifest, Produced, load_manifest, read_file, timed
 from interp_assets.storage.store import Store

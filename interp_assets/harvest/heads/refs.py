@@ -7,8 +7,8 @@ from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ConfigError
 from interp_assets.garcon.facts import ModelFacts, find_facts
 from interp_assets.planning.asset import Axis
-from interp_assets.planning.config import HeadsConfig
 from interp_assets.planning.pipeline import Pipeline, shard_key
+from interp_assets.planning.sections import HeadsConfig
 from interp_assets.storage.lineage import Lineage
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 from interp_assets.storage.seen import open_seen

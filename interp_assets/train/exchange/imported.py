@@ -12,7 +12,8 @@ from typing import Final
 import torch
 
 from interp_assets.errors import InputError
-from interp_assets.planning.config import Architecture, SaeConfig
+from interp_assets.planning.config import SaeConfig
+from interp_assets.planning.options import Architecture
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, timed
 from interp_assets.storage.store import Store, open_store

@@ -87,6 +87,9 @@ class LossContext(NamedTuple):
     and a product's result is rounded once before it is added to them.
     """
     constants: Constants = USUAL
+    step: int = 0
+    """Which step of the training it is, from 0, and of how many: for losses that change on the way."""
+    n_steps: int = 1
 
 
 class StepLoss(NamedTuple):
@@ -101,6 +104,8 @@ class StepLoss(NamedTuple):
     """Number of this rank's rows on which each of its latents fired."""
     gradients: Weights
     """By the name of the weight; a weight that gets none is left out."""
+    terms: dict[str, Float[Tensor, ""]] = {}  # noqa: RUF012 - nobody changes it
+    """Further terms that an architecture of one's own wants logged."""
 
 
 FEW: Final = 1 / 9

@@ -18,7 +18,7 @@ from interp_assets.harvest.heads.candidates import SAMPLED, STRONGEST, LayerSums
 from interp_assets.harvest.heads.examples import INTERVAL, TOP, _choose, bin_edge, bins_of, cut_intervals
 from interp_assets.harvest.heads.reading import hear_shard
 from interp_assets.harvest.heads.statistics import HeadStatistics, merge_statistics
-from interp_assets.planning.config import HeadsConfig
+from interp_assets.planning.sections import HeadsConfig
 
 CHOSEN = np.arange(30, dtype=np.uint32)
 

@@ -1,0 +1,122 @@
+"""The SAEs of a pipeline become one JSON that pages compare them by: table, curves, replicas, on a server or as a file of a static host.
+
+    sweeps/<pipeline>.json    columns of the table of SAEs, as lists; for each recipe its replicas, means and deviations; curves, thinned
+
+It is made from what lies there when it is asked for, trained, failed and stopped ones included, and is no artifact. Of more than `MAX_CURVES` SAEs
+the curves of those with the least FVU are in it. Format: `docs/formats/comparison.md`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import polars as pl
+
+from interp_assets.errors import InterpError
+from interp_assets.planning.pipeline import Pipeline, load_configuration, load_pipeline
+from interp_assets.storage.manifest import CONFIGURATION, find_manifest
+from interp_assets.storage.store import Store
+from interp_assets.train.refs import MATCHES, matches_ref
+from interp_assets.train.results.arms import count_held_out, read_curves, read_table
+from interp_assets.train.results.replicas import list_replicas, over_seeds
+from interp_assets.train.sweep import IDS
+from interp_assets.train.sweep import read_table as read_table_of
+from interp_assets.web.opened import BundlePlace
+from interp_assets.web.refs import FOLDER
+
+FORMAT: Final = "interp-assets/comparison-of-saes"
+VERSION: Final = 1
+MAX_CURVES: Final = 256
+_POINTS: Final = 100
+"""Logged steps of one SAE that are sent."""
+_CURVES: Final = ("n_rows", "loss", "l0", "fvu", "dead_share")
+_DIGITS: Final = 6
+_MATCHES: Final = 24
+"""Matched latents of a pair of SAEs that are sent, those that fire most alike."""
+_MATCHED: Final = ("latent", "other_latent", "cosine", "correlation", "n_fired", "n_other_fired")
+_LEFT_OUT: Final = frozenset(IDS) - {"sae_id", "mixed_shards_id"}
+
+
+def find_pipelines(places: Sequence[BundlePlace]) -> dict[str, Store]:
+    """Return, by name, the pipelines' folders that bundles lie in and that have SAEs to compare."""
+    found: dict[str, Store] = {}
+    for store, path in places:
+        above, _, last = path.rpartition("/")
+        if last and (above == FOLDER or above.endswith(f"/{FOLDER}")):
+            folder = above.removesuffix(FOLDER).rstrip("/")
+            add_pipeline(found, store.child(folder) if folder else store)
+    return found
+
+
+def add_pipeline(found: dict[str, Store], store: Store) -> None:
+    """Add a pipeline's folder, unless it is one already or has no SAE."""
+    if any(known.url == store.url for known in found.values()):
+        return
+    try:
+        if store.size(CONFIGURATION) is not None:
+            name = load_configuration(store).name
+            count_saes(store)
+            found.setdefault(name, store)
+    except InterpError:
+        return  # another release's, damaged, or without SAEs: its bundles are shown all the same
+
+
+def count_saes(store: Store) -> int:
+    """Return how many SAEs there are to compare. Raises `ArtifactMissingError` where there is none."""
+    pipeline = _open(store)
+    return read_table(pipeline, store).height
+
+
+def describe_comparison(store: Store) -> dict[str, Any]:
+    """Return what pages compare the SAEs of a pipeline by. Raises `InterpError` where there is none."""
+    pipeline = _open(store)
+    table, curves = read_table(pipeline, store), read_curves(pipeline, store)
+    shown = table.sort("fvu", "train_fvu", nulls_last=True, maintain_order=True)["name"].head(MAX_CURVES).to_list()
+    folded = over_seeds(table)
+    config = pipeline.config
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "pipeline": config.name,
+        "model": {"name": config.model.shown_name, "revision": config.model.revision},
+        "n_held_out": count_held_out(store, table),
+        "saes": _columns(table.drop(_LEFT_OUT)),
+        "replicas": {"members": list_replicas(table), "columns": _columns(folded)},
+        "matches": _describe_matches(pipeline, store),
+        "curves": {name: _thin(curves.filter(pl.col("name") == name)) for name in shown},
+    }
+
+
+def _describe_matches(pipeline: Pipeline, store: Store) -> list[dict[str, Any]]:
+    """Return what is known of pairs of SAEs whose latents were matched, and their best mutual matches; nothing where none were."""
+    if pipeline.config.matches is None or (manifest := find_manifest(store, matches_ref(pipeline))) is None:
+        return []
+    table = read_table_of(store, matches_ref(pipeline).path, manifest, MATCHES)
+    told = []
+    for pair in manifest.facts["pairs"]:
+        own = table.filter(pl.col("is_mutual"), sae=pair["sae"], other_sae=pair["other_sae"])
+        best = own.sort("correlation", "cosine", descending=True, nulls_last=True).head(_MATCHES).select(_MATCHED)
+        told.append({**{name: _plain(value) for name, value in pair.items()}, "n_held_out": manifest.facts["n_held_out"], "best": _columns(best)})
+    return told
+
+
+def _open(store: Store) -> Pipeline:
+    return load_pipeline(load_configuration(store), store)
+
+
+def _columns(table: pl.DataFrame) -> dict[str, list[Any]]:
+    return {name: [_plain(value) for value in table[name]] for name in table.columns}
+
+
+def _thin(curve: pl.DataFrame) -> dict[str, list[Any]]:
+    """Keep evenly spaced steps of a curve, the first and the last among them."""
+    n = curve.height
+    places = sorted({round(i * (n - 1) / (_POINTS - 1)) for i in range(_POINTS)}) if n > _POINTS else range(n)
+    return _columns(curve.select(_CURVES)[list(places)])
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: of numbers six digits, and nothing that is not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return value
