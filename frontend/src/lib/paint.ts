@@ -1,28 +1,43 @@
 /** Strengths become pixels: one hue on the ground, and for differences another one below zero. */
 
-/** The channels of a colour of the theme, as the browser paints it. */
-export function channelsOf(name: string): [number, number, number] {
+const ramps = new Map<string, Uint32Array>();
+
+/** The 256 pixels of a colour of the theme from nothing to full, as the browser paints it. */
+function rampOf(name: string): Uint32Array {
+  const colour = getComputedStyle(document.documentElement).getPropertyValue(name);
+  const found = ramps.get(colour);
+  if (found) return found;
   const context = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true })!;
-  context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue(name);
+  context.fillStyle = colour;
   context.fillRect(0, 0, 1, 1);
   const [r, g, b] = context.getImageData(0, 0, 1, 1).data;
-  return [r!, g!, b!];
+  const bytes = Uint8ClampedArray.from({ length: 1024 }, (_, i) => [r!, g!, b!, i >> 2][i & 3]!);
+  const ramp = new Uint32Array(bytes.buffer);
+  ramps.set(colour, ramp);
+  return ramp;
 }
 
-/** Draw `width` x `height` strengths from -1 to 1, asked for by place, row by row. */
-export function paint(canvas: HTMLCanvasElement, width: number, height: number, strengthAt: (place: number) => number): void {
-  const context = canvas.getContext('2d')!;
+function put(canvas: HTMLCanvasElement, width: number, height: number, pixels: Uint32Array<ArrayBuffer>): void {
   [canvas.width, canvas.height] = [width, height];
-  const image = context.createImageData(width, height);
-  const [up, down] = [channelsOf('--up'), channelsOf('--down')];
-  for (let i = 0; i < width * height; i++) {
+  canvas.getContext('2d')!.putImageData(new ImageData(new Uint8ClampedArray(pixels.buffer), width, height), 0, 0);
+}
+
+/** Draw bytes, each as strongly as `strengthOf` says, from 0 to 1. */
+export function paintBytes(canvas: HTMLCanvasElement, width: number, height: number, bytes: Uint8Array, strengthOf: (byte: number) => number): void {
+  const ramp = rampOf('--up');
+  const colours = Uint32Array.from({ length: 256 }, (_, byte) => ramp[Math.round(255 * strengthOf(byte))]!);
+  const pixels = new Uint32Array(width * height);
+  for (let i = 0; i < pixels.length; i++) pixels[i] = colours[bytes[i]!]!;
+  put(canvas, width, height, pixels);
+}
+
+/** Draw strengths from -1 to 1, asked for by place, row by row. */
+export function paint(canvas: HTMLCanvasElement, width: number, height: number, strengthAt: (place: number) => number): void {
+  const [up, down] = [rampOf('--up'), rampOf('--down')];
+  const pixels = new Uint32Array(width * height);
+  for (let i = 0; i < pixels.length; i++) {
     const value = strengthAt(i);
-    if (!value) continue;
-    const [r, g, b] = value > 0 ? up : down;
-    image.data[4 * i] = r;
-    image.data[4 * i + 1] = g;
-    image.data[4 * i + 2] = b;
-    image.data[4 * i + 3] = Math.round(255 * Math.min(1, Math.abs(value)));
+    if (value) pixels[i] = (value > 0 ? up : down)[Math.round(255 * Math.min(1, Math.abs(value)))]!;
   }
-  context.putImageData(image, 0, 0);
+  put(canvas, width, height, pixels);
 }
