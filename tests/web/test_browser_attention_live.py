@@ -50,7 +50,7 @@ def test_a_text_is_run_and_shown_like_a_prompt(server: ModelServer, site: Site, 
     until(visit, "document.querySelectorAll('.reading tbody tr').length === 10")
     shown = _rows(visit, ".reading > table:first-of-type")
     assert [_number(cells[2]) for cells in shown] == pytest.approx(sorted(row.tolist(), reverse=True)[:10], abs=0.005)
-    assert visit.page.locator(".layer canvas").count() == 4
+    assert visit.page.locator(".layer button").count() == 4
     assert visit.page.evaluate("new URLSearchParams(location.hash.split('?')[1]).get('text')") == TEXT
     visit.page.reload()
     visit.page.wait_for_selector(".reading tbody tr")

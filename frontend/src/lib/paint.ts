@@ -19,7 +19,7 @@ function rampOf(name: string): Uint32Array {
 
 function put(canvas: HTMLCanvasElement, width: number, height: number, pixels: Uint32Array<ArrayBuffer>): void {
   [canvas.width, canvas.height] = [width, height];
-  canvas.getContext('2d')!.putImageData(new ImageData(new Uint8ClampedArray(pixels.buffer), width, height), 0, 0);
+  canvas.getContext('2d', { willReadFrequently: true })!.putImageData(new ImageData(new Uint8ClampedArray(pixels.buffer), width, height), 0, 0);
 }
 
 /** Draw bytes, each as strongly as `strengthOf` says, from 0 to 1. */
@@ -38,6 +38,20 @@ export function paint(canvas: HTMLCanvasElement, width: number, height: number, 
   for (let i = 0; i < pixels.length; i++) {
     const value = strengthAt(i);
     if (value) pixels[i] = (value > 0 ? up : down)[Math.round(255 * Math.min(1, Math.abs(value)))]!;
+  }
+  put(canvas, width, height, pixels);
+}
+
+/** Draw several squares of `from` x `from` bytes, each `side` pixels wide, at their places of one picture. */
+export function paintSheet(canvas: HTMLCanvasElement, width: number, height: number, cells: { bytes: Uint8Array; x: number; y: number }[], from: number, side: number): void {
+  const ramp = rampOf('--up');
+  const nearest = Int32Array.from({ length: side }, (_, i) => Math.floor((i * from) / side));
+  const pixels = new Uint32Array(width * height);
+  for (const { bytes, x, y } of cells) {
+    for (let row = 0; row < side; row++) {
+      const [source, target] = [nearest[row]! * from, (y + row) * width + x];
+      for (let column = 0; column < side; column++) pixels[target + column] = ramp[bytes[source + nearest[column]!]!]!;
+    }
   }
   put(canvas, width, height, pixels);
 }
