@@ -31,7 +31,8 @@ def test_the_map_says_every_number_with_chance_beside_it(visit: Visit, site: Sit
     order = np.argsort([-value for value in columns["induction"]], kind="stable").tolist()
     for place, name in enumerate(_heads(site).head_names()):
         value, chance = (percent(columns[key][place]) if columns[key][place] else "0 %" for key in ("induction", "uniform_induction"))
-        assert f"head {name}: {value}, chance {chance}, rank" in said[place]
+        assert said[place].startswith(f"head {name}: {value} ")
+        assert f", chance {chance}, rank" in said[place]
     assert "rank 1 of 6" in said[order[0]]
     assert "mamba: no attention heads" in visit.page.locator(".grid tr.other").inner_text()
     assert ["resting" in text for text in said] == [a + b > 0.9 for a, b in zip(columns["first"], columns["self"], strict=True)]
