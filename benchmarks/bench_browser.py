@@ -256,7 +256,7 @@ def measure_pages(browser: Browser, address: str, name: str, repeat: int, search
 
 def measure_heads(browser: Browser, address: str, names: dict[int, str], repeat: int) -> list[Line]:
     """Draw what pages of attention heads draw; the unit is CPU of the page's main thread, all of it: script, layout, painting, garbage."""
-    found: dict[str, list[float]] = {key: [] for key in ("thumbs 12", "thumbs 20", "patterns", "script", "hover", "tokens", "tiles")}
+    found: dict[str, list[float]] = {key: [] for key in ("thumbs 12", "thumbs 20", "patterns", "script", "open", "hover", "tokens", "tiles")}
     for _ in range(repeat):
         for side in (12, 20):
             visit = Visit(browser)
@@ -272,8 +272,14 @@ def measure_heads(browser: Browser, address: str, names: dict[int, str], repeat:
             found[f"thumbs {side}"].append(cpu.read_ms() - before)
             visit.close()
         visit = Visit(browser)
-        visit.page.goto(f"{address}/#/{names[12]}/prompt/half?head=0.0", wait_until="networkidle")
+        visit.page.goto(f"{address}/#/{names[12]}/heads", wait_until="networkidle")
         cpu = _MainThread(visit)
+        before = cpu.read_ms()
+        visit.page.evaluate(f"location.hash = '#/{names[12]}/prompt/double?head=0.5'")
+        visit.page.wait_for_selector(".tokens [data-place='1300']")
+        _settle(visit)
+        found["open"].append(cpu.read_ms() - before)
+        visit.page.goto(f"{address}/#/{names[12]}/prompt/half?head=0.0", wait_until="networkidle")
         before, script = cpu.read_ms(), cpu.read_ms("ScriptDuration")
         for head in range(1, 12):
             visit.page.keyboard.press("l")
@@ -309,6 +315,7 @@ def measure_heads(browser: Browser, address: str, names: dict[int, str], repeat:
         Line("12 patterns of 512 x 512, one after the other: all of the page, tokens, table, layout and painting", found["patterns"], "ms CPU"),
         Line("144 thumbnails drawn anew", found["thumbs 12"], "ms CPU", 60),
         Line("400 thumbnails drawn anew", found["thumbs 20"], "ms CPU", 170),
+        Line("open a prompt of 2,048 tokens, of which 1,024 are written out, over 144 heads", found["open"], "ms CPU", 100),
         Line("hover a token of 512", found["hover"], "ms CPU", 16),
         Line("hover a token of 1,024 of 2,048", found["tokens"], "ms CPU", 16),
         Line("a level of a pattern of 8,192 tokens", found["tiles"], "ms CPU", 30),

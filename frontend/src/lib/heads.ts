@@ -222,7 +222,8 @@ export class Prompt {
     readonly tokens: number[],
     readonly heads: string[],
     private readonly offsets: ArrayBuffer,
-    private readonly columns: Float32Array,
+    /** Float16, read when a column is asked for: of many heads they are many. */
+    private readonly columns: Uint16Array,
     readonly thumbs: Uint8Array,
     private readonly read: (start: number, stop: number) => Promise<ArrayBuffer>,
     readonly targets: Targets | null = null,
@@ -246,7 +247,7 @@ export class Prompt {
     const at = this.facts.columns.indexOf(name);
     if (at < 0) return null;
     const start = (this.placeOf(head) * this.facts.columns.length + at) * this.n;
-    return this.columns.subarray(start, start + this.n);
+    return readHalves(this.columns.subarray(start, start + this.n));
   }
 
   /** What weights the queries of a head: of columns that belong to a target. */
@@ -383,5 +384,5 @@ async function joinPrompt(
   if (n !== facts.n_tokens || small.length !== nHeads * facts.thumb ** 2 || columns.byteLength !== 2 * nHeads * facts.columns.length * n) {
     throw new Problem(`The files of the prompt '${facts.name}' do not fit each other.`, REBUILD);
   }
-  return new Prompt(facts, said.tokens, said.heads, offsets, readHalves(columns), small, read, targets);
+  return new Prompt(facts, said.tokens, said.heads, offsets, new Uint16Array(columns), small, read, targets);
 }

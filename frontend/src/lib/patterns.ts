@@ -58,8 +58,7 @@ export const tilesOf = (n: number, bothWays: boolean): number => {
 };
 
 /** Little-endian float16 numbers; browsers have no array of these everywhere. */
-export function readHalves(data: ArrayBuffer): Float32Array {
-  const halves = new Uint16Array(data);
+export function readHalves(halves: Uint16Array): Float32Array {
   return Float32Array.from(halves, (half) => {
     const [sign, exponent, fraction] = [half >> 15 ? -1 : 1, (half >> 10) & 31, half & 1023];
     if (exponent === 0) return sign * fraction * 2 ** -24;
