@@ -256,7 +256,7 @@ def measure_pages(browser: Browser, address: str, name: str, repeat: int, search
 
 def measure_heads(browser: Browser, address: str, names: dict[int, str], repeat: int) -> list[Line]:
     """Draw what pages of attention heads draw; the unit is CPU of the page's main thread, all of it: script, layout, painting, garbage."""
-    found: dict[str, list[float]] = {key: [] for key in ("thumbs 12", "thumbs 20", "patterns", "script", "open", "hover", "tokens", "tiles")}
+    found: dict[str, list[float]] = {key: [] for key in ("thumbs 12", "thumbs 20", "patterns", "script", "open", "hover", "tokens", "tiles", "loop")}
     for _ in range(repeat):
         for side in (12, 20):
             visit = Visit(browser)
@@ -279,6 +279,9 @@ def measure_heads(browser: Browser, address: str, names: dict[int, str], repeat:
         visit.page.wait_for_selector(".tokens [data-place='1300']")
         _settle(visit)
         found["open"].append(cpu.read_ms() - before)
+        before = cpu.read_ms()
+        visit.page.evaluate("() => { let sum = 0; for (let i = 0; i < 2e7; i++) sum += Math.sqrt(i % 1024); return sum; }")
+        found["loop"].append(cpu.read_ms() - before)
         visit.page.goto(f"{address}/#/{names[12]}/prompt/half?head=0.0", wait_until="networkidle")
         before, script = cpu.read_ms(), cpu.read_ms("ScriptDuration")
         for head in range(1, 12):
@@ -319,6 +322,7 @@ def measure_heads(browser: Browser, address: str, names: dict[int, str], repeat:
         Line("hover a token of 512", found["hover"], "ms CPU", 16),
         Line("hover a token of 1,024 of 2,048", found["tokens"], "ms CPU", 16),
         Line("a level of a pattern of 8,192 tokens", found["tiles"], "ms CPU", 30),
+        Line("for comparison of runs: 20 million square roots", found["loop"], "ms CPU"),
     ]
 
 

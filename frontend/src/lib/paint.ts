@@ -22,13 +22,16 @@ function put(canvas: HTMLCanvasElement, width: number, height: number, pixels: U
   canvas.getContext('2d', { willReadFrequently: true })!.putImageData(new ImageData(new Uint8ClampedArray(pixels.buffer), width, height), 0, 0);
 }
 
-/** Draw bytes, each as strongly as `strengthOf` says, from 0 to 1. */
-export function paintBytes(canvas: HTMLCanvasElement, width: number, height: number, bytes: Uint8Array, strengthOf: (byte: number) => number): void {
+/** Draw a square of bytes, each as strongly as `strengthOf` says, from 0 to 1; of a triangle the lower half alone. */
+export function paintBytes(canvas: HTMLCanvasElement, side: number, bytes: Uint8Array, isTriangle: boolean, strengthOf: (byte: number) => number): void {
   const ramp = rampOf('--up');
   const colours = Uint32Array.from({ length: 256 }, (_, byte) => ramp[Math.round(255 * strengthOf(byte))]!);
-  const pixels = new Uint32Array(width * height);
-  for (let i = 0; i < pixels.length; i++) pixels[i] = colours[bytes[i]!]!;
-  put(canvas, width, height, pixels);
+  const pixels = new Uint32Array(side * side);
+  for (let row = 0; row < side; row++) {
+    const stop = row * side + (isTriangle ? row + 1 : side);
+    for (let i = row * side; i < stop; i++) pixels[i] = colours[bytes[i]!]!;
+  }
+  put(canvas, side, side, pixels);
 }
 
 /** Draw strengths from -1 to 1, asked for by place, row by row. */
