@@ -103,7 +103,8 @@ def test_what_goes_wrong_is_said_on_the_page(server: ModelServer, site: Site, un
 def test_without_a_model_the_page_says_why(site: Site, visit: Visit, tmp_path) -> None:
     """On a server without one, and on a host of files."""
     visit.open(site.page_of(site.heads, "/live"), "[role=status]")
-    assert visit.page.get_by_role("status").inner_text() == "This server has no model. Start `interp serve` with --model and the name of invented."
+    said = "This server has no model. Start `interp serve` with --model invented, by its name or its folder."
+    assert visit.page.get_by_role("status").inner_text() == said
     assert visit.page.get_by_label("Text").is_disabled()
     export_site([place for place in list_bundles(site.store) if place.name == site.heads], open_store(str(tmp_path)))
     with serve_files(tmp_path) as address:

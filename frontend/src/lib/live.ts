@@ -20,7 +20,7 @@ const last = (name: string): string => name.split(/[/\\:]/).at(-1) ?? name;
 
 /** The model of these heads, or why there is none. */
 export async function findModel(heads: Heads): Promise<ServedModel | string> {
-  const start = `Start \`interp serve\` with --model and the name of ${heads.model.name}.`;
+  const start = `Start \`interp serve\` with --model ${heads.model.name}, by its name or its folder.`;
   const site = await getSite();
   if (site.mode === 'static') return `This site is files only: a text of one's own needs a server with the model. ${start}`;
   if (!site.models) return `This server has no model. ${start}`;
