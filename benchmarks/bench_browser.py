@@ -4,6 +4,7 @@
     python benchmarks/bench_browser.py --features 10000000 --root /data  the size of the goals; the bundle is made once (2 minutes, 3 GB) and kept
     python benchmarks/bench_browser.py --features 10000000 --root /data --s3    the same files from SeaweedFS on this machine
     python benchmarks/bench_browser.py --features 10000000 --root /data --static    the same files from a plain file server with ranges
+    python benchmarks/bench_browser.py --heads                           pages of attention heads: CPU of the page's main thread, within 90 s
     python benchmarks/bench_browser.py --steer                           the panel Steer on the demo's data (`make demo SERVE=0` makes them): seconds
 
 Sketch before code: a page of an unfiltered list is 0.4 kB of an order and 100 rows of 76 bytes. A filter reads its column and the order, 80 MB at
@@ -255,6 +256,91 @@ def measure_pages(browser: Browser, address: str, name: str, repeat: int, search
     ]
 
 
+def measure_heads(browser: Browser, address: str, names: dict[int, str], repeat: int) -> list[Line]:
+    """Draw what pages of attention heads draw; the unit is CPU of the page's main thread, all of it: script, layout, painting, garbage."""
+    found: dict[str, list[float]] = {key: [] for key in ("thumbs 12", "thumbs 20", "patterns", "script", "open", "hover", "tokens", "tiles", "loop")}
+    for _ in range(repeat):
+        for side in (12, 20):
+            visit = Visit(browser)
+            visit.page.goto(f"{address}/#/{names[side]}/heads", wait_until="networkidle")
+            cpu = _MainThread(visit)
+            count = f"document.querySelectorAll('.layer button').length === {side * side} && document.querySelector('.reading tbody tr') !== null"
+            visit.page.set_viewport_size({"width": 1280, "height": 4000})  # all of them in view
+            visit.timed(lambda visit=visit, side=side: visit.page.evaluate(f"location.hash = '#/{names[side]}/prompt/short'"), count)
+            _settle(visit)
+            before = cpu.read_ms()
+            visit.page.evaluate("document.documentElement.dataset.theme === 'dark' ? 0 : document.querySelector('[title^=Light]').click()")
+            visit.page.wait_for_timeout(300)
+            found[f"thumbs {side}"].append(cpu.read_ms() - before)
+            visit.close()
+        visit = Visit(browser)
+        visit.page.goto(f"{address}/#/{names[12]}/heads", wait_until="networkidle")
+        cpu = _MainThread(visit)
+        before = cpu.read_ms()
+        visit.page.evaluate(f"location.hash = '#/{names[12]}/prompt/double?head=0.5'")
+        visit.page.wait_for_selector(".tokens [data-place='1300']")
+        _settle(visit)
+        found["open"].append(cpu.read_ms() - before)
+        before = cpu.read_ms()
+        visit.page.evaluate("() => { let sum = 0; for (let i = 0; i < 2e7; i++) sum += Math.sqrt(i % 1024); return sum; }")
+        found["loop"].append(cpu.read_ms() - before)
+        visit.page.goto(f"{address}/#/{names[12]}/prompt/half?head=0.0", wait_until="networkidle")
+        before, script = cpu.read_ms(), cpu.read_ms("ScriptDuration")
+        for head in range(1, 12):
+            visit.page.keyboard.press("l")
+            visit.timed(lambda: None, f"document.querySelector('.frame canvas')?.getAttribute('aria-label')?.includes('head 0.{head}:') && true")
+        _settle(visit)
+        found["patterns"].append((cpu.read_ms() - before) * 12 / 11)
+        found["script"].append((cpu.read_ms("ScriptDuration") - script) * 12 / 11)
+        for path, key in (("half", "hover"), ("double", "tokens")):
+            visit.page.goto(f"{address}/#/{names[12]}/prompt/{path}?head=0.5", wait_until="networkidle")
+            visit.page.wait_for_selector(".tokens [data-place='300'], .tokens [data-place='1300']")
+            visit.page.wait_for_timeout(300)
+            spans = visit.page.locator(".tokens span[data-place]")
+            n = spans.count()
+            boxes = [spans.nth(i).bounding_box() for i in range(0, min(n, 240), 12)]
+            before = cpu.read_ms()
+            for box in filter(None, boxes):
+                visit.page.mouse.move(box["x"] + 2, box["y"] + 4)
+                visit.page.wait_for_timeout(30)
+            found[key].append((cpu.read_ms() - before) / len(boxes))
+        visit.close()
+        visit = Visit(browser)
+        visit.page.goto(f"{address}/#/{names[1]}/prompt/long?head=0.0&q=8000&k=7990", wait_until="networkidle")
+        visit.page.wait_for_selector(".frame canvas[data-level='5']")
+        cpu = _MainThread(visit)
+        before = cpu.read_ms()
+        visit.page.keyboard.press("+")
+        visit.page.wait_for_selector(".frame canvas[data-level='4']")
+        _settle(visit)
+        found["tiles"].append(cpu.read_ms() - before)
+        visit.close()
+    return [
+        Line("12 patterns of 512 x 512, one after the other: scripts", found["script"], "ms CPU", 60),
+        Line("12 patterns of 512 x 512, one after the other: all of the page, tokens, table, layout and painting", found["patterns"], "ms CPU"),
+        Line("144 thumbnails drawn anew", found["thumbs 12"], "ms CPU", 60),
+        Line("400 thumbnails drawn anew", found["thumbs 20"], "ms CPU", 170),
+        Line("open a prompt of 2,048 tokens, of which 1,024 are written out, over 144 heads", found["open"], "ms CPU", 100),
+        Line("hover a token of 512", found["hover"], "ms CPU", 16),
+        Line("hover a token of 1,024 of 2,048", found["tokens"], "ms CPU", 16),
+        Line("a level of a pattern of 8,192 tokens", found["tiles"], "ms CPU", 30),
+        Line("for comparison of runs: 20 million square roots", found["loop"], "ms CPU"),
+    ]
+
+
+class _MainThread:
+    """CPU of a page's main thread."""
+
+    def __init__(self, visit: Visit) -> None:
+        self._session = visit.context.new_cdp_session(visit.page)
+        self._session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def read_ms(self, of: str = "TaskDuration") -> float:
+        """Return it so far, in milliseconds; of scripts alone, `ScriptDuration`."""
+        metrics = {metric["name"]: metric["value"] for metric in self._session.send("Performance.getMetrics")["metrics"]}
+        return 1000 * metrics[of]
+
+
 WRITE = """() => new Promise((done) => {
     const [start, seen] = [performance.now(), {}];
     document.querySelector('section[aria-label=Steer] button.run').click();
@@ -365,6 +451,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one visit")
     parser.add_argument("--s3", action="store_true", help="serve the same files from SeaweedFS")
     parser.add_argument("--static", action="store_true", help="serve the same files from a plain file server with ranges, without `interp serve`")
+    parser.add_argument("--heads", action="store_true", help="pages of attention heads instead")
     parser.add_argument(
         "--steer", action="store_true", help="measure the panel Steer alone, with the demo's data under INTERP_ROOT and the shipped model"
     )
@@ -380,6 +467,8 @@ def main() -> int:
     sys.path.insert(0, SUPPORT)
     from scale_bundle import build_scale_bundle  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - tests/support is no package
 
+    if options.heads:
+        return _main_heads(options.repeat)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.root or Path(temporary)) / f"features-{options.features}"
         start = time.perf_counter()
@@ -412,6 +501,21 @@ def main() -> int:
         finally:
             if s3:
                 s3.stop()
+    return 0
+
+
+def _main_heads(repeat: int) -> int:
+    from synthetic_heads import build_many_heads  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - tests/support is no package
+
+    with tempfile.TemporaryDirectory() as temporary:
+        store = open_store(temporary)
+        prompts = {12: {"short": 64, "half": 512, "double": 2048}, 20: {"short": 64}, 1: {"long": 8192}}
+        names = {side: build_many_heads(store, side=side, prompts=each).ref.path.rsplit("/", 1)[-1] for side, each in prompts.items()}
+        with sync_playwright() as driver, serving([temporary], {}) as server:
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+            for line in measure_heads(browser, server.address, names, repeat):
+                line.show({"cores": os.cpu_count()})
+            browser.close()
     return 0
 
 

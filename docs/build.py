@@ -46,7 +46,7 @@ ROOMS: Final = {
     "interp_assets/corpus/": "Text becomes a plan of shards, and token shards",
     "interp_assets/garcon/steering/": "Texts written while a model is edited: recipes, strengths with units, decoding, what every edit did",
     "interp_assets/garcon/remote/": "A model on a server: messages, limits, traces that share a forward, and the client",
-    "interp_assets/garcon/patterns/": "Patterns of attention become bytes, tiles, and a page of a notebook",
+    "interp_assets/garcon/patterns/": "Patterns of attention become bytes, a page of a notebook, and sums of what each edge adds",
     "interp_assets/garcon/": "The subject model: its named hook points and its tokenizer; the only code that knows a transformer's inside",
     "interp_assets/planning/": "What will be, before anything runs: configuration, plan, an asset's record, road, forecast, costs; knows no stage",
     "interp_assets/storage/": "Bytes that can be trusted: stores, manifests, tensors in files, verification",

@@ -9,7 +9,7 @@
     run.mixed("resid_post.8")[:4096]
     run.table(); run.table(over="seed"); run.curves(); run.sql("select name, fvu from saes")  # all SAEs, what became of each, its learning curve
     run.sae("l8").encode(run.rows("resid_post.8", 1000)); run.features("l8"); run.feature("l8", 1234)
-    run.heads(); run.head("5.3"); llm.attention("a text")
+    run.heads(); run.head("5.3"); llm.attention("a text"); lab.attention(patterns, tokens)
 
     @lab.architecture(kind="relu")  # in a file of its own, which a configuration names: see docs/howto.md
     def mine(w, x, y, step, *, p: float = 0.5): return lab.Terms(y_hat, latents=f, penalty=...)
@@ -19,7 +19,7 @@ Importing this module loads neither torch nor transformers nor a web framework: 
 
 import io
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate
@@ -66,6 +66,28 @@ def load(
     """
     config = ModelConfig.model_validate({"name": name, "dtype": dtype, "revision": revision})
     return _load_model(config, ExecutionConfig.model_validate({"device": device}), device_map)
+
+
+def attention(
+    patterns: "NDArray[np.floating] | Tensor | Mapping[int, NDArray[np.floating]]", tokens: Sequence[str], *, weights: bool = False
+) -> "interp_assets.garcon.patterns.view.Attention":
+    """Show patterns of one's own, [queries, keys] with heads and layers before these where there are some, or layers mapped to their heads' patterns.
+
+    Of a model's own heads, `llm.attention(text)`. Raises `InputError` for another shape, and for rows that do not sum to one unless `weights`.
+    """
+    import numpy as np  # noqa: PLC0415 - only when asked for
+
+    from interp_assets.garcon.patterns.view import Attention  # noqa: PLC0415 - brings torch
+
+    if isinstance(patterns, Mapping):
+        return Attention(patterns, tokens, weights=weights)
+    if hasattr(patterns, "detach"):
+        patterns = patterns.detach().float().cpu()  # pyright: ignore[reportAttributeAccessIssue] - a tensor's
+    given = np.asarray(patterns)
+    if not 2 <= given.ndim <= 4:
+        raise InputError(f"Patterns are [queries, keys], with heads before and layers before these; found an array of shape {list(given.shape)}.")
+    given = given.reshape((1,) * (4 - given.ndim) + given.shape)
+    return Attention(dict(enumerate(given)), tokens, weights=weights)
 
 
 def connect(url: str, model: str, *, token: str | None = None) -> "interp_assets.garcon.session.Model":

@@ -142,6 +142,15 @@ def list_attention(net: PreTrainedModel) -> list[AttentionLayer]:
     return found
 
 
+def list_other_layers(net: PreTrainedModel) -> dict[int, str]:
+    """Name what stands in the layers that do not attend, such as `mamba` or `linear attention`. Raises as `list_attention` does."""
+    config = net.config.get_text_config()
+    attending = {layer.layer for layer in list_attention(net)}
+    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or []
+    others = (layer for layer in range(_n_layers(net)) if layer not in attending)
+    return {layer: str(kinds[layer]).replace("_", " ") if layer < len(kinds) else "no attention" for layer in others}
+
+
 def runs_together(net: PreTrainedModel) -> bool:
     """Tell whether a context's bits are the same whatever others run beside it in batches of one size; not known of mixtures of experts."""
     adapter = find_adapter(net.config)

@@ -18,7 +18,7 @@ from interp_assets.planning.config import ModelConfig
 from interp_assets.planning.hook_names import alias_of
 from interp_assets.storage.seen import SeenFiles
 
-_VERSION: Final = 3
+_VERSION: Final = 4
 """Raise it when a number is found in another way."""
 
 
@@ -42,6 +42,8 @@ class ModelFacts(BaseModel):
     n_parameters: int
     heads: dict[int, int]
     """Number of heads of each layer that attends; nothing where heads cannot be shown."""
+    other_layers: dict[int, str]
+    """What stands in each layer that does not attend, beside layers that do."""
     heads_refused: str
     """Why heads cannot be shown; empty where they can."""
 
@@ -58,16 +60,17 @@ def find_facts(model: ModelConfig, hook_points: Sequence[str], seen: SeenFiles) 
 
 
 def _measure(model: ModelConfig, hook_points: Sequence[str], model_fingerprint: str, tokenizer_fingerprint: str) -> ModelFacts:
-    from interp_assets.garcon.attention import list_attention  # noqa: PLC0415 - takes PyTorch and transformers
+    from interp_assets.garcon.attention import list_attention, list_other_layers  # noqa: PLC0415 - takes PyTorch and transformers
     from interp_assets.garcon.points import find_point  # noqa: PLC0415 - as above
     from interp_assets.garcon.subject import make_meta_model  # noqa: PLC0415 - as above
     from interp_assets.garcon.tokenizer import load_tokenizer  # noqa: PLC0415
 
     subject, tokenizer = make_meta_model(model), load_tokenizer(model)
     aliases = {hook_point: find_point(subject.net, hook_point).alias for hook_point in hook_points}
-    heads, refused = {}, ""
+    heads, others, refused = {}, {}, ""
     try:
         heads = {layer.layer: layer.n_heads for layer in list_attention(subject.net)}
+        others = list_other_layers(subject.net)
     except InputError as error:
         refused = str(error)
     return ModelFacts(
@@ -82,5 +85,6 @@ def _measure(model: ModelConfig, hook_points: Sequence[str], model_fingerprint: 
         is_causal=subject.is_causal,
         n_parameters=sum(weight.numel() for weight in subject.net.parameters()),
         heads=heads,
+        other_layers=others,
         heads_refused=refused,
     )

@@ -25,6 +25,7 @@ err = Console(stderr=True, highlight=False)
 labels_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Labels of features: import them beside a bundle.")
 NOTES: Final = "feature-notes"
 SITE: Final = "site"
+HEADVIS: Final = "headvis"
 SAE_FORMATS: Final = ("saelens", "sparsify", "dictionary_learning")
 """What `train/exchange/folders.py` writes; named here, because importing it takes seconds."""
 
@@ -39,7 +40,8 @@ def export(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help="Of a bundle: site, neuronpedia, saedashboard or attribution-graph. Of an SAE: saelens, sparsify or dictionary_learning.",
+            help="Of a bundle: site, neuronpedia, saedashboard, attribution-graph, or headvis of attention heads. Of an SAE: saelens, sparsify or "
+            "dictionary_learning.",
         ),
     ],
     target: Annotated[str, typer.Argument(metavar="TO", help="Folder or s3:// address to write into.")],
@@ -63,8 +65,11 @@ def export(
             )
         _export_sae(format_name, target, config, sae)
         return
-    if format_name not in (SITE, *FORMATS):
-        raise InputError(f"No export format is called {format_name!r}; there are {', '.join([SITE, *sorted(FORMATS), *SAE_FORMATS])}.")
+    if format_name not in (SITE, HEADVIS, *FORMATS):
+        raise InputError(f"No export format is called {format_name!r}; there are {', '.join([SITE, HEADVIS, *sorted(FORMATS), *SAE_FORMATS])}.")
+    if format_name == HEADVIS:
+        _export_heads(_find(bundle, config), target)
+        return
     if format_name == SITE:
         compared = find_compared_saes(None if bundle else _load(config))
         places = find_served_bundles(bundle, _load(config), is_needed=not compared)
@@ -78,6 +83,26 @@ def export(
     dead = f"; {format_count(done.n_dead, 'dead feature')} left out" if done.n_dead else ""
     counted = f"{format_count(done.n_features, 'feature')} in {format_count(done.n_files, 'file')}, {format_bytes(done.n_bytes)}"
     out.print(f"{counted}, in {target}{dead}.", soft_wrap=True, markup=False)
+
+
+def _export_heads(places: "Sequence[BundlePlace]", target: str) -> None:
+    from interp_assets.planning.progress import format_bytes
+    from interp_assets.storage.store import open_store
+    from interp_assets.terminal.console import format_count
+    from interp_assets.web.headvis import export_headvis
+    from interp_assets.web.opened import OpenAttention, open_any
+
+    found = [each for each in map(open_any, places) if isinstance(each, OpenAttention)]
+    if not found:
+        raise InputError(
+            f"There is no bundle of attention heads at {places[0].store.url}. Materialize `attention_browser`, or name it with --bundle."
+        )
+    newest = max(found, key=lambda each: each.manifest.created)
+    if len({each.description["pipeline"] for each in found}) > 1:
+        raise InputError(f"There are {len(found)} bundles of heads: {', '.join(each.where for each in found)}. Name one with --bundle.")
+    done = export_headvis(newest, open_store(target))
+    counted = f"{format_count(done.n_heads, 'head')} in {format_count(done.n_files, 'file')}, {format_bytes(done.n_bytes)}"
+    out.print(f"{counted}, in {target}.", soft_wrap=True, markup=False)
 
 
 def _export_sae(format_name: str, target: str, config_path: Path | None, name: str | None) -> None:

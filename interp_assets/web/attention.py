@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from interp_assets.errors import ArtifactCorruptError
-from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, head_shards, heads_of, prompt_ref, records_ref
+from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, head_shards, heads_of, model_heads, prompt_ref, records_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, read_file, timed
@@ -67,6 +67,7 @@ def build_attention_bundle(pipeline: Pipeline, store: Store, tokenizer: Any, *, 
     description = {
         **_describe(pipeline),
         "layers": [{"layer": layer, "n_heads": facts[layer]["n_heads"], **{key: facts[layer][key] for key in _LIMITS}} for layer in layers],
+        **_describe_others(pipeline),
         "heads": columns,
         "prompts": [_describe_prompt(name, files) for name, files in kept],
     }
@@ -112,6 +113,12 @@ def _describe(pipeline: Pipeline) -> dict[str, Any]:
         "evidence": heads_of(pipeline).model_dump(exclude={"layers", "prompts", "max_shards"}),
         "records": {"version": HEAD_RECORD_VERSION},
     }
+
+
+def _describe_others(pipeline: Pipeline) -> dict[str, Any]:
+    """Name the layers that do not attend; nothing of a model whose layers all do."""
+    others = model_heads(pipeline).other_layers
+    return {"other_layers": [{"layer": layer, "kind": kind} for layer, kind in others.items()]} if others else {}
 
 
 def _describe_prompt(name: str, files: Mapping[str, bytes]) -> dict[str, Any]:

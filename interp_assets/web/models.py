@@ -13,6 +13,7 @@
     GET    /api/jobs/{job}                    how far it is; `wait=`: seconds to wait for its end. `/result`: its answer. DELETE: end it
     GET    /api/kept/{digest}                 a tensor that was kept, as a file of one tensor; by Range
     GET    /api/models/{m}/weights/{name}     a weight likewise; `head=`
+    POST   /api/models/{m}/attention, /cut, /cuts    heads over a text of one's own, and without some of them: `attention_live.py`
 
 Messages are `garcon/remote/message.py`'s; `guard.py` bounds their length. All else is checked here before anything is run: `garcon/remote/limits.py`.
 Errors are JSON: status, what, do, the error's class, and operation and point where they are known. Logs hold no text of anybody's.
@@ -57,6 +58,7 @@ from interp_assets.garcon.remote.limits import Limits, answer_bytes, check_answe
 from interp_assets.garcon.remote.message import FILE, LINES, MAX_TEXT, Asking, dump_generated, pack, pack_answer, pack_cells, pack_reduced, read_plan
 from interp_assets.garcon.steering.decode import stream_tokens
 from interp_assets.garcon.sweep import begin_sweep
+from interp_assets.web.attention_live import ATTENTION, BYTES, read_asked
 from interp_assets.web.files import parse_range
 from interp_assets.web.kept import NAMELESS, KeptTensors
 
@@ -136,6 +138,8 @@ class Models:
         app.get(f"{one}/strength")(_answered(self.strength))
         app.post(f"{one}/sweep")(_answered(self.sweep))
         app.post(f"{one}/reduce")(_answered(self.reduce))
+        for path, looking in ATTENTION.items():
+            app.post(f"{one}/{path}")(_answered(self._looking(*looking)))
         app.get(f"{one}/weights/{{weight:path}}")(_answered(self.read_weight))
         app.delete("/api/runs/{id}")(_answered(self.cancel))
         app.get("/api/jobs/{job}")(_answered(self.follow))
@@ -241,6 +245,23 @@ class Models:
             raise TooLargeError(f"A text has {longest:,} tokens; at most {self._limits.tokens:,} are run at once. Cut it.")
         steps = _reduce(reduce_steps(served.backend.subject, plan), sum(map(len, plan.rows)))
         return self._begin(user, served, steps, pack_reduced)
+
+    def _looking(self, kind: type[BaseModel], begin: Callable[..., Steps]) -> Callable[..., Awaitable[Response]]:
+        """Return a route that gets in line with a job of attention, and sends what it returns."""
+
+        async def look(name: str, request: Request) -> Response:
+            served, user = self.find(name), _user_of(request)
+            asked = read_asked(kind, await _read_body(request, MAX_TEXT))
+
+            def prepare() -> Steps:
+                with self._tokenizing:
+                    return begin(served.backend, asked, self._limits)
+
+            steps = await run_in_threadpool(prepare)
+            found = await _wait(request, _Job(user, served.thread, served.thread.start(user, steps)))
+            return _send(found, kind=BYTES) if isinstance(found, list) else JSONResponse(found)
+
+        return look
 
     def _begin(self, user: str, served: Served, steps: Steps, pack_result: Callable[[Any], list[bytes | memoryview]]) -> Response:
         job = secrets.token_hex(12)
@@ -368,12 +389,9 @@ class Models:
 
         def stay(tensors: Mapping[str, Tensor]) -> dict[str, Kept]:
             names = self._kept.keep(user, tensors.values())
-            return {name: Kept(kept, None, self._never) for name, kept in zip(tensors, names, strict=True)}
+            return {name: Kept(kept, None, _never) for name, kept in zip(tensors, names, strict=True)}
 
         return pack_answer(Answer(stay(answer.tensors), {name: stay(found) for name, found in answer.derivatives.items()}, answer.batch))
-
-    def _never(self, name: Any) -> Tensor:
-        raise NotImplementedError(name)
 
     def _drop_old_jobs(self) -> None:
         """Forget results that nobody fetched for as long as answers are kept."""
@@ -424,7 +442,7 @@ async def _read_body(request: Request, most: int | None) -> bytearray:
     return body
 
 
-async def _wait(request: Request, job: _Job) -> Answer:
+async def _wait(request: Request, job: _Job) -> Any:
     """Wait for an answer, and take the request back when its client goes away."""
     answer = asyncio.wrap_future(job.ticket.future)
     gone = asyncio.ensure_future(_leave(request))
@@ -436,6 +454,10 @@ async def _wait(request: Request, job: _Job) -> Answer:
     finally:
         job.thread.cancel(job.ticket)
         gone.cancel()
+
+
+def _never(name: Any) -> Tensor:
+    raise NotImplementedError(name)
 
 
 async def _leave(request: Request) -> None:
@@ -478,7 +500,7 @@ async def _stream_lines(first: bytes | None, come: "asyncio.Queue[bytes | None]"
         job.thread.cancel(job.ticket)
 
 
-def _send(pieces: Sequence[bytes | memoryview], wanted: str | None = None) -> Response:
+def _send(pieces: Sequence[bytes | memoryview], wanted: str | None = None, *, kind: str = FILE) -> Response:
     """Answer with a file, or with the range of it that is wanted."""
     total = sum(map(len, pieces))
     headers = {"accept-ranges": "bytes", "cache-control": "no-store"}
@@ -492,8 +514,8 @@ def _send(pieces: Sequence[bytes | memoryview], wanted: str | None = None) -> Re
     headers["content-length"] = str(n_bytes)
     status = 206 if span else 200
     if n_bytes <= _PIECE:
-        return Response(b"".join(_cut(pieces, start, n_bytes)), status_code=status, headers=headers, media_type=FILE)
-    return StreamingResponse(_stream(pieces, start, n_bytes), status_code=status, headers=headers, media_type=FILE)
+        return Response(b"".join(_cut(pieces, start, n_bytes)), status_code=status, headers=headers, media_type=kind)
+    return StreamingResponse(_stream(pieces, start, n_bytes), status_code=status, headers=headers, media_type=kind)
 
 
 def _cut(pieces: Sequence[bytes | memoryview], start: int, n_bytes: int) -> list[memoryview]:

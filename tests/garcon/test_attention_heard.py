@@ -6,10 +6,20 @@ import pytest
 import torch
 from tiny_models import ATTENDING_CONFIGS, CONTEXT, INSIDE, VOCABULARY, make_net
 from torch import Tensor
-from transformers import AutoModel, FalconConfig, MambaConfig, PreTrainedModel, T5Config, T5Model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    FalconConfig,
+    JambaConfig,
+    MambaConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    T5Config,
+    T5Model,
+)
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.attention import Attended, attention_heard, gram, list_attention
+from interp_assets.garcon.attention import Attended, attention_heard, gram, list_attention, list_other_layers
 from interp_assets.garcon.subject import SubjectModel
 
 HEARD = [kind for kind in (*INSIDE, *ATTENDING_CONFIGS) if kind != "gpt_neo"]
@@ -103,6 +113,22 @@ def test_windows_are_told_by_layer() -> None:
     assert seen is not None
     assert seen[0].nonzero()[:, 0].tolist() == [6, 7, 8, 9]
     assert heard[0].sinks is not None
+
+
+def test_layers_that_do_not_attend_are_named() -> None:
+    """A map with layers 1 and 3 alone would look like a model that was cut."""
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}
+    linear = Qwen3NextConfig(**sizes, head_dim=8, layer_types=["linear_attention", "full_attention"] * 2, num_experts=2, moe_intermediate_size=8)
+    state_space = JambaConfig(**sizes, attn_layer_period=2, attn_layer_offset=0, num_experts=2)
+    for config, attending, others in (
+        (linear, [1, 3], {0: "linear attention", 2: "linear attention"}),
+        (state_space, [0, 2], {1: "mamba", 3: "mamba"}),
+    ):
+        with torch.device("meta"):
+            net = AutoModelForCausalLM.from_config(config)
+        assert [layer.layer for layer in list_attention(SubjectModel(net).net)] == attending
+        assert list_other_layers(net) == others
+    assert list_other_layers(SubjectModel(make_net("gpt2")).net) == {}
 
 
 def test_a_model_whose_heads_cannot_be_heard_is_refused_with_the_reason() -> None:

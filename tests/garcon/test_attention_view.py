@@ -12,6 +12,7 @@ import torch
 from chromium import Visit, run_chromium
 from tiny_models import CONTEXT, make_net, make_subject, make_tokenizer
 
+from interp_assets import lab
 from interp_assets.errors import InputError
 from interp_assets.garcon.patterns import view
 from interp_assets.garcon.patterns.codec import quantize, unpack_triangle
@@ -89,6 +90,24 @@ def test_what_cannot_be_shown_says_why(model: Model) -> None:
     long = model.attention([5] * (CONTEXT + 9))
     assert long.note == f"Cut to the {CONTEXT} tokens that the model takes, of {CONTEXT + 9}."
     assert len(long.tokens) == CONTEXT
+
+
+def test_patterns_of_ones_own_are_shown() -> None:
+    """From another library, as arrays or tensors, with or without heads and layers."""
+    tokens, square = ["a", "b"], np.array([[1.0, 0.0], [0.25, 0.75]])
+    assert lab.attention(square, tokens).heads() == ["0.0"]
+    assert lab.attention(torch.from_numpy(np.stack([square] * 3)).bfloat16(), tokens).heads() == ["0.0", "0.1", "0.2"]
+    found = lab.attention(np.stack([[square, square]] * 2), tokens)
+    assert found.heads() == ["0.0", "0.1", "1.0", "1.1"]
+    assert found.table("1.1", 1)["mass"].to_list() == [0.75, 0.25]
+    assert lab.attention({7: square[None]}, tokens)._repr_html_().startswith("<iframe sandbox")
+    with pytest.raises(InputError, match=r"shape \[2\]"):
+        lab.attention(square[0], tokens)
+    with pytest.raises(InputError, match=r"\[\.\.\., 3, 3\]; found"):
+        lab.attention(square, ["a", "b", "c"])
+    with pytest.raises(InputError, match=r"sums to 2\.0000, not 1"):
+        lab.attention(2 * square, tokens)
+    assert lab.attention(2 * square, tokens, weights=True).pattern("0.0")[0, 0] == 2.0
 
 
 @pytest.mark.browser

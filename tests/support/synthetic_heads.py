@@ -16,8 +16,9 @@ from synthetic_bundle import InventedText, make_text
 
 from interp_assets.compute.seeds import stream
 from interp_assets.garcon.patterns.codec import LONG, quantize, shrink
+from interp_assets.garcon.patterns.view import Attention
 from interp_assets.harvest.heads.patterns import TOP_KEYS
-from interp_assets.harvest.heads.prompts import FILES, THUMB, pack_prompt_pattern
+from interp_assets.harvest.heads.prompts import FILES, THUMB, pack_prompt, pack_prompt_pattern
 from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION
 from interp_assets.harvest.heads.statistics import CHANCES, MEANS
 from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, make_ref
@@ -57,6 +58,7 @@ def build_synthetic_heads(store: Store, *, seed: int = 0, label: str = "attentio
         "evidence": {"top_k": _TOP, "n_intervals": 2, "examples_per_interval": 2, "key_tokens": 80},
         "records": {"version": HEAD_RECORD_VERSION},
         "layers": [{"layer": 0, **limits}, {"layer": 1, **limits, "window": 32}],
+        "other_layers": [{"layer": 2, "kind": "mamba"}],
         "heads": columns,
         "prompts": [{"name": name, **_describe_prompt(files)} for name, files in prompts],
     }
@@ -65,6 +67,43 @@ def build_synthetic_heads(store: Store, *, seed: int = 0, label: str = "attentio
         write_attention_bundle(art, AttentionContent(described, packed, prompts, text.vocabulary))
     assert art.manifest
     return Produced(ref, art.manifest, is_cached=False)
+
+
+def build_many_heads(store: Store, *, side: int, prompts: dict[str, int], seed: int = 0) -> Produced:
+    """Write a bundle of `side` layers of as many heads, the six kinds again and again, over prompts of so many tokens: for measurements."""
+    ref = make_ref(KIND, FOLDER, identity={"many": side, "seed": seed, "prompts": prompts}, inputs={}, label=f"heads-{side}")
+    if existing := find_manifest(store, ref):
+        return Produced(ref, existing, is_cached=True)
+    text = make_text(seed, 24)
+    kinds = KINDS if side * side >= len(KINDS) else ("uniform",)
+    base = [_make_record(text, seed, KINDS.index(kind)) for kind in kinds]
+    records = [{**base[place % len(kinds)], "layer": place // side, "head": place % side} for place in range(side * side)]
+    columns: dict[str, list[Any]] = {name: [each[name] for each in records] for name in ("layer", "head", "rows")}
+    columns |= {name: [each["statistics"][name] for each in records] for name in MEANS}
+    columns |= {name: [each["chance"][name.removeprefix("uniform_")] for each in records] for name in CHANCES}
+    files = []
+    for name, n_tokens in prompts.items():
+        row = np.resize(text.token_ids, n_tokens)
+        patterns = np.stack([make_pattern(kind, row, seed).astype(np.float32) for kind in kinds])
+        layers = {layer: patterns[(layer * side + np.arange(side)) % len(kinds)] for layer in range(side)}
+        lengths = {layer: np.ones((side, 2, n_tokens), np.float32) for layer in layers}
+        files.append((name, pack_prompt(Attention(layers, [""] * n_tokens, weights=True, lengths=lengths), row.tolist(), both_ways=False)))
+    limits = {"n_heads": side, "n_key_heads": side, "window": None, "softcap": None, "has_sinks": False}
+    described = {
+        "is_synthetic": True,
+        "pipeline": "synthetic",
+        "model": {"name": "invented", "revision": "main", "fingerprint": "00"},
+        "corpus": {"source": "invented", "n_shards": 1, "context_length": _CONTEXT},
+        "evidence": {"top_k": _TOP, "n_intervals": 2, "examples_per_interval": 2, "key_tokens": 80},
+        "records": {"version": HEAD_RECORD_VERSION},
+        "layers": [{"layer": layer, **limits} for layer in range(side)],
+        "heads": columns,
+        "prompts": [{"name": name, **_describe_prompt(found)} for name, found in files],
+    }
+    packed = (gzip.compress(json.dumps(record).encode(), 1, mtime=0) for record in records)
+    with create_artifact(store, ref) as art:
+        write_attention_bundle(art, AttentionContent(described, packed, files, text.vocabulary))
+    return art.produced
 
 
 def make_pattern(kind: str, tokens: NDArray[np.int64], seed: int = 0) -> NDArray[np.float64]:

@@ -52,7 +52,7 @@ def test_a_site_is_exported(bundle: Path, tmp_path: Path) -> None:
 
 def test_unknown_formats_and_missing_files_are_explained(bundle: Path, tmp_path: Path) -> None:
     """The message names what there is."""
-    with pytest.raises(InputError, match="there are site, attribution-graph, neuronpedia, saedashboard"):
+    with pytest.raises(InputError, match="there are site, headvis, attribution-graph, neuronpedia, saedashboard"):
         _run("export", "pdf", str(tmp_path / "out"), "--bundle", str(bundle))
     with pytest.raises(InputError, match="There is no file"):
         _run("labels", "import", str(tmp_path / "none.csv"), "--bundle", str(bundle))

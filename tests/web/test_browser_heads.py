@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -30,8 +31,10 @@ def test_the_map_says_every_number_with_chance_beside_it(visit: Visit, site: Sit
     order = np.argsort([-value for value in columns["induction"]], kind="stable").tolist()
     for place, name in enumerate(_heads(site).head_names()):
         value, chance = (percent(columns[key][place]) if columns[key][place] else "0 %" for key in ("induction", "uniform_induction"))
-        assert f"head {name}: {value}, chance {chance}, rank" in said[place]
+        assert said[place].startswith(f"head {name}: {value} ")
+        assert f", chance {chance}, rank" in said[place]
     assert "rank 1 of 6" in said[order[0]]
+    assert "mamba: no attention heads" in visit.page.locator(".grid tr.other").inner_text()
     assert ["resting" in text for text in said] == [a + b > 0.9 for a, b in zip(columns["first"], columns["self"], strict=True)]
     visit.page.locator(".grid td a").first.focus()
     visit.page.keyboard.press("l")
@@ -166,11 +169,52 @@ def test_a_long_prompt_loads_the_tiles_in_view(visit: Visit, site: Site) -> None
     assert visit.page.locator(".tokens span[data-place]").count() == 1024
 
 
+def test_a_long_prompt_is_compared_too(visit: Visit, site: Site) -> None:
+    """A signed picture of the difference where both have a token, and the same numbers as the table's."""
+    bundle = _heads(site)
+    here, there = bundle.prompt("long").pattern("1.2"), bundle.prompt("short").pattern("1.2")
+    visit.open(site.page_of(site.heads, "/prompt/long?head=1.2&q=9&k=3&with=short"), ".frame canvas[data-level='3']")
+    assert "compared where both texts run alike" in visit.page.locator(".below").inner_text()
+    for level in (2, 1, 0):
+        visit.page.keyboard.press("+")
+        visit.page.wait_for_selector(f".frame canvas[data-level='{level}']")
+    visit.page.wait_for_selector("p:has-text('every token')")
+    until(visit, "document.querySelector('.frame canvas').width === 512")
+    visit.page.wait_for_timeout(300)
+    read = "[...document.querySelector('.frame canvas').getContext('2d').getImageData(0, 0, 12, 12).data]"
+    pixels = np.array(visit.page.evaluate(read)).reshape(12, 12, 4)  # the twelve tokens with which both begin
+    wanted = here[:12, :12] - there[:12, :12]
+    strong = np.abs(wanted) > 0.02
+    assert strong.sum() > 10
+    assert (np.where(pixels[..., 2] > pixels[..., 0], 1, -1)[strong] == np.sign(wanted)[strong]).all()
+    assert not pixels[..., 3][np.triu_indices(12, 1)].any()
+    until(visit, "/^.?0\\./.test(document.querySelector('.reading tbody td:nth-child(6)')?.innerText)")
+    for key, _, _, _, other, difference in _table(visit):
+        if other != "\N{EN DASH}":
+            assert _signed(difference) == pytest.approx(here[9, int(key)] - _signed(other), abs=1.1e-3)
+
+
+def _signed(text: str) -> float:
+    return float(text.replace("\N{MINUS SIGN}", "-"))
+
+
 def _save(visit: Visit, way: str) -> bytes:
     visit.page.get_by_role("button", name="Export").click()
     with visit.page.expect_download() as download:
         visit.page.get_by_role("button", name=way, exact=True).click()
     return Path(download.value.path()).read_bytes()
+
+
+def _check_svg(text: str, pattern: np.ndarray, tokens: list[str]) -> None:
+    """Every edge is drawn once, as strongly as its square root; tokens stand on both sides."""
+    root = ET.fromstring(text)
+    drawn = np.zeros(pattern.shape)
+    for rect in root.iter("{http://www.w3.org/2000/svg}rect"):
+        x, y, width = (int(rect.get(name) or 0) for name in ("x", "y", "width"))
+        drawn[y, x : x + width] += float(rect.get("fill-opacity") or 0)
+    np.testing.assert_allclose(drawn, np.sqrt(pattern / pattern.max()), atol=0.01)
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}text"))) == 2 * len(tokens)
+    assert root[0].text.startswith("Pattern of head 1.0")
 
 
 def test_what_is_shown_is_saved(visit: Visit, site: Site) -> None:
@@ -183,8 +227,9 @@ def test_what_is_shown_is_saved(visit: Visit, site: Site) -> None:
     assert np.allclose(saved["values"], seen.pattern("1.0")[20], atol=1e-4)
     assert _save(visit, "CSV").decode().splitlines()[0] == "key,token,value"
     assert _save(visit, "PNG").startswith(b"\x89PNG")
+    _check_svg(_save(visit, "SVG").decode(), seen.pattern("1.0"), seen.tokens)
     page = _save(visit, "HTML").decode()
-    assert page.count("<img ") == 1 + len(seen.heads())
+    assert page.count("<img ") == 1 + len(seen.patterns)
     assert not re.findall("<script|<canvas|https?://(?!www.w3.org)", page)
     visit.open(site.page_of(site.heads, "/heads/1.0"), "article")
     assert json.loads(_save(visit, "JSON"))["statistics"] == bundle.head("1.0")["statistics"]
@@ -192,7 +237,7 @@ def test_what_is_shown_is_saved(visit: Visit, site: Site) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("path", ["/heads", "/heads/1.0", "/prompt/short?head=1.0&with=other", "/prompt/long"])
+@pytest.mark.parametrize("path", ["/heads", "/heads/1.0", "/prompt/short?head=1.0&with=other", "/prompt/long", "/prompt/long?with=short"])
 def test_pages_of_heads_have_contrast_names_and_fit_a_telephone(chromium, site: Site, scheme: str, path: str) -> None:
     """WCAG AA, a name for every control, one heading, 390 pixels, and no address but our own."""
     visit = Visit(chromium, color_scheme=scheme)

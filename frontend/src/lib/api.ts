@@ -98,8 +98,8 @@ export async function listPoints(model: string): Promise<ServedPoint[]> {
   return (await askJson<{ points: ServedPoint[] }>(`api/models/${encodeURIComponent(model)}/points`)).points;
 }
 
-const ofModel = (model: string, rest: string): string => `api/models/${encodeURIComponent(model)}${rest}`;
-const posting = (content: unknown, signal: AbortSignal): RequestInit => ({ method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(content), signal });
+export const ofModel = (model: string, rest: string): string => `api/models/${encodeURIComponent(model)}${rest}`;
+export const posting = (content: unknown, signal?: AbortSignal): RequestInit => ({ method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(content), ...(signal && { signal }) });
 
 /** The token ids of a prompt, with those that the model begins a text with. */
 export async function tokenize(model: string, text: string, signal: AbortSignal): Promise<number[]> {

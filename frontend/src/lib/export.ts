@@ -24,6 +24,35 @@ export function saveBlob(name: string, content: Blob): void {
   setTimeout(() => URL.revokeObjectURL(address), 10_000);
 }
 
+/** Runs of one colour that a picture may have to be drawn as rectangles. */
+const MOST_RUNS = 20_000;
+/** Labels that have room beside a picture. */
+const MOST_LABELS = 128;
+
+/** A picture as SVG: rectangles where these are few, else one image; labels down the side and across the top. */
+export function toSvg(canvas: HTMLCanvasElement, title: string, labels: string[] = []): string {
+  const { width, height } = canvas;
+  const pixels = new Uint32Array(canvas.getContext('2d')!.getImageData(0, 0, width, height).data.buffer);
+  const runs: string[] = [];
+  for (let y = 0; y < height && runs.length <= MOST_RUNS; y++) {
+    for (let x = 0, stop = 0; x < width; x = stop) {
+      const pixel = pixels[y * width + x]!;
+      for (stop = x + 1; stop < width && pixels[y * width + stop] === pixel; ) stop++;
+      if (pixel >>> 24) runs.push(`<rect x="${x}" y="${y}" width="${stop - x}" height="1" fill="#${colourOf(pixel)}" fill-opacity="${((pixel >>> 24) / 255).toFixed(3)}"/>`);
+    }
+  }
+  const drawn = runs.length <= MOST_RUNS ? `<g shape-rendering="crispEdges">${runs.join('')}</g>` : `<image width="${width}" height="${height}" style="image-rendering:pixelated" href="${canvas.toDataURL()}"/>`;
+  const escape = (text: string): string => text.replace(/[<>&"]/g, (char) => `&#${char.charCodeAt(0)};`);
+  const isLabelled = labels.length === width && labels.length <= MOST_LABELS;
+  const room = isLabelled ? Math.min(20, Math.max(...labels.map((label) => label.length)) * 0.5 + 1) : 0;
+  const write = (label: string, i: number): string => `<text x="-0.4" y="${i + 0.7}" text-anchor="end">${escape(label)}</text><text transform="translate(${i + 0.7} -0.4) rotate(-90)">${escape(label)}</text>`;
+  const words = isLabelled ? `<g font-family="monospace" font-size="0.75" fill="#555">${labels.map(write).join('')}</g>` : '';
+  const side = 8 * Math.max(width, 60);
+  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="${-room} ${-room} ${width + room} ${height + room}" width="${side}" height="${Math.round((side * (height + room)) / (width + room))}"><title>${escape(title)}</title>${drawn}${words}</svg>\n`;
+}
+
+const colourOf = (pixel: number): string => [0, 8, 16].map((shift) => ((pixel >>> shift) & 255).toString(16).padStart(2, '0')).join('');
+
 /** The page as it is drawn now, with its styles and without its scripts. */
 export function toHtml(): string {
   const inert = document.implementation.createHTMLDocument(''); // in which pictures are not loaded

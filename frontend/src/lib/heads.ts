@@ -25,6 +25,8 @@ export interface PromptFacts {
   form: 'triangle' | 'tiles';
   columns: string[];
   thumb: number;
+  /** What a text of one's own was cut to, and what bounds a target. */
+  note?: string;
 }
 
 export interface Heads {
@@ -37,6 +39,8 @@ export interface Heads {
   corpus: { source: string; n_shards: number; context_length: number };
   evidence: { top_k: number; n_intervals: number; examples_per_interval: number; key_tokens: number };
   layers: HeadLayer[];
+  /** Layers that do not attend, and what they do instead. */
+  other_layers?: { layer: number; kind: string }[];
   heads: Record<string, (number | null)[]>;
   prompts: PromptFacts[];
 }
@@ -195,6 +199,20 @@ function readRows(example: { keys: string; masses: string }, n: number): { key: 
   );
 }
 
+/** What adds to targets over a text of one's own: see docs/formats/attention_answer.md. */
+export interface Targets {
+  facts: { column: string; text?: string; others: string[]; note: string }[];
+  scales: Float32Array;
+  terms: Float32Array;
+}
+
+/** What adds to one target at one query: by head, and all else. */
+export interface TermsAt {
+  value: number;
+  heads: [string, number][];
+  others: [string, number][];
+}
+
 /** One prompt: its tokens and, when they are asked for, the patterns of its heads. */
 export class Prompt {
   private readonly squares = new Memory<Uint8Array>(64);
@@ -204,9 +222,11 @@ export class Prompt {
     readonly tokens: number[],
     readonly heads: string[],
     private readonly offsets: ArrayBuffer,
-    private readonly columns: Float32Array,
+    /** Float16, read when a column is asked for: of many heads they are many. */
+    private readonly columns: Uint16Array,
     readonly thumbs: Uint8Array,
     private readonly read: (start: number, stop: number) => Promise<ArrayBuffer>,
+    readonly targets: Targets | null = null,
   ) {}
 
   get n(): number {
@@ -227,7 +247,52 @@ export class Prompt {
     const at = this.facts.columns.indexOf(name);
     if (at < 0) return null;
     const start = (this.placeOf(head) * this.facts.columns.length + at) * this.n;
-    return this.columns.subarray(start, start + this.n);
+    return readHalves(this.columns.subarray(start, start + this.n));
+  }
+
+  /** What weights the queries of a head: of columns that belong to a target. */
+  scale(head: string, name: string): Float32Array | null {
+    const at = this.targets?.facts.findIndex((facts) => facts.column === name) ?? -1;
+    if (at < 0) return null;
+    const layers = [...new Set(this.heads.map((each) => each.split('.')[0]))];
+    const start = (at * layers.length + layers.indexOf(head.split('.')[0])) * this.n;
+    return this.targets!.scales.subarray(start, start + this.n);
+  }
+
+  /** What adds to a target at a query; null where nothing is known of it. */
+  termsAt(name: string, query: number): TermsAt | null {
+    const [facts, at] = [this.targets?.facts ?? [], this.targets?.facts.findIndex((each) => each.column === name) ?? -1];
+    if (at < 0) return null;
+    const rowsOf = (others: string[]): number => this.heads.length + 2 + others.length;
+    const first = facts.slice(0, at).reduce((sum, each) => sum + rowsOf(each.others), 0);
+    const value = (row: number): number => this.targets!.terms[(first + row) * this.n + query]!;
+    const others = ['heads of other layers', ...facts[at]!.others].map((other, i): [string, number] => [other, value(this.heads.length + 1 + i)]);
+    return { value: value(this.heads.length), heads: this.heads.map((head, i) => [head, value(i)]), others: others.filter(([, each]) => each !== 0) };
+  }
+
+  /** Bytes of a part of a pattern at one level of its pyramid, a row a query; zeros beyond the text. */
+  async block(head: string, level: number, q0: number, k0: number, height: number, width: number): Promise<Uint8Array> {
+    const bytes = new Uint8Array(height * width);
+    /** Copy what a square of `side` at a place has in common with the part. */
+    const copy = (from: Uint8Array, side: number, top: number, left: number): void => {
+      const [start, stop] = [Math.max(left, k0), Math.min(left + side, k0 + width)];
+      for (let q = Math.max(top, q0); q < Math.min(top + side, q0 + height) && start < stop; q++) {
+        bytes.set(from.subarray((q - top) * side + start - left, (q - top) * side + stop - left), (q - q0) * width + start - k0);
+      }
+    };
+    if (!this.isTiled) {
+      const square = await this.square(head);
+      if (q0 === 0 && k0 === 0 && height === this.n && width === this.n) return square;
+      copy(square, this.n, 0, 0);
+      return bytes;
+    }
+    const last = Math.ceil(this.n / (TILE << level)) - 1;
+    const tiles = (from: number, length: number): number[] => {
+      const [start, stop] = [Math.floor(from / TILE), Math.min(last, Math.floor((from + length - 1) / TILE))];
+      return Array.from({ length: Math.max(0, stop - start + 1) }, (_, i) => start + i);
+    };
+    await Promise.all(tiles(q0, height).flatMap((row) => tiles(k0, width).map(async (column) => copy(await this.tile(head, level, row, column), TILE, row * TILE, column * TILE))));
+    return bytes;
   }
 
   /** All bytes of a head up to 1,024 tokens. */
@@ -288,12 +353,36 @@ export function getPrompt(heads: Heads, name: string): Promise<Prompt> {
     }
     const at = (file: string): string => fileOf(heads.name, `prompts/${encodeURIComponent(name)}/${file}`);
     const bytes = async (file: string): Promise<ArrayBuffer> => (await ask(at(file))).arrayBuffer();
-    const [said, offsets, columns, thumbs] = await Promise.all([askJson<{ tokens: number[]; heads: string[] }>(at('prompt.json')), bytes('patterns.idx'), bytes('columns.bin'), bytes('thumbs.bin')]);
-    const small = new Uint8Array(await gunzip(thumbs, 'thumbs.bin'));
-    const [n, nHeads] = [said.tokens.length, said.heads.length];
-    if (n !== facts.n_tokens || small.length !== nHeads * facts.thumb ** 2 || columns.byteLength !== 2 * nHeads * facts.columns.length * n) {
-      throw new Problem(`The files of the prompt '${name}' do not fit each other.`, REBUILD);
-    }
-    return new Prompt(facts, said.tokens, said.heads, offsets, readHalves(columns), small, (start, stop) => readRange(at('patterns.bin'), start, stop));
+    const [said, offsets, columns, thumbs] = await Promise.all([askJson<Said>(at('prompt.json')), bytes('patterns.idx'), bytes('columns.bin'), bytes('thumbs.bin')]);
+    return joinPrompt({ ...facts, ...said }, said, offsets, columns, thumbs, (start, stop) => readRange(at('patterns.bin'), start, stop));
   });
+}
+
+type Said = Omit<PromptFacts, 'name' | 'n_tokens'> & { tokens: number[]; heads: string[]; note?: string };
+
+/** A prompt of files that are all here. */
+export async function makePrompt(name: string, files: (file: string) => ArrayBuffer): Promise<Prompt> {
+  const json = <T>(file: string): T => JSON.parse(new TextDecoder().decode(files(file))) as T;
+  const said = json<Said>('prompt.json');
+  const patterns = files('patterns.bin');
+  const targets = files('targets.json').byteLength ? { facts: json<Targets['facts']>('targets.json'), scales: new Float32Array(files('scales.bin')), terms: new Float32Array(files('terms.bin')) } : null;
+  const facts = { ...said, name, n_tokens: said.tokens.length };
+  return joinPrompt(facts, said, files('patterns.idx'), files('columns.bin'), files('thumbs.bin'), (start, stop) => Promise.resolve(patterns.slice(start, stop)), targets);
+}
+
+async function joinPrompt(
+  facts: PromptFacts,
+  said: Said,
+  offsets: ArrayBuffer,
+  columns: ArrayBuffer,
+  thumbs: ArrayBuffer,
+  read: (start: number, stop: number) => Promise<ArrayBuffer>,
+  targets: Targets | null = null,
+): Promise<Prompt> {
+  const small = new Uint8Array(await gunzip(thumbs, 'thumbs.bin'));
+  const [n, nHeads] = [said.tokens.length, said.heads.length];
+  if (n !== facts.n_tokens || small.length !== nHeads * facts.thumb ** 2 || columns.byteLength !== 2 * nHeads * facts.columns.length * n) {
+    throw new Problem(`The files of the prompt '${facts.name}' do not fit each other.`, REBUILD);
+  }
+  return new Prompt(facts, said.tokens, said.heads, offsets, new Uint16Array(columns), small, read, targets);
 }

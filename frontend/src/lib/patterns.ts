@@ -14,8 +14,9 @@ export type Side = 'query' | 'key';
 export type Sink = 'shown' | 'hidden' | 'renormalised';
 export type Scale = 'linear' | 'sqrt' | 'log';
 
+const MASSES = Float64Array.from({ length: 256 }, (_, byte) => (byte / 255) ** 2);
 /** A byte is the square root of a mass: 255 sqrt(p), rounded. */
-export const massOf = (byte: number): number => (byte / 255) ** 2;
+export const massOf = (byte: number): number => MASSES[byte]!;
 
 export async function gunzip(member: ArrayBuffer | Uint8Array<ArrayBuffer>, what: string): Promise<ArrayBuffer> {
   try {
@@ -57,8 +58,7 @@ export const tilesOf = (n: number, bothWays: boolean): number => {
 };
 
 /** Little-endian float16 numbers; browsers have no array of these everywhere. */
-export function readHalves(data: ArrayBuffer): Float32Array {
-  const halves = new Uint16Array(data);
+export function readHalves(halves: Uint16Array): Float32Array {
   return Float32Array.from(halves, (half) => {
     const [sign, exponent, fraction] = [half >> 15 ? -1 : 1, (half >> 10) & 31, half & 1023];
     if (exponent === 0) return sign * fraction * 2 ** -24;
@@ -69,6 +69,8 @@ export function readHalves(data: ArrayBuffer): Float32Array {
 export interface Weights {
   /** What a key's mass is multiplied by; null for the pattern itself. */
   column: Float32Array | null;
+  /** And a query's: of what adds to a target. */
+  rows: Float32Array | null;
   sink: Sink;
   side: Side;
 }
@@ -83,7 +85,7 @@ export function weigh(masses: Float32Array, place: number, weights: Weights, fir
     const [query, key] = weights.side === 'query' ? [place, i] : [i, place];
     if (key === 0 && weights.sink !== 'shown') continue;
     const rest = weights.sink === 'renormalised' ? Math.max(1e-6, 1 - firsts(query)) : 1;
-    shown[i] = (masses[i]! / rest) * (weights.column ? weights.column[key]! : 1);
+    shown[i] = (masses[i]! / rest) * (weights.column ? weights.column[key]! : 1) * (weights.rows ? weights.rows[query]! : 1);
   }
   return shown;
 }
@@ -95,18 +97,19 @@ export interface Line {
   covered: number;
 }
 
-/** The strongest of a line, ties by place: what a table shows. */
+/** The strongest of a line, ties by place: what a table shows. What takes away counts by its size. */
 export function strongest(values: ArrayLike<number>, n = 10): Line[] {
-  const order = Array.from(values, (_, i) => i).filter((i) => values[i]! > 0);
-  order.sort((a, b) => values[b]! - values[a]! || a - b);
-  const total = order.reduce((sum, i) => sum + values[i]!, 0);
+  const size = (i: number): number => Math.abs(values[i]!);
+  const order = Array.from(values, (_, i) => i).filter(size);
+  order.sort((a, b) => size(b) - size(a) || a - b);
+  const total = order.reduce((sum, i) => sum + size(i), 0);
   let sum = 0;
-  return order.slice(0, n).map((place) => ({ place, value: values[place]!, covered: (sum += values[place]!) / total }));
+  return order.slice(0, n).map((place) => ({ place, value: values[place]!, covered: (sum += size(place)) / total }));
 }
 
-/** The rank of one place in a line, from 1. */
+/** The rank of one place in a line by size, from 1. */
 export function rankOf(values: ArrayLike<number>, place: number): number {
-  return 1 + Array.from(values).filter((value) => value > values[place]!).length;
+  return 1 + Array.from(values).filter((value) => Math.abs(value) > Math.abs(values[place]!)).length;
 }
 
 /** How strongly a value is drawn, 0 to 1, of the largest there is. */
@@ -116,8 +119,24 @@ export function strength(value: number, most: number, scale: Scale): number {
   return scale === 'sqrt' ? Math.sqrt(share) : share <= 1e-4 ? 0 : 1 + Math.log10(share) / 4;
 }
 
-/** Pairs of places of two texts whose tokens are the same, in order: a longest common subsequence. */
+/** Tokens between a common beginning and end that are compared with each other; of longer texts no more are aligned. */
+const ALIGNED = 2048;
+
+/** Pairs of places of two texts whose tokens are the same, in order: what begins and ends alike, and a longest common subsequence between. */
 export function alignTokens(left: ArrayLike<number>, right: ArrayLike<number>): [number, number][] {
+  const shorter = Math.min(left.length, right.length);
+  let [head, tail] = [0, 0];
+  while (head < shorter && left[head] === right[head]) head++;
+  while (tail < shorter - head && left[left.length - 1 - tail] === right[right.length - 1 - tail]) tail++;
+  const between = (of: ArrayLike<number>): number[] => Array.from({ length: Math.min(ALIGNED, of.length - head - tail) }, (_, i) => of[head + i]!);
+  return [
+    ...Array.from({ length: head }, (_, i): [number, number] => [i, i]),
+    ...alignMiddle(between(left), between(right)).map(([i, j]): [number, number] => [head + i, head + j]),
+    ...Array.from({ length: tail }, (_, i): [number, number] => [left.length - tail + i, right.length - tail + i]),
+  ];
+}
+
+function alignMiddle(left: number[], right: number[]): [number, number][] {
   const [n, m] = [left.length, right.length];
   const best = new Uint16Array((n + 1) * (m + 1));
   for (let i = n - 1; i >= 0; i--) {

@@ -7,8 +7,9 @@ in docs/formats/prompt_patterns.md.
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -57,31 +58,46 @@ def keep_prompt(pipeline: Pipeline, store: Store, model: SubjectModel, tokenizer
     if not 0 < len(row) <= model.max_context:
         raise InputError(f"The prompt {name!r} has {len(row):,} tokens; {model.name} takes 1 to {model.max_context:,}. Mend `heads.prompts`.")
     seen = read_attention(model, row, [str(tokenizer.decode([token])) for token in row], list(head_counts(pipeline)))
+    files = pack_prompt(seen, row, both_ways=not model.is_causal)
+    n_heads = len(seen.heads())
+    with create_artifact(store, ref) as art:
+        for file, n_rows in ((PATTERNS, n_heads), (COLUMNS, n_heads), (THUMBS, n_heads), (INDEX, len(files[INDEX]) // 8), (PROMPT, None)):
+            art.put(file, files[file], n_rows=n_rows)
+        art.facts |= {"n_tokens": len(row), "n_heads": n_heads, "bytes_per_head": round(len(files[PATTERNS]) / max(1, n_heads), 1)}
+    return art.produced
+
+
+def pack_prompt(
+    seen: Attention, row: Sequence[int], *, both_ways: bool, more: Mapping[str, NDArray[np.floating]] = MappingProxyType({})
+) -> dict[str, bytes]:
+    """Return the files of a prompt; `more` are further columns [heads, keys] by name."""
     described = {
-        "tokens": row,
+        "tokens": list(row),
         "texts": seen.tokens,
         "heads": seen.heads(),
-        "both_ways": not model.is_causal,
+        "both_ways": both_ways,
         "form": "triangle" if len(row) <= LONG else "tiles",
-        "columns": ["value", "output"],
+        "columns": ["value", "output", *more],
         "thumb": min(THUMB, len(row)),
     }
-    offsets, thumbs = [0], []
-    with create_artifact(store, ref) as art:
-        with art.open(PATTERNS, n_rows=len(seen.heads())) as sink:
-            for head in seen.heads():
-                values = quantize(seen.pattern(head))
-                thumbs.append(shrink(values, THUMB).tobytes())
-                for member in pack_prompt_pattern(values, both_ways=described["both_ways"]):
-                    sink.write(member)
-                    offsets.append(offsets[-1] + len(member))
-        lengths = np.concatenate([seen.lengths[layer] for layer in seen.patterns])
-        art.put(COLUMNS, np.minimum(lengths, np.finfo(np.float16).max).astype("<f2").tobytes(), n_rows=len(lengths))
-        art.put(THUMBS, gzip.compress(b"".join(thumbs), GZIP_LEVEL, mtime=0), n_rows=len(thumbs))
-        art.put(INDEX, np.array(offsets, "<u8").tobytes(), n_rows=len(offsets))
-        art.put(PROMPT, json.dumps(described).encode())
-        art.facts |= {"n_tokens": len(row), "n_heads": len(seen.heads()), "bytes_per_head": round(offsets[-1] / max(1, len(seen.heads())), 1)}
-    return art.produced
+    offsets, thumbs, patterns = [0], [], []
+    for head in seen.heads():
+        values = quantize(seen.pattern(head))
+        thumbs.append(shrink(values, THUMB).tobytes())
+        for member in pack_prompt_pattern(values, both_ways=both_ways):
+            patterns.append(member)
+            offsets.append(offsets[-1] + len(member))
+    columns = np.concatenate([seen.lengths[layer] for layer in seen.patterns])
+    if more:
+        columns = np.concatenate([columns, np.stack(list(more.values()), axis=1)], axis=1)
+    most = np.finfo(np.float16).max
+    return {
+        PROMPT: json.dumps(described).encode(),
+        PATTERNS: b"".join(patterns),
+        INDEX: np.array(offsets, "<u8").tobytes(),
+        COLUMNS: np.clip(columns, -most, most).astype("<f2").tobytes(),
+        THUMBS: gzip.compress(b"".join(thumbs), GZIP_LEVEL, mtime=0),
+    }
 
 
 def read_prompt(pipeline: Pipeline, store: Store, name: str) -> Attention:
