@@ -49,6 +49,7 @@ from interp_assets.garcon.plan import (
     is_write,
 )
 from interp_assets.garcon.points import HookPoint, find_point
+from interp_assets.garcon.rope import own_lengths
 from interp_assets.garcon.subject import SubjectModel, token_losses
 from interp_assets.garcon.taps import Tap, order_of, tapped
 from interp_assets.garcon.writes import Beside, apply_write, input_of
@@ -331,7 +332,7 @@ class _Forward:
         start = net.get_input_embeddings().register_forward_hook(_start_graph) if self.is_derived else None
         try:
             with torch.set_grad_enabled(self.is_derived):
-                with tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
+                with own_lengths(net, mask), tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
                     output = net(**arguments) if any(run.needs_head for run in self.runs) else net.base_model(**arguments)
                     if any(run.metrics for run in self.runs):
                         windows = self._windows(output.logits, "" if kept is None else "kept")

@@ -248,8 +248,7 @@ class ModelThread:
                 continue
             low, high = min(shortest, ticket.longest), max(longest, ticket.longest)
             rows = n_rows + ticket.n_rows
-            is_near = low == high if self.subject.follows_length else high <= 2 * low
-            if is_near and rows <= BATCH_ROWS and rows * high <= BATCH_TOKENS:
+            if high <= 2 * low and rows <= BATCH_ROWS and rows * high <= BATCH_TOKENS:
                 n_rows, shortest, longest = rows, low, high
                 chosen.append(ticket)
                 self._waiting.remove(ticket)
