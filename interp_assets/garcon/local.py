@@ -62,8 +62,8 @@ class LocalBackend:
 
     def run(self, plan: Plan, tensors: Mapping[str, Tensor], *, exact: bool = False, keep: bool = False) -> Answer:
         """Execute a plan: alone, and its answer is kept here anyhow."""
-        del exact, keep
-        return run_plan(self.subject, plan, tensors, self.saes)
+        del keep
+        return run_plan(self.subject, plan, tensors, self.saes, exact=exact)
 
     def sweep(self, row: Sequence[int], names: Sequence[str], source: Mapping[str, Tensor] | str, metric: Metric, by: str) -> tuple[float, Tensor]:
         """Sweep."""

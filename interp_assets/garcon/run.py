@@ -17,7 +17,7 @@ sum of their metrics, and rows do not depend on each other.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from interp_assets.compute.any_threads import AnyThreads
 from interp_assets.errors import InputError, InterpError, NonFiniteError
 from interp_assets.garcon.backend import Answer
 from interp_assets.garcon.crosscoders import expand_crosscoders
@@ -55,12 +56,14 @@ from interp_assets.garcon.taps import Tap, order_of, tapped
 from interp_assets.garcon.writes import Beside, apply_write, input_of
 
 
-def run_plan(subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> Answer:
-    """Execute a plan; `tensors` holds what it names, by digest, `saes` the SAEs by name.
+def run_plan(
+    subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None, *, exact: bool = False
+) -> Answer:
+    """Execute a plan; `tensors` holds what it names, by digest, `saes` the SAEs by name. `exact`: its bits do not follow the number of threads.
 
     Raises `InputError` for what does not fit the model, and `NonFiniteError`, with the first place, for what it computes.
     """
-    (answer,) = run_together([Run(subject, plan, tensors, saes)])
+    (answer,) = run_together([Run(subject, plan, tensors, saes, exact=exact)])
     if isinstance(answer, InterpError):
         raise answer
     return answer
@@ -68,7 +71,8 @@ def run_plan(subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], s
 
 def run_together(runs: "Sequence[Run]") -> list[Answer | InterpError]:
     """Execute runs of one model in one forward, each once; an error is the answer of the run that it belongs to."""
-    return _Forward(runs).execute()
+    with AnyThreads() if any(run.exact for run in runs) else nullcontext():
+        return _Forward(runs).execute()
 
 
 def _with_unedited_rows(plan: Plan) -> Plan:
@@ -115,11 +119,13 @@ class _AtPoint:
 class Run:
     """One plan in a forward: its points, and what has been read so far. It is used once."""
 
-    def __init__(self, subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> None:
+    def __init__(
+        self, subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None, *, exact: bool = False
+    ) -> None:
         """Resolve a plan. Raises `InputError` for what does not fit the model."""
-        self.subject, self.asked, self.beside = subject, plan, Beside(tensors, saes or {})
+        self.subject, self.asked, self.beside, self.exact = subject, plan, Beside(tensors, saes or {}), exact
         self.found: dict[str, Tensor] = {}
-        plan, read, moved = expand_crosscoders(subject, plan, self.beside, run_plan)
+        plan, read, moved = expand_crosscoders(subject, plan, self.beside, partial(run_plan, exact=exact))
         self.found |= read
         self.beside = self.beside._replace(tensors={**tensors, **moved})
         self.plan = _with_unedited_rows(plan)

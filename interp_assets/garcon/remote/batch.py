@@ -96,12 +96,12 @@ class Ticket:
 class _Asked(Ticket):
     """A plan."""
 
-    def __init__(self, user: str, clock: Callable[[], float], seconds: float, make: Callable[[], Run], *, exact: bool) -> None:
+    def __init__(self, user: str, clock: Callable[[], float], seconds: float, make: Callable[[], Run]) -> None:
         super().__init__(user, clock, seconds)
         run = make()
         self._make = make
         self._run: Run | None = run
-        self.is_alone = exact or not run.can_share
+        self.is_alone = run.exact or not run.can_share
         self.is_gradient, self.n_rows, self.longest = bool(run.derived), len(run.lengths), max(run.lengths)
 
     def take_run(self) -> Run:
@@ -150,7 +150,7 @@ class ModelThread:
 
     def ask(self, user: str, plan: Plan, tensors: Mapping[str, Tensor], *, exact: bool = False) -> Ticket:
         """Get in line with a plan. Raises `InputError` for what does not fit the model, and `BusyError` when too many wait."""
-        return self._enter(_Asked(user, self._clock, self.line.seconds, lambda: Run(self.subject, plan, tensors, self.saes), exact=exact))
+        return self._enter(_Asked(user, self._clock, self.line.seconds, lambda: Run(self.subject, plan, tensors, self.saes, exact=exact)))
 
     def start(self, user: str, steps: Steps) -> Ticket:
         """Get in line with a job. Raises `BusyError` when too many wait."""
