@@ -9,6 +9,7 @@ way of two, so there the tensor itself is overwritten.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -51,11 +52,18 @@ def tapped(net: PreTrainedModel, taps: Sequence[Tap], n_tokens: int) -> Iterator
 
 @contextmanager
 def watched_blocks(net: PreTrainedModel, check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` before every block of every forward while this is open: what it raises ends the forward there."""
+    """Call `check` before every block of every forward and its backward while this is open: what it raises ends either there."""
+
+    def on_input(point: HookPoint, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check()
+        stream = _hidden_states(args, kwargs, point)
+        if stream.requires_grad:
+            stream.register_hook(lambda _: check())
+
     with ExitStack() as stack:
         for point in list_points(net):
             if point.kind == LAYER_KINDS[0]:
-                stack.callback(module_of(net, point).register_forward_pre_hook(lambda *_: check()).remove)
+                stack.callback(module_of(net, point).register_forward_pre_hook(partial(on_input, point), with_kwargs=True).remove)
         yield
 
 
