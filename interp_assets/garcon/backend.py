@@ -69,7 +69,7 @@ class Effect(NamedTuple):
     before: Tensor
     """What its latents read as the activation arrives, [continuations, latents]; no latents but for writes by an SAE."""
     after: Tensor
-    """What they read after all writes at the point, likewise; NaN for a transcoder, which reads elsewhere than it is written."""
+    """What they read after all writes at the point, likewise; NaN for transcoders and crosscoders, which read elsewhere than they are written."""
 
 
 class Generated(NamedTuple):

@@ -74,7 +74,11 @@ def expand_crosscoders(
 def _encode(subject: SubjectModel, plan: Plan, attached: AttachedSae, run: Callable[..., Any]) -> Tensor:
     """Return all latents of an unedited forward, [rows, positions, d_sae]."""
     reads = tuple(Read(name=name, point=name) for name in attached.hook_points)
-    read = run(subject, Plan(rows=plan.rows, operations=reads), {}).tensors
+    return encode_side_by_side(attached, run(subject, Plan(rows=plan.rows, operations=reads), {}).tensors)
+
+
+def encode_side_by_side(attached: AttachedSae, read: Mapping[str, Tensor]) -> Tensor:
+    """Return all latents of what a crosscoder's points read, [rows, positions, d_sae]. Raises `InputError` for another width."""
     rows = torch.cat([read[name].flatten(2) for name in attached.hook_points], dim=-1).float()
     if rows.shape[-1] != attached.sae.d_in:
         raise InputError(f"The crosscoder of {list(attached.hook_points)} encodes rows of {attached.sae.d_in}; there are rows of {rows.shape[-1]}.")

@@ -167,14 +167,21 @@ class Model:
         return ids[0]
 
     def names(self, wanted: Names) -> list[str]:
-        """Return the canonical names of points; `z.*` stands for all layers. Raises `InputError` for what does not exist."""
+        """Return the canonical names of points; `z.*` or `blocks.*.attn.hook_z` is all layers. Raises `InputError` for what is not there."""
         names: list[str] = []
         for name in [wanted] if isinstance(wanted, str) else wanted:
             if name not in self._names:
-                found = fnmatch.filter(self._point_names, name) if "*" in name else []
-                self._names[name] = found or [self.backend.find_point(name.replace("*", "0"))]
+                found = fnmatch.filter(self._point_names, name) if "*" in name else [self.backend.find_point(name)]
+                self._names[name] = found or self._all_layers(name)
             names += self._names[name]
         return list(dict.fromkeys(names))
+
+    def _all_layers(self, name: str) -> list[str]:
+        """Return the points of all layers for a name in TransformerLens' words with a star for the layer."""
+        kind, _, layer = self.backend.find_point(name.replace("*", "0")).partition(".")
+        if layer != "0":
+            raise InputError(f"No hook point fits {name!r}: `*` stands for all layers of a point that has a name. Name modules one by one.")
+        return fnmatch.filter(self._point_names, f"{kind}.*")
 
     def trace(self, prompt: Prompt, *, exact: bool = False, keep: bool = False) -> "Trace":
         """Begin a trace over one row or several.

@@ -11,7 +11,7 @@ from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 FOLDER = "2-activations"
 OUTLIER_MULTIPLE: Final = 10.0
 """A row is an outlier where its norm exceeds so many times the median: ordinary rows are within 3 of it, attention sinks 30 to 1,000 times above."""
-ACTIVATION_SHARD_VERSION = 2
+ACTIVATION_SHARD_VERSION = 3
 """Raise it when the same tokens would give other activations, or other statistics of them."""
 
 

@@ -10,18 +10,19 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
+from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from interp_assets.errors import ConfigError
 from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
-from interp_assets.planning.identity import leave_out_later
+from interp_assets.planning.identity import Name, Section
 from interp_assets.planning.options import find_faults
+from interp_assets.planning.steering import PatchingConfig, SteeringConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -43,32 +44,19 @@ MAX_MIXED_SHARDS = 100_000
 """More partitions than this make Dagster's pages slow; a mixed shard may be as large as memory."""
 
 
-def _check_name(name: str) -> str:
-    if not name or not all(char.isascii() and (char.isalnum() or char in "_-.") for char in name) or name.startswith((".", "-")):
-        message = f"{name!r} is no name: letters, digits, '_', '-' and '.' only, and not '.' or '-' first"
-        raise ValueError(message)
-    return name
-
-
-Name = Annotated[str, AfterValidator(_check_name)]
 Architecture = Literal["relu", "gated", "topk", "batch_topk", "matryoshka_batch_topk", "jump_relu", "jump_relu_tanh", "jump_relu_step"]
 
 
 TextKind = Literal["plain", "with_special_tokens", "messages"]
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class _Config(Section):
     _folder: str = PrivateAttr("")
 
     @property
     def looked_in(self) -> str:
         """Where a relative path was looked for in vain, for messages; nothing for others."""
         return f" (looked in {' and '.join(dict.fromkeys([str(Path.cwd()), self._folder]))})" if self._folder else ""
-
-    @model_serializer(mode="wrap")
-    def _dump_identity(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return leave_out_later(self, dump(self))
 
 
 HookPointName = Annotated[str, AfterValidator(canonical_name)]
@@ -363,45 +351,6 @@ class ExecutionConfig(_Config):
     """Partitions that one run of a backfill makes: shards, buckets or slices. Fewer spread over more machines; each run costs seconds to start."""
 
 
-class SearchConfig(_Config):
-    """How a sweep finds latents that change what is written, and some that do not: on every other prompt, to be dosed on the rest. All identity."""
-
-    candidates: Annotated[int, Field(ge=2)] = 64
-    """Live latents that are tried, evenly over how often they fire."""
-    strength: float = 5.0
-    """What each is set to, in units of `steering.unit`."""
-    shown: Annotated[int, Field(ge=1)] = 3
-    """Of those that move predictions most beyond their controls, and of those that move them least, so many are dosed."""
-
-
-class SteeringConfig(_Config):
-    """Which latents are dosed, on which prompts; nothing is steered without this section. All identity."""
-
-    recipes: dict[Name, list[dict[str, Any]]] = {}
-    """By name: edits as in a recipe's file, of which one clamps a latent of an SAE of `features.saes`. Each is a partition."""
-    search: SearchConfig | None = None
-    """Latents that a sweep finds, of each SAE of `features.saes`; none without it."""
-    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    """Texts that are continued."""
-    strengths: Annotated[list[float], Field(min_length=1)] = [-10.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0]
-    """What the clamped latent is set to, in units of `unit`."""
-    unit: Literal["max", "raw", "norm"] = "max"
-    """Of the strengths: the latent's largest activation, the units of activations, or the mean norm at its hook point."""
-    new_tokens: Annotated[int, Field(ge=1)] = 32
-    """Tokens that are added to a prompt."""
-    n: Annotated[int, Field(ge=1)] = 1
-    """Continuations of each prompt; more than one makes sense with a temperature."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 takes the most probable token."""
-
-    @model_validator(mode="after")
-    def _check_work(self) -> "SteeringConfig":
-        if not self.recipes and not self.search:
-            message = "there is nothing to steer by: write steering.recipes, or `search: {}` to find latents"
-            raise ValueError(message)
-        return self
-
-
 class PipelineConfig(_Config):
     """A whole pipeline, from text to features."""
 
@@ -421,15 +370,18 @@ class PipelineConfig(_Config):
     """Statistics and examples of every attention head; nothing of them is made without this section."""
     steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
+    patching: list[PatchingConfig] = []
+    """Sets of prompts over which activations are patched, each a partition."""
     retrain: RetrainConfig = RetrainConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
     def _check_references(self) -> "PipelineConfig":
         names = [sae.name for sae in self.saes]
-        if len(set(names)) != len(names):
-            message = f"two SAEs have one name: {sorted(names)}"
-            raise ValueError(message)
+        for what, given in (("SAEs", names), ("sets of prompts in `patching`", [asked.name for asked in self.patching])):
+            if len(set(given)) != len(given):
+                message = f"two {what} have one name: {sorted(given)}"
+                raise ValueError(message)
         for name in self.features.saes:
             if name not in names:
                 message = f"features.saes names {name!r}, but the SAEs are {names}"
@@ -580,7 +532,7 @@ def _explain(item: dict[str, Any]) -> str:
 def _model_at(path: list[str]) -> type[BaseModel] | None:
     """Return the section of a configuration that a path of names leads to; None where it leads to none."""
     sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
-    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig}
+    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig, "patching": PatchingConfig}
     found = sections.get(path[0]) if path else PipelineConfig
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 

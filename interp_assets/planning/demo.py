@@ -9,10 +9,9 @@ from interp_assets.planning.config import (
     HeadsConfig,
     PipelineConfig,
     SaeConfig,
-    SearchConfig,
     ShuffleConfig,
-    SteeringConfig,
 )
+from interp_assets.planning.steering import SearchConfig, SteeringConfig
 
 _READER = 'class Reader:\n    def __init__(self, path, mode="r"):\n        self.path = path\n        self.mode = mode\n\n'
 _WRITER = 'class Writer:\n    def __init__(self, path, mode="w"):\n        self.path = path\n        self.mode = mode\n'

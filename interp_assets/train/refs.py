@@ -16,7 +16,7 @@ METRICS: Final = "metrics.json"
 """The measurements of an SAE, in the terms of SAEBench."""
 MODEL_TOKENS: Final = 1 << 15
 """Token positions that the subject model is run on to measure an SAE."""
-TRAIN_VERSION = 7
+TRAIN_VERSION = 8
 """Raise it when the same rows would give other weights, or an SAE keeps other digests."""
 
 PICK_VERSION = 1
@@ -25,7 +25,7 @@ PICK_VERSION = 1
 IMPORT_VERSION = 3
 """Raise it when the same folder would give other weights."""
 
-EVALUATION_VERSION = 4
+EVALUATION_VERSION = 5
 """Raise it when the same SAE would be measured otherwise, or the measurement keeps other digests."""
 
 SWEEP_VERSION = 3

@@ -67,8 +67,10 @@ def test_the_same_words_give_the_same_bits(server: ModelServer, remote: Model) -
 def test_tables_and_names_are_the_same(server: ModelServer, remote: Model) -> None:
     """Points with shapes and refusals, TransformerLens' names, patterns of names, tokens."""
     assert remote.points().equals(server.local.points())
-    wanted = ["z.*", "blocks.1.hook_resid_post", "module:transformer.h.0.mlp"]
-    assert remote.names(wanted) == ["z.0", "z.1", "resid_post.1", "module:transformer.h.0.mlp"]
+    wanted = ["z.*", "blocks.1.hook_resid_post", "module:transformer.h.0.mlp", "blocks.*.hook_mlp_out"]
+    assert remote.names(wanted) == ["z.0", "z.1", "resid_post.1", "module:transformer.h.0.mlp", "mlp_out.0", "mlp_out.1"]
+    with pytest.raises(InputError, match=r"No hook point fits 'module:transformer\.h\.\*\.mlp': `\*` stands for all layers"):
+        remote.names("module:transformer.h.*.mlp")
     assert remote.tokenize(["hello", "x"]) == server.local.tokenize(["hello", "x"])
     assert (remote.token("a"), remote.pieces([104, 105])) == (server.local.token("a"), server.local.pieces([104, 105]))
     assert {name: sae.hook_point for name, sae in remote.saes.items()} == {"stream": "resid_post.0"}
