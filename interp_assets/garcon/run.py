@@ -105,10 +105,11 @@ class _AtPoint:
         self.before: list[tuple[Read | SaeRead, Part]] = []
         self.writes: list[tuple[Write, Part]] = []
         self.after: list[tuple[Read | SaeRead, Part]] = []
-        self.wants_edge, self.wants_value = False, False
-        """A derivative is taken there, and is of a change from what arrived."""
+        self.wants_edge = False
+        """A derivative is taken there."""
+        self.wants_value = False
+        """What arrives is kept, because a change from it is."""
         self.value: Tensor | None = None
-        """What arrived, where it is wanted."""
         self.n_fired = 0
 
     @property
@@ -281,7 +282,7 @@ class Run:
             gradient = gradients[name]
             if gradient is None:
                 raise InputError(f"Metric {operation.of!r} does not depend on {name!r}: there is no derivative.")
-            own = gradient if len(gradient) == self.n_rows else gradient[: self.n_rows]
+            own = gradient[: self.n_rows]
             if name in suspicious:
                 _check_finite(own, f"{operation.name} at {name}")
             if operation.op == "attribute":
@@ -315,7 +316,8 @@ class _Forward:
                 self.points.setdefault(at.point, []).append((i, at))
         self.left = {point.name for point in self.points}
         self.edges: dict[str, Any] = {}
-        self.is_derived, self.is_measured = (any(getattr(run, what) for run in runs) for what in ("derived", "metrics"))
+        self.is_derived = any(run.derived for run in runs)
+        self.is_measured = any(run.metrics for run in runs)
 
     def execute(self) -> list[Answer | InterpError]:
         """Run the forward, the metrics and the backwards."""

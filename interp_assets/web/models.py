@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import Annotated, Any, Final, NamedTuple, TypeVar
 
 import torch
@@ -65,6 +65,8 @@ from interp_assets.web.kept import NAMELESS, KeptTensors
 CLIENT: Final = "x-interp-client"
 """Header of a random text by which clients without a name of their own are told apart."""
 _PIECE: Final = 1 << 20
+_SMALL: Final = 1 << 14
+"""Bytes of a request or an answer: some hundred operations."""
 _STATUSES: Final[Sequence[tuple[type[InterpError], int, str]]] = (
     (NotFoundError, 404, "Look at /api/models for what is served."),
     (TooLargeError, 413, "Ask for less at once."),
@@ -78,6 +80,7 @@ _STATUSES: Final[Sequence[tuple[type[InterpError], int, str]]] = (
     (InterpError, 502, "Look at the server's terminal."),
 )
 T = TypeVar("T", bound=Asking)
+U = TypeVar("U")
 
 
 class Served(NamedTuple):
@@ -180,11 +183,11 @@ class Models:
         served, user = self.find(name), _user_of(request)
         plan, tensors = await self._read(request, user, parse_plan)
         check_plan(plan, self._limits)
-        sizes = await self._measure(served, user, plan)
+        sizes = await self._measure(served, user, plan, _length_of(request))
         if dry:
             return JSONResponse({"bytes": sizes, "total": sum(sizes.values())})
         check_answer(sizes, plan, self._limits, keep=keep)
-        ticket = await run_in_threadpool(served.thread.ask, user, plan, tensors, exact=exact)
+        ticket = await _off(_length_of(request), partial(served.thread.ask, user, plan, tensors, exact=exact))
         job = _Job(user, served.thread, ticket)
         if id:
             self._runs[user, id] = job
@@ -193,8 +196,7 @@ class Models:
         finally:
             if self._runs.get((user, id)) is job:
                 del self._runs[user, id]
-        pieces = await run_in_threadpool(self._pack, user, answer, keep=keep)
-        return _send(pieces)
+        return _send(await _off(sum(sizes.values()), partial(self._pack, user, answer, keep=keep)))
 
     async def generate(self, name: str, request: Request) -> Response:
         """Continue texts, and send tokens as they come."""
@@ -369,13 +371,13 @@ class Models:
             plan, beside = read_plan(kind, body, parse)
             return plan, {name.tensor: beside[name.tensor] if name.tensor in beside else self._kept.get(user, name.tensor) for name in plan.tensors()}
 
-        return await run_in_threadpool(read)
+        return await _off(len(body), read)
 
-    async def _measure(self, served: Served, user: str, plan: Plan) -> dict[str, int]:
+    async def _measure(self, served: Served, user: str, plan: Plan, n_bytes: int) -> dict[str, int]:
         """Return the bytes of an answer; where that takes a forward it gets in line like any other."""
         backend = served.backend
         if not needs_forward(plan):
-            return await run_in_threadpool(answer_bytes, backend.subject, plan, backend.saes)
+            return await _off(n_bytes, partial(answer_bytes, backend.subject, plan, backend.saes))
 
         def steps() -> Any:
             yield (0, 1)
@@ -430,9 +432,18 @@ def _user_of(request: Request) -> str:
     return name or f"{NAMELESS}{request.headers.get(CLIENT, '')[:64] or getattr(request.client, 'host', '')}"
 
 
+async def _off(n_bytes: int, do: Callable[[], U]) -> U:
+    """Do something in another thread, so that others are answered meanwhile; what is small is done here, which takes less than the change."""
+    return do() if n_bytes <= _SMALL else await run_in_threadpool(do)
+
+
+def _length_of(request: Request) -> int:
+    return int(request.headers["content-length"])
+
+
 async def _read_body(request: Request, most: int | None) -> bytearray:
     """Read a body of the length that the guard has bounded into one buffer. Raises `TooLargeError` beyond `most`."""
-    length = int(request.headers["content-length"])
+    length = _length_of(request)
     if most is not None and length > most:
         raise TooLargeError(f"The JSON has {length:,} bytes; at most {most:,} are read. Send tensors as a safetensors file.")
     body, reached = bytearray(length), 0

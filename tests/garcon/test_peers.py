@@ -41,3 +41,34 @@ def test_pyvene_interchanges_alike(layer: int) -> None:
         t.patch(f"resid_post.{layer}", source, pos=PATCHED)
         logits = t.read("logits", pos=-1)
     _close(logits.tensor, GOLDEN["pyvene"][str(layer)])
+
+
+@pytest.mark.parametrize("kind", sorted(GOLDEN["nnsight"]))
+def test_nnsight_differentiates_alike_and_takes_heads_out(kind: str) -> None:
+    """Version 0.8.1: a logit difference by every block and head from one backward, and the logits without one head."""
+    llm, golden = Model(make_subject(kind), make_tokenizer()), GOLDEN["nnsight"][kind]
+    with llm.trace(IDS) as t:
+        grads = t.grad(t.logit_diff(5, 9), at=list(golden["grads"]))
+    for name, values in golden["grads"].items():
+        _close(grads[name].tensor, values)
+    with llm.trace(IDS) as t:
+        t.patch("z.1", "zero", heads=[0])
+        logits = t.read("logits", pos=-1)
+    _close(logits.tensor, golden["without head 0 of z.1"])
+
+
+ENGINE = {"attn_probs": "pattern", "attn_out": "attn_raw", "mlp_out": "mlp_raw", "attn_out_post": "attn_out", "mlp_out_post": "mlp_out"}
+"""Where interp-engine has another name: what its `mlp_out` is in a model with norms behind is not what is added to the stream."""
+
+
+@pytest.mark.parametrize("kind", sorted(GOLDEN["interp_engine"]))
+def test_interp_engine_sees_the_same(kind: str) -> None:
+    """Version 1.14.2: every point of a block that both have, and the last norm."""
+    llm, golden = Model(make_subject(kind), make_tokenizer()), GOLDEN["interp_engine"][kind]
+    with llm.trace(IDS) as t:
+        reads = {}
+        for name in golden:
+            kind_of_point, dot, layer = name.partition(".")
+            reads[name] = t.read(ENGINE.get(kind_of_point, kind_of_point) + dot + layer)
+    for name, values in golden.items():
+        _close(reads[name].tensor, values)

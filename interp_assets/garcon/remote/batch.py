@@ -8,7 +8,8 @@ One thread owns a model. Again and again it
 3. runs them as rows of one forward (`run_together`) and gives everybody what is theirs.
 
 What is refused is refused before it gets in line, alone. What fails inside a shared forward fails for everybody, so each is then run by itself.
-Who went away, or whose time is over, is dropped at the next block: his acts no longer take place, and if nobody else waits the forward ends there.
+Who went away, or whose time is over, is dropped at the next block of the forward or its backward: his acts no longer take place, and if nobody else
+waits it ends there.
 What does not fit the memory is halved. A job (a sweep) comes in steps, between which others have their turn.
 
 A hook that a run leaves behind would change everybody's later answers, so a count of hooks that differs after a run stops the model.
