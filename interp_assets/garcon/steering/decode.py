@@ -201,8 +201,8 @@ class _Decoder:
         subject, n_new = self._subject, token_ids.shape[1]
         if subject.follows_length and self._cache is None:
             forget_lengths(subject.net)
-        if self._ahead is not None:
-            edited = self._edited_rows()
+        edited = self._edited_rows()
+        if self._ahead is not None and len(edited):  # defaults may go on alone
             self._editor.take_latents(
                 self._ahead.read(partial(self._arguments, token_ids[edited], self._pads[edited]), n_new), edited, len(token_ids)
             )
