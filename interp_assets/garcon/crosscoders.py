@@ -19,6 +19,11 @@ from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.writes import Beside
 
 
+def uses_crosscoder(plan: Plan, saes: Mapping[str, AttachedSae]) -> bool:
+    """Tell whether a plan takes two forwards."""
+    return any(name in saes and saes[name].more for name in (getattr(operation, "sae", "") for operation in plan.operations))
+
+
 def expand_crosscoders(
     subject: SubjectModel, plan: Plan, beside: Beside, run: Callable[..., Any]
 ) -> tuple[Plan, dict[str, Tensor], dict[str, Tensor]]:
@@ -28,6 +33,8 @@ def expand_crosscoders(
     for conditions on one, and for reads of it after the writes.
     """
     coders = {name: attached for name, attached in beside.saes.items() if attached.more}
+    if not coders:
+        return plan, {}, {}
     uses = [operation for operation in plan.operations if isinstance(operation, SaeRead | SaeClamp | SaeAdd) and operation.sae in coders]
     for operation in plan.operations:
         when = getattr(operation, "when", None)

@@ -51,7 +51,7 @@ from interp_assets.garcon.plan import (
     explain_plan,
     name_tensor,
 )
-from interp_assets.garcon.results import Grid, Result, Results
+from interp_assets.garcon.results import Grid, Result, Results, tabulate_tokens
 from interp_assets.garcon.steering.dose import Dose, Dosing, run_dose
 from interp_assets.garcon.steering.recipe import Edits, Steer, load_recipe, make_edits
 from interp_assets.garcon.steering.strengths import split_strength
@@ -154,6 +154,10 @@ class Model:
         if not rows or not all(rows):
             raise InputError("The prompt has a row without tokens: give a text, a list of texts, or token ids.")
         return rows
+
+    def tokens(self, prompt: Any) -> pl.DataFrame:
+        """Return one line a token of texts, token ids or conversations: how it is written, whether it is special, and whose words it is of."""
+        return tabulate_tokens(self._prompts(prompt), self.backend.pieces, self.writing().special_tokens)
 
     def token(self, text: str) -> int:
         """Return the id of a text that is one token. Raises `InputError` with the ids that it is."""

@@ -76,6 +76,29 @@ def test_tables_and_names_are_the_same(server: ModelServer, remote: Model) -> No
     assert {name: sae.hook_point for name, sae in remote.saes.items()} == {"stream": "resid_post.0"}
 
 
+def test_tokens_have_roles_and_special_ones_are_marked(server: ModelServer, remote: Model) -> None:
+    """Whose words stand where is the template's to say; where it changes what it is given nobody guesses, and texts have no roles."""
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    tokenizer: Any = server.local.tokenizer  # the server's too
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
+    try:
+        tables = [llm.tokens(talk) for llm in (server.local, remote)]
+        tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'].split('y')[-1] }}{% endfor %}"
+        changed = [llm.tokens([talk, talk[:1]]) for llm in (server.local, remote)]
+    finally:
+        tokenizer.chat_template = None
+    assert tables[0].equals(tables[1])
+    assert tables[0]["token"].to_list() == ["<s>", "h", "i", "<s>", "y", "o"]
+    assert tables[0]["special"].to_list() == [True, False, False, True, False, False]
+    assert tables[0]["role"].to_list() == ["template", "user", "user", "template", "assistant", "assistant"]
+    assert changed[0].equals(changed[1])
+    assert changed[0]["role"].to_list() == [None] * 5 + ["template", "user", "user"]
+    texts = remote.tokens(["hi", "x"])
+    assert texts.equals(server.local.tokens(["hi", "x"]))
+    assert texts.select("row", "position", "id").rows() == [(0, 0, 71), (0, 1, 72), (1, 0, 87)]
+    assert texts["role"].to_list() == [None] * 3
+
+
 def _overflow(llm: Model) -> None:
     with llm.trace("hello") as t:
         t.read("resid_post.0", after=True)

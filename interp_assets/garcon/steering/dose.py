@@ -136,7 +136,7 @@ def run_doses(
         batch = cells[first : first + per_batch]
         own = [edit.model_copy(update={"write": cell.clamp.model_copy(update={"rows": _rows_of(i, n_prompts)})}) for i, (_, cell) in enumerate(batch)]
         placed = [placed for other in edits.edits for placed in (own if other is edit else [other])]
-        repeated = Chats(prompts.rows * len(batch), prompts.assistant * len(batch))
+        repeated = Chats(prompts.rows * len(batch), prompts.roles * len(batch))
         plan = make_generate_plan(backend, repeated, Edits(tuple(placed), edits.freeze, {}), **options, score=True)
         found = backend.generate(plan, {name.tensor: tensors[name.tensor] for name in plan.tensors()})
         places = [i for i, written in enumerate(plan.edits) if isinstance(written.write, SaeClamp)]
