@@ -4,14 +4,14 @@ The first forward reads all its points and encodes them, side by side; in the se
 the latents were in the first. So a clamp adds (value - f) d at every point, with f of the text without the plan's writes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.features import AttachedSae, check_latents
+from interp_assets.garcon.features import SCANNED_ROWS, AttachedSae, check_latents
 from interp_assets.garcon.parts import find_part
 from interp_assets.garcon.plan import Add, Plan, Read, SaeAdd, SaeClamp, SaeRead, TensorName, name_tensor
 from interp_assets.garcon.points import find_point
@@ -77,12 +77,14 @@ def _encode(subject: SubjectModel, plan: Plan, attached: AttachedSae, run: Calla
     return encode_side_by_side(attached, run(subject, Plan(rows=plan.rows, operations=reads), {}).tensors)
 
 
-def encode_side_by_side(attached: AttachedSae, read: Mapping[str, Tensor]) -> Tensor:
-    """Return all latents of what a crosscoder's points read, [rows, positions, d_sae]. Raises `InputError` for another width."""
+def encode_side_by_side(attached: AttachedSae, read: Mapping[str, Tensor], latents: Sequence[int] | None = None) -> Tensor:
+    """Return all or some latents of what a crosscoder's points read, [rows, positions, latents]. Raises `InputError` for another width."""
     rows = torch.cat([read[name].flatten(2) for name in attached.hook_points], dim=-1).float()
     if rows.shape[-1] != attached.sae.d_in:
         raise InputError(f"The crosscoder of {list(attached.hook_points)} encodes rows of {attached.sae.d_in}; there are rows of {rows.shape[-1]}.")
-    return attached.sae.encode(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+    parts = rows.flatten(0, 1).split(SCANNED_ROWS)
+    found = [attached.sae.encode(part) if latents is None else attached.sae.encode(part)[:, list(latents)] for part in parts]
+    return torch.cat(found).unflatten(0, rows.shape[:2])
 
 
 def _split(subject: SubjectModel, attached: AttachedSae, moved: Tensor) -> list[tuple[str, Tensor]]:

@@ -5,11 +5,14 @@ A transcoder reads at one point and is written at another; a crosscoder reads se
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from interp_assets.errors import InputError
+
+SCANNED_ROWS: Final = 1024
+"""Rows that an SAE encodes at once where few of its latents are kept."""
 
 
 @runtime_checkable

@@ -164,6 +164,12 @@ def test_a_crosscoder_steers_a_text_as_running_everything_again_would(where: str
     for whole, cut in zip(short.texts, ended.texts, strict=True):
         assert [token.token for token in cut.tokens] == [token.token for token in whole.tokens][: len(cut.tokens)]
     assert min(len(text.tokens) for text in ended.texts) < 5
+    edited, default = ([token.token for token in found[0].tokens] for found in (texts.generated.texts, texts.generated.defaults))
+    place = next(i for i, token in enumerate(edited) if token not in default)
+    alone = texts.plan.model_copy(update={"rows": texts.plan.rows[:1], "stop": (edited[place],)})
+    first = llm.backend.generate(alone, {})
+    assert place < 4
+    assert [len(first.texts[0].tokens), len(first.defaults[0].tokens)] == [place + 1, 5]  # the default goes on when nothing is edited any more
 
 
 def test_where_a_crosscoder_cannot_steer_is_told() -> None:

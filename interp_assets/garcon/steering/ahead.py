@@ -4,7 +4,7 @@ Before every forward of the edited rows, the same tokens run without the edits, 
 is encoded side by side. These are the latents that `crosscoders.py` takes from its first forward: those of the text without the plan's writes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,20 +21,20 @@ from interp_assets.garcon.taps import Tap, tapped
 class Ahead:
     """The unedited forwards of one generation, over the rows that are edited."""
 
-    def __init__(self, subject: SubjectModel, coders: Mapping[str, AttachedSae]) -> None:
-        """Take crosscoders by name."""
+    def __init__(self, subject: SubjectModel, coders: Mapping[str, tuple[AttachedSae, Sequence[int]]]) -> None:
+        """Take crosscoders by name, and which of their latents are wanted."""
         self._subject, self._coders = subject, coders
         self._cache: Any = None
 
     def read(self, make_arguments: Callable[[Any], dict[str, Any]], n_new: int) -> dict[str, Tensor]:
-        """Run the new columns, and return all latents of each crosscoder, [rows, columns, latents]; arguments are made for a cache."""
+        """Run the new columns, and return what each crosscoder reads there, [rows, columns, latents]; arguments are made for a cache."""
         seen: dict[str, Tensor] = {}
-        names = dict.fromkeys(name for attached in self._coders.values() for name in attached.hook_points)
+        names = dict.fromkeys(name for attached, _ in self._coders.values() for name in attached.hook_points)
         taps = [Tap(find_point(self._subject.net, name), partial(_keep, seen, name, n_new)) for name in names]
         net: Any = self._subject.net
         with tapped(net, taps, n_new), torch.no_grad():
             self._cache = net(**make_arguments(self._cache)).past_key_values
-        return {name: encode_side_by_side(attached, seen) for name, attached in self._coders.items()}
+        return {name: encode_side_by_side(attached, seen, latents) for name, (attached, latents) in self._coders.items()}
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some rows."""

@@ -201,11 +201,9 @@ class _Decoder:
         subject, n_new = self._subject, token_ids.shape[1]
         if subject.follows_length and self._cache is None:
             forget_lengths(subject.net)
-        if self._ahead is not None:
-            edited = self._edited_rows()
-            self._editor.take_latents(
-                self._ahead.read(partial(self._arguments, token_ids[edited], self._pads[edited]), n_new), edited, len(token_ids)
-            )
+        if self._ahead is not None and len(edited := self._edited_rows()):  # defaults may go on alone
+            found = self._ahead.read(partial(self._arguments, token_ids[edited], self._pads[edited]), n_new)
+            self._editor.take_latents(found, edited, len(token_ids))
         taps = self._editor.taps(self._batch(n_new))
         with tapped(subject.net, taps, n_new), torch.no_grad():
             output: Any = subject.net(**self._arguments(token_ids, self._pads, self._cache))

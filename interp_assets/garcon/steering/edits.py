@@ -19,16 +19,13 @@ from torch import Tensor
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Effect
-from interp_assets.garcon.features import AttachedSae, check_latents, encode_part
+from interp_assets.garcon.features import SCANNED_ROWS, AttachedSae, check_latents, encode_part
 from interp_assets.garcon.parts import Part
 from interp_assets.garcon.plan import Edit, GeneratePlan, SaeAdd, SaeClamp, When
 from interp_assets.garcon.points import BY_HEAD, HookPoint, find_point, n_heads, point_shape
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.taps import Tap, order_of
 from interp_assets.garcon.writes import Beside, apply_write
-
-_SCANNED_ROWS = 1024
-"""Activations that an SAE encodes at once, all of its latents."""
 
 
 class Batch(NamedTuple):
@@ -128,16 +125,16 @@ class Editor:
         return not self._points
 
     @property
-    def crosscoders(self) -> dict[str, AttachedSae]:
-        """The crosscoders that are written, whose latents have to be read ahead."""
-        return {name: read.attached for name, read in self._reads.items() if read.attached.more}
+    def crosscoders(self) -> dict[str, tuple[AttachedSae, list[int]]]:
+        """The crosscoders that are written, and which of their latents have to be read ahead."""
+        return {name: (read.attached, read.wanted) for name, read in self._reads.items() if read.attached.more}
 
     def take_latents(self, found: Mapping[str, Tensor], rows: Tensor, n_rows: int) -> None:
-        """Take all latents of crosscoders in the new columns of some rows, [rows, columns, latents], before the forward of all rows."""
+        """Take latents of crosscoders in the new columns of some rows, [rows, columns, latents], before the forward of all rows."""
         for name, latents in found.items():
             read = self._reads[name]
-            read.latents = latents.new_zeros((n_rows, latents.shape[1], len(read.wanted)))
-            read.latents[rows.to(latents.device)] = latents[..., read.wanted]
+            read.latents = latents.new_zeros((n_rows, *latents.shape[1:]))
+            read.latents[rows.to(latents.device)] = latents
 
     def extend(self, reached: Tensor) -> None:
         """Take which of the new columns each edit reaches, [edits, rows, columns] bool."""
@@ -306,7 +303,7 @@ class Editor:
         rows, columns = _edited_places(batch, new)
         kept, x_hat = [new.new_zeros((0, len(read.wanted)), dtype=torch.float32)], []
         is_written = any(group.sae == name for groups in self._groups.values() for group in groups)
-        for part in new[rows, columns].split(_SCANNED_ROWS):
+        for part in new[rows, columns].split(SCANNED_ROWS):
             latents = encode_part(read.attached, part, None)
             kept.append(latents[:, read.wanted])
             if is_written:
@@ -383,7 +380,7 @@ class Editor:
 
 def _encode(attached: AttachedSae, rows: Tensor, latents: Tensor) -> Tensor:
     """Return some latents of each row, [places, latents]."""
-    parts = zip(rows.split(_SCANNED_ROWS), latents.to(rows.device).split(_SCANNED_ROWS), strict=True)
+    parts = zip(rows.split(SCANNED_ROWS), latents.to(rows.device).split(SCANNED_ROWS), strict=True)
     return torch.cat([encode_part(attached, part, None).gather(1, wanted) for part, wanted in parts])
 
 
