@@ -64,7 +64,7 @@ const GROUPED = ['task', 'hook_points', 'target_hook_points'];
 const kept = new Memory<Comparison>(4);
 
 export function getComparison(name: string): Promise<Comparison> {
-  return kept.get(name, async () => readComparison(await (await ask(`sweeps/${encodeURIComponent(name)}.json`, { cache: 'no-cache' })).json()));
+  return kept.get(name, async () => readComparison(await (await ask(`sweeps/${encodeURIComponent(name)}.json`, { cache: 'no-store' })).json()));
 }
 
 /** Check what came. */
