@@ -391,11 +391,12 @@ class Opened:
     def sweep(self) -> "pl.DataFrame":
         """Return the table of all SAEs, one line each."""
         from interp_assets.storage.manifest import load_manifest  # noqa: PLC0415 - as above
+        from interp_assets.train.own.columns import add_metrics  # noqa: PLC0415 - as above
         from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - as above
         from interp_assets.train.sweep import TABLE, read_table  # noqa: PLC0415 - as above
 
         ref = sweep_ref(self.pipeline)
-        return read_table(self.store, ref.path, load_manifest(self.store, ref), TABLE)
+        return add_metrics(self.pipeline, self.store, read_table(self.store, ref.path, load_manifest(self.store, ref), TABLE))
 
     def dose(self, recipe: str) -> "interp_assets.garcon.steering.dose.Dose":
         """Read the dose curve of a recipe of the configuration: texts, table and picture."""

@@ -38,19 +38,21 @@ def print_inspection(console: Console, address: str) -> None:
 
 def print_sweep(console: Console, config: PipelineConfig, sort: str, *, as_csv: bool) -> None:
     """Print the table of all SAEs of a pipeline, and where it lies. Raises `InputError` for a column that it has not."""
-    from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - torch takes seconds to import
-    from interp_assets.train.sweep import TABLE, load_known, shorten  # noqa: PLC0415
+    from interp_assets.train.own.columns import add_metrics  # noqa: PLC0415 - torch takes seconds to import
+    from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - as above
+    from interp_assets.train.sweep import MAX_SHOWN, TABLE, load_known, shorten  # noqa: PLC0415
 
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
-    table = load_known(pipeline, store)
+    table = add_metrics(pipeline, store, load_known(pipeline, store))
     if sort not in table.columns:
         raise InputError(f"The table of SAEs has no column {sort!r}; it has {', '.join(table.columns)}.")
     table = table.sort(sort, nulls_last=True)
     if as_csv:
         console.print(table.write_csv().rstrip(), soft_wrap=True, markup=False)
         return
-    shown = shorten(table)
+    own = [column for column in table.columns if "." in column]  # those of one's own metrics: `my.half_norm`
+    shown = shorten(table).hstack(table.head(MAX_SHOWN).select(pl.col(own).round_sig_figs(4)))
     print_table(console, shown.columns, ([_cell("-" if value is None else value) for value in row] for row in shown.rows()))
     missing = [sae.name for sae in config.saes if sae.name not in set(table["name"])]
     late = table.filter(pl.col("fvu").is_null())["name"].to_list()
