@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -22,8 +23,8 @@ from interp_assets.errors import ConfigError, OwnCodeError
 from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.options import ARCHITECTURES, find_faults
-from interp_assets.planning.own import MAX_BYTES, NAMED, hash_code, read_declaration, split_name
-from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, MatchesConfig, Name, Section, SteeringConfig, StopConfig
+from interp_assets.planning.own import MAX_BYTES, NAMED, check_metric, hash_code, read_declaration, split_name
+from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, MatchesConfig, Metric, Name, Section, SteeringConfig, StopConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -234,7 +235,7 @@ class SaeConfig(Section):
         if self.imported:
             return self.model_dump(include=of_imported)
         dumped = self.model_dump(exclude={"imported", "imported_digest", "accepts_misfit", "code"})
-        return {**dumped, "code": self.code.digest} if self.code else dumped
+        return {**dumped, "code": {"digest": self.code.digest}} if self.code else dumped
 
     @property
     def is_own(self) -> bool:
@@ -352,6 +353,8 @@ class PipelineConfig(Section):
     features: FeaturesConfig = FeaturesConfig()
     heads: HeadsConfig | None = None
     """Statistics and examples of every attention head; nothing of them is made without this section."""
+    metrics: list[Metric] = []
+    """Functions in files of your own that measure every SAE, `my.py:half_norm`; they retrain nothing."""
     steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
     retrain: RetrainConfig = RetrainConfig()
@@ -367,13 +370,11 @@ class PipelineConfig(Section):
         if len(set(names)) != len(names):
             message = f"two SAEs have one name: {sorted(names)}"
             raise ValueError(message)
-        for name in self.features.saes:
+        shown = [("features", name) for name in self.features.saes] + [("matches", name) for name in (self.matches.saes if self.matches else ())]
+        for section, name in shown:
             if name not in names:
-                message = f"features.saes names {name!r}, but the SAEs are {names}"
+                message = f"{section}.saes names {name!r}, but the SAEs are {names}"
                 raise ValueError(message)
-        if unknown := [name for name in (self.matches.saes if self.matches else ()) if name not in names]:
-            message = f"matches.saes names {unknown[0]!r}, but the SAEs are {names}"
-            raise ValueError(message)
         if len(set(self.harvest.hook_points)) != len(self.harvest.hook_points):
             message = f"harvest.hook_points names one twice: {self.harvest.hook_points}"
             raise ValueError(message)
@@ -469,33 +470,54 @@ def find_code(config: PipelineConfig, folder: Path) -> PipelineConfig:
     """
     sources: dict[Path, bytes] = {}
     saes = [_find_architecture(sae, folder, sources) if sae.is_own and not sae.imported else sae for sae in config.saes]
-    return config if saes == config.saes else config.model_copy(update={"saes": saes})
+    metrics = [_find_metric(metric, folder, sources) for metric in config.metrics]
+    is_same = saes == config.saes and metrics == config.metrics
+    return config if is_same else config.model_copy(update={"saes": saes, "metrics": metrics})
 
 
 def _find_architecture(sae: SaeConfig, folder: Path, sources: dict[Path, bytes]) -> SaeConfig:
-    named = split_name(sae.architecture)
-    assert named is not None
-    place = folder / Path(named[0]).expanduser()
-    short = {"architecture": f"{place.name}:{named[1]}"}  # where the file lies decides nothing
+    place, function = _locate(sae.architecture, folder)
+    short = {"architecture": f"{place.name}:{function}"}  # where the file lies decides nothing
     if sae.code:
         return sae.model_copy(update=short)
+    source = _read_source(place, folder, sources, f"SAE {sae.name!r} has the architecture {sae.architecture}")
     try:
-        if place not in sources:
-            with place.open("rb") as file:
-                sources[place] = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        message = f"SAE {sae.name!r} has the architecture {sae.architecture}, and {place} cannot be read ({error.strerror})"
-        raise ConfigError(f"{message}. Its path is relative to {folder}.") from error
-    source = sources[place]
-    if len(source) > MAX_BYTES:
-        raise ConfigError(f"{place} has more than {MAX_BYTES:,} bytes: it is no file of an architecture (SAE {sae.name!r}).")
-    try:
-        declared = read_declaration(source, place.name, named[1])
+        declared = read_declaration(source, place.name, function)
         if faults := find_faults(declared.kind, sae.options, declared.options, short["architecture"]):
             raise ConfigError(f"SAE {sae.name!r}: {'; '.join(faults)}.")
     except OwnCodeError:
         pass  # told where it is trained
     return sae.model_copy(update={**short, "code": Code(path=str(place), digest=hash_code(source))})
+
+
+def _find_metric(metric: Metric, folder: Path, sources: dict[Path, bytes]) -> Metric:
+    place, function = _locate(metric.function, folder)
+    short = {"function": f"{place.name}:{function}"}
+    if metric.code:
+        return metric.model_copy(update=short)
+    source = _read_source(place, folder, sources, f"metrics names {metric.function}")
+    with suppress(OwnCodeError):  # told where it measures
+        check_metric(source, place.name, function)
+    return metric.model_copy(update={**short, "code": Code(path=str(place), digest=hash_code(source))})
+
+
+def _locate(name: str, folder: Path) -> tuple[Path, str]:
+    named = split_name(name)
+    assert named is not None
+    return folder / Path(named[0]).expanduser(), named[1]
+
+
+def _read_source(place: Path, folder: Path, sources: dict[Path, bytes], who: str) -> bytes:
+    """Read a file of code, each once."""
+    try:
+        if place not in sources:
+            with place.open("rb") as file:
+                sources[place] = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{who}, and {place} cannot be read ({error.strerror}). Its path is relative to {folder}.") from error
+    if len(sources[place]) > MAX_BYTES:
+        raise ConfigError(f"{who}, and {place} has more than {MAX_BYTES:,} bytes: it is another file.")
+    return sources[place]
 
 
 def _find_beside(config: PipelineConfig, folder: Path) -> PipelineConfig:

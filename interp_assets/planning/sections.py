@@ -1,12 +1,13 @@
 """What every section of a configuration is, and those sections that say which evidence is gathered: heads, steering; and files of one's own."""
 
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_serializer, model_validator
 
 from interp_assets.planning.identity import leave_out_later
+from interp_assets.planning.own import split_name
 
 OVERKEEP: Final = 4
 """Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
@@ -45,6 +46,32 @@ class Code(Section):
     """Execution: where it lay."""
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """SHA-256 of its bytes. Where it is stated, the file is not looked at: what is executed are the bytes with this hash that the pipeline keeps."""
+
+
+class Metric(Section):
+    """A function in a file of your own that measures SAEs. Identity of its measurements alone; its name may stand alone."""
+
+    function: str
+    """Such as `my.py:half_norm`, in a file beside the configuration: `(sae, blocks) -> dict` of numbers by name, which become columns `my.<name>`."""
+    code: Code | None = None
+    """Its file's hash, which is filled in when the configuration is read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_name(cls, content: Any) -> Any:
+        return {"function": content} if isinstance(content, str) else content
+
+    @model_validator(mode="after")
+    def _check_function(self) -> "Metric":
+        if not split_name(self.function):
+            message = f"{self.function!r} names no function in a file, such as my.py:half_norm"
+            raise ValueError(message)
+        return self
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its columns begin with: its file's, without folder and suffix."""
+        return PurePosixPath(self.function.partition(":")[0]).stem
 
 
 class HeadsConfig(Section):
