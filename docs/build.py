@@ -37,6 +37,7 @@ ROOMS: Final = {
     "interp_assets/visualize/steering/": "What a feature does to the texts that a model writes, beside controls: dose curves",
     "interp_assets/train/": "Mixed shards become SAEs, their evaluations, and the table of a sweep",
     "interp_assets/train/losses/": "What an architecture computes on a batch, and its gradients: one file a family",
+    "interp_assets/train/truth/": "SAEs of planted rows and the features that these are made of: how much of the truth was found",
     "interp_assets/train/own/": "Architectures of one's own: a function in a file becomes a loss with gradients, and is checked",
     "interp_assets/train/exchange/": "SAEs as the folders of SAELens, sparsify, dictionary_learning and Gemma Scope, both ways",
     "interp_assets/shuffle/": "Activation shards become mixed shards in exactly uniform order, and the certificate of it",

@@ -15,6 +15,10 @@ ACTIVATION_SHARD_VERSION = 3
 """Raise it when the same tokens would give other activations, or other statistics of them."""
 
 
+TRUTH_VERSION = 1
+"""Raise it when the same seeds would give other planted rows: of them `ACTIVATION_SHARD_VERSION` too."""
+
+
 def activation_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
     """Address the activations of one corpus shard at one hook point."""
     identity = {
@@ -42,6 +46,12 @@ def statistics_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
     return make_ref(
         "activation_statistics", f"{FOLDER}/{hook_folder(hook_point)}", identity=identity, inputs=inputs, label="statistics", hook_point=hook_point
     )
+
+
+def truth_ref(pipeline: Pipeline) -> ArtifactRef:
+    """Address the features that planted rows are made of."""
+    identity = {"code": TRUTH_VERSION, "planting": pipeline.plan.model_fingerprint}
+    return make_ref("planted_truth", FOLDER, identity=identity, inputs={}, label="planted_truth")
 
 
 def activation_ids(pipeline: Pipeline, hook_point: str, indices: Sequence[int]) -> str:

@@ -23,7 +23,7 @@ from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.options import ARCHITECTURES, find_faults
 from interp_assets.planning.own import MAX_BYTES, NAMED, check_metric, hash_code, read_declaration, split_name
-from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, Metric, Name, Section, SteeringConfig
+from interp_assets.planning.sections import OVERKEEP, Code, CorpusConfig, HeadsConfig, Metric, Name, Section, SteeringConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -56,52 +56,11 @@ _NAMES: Final = {"anyOf": [{"enum": list(ARCHITECTURES)}, {"type": "string", "pa
 ArchitectureName = Annotated[str, AfterValidator(_check_architecture), WithJsonSchema(_NAMES)]
 """A built-in architecture, or a function in a file of one's own."""
 
-TextKind = Literal["plain", "with_special_tokens", "messages"]
-
-
 HookPointName = Annotated[str, AfterValidator(canonical_name)]
 """A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
 AnySection = TypeVar("AnySection", bound=Section)
-
-
-class CorpusConfig(Section):
-    """Which text, and how it becomes token shards. All identity."""
-
-    source: Literal["stdlib", "files", "huggingface"] = "stdlib"
-    """`stdlib`: the Python standard library's sources; `files`: local text, JSONL or Parquet files; `huggingface`: a dataset by id or folder."""
-    path: str = ""
-    """`files`: a file or a folder; `huggingface`: the dataset's id or local folder. Unused for `stdlib`."""
-    subset: str = "default"
-    """`huggingface`: the dataset's configuration name."""
-    split: str = "train"
-    """`huggingface`: the split."""
-    revision: str = "main"
-    """`huggingface`: the dataset's revision."""
-    text_field: str = "text"
-    """Column or key that holds the text (or the messages), in JSONL, Parquet and Hugging Face datasets."""
-    text_kind: TextKind = "plain"
-    """`plain`: names of special tokens are text; `with_special_tokens`: they are these tokens; `messages`: the chat template renders them."""
-    context_length: Annotated[int, Field(ge=2)] = 256
-    """Tokens per context, a leading BOS included."""
-    contexts: Literal["packed", "per_document"] = "packed"
-    """`packed`: documents follow each other in a context and attend to those before; `per_document`: a context holds one (encoders, messages)."""
-    shard_bytes: Annotated[int, Field(ge=1)] = 256 << 10
-    """UTF-8 bytes of text per shard, reached by whole documents."""
-    documents_per_shard: Annotated[int, Field(ge=1)] = 1000
-    """`huggingface` only: documents per shard, because a stream has no sizes."""
-    max_shards: Annotated[int, Field(ge=1)] = 1 << 20
-    """Stop after this many shards."""
-    held_out_shards: Annotated[int, Field(ge=1)] = 1
-    """The first shards are never trained on: they measure FVU, L0 and loss recovered."""
-
-    @model_validator(mode="after")
-    def _check_contexts(self) -> "CorpusConfig":
-        if self.text_kind == "messages" and self.contexts != "per_document":
-            message = "text_kind messages needs contexts: per_document, because a chat template begins and ends a conversation itself"
-            raise ValueError(message)
-        return self
 
 
 class ModelConfig(Section):
@@ -376,6 +335,8 @@ class PipelineConfig(Section):
         if fan_out ** (passes - 1) > MAX_MIXED_SHARDS:
             message = f"fan_out ** (passes - 1) is {fan_out ** (passes - 1):,} mixed shards, at most {MAX_MIXED_SHARDS:,}"
             raise ValueError(message)
+        if self.corpus.is_planted:
+            _check_planted(self)
         for sae in self.saes:
             _check_task(sae, self.harvest.hook_points)
             if sae.task == "crosscoder" and sae.name in self.features.saes:
@@ -395,6 +356,17 @@ class PipelineConfig(Section):
             if sae.name == name:
                 return sae
         raise ConfigError(f"No SAE is called {name!r}; the configuration has {[sae.name for sae in self.saes]}.")
+
+
+def _check_planted(config: PipelineConfig) -> None:
+    """Raise `ValueError` for what needs text or a model, where rows are planted."""
+    wanted = {"features.saes": config.features.saes, "heads": config.heads, "steering": config.steering}
+    if found := [name for name, value in wanted.items() if value]:
+        message = f"planted rows have no text and no model, which {', '.join(found)} needs: leave it out, and write `features: {{saes: []}}`"
+        raise ValueError(message)
+    if len(config.harvest.hook_points) != 1:
+        message = f"planted rows are those of one hook point, and harvest.hook_points are {config.harvest.hook_points}"
+        raise ValueError(message)
 
 
 def _check_task(sae: SaeConfig, hook_points: list[str]) -> None:
