@@ -21,9 +21,11 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, WithJson
 from interp_assets.errors import ConfigError, OwnCodeError
 from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
+from interp_assets.planning.identity import Name, Section
 from interp_assets.planning.options import ARCHITECTURES, find_faults
 from interp_assets.planning.own import MAX_BYTES, NAMED, check_metric, hash_code, read_declaration, split_name
-from interp_assets.planning.sections import OVERKEEP, Code, CorpusConfig, HeadsConfig, Metric, Name, Section, SteeringConfig
+from interp_assets.planning.sections import OVERKEEP, Code, CorpusConfig, HeadsConfig, Metric, Placed
+from interp_assets.planning.steering import PatchingConfig, SteeringConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -60,10 +62,10 @@ HookPointName = Annotated[str, AfterValidator(canonical_name)]
 """A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
-AnySection = TypeVar("AnySection", bound=Section)
+AnySection = TypeVar("AnySection", bound=Placed)
 
 
-class ModelConfig(Section):
+class ModelConfig(Placed):
     """The subject model. All identity."""
 
     name: str = DEMO_MODEL
@@ -126,7 +128,7 @@ class ShuffleConfig(Section):
         return None if self.passes == "auto" or self.fan_out == "auto" else (self.passes, self.fan_out)
 
 
-class SaeConfig(Section):
+class SaeConfig(Placed):
     """One sparse autoencoder of the sweep. Identity, but for `imported`."""
 
     name: Name = "demo"
@@ -315,15 +317,18 @@ class PipelineConfig(Section):
     """Functions in files of your own that measure every SAE, `my.py:half_norm`; they retrain nothing."""
     steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
+    patching: list[PatchingConfig] = []
+    """Sets of prompts over which activations are patched, each a partition."""
     retrain: RetrainConfig = RetrainConfig()
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
     def _check_references(self) -> "PipelineConfig":
         names = [sae.name for sae in self.saes]
-        if len(set(names)) != len(names):
-            message = f"two SAEs have one name: {sorted(names)}"
-            raise ValueError(message)
+        for what, given in (("SAEs", names), ("sets of prompts in `patching`", [asked.name for asked in self.patching])):
+            if len(set(given)) != len(given):
+                message = f"two {what} have one name: {sorted(given)}"
+                raise ValueError(message)
         for name in self.features.saes:
             if name not in names:
                 message = f"features.saes names {name!r}, but the SAEs are {names}"
@@ -360,7 +365,7 @@ class PipelineConfig(Section):
 
 def _check_planted(config: PipelineConfig) -> None:
     """Raise `ValueError` for what needs text or a model, where rows are planted."""
-    wanted = {"features.saes": config.features.saes, "heads": config.heads, "steering": config.steering}
+    wanted = {"features.saes": config.features.saes, "heads": config.heads, "steering": config.steering, "patching": config.patching}
     if found := [name for name, value in wanted.items() if value]:
         message = f"planted rows have no text and no model, which {', '.join(found)} needs: leave it out, and write `features: {{saes: []}}`"
         raise ValueError(message)
@@ -547,7 +552,7 @@ def _explain(item: dict[str, Any]) -> str:
 def _model_at(path: list[str]) -> type[BaseModel] | None:
     """Return the section of a configuration that a path of names leads to; None where it leads to none."""
     sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
-    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig}
+    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig, "patching": PatchingConfig}
     found = sections.get(path[0]) if path else PipelineConfig
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 

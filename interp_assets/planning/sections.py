@@ -1,42 +1,26 @@
-"""What every section of a configuration is, and those of the corpus, of attention heads, of steering, and of files of one's own."""
+"""Sections of a configuration: those with paths, and those of the corpus, of attention heads, and of files of one's own."""
 
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_serializer, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from interp_assets.planning.identity import leave_out_later
+from interp_assets.planning.identity import Name, Section
 from interp_assets.planning.own import split_name
 
 OVERKEEP: Final = 4
 """Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
 
 
-def _check_name(name: str) -> str:
-    if not name or not all(char.isascii() and (char.isalnum() or char in "_-.") for char in name) or name.startswith((".", "-")):
-        message = f"{name!r} is no name: letters, digits, '_', '-' and '.' only, and not '.' or '-' first"
-        raise ValueError(message)
-    return name
+class Placed(Section):
+    """A section that names a path, which may lie beside the configuration's file."""
 
-
-Name = Annotated[str, AfterValidator(_check_name)]
-
-
-class Section(BaseModel):
-    """Frozen and checked; new fields at their defaults are no part of an id."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     _folder: str = PrivateAttr("")
 
     @property
     def looked_in(self) -> str:
         """Where a relative path was looked for in vain, for messages; nothing for others."""
         return f" (looked in {' and '.join(dict.fromkeys([str(Path.cwd()), self._folder]))})" if self._folder else ""
-
-    @model_serializer(mode="wrap")
-    def _dump_identity(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return leave_out_later(self, dump(self))
 
 
 class FrequencyConfig(Section):
@@ -89,7 +73,7 @@ class CorrelationConfig(Section):
 TextKind = Literal["plain", "with_special_tokens", "messages"]
 
 
-class CorpusConfig(Section):
+class CorpusConfig(Placed):
     """Which text, and how it becomes token shards. All identity."""
 
     source: Literal["stdlib", "files", "huggingface", "planted"] = "stdlib"
@@ -219,42 +203,3 @@ class HeadsConfig(Section):
     def n_kept_top(self) -> int:
         """How many of a head's strongest rows each shard keeps to choose the top examples from: repeated texts are left out."""
         return self.top_k * OVERKEEP
-
-
-class SearchConfig(Section):
-    """How a sweep finds latents that change what is written, and some that do not: on every other prompt, to be dosed on the rest. All identity."""
-
-    candidates: Annotated[int, Field(ge=2)] = 64
-    """Live latents that are tried, evenly over how often they fire."""
-    strength: float = 5.0
-    """What each is set to, in units of `steering.unit`."""
-    shown: Annotated[int, Field(ge=1)] = 3
-    """Of those that move predictions most beyond their controls, and of those that move them least, so many are dosed."""
-
-
-class SteeringConfig(Section):
-    """Which latents are dosed, on which prompts; nothing is steered without this section. All identity."""
-
-    recipes: dict[Name, list[dict[str, Any]]] = {}
-    """By name: edits as in a recipe's file, of which one clamps a latent of an SAE of `features.saes`. Each is a partition."""
-    search: SearchConfig | None = None
-    """Latents that a sweep finds, of each SAE of `features.saes`; none without it."""
-    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    """Texts that are continued."""
-    strengths: Annotated[list[float], Field(min_length=1)] = [-10.0, -2.0, 0.0, 1.0, 2.0, 5.0, 10.0]
-    """What the clamped latent is set to, in units of `unit`."""
-    unit: Literal["max", "raw", "norm"] = "max"
-    """Of the strengths: the latent's largest activation, the units of activations, or the mean norm at its hook point."""
-    new_tokens: Annotated[int, Field(ge=1)] = 32
-    """Tokens that are added to a prompt."""
-    n: Annotated[int, Field(ge=1)] = 1
-    """Continuations of each prompt; more than one makes sense with a temperature."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """0 takes the most probable token."""
-
-    @model_validator(mode="after")
-    def _check_work(self) -> "SteeringConfig":
-        if not self.recipes and not self.search:
-            message = "there is nothing to steer by: write steering.recipes, or `search: {}` to find latents"
-            raise ValueError(message)
-        return self
