@@ -34,6 +34,7 @@ from interp_assets.web.opened import OpenBundle, list_bundles, open_bundle
 CHECKPOINT: Final = "sae_checkpoint"
 TRY: Final = "try"
 CODE: Final = "code"
+TRUTH: Final = "planted_truth"
 _PLANS: Final = ("plan.", ".json")
 _OF_SAES: Final = ("sae", "sae_evaluation")
 
@@ -90,7 +91,7 @@ def find_leftovers(
 
 
 def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
-    """Return the kinds of artifacts that assets make and keep the digests of, whatever a configuration switches off, checkpoints, tries and code."""
+    """Return the kinds of artifacts that assets make and keep the digests of, whatever a configuration switches off, checkpoints, tries, code and truth."""
     sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
     changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
@@ -98,7 +99,7 @@ def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
     recipes: dict[str, list[dict[str, Any]]] = {"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}
     changes["steering"] = SteeringConfig(recipes=recipes, search=SearchConfig(), prompts=["text"])
     changes["patching"] = [PatchingConfig(name="any", pairs=[PairConfig(clean="a", corrupted="b", answer="c")])]
-    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY, CODE}
+    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY, CODE, TRUTH}
     road = make_road(full.config)
     for asset in road.rest:
         kinds = ({ref.kind for ref in _refs_of(asset, full, store, key)} for key in asset.partition_keys(full))
