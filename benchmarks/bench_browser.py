@@ -4,6 +4,7 @@
     python benchmarks/bench_browser.py --features 10000000 --root /data  the size of the goals; the bundle is made once (2 minutes, 3 GB) and kept
     python benchmarks/bench_browser.py --features 10000000 --root /data --s3    the same files from SeaweedFS on this machine
     python benchmarks/bench_browser.py --features 10000000 --root /data --static    the same files from a plain file server with ranges
+    python benchmarks/bench_browser.py --steer                           the panel Steer on the demo's data (`make demo SERVE=0` makes them): seconds
 
 Sketch before code: a page of an unfiltered list is 0.4 kB of an order and 100 rows of 76 bytes. A filter reads its column and the order, 80 MB at
 ten million, 20 ms at memory speed, and gathers a mask through the order, 50 ms. A search reads 4 bytes a posting. So everything below 2 s that is
@@ -50,6 +51,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-
 ROW = ".row .latent a"
 SUPPORT = str(Path(__file__).resolve().parents[1] / "tests" / "support")
 SEARCHES = ("ber", "raised:quire", "in or")
+SHIPPED = "builtin:pystdlib_gpt2"
 
 
 class Line(NamedTuple):
@@ -93,14 +95,14 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serving(url: str, environment: dict[str, str]) -> Iterator[Server]:
+def serving(what: Sequence[str], environment: dict[str, str]) -> Iterator[Server]:
     """Run the server in a process of its own."""
-    command = [sys.executable, "-c", "from interp_assets.terminal.cli import main; main()", "serve", url, "--port", "8600"]
+    command = [sys.executable, "-c", "from interp_assets.terminal.cli import main; main()", "serve", *what, "--port", "8600"]
     process = subprocess.Popen(command, env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=sys.stderr)
     assert process.stdout
     try:
-        line = process.stdout.readline().decode()
-        address = next(word for word in line.split() if word.startswith("http"))
+        words = (word for line in process.stdout for word in line.decode().split())
+        address = next(word for word in words if word.startswith("http"))
         _wait_for(address)
         yield Server(process, address)
     finally:
@@ -253,6 +255,55 @@ def measure_pages(browser: Browser, address: str, name: str, repeat: int, search
     ]
 
 
+WRITE = """() => new Promise((done) => {
+    const [start, seen] = [performance.now(), {}];
+    document.querySelector('section[aria-label=Steer] button.run').click();
+    const look = () => {
+        for (const name of ['Default', 'Steered']) {
+            if (!seen[name] && document.querySelector(`section[aria-label=${name}] p.mono`)?.textContent) seen[name] = performance.now() - start;
+        }
+        if ((seen.Default && seen.Steered) || performance.now() - start > 30000) done(seen);
+        else requestAnimationFrame(look);
+    };
+    requestAnimationFrame(look);  // by then the texts of the last run are gone
+})"""
+ASK = """async ([address, body]) => {
+    const start = performance.now();
+    const answer = await fetch(address, {method: 'POST', headers: {'content-type': 'application/json'}, body});
+    await answer.body.getReader().read();
+    return performance.now() - start;
+}"""
+
+
+def measure_steering(browser: Browser, address: str, repeat: int) -> list[Line]:
+    """Have the page write under a feature, and ask the same server for the same text without edits."""
+    listed = json.loads(urllib.request.urlopen(f"{address}/api/bundles").read())["bundles"]
+    (name,) = [bundle["name"] for bundle in listed if bundle["kind"] == "features"]
+    latent = json.loads(urllib.request.urlopen(f"{address}/api/bundles/{name}").read())["doses"]["latents"][0]
+    visit, asked = Visit(browser), []
+    page = visit.page
+    page.on("request", lambda request: asked.append(request) if request.url.endswith("/generate") else None)
+    done = "document.querySelector('section[aria-label=Steered] svg[aria-label^=feature]') !== null"
+    steered = f"{address}/#/{name}/{latent}?steer={latent}%3A10&prompt=import%20os%0A&new=32"
+    visit.timed(lambda: page.goto(steered, wait_until="commit"), done)
+    plain = json.dumps({**json.loads(asked[0].post_data), "edits": [], "compare": False})
+    found: dict[str, list[float]] = {name: [] for name in ("Steered", "Default", "plain", "extra")}
+    for _ in range(repeat):
+        seen = page.evaluate(WRITE)
+        visit.timed(lambda: None, done)
+        seen["plain"] = page.evaluate(ASK, [asked[0].url, plain])
+        _settle(visit)
+        for what, value in {**seen, "extra": seen["Steered"] - seen["plain"]}.items():
+            found[what].append(value)
+    visit.close()
+    return [
+        Line("first steered token on the screen, from the click", found["Steered"], "ms"),
+        Line("first token of the default beside it", found["Default"], "ms"),
+        Line("first token of a text without edits in the page, from the request", found["plain"], "ms"),
+        Line("what steering adds to the first token", found["extra"], "ms", 150),
+    ]
+
+
 def _settle(visit: Visit) -> None:
     visit.page.wait_for_load_state("networkidle")
 
@@ -314,8 +365,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one visit")
     parser.add_argument("--s3", action="store_true", help="serve the same files from SeaweedFS")
     parser.add_argument("--static", action="store_true", help="serve the same files from a plain file server with ranges, without `interp serve`")
+    parser.add_argument(
+        "--steer", action="store_true", help="measure the panel Steer alone, with the demo's data under INTERP_ROOT and the shipped model"
+    )
     options = parser.parse_args()
     options.repeat = 1 if options.quick else options.repeat
+    if options.steer:
+        with sync_playwright() as driver, serving(["--model", SHIPPED], {}) as server:
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+            for line in measure_steering(browser, server.address, options.repeat):
+                line.show({"model": SHIPPED, "cores": os.cpu_count()})
+            browser.close()
+        return 0
     sys.path.insert(0, SUPPORT)
     from scale_bundle import build_scale_bundle  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - tests/support is no package
 
@@ -339,7 +400,7 @@ def main() -> int:
             s3, url = _upload(folder, made.ref.path, Path(temporary))
             environment = s3.environment
         try:
-            with sync_playwright() as driver, serving(url, environment) as server:
+            with sync_playwright() as driver, serving([url], environment) as server:
                 browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
                 for line in measure_pages(browser, server.address, name, options.repeat):
                     line.show(context)

@@ -1,7 +1,7 @@
 """What reading and changing a model's inside costs beside bare PyTorch hooks, in one process.
 
     python benchmarks/bench_garcon.py --quick     a small model, few repeats: within 45 s on 2 cores
-    python benchmarks/bench_garcon.py             and a model of 12 layers, d 256
+    python benchmarks/bench_garcon.py             and a model of 12 layers, d 256; doses with the shipped model
 
 Sketch before code: a trace has to tokenize, to build and check a plan, to set one hook a point, and to copy what is read; the hooks and the
 copies are the floor's too. So on a tiny model the difference is a constant (the goal: 0.2 ms), and nothing on a larger one. A forward that stops
@@ -15,11 +15,13 @@ of many rows instead of one. 1,000 traces must leave no hook and no memory.
     sweep          4 layers x 16 positions, and 4 layers x 4 heads, beside a trace a cell   goal >= 10x and 6x
     1,000 traces   growth of resident memory, and hooks that are left                       goal < 1 MB, 0
     8 users        different plans in one forward, beside one after the other: reads and adds, gradients    goal >= 4x each
+    dose           7 strengths x 5 arms x 4 prompts x 32 tokens, beside one generation at a time     goal >= 5x
     small trace    over HTTP on this machine, both ends, beside the same trace here         no goal: what a person waits for besides
     64 MB          of an answer over HTTP, both ends, beside a raw socket                   goal <= 2.5x
 
 Eight plans of 16 tokens cost one forward of 8 rows, in which every matrix product has 8 times the rows and few times the cost, and eight times
-what a plan costs by itself: its check, its operations, its copies. Over HTTP a tensor's bytes are copied once into the kernel and once out of it by
+what a plan costs by itself: its check, its operations, its copies. A dose's 116 texts and their unedited twins are the rows of one batch: 32 forwards
+instead of 3,712, each of which costs a small model hardly more. Over HTTP a tensor's bytes are copied once into the kernel and once out of it by
 both; uvicorn's protocol joins each piece once more.
 
 Times are of this process's CPU, the median of rounds in which floor and ours alternate. One JSON line a case: `value` is ours in milliseconds
@@ -44,11 +46,15 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from interp_assets import lab
-from interp_assets.garcon.plan import Add, Grad, LogitDiff, Plan, Read, name_tensor
+from interp_assets.garcon.backend import Generated, Token
+from interp_assets.garcon.features import AttachedSae, Firings
+from interp_assets.garcon.local import LocalBackend
+from interp_assets.garcon.plan import Add, GeneratePlan, Grad, LogitDiff, Plan, Read, name_tensor
 from interp_assets.garcon.remote.batch import ModelThread
 from interp_assets.garcon.run import Run, run_plan, run_together
 from interp_assets.garcon.session import Model
 from interp_assets.garcon.subject import SubjectModel
+from interp_assets.train.sae import Sae
 from interp_assets.web.connections import make_server
 from interp_assets.web.models import Models, Served
 from interp_assets.web.server import Desk, make_app
@@ -258,6 +264,45 @@ def time_users(llm: Model, rounds: int) -> list[dict[str, Any]]:
     return lines
 
 
+class Recorder(LocalBackend):
+    """A model that remembers the plans by which it generated."""
+
+    plans: tuple[tuple[GeneratePlan, Any], ...] = ()
+
+    def generate(self, plan: GeneratePlan, tensors: Any, on_token: Callable[[Token], None] | None = None) -> Generated:
+        """Generate."""
+        self.plans = (*self.plans, (plan, tensors))
+        return super().generate(plan, tensors, on_token)
+
+
+def time_dose(llm: Model) -> dict[str, Any]:
+    """Compare a dose sweep, its tables included, with the same texts one after the other; `ratio_to_floor` is how many times faster."""
+    d, n = llm.subject.d_model, 256
+    W_enc, zeros = torch.randn((d, n), generator=torch.Generator().manual_seed(0)) / d**0.5, torch.zeros(n)
+    sae = Sae(kind="relu", W_enc=W_enc, b_enc=zeros, W_dec=W_enc.T.contiguous(), b_dec=torch.zeros(d), threshold=zeros, k=0)
+    firings = Firings(torch.ones(n), torch.linspace(0, 1, n), lambda _latent, share: share)
+    backend: Any = Recorder(llm.subject, llm.tokenizer, {"sae": AttachedSae(sae, "resid_post.1", firings=firings)})
+    ours = Model.over(backend)
+    prompts, strengths = ["the cat sat", "a dog ran to it", "some words", "more"], [-10, -2, 0, 1, 2, 5, 10]
+    ours.dose([{"sae": "sae", "latent": 7, "clamp": "1 max"}], prompts=prompts, strengths=strengths, new_tokens=2)
+    backend.plans = ()
+    start = time.process_time()
+    dose = ours.dose([{"sae": "sae", "latent": 7, "clamp": "1 max"}], prompts=prompts, strengths=strengths, new_tokens=32)
+    dose.table()
+    fast = time.process_time() - start
+    start, texts = time.process_time(), []
+    for plan, tensors in backend.plans:
+        for i, row in enumerate(plan.rows):
+            edits = [edit for edit in plan.edits if edit.write.rows is not None and i in edit.write.rows]
+            own = tuple(edit.model_copy(update={"write": edit.write.model_copy(update={"rows": (0,)})}) for edit in edits)
+            texts += LocalBackend.generate(backend, plan.model_copy(update={"rows": (row,), "edits": own}), tensors).texts
+    slow = time.process_time() - start
+    alike = [[token.token for token in text.tokens] for text in texts]
+    same = sum(llm.backend.decode(tokens) == text for tokens, text in zip(alike, dose.texts["text"], strict=True)) / len(texts)
+    name = f"dose, {len(texts)} texts of 32 tokens, {llm.subject.name}"
+    return {"name": name, "value": 1e3 * fast, "unit": "ms", "ratio_to_floor": slow / fast, "same_texts": same, "goal": ">= 5x"}
+
+
 class Socket:
     """A raw socket that sends the same bytes whenever it is asked."""
 
@@ -333,9 +378,11 @@ def main() -> None:
         *time_sweeps(tiny, 3 if quick else 10),
         count_leaks(tiny, 300 if quick else 1000),
         *time_users(tiny, 10 if quick else 100),
+        time_dose(tiny),
         *time_http(tiny, 30 if quick else 200),
     ]
     if not quick:
+        lines.append(time_dose(lab.load("builtin:pystdlib_gpt2", device="cpu")))
         lines += time_traces(make_model(12, 256), "the cat sat on a mat " * 3, 30)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     for line in lines:

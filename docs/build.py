@@ -26,7 +26,7 @@ from interp_assets.graph.stages import STAGES, make_road  # noqa: E402 - the che
 from interp_assets.planning.asset import NONE, Asset  # noqa: E402 - as above
 from interp_assets.planning.config import PipelineConfig  # noqa: E402 - as above
 from interp_assets.planning.demo import demo_config  # noqa: E402 - as above
-from interp_assets.planning.sections import Name  # noqa: E402 - as above
+from interp_assets.planning.identity import Name  # noqa: E402 - as above
 
 ROOMS: Final = {
     "resources/": "What the graph is handed: a configuration's store, plan, tokenizer and model; Dagster's settings for each kind of machine",
@@ -38,6 +38,7 @@ ROOMS: Final = {
     "interp_assets/train/": "Mixed shards become SAEs, their evaluations, and the table of a sweep",
     "interp_assets/train/results/": "What has become of SAEs: one table of all, replicas and noise, exact causes of differences",
     "interp_assets/train/losses/": "What an architecture computes on a batch, and its gradients: one file a family",
+    "interp_assets/train/truth/": "SAEs of planted rows and the features that these are made of: how much of the truth was found",
     "interp_assets/train/own/": "Architectures of one's own: a function in a file becomes a loss with gradients, and is checked",
     "interp_assets/train/exchange/": "SAEs as the folders of SAELens, sparsify, dictionary_learning and Gemma Scope, both ways",
     "interp_assets/shuffle/": "Activation shards become mixed shards in exactly uniform order, and the certificate of it",
@@ -121,14 +122,15 @@ def make_configuration() -> str:
         "",
         "A *name* consists of letters, digits, `_`, `-` and `.`, and does not begin with `.` or `-`.",
     ]
-    sections: list[tuple[str, type[BaseModel]]] = [("(top level)", PipelineConfig)]
-    lists = {name for name, field in PipelineConfig.model_fields.items() if get_origin(field.annotation) is list}
-    for name, model in sections:  # which grows by the sections inside
+    sections: list[tuple[str, type[BaseModel], str]] = [("(top level)", PipelineConfig, "")]
+    for name, model, _ in sections:  # which grows by the sections inside
         for key, field in model.model_fields.items():
             if inner := _section_of(field.annotation):
-                sections.append((key if model is PipelineConfig else f"{name}.{key}", inner))
-    for name, model in sections:
-        caption = (model.__doc__ or "").splitlines()[0] + (" A list of one or more, each with these fields." if name in lists else "")
+                least = "one or more" if any(getattr(item, "min_length", 0) for item in field.metadata) else "any number"
+                many = f" A list of {least}, each with these fields." if get_origin(field.annotation) is list else ""
+                sections.append((key if model is PipelineConfig else f"{name}.{key}", inner, many))
+    for name, model, many in sections:
+        caption = (model.__doc__ or "").splitlines()[0] + many
         parts += ["", f"## {name}", "", caption, "", "| field | type | default | meaning |", "|---|---|---|---|"]
         for key, field in model.model_fields.items():
             if _section_of(field.annotation):

@@ -25,7 +25,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
-from interp_assets.errors import InputError
+from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.planning.config import ExecutionConfig, ModelConfig, PipelineConfig, load_config
 from interp_assets.storage.store import Store, open_store
 from interp_assets.train.own.terms import Terms, architecture
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import interp_assets.garcon.spread
     import interp_assets.garcon.steering.dose
     import interp_assets.train.sae
+    import interp_assets.visualize.steering.patching
+    import interp_assets.visualize.steering.search
     from interp_assets.planning.pipeline import Pipeline
 
 __all__ = ["Terms", "architecture", "connect", "load", "open"]
@@ -282,6 +284,8 @@ class Opened:
         """Load the subject model, with the SAEs that are trained. Raises `InputError` when it is not the one that was planned."""
         from interp_assets.garcon.locate import fingerprint_model  # noqa: PLC0415 - as above
 
+        if self.config.corpus.is_planted:
+            raise InputError("The rows of this pipeline are planted: there is no model that they are of.")
         found, planned = fingerprint_model(self.config.model), self.pipeline.plan.model_fingerprint
         if found != planned:
             raise InputError(
@@ -289,13 +293,13 @@ class Opened:
             )
         from interp_assets.garcon.features import AttachedSae, Fit  # noqa: PLC0415 - as above
         from interp_assets.storage.manifest import find_manifest  # noqa: PLC0415 - as above
-        from interp_assets.train.refs import evaluation_ref, sae_ref  # noqa: PLC0415 - as above
+        from interp_assets.train.refs import evaluation_ref  # noqa: PLC0415 - as above
 
         llm = _load_model(self.config.model, self.config.execution)
         llm.backend.norms = self._mean_norms()
         texts = self._held_out_texts()
         for sae in self.config.saes:
-            if find_manifest(self.store, sae_ref(self.pipeline, sae.name)) is None:
+            if not self._is_trained(sae.name):
                 continue
             facts = evaluated.facts if (evaluated := find_manifest(self.store, evaluation_ref(self.pipeline, sae.name))) else None
             attached = AttachedSae(
@@ -308,6 +312,16 @@ class Opened:
             )
             llm.backend.attach(sae.name, attached, texts)
         return llm
+
+    def _is_trained(self, sae: str) -> bool:
+        """Tell whether an SAE is there; where the plan has not chosen the shuffle yet, none has an address."""
+        from interp_assets.storage.manifest import find_manifest  # noqa: PLC0415 - as above
+        from interp_assets.train.refs import sae_ref  # noqa: PLC0415 - as above
+
+        try:
+            return find_manifest(self.store, sae_ref(self.pipeline, sae)) is not None
+        except ArtifactMissingError:
+            return False
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -448,6 +462,19 @@ class Opened:
 
         return read_curve(self.pipeline, self.store, recipe)
 
+    def steering_search(self, sae: str) -> "interp_assets.visualize.steering.search.Search":
+        """Read what a search among an SAE's latents found: `.candidates`, a table of all that were tried, and `.doses` of those that were chosen."""
+        from interp_assets.visualize.steering.search import read_search  # noqa: PLC0415 - as above
+
+        self.config.sae(sae)
+        return read_search(self.pipeline, self.store, sae)
+
+    def patching(self, name: str) -> "interp_assets.visualize.steering.patching.Patching":
+        """Read what patching did over a set of prompts of the configuration: table and heat map."""
+        from interp_assets.visualize.steering.patching import read_patching  # noqa: PLC0415 - as above
+
+        return read_patching(self.pipeline, self.store, name)
+
     def features(self, name: str) -> "pl.DataFrame":
         """Return the statistics of an SAE's features, one line a latent."""
         import polars as pl  # noqa: PLC0415 - as above
@@ -513,7 +540,6 @@ class Opened:
 
     def _firings(self, name: str) -> "interp_assets.garcon.features.Firings | None":
         """Return how the latents of an SAE fire, as its records tell; None where these have not been made."""
-        from interp_assets.errors import ArtifactMissingError  # noqa: PLC0415 - as above
         from interp_assets.visualize.steering.firings import load_firings  # noqa: PLC0415 - as above
 
         try:

@@ -6,7 +6,7 @@ torch divides an operator among its threads, and three kinds of operator follow 
 2. Functions of single elements such as SiLU: vectors of 8 or 16 elements are computed by one formula, what is left over at the end of a
    thread's share by another, which rounds differently. With 37 contexts of 61 tokens and 48 neurons, two threads changed one element in 10,000.
 3. Attention where MKL has no vectors of 512 bits: each thread has a buffer of its own, and the library's bits follow how it is aligned.
-   Likewise convolutions, and solvers of small systems.
+   Likewise convolutions, solvers of small systems, and the derivatives of all these.
 
 `AnyThreads` hears every operator of the thread that opens it and runs these in tiles that follow from the sizes alone, each by one thread.
 All else torch divides by row or by matrix.
@@ -40,7 +40,7 @@ _NAME: Final = "threads::divided"
 
 
 class AnyThreads(TorchDispatchMode):
-    """While it is open, what this thread computes on a CPU has the bits of any other number of threads. No gradients."""
+    """While it is open, what this thread computes on a CPU has the bits of any other number of threads, derivatives too."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Answer an operator whose bits follow the threads; leave all others to torch."""
@@ -54,7 +54,7 @@ class AnyThreads(TorchDispatchMode):
             return _attend(func, *args, **kwargs)
         if name in _BY_ELEMENT and first.is_floating_point() and not any(isinstance(value, Tensor) for value in args[1:]):
             return func(*args, **kwargs) if first.numel() <= _UNDIVIDED else _map(partial(func, **kwargs), *args)
-        if name in _BY_ONE_THREAD or name.removesuffix("_") in _BY_ELEMENT:
+        if name in _BY_ONE_THREAD or name.removesuffix("_") in _BY_ELEMENT or "_backward" in name:
             return _run_alone(partial(func, *args, **kwargs))
         return func(*args, **kwargs)
 

@@ -51,7 +51,7 @@ class Attended(NamedTuple):
     mixed: Tensor
     """[batch, context, heads, d_value]: what the network goes on with."""
     rescale: Callable[[Tensor], Tensor]
-    """Makes scores of products."""
+    """Makes scores of products, in place."""
     softcap: float | None
     sinks: Tensor | None
     """[heads]: the logit of a key that is not there, where a model learns one."""
@@ -211,7 +211,7 @@ def _hear_own(module: Any, own: Callable[..., Any], listener: Listener) -> Calla
     def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         output, weights = own(query, key, value, attention_mask)
         seen = _boolean(module, query, key, attention_mask, is_causal=True)
-        listener(Attended(query.float(), key.float(), value, output.transpose(1, 2), lambda scores: scores / module.scale_attn, None, None, seen))
+        listener(Attended(query.float(), key.float(), value, output.transpose(1, 2), lambda scores: scores.div_(module.scale_attn), None, None, seen))
         return output, weights
 
     return attend
@@ -244,7 +244,7 @@ def _observed(own: Callable[..., Any] | None) -> Callable[..., Any]:
             if listener := _listened.get(module):
                 seen = _boolean(module, query, key, attention_mask, options.get("is_causal"))
                 scaling = options.get("scaling") or query.shape[-1] ** -0.5
-                listener(Attended(query, key, value, output, lambda scores: scores * scaling, options.get("softcap"), options.get("s_aux"), seen))
+                listener(Attended(query, key, value, output, lambda scores: scores.mul_(scaling), options.get("softcap"), options.get("s_aux"), seen))
             return output, weights
         eager = _eager_of(module)
         mask = attention_mask if own is None else _additive(module, query, key, attention_mask, options.get("is_causal"))

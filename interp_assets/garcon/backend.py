@@ -69,7 +69,7 @@ class Effect(NamedTuple):
     before: Tensor
     """What its latents read as the activation arrives, [continuations, latents]; no latents but for writes by an SAE."""
     after: Tensor
-    """What they read after all writes at the point, likewise; NaN for a transcoder, which reads elsewhere than it is written."""
+    """What they read after all writes at the point, likewise; NaN for transcoders and crosscoders, which read elsewhere than they are written."""
 
 
 class Generated(NamedTuple):
@@ -86,11 +86,16 @@ class Generated(NamedTuple):
 
 
 class Chats(NamedTuple):
-    """Tokens of conversations up to where an answer begins, and the positions of the assistant's words in each."""
+    """Tokens of conversations up to where an answer begins, and whose words each is of; or of texts, which have no roles."""
 
     rows: tuple[tuple[int, ...], ...]
-    assistant: tuple[tuple[int, ...] | None, ...]
-    """None where the template changes what it is given, so that nobody can tell."""
+    roles: tuple[tuple[str, ...] | None, ...]
+    """Of every token, `template` for what is nobody's words. None where the template changes what it is given, so that nobody can tell."""
+
+    @property
+    def assistant(self) -> tuple[tuple[int, ...] | None, ...]:
+        """The positions of the assistant's words in each conversation."""
+        return tuple(None if roles is None else tuple(i for i, role in enumerate(roles) if role == "assistant") for roles in self.roles)
 
 
 class PointRow(NamedTuple):

@@ -4,7 +4,7 @@ The first forward reads all its points and encodes them, side by side; in the se
 the latents were in the first. So a clamp adds (value - f) d at every point, with f of the text without the plan's writes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.writes import Beside
 
 
+def uses_crosscoder(plan: Plan, saes: Mapping[str, AttachedSae]) -> bool:
+    """Tell whether a plan takes two forwards."""
+    return any(name in saes and saes[name].more for name in (getattr(operation, "sae", "") for operation in plan.operations))
+
+
 def expand_crosscoders(
     subject: SubjectModel, plan: Plan, beside: Beside, run: Callable[..., Any]
 ) -> tuple[Plan, dict[str, Tensor], dict[str, Tensor]]:
@@ -28,6 +33,8 @@ def expand_crosscoders(
     for conditions on one, and for reads of it after the writes.
     """
     coders = {name: attached for name, attached in beside.saes.items() if attached.more}
+    if not coders:
+        return plan, {}, {}
     uses = [operation for operation in plan.operations if isinstance(operation, SaeRead | SaeClamp | SaeAdd) and operation.sae in coders]
     for operation in plan.operations:
         when = getattr(operation, "when", None)
@@ -67,7 +74,11 @@ def expand_crosscoders(
 def _encode(subject: SubjectModel, plan: Plan, attached: AttachedSae, run: Callable[..., Any]) -> Tensor:
     """Return all latents of an unedited forward, [rows, positions, d_sae]."""
     reads = tuple(Read(name=name, point=name) for name in attached.hook_points)
-    read = run(subject, Plan(rows=plan.rows, operations=reads), {}).tensors
+    return encode_side_by_side(attached, run(subject, Plan(rows=plan.rows, operations=reads), {}).tensors)
+
+
+def encode_side_by_side(attached: AttachedSae, read: Mapping[str, Tensor]) -> Tensor:
+    """Return all latents of what a crosscoder's points read, [rows, positions, d_sae]. Raises `InputError` for another width."""
     rows = torch.cat([read[name].flatten(2) for name in attached.hook_points], dim=-1).float()
     if rows.shape[-1] != attached.sae.d_in:
         raise InputError(f"The crosscoder of {list(attached.hook_points)} encodes rows of {attached.sae.d_in}; there are rows of {rows.shape[-1]}.")

@@ -84,6 +84,11 @@ class AttachedSae(NamedTuple):
         return bool(self.target)
 
     @property
+    def is_read_elsewhere(self) -> bool:
+        """Tell whether its latents are not those of what stands where it is written."""
+        return bool(self.target or self.more)
+
+    @property
     def hook_points(self) -> tuple[str, ...]:
         """The points that its rows come from."""
         return (self.hook_point, *self.more)

@@ -62,8 +62,8 @@ class LocalBackend:
 
     def run(self, plan: Plan, tensors: Mapping[str, Tensor], *, exact: bool = False, keep: bool = False) -> Answer:
         """Execute a plan: alone, and its answer is kept here anyhow."""
-        del exact, keep
-        return run_plan(self.subject, plan, tensors, self.saes)
+        del keep
+        return run_plan(self.subject, plan, tensors, self.saes, exact=exact)
 
     def sweep(self, row: Sequence[int], names: Sequence[str], source: Mapping[str, Tensor] | str, metric: Metric, by: str) -> tuple[float, Tensor]:
         """Sweep."""
@@ -94,14 +94,14 @@ class LocalBackend:
             raise InputError(
                 f"The prompt is a conversation, but the tokenizer of {self.name!r} has no chat template. Give a text, or use its chat version."
             )
-        rows, assistant = [], []
+        rows, roles = [], []
         for i, messages in enumerate(conversations):
             chat = tokenize_chat(self.tokenizer, [dict(message) for message in messages], opens_answer=True)
             if chat.refusal or not len(chat.token_ids):
                 raise InputError(f"The chat template of {self.name!r} refuses conversation {i}: {chat.refusal or 'it renders to nothing'}.")
             rows.append(tuple(int(token) for token in chat.token_ids))
-            assistant.append(tuple(place for place, role in enumerate(chat.roles) if role == "assistant") if UNKNOWN not in chat.roles else None)
-        return Chats(tuple(rows), tuple(assistant))
+            roles.append(None if UNKNOWN in chat.roles else tuple(chat.roles))
+        return Chats(tuple(rows), tuple(roles))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return what token ids say together."""

@@ -35,10 +35,10 @@ _TOKENIZER_FILES: Final = (
     "*.model",
 )
 _PATIENCE_S: Final = 10.0
-_OWN_LENGTH: Final = "-own-length"
+_OWN_LENGTH: Final = "-own-length-2"
 _BOTH_WAYS: Final = "-both-ways"
 """Added to the fingerprints of models whose rows came out otherwise before: so only theirs are made again."""
-_WAYS: Final = 1
+_WAYS: Final = 2
 """Raise it when `_way_to_run` answers otherwise."""
 _BLOCK_BYTES: Final = 16 << 20
 

@@ -14,7 +14,7 @@ MetricOp = LogitDiff | LogProb | Loss | Divergence
 def places_of(metric: MetricOp, lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Return row and position of every number of a metric; of a loss none, it takes all. Raises `InputError` for one outside its row."""
     rows = range(len(lengths)) if metric.rows is None else metric.rows
-    if isinstance(metric, Loss):
+    if metric.metric == "loss":
         if short := [row for row in rows if lengths[row] < 2]:
             raise InputError(f"Row {short[0]} has one token: there is no next one, and no loss.")
         return []
@@ -31,21 +31,22 @@ def measure(metric: LogitDiff | LogProb | Divergence, logits: Tensor, other: Ten
     `other` are the logits that a divergence is from.
     """
     chosen = logits if logits.dtype == torch.float64 else logits.float()
-    if isinstance(metric, Divergence):
+    if metric.metric == "kl":
         assert other is not None
         if other.shape != chosen.shape:
             raise InputError(f"Metric {metric.name!r} compares logits of shape {list(chosen.shape)} with {list(other.shape)}.")
         log_other = other.to(chosen).log_softmax(-1)
         return (log_other.exp() * (log_other - chosen.log_softmax(-1))).sum(-1)
-    if isinstance(metric, LogProb):
-        return _pick(chosen.log_softmax(-1), metric.token, metric.name)
+    if metric.metric == "logprob":
+        return _pick(chosen.log_softmax(-1), metric.token, metric.name).clone()  # a view would keep the numbers of all tokens
     return _pick(chosen, metric.token, metric.name) - _pick(chosen, metric.other, metric.name)
 
 
 def _pick(values: Tensor, token: int | tuple[int, ...], name: str) -> Tensor:
-    tokens = [token] * len(values) if isinstance(token, int) else list(token)
-    if len(tokens) != len(values) or max(tokens) >= values.shape[1] or min(tokens) < 0:
-        raise InputError(f"Metric {name!r} names the tokens {tokens} for {len(values)} row(s) and a vocabulary of {values.shape[1]:,}.")
+    n_rows, vocabulary = values.shape
+    tokens = [token] * n_rows if isinstance(token, int) else list(token)
+    if len(tokens) != n_rows or max(tokens) >= vocabulary or min(tokens) < 0:
+        raise InputError(f"Metric {name!r} names the tokens {tokens} for {n_rows} row(s) and a vocabulary of {vocabulary:,}.")
     if isinstance(token, int):
-        return values[:, token].clone()  # a view would keep the numbers of all tokens
+        return values.select(1, token)
     return values.gather(1, torch.tensor(tokens, device=values.device)[:, None])[:, 0]

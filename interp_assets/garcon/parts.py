@@ -32,6 +32,8 @@ class Part(NamedTuple):
     """Whoever reads and gives it has its heads before its queries."""
     row_lengths: tuple[int, ...]
     """Tokens of each row of the plan."""
+    column: int | None = None
+    """The position that is the same in every row, of every head: then no index is made, which on a GPU would have to be sent there. Else None."""
 
     @property
     def rows(self) -> list[int]:
@@ -52,8 +54,8 @@ class Part(NamedTuple):
         """Return the part as [places, ...]."""
         if self.is_whole:
             return shown.flatten(0, 1)
-        if self._is_column:
-            return shown[:, self.places[0][0]]
+        if self.column is not None:
+            return shown[:, self.column]
         rows, positions, heads = self._indices(shown)
         return shown[rows, positions] if heads is None else shown[rows[:, None], positions[:, None], heads]
 
@@ -79,8 +81,8 @@ class Part(NamedTuple):
         if self.is_whole:
             shown.copy_(replacement.reshape(shown.shape))
             return
-        if self._is_column:
-            shown[:, self.places[0][0]] = replacement
+        if self.column is not None:
+            shown[:, self.column] = replacement
             return
         rows, positions, heads = self._indices(shown)
         if heads is None:
@@ -124,16 +126,6 @@ class Part(NamedTuple):
         counts = torch.tensor(self.counts)
         return torch.arange(int(counts.max()))[None, :] < counts[:, None]
 
-    @property
-    def _is_column(self) -> bool:
-        """One position, the same in every row: then no index is made, which on a GPU would have to be sent there."""
-        return (
-            self.is_single
-            and self.heads is None
-            and self.chosen == tuple(range(len(self.row_lengths)))
-            and all(places == self.places[0] for places in self.places)
-        )
-
     def _turned(self, value: Tensor) -> Tensor:
         return value.transpose(1, 2) if self.is_pattern else value
 
@@ -144,23 +136,26 @@ class Part(NamedTuple):
 def find_part(net: PreTrainedModel, point: HookPoint, at: Any, lengths: Sequence[int]) -> Part:
     """Resolve `rows`, `pos` and `heads` of an operation. Raises `InputError` for what lies outside, is empty, or has no heads."""
     rows: Sequence[int] = range(len(lengths)) if at.rows is None else at.rows
-    has_heads = point.kind in (*BY_HEAD, "pattern")
     heads = None
     if at.heads is not None:
+        has_heads = point.kind in (*BY_HEAD, "pattern")
         count = n_heads(net, point.kind) if has_heads else 0
         if not has_heads:
             raise InputError(f"Hook point {point.name!r} has no heads: leave `heads` out, or name z.L, q.L, k.L, v.L or pattern.L.")
         if not at.heads or not all(0 <= head < count for head in at.heads) or len(set(at.heads)) != len(at.heads):
             raise InputError(f"Heads {list(at.heads)} of {point.name!r}: it has heads 0 to {count - 1}, each named once.")
         heads = tuple(at.heads)
+    places = [_resolve(at.pos, lengths[row], row, point.name) for row in rows]
+    is_single, is_all = isinstance(at.pos, int), at.rows is None and heads is None
     return Part(
         chosen=tuple(rows),
-        places=tuple(_resolve(at.pos, lengths[row], row, point.name) for row in rows),
+        places=tuple(places),
         heads=heads,
-        is_single=isinstance(at.pos, int),
-        is_whole=at.rows is None and at.pos is None and heads is None and len(set(lengths)) == 1,
+        is_single=is_single,
+        is_whole=is_all and at.pos is None and min(lengths) == max(lengths),
         is_pattern=point.kind == "pattern",
         row_lengths=tuple(lengths),
+        column=places[0][0] if is_single and is_all and places.count(places[0]) == len(places) else None,
     )
 
 

@@ -5,6 +5,7 @@ A name that does not fit is answered with the near ones, a point that a model do
 """
 
 import difflib
+from functools import lru_cache
 from typing import Any, Final, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -39,8 +40,13 @@ class HookPoint(NamedTuple):
     @property
     def kind(self) -> str:
         """What it is, without the layer; `module` for a module's path, `norm` for what a norm divides by."""
-        known = next((prefix for prefix in (MODULE, NORM) if self.name.startswith(prefix)), "")
-        return known.rstrip(":") or self.name.partition(".")[0]
+        return _kind_of(self.name)
+
+
+@lru_cache(maxsize=4096)
+def _kind_of(name: str) -> str:
+    known = next((prefix for prefix in (MODULE, NORM) if name.startswith(prefix)), "")
+    return known.rstrip(":") or name.partition(".")[0]
 
 
 _known: WeakKeyDictionary[PreTrainedModel, dict[str, HookPoint]] = WeakKeyDictionary()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.backend import Kept
+from interp_assets.garcon.backend import Chats, Kept
 
 _MAX_CELLS: Final = 20_000
 _MAX_VALUES: Final = 5_000_000
@@ -173,6 +173,16 @@ class Grid:
 
     def _repr_html_(self) -> str:
         return draw_heat_map(self.tensor - self.base, self.points, self.columns, f"{self.what}, less {self.base:.4g} without it")
+
+
+def tabulate_tokens(prompts: Chats, write: Callable[[Sequence[Sequence[int]]], list[list[str]]], special: Sequence[int]) -> pl.DataFrame:
+    """Return one line a token; texts have no roles."""
+    lines = []
+    for row, (ids, pieces, roles) in enumerate(itertools.zip_longest(prompts.rows, write(prompts.rows), prompts.roles)):
+        told = zip(ids, pieces, roles or [None] * len(ids), strict=True)
+        lines += [(row, place, token, piece, token in special, role) for place, (token, piece, role) in enumerate(told)]
+    types = {"row": pl.Int64, "position": pl.Int64, "id": pl.Int64, "token": pl.String, "special": pl.Boolean, "role": pl.String}
+    return pl.DataFrame(lines, types, orient="row")
 
 
 def draw_heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> str:

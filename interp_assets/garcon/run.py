@@ -17,7 +17,7 @@ sum of their metrics, and rows do not depend on each other.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from interp_assets.compute.any_threads import AnyThreads
 from interp_assets.errors import InputError, InterpError, NonFiniteError
 from interp_assets.garcon.backend import Answer
 from interp_assets.garcon.crosscoders import expand_crosscoders
@@ -49,17 +50,20 @@ from interp_assets.garcon.plan import (
     is_write,
 )
 from interp_assets.garcon.points import HookPoint, find_point
+from interp_assets.garcon.rope import own_lengths
 from interp_assets.garcon.subject import SubjectModel, token_losses
 from interp_assets.garcon.taps import Tap, order_of, tapped
 from interp_assets.garcon.writes import Beside, apply_write, input_of
 
 
-def run_plan(subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> Answer:
-    """Execute a plan; `tensors` holds what it names, by digest, `saes` the SAEs by name.
+def run_plan(
+    subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None, *, exact: bool = False
+) -> Answer:
+    """Execute a plan; `tensors` holds what it names, by digest, `saes` the SAEs by name. `exact`: its bits do not follow the number of threads.
 
     Raises `InputError` for what does not fit the model, and `NonFiniteError`, with the first place, for what it computes.
     """
-    (answer,) = run_together([Run(subject, plan, tensors, saes)])
+    (answer,) = run_together([Run(subject, plan, tensors, saes, exact=exact)])
     if isinstance(answer, InterpError):
         raise answer
     return answer
@@ -67,7 +71,8 @@ def run_plan(subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], s
 
 def run_together(runs: "Sequence[Run]") -> list[Answer | InterpError]:
     """Execute runs of one model in one forward, each once; an error is the answer of the run that it belongs to."""
-    return _Forward(runs).execute()
+    with AnyThreads() if any(run.exact for run in runs) else nullcontext():
+        return _Forward(runs).execute()
 
 
 def _with_unedited_rows(plan: Plan) -> Plan:
@@ -100,9 +105,10 @@ class _AtPoint:
         self.before: list[tuple[Read | SaeRead, Part]] = []
         self.writes: list[tuple[Write, Part]] = []
         self.after: list[tuple[Read | SaeRead, Part]] = []
-        self.wants_edge = False
+        self.wants_edge, self.wants_value = False, False
+        """A derivative is taken there, and is of a change from what arrived."""
         self.value: Tensor | None = None
-        """What arrived; kept where a derivative is wanted."""
+        """What arrived, where it is wanted."""
         self.n_fired = 0
 
     @property
@@ -114,11 +120,13 @@ class _AtPoint:
 class Run:
     """One plan in a forward: its points, and what has been read so far. It is used once."""
 
-    def __init__(self, subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None) -> None:
+    def __init__(
+        self, subject: SubjectModel, plan: Plan, tensors: Mapping[str, Tensor], saes: Mapping[str, AttachedSae] | None = None, *, exact: bool = False
+    ) -> None:
         """Resolve a plan. Raises `InputError` for what does not fit the model."""
-        self.subject, self.asked, self.beside = subject, plan, Beside(tensors, saes or {})
+        self.subject, self.asked, self.beside, self.exact = subject, plan, Beside(tensors, saes or {}), exact
         self.found: dict[str, Tensor] = {}
-        plan, read, moved = expand_crosscoders(subject, plan, self.beside, run_plan)
+        plan, read, moved = expand_crosscoders(subject, plan, self.beside, partial(run_plan, exact=exact))
         self.found |= read
         self.beside = self.beside._replace(tensors={**tensors, **moved})
         self.plan = _with_unedited_rows(plan)
@@ -129,6 +137,8 @@ class Run:
         self.metrics = [operation for operation in self.plan.operations if operation.op == "metric"]
         self.derived = [operation for operation in self.plan.operations if is_derivative(operation)]
         self.points: dict[str, _AtPoint] = {}
+        self.derived_at: dict[str, list[_AtPoint]] = {}
+        """Of each derivative."""
         self.values: dict[str, Tensor] = {}
         self.derivatives: dict[str, dict[str, Tensor]] = {}
         self.error: InterpError | None = None
@@ -151,13 +161,6 @@ class Run:
         """Tell whether logits of more positions than those of its metrics are wanted."""
         return "logits" in self.points or any(metric.metric == "loss" for metric in self.metrics)
 
-    @property
-    def needs_head(self) -> bool:
-        """Tell whether a point, or a metric, lies above the base model: its blocks alone run faster."""
-        net = self.subject.net
-        below = "" if net.base_model is net else f"{net.base_model_prefix}."
-        return bool(self.metrics) or not all(path.startswith(below) and path for path in (at.point.module_path for at in self.points.values()))
-
     def finish(self, batch: tuple[int, int]) -> Answer:
         """Return copies of what was asked for. Raises `NonFiniteError`."""
         wanted = [operation.name for operation in self.asked.operations if is_answered(operation)]
@@ -172,9 +175,11 @@ class Run:
         for operation in self.plan.operations:
             self._at_work = operation
             if is_derivative(operation):
-                for name in operation.at:
-                    self._at(name).wants_edge = True
-            if not is_write(operation) and (not is_answered(operation) or operation.op == "metric"):
+                self.derived_at[operation.name] = [self._at(name) for name in operation.at]
+                for at in self.derived_at[operation.name]:
+                    at.wants_edge, at.wants_value = True, at.wants_value or operation.op == "attribute"
+                continue
+            if operation.op == "metric" or operation.op == "freeze":  # noqa: PLR1714 - as below
                 continue
             at = self._at(operation.point)
             part = find_part(self.subject.net, at.point, operation, self.lengths)
@@ -221,27 +226,23 @@ class Run:
             return self.points.setdefault(point.name, _AtPoint(point))
         return self.points[name]
 
-    def meet(self, at: _AtPoint, value: Tensor) -> Tensor:
-        """Do at a point what the plan wants there; `value` has the point's own shape. Without a write it is returned itself."""
+    def meet(self, at: _AtPoint, arrived: Tensor, value: Tensor, cut: Callable[[Tensor], Tensor]) -> None:
+        """Do at a point what the plan wants there: its part, by `cut`, of `value` is overwritten; where nobody writes that is what `arrived`."""
         at.n_fired += 1
         if at.n_fired > 1:
             raise InputError(f"Hook point {at.point.name!r} fired more than once in one forward: name a module that is called once.")
-        at.value = value if at.wants_edge else None
+        at.value = cut(arrived) if at.wants_value else None
         if at.is_idle:
-            return value
-        is_pattern = at.point.kind == "pattern"
-        shown = value.transpose(1, 2) if is_pattern else value  # positions stand second in every part
+            return
+        own = cut(value)
+        shown = own.transpose(1, 2) if at.point.kind == "pattern" else own  # positions stand second in every part
         for read, part in at.before:
             self.found[read.name] = self._read(read, part, shown)
-        if at.writes:
-            shown = shown.clone()
-            for write, part in at.writes:
-                fires = None if write.when is None else self.found[input_of(write.when.sae, (write.when.latent,))][..., 0] > write.when.above
-                apply_write(write, part, shown, self.beside, self.found, fires)
-            value = shown.transpose(1, 2) if is_pattern else shown
+        for write, part in at.writes:
+            fires = None if write.when is None else self.found[input_of(write.when.sae, (write.when.latent,))][..., 0] > write.when.above
+            apply_write(write, part, shown, self.beside, self.found, fires)
         for read, part in at.after:
             self.found[read.name] = self._read(read, part, shown)
-        return value
 
     def _read(self, read: Read | SaeRead, part: Part, shown: Tensor) -> Tensor:
         if read.op == "read":
@@ -269,26 +270,23 @@ class Run:
         rows, places = (list(column) for column in zip(*self.places[metric.name], strict=True))
         there = places if kept is None else [kept.index(place) for place in places]
         is_column = rows == list(range(len(self.lengths))) and len(set(there)) == 1  # then no index has to be made and sent
-        chosen = logits[:, there[0]] if is_column else logits[rows, there]
+        chosen = logits.select(1, there[0]) if is_column else logits[rows, there]
         return measure(metric, chosen, self.beside.tensor(metric.other) if metric.metric == "kl" else None)
-
-    def names_of(self, operation: Grad | Attribute) -> list[str]:
-        """Return the canonical names of the points of a derivative."""
-        return [self._at(name).point.name for name in operation.at]
 
     def derive(self, operation: Grad | Attribute, gradients: Mapping[str, Tensor | None], suspicious: set[str]) -> None:
         """Take the derivatives of an operation, which are given by point; the suspicious ones may not be finite."""
         answers: dict[str, Tensor] = {}
-        for i, name in enumerate(self.names_of(operation)):
-            at, gradient = self.points[name], gradients[name]
+        for i, at in enumerate(self.derived_at[operation.name]):
+            name = at.point.name
+            gradient = gradients[name]
             if gradient is None:
-                raise InputError(f"Metric {operation.of!r} does not depend on {at.point.name!r}: there is no derivative.")
-            own = gradient[: self.n_rows]
+                raise InputError(f"Metric {operation.of!r} does not depend on {name!r}: there is no derivative.")
+            own = gradient if len(gradient) == self.n_rows else gradient[: self.n_rows]
             if name in suspicious:
-                _check_finite(own, f"{operation.name} at {at.point.name}")
+                _check_finite(own, f"{operation.name} at {name}")
             if operation.op == "attribute":
                 own = self._attribute(at, own, operation.source if operation.source == "zero" else operation.source[i])
-            answers[at.point.name] = own.clone() if own.grad_fn is None else own.detach().clone()
+            answers[name] = own.clone() if own.grad_fn is None else own.detach().clone()
         self.derivatives[operation.name] = answers
 
     def _attribute(self, at: _AtPoint, gradient: Tensor, source: Any) -> Tensor:
@@ -308,20 +306,21 @@ class _Forward:
         self.runs, self.subject = runs, runs[0].subject
         self.is_shared = len(runs) > 1
         self.sizes = [len(run.lengths) for run in runs]
+        self.starts = [0, *accumulate(self.sizes)]
         self.widths = [max(run.lengths) for run in runs]
         self.batch = (sum(self.sizes), max(self.widths))
         self.points: dict[HookPoint, list[tuple[int, _AtPoint]]] = {}
         for i, run in enumerate(runs):
             for at in run.points.values():
                 self.points.setdefault(at.point, []).append((i, at))
-        self.left = set(self.points)
+        self.left = {point.name for point in self.points}
         self.edges: dict[str, Any] = {}
-        self.is_derived = any(run.derived for run in runs)
+        self.is_derived, self.is_measured = (any(getattr(run, what) for run in runs) for what in ("derived", "metrics"))
 
     def execute(self) -> list[Answer | InterpError]:
         """Run the forward, the metrics and the backwards."""
         net: Any = self.subject.net
-        taps = [Tap(point, partial(self._meet, point)) for point in self.points]
+        taps = [Tap(point, partial(self._meet, point, asked)) for point, asked in self.points.items()]
         token_ids, mask = _pad([row for run in self.runs for row in run.plan.rows])
         arguments = self.subject.arguments(token_ids, mask)
         kept = self._kept_positions()
@@ -331,11 +330,11 @@ class _Forward:
         start = net.get_input_embeddings().register_forward_hook(_start_graph) if self.is_derived else None
         try:
             with torch.set_grad_enabled(self.is_derived):
-                with tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
-                    output = net(**arguments) if any(run.needs_head for run in self.runs) else net.base_model(**arguments)
-                    if any(run.metrics for run in self.runs):
-                        windows = self._windows(output.logits, "" if kept is None else "kept")
-                        self._each(lambda i, run: run.measure(windows[i], kept))
+                with own_lengths(net, mask), tapped(net, taps, token_ids.shape[1]), suppress(_AllReadError):
+                    output = net(**arguments) if self._needs_head() else net.base_model(**arguments)
+                    if self.is_measured:
+                        logits = self._windows(output.logits, "logits" if kept is None else "kept")
+                        self._each(lambda i, run: run.measure(logits[i], kept))
                 self._each(lambda _, run: run.check_fired())
                 for number in range(max(len(run.derived) for run in self.runs)):
                     self._derive(number)
@@ -355,66 +354,62 @@ class _Forward:
                 except InterpError as error:
                     run.error = error
 
+    def _needs_head(self) -> bool:
+        """Tell whether a point, or a metric, lies above the base model: its blocks alone run faster."""
+        net = self.subject.net
+        below = "" if net.base_model is net else f"{net.base_model_prefix}."
+        return self.is_measured or not all(point.module_path and point.module_path.startswith(below) for point in self.points)
+
     def _kept_positions(self) -> list[int] | None:
         """Return the positions whose logits are wanted; None for all of them."""
-        if not any(run.metrics for run in self.runs) or any(run.wants_all_logits for run in self.runs) or not self.subject.can_choose_logits:
+        if not self.is_measured or any(run.wants_all_logits for run in self.runs) or not self.subject.can_choose_logits:
             return None
         return sorted({place for run in self.runs for places in run.places.values() for _, place in places})
 
     def _windows(self, value: Tensor, kind: str) -> Sequence[Tensor]:
-        """Return each run's rows of a tensor, cut to its own length: views."""
+        """Return every run's window of a tensor that nobody overwrites."""
         if not self.is_shared:
             return (value,)
-        found = value.split(self.sizes)
-        if kind == "kept" or min(self.widths) == self.batch[1]:
-            return found
-        pairs = zip(found, self.widths, strict=True)
-        return [own[:, :, :width, :width] if kind == "pattern" else own[:, :width] for own, width in pairs]
+        return [self._cut(i, own, kind) for i, own in enumerate(value.split(self.sizes))]
 
-    def _meet(self, point: HookPoint, value: Tensor) -> Tensor:
-        """Let every run do at a point what it wants there; `value` has the point's own shape."""
-        if any(at.wants_edge for _, at in self.points[point]):
+    def _window(self, i: int, kind: str, value: Tensor) -> Tensor:
+        """Return a run's rows of a tensor, cut to its own length: a view, through which it may be overwritten."""
+        return self._cut(i, value.narrow(0, self.starts[i], self.sizes[i]), kind) if self.is_shared else value
+
+    def _cut(self, i: int, own: Tensor, kind: str) -> Tensor:
+        width = self.widths[i]
+        if kind == "kept" or width == self.batch[1]:
+            return own
+        return own[:, :, :width, :width] if kind == "pattern" else own[:, :width]
+
+    def _meet(self, point: HookPoint, asked: Sequence[tuple[int, _AtPoint]], value: Tensor) -> Tensor:
+        """Let every run do at a point what it wants there; `value` has the point's own shape. Without a write or an edge it is returned itself."""
+        if self.is_derived and any(at.wants_edge for _, at in asked):
             value = value.clone() if point.side == "stream" else value.view_as(value)
             self.edges[point.name] = get_gradient_edge(value)
-        windows = self._windows(value, point.kind)
-        written: dict[int, Tensor] = {}
-        for i, at in self.points[point]:
+        changed = value.clone() if any(at.writes for _, at in asked) else value
+        for i, at in asked:
             run = self.runs[i]
             if run.error is None:
                 try:
-                    made = run.meet(at, windows[i])
+                    run.meet(at, value, changed, partial(self._window, i, point.kind))
                 except InterpError as error:
                     error.point = error.point or point.name
                     run.error = error
-                else:
-                    written |= {} if made is windows[i] else {i: made}
-        self.left.discard(point)
+        self.left.discard(point.name)
         going = [run for run in self.runs if run.error is None]
         if not going or not (self.left or any(run.metrics for run in going)):
             raise _AllReadError
-        return self._join(value, windows, written, point.kind) if written else value
-
-    def _join(self, value: Tensor, windows: Sequence[Tensor], written: Mapping[int, Tensor], kind: str) -> Tensor:
-        """Return a tensor with some runs' windows replaced."""
-        if not self.is_shared:
-            return written[0]
-        if min(self.widths) == self.batch[1]:
-            return torch.cat([written.get(i, window) for i, window in enumerate(windows)])
-        joined, ends = value.clone(), list(accumulate(self.sizes))
-        for i, made in written.items():
-            rows, width = slice(ends[i] - self.sizes[i], ends[i]), self.widths[i]
-            joined[(rows, slice(None), slice(width), slice(width)) if kind == "pattern" else (rows, slice(width))] = made
-        return joined
+        return changed
 
     def _derive(self, number: int) -> None:
         """Take the derivatives of every run's operation of this number, by one backward."""
         asked = [(run, run.derived[number]) for run in self.runs if run.error is None and number < len(run.derived)]
         if not asked:
             return
-        sums = [run.values[operation.of].sum() for run, operation in asked]
-        names = list(dict.fromkeys(name for run, operation in asked for name in run.names_of(operation)))
+        names = list(dict.fromkeys(at.point.name for run, operation in asked for at in run.derived_at[operation.name]))
         is_last = not any(number + 1 < len(run.derived) for run, _ in asked)
-        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        total = torch.cat([run.values[operation.of] for run, operation in asked]).sum()
         found = torch.autograd.grad(total, [self.edges[name] for name in names], retain_graph=not is_last, allow_unused=True)
         gradients: dict[str, Tensor | None] = dict(zip(names, found, strict=True))
         suspicious = {name for name, gradient in gradients.items() if gradient is not None and not math.isfinite(float(gradient.sum()))}
@@ -425,8 +420,7 @@ class _Forward:
 
         def take(i: int, run: Run) -> None:
             if number < len(run.derived):
-                operation = run.derived[number]
-                run.derive(operation, {name: windows[name][i] for name in run.names_of(operation)}, suspicious)
+                run.derive(run.derived[number], {name: of_runs[i] for name, of_runs in windows.items()}, suspicious)
 
         self._each(take)
 

@@ -51,7 +51,7 @@ from interp_assets.garcon.plan import (
     explain_plan,
     name_tensor,
 )
-from interp_assets.garcon.results import Grid, Result, Results
+from interp_assets.garcon.results import Grid, Result, Results, tabulate_tokens
 from interp_assets.garcon.steering.dose import Dose, Dosing, run_dose
 from interp_assets.garcon.steering.recipe import Edits, Steer, load_recipe, make_edits
 from interp_assets.garcon.steering.strengths import split_strength
@@ -155,6 +155,10 @@ class Model:
             raise InputError("The prompt has a row without tokens: give a text, a list of texts, or token ids.")
         return rows
 
+    def tokens(self, prompt: Any) -> pl.DataFrame:
+        """Return one line a token of texts, token ids or conversations: how it is written, whether it is special, and whose words it is of."""
+        return tabulate_tokens(self._prompts(prompt), self.backend.pieces, self.writing().special_tokens)
+
     def token(self, text: str) -> int:
         """Return the id of a text that is one token. Raises `InputError` with the ids that it is."""
         (ids,) = self.backend.tokenize([text], special=False)
@@ -163,14 +167,21 @@ class Model:
         return ids[0]
 
     def names(self, wanted: Names) -> list[str]:
-        """Return the canonical names of points; `z.*` stands for all layers. Raises `InputError` for what does not exist."""
+        """Return the canonical names of points; `z.*` or `blocks.*.attn.hook_z` is all layers. Raises `InputError` for what is not there."""
         names: list[str] = []
         for name in [wanted] if isinstance(wanted, str) else wanted:
             if name not in self._names:
-                found = fnmatch.filter(self._point_names, name) if "*" in name else []
-                self._names[name] = found or [self.backend.find_point(name.replace("*", "0"))]
+                found = fnmatch.filter(self._point_names, name) if "*" in name else [self.backend.find_point(name)]
+                self._names[name] = found or self._all_layers(name)
             names += self._names[name]
         return list(dict.fromkeys(names))
+
+    def _all_layers(self, name: str) -> list[str]:
+        """Return the points of all layers for a name in TransformerLens' words with a star for the layer."""
+        kind, _, layer = self.backend.find_point(name.replace("*", "0")).partition(".")
+        if layer != "0":
+            raise InputError(f"No hook point fits {name!r}: `*` stands for all layers of a point that has a name. Name modules one by one.")
+        return fnmatch.filter(self._point_names, f"{kind}.*")
 
     def trace(self, prompt: Prompt, *, exact: bool = False, keep: bool = False) -> "Trace":
         """Begin a trace over one row or several.

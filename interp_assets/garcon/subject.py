@@ -8,9 +8,9 @@ the network cannot change it; a hook that did not fire is an error; a forward th
     logits = subject.logits_with_patch(token_ids, attention_mask, "resid_post.2", torch.zeros_like)
 
 Contexts are padded on the right. In a decoder nothing looks at what follows, so no mask is passed and a row's bits do not depend on how
-much padding follows it; an encoder gets the mask. A model whose rotary frequencies follow the length (`rope.py`) is run on the contexts of one
-length at a time, without padding. On a CPU products are divided by their sizes alone (`compute/products.py`): no bit depends on the number
-of threads. Batching, dtypes of stored rows and checks of finiteness belong to `harvest`.
+much padding follows it; an encoder gets the mask. Where rotary frequencies follow the length, each context has those of its own (`rope.py`).
+On a CPU operators are divided by their sizes alone (`compute/any_threads.py`): no bit depends on the number of threads. Batching, dtypes of stored
+rows and checks of finiteness belong to `harvest`.
 """
 
 import inspect
@@ -39,7 +39,7 @@ from interp_assets.garcon.blank import answer_without_values
 from interp_assets.garcon.device import choose_device
 from interp_assets.garcon.locate import first_line, load_model_config, locate_model, looks_both_ways, next_step
 from interp_assets.garcon.points import BY_HEAD, HookPoint, find_point, list_points, point_shape, tensor_in
-from interp_assets.garcon.rope import follows_length, forget_lengths, split_lengths
+from interp_assets.garcon.rope import follows_length, forget_lengths, own_lengths
 from interp_assets.garcon.spread import DeviceMap, check_map, check_memory, count_weights, device_of, free_bytes_of, read_parameter, spread_options
 from interp_assets.garcon.taps import Tap, tapped
 from interp_assets.planning.config import ExecutionConfig, ModelConfig
@@ -114,9 +114,8 @@ class SubjectModel:
         `attention_mask` is False on padding, which stands on the right; None means that there is none. Raises `InputError` for token ids
         outside the vocabulary, contexts longer than the model's, unknown hook points, and a hook point that the forward did not reach.
         """
-        if parts := self._split(token_ids, attention_mask):
-            return self._join(token_ids, [(rows, self.capture(part, None, hook_points)) for rows, part in parts])
-        captured = self._run_captured(hook_points, self.arguments(token_ids, attention_mask))
+        with own_lengths(self.net, attention_mask):
+            captured = self._run_captured(hook_points, self.arguments(token_ids, attention_mask))
         for name in hook_points:
             if name not in captured:
                 raise _did_not_fire(find_point(self.net, name), self.name)
@@ -133,19 +132,14 @@ class SubjectModel:
         """Return the language model's logits in the model's dtype. Raises `InputError` for a model without a language-model head."""
         if self.net.get_output_embeddings() is None:
             raise InputError(f"{self.name} ({self.net.config.model_type}) has no language-model head: there are no logits and no loss.")
-        if parts := self._split(token_ids, attention_mask):
-            return self._join(token_ids, [(rows, {"logits": self.logits(part, None)}) for rows, part in parts])["logits"]
         arguments = self.arguments(token_ids, attention_mask)
-        with torch.no_grad(), AnyThreads():
+        with own_lengths(self.net, attention_mask), torch.no_grad(), AnyThreads():
             return self.net(**arguments).logits
 
     def logits_with_patch(
         self, token_ids: Int[Tensor, "batch context"], attention_mask: Bool[Tensor, "batch context"] | None, hook_point: str, replace: Patch
     ) -> Float[Tensor, "batch context vocabulary"]:
         """Return the logits when the activations at `hook_point` are replaced by `replace(activations)`; `torch.zeros_like` is zero ablation."""
-        if parts := self._split(token_ids, attention_mask):
-            patched = [(rows, self.logits_with_patch(part, None, hook_point, self._part_of(replace, token_ids, rows))) for rows, part in parts]
-            return self._join(token_ids, [(rows, {"logits": logits}) for rows, logits in patched])["logits"]
         point = find_point(self.net, hook_point)
         fired: list[bool] = []
 
@@ -210,30 +204,6 @@ class SubjectModel:
         if not self.is_causal and attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(self.device, torch.int64)
         return arguments
-
-    def _split(self, token_ids: Tensor, attention_mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Return the contexts of each length without their padding, with their places in the batch; nothing where all are run together."""
-        if not self.follows_length or attention_mask is None or bool(attention_mask.all()):
-            return []
-        return [(rows, token_ids[rows.to(token_ids.device), :length]) for rows, length in split_lengths(attention_mask)]
-
-    def _join(self, token_ids: Tensor, parts: list[tuple[Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
-        """Put what was computed of the contexts of each length at its place in the batch, zero on padding."""
-        joined: dict[str, Tensor] = {}
-        for rows, values in parts:
-            for name, value in values.items():
-                whole = joined.setdefault(name, value.new_zeros((*token_ids.shape, value.shape[-1])))
-                whole[rows.to(whole.device), : value.shape[1]] = value
-        return joined
-
-    def _part_of(self, replace: Patch, token_ids: Tensor, rows: Tensor) -> Patch:
-        """Return a replacement for some contexts of a batch, which asks the one for the whole batch."""
-
-        def changed(value: Tensor) -> Tensor:
-            whole = self._join(token_ids, [(rows, {"": value})])[""]
-            return replace(whole)[rows.to(value.device), : value.shape[1]]
-
-        return changed
 
     def _run_captured(self, hook_points: Sequence[str], arguments: dict[str, Any]) -> dict[str, Tensor]:
         """Run the network up to the last of the hook points and return what was there, by the names they were asked for."""

@@ -54,8 +54,8 @@ def begin_sweep(
 ) -> Generator[tuple[int, int], None, tuple[float, Tensor]]:
     """Begin what `run_sweep` does: a forward a step, which yields how many cells are done and how many there are. Raises as that one."""
     points = [find_point(subject.net, name) for name in names]
-    width = _width(subject, points, len(row), by)
-    _check(points, source, metric)
+    width = count_columns(subject, names, len(row), by)
+    _check_source(source, metric)
     order = sorted(range(len(points)), key=lambda i: order_of(points[i].name))
     cells = [Cell(points[i], index) for i in order for index in range(width)]
     most = max(1, FORWARD_TOKENS // len(row))
@@ -74,7 +74,11 @@ def begin_sweep(
     return steps()
 
 
-def _width(subject: SubjectModel, points: Sequence[HookPoint], n_tokens: int, by: str) -> int:
+def count_columns(subject: SubjectModel, names: Sequence[str], n_tokens: int, by: str) -> int:
+    """Return how many cells a point has: positions, or heads. Raises `InputError` for points that have no cells, or not all as many."""
+    points = [find_point(subject.net, name) for name in names]
+    if outside := [point.name for point in points if point.kind not in LAYER_KINDS]:
+        raise InputError(f"A sweep patches inside or between blocks; {outside[0]!r} is neither. Name a point with a layer.")
     if by == "position":
         return n_tokens
     if by != "head":
@@ -85,9 +89,7 @@ def _width(subject: SubjectModel, points: Sequence[HookPoint], n_tokens: int, by
     return widths.pop()
 
 
-def _check(points: Sequence[HookPoint], source: Mapping[str, Tensor] | str, metric: MetricOp) -> None:
-    if outside := [point.name for point in points if point.kind not in LAYER_KINDS]:
-        raise InputError(f"A sweep patches inside or between blocks; {outside[0]!r} is neither. Name a point with a layer.")
+def _check_source(source: Mapping[str, Tensor] | str, metric: MetricOp) -> None:
     if isinstance(source, str) and source != "zero":
         raise InputError(f"The source of a sweep is the result of another run, or 'zero'; found {source!r}.")
     if isinstance(metric, Divergence):

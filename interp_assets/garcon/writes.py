@@ -60,7 +60,7 @@ def _replacement(write: Write, part: Part, shown: Tensor, now: Tensor, beside: B
         return move_part(attached, now, write.latents, write.values, before=before, along=along)
     vector = part.fit(beside.tensor(write.value), shown, write.point, is_vector_enough=True)
     if write.op == "add":
-        return now + write.times * vector
+        return now + (vector if write.times == 1.0 else write.times * vector)
     length = vector.norm(dim=-1, keepdim=True)
     if bool((length == 0).any()):
         raise InputError(f"The vector of {write.op} at {write.point!r} is zero: it has no direction.")

@@ -22,9 +22,11 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, WithJson
 from interp_assets.errors import ConfigError, OwnCodeError
 from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
+from interp_assets.planning.identity import Name, Section
 from interp_assets.planning.options import ARCHITECTURES, find_faults
 from interp_assets.planning.own import MAX_BYTES, NAMED, check_metric, hash_code, read_declaration, split_name
-from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, MatchesConfig, Metric, Name, Section, SteeringConfig, StopConfig
+from interp_assets.planning.sections import OVERKEEP, Code, CorpusConfig, HeadsConfig, MatchesConfig, Metric, Placed, StopConfig
+from interp_assets.planning.steering import PatchingConfig, SteeringConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
 
@@ -57,55 +59,14 @@ _NAMES: Final = {"anyOf": [{"enum": list(ARCHITECTURES)}, {"type": "string", "pa
 ArchitectureName = Annotated[str, AfterValidator(_check_architecture), WithJsonSchema(_NAMES)]
 """A built-in architecture, or a function in a file of one's own."""
 
-TextKind = Literal["plain", "with_special_tokens", "messages"]
-
-
 HookPointName = Annotated[str, AfterValidator(canonical_name)]
 """A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
-AnySection = TypeVar("AnySection", bound=Section)
+AnySection = TypeVar("AnySection", bound=Placed)
 
 
-class CorpusConfig(Section):
-    """Which text, and how it becomes token shards. All identity."""
-
-    source: Literal["stdlib", "files", "huggingface"] = "stdlib"
-    """`stdlib`: the Python standard library's sources; `files`: local text, JSONL or Parquet files; `huggingface`: a dataset by id or folder."""
-    path: str = ""
-    """`files`: a file or a folder; `huggingface`: the dataset's id or local folder. Unused for `stdlib`."""
-    subset: str = "default"
-    """`huggingface`: the dataset's configuration name."""
-    split: str = "train"
-    """`huggingface`: the split."""
-    revision: str = "main"
-    """`huggingface`: the dataset's revision."""
-    text_field: str = "text"
-    """Column or key that holds the text (or the messages), in JSONL, Parquet and Hugging Face datasets."""
-    text_kind: TextKind = "plain"
-    """`plain`: names of special tokens are text; `with_special_tokens`: they are these tokens; `messages`: the chat template renders them."""
-    context_length: Annotated[int, Field(ge=2)] = 256
-    """Tokens per context, a leading BOS included."""
-    contexts: Literal["packed", "per_document"] = "packed"
-    """`packed`: documents follow each other in a context and attend to those before; `per_document`: a context holds one (encoders, messages)."""
-    shard_bytes: Annotated[int, Field(ge=1)] = 256 << 10
-    """UTF-8 bytes of text per shard, reached by whole documents."""
-    documents_per_shard: Annotated[int, Field(ge=1)] = 1000
-    """`huggingface` only: documents per shard, because a stream has no sizes."""
-    max_shards: Annotated[int, Field(ge=1)] = 1 << 20
-    """Stop after this many shards."""
-    held_out_shards: Annotated[int, Field(ge=1)] = 1
-    """The first shards are never trained on: they measure FVU, L0 and loss recovered."""
-
-    @model_validator(mode="after")
-    def _check_contexts(self) -> "CorpusConfig":
-        if self.text_kind == "messages" and self.contexts != "per_document":
-            message = "text_kind messages needs contexts: per_document, because a chat template begins and ends a conversation itself"
-            raise ValueError(message)
-        return self
-
-
-class ModelConfig(Section):
+class ModelConfig(Placed):
     """The subject model. All identity."""
 
     name: str = DEMO_MODEL
@@ -168,7 +129,7 @@ class ShuffleConfig(Section):
         return None if self.passes == "auto" or self.fan_out == "auto" else (self.passes, self.fan_out)
 
 
-class SaeConfig(Section):
+class SaeConfig(Placed):
     """One sparse autoencoder of the sweep. Identity, but for `imported`."""
 
     name: Name = "demo"
@@ -357,6 +318,8 @@ class PipelineConfig(Section):
     """Functions in files of your own that measure every SAE, `my.py:half_norm`; they retrain nothing."""
     steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
+    patching: list[PatchingConfig] = []
+    """Sets of prompts over which activations are patched, each a partition."""
     retrain: RetrainConfig = RetrainConfig()
     matches: MatchesConfig | None = None
     """The same features in other SAEs; nothing is matched without this section."""
@@ -367,9 +330,10 @@ class PipelineConfig(Section):
     @model_validator(mode="after")
     def _check_references(self) -> "PipelineConfig":
         names = [sae.name for sae in self.saes]
-        if len(set(names)) != len(names):
-            message = f"two SAEs have one name: {sorted(names)}"
-            raise ValueError(message)
+        for what, given in (("SAEs", names), ("sets of prompts in `patching`", [asked.name for asked in self.patching])):
+            if len(set(given)) != len(given):
+                message = f"two {what} have one name: {sorted(given)}"
+                raise ValueError(message)
         shown = [("features", name) for name in self.features.saes] + [("matches", name) for name in (self.matches.saes if self.matches else ())]
         for section, name in shown:
             if name not in names:
@@ -382,6 +346,8 @@ class PipelineConfig(Section):
         if fan_out ** (passes - 1) > MAX_MIXED_SHARDS:
             message = f"fan_out ** (passes - 1) is {fan_out ** (passes - 1):,} mixed shards, at most {MAX_MIXED_SHARDS:,}"
             raise ValueError(message)
+        if self.corpus.is_planted:
+            _check_planted(self)
         for sae in self.saes:
             _check_task(sae, self.harvest.hook_points)
             if sae.task == "crosscoder" and sae.name in self.features.saes:
@@ -409,6 +375,17 @@ class PipelineConfig(Section):
             if not attempt:  # not asked before, or a copy with other SAEs
                 self._places.update({sae.name: place for place, sae in enumerate(self.saes)})
         raise ConfigError(f"No SAE is called {name!r}; the configuration has {[sae.name for sae in self.saes]}.")
+
+
+def _check_planted(config: PipelineConfig) -> None:
+    """Raise `ValueError` for what needs text or a model, where rows are planted."""
+    wanted = {"features.saes": config.features.saes, "heads": config.heads, "steering": config.steering, "patching": config.patching}
+    if found := [name for name, value in wanted.items() if value]:
+        message = f"planted rows have no text and no model, which {', '.join(found)} needs: leave it out, and write `features: {{saes: []}}`"
+        raise ValueError(message)
+    if len(config.harvest.hook_points) != 1:
+        message = f"planted rows are those of one hook point, and harvest.hook_points are {config.harvest.hook_points}"
+        raise ValueError(message)
 
 
 def _check_task(sae: SaeConfig, hook_points: list[str]) -> None:
@@ -589,7 +566,14 @@ def _explain(item: dict[str, Any]) -> str:
 def _model_at(path: list[str]) -> type[BaseModel] | None:
     """Return the section of a configuration that a path of names leads to; None where it leads to none."""
     sections = {name: field.annotation for name, field in PipelineConfig.model_fields.items()}
-    sections |= {"saes": SaeConfig, "heads": HeadsConfig, "steering": SteeringConfig, "stop": StopConfig, "matches": MatchesConfig}
+    sections |= {
+        "saes": SaeConfig,
+        "heads": HeadsConfig,
+        "steering": SteeringConfig,
+        "patching": PatchingConfig,
+        "stop": StopConfig,
+        "matches": MatchesConfig,
+    }
     found = sections.get(path[0]) if path else PipelineConfig
     return found if len(path) < 2 and isinstance(found, type) and issubclass(found, BaseModel) else None
 

@@ -107,5 +107,5 @@ def _widen(axes: Axes) -> None:
     """Give a linear axis with numbers that hardly differ a range in which that is seen."""
     low, high = axes.get_ylim()
     least = _NARROWEST * max(abs(low), abs(high))
-    if axes.get_yscale() == "linear" and high - low < least:
+    if axes.get_yscale() == "linear" and 0 <= high - low < least:  # the axis of a map runs down, and has no numbers
         axes.set_ylim((low + high - least) / 2, (low + high + least) / 2)

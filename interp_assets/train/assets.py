@@ -313,9 +313,12 @@ def _evaluate(job: Job) -> Callable[[str], list[Produced]]:
 
 
 def _show_frequencies(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.train.own.columns import RECOVERY
     from interp_assets.train.plots import plot_frequencies
 
-    return {"firing_frequency": Markdown(plot_frequencies(job.store, made[0]))}
+    facts = made[0].manifest.facts
+    found = {name: facts[name] for name in RECOVERY if name in facts}
+    return {**found, "firing_frequency": Markdown(plot_frequencies(job.store, made[0]))}
 
 
 def _evaluating(pipeline: Pipeline, store: Store, key: str) -> Load:

@@ -2,8 +2,8 @@
 
     GET    /api/models                        what is served: revision, SAEs, limits, queue
     GET    /api/models/{m}/points             every point with its shape, or why it is not there; `name=`: what a name means here
-    POST   /api/models/{m}/tokenize           texts to ids, or ids, with how each is written, and all of a row together
-    POST   /api/models/{m}/chats              conversations to ids, by the model's template, with the assistant's positions
+    POST   /api/models/{m}/tokenize           texts, conversations (by the model's template) or ids: ids, how each is written, which are special,
+                                              whose words they are of, and all of a row together
     GET    /api/models/{m}/strength           the number of a strength with a unit: `written`, and `sae` and `latent`, or `point` and `length`
     POST   /api/models/{m}/run                a plan's answer. `dry=1`: its bytes, without a forward; `exact=1`: nobody shares its forward;
                                               `keep=1`: it stays here, and its tensors' names come; `id=`: what it is called to be taken back
@@ -47,7 +47,7 @@ from interp_assets.errors import (
     ServiceError,
     TooLargeError,
 )
-from interp_assets.garcon.backend import Answer, Generated, Kept, Token
+from interp_assets.garcon.backend import Answer, Chats, Generated, Kept, Token
 from interp_assets.garcon.local import LocalBackend
 from interp_assets.garcon.plan import Plan, explain_plan, parse_generate_plan, parse_plan, parse_reduce_plan, parse_sweep
 from interp_assets.garcon.points import n_layers
@@ -101,15 +101,9 @@ class _Texts(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     texts: list[str] = Field(default=[], max_length=1024)
+    conversations: list[list[dict[str, Any]]] = Field(default=[], max_length=1024)
     ids: list[list[Annotated[int, Field(ge=0, lt=1 << 62)]]] = Field(default=[], max_length=1024)
     special: bool = True
-
-
-class _Conversations(BaseModel):
-    """What is rendered by a chat template."""
-
-    model_config = ConfigDict(extra="forbid")
-    conversations: list[list[dict[str, Any]]] = Field(min_length=1, max_length=1024)
 
 
 class Models:
@@ -139,7 +133,6 @@ class Models:
         app.post(f"{one}/tokenize")(_answered(self.tokenize))
         app.post(f"{one}/run")(_answered(self.run))
         app.post(f"{one}/generate")(_answered(self.generate))
-        app.post(f"{one}/chats")(_answered(self.render))
         app.get(f"{one}/strength")(_answered(self.strength))
         app.post(f"{one}/sweep")(_answered(self.sweep))
         app.post(f"{one}/reduce")(_answered(self.reduce))
@@ -162,7 +155,7 @@ class Models:
         return JSONResponse({"points": [point._asdict() for point in backend.list_points()]})
 
     async def tokenize(self, name: str, request: Request) -> Response:
-        """Tokenize texts, or write tokens."""
+        """Tokenize texts and conversations, or write tokens."""
         backend = self.find(name).backend
         try:
             given = _Texts.model_validate_json(bytes(await _read_body(request, MAX_TEXT)))
@@ -220,17 +213,6 @@ class Models:
         if first is None and (error := ticket.future.exception()):  # refused before the first token: then its status can say so
             raise error
         return StreamingResponse(_stream_lines(first, come, job), media_type=LINES)
-
-    async def render(self, name: str, request: Request) -> Response:
-        """Render conversations."""
-        backend = self.find(name).backend
-        try:
-            given = _Conversations.model_validate_json(bytes(await _read_body(request, MAX_TEXT)))
-        except ValidationError as error:
-            raise InputError(explain_plan(error).replace("The plan", "The conversation", 1)) from error
-        with self._tokenizing:
-            chats = backend.chats(given.conversations)
-        return JSONResponse(chats._asdict())
 
     async def strength(self, name: str, written: str, sae: str = "", latent: int = 0, point: str = "", length: float = 1.0) -> Response:
         """Tell the number of a strength."""
@@ -348,11 +330,14 @@ class Models:
         for row in given.ids:
             backend.subject.check_tokens(torch.tensor(row))
         with self._tokenizing:  # tokenizers forbid two calls at once
-            ids = [*backend.tokenize(given.texts, special=given.special), *given.ids]
+            chats = backend.chats(given.conversations) if given.conversations else Chats((), ())
+            ids = [*backend.tokenize(given.texts, special=given.special), *chats.rows, *given.ids]
             pieces = backend.pieces(ids)
             special = set(backend.special_tokens)
             texts = [backend.decode(row) for row in ids]
-        return {"ids": ids, "pieces": pieces, "special": [[token in special for token in row] for row in ids], "texts": texts}
+        roles = [*[None] * len(given.texts), *chats.roles, *[None] * len(given.ids)]
+        marks = [[token in special for token in row] for row in ids]
+        return {"ids": ids, "pieces": pieces, "special": marks, "roles": roles, "texts": texts}
 
     async def _read(self, request: Request, user: str, parse: Callable[[str], T]) -> tuple[T, dict[str, Tensor]]:
         """Read a plan and its tensors, of which the user may keep some here."""

@@ -112,8 +112,6 @@ def test_a_crosscoder_is_written_at_all_its_points_by_what_it_read_before() -> N
     for point, part in zip(points, change[:, [0, 2]].split(D_MODEL, dim=-1), strict=True):
         before, after = reads[point]
         torch.testing.assert_close(after.tensor.flatten(2) - before.tensor.flatten(2), part, rtol=1e-4, atol=1e-5)
-    with pytest.raises(InputError, match="'c' is a crosscoder, whose latents are known after a forward: clamp it in a trace"):
-        llm.generate("hello", new_tokens=2, steer=[{"sae": "c", "latent": 3, "clamp": "1 raw"}])
     trace = llm.trace("hello")
     trace.sae_read("c", [3], after=True)
     with pytest.raises(InputError, match="'c' is a crosscoder: its latents are read of an unedited forward alone"):
@@ -122,6 +120,64 @@ def test_a_crosscoder_is_written_at_all_its_points_by_what_it_read_before() -> N
     trace.sae_clamp("c", {3: "1 raw"}, when=("c", 3, 0.0))
     with pytest.raises(InputError, match="'c' is a crosscoder: its latents are known after the forward"):
         trace.execute()
+
+
+@pytest.mark.parametrize("where", ["all", "generated"])
+def test_a_crosscoder_steers_a_text_as_running_everything_again_would(where: str) -> None:
+    """Its latents are those of the same tokens without edits; rows are of unequal lengths and end early; the oracle has no batch and no cache."""
+    points = ("resid_post.0", "z.1", "resid_post.1")
+    llm = Model(
+        make_subject("llama"),
+        make_tokenizer(),
+        {
+            "c": AttachedSae(_trained("batch_topk", (D_MODEL,) * 3, "crosscoder"), points[0], more=points[1:]),
+            "s": AttachedSae(SAES["relu"], points[0]),
+        },
+    )
+    steer = [{"sae": "c", "latent": 3, "clamp": "5 raw", "where": where}, {"sae": "c", "latent": 7, "add": "2 raw", "where": where}]
+    steer += [{"sae": "s", "latent": 2, "clamp": "3 raw", "where": where}]
+    prompts = ["hello wine", "hal"]
+    texts = llm.generate(prompts, new_tokens=5, steer=steer, compare=True)
+    for prompt, found in zip(prompts, texts.generated.texts, strict=True):
+        row = llm.tokenize(prompt)[0]
+        n_prompt = len(row)
+        for token in found.tokens:
+            with llm.trace([row]) as t:
+                if pos := list(range(0 if where == "all" else n_prompt, len(row))):
+                    t.sae_clamp("c", {3: "5 raw"}, pos=pos)
+                    t.sae_add("c", {7: "2 raw"}, pos=pos)
+                    t.sae_clamp("s", {2: "3 raw"}, pos=pos)
+                logits = t.read("logits", pos=-1)
+            log = logits.tensor[0].log_softmax(-1)
+            assert token.token == int(log.argmax())
+            assert token.logprob == pytest.approx(float(log.max()), abs=2e-5)
+            row.append(token.token)
+    assert texts.texts != texts.defaults
+    effects = texts.effects()
+    assert effects["edit"].to_list() == [0, 0, 1, 1, 2, 2]
+    assert effects["places"].to_list() == ([14, 7] if where == "all" else [4, 4]) * 3
+    assert effects.filter(effects["edit"] < 2)["after"].is_nan().all()
+    short = llm.generate(prompts, new_tokens=5, steer=steer[:1], n=2, seed=3, temperature=2.0).generated
+    stop = short.texts[0].tokens[1].token
+    plan = llm.generate(prompts, new_tokens=5, steer=steer[:1], n=2, seed=3, temperature=2.0).plan.model_copy(update={"stop": (stop,)})
+    ended = llm.backend.generate(plan, {})
+    for whole, cut in zip(short.texts, ended.texts, strict=True):
+        assert [token.token for token in cut.tokens] == [token.token for token in whole.tokens][: len(cut.tokens)]
+    assert min(len(text.tokens) for text in ended.texts) < 5
+
+
+def test_where_a_crosscoder_cannot_steer_is_told() -> None:
+    """Nothing waits for its latents, and what a cache keeps is not clamped by latents of new tokens alone."""
+    llm = Model(make_subject("gpt2"), make_tokenizer())
+    llm.saes = {"c": AttachedSae(_trained("relu", (D_MODEL,) * 2, "crosscoder"), "resid_post.0", more=("resid_post.1",))}
+    waiting = {"point": "resid_post.1", "scale": 2.0, "if": {"sae": "c", "latent": 3}}
+    with pytest.raises(InputError, match="'c' is a crosscoder: its latents are known after a forward, so no write can wait for one"):
+        llm.generate("hello", new_tokens=2, steer=[waiting])
+    with pytest.raises(InputError, match=r"Latents \[24\]: the SAE of 'resid_post.0' has latents 0 to 23"):
+        llm.generate("hello", new_tokens=2, steer=[{"sae": "c", "latent": 24, "clamp": "1 raw"}])
+    llm.saes = {"c": AttachedSae(_trained("relu", (D_MODEL,) * 2, "crosscoder"), "k.0", more=("k.1",))}
+    with pytest.raises(InputError, match=r"The crosscoder 'c' is written at k\.0, k\.1, which a cache keeps: it cannot be clamped"):
+        llm.generate("hello", new_tokens=2, steer=[{"sae": "c", "latent": 3, "clamp": "1 raw"}])
 
 
 def test_decoder_rows_are_added_whatever_the_latents_are() -> None:

@@ -13,12 +13,14 @@ from tiny_models import D_MODEL, make_net
 from torch import nn
 
 from interp_assets.errors import BusyError, CancelledError, InputError, NoRoomError, OverdueError, ServiceError
-from interp_assets.garcon.plan import Add, Grad, LogitDiff, Operation, Plan, Read, Scale, name_tensor
+from interp_assets.garcon.features import AttachedSae
+from interp_assets.garcon.plan import Add, Grad, LogitDiff, Operation, Plan, Read, SaeClamp, Scale, name_tensor
 from interp_assets.garcon.points import find_point, module_of
 from interp_assets.garcon.remote.batch import Line, ModelThread, Ticket
 from interp_assets.garcon.run import run_plan
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.sweep import begin_sweep, run_sweep
+from interp_assets.train.sae import Sae
 
 READ = (Read(name="a", point="resid_post.1"),)
 D = LogitDiff(name="d", token=5, other=9)
@@ -197,6 +199,39 @@ def test_who_goes_away_is_dropped_at_the_next_block(make_desk: Callable[..., Des
     assert not desk.thread.stopped
 
 
+def test_who_goes_away_during_a_backward_is_dropped_at_the_next_block(make_desk: Callable[..., Desk]) -> None:
+    """It would have gone on to the embedding; the others get their derivatives, no hook stays, and the next is answered."""
+    leaving: list[Ticket] = []
+
+    def leave(_block: nn.Module, args: Any) -> None:
+        if args[0].requires_grad:
+            args[0].register_hook(lambda _: [desk.thread.cancel(ticket) for ticket in leaving] and None)
+
+    desk = make_desk(trap=leave)
+    reached: list[int] = []
+    first = module_of(desk.subject.net, find_point(desk.subject.net, "resid_pre.0"))
+    first.register_forward_pre_hook(lambda _, args: args[0].requires_grad and args[0].register_hook(lambda _: reached.append(1)) and None)
+    derived = (D, Grad(name="g", of="d", at=("embed", "resid_post.0")))
+    desk.hold()
+    leaving.append(desk.ask("gone", "hello", *derived))
+    desk.go()
+    with pytest.raises(CancelledError):
+        leaving[0].future.result(LONG)
+    assert not reached
+    desk.gate.open.clear()
+    desk.hold()
+    leaving[:] = [desk.ask("gone", "hello", *derived)]
+    stays = desk.ask("stays", "hallo", *derived)
+    desk.go()
+    with pytest.raises(CancelledError):
+        leaving[0].future.result(LONG)
+    expected = run_plan(desk.subject, _plan("hallo", *derived), {}).derivatives
+    assert stays.future.result(LONG).batch == (2, 5)
+    torch.testing.assert_close(stays.future.result(LONG).derivatives, expected, rtol=1e-5, atol=1e-5)
+    assert reached
+    assert not desk.thread.stopped
+
+
 def test_who_waits_and_goes_away_leaves_the_line_at_once(make_desk: Callable[..., Desk]) -> None:
     """His place is free before the forward that he waited for is over."""
     desk = make_desk(Line(in_flight=1))
@@ -237,6 +272,25 @@ def test_the_line_has_an_end(make_desk: Callable[..., Desk]) -> None:
     desk.go()
     assert all(ticket.future.result(LONG) for ticket in tickets)
     assert desk.ask("c").future.result(LONG)
+
+
+def test_a_crosscoders_first_forward_gets_in_line_too(make_desk: Callable[..., Desk]) -> None:
+    """It is what the plan is resolved by; run where it was asked for, its hooks met the forward of whoever had the model."""
+    desk = make_desk()
+    W = torch.linspace(-1, 1, 2 * D_MODEL * 6).reshape(2 * D_MODEL, 6)
+    sae = Sae(kind="relu", W_enc=W, b_enc=torch.zeros(6), W_dec=W.T, b_dec=torch.zeros(2 * D_MODEL), threshold=torch.zeros(6), k=0)
+    desk.thread.saes = {"c": AttachedSae(sae, "resid_post.0", more=("resid_post.1",))}
+    first = desk.hold()
+    operations = (SaeClamp(point="resid_post.0", sae="c", latents=(2,), values=(3.0,)), *READ)
+    ticket = desk.ask("a", "hello", *operations)
+    assert desk.gate.rows == [1]
+    desk.go()
+    assert first.future.result(LONG)
+    answer = ticket.future.result(LONG)
+    torch.testing.assert_close(answer.tensors, run_plan(desk.subject, _plan("hello", *operations), {}, desk.thread.saes).tensors)
+    wrong = desk.ask("a", "hello", SaeClamp(point="resid_post.1", sae="c", latents=(2,), values=(3.0,)))
+    with pytest.raises(InputError, match="The crosscoder 'c' belongs to"):
+        wrong.future.result(LONG)
 
 
 def test_a_hook_that_stays_stops_the_model(make_desk: Callable[..., Desk]) -> None:

@@ -67,11 +67,36 @@ def test_the_same_words_give_the_same_bits(server: ModelServer, remote: Model) -
 def test_tables_and_names_are_the_same(server: ModelServer, remote: Model) -> None:
     """Points with shapes and refusals, TransformerLens' names, patterns of names, tokens."""
     assert remote.points().equals(server.local.points())
-    wanted = ["z.*", "blocks.1.hook_resid_post", "module:transformer.h.0.mlp"]
-    assert remote.names(wanted) == ["z.0", "z.1", "resid_post.1", "module:transformer.h.0.mlp"]
+    wanted = ["z.*", "blocks.1.hook_resid_post", "module:transformer.h.0.mlp", "blocks.*.hook_mlp_out"]
+    assert remote.names(wanted) == ["z.0", "z.1", "resid_post.1", "module:transformer.h.0.mlp", "mlp_out.0", "mlp_out.1"]
+    with pytest.raises(InputError, match=r"No hook point fits 'module:transformer\.h\.\*\.mlp': `\*` stands for all layers"):
+        remote.names("module:transformer.h.*.mlp")
     assert remote.tokenize(["hello", "x"]) == server.local.tokenize(["hello", "x"])
     assert (remote.token("a"), remote.pieces([104, 105])) == (server.local.token("a"), server.local.pieces([104, 105]))
     assert {name: sae.hook_point for name, sae in remote.saes.items()} == {"stream": "resid_post.0"}
+
+
+def test_tokens_have_roles_and_special_ones_are_marked(server: ModelServer, remote: Model) -> None:
+    """Whose words stand where is the template's to say; where it changes what it is given nobody guesses, and texts have no roles."""
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    tokenizer: Any = server.local.tokenizer  # the server's too
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'] }}{% endfor %}"
+    try:
+        tables = [llm.tokens(talk) for llm in (server.local, remote)]
+        tokenizer.chat_template = "{% for m in messages %}<s>{{ m['content'].split('y')[-1] }}{% endfor %}"
+        changed = [llm.tokens([talk, talk[:1]]) for llm in (server.local, remote)]
+    finally:
+        tokenizer.chat_template = None
+    assert tables[0].equals(tables[1])
+    assert tables[0]["token"].to_list() == ["<s>", "h", "i", "<s>", "y", "o"]
+    assert tables[0]["special"].to_list() == [True, False, False, True, False, False]
+    assert tables[0]["role"].to_list() == ["template", "user", "user", "template", "assistant", "assistant"]
+    assert changed[0].equals(changed[1])
+    assert changed[0]["role"].to_list() == [None] * 5 + ["template", "user", "user"]
+    texts = remote.tokens(["hi", "x"])
+    assert texts.equals(server.local.tokens(["hi", "x"]))
+    assert texts.select("row", "position", "id").rows() == [(0, 0, 71), (0, 1, 72), (1, 0, 87)]
+    assert texts["role"].to_list() == [None] * 3
 
 
 def _overflow(llm: Model) -> None:

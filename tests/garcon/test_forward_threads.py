@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from interp_assets.garcon.plan import Grad, LogitDiff, Plan, Read
+from interp_assets.garcon.run import run_plan
 from interp_assets.garcon.subject import SubjectModel
 
 WIDTH = 1024
@@ -44,4 +46,23 @@ def test_a_forward_does_not_depend_on_threads(family: str, dtype: torch.dtype) -
         rows = model.capture(tokens, None, ["resid_post.0", "q.0", "mlp_out.0"])
         patched = model.logits_with_patch(tokens, None, "mlp_out.0", lambda value: value / 2)
         found.add(digest([*rows.values(), model.logits(tokens, None), patched]))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_exact_run_does_not_depend_on_threads(family: str) -> None:
+    """Reads, metrics and derivatives of a trace whose numbers are to be had again elsewhere."""
+    torch.manual_seed(0)
+    model = SubjectModel(AutoModelForCausalLM.from_config(CONFIGS[family]))
+    row = tuple(torch.randint(3, 70, (64,), generator=torch.Generator().manual_seed(1)).tolist())
+    d = LogitDiff(name="d", token=5, other=9)
+    asked = [  # at a pattern attention is the eager one, whose derivatives are others
+        (Read(name="a", point="mlp_act.0"), d, Grad(name="g", of="d", at=("embed", "z.0", "resid_post.0"))),
+        (Read(name="a", point="pattern.0"), d, Grad(name="g", of="d", at=("embed", "pattern.0"))),
+    ]
+    found = set()
+    for n_threads in (1, 2, 3):
+        torch.set_num_threads(n_threads)
+        answers = [run_plan(model, Plan(rows=(row, row[::-1]), operations=operations), {}, exact=True) for operations in asked]
+        found.add(digest([value for answer in answers for value in (*answer.tensors.values(), *answer.derivatives["g"].values())]))
     assert len(found) == 1

@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.plan import GeneratePlan
+from interp_assets.garcon.backend import Answer
+from interp_assets.garcon.plan import GeneratePlan, Grad, LogProb, Plan, Read
 from interp_assets.garcon.rope import follows_length
+from interp_assets.garcon.run import Run, run_plan, run_together
 from interp_assets.garcon.steering.decode import generate
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.activations import make_batches
@@ -73,6 +75,26 @@ def test_a_row_in_a_padded_batch_is_that_of_its_context_alone(kind: str) -> None
         alone = make_subject(kind).net(input_ids=ids[None]).logits[0]
         torch.testing.assert_close(logits[i, : len(ids)], alone, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(patched[i, : len(ids)], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_row_of_a_plan_is_what_it_is_alone(kind: str) -> None:
+    """Reads, patterns, metrics and derivatives of rows of unequal length, and of several people's in one forward."""
+    subject, d = make_subject(kind), LogProb(name="d", token=5)
+    reads = (Read(name="a", point="resid_post.0"), Read(name="p", point="pattern.1"), d, Grad(name="g", of="d", at=("resid_pre.1",)))
+    rows = tuple(tuple(ids.tolist()) for ids in draw_contexts())
+    plans = [Plan(rows=(row,), operations=reads) for row in rows]
+    found = run_plan(subject, Plan(rows=rows, operations=reads), {})
+    shared = run_together([Run(subject, plan, {}) for plan in plans])
+    for i, (plan, length) in enumerate(zip(plans, LENGTHS, strict=True)):
+        alone, beside = run_plan(make_subject(kind), plan, {}), shared[i]
+        assert isinstance(beside, Answer)
+        torch.testing.assert_close(beside.tensors, alone.tensors, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.tensors["a"][i, :length], alone.tensors["a"][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.tensors["p"][i, :, :length, :length], alone.tensors["p"][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.tensors["d"][i], alone.tensors["d"][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.derivatives["g"]["resid_pre.1"][i, :length], alone.derivatives["g"]["resid_pre.1"][0], rtol=1e-3, atol=1e-4)
+    assert not any(module._forward_hooks for module in subject.net.modules())
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])

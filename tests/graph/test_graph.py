@@ -11,6 +11,11 @@ from interp_assets.graph.stages import make_road
 from interp_assets.planning.config import make_config
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "asset_graph.json"
+EDITS = [{"sae": "demo", "latent": 1, "clamp": "1 max"}]
+STEERED = {
+    "steering": {"prompts": ["a"], "recipes": {"golden": EDITS}, "search": {}},
+    "patching": [{"name": "names", "pairs": [{"clean": "a", "corrupted": "b", "answer": "c"}]}],
+}
 THREE_PASSES = {"shuffle": {"passes": 4, "fan_out": 2}, "saes": [{"name": "a.b-c"}], "features": {"saes": ["a.b-c"]}}
 
 
@@ -37,7 +42,14 @@ def test_the_graph_is_the_golden_one(name: str, content: dict[str, object]) -> N
     assert describe_graph(build_defs(make_config(content))) == golden[name]
 
 
-@pytest.mark.parametrize("content", [{}, THREE_PASSES])
+def test_steering_adds_its_assets_and_changes_no_other_but_the_browser() -> None:
+    """The golden file has what differs from the graph without: curves and patched prompts, and that the browser shows the curves."""
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    found: dict[str, object] = describe_graph(build_defs(make_config(STEERED)))["assets"]  # type: ignore[assignment] - plain data
+    assert {name: asset for name, asset in found.items() if golden["chosen_passes"]["assets"].get(name) != asset} == golden["steered"]
+
+
+@pytest.mark.parametrize("content", [{}, THREE_PASSES, STEERED])
 def test_every_asset_says_what_it_is(content: dict[str, object]) -> None:
     """A person who opens an asset in the UI finds owner, kinds, a description of two sentences, and a code version."""
     graph = build_defs(make_config(content)).resolve_asset_graph()
@@ -50,7 +62,7 @@ def test_every_asset_says_what_it_is(content: dict[str, object]) -> None:
         assert node.is_external or node.code_version, key
 
 
-@pytest.mark.parametrize("content", [{}, THREE_PASSES, {"shuffle": {"passes": 1, "fan_out": 8}}])
+@pytest.mark.parametrize("content", [{}, THREE_PASSES, {"shuffle": {"passes": 1, "fan_out": 8}}, STEERED])
 def test_the_road_lists_the_assets_in_the_order_of_the_data(content: dict[str, object]) -> None:
     """The run loop walks the road: an asset that it does not list would never be made, and one listed too early would fail."""
     config = make_config(content)

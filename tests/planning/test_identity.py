@@ -13,8 +13,9 @@ import pytest
 
 from interp_assets.errors import ArtifactError
 from interp_assets.graph.stages import make_road
-from interp_assets.planning.config import CorpusConfig, PipelineConfig, SaeConfig, make_config
+from interp_assets.planning.config import PipelineConfig, SaeConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.store import open_store
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "artifact_paths.json"
@@ -42,6 +43,7 @@ def make_wide(**changes: Any) -> PipelineConfig:
         "features": {"saes": ["topk"], "latent_slices": 1},
         "heads": {},
         "steering": {"recipes": {"louder": [{"sae": "topk", "latent": 3, "clamp": "10 max"}]}, "prompts": ["import"]},
+        "patching": [{"name": "names", "pairs": [{"clean": "a b", "corrupted": "a c", "answer": "b", "other": "c"}]}],
     }
     return make_config({**content, **changes})
 
@@ -110,8 +112,8 @@ def test_options_are_hashed_where_there_are_any() -> None:
     assert SaeConfig(name="a", options={"betas": (0.9, 0.99)}).identity()["options"] == {"betas": (0.9, 0.99)}
 
 
-@pytest.mark.parametrize("section", ["heads", "steering"])
-def test_a_section_that_is_not_there_is_not_dumped(section: str) -> None:
+@pytest.mark.parametrize(("section", "nothing"), [("heads", None), ("steering", None), ("patching", [])])
+def test_a_section_that_is_not_there_is_not_dumped(section: str, nothing: object) -> None:
     """Pipelines without it keep what they were made with."""
-    assert section not in make_wide(**{section: None}).model_dump()
+    assert section not in make_wide(**{section: nothing}).model_dump()
     assert section in make_wide().model_dump()

@@ -44,3 +44,11 @@ def test_a_logarithmic_axis_names_its_decades() -> None:
         use_log(axes, "y")
         as_markdown(figure, "loss")
         assert wanted <= {label.get_text() for label in axes.get_yticklabels()}
+
+
+def test_a_map_keeps_all_of_its_rows() -> None:
+    """Its axis runs down: taken for one that hardly changes, it showed the two rows in the middle of twelve."""
+    figure, axes = make_figure("head", "layer")
+    axes.imshow([[0.0, 1.0]] * 12)
+    as_markdown(figure, "heads")
+    assert axes.get_ylim() == (11.5, -0.5)

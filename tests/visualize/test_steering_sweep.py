@@ -18,7 +18,7 @@ from interp_assets.graph.stages import make_road
 from interp_assets.planning.asset import Asset, Job
 from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
-from interp_assets.planning.sections import SteeringConfig
+from interp_assets.planning.steering import SteeringConfig
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.visualize.steering.assets import find_obstacles
@@ -99,7 +99,7 @@ def test_what_was_computed_is_found_and_another_recipe_is_another(made: tuple[Pi
     (again,) = make("first")
     assert again.is_cached
     shown = asset.shows(Job(World(config), pipeline, store, ("first",)), "first", [again])
-    assert str(shown["curve"]).count("<svg") == 5
+    assert str(shown["curve"]).startswith("![Latent 0 of demo at resid_post.0](data:image/png;base64,")
     assert "kl_over_controls" in shown
     assert curve_ref(pipeline, "first").artifact_id != curve_ref(pipeline, "raw").artifact_id
     assert asset.takes(pipeline, store, "first").busy_s > 0
@@ -163,8 +163,10 @@ def test_a_search_finds_latents_that_move_and_some_that_do_not(made: tuple[Pipel
         assert [(curve.recipe, curve.prompts) for curve in bundle.doses(latent)] == ([(f"found: {role}", ["word5", "word word"])] if role else [])
     (again,) = search.make(Job(World(pipeline.config), pipeline, store, ("demo",)))("demo")
     assert again.is_cached
-    assert str(search.shows(Job(World(pipeline.config), pipeline, store, ("demo",)), "demo", [again])["curves"]).count("<svg") == 5 * len(found.doses)
-    assert search.takes(pipeline, store, "demo").busy_s > 0
+    assert str(search.shows(Job(World(pipeline.config), pipeline, store, ("demo",)), "demo", [again])["curves"]).count("![") == len(found.doses)
+    assert lab.Opened(pipeline, store).steering_search("demo").candidates.equals(found.candidates)
+    tried, dosed = 6 * 3 * (2 * 4 + (10 + 1) / 4), 2 * 2 * (4 * 2 + 1) * (2 * 4 + (5 + 9) / 4)  # cells x tokens, new and the prompts'
+    assert search.takes(pipeline, store, "demo").busy_s == pytest.approx(2 * (tried + dosed) / 6_000)
     assert search.obstacles is not None
     assert search.obstacles(pipeline, store) == []
     few = pipeline.config.model_copy(update={"steering": steering.model_copy(update={"prompts": ["a", "b"]})})

@@ -104,7 +104,8 @@ def test_what_is_served_is_told(anna: httpx.Client) -> None:
 def test_a_plan_can_be_asked_by_anybody_who_writes_json(anna: httpx.Client) -> None:
     """Curl will do: the plan is its text, the answer a safetensors file."""
     ids = anna.post("/api/models/tiny/tokenize", json={"texts": ["hi", "</s>"]}).json()
-    assert ids == {"ids": [[71, 72], [257]], "pieces": [["h", "i"], ["</s>"]], "special": [[False, False], [True]], "texts": ["hi", "</s>"]}
+    told = {"pieces": [["h", "i"], ["</s>"]], "special": [[False, False], [True]], "roles": [None, None], "texts": ["hi", "</s>"]}
+    assert ids == {"ids": [[71, 72], [257]], **told}
     answer = anna.post(RUN, json={"rows": [ids["ids"][0]], "operations": [{"op": "read", "name": "a", "point": "blocks.1.hook_resid_post"}]})
     assert (answer.status_code, answer.headers["content-type"]) == (200, FILE)
     message = unpack(bytearray(answer.content))

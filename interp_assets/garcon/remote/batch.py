@@ -15,6 +15,7 @@ A hook that a run leaves behind would change everybody's later answers, so a cou
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -26,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from interp_assets.errors import BusyError, CancelledError, NoRoomError, OverdueError, ServiceError
+from interp_assets.garcon.crosscoders import uses_crosscoder
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import Plan
-from interp_assets.garcon.run import Run, run_together
+from interp_assets.garcon.run import Run, run_plan, run_together
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.taps import watched_blocks
 
@@ -96,12 +98,12 @@ class Ticket:
 class _Asked(Ticket):
     """A plan."""
 
-    def __init__(self, user: str, clock: Callable[[], float], seconds: float, make: Callable[[], Run], *, exact: bool) -> None:
+    def __init__(self, user: str, clock: Callable[[], float], seconds: float, make: Callable[[], Run]) -> None:
         super().__init__(user, clock, seconds)
         run = make()
         self._make = make
         self._run: Run | None = run
-        self.is_alone = exact or not run.can_share
+        self.is_alone = run.exact or not run.can_share
         self.is_gradient, self.n_rows, self.longest = bool(run.derived), len(run.lengths), max(run.lengths)
 
     def take_run(self) -> Run:
@@ -114,8 +116,8 @@ class _Asked(Ticket):
 class _Job(Ticket):
     """Steps."""
 
-    def __init__(self, user: str, clock: Callable[[], float], steps: Steps) -> None:
-        super().__init__(user, clock, float("inf"))
+    def __init__(self, user: str, clock: Callable[[], float], seconds: float, steps: Steps) -> None:
+        super().__init__(user, clock, seconds)
         self.steps = steps
 
 
@@ -150,11 +152,18 @@ class ModelThread:
 
     def ask(self, user: str, plan: Plan, tensors: Mapping[str, Tensor], *, exact: bool = False) -> Ticket:
         """Get in line with a plan. Raises `InputError` for what does not fit the model, and `BusyError` when too many wait."""
-        return self._enter(_Asked(user, self._clock, self.line.seconds, lambda: Run(self.subject, plan, tensors, self.saes), exact=exact))
+        if uses_crosscoder(plan, self.saes):
+
+            def steps() -> Steps:
+                yield 0, 1  # from here on in the thread: to resolve this plan takes a forward
+                return run_plan(self.subject, plan, tensors, self.saes, exact=exact)
+
+            return self._enter(_Job(user, self._clock, self.line.seconds, steps()))
+        return self._enter(_Asked(user, self._clock, self.line.seconds, lambda: Run(self.subject, plan, tensors, self.saes, exact=exact)))
 
     def start(self, user: str, steps: Steps) -> Ticket:
         """Get in line with a job. Raises `BusyError` when too many wait."""
-        return self._enter(_Job(user, self._clock, steps))
+        return self._enter(_Job(user, self._clock, math.inf, steps))
 
     def cancel(self, ticket: Ticket) -> None:
         """Take a request back: out of the line, or at the next block. Nothing happens to one that was answered."""
@@ -248,8 +257,7 @@ class ModelThread:
                 continue
             low, high = min(shortest, ticket.longest), max(longest, ticket.longest)
             rows = n_rows + ticket.n_rows
-            is_near = low == high if self.subject.follows_length else high <= 2 * low
-            if is_near and rows <= BATCH_ROWS and rows * high <= BATCH_TOKENS:
+            if high <= 2 * low and rows <= BATCH_ROWS and rows * high <= BATCH_TOKENS:
                 n_rows, shortest, longest = rows, low, high
                 chosen.append(ticket)
                 self._waiting.remove(ticket)

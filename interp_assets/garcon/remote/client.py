@@ -179,11 +179,15 @@ class RemoteBackend:
         return self._names[name]
 
     def tokenize(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-        """Return the token ids of each text, and remember how they are written."""
-        found = self._connection.json("POST", f"{self._path}/tokenize", {"texts": list(texts), "special": special})
+        """Return the token ids of each text."""
+        return self._tokenize({"texts": list(texts), "special": special})["ids"]
+
+    def _tokenize(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Ask for tokens, and remember how they are written."""
+        found = self._connection.json("POST", f"{self._path}/tokenize", given)
         for ids, pieces in zip(found["ids"], found["pieces"], strict=True):
             self.pieces.learn(ids, pieces)
-        return found["ids"]
+        return found
 
     def run(self, plan: Plan, tensors: Mapping[str, Tensor], *, exact: bool = False, keep: bool = False) -> Answer:
         """Execute a plan on the server."""
@@ -244,10 +248,8 @@ class RemoteBackend:
 
     def chats(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> Chats:
         """Render conversations by the model's own template."""
-        given = {"conversations": [[dict(message) for message in messages] for messages in conversations]}
-        found = self._connection.json("POST", f"{self._path}/chats", given)
-        assistant = [None if places is None else tuple(places) for places in found["assistant"]]
-        return Chats(tuple(map(tuple, found["rows"])), tuple(assistant))
+        found = self._tokenize({"conversations": [[dict(message) for message in messages] for messages in conversations]})
+        return Chats(tuple(map(tuple, found["ids"])), tuple(None if roles is None else tuple(roles) for roles in found["roles"]))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return what token ids say together."""

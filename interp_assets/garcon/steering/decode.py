@@ -8,6 +8,7 @@
 3. A token is drawn by its logits plus noise (the Gumbel trick): the i-th continuation draws its noise from a stream of its own, whatever the
    prompt, the edits and whatever runs beside it. So a default and an edited text part where the edits make a difference, not by chance.
 4. Rows that have ended leave the batch and the cache.
+5. Latents of crosscoders are read by forwards of their own that go ahead (`ahead.py`).
 
 The first token is drawn after the last position of the prompt: edits on `generated` positions alone move the second one first.
 Models whose rotary frequencies follow the length (`rope.py`) may be continued as far as these stay the same.
@@ -15,6 +16,7 @@ Models whose rotary frequencies follow the length (`rope.py`) may be continued a
 
 import inspect
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from interp_assets.garcon.backend import Continuation, Generated, Token
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import Edit, GeneratePlan, Span
 from interp_assets.garcon.rope import fixed_length, forget_lengths
+from interp_assets.garcon.steering.ahead import Ahead
 from interp_assets.garcon.steering.edits import Batch, Editor
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.taps import tapped
@@ -133,6 +136,7 @@ class _Decoder:
 
     def __init__(self, subject: SubjectModel, plan: GeneratePlan, editor: Editor) -> None:
         self._subject, self._plan, self._editor = subject, plan, editor
+        self._ahead = Ahead(subject, editor.crosscoders) if editor.crosscoders else None
         n_texts = len(plan.rows) * plan.n
         asked = {_EDITED: True, _DEFAULT: plan.compare, _TWIN: plan.compare or plan.score or bool(plan.freeze)}
         kinds = [kind for kind, is_asked in asked.items() if is_asked and (kind == _EDITED or not editor.is_idle)]
@@ -195,20 +199,16 @@ class _Decoder:
     def _forward(self, token_ids: Tensor) -> Tensor:
         """Return the logits of the last column, [rows, vocabulary]."""
         subject, n_new = self._subject, token_ids.shape[1]
-        columns = torch.arange(self._width)
-        is_token = columns[None, :] >= self._pads[:, None]
-        arguments: dict[str, Any] = {"input_ids": token_ids.to(subject.device), "past_key_values": self._cache, "use_cache": True}
-        if int(self._pads.max()):
-            arguments["attention_mask"] = is_token.to(subject.device, torch.int64)
-        if "position_ids" in self._takes:
-            arguments["position_ids"] = (columns[None, -n_new:] - self._pads[:, None]).clamp_min(0).to(subject.device)
-        if "logits_to_keep" in self._takes:
-            arguments["logits_to_keep"] = 1
         if subject.follows_length and self._cache is None:
             forget_lengths(subject.net)
-        taps = self._editor.taps(self._batch(is_token, n_new))
+        if self._ahead is not None:
+            edited = self._edited_rows()
+            self._editor.take_latents(
+                self._ahead.read(partial(self._arguments, token_ids[edited], self._pads[edited]), n_new), edited, len(token_ids)
+            )
+        taps = self._editor.taps(self._batch(n_new))
         with tapped(subject.net, taps, n_new), torch.no_grad():
-            output: Any = subject.net(**arguments)
+            output: Any = subject.net(**self._arguments(token_ids, self._pads, self._cache))
         self._editor.check_met()
         self._cache = output.past_key_values
         if self._cache is None:
@@ -223,7 +223,23 @@ class _Decoder:
             )
         return logits
 
-    def _batch(self, is_token: Tensor, n_new: int) -> Batch:
+    def _arguments(self, token_ids: Tensor, pads: Tensor, cache: Any) -> dict[str, Any]:
+        """Return what a forward of new columns is handed."""
+        device, columns = self._subject.device, torch.arange(self._width)
+        arguments: dict[str, Any] = {"input_ids": token_ids.to(device), "past_key_values": cache, "use_cache": True}
+        if int(pads.max()):
+            arguments["attention_mask"] = (columns[None, :] >= pads[:, None]).to(device, torch.int64)
+        if "position_ids" in self._takes:
+            arguments["position_ids"] = (columns[None, -token_ids.shape[1] :] - pads[:, None]).clamp_min(0).to(device)
+        if "logits_to_keep" in self._takes:
+            arguments["logits_to_keep"] = 1
+        return arguments
+
+    def _edited_rows(self) -> Tensor:
+        return torch.tensor([row for row, kind in enumerate(self._kind) if kind == _EDITED], dtype=torch.int64)
+
+    def _batch(self, n_new: int) -> Batch:
+        is_token = torch.arange(self._width)[None, :] >= self._pads[:, None]
         places = {key: row for row, key in enumerate(zip(self._kind, self._own, strict=True))}
         twins = [
             places.get((_TWIN, text), row) if kind == _EDITED else row for row, (kind, text) in enumerate(zip(self._kind, self._own, strict=True))
@@ -268,6 +284,8 @@ class _Decoder:
             kept = torch.tensor(rows)
             self._cache.batch_select_indices(kept.to(self._subject.device))
             self._editor.keep(kept)
+            if self._ahead is not None:
+                self._ahead.keep(torch.isin(self._edited_rows(), kept).nonzero()[:, 0])
             self._pads, self._is_special = self._pads[kept], self._is_special[kept]
             self._kind, self._own = [self._kind[row] for row in rows], [self._own[row] for row in rows]
         pairs = zip(self._kind, self._own, strict=True)

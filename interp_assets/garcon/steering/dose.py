@@ -37,7 +37,7 @@ _CONTROLS: Final = ("other", "random")
 _RESAMPLED: Final = 1000
 _ROWS: Final = 512
 """Texts of one batch."""
-_COLOURS: Final = {"feature": "#d62728", "other": "#1f77b4", "random": "#7f7f7f", "flip": "#2ca02c", "zero": "#9467bd", DIFFERENCE: "#000000"}
+COLOURS: Final = {"feature": "#d62728", "other": "#1f77b4", "random": "#7f7f7f", "flip": "#2ca02c", "zero": "#9467bd", DIFFERENCE: "#000000"}
 
 
 class Dosing(Sampling, total=False):
@@ -61,6 +61,11 @@ class Dose:
         """`texts` has one line a text; `what` names the latent."""
         self.texts, self.what, self.strengths, self._seed = texts, what, list(strengths), seed
         self.outcomes = [name for name in texts.columns if name not in ("arm", "strength", "prompt", "continuation", "text")]
+
+    @property
+    def numbers(self) -> list[float]:
+        """The strengths without their unit."""
+        return [float(strength.split()[0].lstrip("q")) for strength in self.strengths]
 
     def table(self) -> pl.DataFrame:
         """Return one line a strength, arm and outcome: mean and its interval; `feature - controls` is an arm too."""
@@ -94,8 +99,8 @@ class Dose:
     def _repr_html_(self) -> str:
         """Draw one curve an outcome, with intervals. Names are escaped."""
         table = self.table()
-        drawn = "".join(_draw(table.filter(pl.col("outcome") == outcome), outcome, self.strengths) for outcome in self.outcomes)
-        legend = " ".join(f"<span style='color:{colour}'>&#9632; {arm}</span>" for arm, colour in _COLOURS.items())
+        drawn = "".join(_draw(table.filter(pl.col("outcome") == outcome), outcome, self.strengths, self.numbers) for outcome in self.outcomes)
+        legend = " ".join(f"<span style='color:{colour}'>&#9632; {arm}</span>" for arm, colour in COLOURS.items())
         return f"<div><b>{html.escape(self.what)}</b> {legend}<br>{drawn}</div>"
 
 
@@ -131,7 +136,7 @@ def run_doses(
         batch = cells[first : first + per_batch]
         own = [edit.model_copy(update={"write": cell.clamp.model_copy(update={"rows": _rows_of(i, n_prompts)})}) for i, (_, cell) in enumerate(batch)]
         placed = [placed for other in edits.edits for placed in (own if other is edit else [other])]
-        repeated = Chats(prompts.rows * len(batch), prompts.assistant * len(batch))
+        repeated = Chats(prompts.rows * len(batch), prompts.roles * len(batch))
         plan = make_generate_plan(backend, repeated, Edits(tuple(placed), edits.freeze, {}), **options, score=True)
         found = backend.generate(plan, {name.tensor: tensors[name.tensor] for name in plan.tensors()})
         places = [i for i, written in enumerate(plan.edits) if isinstance(written.write, SaeClamp)]
@@ -211,13 +216,12 @@ def _watched(text: Continuation) -> float:
     return float(torch.tensor([token.watched for token in text.tokens], dtype=torch.float64).logsumexp(1).mean())
 
 
-def _draw(table: pl.DataFrame, outcome: str, strengths: Sequence[str]) -> str:
+def _draw(table: pl.DataFrame, outcome: str, strengths: Sequence[str], numbers: Sequence[float]) -> str:
     """Draw an outcome's means over strengths as an SVG, one line an arm, intervals as bands."""
     width, height, left, top = 300, 190, 44, 22
     finite = [value for value in (*table["low"].to_list(), *table["high"].to_list()) if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     high = high if high > low else low + 1.0
-    numbers = [float(strength.split()[0].lstrip("q")) for strength in strengths]
     span = (max(numbers) - min(numbers)) or 1.0
 
     def place(number: float, value: float) -> str:
@@ -233,8 +237,8 @@ def _draw(table: pl.DataFrame, outcome: str, strengths: Sequence[str]) -> str:
             continue
         band = [place(number, line["low"]) for number, line in points] + [place(number, line["high"]) for number, line in reversed(points)]
         mean = " ".join(place(number, line["mean"]) for number, line in points)
-        shapes.append(f"<polygon points='{' '.join(band)}' fill='{_COLOURS[arm]}' opacity='0.12'/>")
-        shapes.append(f"<polyline points='{mean}' fill='none' stroke='{_COLOURS[arm]}' stroke-width='1.5'><title>{arm}</title></polyline>")
+        shapes.append(f"<polygon points='{' '.join(band)}' fill='{COLOURS[arm]}' opacity='0.12'/>")
+        shapes.append(f"<polyline points='{mean}' fill='none' stroke='{COLOURS[arm]}' stroke-width='1.5'><title>{arm}</title></polyline>")
     texts = [(2, 13, f"{outcome}"), (2, top + 8, f"{high:.3g}"), (2, height - 28, f"{low:.3g}")]
     texts += [(left, height - 8, strengths[numbers.index(min(numbers))]), (width - 60, height - 8, strengths[numbers.index(max(numbers))])]
     labels = "".join(f"<text x='{x}' y='{y}' font-size='11' fill='currentColor'>{html.escape(text)}</text>" for x, y, text in texts)

@@ -9,8 +9,9 @@ then read. So an edit's own answer tells what it did to the very text: how far i
 much of them its SAE explains (FVU). Edits of one SAE on different rows, as in a dose curve, are one write: many strengths cost what one does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -114,9 +115,10 @@ class Editor:
         self._conditions: dict[When, Tensor] = {}  # over all columns so far
         edits_at: dict[str, list[int]] = {}
         for index, edit in enumerate(plan.edits):
-            edits_at.setdefault(self._resolve(edit).name, []).append(index)
+            for point in self._resolve(edit):
+                edits_at.setdefault(point.name, []).append(index)
         self._frozen = {self._at(name).name for name in plan.freeze}
-        self._groups = {name: list(self._grouped(indices)) for name, indices in edits_at.items()}
+        self._groups = {name: list(self._grouped(name, indices)) for name, indices in edits_at.items()}
         self._mask = torch.zeros((len(plan.edits), 0, 0), dtype=torch.bool)
         self._n_met: dict[str, int] = {}
 
@@ -124,6 +126,18 @@ class Editor:
     def is_idle(self) -> bool:
         """Tell that nothing is ever written."""
         return not self._points
+
+    @property
+    def crosscoders(self) -> dict[str, AttachedSae]:
+        """The crosscoders that are written, whose latents have to be read ahead."""
+        return {name: read.attached for name, read in self._reads.items() if read.attached.more}
+
+    def take_latents(self, found: Mapping[str, Tensor], rows: Tensor, n_rows: int) -> None:
+        """Take all latents of crosscoders in the new columns of some rows, [rows, columns, latents], before the forward of all rows."""
+        for name, latents in found.items():
+            read = self._reads[name]
+            read.latents = latents.new_zeros((n_rows, latents.shape[1], len(read.wanted)))
+            read.latents[rows.to(latents.device)] = latents[..., read.wanted]
 
     def extend(self, reached: Tensor) -> None:
         """Take which of the new columns each edit reaches, [edits, rows, columns] bool."""
@@ -149,9 +163,13 @@ class Editor:
                 )
 
     def effects(self) -> list[Effect]:
-        """Return what each edit did so far."""
+        """Return what each edit did so far, a crosscoder's at the first of its points."""
         placed = [
-            (group.edits[place][0], group.effect(place)) for groups in self._groups.values() for group in groups for place in range(len(group.edits))
+            (index, group.effect(place))
+            for name, groups in self._groups.items()
+            for group in groups
+            for place, (index, edit) in enumerate(group.edits)
+            if self._at(edit.write.point).name == name
         ]
         return [effect for _, effect in sorted(placed, key=lambda pair: pair[0])]
 
@@ -159,9 +177,11 @@ class Editor:
         """Return for each SAE that is written what share of the variance over the edited text it does not explain."""
         return {name: read.fvu for name, read in self._reads.items() if read.n}
 
-    def _resolve(self, edit: Edit) -> HookPoint:
+    def _resolve(self, edit: Edit) -> list[HookPoint]:
+        """Return the points that an edit writes at: several of a crosscoder."""
         write, net = edit.write, self._net
         point = self._at(write.point)
+        points = [point]
         if write.heads is not None:
             count = n_heads(net, point.kind) if point.kind in (*BY_HEAD, "pattern") else 0
             if not write.heads or not all(0 <= head < count for head in write.heads):
@@ -171,13 +191,17 @@ class Editor:
             own = find_point(net, attached.written_at)
             if own != point or write.heads is not None:
                 raise InputError(f"The SAE {write.sae!r} belongs to {own.name!r}, all heads of it; the plan has it at {point.name!r}.")
+            points += [self._at(name) for name in attached.more]
             self._read_latents(write.sae, write.latents, point)
         else:
             self._check_vector(write, point)
         if write.when is not None:
-            self._read_latents(write.when.sae, (write.when.latent,), point)
+            if self._beside.sae(write.when.sae).more:
+                raise InputError(f"{write.when.sae!r} is a crosscoder: its latents are known after a forward, so no write can wait for one.")
+            for target in points:
+                self._read_latents(write.when.sae, (write.when.latent,), target)
             self._conditions[write.when] = torch.empty(0, dtype=torch.bool)
-        return point
+        return points
 
     def _check_vector(self, write: Any, point: HookPoint) -> None:
         """Raise `InputError` for a tensor that is no vector: a text that is being written has no length yet."""
@@ -192,24 +216,23 @@ class Editor:
             )
 
     def _read_latents(self, sae: str, latents: Sequence[int], target: HookPoint) -> None:
-        """Have latents read at their SAE's own point, before the writes."""
+        """Have latents read at their SAE's own point, before the writes; those of a crosscoder are read ahead."""
         attached = self._beside.sae(sae)
-        if attached.more:
-            raise InputError(f"{sae!r} is a crosscoder, whose latents are known after a forward: clamp it in a trace, which makes two.")
         check_latents(attached, tuple(latents))
         at = self._at(attached.hook_point)
-        if order_of(at.name) > order_of(target.name):
+        if not attached.more and order_of(at.name) > order_of(target.name):
             raise InputError(f"A write at {target.name!r} waits for a latent at {at.name!r}, which a forward reaches later.")
         if sae not in self._reads:
             self._reads[sae] = _Read(attached, ())
-            self._reads_at.setdefault(at.name, []).append(sae)
+            if not attached.more:
+                self._reads_at.setdefault(at.name, []).append(sae)
         self._reads[sae].wanted += [latent for latent in latents if latent not in self._reads[sae].wanted]
 
     def _at(self, name: str) -> HookPoint:
         point = find_point(self._net, name)
         return self._points.setdefault(point.name, point)
 
-    def _grouped(self, indices: Sequence[int]) -> Iterator[_Group]:
+    def _grouped(self, name: str, indices: Sequence[int]) -> Iterator[_Group]:
         """Yield the edits of a point in their order, those together that can be made at once."""
         written: set[int] = set()
         pending: dict[int, set[int]] = {}
@@ -217,7 +240,7 @@ class Editor:
             rows = self._rows_of(index) if index >= 0 else set()
             taken = set().union(*pending.values())
             if pending and (index < 0 or self._kind(index) != self._kind(next(iter(pending))) or taken & rows):
-                yield self._make_group(pending, is_first=not taken & written)
+                yield self._make_group(name, pending, is_first=not taken & written)
                 written, pending = written | taken, {}
             pending[index] = rows
 
@@ -231,20 +254,30 @@ class Editor:
         prompts = plan.edits[index].write.rows
         return {prompt * plan.n + i for prompt in (range(len(plan.rows)) if prompts is None else prompts) for i in range(plan.n)}
 
-    def _make_group(self, edits: dict[int, set[int]], *, is_first: bool) -> _Group:
+    def _make_group(self, name: str, edits: dict[int, set[int]], *, is_first: bool) -> _Group:
         row_of = torch.full((len(self._plan.rows) * self._plan.n,), -1)
         for place, rows in enumerate(edits.values()):
             row_of[sorted(rows)] = place
         group = _Group([(index, self._plan.edits[index]) for index in edits], row_of, is_first=is_first)
         if group.sae:
-            W_dec = self._beside.sae(group.sae).sae.W_dec
+            attached = self._beside.sae(group.sae)
+            W_dec = attached.sae.W_dec
             writes: list[Any] = [edit.write for _, edit in group.edits]
             given = [W_dec[list(write.latents)] if write.along is None else self._beside.tensor(write.along).to(W_dec) for write in writes]
             for write, rows in zip(writes, given, strict=True):
                 if rows.shape != (len(write.latents), W_dec.shape[1]):
                     raise InputError(f"Directions at {write.point!r} have shape {list(rows.shape)}; expected {[len(write.latents), W_dec.shape[1]]}.")
-            group.directions, group.values = torch.stack(given), group.values.to(W_dec)
+            group.directions, group.values = torch.stack(given)[..., self._columns_of(attached, name)], group.values.to(W_dec)
         return group
+
+    def _columns_of(self, attached: AttachedSae, name: str) -> slice:
+        """Return which numbers of a decoder row belong to a point."""
+        if not attached.more:
+            return slice(None)
+        names = [self._at(own).name for own in attached.hook_points]
+        ends = list(accumulate(self._subject.d_in(own) for own in names))
+        place = names.index(name)
+        return slice(ends[place] - self._subject.d_in(name), ends[place])
 
     def _meet(self, point: HookPoint, batch: Batch, value: Tensor) -> Tensor:
         """Do at a point what the edits want there; `value` has the point's own shape."""
@@ -320,11 +353,11 @@ class Editor:
         which = group.row_of[batch.own[rows.cpu()]].to(now.device)
         change = group.values.to(now.device)[which]
         if isinstance(group.write, SaeClamp):
-            is_read = is_new_alone and (group.is_first or read.attached.is_transcoder)
-            if not is_read and read.attached.is_transcoder:
-                raise InputError(
-                    f"The transcoder {group.sae!r} is written at {read.attached.written_at!r}, which a cache keeps: it cannot be clamped."
-                )
+            is_read = is_new_alone and (group.is_first or read.attached.is_read_elsewhere)
+            if not is_read and read.attached.is_read_elsewhere:
+                kind = "transcoder" if read.attached.is_transcoder else "crosscoder"
+                where = ", ".join(read.attached.hook_points if read.attached.more else (read.attached.written_at,))
+                raise InputError(f"The {kind} {group.sae!r} is written at {where}, which a cache keeps: it cannot be clamped.")
             change = change - (self._latents(group, rows, columns, which) if is_read else _encode(read.attached, now, group.latents[which.cpu()]))
         moved = torch.einsum("pl,pld->pd", change, group.directions.to(now.device)[which])
         return now + moved.to(now.dtype).reshape(now.shape)
@@ -345,7 +378,7 @@ class Editor:
         group.before.index_add_(0, own, self._latents(group, rows, columns, which).cpu())
         now = shown[:, -batch.n_new :][rows, columns]
         nothing = torch.full((len(rows), group.latents.shape[1]), torch.nan)
-        group.after.index_add_(0, own, nothing if read.attached.is_transcoder else _encode(read.attached, now, group.latents[which.cpu()]).cpu())
+        group.after.index_add_(0, own, nothing if read.attached.is_read_elsewhere else _encode(read.attached, now, group.latents[which.cpu()]).cpu())
 
 
 def _encode(attached: AttachedSae, rows: Tensor, latents: Tensor) -> Tensor:

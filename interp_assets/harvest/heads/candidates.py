@@ -13,6 +13,7 @@ element, beside the forward. The files are described in docs/formats/head_candid
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from interp_assets.compute.head_loops import (
     sweep_rows,
 )
 from interp_assets.compute.priority import latent_keys, priorities, row_keys, sample_seed
+from interp_assets.compute.products import run_each
 from interp_assets.corpus.contexts import hash_contexts
 from interp_assets.corpus.tokens import TokenShard, load_tokens
 from interp_assets.errors import InputError
@@ -47,6 +49,8 @@ from interp_assets.storage.manifest import ArtifactRef, Manifest, Produced, read
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 
+HEADS: Final = 4
+"""Heads that one thread sweeps, at least: a query's share of Python is small beside them. More where they share keys."""
 STRONGEST, SAMPLED = 1, 2
 """Bits of `kind`."""
 TEXT_TOKENS: Final = 8
@@ -139,44 +143,58 @@ class LayerSums:
         best = np.full((n_heads, rows.n_documents), _FREE)
         self._best = (best, np.zeros(best.shape, np.int64), np.full(best.shape, -1, np.float32))
         self._seen: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._chances: dict[str, NDArray[np.int64]] = {}
 
     def add(self, heard: Attended, places: Sequence[Place]) -> None:
-        """Sweep the contexts of one batch."""
-        for place in places:
-            self._add(heard, place)
+        """Sweep the contexts of one batch: some heads by each thread, the same ones for any number of threads."""
+        seen = [(place, self._context(heard, place)) for place in places]
+        n_keys = heard.key.shape[1]
+        step = max(1, HEADS * n_keys // heard.query.shape[1])
+        run_each([partial(self._sweep, heard, seen, slice(i, min(i + step, n_keys))) for i in range(0, n_keys, step)], "heads::sweep")
+        for _, context in seen:
+            self._add_chance(context)
 
-    def _add(self, heard: Attended, place: Place) -> None:
-        rows, length = self._rows, place.length
-        own = slice(place.first_row, place.first_row + length)
-        low, high = self._visible(heard, place)
-        valid = rows.tokens.valid[own]
-        context = (low, high, valid, rows.earlier[own], rows.firsts[own], rows.stops[own], rows.classes[own])
+    def _context(self, heard: Attended, place: Place) -> tuple[NDArray[Any], ...]:
+        rows, own = self._rows, slice(place.first_row, place.first_row + place.length)
+        visible = self._visible(heard, place)
+        return (*visible, rows.tokens.valid[own], rows.earlier[own], rows.firsts[own], rows.stops[own], rows.classes[own])
+
+    @torch.no_grad()
+    def _sweep(self, heard: Attended, seen: Sequence[tuple[Place, tuple[NDArray[Any], ...]]], keys: slice) -> None:
+        """Sweep the heads that share some key heads."""
+        shared = heard.query.shape[1] // heard.key.shape[1]
+        heads = slice(keys.start * shared, keys.stop * shared)
+        sinks = None if heard.sinks is None else heard.sinks[heads]
+        heard = heard._replace(
+            query=heard.query[:, heads], key=heard.key[:, keys], value=heard.value[:, keys], mixed=heard.mixed[:, :, heads], sinks=sinks
+        )
+        for place, context in seen:
+            self._add(heard, place, context, heads)
+
+    def _add(self, heard: Attended, place: Place, context: tuple[NDArray[Any], ...], heads: slice) -> None:
+        length, high, valid, classes = place.length, context[1], context[2], context[6]
         mixed = heard.mixed[place.place].float().transpose(0, 1)
         value = heard.value[place.place].float().repeat_interleave(len(mixed) // heard.value.shape[1], dim=0)
-        value_norms, output_norms = (_lengths(state, self._gram) for state in (value, mixed))
-        outputs = (mixed[:, :length].double().cpu()[:, torch.from_numpy(valid)] * 65536.0).round().long().sum(dim=1)
+        value_norms, output_norms = (_lengths(state, self._gram[heads]) for state in (value, mixed))
         sinks = np.full(len(mixed), -np.inf, np.float32) if heard.sinks is None else heard.sinks.detach().float().cpu().numpy()
         statistics = self.statistics
         key_columns = np.zeros((len(mixed), place.padded), np.int64)
-        sums = (statistics.fields, statistics.distance_mass, key_columns, statistics.query_mass, statistics.score)
+        sums = (statistics.fields[heads], statistics.distance_mass[heads], key_columns, statistics.query_mass[heads], statistics.score[heads])
         scratch = (np.empty(place.padded, np.int32), np.empty(place.padded, np.int32))
         for first in range(0, length, self._queries):
             queries = slice(first, first + self._queries)
             scores = heard.products(place.place, queries, int(high[queries].max())).cpu().numpy()
             row_scores = np.empty(scores.shape[:2], np.float32)
             sweep_rows((scores, sinks, value_norms, output_norms[:, queries], first), context, scratch, sums, row_scores)
-            self._offer(row_scores[:, : length - first], place.first_row + first)
-        statistics.mean_output[...] += outputs.numpy()
-        _add_columns(statistics.key_mass, key_columns[:, :length], context[6])
-        self._add_chance(context)
+            self._offer(row_scores[:, : length - first], place.first_row + first, heads)
+        statistics.mean_output[heads] += mixed[:, :length].double().cpu()[:, torch.from_numpy(valid)].mul_(65536.0).round_().long().sum(dim=1).numpy()
+        _add_columns(statistics.key_mass[heads], key_columns[:, :length], classes)
 
-    def _offer(self, row_scores: NDArray[np.float32], first_row: int) -> None:
+    def _offer(self, row_scores: NDArray[np.float32], first_row: int, heads: slice) -> None:
         keys = self._rows.keys[first_row : first_row + row_scores.shape[1]]
-        order = priorities(self._head_keys[:, None], keys[None, :])
+        order = priorities(self._head_keys[heads, None], keys[None, :])
         scores = np.ascontiguousarray(row_scores)
-        offer_rows(scores, order, first_row, self._slots)
-        offer_strongest(scores, order, self._rows.tokens.documents, first_row, self._best)
+        offer_rows(scores, order, first_row, tuple(kept[heads] for kept in self._slots))
+        offer_strongest(scores, order, self._rows.tokens.documents, first_row, tuple(kept[heads] for kept in self._best))
 
     def _add_chance(self, context: tuple[NDArray[Any], ...]) -> None:
         statistics, length = self.statistics, len(context[0])

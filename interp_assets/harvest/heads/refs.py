@@ -14,7 +14,7 @@ from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
 from interp_assets.storage.seen import open_seen
 
 FOLDER = "2-heads"
-HEADS_VERSION = 1
+HEADS_VERSION = 2
 """Raise it when the same model and tokens would give other statistics, examples or patterns."""
 PROMPT_VERSION = 2
 """Likewise for patterns over a prompt, and for what lies beside them."""

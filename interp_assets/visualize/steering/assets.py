@@ -1,21 +1,27 @@
-"""Dose curves as assets: what steering by a recipe's latent does beside controls. Nothing without a section `steering`."""
+"""Dose curves and patched prompts as assets: what steering by a latent does beside controls, and what each place of a model carries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Final
 
+from interp_assets.corpus.sizes import TEXT_BYTES_PER_TOKEN
 from interp_assets.errors import InputError
-from interp_assets.harvest.sizes import forward_s, model_bytes
+from interp_assets.harvest.heads.refs import model_heads
+from interp_assets.harvest.sizes import ROWS_PER_S, forward_s, model_bytes
 from interp_assets.planning.asset import Asset, Axis, Job, Load, Markdown, Needs, Shown, every, whole
 from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.planning.sections import SteeringConfig
+from interp_assets.planning.steering import SteeringConfig
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 from interp_assets.visualize.refs import features_key
 from interp_assets.visualize.steering.refs import (
+    PATCHING_VERSION,
     SEARCH_VERSION,
     STEER_VERSION,
     curve_lineage,
     curve_ref,
+    patching_of,
+    patching_ref,
     saes_of,
     search_lineage,
     search_of,
@@ -26,15 +32,18 @@ from interp_assets.visualize.steering.refs import (
 _ARMS = 5
 _TRIED_ARMS = 3
 _FEWEST_PROMPTS = 4
-_PROMPT_TOKENS = 32
+_TOKENS_PER_S: Final = 6_000
+"""Of a small model on two cores: a text is written a token at a time, and what the cache holds is copied for each."""
 
 
 def make_steering_assets(config: PipelineConfig) -> list[Asset]:
-    """List the dose curves, of recipes and of latents that a search finds; none without a section `steering`."""
-    steering = config.steering
-    if steering is None:
-        return []
-    return [*([_sweep(config, steering)] if steering.recipes else []), *([_search(config, steering)] if steering.search else [])]
+    """List the dose curves, of recipes and of latents that a search finds, and what is patched; none without `steering` and `patching`."""
+    steering, found = config.steering, []
+    if steering and steering.recipes:
+        found.append(_sweep(config, steering))
+    if steering and steering.search:
+        found.append(_search(config, steering))
+    return [*found, *([_patching(config)] if config.patching else [])]
 
 
 def _sweep(config: PipelineConfig, steering: SteeringConfig) -> Asset:
@@ -85,6 +94,27 @@ def _search(config: PipelineConfig, steering: SteeringConfig) -> Asset:
     )
 
 
+def _patching(config: PipelineConfig) -> Asset:
+    return Asset(
+        key=("patching_sweep",),
+        group="steer",
+        kinds=("pytorch", "parquet"),
+        description=(
+            "What each position or head carries from clean prompts into corrupted ones: the metric with one cell patched, less that without, over a "
+            "set of pairs. Look at where the clean answer comes back."
+        ),
+        axis=Axis("prompt_set", fixed=tuple(asked.name for asked in config.patching)),
+        reads=(whole("corpus_plan"),),
+        artifacts=lambda pipeline, _store, key: [patching_ref(pipeline, key)],
+        make=_patch,
+        shows=_show_patched,
+        takes=_patching_takes,
+        needs=Needs(accelerator=True),
+        unit="pairs",
+        code_version=code_version(PATCHING_VERSION, patching=config.patching),
+    )
+
+
 def find_obstacles(pipeline: Pipeline, _store: Store) -> list[str]:
     """Say which recipes are wrong, before anything is made."""
     from interp_assets.garcon.steering.recipe import load_recipe
@@ -122,35 +152,76 @@ def _find(job: Job) -> Callable[[str], list[Produced]]:
     return lambda key: [write_search(job.pipeline, job.store, model, tokenizer, key, job.progress.advance)]
 
 
-def _show_found(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
-    from interp_assets.visualize.steering.search import draw_search
+def _patch(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.visualize.steering.patching import write_patching
+
+    model, tokenizer = job.world.model(), job.world.tokenizer()
+    return lambda key: [write_patching(job.pipeline, job.store, model, tokenizer, key, job.progress.advance)]
+
+
+def _show_found(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.visualize.steering.plots import plot_dose
+    from interp_assets.visualize.steering.search import read_search
+
+    facts, found = made[0].manifest.facts, read_search(job.pipeline, job.store, key)
+    role = dict(found.candidates.select("latent", "role").iter_rows())
+    curves = (f"**{role[latent]}: {dose.what}**\n\n{plot_dose(dose)}" for latent, dose in found.doses.items())
+    return {"curves": Markdown("\n\n".join(curves)), **{name: facts[name] for name in ("movers", "idle")}}
+
+
+def _show(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.visualize.steering.curves import read_curve
+    from interp_assets.visualize.steering.plots import plot_dose
 
     facts = made[0].manifest.facts
-    return {"curves": Markdown(draw_search(job.pipeline, job.store, made[0])), **{name: facts[name] for name in ("movers", "idle")}}
+    curve = Markdown(plot_dose(read_curve(job.pipeline, job.store, key)))
+    return {"curve": curve, **{name: facts[name] for name in facts if name.endswith("_over_controls")}}
 
 
-def _show(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
-    from interp_assets.visualize.steering.curves import draw_curve
+def _show_patched(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.visualize.steering.patching import read_patching
+    from interp_assets.visualize.steering.plots import plot_patching
 
     facts = made[0].manifest.facts
-    return {
-        "curve": Markdown(draw_curve(job.pipeline, job.store, made[0])),
-        **{name: facts[name] for name in facts if name.endswith("_over_controls")},
-    }
+    drawn = Markdown(plot_patching(read_patching(job.pipeline, job.store, key)))
+    return {"cells": drawn, **{name: facts[name] for name in ("strongest", "effect", "lead", "n_pairs")}}
 
 
 def _takes(pipeline: Pipeline, _store: Store, _key: str) -> Load:
     steering = steering_of(pipeline)
-    return _writing(pipeline, len(steering.strengths) * _ARMS * len(steering.prompts) * steering.n)
+    return _writing(pipeline, _count_tokens(steering, _count_cells(steering), steering.prompts))
 
 
 def _searching(pipeline: Pipeline, _store: Store, _key: str) -> Load:
     steering, search = steering_of(pipeline), search_of(pipeline)
-    n_tried, n_dosed = search.candidates * _TRIED_ARMS, 2 * search.shown * _ARMS * len(steering.strengths)
-    return _writing(pipeline, (n_tried + n_dosed) * len(steering.prompts) // 2 * steering.n)
+    n_tried = _count_tokens(steering, search.candidates * _TRIED_ARMS, steering.prompts[::2])
+    return _writing(pipeline, n_tried + _count_tokens(steering, 2 * search.shown * _count_cells(steering), steering.prompts[1::2]))
 
 
-def _writing(pipeline: Pipeline, n_texts: int) -> Load:
-    steering = steering_of(pipeline)
-    n_tokens = 2.0 * n_texts * (steering.new_tokens + _PROMPT_TOKENS)  # each is scored without edits, too
-    return Load(0, model_bytes(pipeline), 1e3 * n_texts, 4, 2, forward_s(pipeline, n_tokens), 2 * model_bytes(pipeline))
+def _count_cells(steering: SteeringConfig) -> int:
+    """Return the arms of a dose curve at all strengths, of which `zero` has none."""
+    return (_ARMS - 1) * len(steering.strengths) + 1
+
+
+def _count_tokens(steering: SteeringConfig, n_cells: int, prompts: Sequence[str]) -> float:
+    """Return the tokens that pass the model for so many cells: each text has a twin without edits."""
+    return 2.0 * n_cells * steering.n * sum(len(prompt) / TEXT_BYTES_PER_TOKEN + steering.new_tokens for prompt in prompts)
+
+
+def _writing(pipeline: Pipeline, n_tokens: float) -> Load:
+    busy_s = max(n_tokens / _TOKENS_PER_S, forward_s(pipeline, n_tokens))
+    return Load(0, model_bytes(pipeline), n_tokens, 4, 2, busy_s, 2 * model_bytes(pipeline))
+
+
+def _patching_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:
+    """Count tokens that pass the model: a cell's copy of the prompt takes half the blocks, a backward twice its forward."""
+    asked, heads = patching_of(pipeline, key), model_heads(pipeline).heads
+    n_points = sum(len(heads) if "*" in point else 1 for point in asked.points)
+    n_cells = n_passed = 0.0
+    for pair in asked.pairs:
+        n_tokens = len(pair.clean) / TEXT_BYTES_PER_TOKEN
+        cells = n_points * (n_tokens if asked.by == "position" else max(heads.values(), default=1))
+        n_cells += cells
+        n_passed += n_tokens * (2 + cells / 2 if asked.method == "exact" else 4)
+    busy_s = max(n_passed / ROWS_PER_S, forward_s(pipeline, n_passed))
+    return Load(0, model_bytes(pipeline), 4e3 + 4 * n_cells, 2, 2, busy_s, 2 * model_bytes(pipeline))

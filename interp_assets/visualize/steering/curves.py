@@ -3,7 +3,6 @@
 Format: `docs/formats/steering_sweep.md`.
 """
 
-import fnmatch
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -13,13 +12,14 @@ import polars as pl
 from interp_assets.garcon.backend import Chats
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.local import LocalBackend
+from interp_assets.garcon.session import Model
 from interp_assets.garcon.steering.dose import DIFFERENCE, Dose, run_dose
 from interp_assets.garcon.steering.recipe import SaeEntry, load_recipe, make_edits
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.statistics import load_statistics
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
-from interp_assets.storage.manifest import Manifest, Produced, load_manifest, read_file, timed
+from interp_assets.storage.manifest import Produced, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.visualize.steering.firings import load_firings
@@ -41,8 +41,8 @@ def write_curve(pipeline: Pipeline, store: Store, subject: SubjectModel, tokeniz
     strengths = [f"{strength:g} {steering.unit}" for strength in steering.strengths]
     options = {"new_tokens": steering.new_tokens, "n": steering.n, "temperature": steering.temperature, "seed": pipeline.config.seed, "watch": ()}
     edits = make_edits(load_recipe(edits_of(pipeline, name)), backend)
-    names = {point for pattern in edits.freeze for point in _matching(backend, pattern)}
-    dose = run_dose(backend, prompts, edits._replace(freeze=tuple(sorted(names))), strengths, options)
+    names = sorted(Model.over(backend).names(edits.freeze))
+    dose = run_dose(backend, prompts, edits._replace(freeze=tuple(names)), strengths, options)
     progress(dose.texts.height)
     with create_current(store, ref, kept) as art:
         for file, table in ((TEXTS, dose.texts), (TABLE, dose.table())):
@@ -70,16 +70,7 @@ def read_curve(pipeline: Pipeline, store: Store, name: str) -> Dose:
     """Read a dose curve. Raises `ConfigError` for a recipe that the configuration does not have, `ArtifactMissingError` before it is made."""
     ref = curve_ref(pipeline, name)
     manifest = load_manifest(store, ref)
-    return _as_dose(pipeline, manifest, pl.read_parquet(io.BytesIO(read_file(store, ref.path, manifest, TEXTS))))
-
-
-def draw_curve(pipeline: Pipeline, store: Store, made: Produced) -> str:
-    """Draw a dose curve as SVG."""
-    texts = pl.read_parquet(io.BytesIO(read_file(store, made.ref.path, made.manifest, TEXTS)))
-    return _as_dose(pipeline, made.manifest, texts)._repr_html_()
-
-
-def _as_dose(pipeline: Pipeline, manifest: Manifest, texts: pl.DataFrame) -> Dose:
+    texts = pl.read_parquet(io.BytesIO(read_file(store, ref.path, manifest, TEXTS)))
     return Dose(texts, str(manifest.facts["what"]), list(manifest.facts["strengths"]), pipeline.config.seed)
 
 
@@ -96,7 +87,3 @@ def _attach(pipeline: Pipeline, store: Store, subject: SubjectModel, name: str) 
 
 def _mean_norm(pipeline: Pipeline, store: Store, hook_point: str) -> float:
     return load_statistics(pipeline, store, hook_point).mean_norm
-
-
-def _matching(backend: LocalBackend, pattern: str) -> list[str]:
-    return fnmatch.filter([point.name for point in backend.list_points() if not point.refused], pattern) or [backend.find_point(pattern)]

@@ -1,4 +1,4 @@
-"""Where dose curves lie, and what each is made from."""
+"""Where dose curves and patched prompts lie, and what each is made from."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from interp_assets.errors import ConfigError
 from interp_assets.harvest.refs import statistics_ref
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.planning.sections import SearchConfig, SteeringConfig
+from interp_assets.planning.steering import PatchingConfig, SearchConfig, SteeringConfig
 from interp_assets.storage.lineage import Lineage
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 from interp_assets.train.refs import sae_ref
@@ -18,6 +18,9 @@ STEER_VERSION = 1
 SEARCH_FOLDER = f"{FOLDER}/search"
 SEARCH_VERSION = 1
 """Raise it when the same model and SAE would give other latents, texts or scores."""
+PATCHING_FOLDER = f"{FOLDER}/patching"
+PATCHING_VERSION = 1
+"""Raise it when the same model and prompts would give other effects."""
 
 
 def steering_of(pipeline: Pipeline) -> SteeringConfig:
@@ -103,3 +106,24 @@ def sources_of(pipeline: Pipeline, saes: Sequence[str]) -> Sequence[ArtifactRef]
 def curve_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:
     """Return what the dose curve of one recipe keeps."""
     return [Lineage(curve_ref(pipeline, name), list(sources_of(pipeline, saes_of(pipeline, name))))]
+
+
+def patching_of(pipeline: Pipeline, name: str) -> PatchingConfig:
+    """Return a set of prompts. Raises `ConfigError` with the names there are."""
+    for asked in pipeline.config.patching:
+        if asked.name == name:
+            return asked
+    raise ConfigError(f"No set of prompts is called {name!r}; `patching` has {[asked.name for asked in pipeline.config.patching]}.")
+
+
+def patching_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
+    """Address what patching does over one set of prompts: these, where and how they are patched, the model and its tokenizer."""
+    plan = pipeline.plan
+    identity = {
+        "code": PATCHING_VERSION,
+        "model": plan.model_fingerprint,
+        "model_dtype": pipeline.config.model.dtype,
+        "tokenizer": plan.tokenizer_fingerprint,
+        "patching": patching_of(pipeline, name).model_dump(exclude={"name"}),
+    }
+    return make_ref("patching_sweep", PATCHING_FOLDER, identity=identity, inputs={}, label=name)

@@ -22,7 +22,7 @@ from interp_assets.garcon.steering.recipe import load_recipe, make_edits
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
-from interp_assets.storage.manifest import Manifest, Produced, load_manifest, read_file, timed
+from interp_assets.storage.manifest import Produced, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 from interp_assets.visualize.steering.curves import open_backend
 from interp_assets.visualize.steering.refs import search_edits, search_lineage, search_of, search_ref, steering_of
@@ -122,20 +122,10 @@ def chosen_latents(candidates: pl.DataFrame) -> list[int]:
 def read_search(pipeline: Pipeline, store: Store, sae: str) -> Search:
     """Read what a search found. Raises `ArtifactMissingError` before it is made."""
     ref = search_ref(pipeline, sae)
-    return _load(pipeline, store, ref.path, load_manifest(store, ref))
-
-
-def draw_search(pipeline: Pipeline, store: Store, made: Produced) -> str:
-    """Draw the dose curves of what was found, one after the other, as SVG."""
-    found = _load(pipeline, store, made.ref.path, made.manifest)
-    role = dict(found.candidates.select("latent", "role").iter_rows())
-    return "".join(f"<p>{role[latent]}</p>{dose._repr_html_()}" for latent, dose in found.doses.items())
-
-
-def _load(pipeline: Pipeline, store: Store, path: str, manifest: Manifest) -> Search:
-    candidates, texts = (pl.read_parquet(io.BytesIO(read_file(store, path, manifest, file))) for file in (CANDIDATES, TEXTS))
-    chosen, strengths, sae = chosen_latents(candidates), list(manifest.facts["strengths"]), manifest.facts["sae"]
+    manifest = load_manifest(store, ref)
+    candidates, texts = (pl.read_parquet(io.BytesIO(read_file(store, ref.path, manifest, file))) for file in (CANDIDATES, TEXTS))
+    chosen, strengths = chosen_latents(candidates), list(manifest.facts["strengths"])
     if set(chosen) != set(texts["latent"].unique()):
-        raise ArtifactCorruptError(f"{store.url}/{path} has texts of other latents than were chosen. Re-materialize steering_search.")
+        raise ArtifactCorruptError(f"{store.url}/{ref.path} has texts of other latents than were chosen. Re-materialize steering_search.")
     doses = {latent: texts.filter(pl.col("latent") == latent).drop("latent") for latent in chosen}
     return Search(candidates, {latent: Dose(own, f"Latent {latent} of {sae}", strengths, pipeline.config.seed) for latent, own in doses.items()})
