@@ -168,8 +168,6 @@ def _find_all(store: Store, times: Mapping[str, datetime], known: set[str]) -> l
 def _read_config(path: str, manifest: Manifest) -> SaeConfig | None:
     """Make the configuration of an SAE from its manifest, None where another release wrote what this one does not know."""
     recipe = {**manifest.identity["sae"]}
-    if "code" in recipe:
-        recipe["code"] = {"digest": recipe["code"]}
     if digest := recipe.get("imported_digest"):
         told = {name: manifest.facts[name] for name in ("architecture", "d_sae") if manifest.facts.get(name)}
         recipe |= {"name": path.rpartition("/")[2].rpartition("-")[0], "imported": digest, **told}
