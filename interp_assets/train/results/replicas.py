@@ -100,5 +100,5 @@ def shared_name(names: Sequence[str]) -> str:
 
 
 def _recipe(table: pl.DataFrame) -> list[str]:
-    """Return the columns in which replicas agree."""
-    return [name for name in (*CONFIGURATION, "code") if name in table.columns and name not in ("name", SEED)]
+    """Return the columns in which replicas agree: how they are configured, by which code, and on which rows they were trained."""
+    return [name for name in (*CONFIGURATION, "code", "mixed_shards_id") if name in table.columns and name not in ("name", SEED)]

@@ -155,6 +155,12 @@ def test_other_code_is_another_recipe() -> None:
     assert over_seeds(table.with_columns(pl.lit("x" * 64).alias("code")))["n"].to_list() == [2]
 
 
+def test_what_was_trained_on_other_rows_is_no_replica() -> None:
+    """A text that has changed is no seed: all SAEs of a folder hold both."""
+    table = arms(("a", 1, 0, 0.2), ("a", 1, 0, 0.3)).with_columns(pl.Series("mixed_shards_id", ["x", "y"]))
+    assert over_seeds(table)["n"].to_list() == [1, 1]
+
+
 def test_an_own_architecture_is_in_the_table_with_its_code(make_planted, tmp_path: Path) -> None:
     """Of this configuration, and of all of the folder, where its recipe is read off the manifest."""
     write_file(tmp_path)
