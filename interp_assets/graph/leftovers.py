@@ -91,7 +91,7 @@ def find_leftovers(
 
 
 def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
-    """Return the kinds of artifacts that assets make and keep the digests of, whatever a configuration switches off, checkpoints, tries, code and truth."""
+    """Return the kinds of artifacts that assets make and keep the digests of, whatever is switched off, checkpoints, tries, code and truth."""
     sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
     changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
