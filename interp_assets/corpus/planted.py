@@ -9,9 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from interp_assets.corpus.packing import Layout
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.corpus.tokens import write_tables
 from interp_assets.errors import ConfigError
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
@@ -48,6 +46,9 @@ def fingerprint_planting(config: PipelineConfig) -> str:
 @timed
 def make_planted_tokens(pipeline: Pipeline, store: Store, index: int) -> Produced:
     """Publish the token positions of a shard of planted rows: one a row, all valid."""
+    from interp_assets.corpus.packing import Layout  # noqa: PLC0415 - a plan of planted rows does without transformers, which these bring
+    from interp_assets.corpus.tokens import write_tables  # noqa: PLC0415 - as above
+
     ref = token_shard_ref(pipeline, index)
     if (manifest := find_manifest(store, ref)) is not None:
         return Produced(ref, manifest, is_cached=True)
