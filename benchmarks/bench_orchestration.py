@@ -42,8 +42,9 @@ from interp_assets.graph.backfill import run_backfill
 from interp_assets.graph.definitions import build_defs
 from interp_assets.graph.jobs import open_instance, run_asset, run_road
 from interp_assets.graph.stages import make_road
-from interp_assets.planning.config import CorpusConfig, ExecutionConfig, PipelineConfig
+from interp_assets.planning.config import ExecutionConfig, PipelineConfig
 from interp_assets.planning.demo import demo_config
+from interp_assets.planning.sections import CorpusConfig
 
 NOOP = """
 import dagster as dg

@@ -26,7 +26,7 @@ from interp_assets.graph.stages import STAGES, make_road  # noqa: E402 - the che
 from interp_assets.planning.asset import NONE, Asset  # noqa: E402 - as above
 from interp_assets.planning.config import PipelineConfig  # noqa: E402 - as above
 from interp_assets.planning.demo import demo_config  # noqa: E402 - as above
-from interp_assets.planning.sections import Name  # noqa: E402 - as above
+from interp_assets.planning.identity import Name  # noqa: E402 - as above
 
 ROOMS: Final = {
     "resources/": "What the graph is handed: a configuration's store, plan, tokenizer and model; Dagster's settings for each kind of machine",
@@ -38,6 +38,7 @@ ROOMS: Final = {
     "interp_assets/train/": "Mixed shards become SAEs, their evaluations, and the table of a sweep",
     "interp_assets/train/results/": "What has become of SAEs: one table of all, replicas and noise, exact causes of differences",
     "interp_assets/train/losses/": "What an architecture computes on a batch, and its gradients: one file a family",
+    "interp_assets/train/truth/": "SAEs of planted rows and the features that these are made of: how much of the truth was found",
     "interp_assets/train/own/": "Architectures of one's own: a function in a file becomes a loss with gradients, and is checked",
     "interp_assets/train/exchange/": "SAEs as the folders of SAELens, sparsify, dictionary_learning and Gemma Scope, both ways",
     "interp_assets/shuffle/": "Activation shards become mixed shards in exactly uniform order, and the certificate of it",

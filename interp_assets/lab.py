@@ -306,6 +306,8 @@ class Opened:
         """Load the subject model, with the SAEs that are trained. Raises `InputError` when it is not the one that was planned."""
         from interp_assets.garcon.locate import fingerprint_model  # noqa: PLC0415 - as above
 
+        if self.config.corpus.is_planted:
+            raise InputError("The rows of this pipeline are planted: there is no model that they are of.")
         found, planned = fingerprint_model(self.config.model), self.pipeline.plan.model_fingerprint
         if found != planned:
             raise InputError(

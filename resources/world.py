@@ -39,7 +39,9 @@ class World:
         return tokenizer
 
     def model(self) -> Any:
-        """Load the subject model onto the configured device. Raises `InputError` when it is not the planned one."""
+        """Load the subject model onto the configured device; None of planted rows. Raises `InputError` when it is not the planned one."""
+        if self.config.corpus.is_planted:
+            return None
         from interp_assets.garcon.locate import fingerprint_model  # noqa: PLC0415 - as above
         from interp_assets.garcon.subject import load_subject_model  # noqa: PLC0415 - as above, for torch
 

@@ -11,7 +11,7 @@ import pytest
 from house import LAYERS
 from pydantic import Field
 
-from interp_assets.planning.sections import Name
+from interp_assets.planning.identity import Name
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "docs" / "build.py"

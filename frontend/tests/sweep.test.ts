@@ -40,6 +40,13 @@ describe('a comparison', () => {
     expect(columnsOf(arms)).toEqual({ configured: ['k', 'options'], measured: ['l0', 'fvu', 'dead_share'] });
   });
 
+  test('shows own metrics beside the others', () => {
+    const own: Comparison = { ...DATA, saes: { ...DATA.saes, 'my.norm': [1, 3, 2, null] }, replicas: { ...DATA.replicas, columns: { ...DATA.replicas.columns, 'my.norm': [2, 2, null], 'my.norm_deviation': [1.4, null, null] } } };
+    const arms = listArms(own, true).slice(0, 2);
+    expect(columnsOf(arms).measured).toEqual(['l0', 'fvu', 'dead_share', 'my.norm']);
+    expect(arms[0]!.deviations['my.norm']).toBe(1.4);
+  });
+
   test('sorts with what is missing last', () => {
     const arms = listArms(DATA, false);
     expect(sortArms(arms, 'fvu', false).map((arm) => arm.name)).toEqual(['b', 'a-seed0', 'a-seed1', 'x']);

@@ -100,6 +100,10 @@ def _show_plan(job: Job, _key: str, _made: list[Produced]) -> dict[str, Shown]:
 
 
 def _tokenize(job: Job) -> Callable[[str], list[Produced]]:
+    if job.config.corpus.is_planted:
+        from interp_assets.corpus.planted import make_planted_tokens
+
+        return lambda key: [make_planted_tokens(job.pipeline, job.store, shard_index(key))]
     from interp_assets.corpus.tokens import describe_left_out, make_token_shard
 
     make = partial(make_token_shard, job.pipeline, job.store, job.world.tokenizer(), progress=job.progress.advance)

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from interp_assets.corpus.parquet import ColumnMissingError, iter_row_groups
 from interp_assets.corpus.unpacked import OPEN_FILES, SUFFIXES, Content
 from interp_assets.errors import InputError, first_line
-from interp_assets.planning.config import TextKind
+from interp_assets.planning.sections import TextKind
 from interp_assets.storage.foreign import DAMAGE, MAX_LINE_BYTES, mend_text, parse_json, read_line
 
 UNREADABLE: Final = (*DAMAGE, pa.ArrowException)

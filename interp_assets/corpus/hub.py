@@ -27,8 +27,8 @@ from interp_assets.corpus.files import TextIn, text_of
 from interp_assets.corpus.parquet import ColumnMissingError, count_rows, iter_column, mean_bytes
 from interp_assets.errors import InputError, InterpError, first_line
 from interp_assets.garcon.locate import digest_file, is_hub_id
-from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import ShardSource
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.foreign import mend_text
 
 _SAMPLED_ROWS: Final = 100

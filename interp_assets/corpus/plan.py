@@ -11,6 +11,7 @@ from pathlib import Path
 
 from interp_assets.corpus.files import fingerprint_listing
 from interp_assets.corpus.packing import check_room
+from interp_assets.corpus.planted import plan_planted
 from interp_assets.corpus.refs import token_ids
 from interp_assets.corpus.sources import survey_sources
 from interp_assets.errors import ArtifactError, InputError
@@ -30,6 +31,8 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
 
     Raises `InputError` or `ConfigError` for text, tokenizer, model, hook points and lengths that do not fit.
     """
+    if config.corpus.is_planted:
+        return _keep(config, store, plan_planted(config), _find_plan(config, store))
     listing = fingerprint_listing(Path(config.corpus.path).expanduser()) if config.corpus.source == "files" else ""
     known = _find_plan(config, store)
     old = known if config.retrain.after_tokens else None
@@ -47,10 +50,16 @@ def plan_corpus(config: PipelineConfig, store: Store) -> Pipeline:
         max_context=facts.max_context,
         generations=carry_generations(old, shards) if config.retrain.after_tokens else [],
     )
+    return _keep(config, store, plan, known, empty, listing)
+
+
+def _keep(
+    config: PipelineConfig, store: Store, plan: PipelinePlan, known: PipelinePlan | None, empty: list[str] | None = None, listing: str = ""
+) -> Pipeline:
     plan = carry_shuffle(config, known, plan)
     save_plan(store, plan, config.execution.plan)
     save_configuration(store, config)
-    return Pipeline(config, plan, empty, listing)
+    return Pipeline(config, plan, empty or [], listing)
 
 
 def carry_shuffle(config: PipelineConfig, old: PipelinePlan | None, plan: PipelinePlan) -> PipelinePlan:

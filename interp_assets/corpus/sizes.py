@@ -36,9 +36,12 @@ class RowBounds(NamedTuple):
 
 
 def count_shard(pipeline: Pipeline, store: Store, index: int) -> RowCount | None:
-    """Return the rows of a shard whose tokens are there; None for any other."""
+    """Return the rows of a shard whose tokens are there, or that are planted; None for any other."""
 
     def count() -> RowCount | None:
+        if pipeline.config.corpus.is_planted:
+            n_rows = pipeline.source(index).spec["n_rows"]
+            return RowCount(n_rows, n_rows)
         manifest = find_manifest(store, token_shard_ref(pipeline, index))
         return RowCount(int(manifest.facts["n_rows"]), int(manifest.facts["n_valid"])) if manifest else None
 

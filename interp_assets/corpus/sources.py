@@ -19,8 +19,8 @@ from interp_assets.corpus.files import TextIn, iter_part
 from interp_assets.corpus.stdlib import iter_stdlib_documents
 from interp_assets.corpus.survey import iter_measured, measure
 from interp_assets.errors import ConfigError, InputError
-from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import ShardSource
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.seen import SeenFiles
 
 

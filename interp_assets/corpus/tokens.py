@@ -26,8 +26,9 @@ from interp_assets.corpus.sources import iter_documents
 from interp_assets.errors import InputError
 from interp_assets.garcon.chat import tokenize_chat
 from interp_assets.garcon.tokenizer import Affixes, affixes, leading_token, separator_token, special_token_ids, tokenize_texts
-from interp_assets.planning.config import CorpusConfig, HarvestConfig
+from interp_assets.planning.config import HarvestConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
 
@@ -110,7 +111,7 @@ def make_token_shard(
     usual, valid = find_valid(layout, HarvestConfig(), tokenizer), find_valid(layout, pipeline.config.harvest, tokenizer)
     roles = [role for i in kept for role in tokenized[i].roles]
     with create_artifact(store, ref) as art:
-        _write_tables(art, layout, valid, [names[i] for i in kept], roles)
+        write_tables(art, layout, valid, [names[i] for i in kept], roles)
         art.facts = {
             "n_rows": len(valid),
             "n_valid": int(valid.sum()),
@@ -242,7 +243,8 @@ def _read_roles(table: pa.Table) -> Roles:
     return Roles(roles.dictionary.to_pylist(), roles.indices.to_numpy().astype(np.int64))
 
 
-def _write_tables(art: ArtifactWriter, layout: Layout, valid: NDArray[np.bool_], names: Sequence[str], roles: Sequence[str]) -> None:
+def write_tables(art: ArtifactWriter, layout: Layout, valid: NDArray[np.bool_], names: Sequence[str], roles: Sequence[str]) -> None:
+    """Write the two tables of a token shard."""
     rows_of = np.bincount(layout.documents, minlength=len(names)).astype(np.uint64)
     tokens: dict[str, Any] = {"token_id": layout.token_ids, "context": layout.contexts, "document": layout.documents, "valid": valid}
     if roles:

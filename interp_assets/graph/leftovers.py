@@ -22,7 +22,7 @@ from interp_assets.harvest.refs import hook_folder
 from interp_assets.planning.asset import Asset
 from interp_assets.planning.config import PipelineConfig, SaeConfig, ShuffleConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline
-from interp_assets.planning.sections import HeadsConfig
+from interp_assets.planning.sections import HeadsConfig, MatchesConfig, Metric
 from interp_assets.planning.steering import PairConfig, PatchingConfig, SearchConfig, SteeringConfig
 from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.storage.direct import find_remains
@@ -35,6 +35,7 @@ CHECKPOINT: Final = "sae_checkpoint"
 TRY: Final = "try"
 ENDED: Final = "sae_ended"
 CODE: Final = "code"
+TRUTH: Final = "planted_truth"
 _PLANS: Final = ("plan.", ".json")
 _OF_SAES: Final = ("sae", "sae_evaluation")
 
@@ -91,15 +92,16 @@ def find_leftovers(
 
 
 def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
-    """Return the kinds of artifacts that assets make and keep the digests of, whatever is switched off, checkpoints, tries, failures and code."""
+    """Return the kinds of artifacts that assets make and keep the digests of, checkpoints, tries, failures, code and truth, switched off or not."""
     sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
     changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
-    changes["heads"] = HeadsConfig(prompts={"any": "text"})
+    changes |= {"heads": HeadsConfig(prompts={"any": "text"}), "metrics": [Metric(function="any.py:any")]}
+    changes["matches"] = MatchesConfig(saes=[sae.name, sae.name])
     recipes: dict[str, list[dict[str, Any]]] = {"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}
     changes["steering"] = SteeringConfig(recipes=recipes, search=SearchConfig(), prompts=["text"])
     changes["patching"] = [PatchingConfig(name="any", pairs=[PairConfig(clean="a", corrupted="b", answer="c")])]
-    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY, ENDED, CODE}
+    full, found = Pipeline(pipeline.config.model_copy(update=changes), pipeline.plan), {CHECKPOINT, TRY, ENDED, CODE, TRUTH}
     road = make_road(full.config)
     for asset in road.rest:
         kinds = ({ref.kind for ref in _refs_of(asset, full, store, key)} for key in asset.partition_keys(full))

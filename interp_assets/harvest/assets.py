@@ -7,9 +7,9 @@ from typing import Final
 from interp_assets.corpus.sizes import TOKEN_BYTES, rows_of
 from interp_assets.harvest.checks import ACTIVATION_ROWS, OUTLIER_DIMENSIONS
 from interp_assets.harvest.heads.assets import make_head_assets
-from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, activation_shard_ref, read_dtypes, statistics_ref
+from interp_assets.harvest.refs import ACTIVATION_SHARD_VERSION, TRUTH_VERSION, activation_shard_ref, read_dtypes, statistics_ref, truth_ref
 from interp_assets.harvest.sizes import ROWS_PER_S, forward_s, model_bytes
-from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, name_facts, per_hook_point, same, training
+from interp_assets.planning.asset import SHARDS, Asset, Job, Load, Markdown, Needs, Shown, name_facts, per_hook_point, same, training, whole
 from interp_assets.planning.config import PipelineConfig, code_version
 from interp_assets.planning.pipeline import Pipeline, shard_index
 from interp_assets.storage.dtypes import ITEM_BYTES
@@ -61,8 +61,31 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             checks=(OUTLIER_DIMENSIONS,),
             code_version=code_version(1),
         ),
+        *([_planting()] if config.corpus.is_planted else []),
         *make_head_assets(config),
     ]
+
+
+def _planting() -> Asset:
+    return Asset(
+        key=("planted_truth",),
+        group=GROUP,
+        kinds=("pytorch",),
+        description=(
+            "The features that planted rows are made of: directions, how often they fire, and whose child each is. Evaluations compare with them."
+        ),
+        reads=(whole("corpus_plan"),),
+        artifacts=lambda pipeline, _store, _key: [truth_ref(pipeline)],
+        make=_publish_truth,
+        shows=lambda _job, _key, made: {"features": made[0].manifest.facts["n_features"], "l0": made[0].manifest.facts["l0"]},
+        code_version=code_version(TRUTH_VERSION),
+    )
+
+
+def _publish_truth(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.harvest.planted import make_truth
+
+    return lambda _key: [make_truth(job.pipeline, job.store)]
 
 
 def _activations(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
@@ -70,6 +93,10 @@ def _activations(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRe
 
 
 def _harvest(job: Job) -> Callable[[str], list[Produced]]:
+    if job.config.corpus.is_planted:
+        from interp_assets.harvest.planted import make_planted_shard
+
+        return lambda key: [make_planted_shard(job.pipeline, job.store, shard_index(key), job.progress.advance)]
     from interp_assets.harvest.activations import harvest_shard
 
     harvest = partial(harvest_shard, job.pipeline, job.store, job.world.model(), progress=job.progress.advance)

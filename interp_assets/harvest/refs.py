@@ -15,6 +15,10 @@ ACTIVATION_SHARD_VERSION = 3
 """Raise it when the same tokens would give other activations, or other statistics of them."""
 
 
+TRUTH_VERSION = 1
+"""Raise it when the same seeds would give other planted rows: of them `ACTIVATION_SHARD_VERSION` too."""
+
+
 def activation_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
     """Address the activations of one corpus shard at one hook point."""
     identity = {
@@ -38,6 +42,12 @@ def read_dtypes(config: PipelineConfig) -> dict[str, Any]:
 def statistics_ref(pipeline: Pipeline, hook_point: str) -> ArtifactRef:
     """Address the merged statistics of one hook point over the training shards."""
     return pipeline.remember(("statistics_ref", hook_point), lambda: _statistics_ref(pipeline, hook_point))
+
+
+def truth_ref(pipeline: Pipeline) -> ArtifactRef:
+    """Address the features that planted rows are made of."""
+    identity = {"code": TRUTH_VERSION, "planting": pipeline.plan.model_fingerprint}
+    return make_ref("planted_truth", FOLDER, identity=identity, inputs={}, label="planted_truth")
 
 
 def activation_ids(pipeline: Pipeline, hook_point: str, indices: Sequence[int]) -> str:

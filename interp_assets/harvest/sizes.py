@@ -24,5 +24,7 @@ def forward_s(pipeline: Pipeline, n_tokens: float) -> float:
 
 def _count_parameters(pipeline: Pipeline) -> int:
     config = pipeline.config
+    if config.corpus.is_planted:
+        return config.corpus.features * config.corpus.width
     with open_seen() as seen:
         return pipeline.remember("parameters", lambda: find_facts(config.model, config.harvest.hook_points, seen).n_parameters)

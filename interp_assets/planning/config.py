@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal, TypeGuard, TypeVar, get_args
@@ -21,9 +22,10 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, WithJson
 from interp_assets.errors import ConfigError, OwnCodeError
 from interp_assets.planning.grammar import expand, set_values
 from interp_assets.planning.hook_names import canonical_name
+from interp_assets.planning.identity import Name, Section
 from interp_assets.planning.options import ARCHITECTURES, find_faults
-from interp_assets.planning.own import MAX_BYTES, NAMED, hash_code, read_declaration, split_name
-from interp_assets.planning.sections import OVERKEEP, Code, HeadsConfig, MatchesConfig, Name, Section, StopConfig
+from interp_assets.planning.own import MAX_BYTES, NAMED, check_metric, hash_code, read_declaration, split_name
+from interp_assets.planning.sections import OVERKEEP, Code, CorpusConfig, HeadsConfig, MatchesConfig, Metric, Placed, StopConfig
 from interp_assets.planning.steering import PatchingConfig, SteeringConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
 from interp_assets.storage.store import check_address
@@ -57,55 +59,14 @@ _NAMES: Final = {"anyOf": [{"enum": list(ARCHITECTURES)}, {"type": "string", "pa
 ArchitectureName = Annotated[str, AfterValidator(_check_architecture), WithJsonSchema(_NAMES)]
 """A built-in architecture, or a function in a file of one's own."""
 
-TextKind = Literal["plain", "with_special_tokens", "messages"]
-
-
 HookPointName = Annotated[str, AfterValidator(canonical_name)]
 """A hook point in our words, whichever it was named in: an artifact's id does not depend on them."""
 
 
-AnySection = TypeVar("AnySection", bound=Section)
+AnySection = TypeVar("AnySection", bound=Placed)
 
 
-class CorpusConfig(Section):
-    """Which text, and how it becomes token shards. All identity."""
-
-    source: Literal["stdlib", "files", "huggingface"] = "stdlib"
-    """`stdlib`: the Python standard library's sources; `files`: local text, JSONL or Parquet files; `huggingface`: a dataset by id or folder."""
-    path: str = ""
-    """`files`: a file or a folder; `huggingface`: the dataset's id or local folder. Unused for `stdlib`."""
-    subset: str = "default"
-    """`huggingface`: the dataset's configuration name."""
-    split: str = "train"
-    """`huggingface`: the split."""
-    revision: str = "main"
-    """`huggingface`: the dataset's revision."""
-    text_field: str = "text"
-    """Column or key that holds the text (or the messages), in JSONL, Parquet and Hugging Face datasets."""
-    text_kind: TextKind = "plain"
-    """`plain`: names of special tokens are text; `with_special_tokens`: they are these tokens; `messages`: the chat template renders them."""
-    context_length: Annotated[int, Field(ge=2)] = 256
-    """Tokens per context, a leading BOS included."""
-    contexts: Literal["packed", "per_document"] = "packed"
-    """`packed`: documents follow each other in a context and attend to those before; `per_document`: a context holds one (encoders, messages)."""
-    shard_bytes: Annotated[int, Field(ge=1)] = 256 << 10
-    """UTF-8 bytes of text per shard, reached by whole documents."""
-    documents_per_shard: Annotated[int, Field(ge=1)] = 1000
-    """`huggingface` only: documents per shard, because a stream has no sizes."""
-    max_shards: Annotated[int, Field(ge=1)] = 1 << 20
-    """Stop after this many shards."""
-    held_out_shards: Annotated[int, Field(ge=1)] = 1
-    """The first shards are never trained on: they measure FVU, L0 and loss recovered."""
-
-    @model_validator(mode="after")
-    def _check_contexts(self) -> "CorpusConfig":
-        if self.text_kind == "messages" and self.contexts != "per_document":
-            message = "text_kind messages needs contexts: per_document, because a chat template begins and ends a conversation itself"
-            raise ValueError(message)
-        return self
-
-
-class ModelConfig(Section):
+class ModelConfig(Placed):
     """The subject model. All identity."""
 
     name: str = DEMO_MODEL
@@ -168,7 +129,7 @@ class ShuffleConfig(Section):
         return None if self.passes == "auto" or self.fan_out == "auto" else (self.passes, self.fan_out)
 
 
-class SaeConfig(Section):
+class SaeConfig(Placed):
     """One sparse autoencoder of the sweep. Identity, but for `imported`."""
 
     name: Name = "demo"
@@ -235,7 +196,7 @@ class SaeConfig(Section):
         if self.imported:
             return self.model_dump(include=of_imported)
         dumped = self.model_dump(exclude={"imported", "imported_digest", "accepts_misfit", "code"})
-        return {**dumped, "code": self.code.digest} if self.code else dumped
+        return {**dumped, "code": {"digest": self.code.digest}} if self.code else dumped
 
     @property
     def is_own(self) -> bool:
@@ -353,6 +314,8 @@ class PipelineConfig(Section):
     features: FeaturesConfig = FeaturesConfig()
     heads: HeadsConfig | None = None
     """Statistics and examples of every attention head; nothing of them is made without this section."""
+    metrics: list[Metric] = []
+    """Functions in files of your own that measure every SAE, `my.py:half_norm`; they retrain nothing."""
     steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
     patching: list[PatchingConfig] = []
@@ -371,13 +334,11 @@ class PipelineConfig(Section):
             if len(set(given)) != len(given):
                 message = f"two {what} have one name: {sorted(given)}"
                 raise ValueError(message)
-        for name in self.features.saes:
+        shown = [("features", name) for name in self.features.saes] + [("matches", name) for name in (self.matches.saes if self.matches else ())]
+        for section, name in shown:
             if name not in names:
-                message = f"features.saes names {name!r}, but the SAEs are {names}"
+                message = f"{section}.saes names {name!r}, but the SAEs are {names}"
                 raise ValueError(message)
-        if unknown := [name for name in (self.matches.saes if self.matches else ()) if name not in names]:
-            message = f"matches.saes names {unknown[0]!r}, but the SAEs are {names}"
-            raise ValueError(message)
         if len(set(self.harvest.hook_points)) != len(self.harvest.hook_points):
             message = f"harvest.hook_points names one twice: {self.harvest.hook_points}"
             raise ValueError(message)
@@ -385,6 +346,8 @@ class PipelineConfig(Section):
         if fan_out ** (passes - 1) > MAX_MIXED_SHARDS:
             message = f"fan_out ** (passes - 1) is {fan_out ** (passes - 1):,} mixed shards, at most {MAX_MIXED_SHARDS:,}"
             raise ValueError(message)
+        if self.corpus.is_planted:
+            _check_planted(self)
         for sae in self.saes:
             _check_task(sae, self.harvest.hook_points)
             if sae.task == "crosscoder" and sae.name in self.features.saes:
@@ -412,6 +375,17 @@ class PipelineConfig(Section):
             if not attempt:  # not asked before, or a copy with other SAEs
                 self._places.update({sae.name: place for place, sae in enumerate(self.saes)})
         raise ConfigError(f"No SAE is called {name!r}; the configuration has {[sae.name for sae in self.saes]}.")
+
+
+def _check_planted(config: PipelineConfig) -> None:
+    """Raise `ValueError` for what needs text or a model, where rows are planted."""
+    wanted = {"features.saes": config.features.saes, "heads": config.heads, "steering": config.steering, "patching": config.patching}
+    if found := [name for name, value in wanted.items() if value]:
+        message = f"planted rows have no text and no model, which {', '.join(found)} needs: leave it out, and write `features: {{saes: []}}`"
+        raise ValueError(message)
+    if len(config.harvest.hook_points) != 1:
+        message = f"planted rows are those of one hook point, and harvest.hook_points are {config.harvest.hook_points}"
+        raise ValueError(message)
 
 
 def _check_task(sae: SaeConfig, hook_points: list[str]) -> None:
@@ -473,33 +447,54 @@ def find_code(config: PipelineConfig, folder: Path) -> PipelineConfig:
     """
     sources: dict[Path, bytes] = {}
     saes = [_find_architecture(sae, folder, sources) if sae.is_own and not sae.imported else sae for sae in config.saes]
-    return config if saes == config.saes else config.model_copy(update={"saes": saes})
+    metrics = [_find_metric(metric, folder, sources) for metric in config.metrics]
+    is_same = saes == config.saes and metrics == config.metrics
+    return config if is_same else config.model_copy(update={"saes": saes, "metrics": metrics})
 
 
 def _find_architecture(sae: SaeConfig, folder: Path, sources: dict[Path, bytes]) -> SaeConfig:
-    named = split_name(sae.architecture)
-    assert named is not None
-    place = folder / Path(named[0]).expanduser()
-    short = {"architecture": f"{place.name}:{named[1]}"}  # where the file lies decides nothing
+    place, function = _locate(sae.architecture, folder)
+    short = {"architecture": f"{place.name}:{function}"}  # where the file lies decides nothing
     if sae.code:
         return sae.model_copy(update=short)
+    source = _read_source(place, folder, sources, f"SAE {sae.name!r} has the architecture {sae.architecture}")
     try:
-        if place not in sources:
-            with place.open("rb") as file:
-                sources[place] = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        message = f"SAE {sae.name!r} has the architecture {sae.architecture}, and {place} cannot be read ({error.strerror})"
-        raise ConfigError(f"{message}. Its path is relative to {folder}.") from error
-    source = sources[place]
-    if len(source) > MAX_BYTES:
-        raise ConfigError(f"{place} has more than {MAX_BYTES:,} bytes: it is no file of an architecture (SAE {sae.name!r}).")
-    try:
-        declared = read_declaration(source, place.name, named[1])
+        declared = read_declaration(source, place.name, function)
         if faults := find_faults(declared.kind, sae.options, declared.options, short["architecture"]):
             raise ConfigError(f"SAE {sae.name!r}: {'; '.join(faults)}.")
     except OwnCodeError:
         pass  # told where it is trained
     return sae.model_copy(update={**short, "code": Code(path=str(place), digest=hash_code(source))})
+
+
+def _find_metric(metric: Metric, folder: Path, sources: dict[Path, bytes]) -> Metric:
+    place, function = _locate(metric.function, folder)
+    short = {"function": f"{place.name}:{function}"}
+    if metric.code:
+        return metric.model_copy(update=short)
+    source = _read_source(place, folder, sources, f"metrics names {metric.function}")
+    with suppress(OwnCodeError):  # told where it measures
+        check_metric(source, place.name, function)
+    return metric.model_copy(update={**short, "code": Code(path=str(place), digest=hash_code(source))})
+
+
+def _locate(name: str, folder: Path) -> tuple[Path, str]:
+    named = split_name(name)
+    assert named is not None
+    return folder / Path(named[0]).expanduser(), named[1]
+
+
+def _read_source(place: Path, folder: Path, sources: dict[Path, bytes], who: str) -> bytes:
+    """Read a file of code, each once."""
+    try:
+        if place not in sources:
+            with place.open("rb") as file:
+                sources[place] = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{who}, and {place} cannot be read ({error.strerror}). Its path is relative to {folder}.") from error
+    if len(sources[place]) > MAX_BYTES:
+        raise ConfigError(f"{who}, and {place} has more than {MAX_BYTES:,} bytes: it is another file.")
+    return sources[place]
 
 
 def _find_beside(config: PipelineConfig, folder: Path) -> PipelineConfig:

@@ -3,8 +3,8 @@
 import os
 from typing import Final
 
-from interp_assets.planning.config import ROOT_VARIABLE, CorpusConfig, PipelineConfig, SaeConfig, ShuffleConfig
-from interp_assets.planning.sections import HeadsConfig
+from interp_assets.planning.config import ROOT_VARIABLE, PipelineConfig, SaeConfig, ShuffleConfig
+from interp_assets.planning.sections import CorpusConfig, HeadsConfig
 from interp_assets.planning.steering import SearchConfig, SteeringConfig
 
 _READER = 'class Reader:\n    def __init__(self, path, mode="r"):\n        self.path = path\n        self.mode = mode\n\n'

@@ -4,9 +4,10 @@ An artifact's id is a hash of what a section dumps. A field that is not in `FIRS
 adding one changes the id of nothing that was made without it. Nobody adds to that table; a default, once published, stays.
 """
 
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_serializer
 
 FIRST_FIELDS: Final[dict[str, str]] = {
     "CorpusConfig": (
@@ -39,3 +40,24 @@ def leave_out_later(section: BaseModel, dumped: dict[str, Any]) -> dict[str, Any
         for name, value in dumped.items()
         if name in first or name not in fields or getattr(section, name) != fields[name].get_default(call_default_factory=True)
     }
+
+
+class Section(BaseModel):
+    """A part of a configuration: frozen, without fields that nobody knows, dumped as ids are made of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_serializer(mode="wrap")
+    def _dump_identity(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return leave_out_later(self, dump(self))
+
+
+def _check_name(name: str) -> str:
+    if not name or not all(char.isascii() and (char.isalnum() or char in "_-.") for char in name) or name.startswith((".", "-")):
+        message = f"{name!r} is no name: letters, digits, '_', '-' and '.' only, and not '.' or '-' first"
+        raise ValueError(message)
+    return name
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+"""A name that becomes a partition and a folder."""

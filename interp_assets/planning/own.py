@@ -93,6 +93,14 @@ def read_declaration(source: bytes, file: str, function: str) -> Declared:
     )
 
 
+def check_metric(source: bytes, file: str, function: str) -> None:
+    """Raise `OwnCodeError` for a file that is no Python or a function that is no metric, `ConfigError` for one that is not there."""
+    node = find_function(source, file, function)
+    n_free = len(node.args.posonlyargs) + len(node.args.args)
+    if n_free - len(node.args.defaults) > 2 or (n_free < 2 and not node.args.vararg):
+        raise OwnCodeError(f"{file}, line {node.lineno}: a metric takes (sae, blocks) and returns a dict of numbers.")
+
+
 def find_function(source: bytes, file: str, function: str) -> ast.FunctionDef:
     """Find a function at the top of a file. Raises `OwnCodeError` for a file that is no Python, `ConfigError` for a name that is not there."""
     try:

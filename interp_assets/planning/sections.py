@@ -1,31 +1,20 @@
-"""What every section of a configuration is, and small ones: heads, matches, stop, and files of one's own."""
+"""Sections of a configuration: those with paths, and those of the corpus, of attention heads, and of files of one's own."""
 
-from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_serializer, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from interp_assets.planning.identity import leave_out_later
+from interp_assets.planning.identity import Name, Section
+from interp_assets.planning.own import split_name
 
 OVERKEEP: Final = 4
 """Strongest firings that are kept for each top example, with `features.distinct_tokens`."""
 
 
-def _check_name(name: str) -> str:
-    if not name or not all(char.isascii() and (char.isalnum() or char in "_-.") for char in name) or name.startswith((".", "-")):
-        message = f"{name!r} is no name: letters, digits, '_', '-' and '.' only, and not '.' or '-' first"
-        raise ValueError(message)
-    return name
+class Placed(Section):
+    """A section that names a path, which may lie beside the configuration's file."""
 
-
-Name = Annotated[str, AfterValidator(_check_name)]
-
-
-class Section(BaseModel):
-    """Frozen and checked; new fields at their defaults are no part of an id."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     _folder: str = PrivateAttr("")
 
     @property
@@ -33,9 +22,121 @@ class Section(BaseModel):
         """Where a relative path was looked for in vain, for messages; nothing for others."""
         return f" (looked in {' and '.join(dict.fromkeys([str(Path.cwd()), self._folder]))})" if self._folder else ""
 
-    @model_serializer(mode="wrap")
-    def _dump_identity(self, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return leave_out_later(self, dump(self))
+
+class FrequencyConfig(Section):
+    """How often planted features fire: from the most frequent one to the least by a power of their rank. Identity."""
+
+    zipf: Annotated[float, Field(ge=0)] = 0.5
+    """Exponent of the rank; 0: all alike."""
+    most: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Probability of the most frequent one."""
+    least: Annotated[float, Field(gt=0, lt=1)] = 5e-4
+    """Probability of the least frequent one."""
+
+
+class HierarchyConfig(Section):
+    """Trees of planted features: the first ones are roots, their children follow, level by level; what is left stands alone. Identity."""
+
+    roots: Annotated[int, Field(ge=1)] = 16
+    """Number of trees."""
+    branching: Annotated[int, Field(ge=1)] = 4
+    """Children of each feature that has any."""
+    depth: Annotated[int, Field(ge=1)] = 2
+    """Levels below the roots."""
+    probability: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """That a child fires where its parent does; it never does elsewhere."""
+    exclusive: bool = True
+    """Of the children of one parent at most one fires."""
+
+    @property
+    def n_features(self) -> int:
+        """Features of all trees."""
+        return self.roots * sum(self.branching**level for level in range(self.depth + 1))
+
+
+class CorrelationConfig(Section):
+    """A Gaussian copula of low rank over planted features. Identity."""
+
+    rank: Annotated[int, Field(ge=1)] = 25
+    """Number of common causes."""
+    scale: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """How much of what makes a feature fire is due to each of them: the root of the sum of squares stays below 1."""
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> "CorrelationConfig":
+        if self.scale**2 * self.rank >= 1:
+            message = f"scale² x rank is {self.scale**2 * self.rank:.2f}, and has to be below 1: lower one of them"
+            raise ValueError(message)
+        return self
+
+
+TextKind = Literal["plain", "with_special_tokens", "messages"]
+
+
+class CorpusConfig(Placed):
+    """Which text, and how it becomes token shards. All identity."""
+
+    source: Literal["stdlib", "files", "huggingface", "planted"] = "stdlib"
+    """`stdlib`: Python's own sources; `files`: text, JSONL or Parquet files; `huggingface`: a dataset; `planted`: rows of known features, no text."""
+    path: str = ""
+    """`files`: a file or a folder; `huggingface`: the dataset's id or local folder. Unused for `stdlib`."""
+    subset: str = "default"
+    """`huggingface`: the dataset's configuration name."""
+    split: str = "train"
+    """`huggingface`: the split."""
+    revision: str = "main"
+    """`huggingface`: the dataset's revision."""
+    text_field: str = "text"
+    """Column or key that holds the text (or the messages), in JSONL, Parquet and Hugging Face datasets."""
+    text_kind: TextKind = "plain"
+    """`plain`: names of special tokens are text; `with_special_tokens`: they are these tokens; `messages`: the chat template renders them."""
+    context_length: Annotated[int, Field(ge=2)] = 256
+    """Tokens per context, a leading BOS included."""
+    contexts: Literal["packed", "per_document"] = "packed"
+    """`packed`: documents follow each other in a context and attend to those before; `per_document`: a context holds one (encoders, messages)."""
+    shard_bytes: Annotated[int, Field(ge=1)] = 256 << 10
+    """UTF-8 bytes of text per shard, reached by whole documents."""
+    documents_per_shard: Annotated[int, Field(ge=1)] = 1000
+    """`huggingface` only: documents per shard, because a stream has no sizes."""
+    max_shards: Annotated[int, Field(ge=1)] = 1 << 20
+    """Stop after this many shards."""
+    held_out_shards: Annotated[int, Field(ge=1)] = 1
+    """The first shards are never trained on: they measure FVU, L0 and loss recovered."""
+    features: Annotated[int, Field(ge=1)] = 512
+    """`planted`: features that rows are made of, the most frequent first."""
+    width: Annotated[int, Field(ge=2)] = 64
+    """`planted`: size of a row."""
+    n_rows: Annotated[int, Field(ge=2)] = 131_072
+    """`planted`: rows in all."""
+    rows_per_shard: Annotated[int, Field(ge=1)] = 16_384
+    """`planted`: rows of a shard."""
+    frequency: FrequencyConfig = FrequencyConfig()
+    """`planted`: how often features fire."""
+    hierarchy: HierarchyConfig | None = None
+    """`planted`: features that fire only where another one does."""
+    correlation: CorrelationConfig | None = None
+    """`planted`: features that fire together more, or less, often than by chance."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """`planted`: standard deviation of what is added to each number of a row."""
+
+    @model_validator(mode="after")
+    def _check_contexts(self) -> "CorpusConfig":
+        if self.text_kind == "messages" and self.contexts != "per_document":
+            message = "text_kind messages needs contexts: per_document, because a chat template begins and ends a conversation itself"
+            raise ValueError(message)
+        if self.hierarchy and self.hierarchy.n_features > self.features:
+            message = f"hierarchy has {self.hierarchy.n_features:,} features (roots, branching, depth), and corpus.features is {self.features:,}"
+            raise ValueError(message)
+        return self
+
+    @property
+    def is_planted(self) -> bool:
+        """Tell whether rows are planted, and there is neither text nor a model."""
+        return self.source == "planted"
+
+    def planting(self) -> dict[str, Any]:
+        """Return what planted rows depend on, besides the seed."""
+        return self.model_dump(mode="json", include={"features", "width", "rows_per_shard", "frequency", "hierarchy", "correlation", "noise"})
 
 
 class Code(Section):
@@ -45,6 +146,32 @@ class Code(Section):
     """Execution: where it lay."""
     digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """SHA-256 of its bytes. Where it is stated, the file is not looked at: what is executed are the bytes with this hash that the pipeline keeps."""
+
+
+class Metric(Section):
+    """A function in a file of your own that measures SAEs. Identity of its measurements alone; its name may stand alone."""
+
+    function: str
+    """Such as `my.py:half_norm`, in a file beside the configuration: `(sae, blocks) -> dict` of numbers by name, which become columns `my.<name>`."""
+    code: Code | None = None
+    """Its file's hash, which is filled in when the configuration is read."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_name(cls, content: Any) -> Any:
+        return {"function": content} if isinstance(content, str) else content
+
+    @model_validator(mode="after")
+    def _check_function(self) -> "Metric":
+        if not split_name(self.function):
+            message = f"{self.function!r} names no function in a file, such as my.py:half_norm"
+            raise ValueError(message)
+        return self
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its columns begin with: its file's, without folder and suffix."""
+        return PurePosixPath(self.function.partition(":")[0]).stem
 
 
 class HeadsConfig(Section):

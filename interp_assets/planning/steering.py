@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from interp_assets.planning.hook_names import LAYER_KINDS, canonical_name, explain_other
-from interp_assets.planning.sections import Name, Section
+from interp_assets.planning.identity import Name, Section
 
 Text = Annotated[str, Field(min_length=1)]
 

@@ -54,7 +54,7 @@ def print_sweep(console: Console, config: PipelineConfig, how: Shown) -> None:
     from interp_assets.train.refs import sweep_ref  # noqa: PLC0415 - polars takes a second to import
     from interp_assets.train.results.arms import count_held_out, read_table  # noqa: PLC0415 - as above
     from interp_assets.train.results.replicas import has_replicas, over_seeds  # noqa: PLC0415 - as above
-    from interp_assets.train.sweep import TABLE, shorten  # noqa: PLC0415 - as above
+    from interp_assets.train.sweep import MAX_SHOWN, TABLE, shorten  # noqa: PLC0415 - as above
 
     if how.over not in ("", "seed", "none"):
         raise InputError(f"--over {how.over!r} is neither `seed` nor `none`.")
@@ -69,7 +69,8 @@ def print_sweep(console: Console, config: PipelineConfig, how: Shown) -> None:
     if how.as_csv:
         console.print(table.write_csv().rstrip(), soft_wrap=True, markup=False)
         return
-    shown = shorten(table)
+    own = [column for column in table.columns if "." in column]  # those of one's own metrics: `my.half_norm`
+    shown = shorten(table).hstack(table.head(MAX_SHOWN).select(pl.col(own).round_sig_figs(4)))
     print_table(console, shown.columns, ([_cell("-" if value is None else value) for value in row] for row in shown.rows()))
     for sentence in _explain(arms, config, count_held_out(store, arms), is_folded=is_folded):
         console.print(sentence, soft_wrap=True, markup=False, highlight=False)

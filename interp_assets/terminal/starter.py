@@ -22,7 +22,7 @@ def make_starter(name: str) -> str:
         value = field.default
         if isinstance(value, BaseModel):
             lines += ["", f"# {_first_line(value)}", f"{field_name}:", *_fields(value, "  ")]
-        elif isinstance(value, list):
+        elif isinstance(value, list) and value:
             lines += ["", f"# {_first_line(value[0])} More items make a sweep: they share one read of the data.", f"{field_name}:"]
             lines += [line for item in value for line in _item(item)]
         else:
@@ -51,4 +51,4 @@ def _first_line(model: BaseModel) -> str:
 
 def _scalar(value: Any) -> str:
     """Write a value as YAML; JSON is YAML."""
-    return json.dumps(value)
+    return json.dumps(dict(value) if isinstance(value, BaseModel) else value)

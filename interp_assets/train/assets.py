@@ -15,17 +15,19 @@ from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import Produced, find_made_from, find_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
-from interp_assets.train.lineage import evaluation_lineage, sae_lineage
+from interp_assets.train.lineage import evaluation_lineage, metric_lineage, sae_lineage
 from interp_assets.train.refs import (
     EVALUATION_VERSION,
     IMPORT_VERSION,
     MATCH_VERSION,
+    METRIC_VERSION,
     MODEL_TOKENS,
     PICK_VERSION,
     SWEEP_VERSION,
     TRAIN_VERSION,
     evaluation_ref,
     matches_ref,
+    metric_ref,
     sae_ref,
     sweep_ref,
 )
@@ -108,23 +110,28 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             checks=(QUALITY_BOUNDS, OUTLIER_ROWS, IMPORTED_FIT),
             code_version=code_version(EVALUATION_VERSION),
         ),
-        Asset(
-            key=("sweep",),
-            group=GROUP,
-            kinds=("parquet", "polars"),
-            description=(
-                "All SAEs of the pipeline in one table: configuration, quality on the held-out shards, speed, and artifact ids of each; polars, "
-                "DuckDB and pandas read it. Look at the Pareto plot of L0 and FVU, and at the learning curves side by side."
-            ),
-            reads=(every("sae").remember().if_there(), every("sae_evaluation").remember().if_there()),
-            artifacts=lambda pipeline, _store, _key: [sweep_ref(pipeline)],
-            make=_compare,
-            shows=_show_sweep,
-            takes=lambda pipeline, _store, _key: Load(n_inputs=2 * len(pipeline.config.saes)),
-            code_version=code_version(SWEEP_VERSION),
-        ),
+        *([_measuring(held_out)] if config.metrics else []),
+        _comparing(),
         *_matching(config, held_out),
     ]
+
+
+def _comparing() -> Asset:
+    return Asset(
+        key=("sweep",),
+        group=GROUP,
+        kinds=("parquet", "polars"),
+        description=(
+            "All SAEs of the pipeline in one table: configuration, quality on the held-out shards, speed, and artifact ids of each; polars, "
+            "DuckDB and pandas read it. Look at the Pareto plot of L0 and FVU, and at the learning curves side by side."
+        ),
+        reads=(every("sae").remember().if_there(), every("sae_evaluation").remember().if_there()),
+        artifacts=lambda pipeline, _store, _key: [sweep_ref(pipeline)],
+        make=_compare,
+        shows=_show_sweep,
+        takes=lambda pipeline, _store, _key: Load(n_inputs=2 * len(pipeline.config.saes)),
+        code_version=code_version(SWEEP_VERSION),
+    )
 
 
 def _matching(config: PipelineConfig, held_out: list[str]) -> list[Asset]:
@@ -149,6 +156,45 @@ def _matching(config: PipelineConfig, held_out: list[str]) -> list[Asset]:
             code_version=code_version(MATCH_VERSION),
         )
     ]
+
+
+def _measuring(held_out: list[str]) -> Asset:
+    return Asset(
+        key=("sae_metrics",),
+        group=GROUP,
+        kinds=("pytorch", "json"),
+        description=(
+            "An SAE measured by the functions that `metrics` names, on the held-out rows: an artifact a function. The unit of work is an experiment. "
+            "Trainings and evaluations do not depend on it."
+        ),
+        axis=EXPERIMENTS,
+        reads=(same("sae"), only("activations", partitions=held_out)),
+        artifacts=lambda pipeline, _store, key: [metric_ref(pipeline, key, metric) for metric in pipeline.config.metrics],
+        lineage=lambda pipeline, _store, key: metric_lineage(pipeline, key),
+        make=_measure,
+        shows=lambda _job, _key, made: {column: value for item in made for column, value in item.manifest.facts["values"].items()},
+        takes=_evaluating,
+        is_made_together=True,
+        may_part=True,
+        is_one_run=True,
+        code_version=code_version(METRIC_VERSION),
+    )
+
+
+def _measure(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.own.measure import measure_own
+
+    n_rows = count_rows(job.pipeline, job.store, job.pipeline.held_out_indices)
+    job.progress.begin_together("sae_metrics", job.keys, n_rows * len(job.keys) * len(job.config.metrics))
+    made = {key: measure_own(job.pipeline, job.store, key, job.progress.advance) for key in job.keys}
+
+    def take(key: str) -> list[Produced]:
+        found = made[key]
+        if isinstance(found, InterpError):
+            raise found
+        return found
+
+    return take
 
 
 def _train(job: Job) -> Callable[[str], list[Produced]]:
@@ -267,9 +313,12 @@ def _evaluate(job: Job) -> Callable[[str], list[Produced]]:
 
 
 def _show_frequencies(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
+    from interp_assets.train.own.columns import RECOVERY
     from interp_assets.train.plots import plot_frequencies
 
-    return {"firing_frequency": Markdown(plot_frequencies(job.store, made[0]))}
+    facts = made[0].manifest.facts
+    found = {name: facts[name] for name in RECOVERY if name in facts}
+    return {**found, "firing_frequency": Markdown(plot_frequencies(job.store, made[0]))}
 
 
 def _evaluating(pipeline: Pipeline, store: Store, key: str) -> Load:

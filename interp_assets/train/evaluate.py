@@ -29,6 +29,7 @@ from torch import Tensor
 
 from interp_assets.corpus.tokens import context_offsets, load_tokens
 from interp_assets.errors import ArtifactMissingError, ConfigError, InputError, InterpError, NonFiniteError, StoreError
+from interp_assets.garcon.device import choose_device
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.outliers import GroupSums, find_outliers, norm_limits
 from interp_assets.harvest.refs import OUTLIER_MULTIPLE
@@ -45,6 +46,7 @@ from interp_assets.train.lineage import evaluation_lineage, hook_points_of
 from interp_assets.train.metrics import ReconstructionSums
 from interp_assets.train.refs import METRICS, MODEL_TOKENS, evaluation_ref
 from interp_assets.train.sae import Sae
+from interp_assets.train.truth.recovery import measure_recovery
 
 LATENTS: Final = "latents.parquet"
 _BLOCK_ROWS: Final = 4096
@@ -105,11 +107,11 @@ def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: st
 
 
 def evaluate_saes(
-    pipeline: Pipeline, store: Store, model: SubjectModel, names: Sequence[str], progress: Callable[[int], None] | None = None
+    pipeline: Pipeline, store: Store, model: SubjectModel | None, names: Sequence[str], progress: Callable[[int], None] | None = None
 ) -> dict[str, Produced | InterpError]:
     """Measure SAEs; those that are put in one place share the model's untouched pass and that with zeros: 14 forwards for 12 SAEs instead of 36.
 
-    Returns for each its artifact, or what kept it from being measured.
+    Planted rows have no model. Returns for each its artifact, or what kept it from being measured.
     """
     made: dict[str, Produced | InterpError] = {}
     groups: dict[tuple[str, ...], list[str]] = {}
@@ -121,8 +123,9 @@ def evaluate_saes(
 
 
 def _evaluate_group(
-    pipeline: Pipeline, store: Store, model: SubjectModel, names: Sequence[str], progress: Callable[[int], None] | None
+    pipeline: Pipeline, store: Store, model: SubjectModel | None, names: Sequence[str], progress: Callable[[int], None] | None
 ) -> dict[str, Produced | InterpError]:
+    device = model.device if model else choose_device(pipeline.config.execution.device)
     started_s, made = time.perf_counter(), dict[str, Produced | InterpError]()
     kept: dict[str, dict[str, str]] = {}
     arms: list[_Arm] = []
@@ -134,7 +137,7 @@ def _evaluate_group(
                 made[name] = Produced(evaluation_ref(pipeline, name), manifest, is_cached=True, wall_s=0.0)
                 continue
             config = pipeline.config.sae(name)
-            arm = _Arm(config, load_sae(pipeline, store, name).to(model.device), norm_limits(pipeline, store, config))
+            arm = _Arm(config, load_sae(pipeline, store, name).to(device), norm_limits(pipeline, store, config))
             sums[name] = _measure_rows(pipeline, store, arm, progress)
         except (ConfigError, StoreError):
             raise  # it would meet them all
@@ -142,10 +145,12 @@ def _evaluate_group(
             made[name] = error
         else:
             arms.append(arm)
-    reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else "the subject model has no causal language-model head"
+    reason = "planted rows are no model's"
+    if model:
+        reason = "" if model.net.get_output_embeddings() is not None and model.is_causal else "the subject model has no causal language-model head"
     if pipeline.config.sae(names[0]).task == "crosscoder":
         reason = "a crosscoder reconstructs several hook points at once"
-    measured = [None] * len(arms) if reason or not arms else _measure_model(pipeline, store, model, arms, progress)
+    measured = [None] * len(arms) if model is None or reason or not arms else _measure_model(pipeline, store, model, arms, progress)
     for arm, found in zip(arms, measured, strict=True):
         name = arm.config.name
         if isinstance(found, InterpError):
@@ -153,6 +158,8 @@ def _evaluate_group(
             continue
         with create_current(store, evaluation_ref(pipeline, name), kept[name]) as art:
             save_evaluation(art, sums[name], found, reason)
+            if pipeline.config.corpus.is_planted:
+                art.facts |= measure_recovery(pipeline, store, arm.config, arm.sae)._asdict()
         made[name] = art.produced._replace(wall_s=(time.perf_counter() - started_s) / len(arms))
     return made
 

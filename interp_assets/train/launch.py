@@ -129,7 +129,7 @@ def _train(pipeline: Pipeline, store: Store, names: Sequence[str], hears: tuple[
 def _can_keep(pipeline: Pipeline, store: Store, name: str, on_failure: OnFailure) -> bool:
     """Publish the file of an SAE's own architecture, which the processes execute; tell of one that is lost."""
     try:
-        keep_code(store, pipeline.config.sae(name))
+        keep_code(store, pipeline.config.sae(name).code, pipeline.config.sae(name).architecture)
     except OwnCodeError as error:
         on_failure(name, error)
         return False

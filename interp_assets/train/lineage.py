@@ -13,7 +13,7 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.lineage import Lineage
-from interp_assets.train.refs import code_ref, evaluation_ref, sae_ref
+from interp_assets.train.refs import code_ref, evaluation_ref, metric_ref, sae_ref
 
 
 def hook_points_of(config: SaeConfig) -> list[str]:
@@ -31,6 +31,15 @@ def sae_lineage(pipeline: Pipeline, name: str) -> Lineage:
     first = [sae_ref(before(pipeline), name)] if has_grown(pipeline) else []
     code = [code_ref(config.code.digest)] if config.code else []
     return Lineage(ref, sources + first + code, may_be_gone=True)
+
+
+def metric_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:
+    """Return what the measurements by functions of one's own keep: the SAE's digest, the files' and those of the rows."""
+    (of_sae, of_rows), found = evaluation_lineage(pipeline, name), list[Lineage]()
+    for metric in pipeline.config.metrics:
+        ref, code = metric_ref(pipeline, name, metric), [code_ref(metric.code.digest)] if metric.code else []
+        found += [Lineage(ref, of_sae.sources), Lineage(ref, [*of_rows.sources, *code], "measured_on", may_be_gone=True)]
+    return found
 
 
 def evaluation_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:

@@ -312,7 +312,7 @@ def raise_if_out_of_memory(error: Exception, config: SaeConfig, device: torch.de
 
 
 def _open_member(pipeline: Pipeline, store: Store, config: SaeConfig, data: TrainingData, ranks: Ranks) -> _Member:
-    keep_code(store, config)
+    keep_code(store, config.code, config.architecture)
     recipe = open_recipe(store, config)
     ref, kept = sae_ref(pipeline, config.name), trace(Digests(store), [sae_lineage(pipeline, config.name)])
     (sample,) = iter_rows(store, data, range(1))

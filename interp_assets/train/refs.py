@@ -5,6 +5,7 @@ from typing import Any, Final, NamedTuple
 
 from interp_assets.harvest.refs import activation_ids, statistics_ref
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.sections import Metric
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.refs import mixed_ids
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
@@ -34,6 +35,9 @@ IMPORT_VERSION = 3
 
 EVALUATION_VERSION = 5
 """Raise it when the same SAE would be measured otherwise, or the measurement keeps other digests."""
+
+METRIC_VERSION = 1
+"""Raise it when the same function would be given other rows, or its measurements are kept otherwise."""
 
 SWEEP_VERSION = 3
 """Raise it when the table of the same SAEs would hold something else."""
@@ -79,6 +83,14 @@ def evaluation_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
         inputs[f"held_out{suffix}"] = activation_ids(pipeline, hook_point, pipeline.held_out_indices)
     inputs |= imported_statistics(pipeline, name, (*config.sources, *config.targets))
     return make_ref("sae_evaluation", FOLDER, identity={"code": EVALUATION_VERSION}, inputs=inputs, label=f"{name}.evaluation")
+
+
+def metric_ref(pipeline: Pipeline, name: str, metric: Metric) -> ArtifactRef:
+    """Address what a function of one's own measured of an SAE on the held-out shards."""
+    evaluation = evaluation_ref(pipeline, name)
+    inputs = {role: digest for role, digest in evaluation.inputs.items() if role == "sae" or role.startswith("held_out")}
+    identity = {"code": METRIC_VERSION, "function": metric.function, "sha256": metric.code.digest if metric.code else ""}
+    return make_ref("sae_metric", FOLDER, identity=identity, inputs=inputs, label=f"{name}.{metric.function.replace(':', '.')}")
 
 
 def imported_statistics(pipeline: Pipeline, name: str, hook_points: Iterable[str]) -> dict[str, str]:

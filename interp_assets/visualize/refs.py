@@ -3,8 +3,9 @@
 from typing import Any, Final, Literal
 
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref
-from interp_assets.planning.config import CorpusConfig, FeaturesConfig
+from interp_assets.planning.config import FeaturesConfig
 from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 from interp_assets.train.refs import evaluation_ref, imported_statistics, sae_ref
 from interp_assets.visualize.packing import RECORD_VERSION

@@ -92,9 +92,10 @@ def _describe_matches(pipeline: Pipeline, store: Store) -> list[dict[str, Any]]:
     if pipeline.config.matches is None or (manifest := find_manifest(store, matches_ref(pipeline))) is None:
         return []
     table = read_table_of(store, matches_ref(pipeline).path, manifest, MATCHES)
+    parts = table.filter("is_mutual").partition_by("sae", "other_sae", as_dict=True)
     told = []
     for pair in manifest.facts["pairs"]:
-        own = table.filter(pl.col("is_mutual"), sae=pair["sae"], other_sae=pair["other_sae"])
+        own = parts.get((pair["sae"], pair["other_sae"]), table.clear())
         best = own.sort("correlation", "cosine", descending=True, nulls_last=True).head(_MATCHES).select(_MATCHED)
         told.append({**{name: _plain(value) for name, value in pair.items()}, "n_held_out": manifest.facts["n_held_out"], "best": _columns(best)})
     return told

@@ -16,8 +16,9 @@ from interp_assets.corpus.tokens import find_valid, lay_out, tokenize_example
 from interp_assets.errors import InputError
 from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
-from interp_assets.planning.config import CorpusConfig, HarvestConfig
+from interp_assets.planning.config import HarvestConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.sae import Sae

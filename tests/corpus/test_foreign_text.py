@@ -13,7 +13,7 @@ from planned import plan_sources
 from interp_assets.corpus.sources import iter_documents
 from interp_assets.corpus.unpacked import OPEN_FILES
 from interp_assets.errors import InputError
-from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.sections import CorpusConfig
 
 TEXTS = [f"document {i}: " + "words " * (i % 7 + 3) for i in range(40)]
 

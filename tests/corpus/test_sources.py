@@ -16,7 +16,7 @@ from planned import plan_sources
 
 from interp_assets.corpus.sources import iter_documents, survey_sources
 from interp_assets.errors import ConfigError, InputError
-from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.seen import SeenFiles
 
 

@@ -14,7 +14,7 @@ from planned import plan_sources
 
 from interp_assets.corpus.sources import Survey, iter_documents, survey_sources
 from interp_assets.errors import InputError
-from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.seen import SETTLED_NS, SeenFiles
 
 

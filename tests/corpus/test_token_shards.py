@@ -22,8 +22,9 @@ from interp_assets.corpus.tokens import (
 )
 from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.garcon.tokenizer import load_tokenizer
-from interp_assets.planning.config import CorpusConfig, PipelineConfig
+from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import PLAN, Pipeline, load_pipeline
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.store import Store, open_store
 
 

@@ -13,8 +13,9 @@ import pytest
 
 from interp_assets.errors import ArtifactError
 from interp_assets.graph.stages import make_road
-from interp_assets.planning.config import CorpusConfig, PipelineConfig, SaeConfig, make_config
+from interp_assets.planning.config import PipelineConfig, SaeConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.store import open_store
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "artifact_paths.json"

@@ -8,7 +8,7 @@ from own_files import HEAD, RELU, SOUND, change, write_file
 
 from interp_assets.errors import ConfigError, OwnCodeError
 from interp_assets.planning.config import PipelineConfig, SaeConfig, find_code, load_config, make_config
-from interp_assets.planning.own import MAX_BYTES, fill_options, hash_code, read_declaration, split_name
+from interp_assets.planning.own import MAX_BYTES, check_metric, fill_options, hash_code, read_declaration, split_name
 
 
 def named(architecture: str = "my_sae.py:mine", **fields: Any) -> PipelineConfig:
@@ -110,11 +110,28 @@ def test_a_stated_hash_is_taken_and_the_file_not_looked_at(tmp_path: Path) -> No
         named(code={"digest": "../x"})
 
 
+def test_metrics_are_functions_of_files_too(tmp_path: Path) -> None:
+    """By name in the YAML; the ids of trainings know nothing of them."""
+    write_file(tmp_path, "def half_norm(sae, blocks):\n    return {}\n", "my.py")
+    config = find_code(make_config({"metrics": ["my.py:half_norm"]}), tmp_path)
+    (metric,) = config.metrics
+    assert (metric.function, metric.prefix, metric.code.path) == ("my.py:half_norm", "my", str(tmp_path / "my.py"))
+    assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
+    assert "metrics" not in make_config({}).model_dump()
+    with pytest.raises(ConfigError, match=r"my.py has no function 'halfnorm'; did you mean 'half_norm'\?"):
+        find_code(make_config({"metrics": ["my.py:halfnorm"]}), tmp_path)
+    with pytest.raises(ConfigError, match=r"metrics.0: 'my.py' names no function in a file"):
+        make_config({"metrics": ["my.py"]})
+    with pytest.raises(OwnCodeError, match=r"my.py, line 1: a metric takes \(sae, blocks\)"):
+        check_metric(b"def f(sae): pass", "my.py", "f")
+
+
 def test_the_hash_is_identity_and_the_path_is_not(tmp_path: Path) -> None:
     """And the ids of built-in architectures have neither."""
     write_file(tmp_path)
     (sae,) = find_code(named("my_sae.py:p_anneal"), tmp_path).saes
-    assert sae.identity()["code"] == hash_code(SOUND.encode())
+    assert sae.identity()["code"] == {"digest": hash_code(SOUND.encode())}
+    assert SaeConfig.model_validate(sae.identity()).identity() == sae.identity(), "as it is read back from a manifest"
     assert str(tmp_path) not in str(sae.identity())
     assert "code" not in SaeConfig().identity()
     again = PipelineConfig.model_validate_json(find_code(named("my_sae.py:p_anneal"), tmp_path).model_dump_json())

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from interp_assets.corpus.sources import survey_sources
-from interp_assets.planning.config import CorpusConfig
 from interp_assets.planning.pipeline import Pipeline, ShardSource
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.seen import SeenFiles
 
 

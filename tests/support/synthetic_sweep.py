@@ -10,8 +10,9 @@ from interp_assets.planning.config import PipelineConfig, make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource, save_configuration, save_plan
 from interp_assets.storage.manifest import create_artifact
 from interp_assets.storage.store import Store
-from interp_assets.train.refs import LogRow, evaluation_ref, sae_ref, sweep_ref
+from interp_assets.train.refs import MATCHES, LogRow, evaluation_ref, matches_ref, sae_ref, sweep_ref
 from interp_assets.train.results.ended import FAILED, save_ended
+from interp_assets.train.results.matches import SCHEMA as MATCHED
 from interp_assets.train.sweep import CURVES, NO_CURVES, SCHEMA, TABLE, describe_recipe
 
 N_HELD_OUT = 8123
@@ -29,13 +30,14 @@ def build_synthetic_sweep(
         for seed in range(n_seeds)
     ]
     saes += [{"name": "elsewhere", "hook_point": "mlp_out.1", "k": 16}, {"name": "bad", "architecture": "relu", "learning_rate": 9.0}]
-    content = {
+    content: dict[str, Any] = {
         "name": name,
         "root": "memory://",
         "harvest": {"hook_points": [POINT, "mlp_out.1"]},
         "shuffle": {"fan_out": 2},
         "features": {"saes": []},
     }
+    content["matches"] = {"saes": [f"{architecture}-k{ks[0]}-seed0" for architecture in ("topk", "relu")]}
     config = make_config({**content, "saes": saes})
     pipeline = Pipeline(config, _plan(config))
     save_plan(store, pipeline.plan)
@@ -53,12 +55,34 @@ def build_synthetic_sweep(
             table.write_parquet(buffer)
             art.put(file, buffer.getvalue(), n_rows=table.height, is_timed=file == TABLE)
         art.facts["n_rows"] = len(rows)
+    _write_matches(pipeline, store)
     return pipeline
 
 
 def fvu_of(k: int, seed: int, *, is_topk: bool) -> float:
     """Return the invented FVU: falling with k, `relu` worse by a tenth, seeds a hundredth apart."""
     return (1.0 if is_topk else 1.1) * 0.8 / math.sqrt(k) + 0.002 * seed
+
+
+def _write_matches(pipeline: Pipeline, store: Store) -> None:
+    """Invent matches of eight latents: the i-th with the one mirrored, ever less alike; the last is not mutual."""
+    a, b = pipeline.config.matches.saes if pipeline.config.matches else ["", ""]
+    numbers = {"n_latents": 8, "mean_cosine": 0.825, "share_above_0.7": 0.75, "share_above_0.9": 0.25, "share_mutual": 0.875}
+    parts, pairs = [], []
+    for own, other in ((a, b), (b, a)):
+        columns: dict[str, Any] = {"sae": [own] * 8, "other_sae": [other] * 8, "latent": list(range(8)), "other_latent": list(range(7, -1, -1))}
+        columns |= {
+            "cosine": [1 - 0.05 * i for i in range(8)],
+            "is_mutual": [i < 7 for i in range(8)],
+            "correlation": [0.99 - 0.1 * i for i in range(8)],
+        }
+        parts.append(pl.DataFrame({**columns, "n_fired": [10] * 8, "n_other_fired": [12] * 8}, schema=MATCHED))
+        pairs.append({"sae": own, "other_sae": other, **numbers})
+    with create_artifact(store, matches_ref(pipeline)) as art:
+        buffer = io.BytesIO()
+        pl.concat(parts).write_parquet(buffer)
+        art.put(MATCHES, buffer.getvalue())
+        art.facts |= {"n_held_out": 4096, "pairs": pairs}
 
 
 def _plan(config: PipelineConfig) -> PipelinePlan:

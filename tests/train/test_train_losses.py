@@ -1,6 +1,7 @@
 """Every loss against its plain formula, values and gradients."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from interp_assets.compute.kernels import Scratch
 from interp_assets.planning.options import Architecture
 from interp_assets.train.losses.loss import FEW, LossContext, StepLoss, Weights
 from interp_assets.train.losses.topk import add_auxk, auxk_count, group_ends
+from interp_assets.train.own.plain import make_plain
 from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import RECIPES
 
@@ -51,99 +53,23 @@ def find_loss(architecture: Architecture, weights: Weights, x: Tensor, context: 
         return RECIPES[architecture].loss(weights, x, x if y is None else y, context)
 
 
-class PlainJump(torch.autograd.Function):
-    """JumpReLU and its step, with the straight-through gradients as the papers write them."""
-
-    @staticmethod
-    def forward(ctx, pre: Tensor, threshold: Tensor, width: float, reaches_encoder: bool) -> tuple[Tensor, Tensor]:
-        """Return latents and firings."""
-        ctx.save_for_backward(pre, threshold)
-        ctx.width, ctx.reaches_encoder = width, reaches_encoder
-        return pre * (pre > threshold), (pre > threshold).float()
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        """Return the gradients of pre-activations and thresholds."""
-        (pre, threshold), (grad_latents, grad_fires) = ctx.saved_tensors, grads
-        rectangle = ((pre - threshold).abs() < ctx.width / 2).float() / ctx.width
-        through = rectangle * (threshold * grad_latents + grad_fires)
-        return (pre > threshold) * grad_latents + through * ctx.reaches_encoder, -through.sum(0), None, None
-
-
-def norms(W_dec: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """Sum the norms of the parts of each decoder row."""
-    return torch.stack([part.norm(dim=1) for part in W_dec.split(widths, dim=1)]).sum(0)
-
-
-def plain_loss(architecture: Architecture, weights: Weights, x: Tensor, y: Tensor, context: LossContext) -> Tensor:
-    """Write each loss densely, as the papers do; autograd does the rest."""
-    W_enc, W_dec = weights["W_enc_T"].T, weights["W_dec"]
-    offset = weights["b_dec"] + (x @ weights["W_skip"] if "W_skip" in weights else 0.0)
-    pre = x @ W_enc + weights["b_enc"]
-    if architecture == "relu":
-        latents = pre.relu()
-        error = (y - latents @ W_dec - offset).square().sum(1)
-        penalty = latents.clamp(min=1e-6).pow(context.constants.p) * (latents >= 1e-6)
-        return (error + COEFFICIENT * (penalty * norms(W_dec, context.widths)).sum(1)).mean()
-    if architecture == "gated":
-        gate, magnitude = pre, (x @ W_enc) * weights["r_mag"].exp() + weights["b_mag"]
-        latents = (gate > 0) * magnitude.relu()
-        error = (y - latents @ W_dec - offset).square().sum(1)
-        gate_error = (y - gate.relu() @ W_dec.detach() - offset.detach()).square().sum(1)
-        return (error + gate_error + COEFFICIENT * gate.relu().sum(1)).mean()
-    if architecture.startswith("jump_relu"):
-        return plain_jump(architecture, weights, pre, y - offset, context)
-    values = pre.relu()
-    competing = values * norms(W_dec, context.widths).detach() if len(context.widths) > 1 else values
-    if architecture == "topk":
-        mask = torch.zeros_like(pre).scatter(1, competing.topk(K, dim=1).indices, 1.0)
-    else:
-        mask = torch.zeros(pre.numel()).scatter(0, competing.flatten().topk(K * BATCH).indices, 1.0).view_as(pre)
-    latents = values * mask
-    prefixes = [0, *group_ends(D_SAE, context.constants.groups)] if architecture == "matryoshka_batch_topk" else [D_SAE]
-    errors = [y - latents[:, :end] @ W_dec[:end] - offset for end in prefixes]
-    loss = torch.stack([error.square().mean() for error in errors]).mean()
-    return loss + context.constants.auxk_weight * plain_auxk(weights, x, errors[-1].detach(), context)
-
-
-def plain_jump(architecture: Architecture, weights: Weights, pre: Tensor, target: Tensor, context: LossContext) -> Tensor:
-    """Write the three JumpReLU losses."""
-    threshold, norm = weights["log_threshold"].exp(), norms(weights["W_dec"], context.widths)
-    width = context.constants.step_width * D_IN**0.5 if architecture == "jump_relu_step" else context.constants.jump_width
-    latents, fires = PlainJump.apply(pre, threshold, width, architecture != "jump_relu_step")
-    error = (target - latents @ weights["W_dec"]).square()
-    l0 = fires.sum(1).mean()
-    if architecture == "jump_relu_step":
-        return error.mean() + COEFFICIENT * l0
-    silence = (threshold - pre).relu() * norm
-    if architecture == "jump_relu":
-        auxiliary = context.constants.pre_activation_weight * (silence * context.is_dead).mean(0).sum() / target.shape[1]
-        return error.mean() + COEFFICIENT * (l0 / K - 1) ** 2 + auxiliary
-    tanh = (context.constants.tanh_scale * latents * norm).tanh().sum(1)
-    return (error.sum(1) + COEFFICIENT * tanh + context.constants.pre_activation_weight * silence.sum(1)).mean()
-
-
-def plain_auxk(weights: Weights, x: Tensor, error: Tensor, context: LossContext) -> Tensor:
-    """Reconstruct the error with the strongest dead latents of each row."""
-    if not context.is_dead.any():
-        return torch.zeros(())
-    pre = (x @ weights["W_enc_T"].T + weights["b_enc"]).relu() * context.is_dead
-    k_aux = min(auxk_count(D_IN), int(context.is_dead.sum()))
-    latents = pre * torch.zeros_like(pre).scatter(1, pre.topk(k_aux, dim=1).indices, 1.0)
-    missed = (error - latents @ weights["W_dec"]).square().sum()
-    return missed / (error - error.mean(0)).square().sum()
+def plain_options(architecture: Architecture, context: LossContext) -> dict[str, Any]:
+    """Return the constants of a loss by the names that people have for them."""
+    given = context.constants._asdict()
+    given["bandwidth"] = given["step_width" if architecture == "jump_relu_step" else "jump_width"]
+    return given
 
 
 def check(architecture: Architecture, x: Tensor, y: Tensor, context: LossContext, **weights_like) -> StepLoss:
-    """Compare loss, gradients and firings with the plain formula in float64; errors are measured against the largest element."""
+    """Compare loss, gradients and firings with the plain formula (`own/plain.py`) in float64; errors are measured against the largest element."""
     fast = make_weights(architecture, **weights_like)
-    plain = {name: weight.detach().double().requires_grad_() for name, weight in fast.items()}
+    exact = {name: weight.detach().double() for name, weight in fast.items()}
     found = find_loss(architecture, fast, x, context, y)
-    expected = plain_loss(architecture, plain, x.double(), y.double(), context)
-    torch.testing.assert_close(found.loss.double(), expected.detach(), rtol=1e-5, atol=0.0)
-    expected.backward()
-    for name, weight in plain.items():
-        wanted = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    plain = make_plain(architecture, **plain_options(architecture, context))
+    expected = plain(exact, x.double(), y.double(), context._replace(scratch=Scratch()))
+    torch.testing.assert_close(found.loss.double(), expected.loss, rtol=1e-5, atol=0.0)
+    assert torch.equal(found.n_fired, expected.n_fired)
+    for name, wanted in expected.gradients.items():
         atol = 1e-6 + 1e-5 * float(wanted.abs().max())
         torch.testing.assert_close(found.gradients[name].double(), wanted, rtol=0.0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
     return found

@@ -195,7 +195,7 @@ def test_a_process_executes_what_was_named_and_not_what_lies_where_it_runs(make_
     (tmp_path / "gone.py").rename(tmp_path / "my_sae.py")
     recipe_file = write_file(tmp_path / "elsewhere", "raise SystemExit('executed')")
     (tmp_path / "config.json").write_text(config.model_dump_json())
-    keep_code(planted.store, config.saes[0])
+    keep_code(planted.store, config.saes[0].code, config.saes[0].architecture)
     write_file(tmp_path, "raise SystemExit('executed')")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from interp_assets.compute.kernels import Scratch
 from interp_assets.harvest.statistics import ActivationStatistics
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.options import OPTIONS, Architecture
 from interp_assets.train.fold import fold_weights
-from interp_assets.train.losses.loss import Weights
+from interp_assets.train.losses.loss import LossContext, Weights
+from interp_assets.train.own.plain import make_plain
+from interp_assets.train.parallel import ONE_RANK
 from interp_assets.train.recipes import (
     RECIPES,
     Normalization,
@@ -59,16 +62,10 @@ def test_the_folded_sae_reconstructs_raw_rows_as_training_did(architecture: Arch
     )
     raw = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(3)) * 3 + 1
     z = normalization.apply(raw)
-    pre = z @ weights["W_enc_T"].T + weights["b_enc"]
-    if architecture == "gated":
-        magnitude = (z @ weights["W_enc_T"].T) * weights["r_mag"].exp() + weights["b_mag"]
-        latents = (pre > 0) * magnitude.relu()
-    elif architecture == "topk":
-        latents = pre.relu() * torch.zeros_like(pre).scatter(1, pre.topk(K, dim=1).indices, 1.0)
-    elif architecture.startswith("jump_relu"):
-        latents = pre * (pre > (weights["threshold"] if architecture == "jump_relu_step" else weights["log_threshold"].exp()))
-    else:
-        latents = pre.relu()
+    context = LossContext(K, 1.0, len(z), torch.zeros(D_SAE, dtype=torch.bool), ONE_RANK, Scratch(), (D_IN,))
+    latents = make_plain(architecture).answer(weights, z, z, context).latents
+    if RECIPES[architecture].is_calibrated:  # until then its threshold is 0
+        latents = (z @ weights["W_enc_T"].T + weights["b_enc"]).relu()
     x_hat = (latents @ weights["W_dec"] + weights["b_dec"]) / 0.37 + normalization.mean.float()
     sae = fold_weights(config, weights, normalization, normalization, (D_IN,))
     torch.testing.assert_close(sae.decode(sae.encode(raw)), x_hat, rtol=1e-4, atol=1e-4)

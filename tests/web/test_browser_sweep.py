@@ -102,6 +102,17 @@ def test_two_are_chosen_by_keys_and_told_apart(visit: Visit, address: str) -> No
     assert visit.page.locator("section[aria-label='FVU over L0'] .bar").count() > 0
 
 
+def test_matched_latents_stand_beside_two_that_were_matched(visit: Visit, address: str) -> None:
+    """The mutual ones, those that fire most alike first, whichever of both is chosen first; of others there is no such table."""
+    visit.open(f"{address}#/sweep/synthetic?each=1&arm=relu-k8-seed0&arm=topk-k8-seed0", ".matched tbody tr")
+    assert visit.page.locator(".matched tbody tr").count() == 7
+    assert visit.page.locator(".matched thead th").all_inner_texts()[:2] == ["relu-k8-seed0", "topk-k8-seed0"]
+    assert visit.page.locator(".matched tbody tr").first.inner_text().split("\t") == ["0", "7", "0.990", "1.000", "10 and 12"]
+    assert "Correlations on 4,096 held-out rows" in visit.page.locator("section[aria-label='Two SAEs']").inner_text()
+    visit.page.goto(f"{address}#/sweep/synthetic?arm=topk-k16&arm=relu-k16")
+    until(visit, "document.querySelectorAll('.measures').length === 1")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_readable_in_both_schemes_and_on_a_telephone(chromium, address: str, scheme: str) -> None:
     """Contrast of text 4.5 and more; nothing is wider than the window."""

@@ -41,6 +41,9 @@ def test_it_has_every_sae_its_replicas_and_its_curve(store: Store) -> None:
     assert len(found["curves"]["bad"]["n_rows"]) == 4
     assert not {"sae_path", "evaluation_digest"} & set(found["saes"])
     assert len(found["curves"]) <= MAX_CURVES
+    forth, back = found["matches"]
+    assert (forth["sae"], back["sae"], forth["mean_cosine"], forth["n_held_out"]) == ("topk-k8-seed0", "relu-k8-seed0", 0.825, 4096)
+    assert forth["best"]["latent"] == list(range(7))
 
 
 def test_long_curves_keep_their_ends() -> None:

@@ -10,7 +10,7 @@ from synthetic_bundle import build_synthetic_bundle
 from tiny_models import make_subject, make_tokenizer
 
 from interp_assets.errors import InputError
-from interp_assets.planning.config import CorpusConfig
+from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.store import open_store
 from interp_assets.train.sae import Sae
 from interp_assets.web.example import MAX_TEXT, Examples, Probe, run_example

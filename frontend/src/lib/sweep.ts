@@ -64,7 +64,7 @@ const GROUPED = ['task', 'hook_points', 'target_hook_points'];
 const kept = new Memory<Comparison>(4);
 
 export function getComparison(name: string): Promise<Comparison> {
-  return kept.get(name, async () => readComparison(await (await ask(`sweeps/${encodeURIComponent(name)}.json`, { cache: 'no-cache' })).json()));
+  return kept.get(name, async () => readComparison(await (await ask(`sweeps/${encodeURIComponent(name)}.json`, { cache: 'no-store' })).json()));
 }
 
 /** Check what came. */
@@ -100,13 +100,19 @@ export function listArms(data: Comparison, isFolded: boolean): Arm[] {
     const folded = Object.fromEntries(Object.entries(data.replicas.columns).map(([key, column]) => [key, column[i] ?? null]));
     const values: Record<string, Cell> = { ...each[0]!, ...folded, ...(members.length > 1 ? { seed: null } : {}) };
     values.rows_per_s = mean(each.map((one) => one.rows_per_s as number | null));
-    const deviations = Object.fromEntries(Object.keys(MEASURES).flatMap((key) => (typeof folded[`${key}_deviation`] === 'number' ? [[key, folded[`${key}_deviation`] as number]] : [])));
+    const deviations = Object.fromEntries(Object.keys(folded).flatMap((key) => (typeof folded[`${key}_deviation`] === 'number' ? [[key, folded[`${key}_deviation`] as number]] : [])));
     const statuses = new Set(each.map((one) => String(one.status)));
     return { name: String(folded.name), members, status: statuses.size === 1 ? [...statuses][0]! : 'mixed', why: (each.find((one) => one.why)?.why ?? null) as string | null, n: members.length, values, deviations, group: groupOf(values), versus: folded.versus_best as string | null };
   });
 }
 
 export const hasReplicas = (data: Comparison): boolean => data.replicas.members.some((members) => members.length > 1);
+
+/** What is measured: the columns of the table, then those of one's own metrics, which are called `my.half_norm`. */
+export function measuresOf(arms: Arm[]): string[] {
+  const own = Object.keys(arms[0]?.values ?? {}).filter((key) => key.includes('.') && !key.endsWith('_deviation'));
+  return [...Object.keys(MEASURES), ...own];
+}
 
 /** What is configured and not alike for all, then what is measured at all: only what differs is a column. */
 export function columnsOf(arms: Arm[]): { configured: string[]; measured: string[] } {
@@ -115,7 +121,7 @@ export function columnsOf(arms: Arm[]): { configured: string[]; measured: string
   const isThere = (key: string): boolean => arms.some((arm) => arm.values[key] !== null && arm.values[key] !== undefined);
   const isWhole = arms.every((arm) => arm.values.fvu !== null);
   const isFolded = arms.some((arm) => arm.n > 1);
-  return { configured: CONFIGURED.filter((key) => differs(key) && (key !== 'seed' || !isFolded)), measured: Object.keys(MEASURES).filter((key) => isThere(key) && (key !== 'train_fvu' || !isWhole)) };
+  return { configured: CONFIGURED.filter((key) => differs(key) && (key !== 'seed' || !isFolded)), measured: measuresOf(arms).filter((key) => isThere(key) && (key !== 'train_fvu' || !isWhole)) };
 }
 
 /** Sorted by a column; what has no value stands last either way. */

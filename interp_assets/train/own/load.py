@@ -23,8 +23,8 @@ from torch import Tensor
 
 from interp_assets.errors import ArtifactError, InterpError, OwnCodeError
 from interp_assets.planning.config import SaeConfig
-from interp_assets.planning.own import fill_options, hash_code, read_declaration, split_name
-from interp_assets.planning.sections import Code
+from interp_assets.planning.own import check_metric, fill_options, hash_code, read_declaration, split_name
+from interp_assets.planning.sections import Code, Metric
 from interp_assets.storage.manifest import create_artifact, find_manifest, load_manifest, read_file
 from interp_assets.storage.store import Store
 from interp_assets.train.losses.loss import Weights
@@ -35,22 +35,22 @@ from interp_assets.train.refs import CODE, code_ref
 _OF_MEMORY: Final = (MemoryError, torch.OutOfMemoryError)
 
 
-def keep_code(store: Store, config: SaeConfig) -> None:
-    """Publish the file of an SAE's own architecture; nothing where it has none, or where it is there.
+def keep_code(store: Store, code: Code | None, name: str) -> None:
+    """Publish the file of the function called `name`; nothing where it is there, or the function is built in.
 
     Raises `OwnCodeError` when neither the pipeline nor this machine has the bytes that the configuration names.
     """
-    if not config.is_own:
+    if split_name(name) is None:
         return
-    code = _code_of(config)
+    code = _require(code, name)
     if find_manifest(store, code_ref(code.digest)) is not None:
         return
     try:
         source = Path(code.path).read_bytes()
     except OSError as error:
-        raise _lost(store, config, f"and {code.path or 'a file of it'} cannot be read ({error.strerror})") from error
+        raise _lost(store, code, name, f"and {code.path or 'a file of it'} cannot be read ({error.strerror})") from error
     if hash_code(source) != code.digest:
-        raise _lost(store, config, f"and {code.path} has other bytes by now: run the command again, or take `code` out of the configuration")
+        raise _lost(store, code, name, f"and {code.path} has other bytes by now: run the command again, or take `code` out of the configuration")
     with create_artifact(store, code_ref(code.digest)) as art:
         art.put(CODE, source)
 
@@ -59,15 +59,28 @@ def open_recipe(store: Store, config: SaeConfig) -> Recipe:
     """Return the recipe of an SAE: a built-in one, or that of its own file, which is executed. Raises `OwnCodeError` with file and line."""
     if not config.is_own:
         return make_recipe(config)
-    code = _code_of(config)
+    return load_recipe(_read_code(store, config.code, config.architecture), config)
+
+
+def open_metric(store: Store, metric: Metric) -> Callable[..., Any]:
+    """Return the function of a metric, whose file is executed. Raises `OwnCodeError` with file and line."""
+    source = _read_code(store, metric.code, metric.function)
+    file, _, function = metric.function.partition(":")
+    check_metric(source, file, function)
+    return _Guarded(getattr(_execute(source, file), function), file, "")
+
+
+def _read_code(store: Store, code: Code | None, name: str) -> bytes:
+    """Read the bytes that a configuration names, and no others."""
+    code = _require(code, name)
     ref = code_ref(code.digest)
     try:
         source = read_file(store, ref.path, load_manifest(store, ref), CODE)
     except ArtifactError as error:
-        raise _lost(store, config, f"or it is damaged ({error})") from error
+        raise _lost(store, code, name, f"or it is damaged ({error})") from error
     if hash_code(source) != code.digest:
-        raise _lost(store, config, "which has another one's bytes there")
-    return load_recipe(source, config)
+        raise _lost(store, code, name, "which has another one's bytes there")
+    return source
 
 
 def load_recipe(source: bytes, config: SaeConfig) -> Recipe:
@@ -150,13 +163,11 @@ def _place(error: BaseException, file: str) -> str:
     return found or (f"{file}, line {error.lineno}" if isinstance(error, SyntaxError) else file)
 
 
-def _code_of(config: SaeConfig) -> Code:
-    if config.code is None:
-        raise OwnCodeError(f"The file of {config.architecture} (SAE {config.name!r}) was not read. Read the configuration from a file.")
-    return config.code
+def _require(code: Code | None, name: str) -> Code:
+    if code is None:
+        raise OwnCodeError(f"The file of {name} was not read. Read the configuration from a file.")
+    return code
 
 
-def _lost(store: Store, config: SaeConfig, why: str) -> OwnCodeError:
-    code = _code_of(config)
-    place = f"{store.url}/{code_ref(code.digest).path}"
-    return OwnCodeError(f"The file of {config.architecture} (SAE {config.name!r}, SHA-256 {code.digest[:12]}) is not at {place}, {why}.")
+def _lost(store: Store, code: Code, name: str, why: str) -> OwnCodeError:
+    return OwnCodeError(f"The file of {name} (SHA-256 {code.digest[:12]}) is not at {store.url}/{code_ref(code.digest).path}, {why}.")

@@ -68,6 +68,11 @@ class Step:
         """Which latents have not fired for `dead_after_rows` rows: bool `[d_sae]`."""
         return self._context.is_dead
 
+    @property
+    def is_crosscoder(self) -> bool:
+        """Whether several hook points are reconstructed side by side."""
+        return len(self._context.widths) > 1
+
     def norms(self, w: Weights) -> Tensor:
         """Return the norm of each latent's decoder row; of a crosscoder the sum of those of its parts."""
         return latent_norms(w["W_dec"], self._context.widths)

@@ -24,6 +24,7 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.lineage import Digests
 from interp_assets.storage.manifest import MANIFEST, ArtifactRef, Manifest, combine_ids, read_manifest
 from interp_assets.storage.store import Store
+from interp_assets.train.own.columns import add_metrics
 from interp_assets.train.refs import FOLDER, SWEEP_VERSION, evaluation_ref, sae_ref
 from interp_assets.train.results.ended import ENDED, Ended, ended_ref, find_ended, read_ended_log
 from interp_assets.train.sweep import CURVES, NO_CURVES, SCHEMA, TABLE, Experiment, describe, describe_recipe, find_experiment, read_curve
@@ -66,7 +67,8 @@ def read_table(pipeline: Pipeline, store: Store, *, everything: bool = False) ->
         )
     order = {sae.name: place for place, sae in enumerate(pipeline.config.saes)}
     places = table["name"].replace_strict(order, default=len(order), return_dtype=pl.Int64())
-    return table.with_columns(places.alias("_place")).sort("_place", "name", maintain_order=True).drop("_place")
+    ordered = table.with_columns(places.alias("_place")).sort("_place", "name", maintain_order=True).drop("_place")
+    return ordered if everything else add_metrics(pipeline, store, ordered)
 
 
 def read_curves(pipeline: Pipeline, store: Store) -> pl.DataFrame:
@@ -166,8 +168,6 @@ def _find_all(store: Store, times: Mapping[str, datetime], known: set[str]) -> l
 def _read_config(path: str, manifest: Manifest) -> SaeConfig | None:
     """Make the configuration of an SAE from its manifest, None where another release wrote what this one does not know."""
     recipe = {**manifest.identity["sae"]}
-    if "code" in recipe:
-        recipe["code"] = {"digest": recipe["code"]}
     if digest := recipe.get("imported_digest"):
         told = {name: manifest.facts[name] for name in ("architecture", "d_sae") if manifest.facts.get(name)}
         recipe |= {"name": path.rpartition("/")[2].rpartition("-")[0], "imported": digest, **told}

@@ -45,7 +45,7 @@ _LEAVES: Final[dict[str, dict[str, tuple[str, str]]]] = {
     },
     "activation_shard": {"model": (WEIGHTS, "model"), "model_dtype": (FIELD, "model.dtype"), "dtype": (FIELD, "harvest.dtype")},
     "shuffle_plan": {"passes": (FIELD, "shuffle.passes"), "fan_out": (FIELD, "shuffle.fan_out")},
-    "sae": {"pick": (VERSION, "picking of latents"), "own": (VERSION, "architectures of one's own"), "sae.code": (CODE, "")},
+    "sae": {"pick": (VERSION, "picking of latents"), "own": (VERSION, "architectures of one's own"), "sae.code.digest": (CODE, "")},
 }
 """Leaves of an identity, by kind of artifact: what sort of cause they are and what people call them; all others are fields of their own name."""
 _NAME: Final = "sae.name"

@@ -36,13 +36,14 @@ def over_seeds(table: pl.DataFrame) -> pl.DataFrame:
     much it is more, or `one seed`.
     """
     recipe = _recipe(table)
-    means = [pl.col(name).mean() for name in MEASURES if name in table.columns]
-    deviations = [pl.col(name).std().alias(f"{name}{DEVIATION}") for name in MEASURES if name in table.columns]
+    measures = [name for name in table.columns if name in MEASURES or "." in name]  # one's own metrics are called `my.half_norm`
+    means = [pl.col(name).mean() for name in measures]
+    deviations = [pl.col(name).std().alias(f"{name}{DEVIATION}") for name in measures]
     grouped = table.group_by(recipe, maintain_order=True).agg(pl.len().cast(pl.Int64()).alias("n"), *means, *deviations)
     names = pl.Series("name", [shared_name(members) for members in list_replicas(table)], pl.String())
     grouped = grouped.with_columns(names)
-    ordered = [name for name in table.columns if name in (*recipe, "name", *MEASURES)]
-    beside = [each for name in ordered for each in ((name, f"{name}{DEVIATION}") if name in MEASURES else (name, "n") if name == "name" else (name,))]
+    ordered = [name for name in table.columns if name in (*recipe, "name", *measures)]
+    beside = [each for name in ordered for each in ((name, f"{name}{DEVIATION}") if name in measures else (name, "n") if name == "name" else (name,))]
     return compare(grouped.select(beside))
 
 
@@ -99,5 +100,5 @@ def shared_name(names: Sequence[str]) -> str:
 
 
 def _recipe(table: pl.DataFrame) -> list[str]:
-    """Return the columns in which replicas agree."""
-    return [name for name in (*CONFIGURATION, "code") if name in table.columns and name not in ("name", SEED)]
+    """Return the columns in which replicas agree: how they are configured, by which code, and on which rows they were trained."""
+    return [name for name in (*CONFIGURATION, "code", "mixed_shards_id") if name in table.columns and name not in ("name", SEED)]

@@ -155,7 +155,7 @@ def test_a_line_of_code_is_named(tmp_path: Path) -> None:
         write_file(tmp_path / str(number), source)
         pipeline = make_pipeline({"architecture": "my_sae.py:p_anneal"})
         pipeline = Pipeline(find_code(pipeline.config, tmp_path / str(number)), pipeline.plan)
-        keep_code(store, pipeline.config.saes[0])
+        keep_code(store, pipeline.config.saes[0].code, pipeline.config.saes[0].architecture)
         sides.append(publish(store, pipeline))
     (cause,) = find_causes(*sides)
     assert (cause.kind, cause.what) == ("code", "my_sae.py")

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 from measured_saes import measure
+from own_files import reading, write_file
 from typer.testing import CliRunner
 
 from interp_assets import lab
@@ -152,6 +153,28 @@ def test_other_code_is_another_recipe() -> None:
     table = arms(("a", 1, 0, 0.2), ("b", 1, 1, 0.3)).with_columns(pl.Series("code", ["x" * 64, "y" * 64]))
     assert over_seeds(table)["n"].to_list() == [1, 1]
     assert over_seeds(table.with_columns(pl.lit("x" * 64).alias("code")))["n"].to_list() == [2]
+
+
+def test_what_was_trained_on_other_rows_is_no_replica() -> None:
+    """A text that has changed is no seed: all SAEs of a folder hold both."""
+    table = arms(("a", 1, 0, 0.2), ("a", 1, 0, 0.3)).with_columns(pl.Series("mixed_shards_id", ["x", "y"]))
+    assert over_seeds(table)["n"].to_list() == [1, 1]
+
+
+def test_an_own_architecture_is_in_the_table_with_its_code(make_planted, tmp_path: Path) -> None:
+    """Of this configuration, and of all of the folder, where its recipe is read off the manifest."""
+    write_file(tmp_path)
+    planted = reading(make_planted([{"name": "a", **TINY, "architecture": "my_sae.py:p_anneal", "sparsity_coefficient": 0.5}]), tmp_path)
+    train_saes(planted.pipeline, planted.store, ["a"])
+    measure(planted, "a")
+    code = planted.pipeline.config.saes[0].code.digest
+    for sweep in (False, True):
+        if sweep:
+            make_sweep(planted.pipeline, planted.store)
+        tables = [opened(planted).table(everything=everything) for everything in (False, True)]
+        assert [table.select("name", "architecture", "code", "status").rows() for table in tables] == 2 * [
+            [("a", "my_sae.py:p_anneal", code, "measured")]
+        ]
 
 
 def test_a_recipes_name_is_what_its_seeds_share() -> None:
