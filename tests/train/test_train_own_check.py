@@ -31,7 +31,7 @@ def test_p_anneal_passes_all_checks(tmp_path: Path) -> None:
 
 SPOILED = {
     "gradients": (change("penalty=penalty", "penalty=penalty.detach() + f.mean() * 0"), "is off by"),
-    "resume": (change("    penalty = ", "    f = f * (torch.rand(()) < 0.9)\n    penalty = "), "have other bits"),
+    "resume": (change("    penalty = ", "    f = f * (0.9 + 0.1 * torch.rand(()))\n    penalty = "), "have other bits"),
     "ranks": (change("    penalty = ", "    penalty = 10 * (f.sum(1).mean() - 1) ** 2 + "), "a term is no mean over rows. Declare whole_batch=True"),
     "found": (change("    f = torch", "    f = 0.001 * torch"), r"of 24 directions in 59 steps \(relu"),
     "folded": (change("    penalty = ", "    f = f * (f > 0.2)\n    penalty = "), "the saved relu SAE reconstructs otherwise than training did"),
