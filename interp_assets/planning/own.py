@@ -113,8 +113,8 @@ def find_function(source: bytes, file: str, function: str) -> ast.FunctionDef:
     found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in found:
         near = difflib.get_close_matches(function, found, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"{file} has no function {function!r}{hint} It has {', '.join(found) or 'none'}.")
+        hint = f"; did you mean {near[0]!r}" if near else ""
+        raise ConfigError(f"{file} has no function {function!r}{hint}. It has {', '.join(found) or 'none'}.")
     return found[function]
 
 

@@ -118,7 +118,7 @@ def _find_sae(name: str, config: PipelineConfig, store: Store) -> Compared:
     if not found.height:
         runs = ", ".join(list_entries(store)[-3:]) or "none"
         raise InputError(
-            f"{name!r} is no SAE of {store.url} that is trained (there are {_list_names(config)}), no run (the last: {runs}), and no folder."
+            f"{name!r} is no SAE of {store.url} that is trained (configured are {_list_names(config)}), no run (the last: {runs}), and no folder."
         )
     if found.height > 1:
         raise InputError(f"Several SAEs are called {name!r}: name one by its folder, {', '.join(found['sae_path'].head(4))}.")

@@ -95,7 +95,7 @@ def test_the_file_lies_beside_the_configuration_and_nowhere_else(tmp_path: Path)
     with pytest.raises(ConfigError, match="more than 1,048,576 bytes"):
         find_code(named(), tmp_path)
     write_file(tmp_path)
-    with pytest.raises(ConfigError, match=r"has no function 'p_aneal'; did you mean 'p_anneal'\?"):
+    with pytest.raises(ConfigError, match=r"has no function 'p_aneal'; did you mean 'p_anneal'\. It has"):
         find_code(named("my_sae.py:p_aneal"), tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_metrics_are_functions_of_files_too(tmp_path: Path) -> None:
     assert (metric.function, metric.prefix, metric.code.path) == ("my.py:half_norm", "my", str(tmp_path / "my.py"))
     assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
     assert "metrics" not in make_config({}).model_dump()
-    with pytest.raises(ConfigError, match=r"my.py has no function 'halfnorm'; did you mean 'half_norm'\?"):
+    with pytest.raises(ConfigError, match=r"my.py has no function 'halfnorm'; did you mean 'half_norm'\. It has"):
         find_code(make_config({"metrics": ["my.py:halfnorm"]}), tmp_path)
     with pytest.raises(ConfigError, match=r"metrics.0: 'my.py' names no function in a file"):
         make_config({"metrics": ["my.py"]})
