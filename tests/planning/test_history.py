@@ -14,6 +14,7 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.history import FOLDER, begin_entry, list_entries, read_entry, read_history, read_plan_aside, save_entry
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store, save_plan
 from interp_assets.planning.progress import AssetReport
+from interp_assets.planning.sections import Code, Metric
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_tree
 from interp_assets.terminal.recording import describe_code, hash_sources, recorded
@@ -129,4 +130,6 @@ def test_own_code_is_hashed_and_git_is_asked_if_there_is_one(config: PipelineCon
     """The working directory of a test is no repository."""
     told = describe_code(config)
     assert told["files"] == {}
+    metric = Metric(function="my.py:half_norm", code=Code(digest="0" * 64))
+    assert describe_code(config.model_copy(update={"metrics": [metric]}))["files"] == {"my.py": "0" * 64}
     assert told["folder"] is None or re.fullmatch(r"[0-9a-f]{40}", told["folder"]["commit"])
