@@ -28,7 +28,7 @@ FOLDER: Final = ".history"
 FORMAT: Final = "interp-assets/history"
 VERSION: Final = 1
 RUNNING: Final = "running"
-_ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s@]*@")
+_ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s]*@")
 _ID: Final = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{4}")
 
 

@@ -72,10 +72,13 @@ def test_whatever_ends_a_command_is_said(config: PipelineConfig, error: BaseExce
 def test_no_secret_is_kept(memory_store: Store) -> None:
     """Names and keys before a host go, wherever they stand; the rest of the address stays."""
     entry = begin_entry(["run", "--set", "root=s3://KEY:SECRET@bucket/x"])
-    save_entry(memory_store, {**entry, "error": "cannot read https://me:hunter2@host/file", "config": {}, "assets": []})
+    save_entry(
+        memory_store, {**entry, "error": "cannot read https://me:hunter2@host/file, nor https://me:p@55word@host/file", "config": {}, "assets": []}
+    )
     text = memory_store.get(f"{FOLDER}/{entry['id']}.json").decode()
     assert "SECRET" not in text
     assert "hunter2" not in text
+    assert "55word" not in text
     assert "s3://...@bucket/x" in text
 
 
