@@ -81,7 +81,10 @@ def test_an_address_with_a_key_in_it_is_refused_and_not_repeated(content: dict[s
     with pytest.raises(ConfigError, match="holds credentials in an address") as refused:
         open_store("s3://KEY:S3CR3T@bucket/prefix")
     assert "S3CR3T" not in str(refused.value)
+    with pytest.raises(ConfigError, match="holds credentials in an address"):
+        open_store("s3://KEY:SEC/R3T@bucket/prefix")
     check_address("s3://bucket/a@b", "x")
+    check_address("https://host:8080/a@b", "x")
 
 
 @pytest.mark.parametrize("name", ["/somewhere/of/mine/pythia", "~/models/pythia", "./pythia", "../up/pythia/"])

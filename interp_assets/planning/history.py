@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from interp_assets.errors import ArtifactCorruptError, InputError, StoreMissingError
 from interp_assets.storage.foreign import parse_json
-from interp_assets.storage.store import Store
+from interp_assets.storage.store import CREDENTIALS, Store
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,7 +28,8 @@ FOLDER: Final = ".history"
 FORMAT: Final = "interp-assets/history"
 VERSION: Final = 1
 RUNNING: Final = "running"
-_ADDRESS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s@]*@")
+_SIGNED: Final = re.compile(r"([?&](?:X-Amz-[A-Za-z-]+|AWSAccessKeyId|signature|sig|token|key|password)=)[^&\s\"]+", re.IGNORECASE)
+"""What the query of an address may hold that opens it."""
 _ID: Final = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{4}")
 
 
@@ -47,7 +48,8 @@ def begin_entry(command: list[str], note: str = "", now: datetime | None = None)
 def save_entry(store: Store, entry: Mapping[str, Any]) -> None:
     """Write an entry, or replace what was written of it before."""
     text = json.dumps({"format": FORMAT, "version": VERSION, **entry}, indent=1, ensure_ascii=False)
-    store.put(f"{FOLDER}/{entry['id']}.json", (_ADDRESS.sub(r"\1...@", text) + "\n").encode())
+    text = _SIGNED.sub(r"\1...", CREDENTIALS.sub(r"\1...@", text))
+    store.put(f"{FOLDER}/{entry['id']}.json", (text + "\n").encode())
 
 
 def save_plan_aside(store: Store, plan: str) -> str:

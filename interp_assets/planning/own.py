@@ -76,7 +76,7 @@ def read_declaration(source: bytes, file: str, function: str) -> Declared:
     kind = given.pop("kind", None)
     if kind not in ARCHITECTURES:
         near = difflib.get_close_matches(str(kind), ARCHITECTURES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise OwnCodeError(f"{where}: kind is {kind!r}{hint} It is the built-in architecture that is nearest: {', '.join(ARCHITECTURES)}.")
     error = given.pop("error", "sum" if kind in ("relu", "gated", "jump_relu_tanh") else "mean")
     flags = {name: given.pop(name, None) for name in _FLAGS}
@@ -113,8 +113,8 @@ def find_function(source: bytes, file: str, function: str) -> ast.FunctionDef:
     found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in found:
         near = difflib.get_close_matches(function, found, n=1)
-        hint = f"; did you mean {near[0]!r}" if near else ""
-        raise ConfigError(f"{file} has no function {function!r}{hint}. It has {', '.join(found) or 'none'}.")
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ConfigError(f"{file} has no function {function!r}{hint} It has {', '.join(found) or 'none'}.")
     return found[function]
 
 
@@ -131,7 +131,7 @@ def _read_arguments(call: ast.Call, file: str) -> dict[str, Any]:
         where, name = f"{file}, line {item.value.lineno}", str(item.arg)
         if name not in (*_TERMS, *CONSTANTS):
             near = difflib.get_close_matches(name, (*_TERMS, *CONSTANTS), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise OwnCodeError(f"{where}: a declaration has no {name!r}{hint} It has {', '.join((*_TERMS, *CONSTANTS))}.")
         if name in _FUNCTIONS:
             if not isinstance(item.value, ast.Name):

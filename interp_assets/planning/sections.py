@@ -33,6 +33,13 @@ class FrequencyConfig(Section):
     least: Annotated[float, Field(gt=0, lt=1)] = 5e-4
     """Probability of the least frequent one."""
 
+    @model_validator(mode="after")
+    def _check_order(self) -> "FrequencyConfig":
+        if self.zipf and self.least > self.most:
+            message = f"the least frequent feature fires with {self.least:g}, and the most frequent with {self.most:g}: lower frequency.least"
+            raise ValueError(message)
+        return self
+
 
 class HierarchyConfig(Section):
     """Trees of planted features: the first ones are roots, their children follow, level by level; what is left stands alone. Identity."""

@@ -40,6 +40,9 @@ T = TypeVar("T")
 READ_ATTEMPTS: Final = 4
 PART_BYTES: Final = 8 << 20
 """Size of one part of a streamed write."""
+CREDENTIALS: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#\s\"]*@|[^/?#@:\s\"]*:[^/?#@\s\"]*[^0-9/?#@\s\"][^@\s\"]*@)")
+"""An address up to the end of a name or key that stands before its host. A key may hold what ends a host, so of `a:b/c@d` all before @ is one; a port
+is digits alone."""
 _FULL_BUCKET: Final = re.compile(r"quota|storage_?cap|storage_?full|insufficient_?storage|status code: 507|no writable volumes", re.IGNORECASE)
 """What servers say when there is no room: Ceph `QuotaExceeded`, MinIO `XMinioStorageFull`, B2 `storage_cap_exceeded`, WebDAV-like 507."""
 
@@ -266,7 +269,7 @@ class _Sink:
 
 def check_address(address: str, where: str) -> None:
     """Raise `ConfigError`, which does not repeat it, for an address that has a name or a key before its host: addresses are shown and kept."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*@", address):
+    if CREDENTIALS.match(address):
         scheme = address.partition("://")[0]
         raise ConfigError(
             f"{where} holds credentials in an address ({scheme}://...@...), which would be shown in messages and kept in histories. Write it without "

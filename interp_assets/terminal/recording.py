@@ -99,7 +99,8 @@ def recorded(config: PipelineConfig, note: str = "", progress: Progress | None =
 
 def describe_code(config: PipelineConfig) -> dict[str, Any]:
     """Return which code runs: this package's version and the hash of its sources, own files of the configuration, and both repositories."""
-    files = {sae.architecture.rpartition(":")[0]: sae.code.digest for sae in config.saes if sae.code}
+    named = [*((sae.architecture, sae.code) for sae in config.saes), *((metric.function, metric.code) for metric in config.metrics)]
+    files = {name.rpartition(":")[0]: code.digest for name, code in named if code}
     told = {"version": metadata.version("interp-assets"), "sources": hash_sources(), "files": files}
     return told | {"package": _describe_repository(_PACKAGE), "folder": _describe_repository(Path.cwd())}
 

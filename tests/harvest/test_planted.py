@@ -147,6 +147,7 @@ def test_what_rows_are_made_of_is_their_identity() -> None:
         ({"hierarchy": {"roots": 16}}, r"hierarchy has 336 features \(roots, branching, depth\), and corpus.features is 20"),
         ({"correlation": {"rank": 100, "scale": 0.2}}, r"scale² x rank is 4.00, and has to be below 1"),
         ({"frequency": {"most": 1.0}}, "corpus.frequency.most"),
+        ({"frequency": {"most": 0.01, "least": 0.3}}, r"least frequent feature fires with 0.3, and the most frequent with 0.01"),
     ],
 )
 def test_what_cannot_be_planted_is_refused(corpus: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.history import FOLDER, begin_entry, list_entries, read_entry, read_history, read_plan_aside, save_entry
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store, save_plan
 from interp_assets.planning.progress import AssetReport
+from interp_assets.planning.sections import Code, Metric
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_tree
 from interp_assets.terminal.recording import describe_code, hash_sources, recorded
@@ -71,10 +72,20 @@ def test_whatever_ends_a_command_is_said(config: PipelineConfig, error: BaseExce
 def test_no_secret_is_kept(memory_store: Store) -> None:
     """Names and keys before a host go, wherever they stand; the rest of the address stays."""
     entry = begin_entry(["run", "--set", "root=s3://KEY:SECRET@bucket/x"])
-    save_entry(memory_store, {**entry, "error": "cannot read https://me:hunter2@host/file", "config": {}, "assets": []})
+    save_entry(
+        memory_store,
+        {
+            **entry,
+            "error": "cannot read https://me:hunter2@host/file, nor https://me:p@55word@host/file, s3://KEY:SEC/RET@b/x, https://h/a?X-Amz-Signature=abc123&n=1",
+            "config": {},
+            "assets": [],
+        },
+    )
     text = memory_store.get(f"{FOLDER}/{entry['id']}.json").decode()
     assert "SECRET" not in text
     assert "hunter2" not in text
+    assert not [word for word in ("55word", "RET@", "abc123") if word in text]
+    assert "&n=1" in text
     assert "s3://...@bucket/x" in text
 
 
@@ -129,4 +140,6 @@ def test_own_code_is_hashed_and_git_is_asked_if_there_is_one(config: PipelineCon
     """The working directory of a test is no repository."""
     told = describe_code(config)
     assert told["files"] == {}
+    metric = Metric(function="my.py:half_norm", code=Code(digest="0" * 64))
+    assert describe_code(config.model_copy(update={"metrics": [metric]}))["files"] == {"my.py": "0" * 64}
     assert told["folder"] is None or re.fullmatch(r"[0-9a-f]{40}", told["folder"]["commit"])

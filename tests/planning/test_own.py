@@ -38,6 +38,8 @@ def test_a_declaration_is_read_without_executing_it() -> None:
     ("before", "after", "message"),
     [
         ('kind="relu"', 'kind="relu", warmup_step=3', r"line 4: a declaration has no 'warmup_step'; did you mean 'warmup_steps'\?"),
+        ('kind="relu"', 'kind="relu", zzz=3', r"line 4: a declaration has no 'zzz'\. It has "),
+        ('kind="relu"', 'kind="zzz"', r"line 5: kind is 'zzz'\. It is the built-in architecture"),
         ('kind="relu"', 'kind="relu", betas=(1, 2)', r"line 4: betas is 2 numbers from 0, at most 1"),
         ('kind="relu"', "kind=KIND", r"line 4: kind has to be written out"),
         ('kind="relu"', 'kind="relu", whole_batch=1', r"line 4: whole_batch is True or False"),
@@ -95,8 +97,10 @@ def test_the_file_lies_beside_the_configuration_and_nowhere_else(tmp_path: Path)
     with pytest.raises(ConfigError, match="more than 1,048,576 bytes"):
         find_code(named(), tmp_path)
     write_file(tmp_path)
-    with pytest.raises(ConfigError, match=r"has no function 'p_aneal'; did you mean 'p_anneal'\. It has"):
+    with pytest.raises(ConfigError, match=r"has no function 'p_aneal'; did you mean 'p_anneal'\? It has"):
         find_code(named("my_sae.py:p_aneal"), tmp_path)
+    with pytest.raises(ConfigError, match=r"has no function 'zzz'\. It has "):
+        find_code(named("my_sae.py:zzz"), tmp_path)
 
 
 def test_a_stated_hash_is_taken_and_the_file_not_looked_at(tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_metrics_are_functions_of_files_too(tmp_path: Path) -> None:
     assert (metric.function, metric.prefix, metric.code.path) == ("my.py:half_norm", "my", str(tmp_path / "my.py"))
     assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
     assert "metrics" not in make_config({}).model_dump()
-    with pytest.raises(ConfigError, match=r"my.py has no function 'halfnorm'; did you mean 'half_norm'\. It has"):
+    with pytest.raises(ConfigError, match=r"my.py has no function 'halfnorm'; did you mean 'half_norm'\? It has"):
         find_code(make_config({"metrics": ["my.py:halfnorm"]}), tmp_path)
     with pytest.raises(ConfigError, match=r"metrics.0: 'my.py' names no function in a file"):
         make_config({"metrics": ["my.py"]})

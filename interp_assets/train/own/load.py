@@ -4,8 +4,8 @@
     open_recipe     reads that artifact, compares its bytes with the configuration's hash, and executes them
 
 So torchrun's, Ray's and Kubernetes' processes execute what was named when the configuration was read, whatever lies where they run. A store can hold
-other bytes, but none with that hash: what a bundle, a manifest or a foreign configuration names is not executed, because only training asks here,
-by the configuration that somebody has typed.
+other bytes, but none with that hash: what a bundle, a manifest or a foreign configuration names is not executed, because only trainings
+and measurements ask here, by the configuration that somebody has typed.
 """
 
 import linecache
