@@ -23,6 +23,7 @@ from s3_server import start_s3_server
 from interp_assets.errors import StoreError
 from interp_assets.graph.jobs import TURN_LEASE, dagster_home
 from interp_assets.planning.config import PipelineConfig, load_config
+from interp_assets.planning.history import FOLDER
 from interp_assets.storage.store import Store, open_store
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "runbook.md"
@@ -109,6 +110,7 @@ def test_a_lost_shard(shell: Shell, tally: Tally) -> None:
     assert made(shell.type(f"{command} {SELECT}")) == {"activations": 1}
     by_name = re.search(r"One shard by name: `([^`]+)`", PAGE.read_text(encoding="utf-8"))
     assert by_name is not None
+    shutil.rmtree(shell.folders("2-activations/resid_post.0")[1])
     assert made(shell.type(by_name[1].replace("shard-000007", "shard-000001"))) == {"activations": 1}
     tally.fault(ENTRY)
 
@@ -131,7 +133,7 @@ def test_a_corrupt_shard(shell: Shell, tally: Tally) -> None:
 
 
 def test_from_laptop_to_cluster(shell: Shell, tmp_path: Path, tally: Tally) -> None:
-    """The folder is copied to a bucket, one variable is set, and the run finds everything: the bucket gets no object more."""
+    """The folder is copied to a bucket, one variable is set, and the run finds everything: the bucket gets an entry of history and no artifact."""
     server = start_s3_server(tmp_path / "s3")
     try:
         options = {key.lower(): value for key, value in server.environment.items() if key != "AWS_ENDPOINT_URL"}
@@ -147,7 +149,7 @@ def test_from_laptop_to_cluster(shell: Shell, tmp_path: Path, tally: Tally) -> N
         moved.environment |= server.environment | {name: value.replace("bucket", "test"), "DAGSTER_HOME": str(tmp_path / "home")}
         said = moved.type(f"{run} {SELECT}")
         assert " in s3://test/interp" in said
-        assert {item.path for item in bucket.list() if not item.path.startswith(TURN_LEASE)} == before
+        assert {item.path for item in bucket.list() if not item.path.startswith((TURN_LEASE, FOLDER))} == before
         tally.fault(ENTRY)
     finally:
         server.stop()
@@ -192,14 +194,15 @@ def kill_in_the_middle(shell: Shell) -> bool:
 def test_a_full_disk(finished: Finished, tiny_world: Path, tmp_path: Path, tally: Tally) -> None:
     """A disk of a few megabytes with somebody's old shards on it, and Dagster's history: a clear error, room is made, and it goes on."""
     shell = make_shell(tiny_world, tmp_path / "full")
-    inspect, remove, run = read_commands("A full disk")
+    inspect, listing, remove, run = read_commands("A full disk")
+    assert remove == f"{listing} --delete"
     old = f"data/{NAME}/2-activations/resid_post.0/shard-000000-0123456789ab"
     script = f"""
         mkdir data && mount -t tmpfs -o size=6m tmpfs data && mkdir -p {old}
         head -c 5500000 /dev/urandom > {old}/rows.safetensors
         {run} {SELECT} > first.txt 2>&1; echo $? > first.code
         {inspect} > inspect.txt 2>&1; echo $? > inspect.code
-        {remove.replace(f"data/{NAME}/<a folder that may go>", old)}
+        {remove} --hours 0 > gc.txt 2>&1
         {run} {SELECT} > second.txt 2>&1; echo $? > second.code
         cp -r data kept
     """
