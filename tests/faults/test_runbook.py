@@ -143,7 +143,7 @@ def test_from_laptop_to_cluster(shell: Shell, tmp_path: Path, tally: Tally) -> N
         for path in (shell.folder / "data" / NAME).rglob("*"):
             if path.is_file():
                 bucket.put(path.relative_to(shell.folder / "data" / NAME).as_posix(), path.read_bytes())
-        before = {item.path for item in bucket.list()}
+        before = {item.path for item in bucket.list() if not item.path.startswith(FOLDER)}
         name, _, value = export.removeprefix("export ").partition("=")
         moved = Shell(shell.folder)
         moved.environment |= server.environment | {name: value.replace("bucket", "test"), "DAGSTER_HOME": str(tmp_path / "home")}
