@@ -6,13 +6,14 @@ It is made from what lies there when it is asked for, trained, failed and stoppe
 the curves of those with the least FVU are in it. Format: `docs/formats/comparison.md`.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, Final
 
 import polars as pl
 
-from interp_assets.errors import InterpError
+from interp_assets.errors import ArtifactMissingError, InterpError
 from interp_assets.planning.pipeline import Pipeline, load_configuration, load_pipeline
 from interp_assets.storage.manifest import CONFIGURATION, find_manifest
 from interp_assets.storage.store import Store
@@ -49,22 +50,19 @@ def find_pipelines(places: Sequence[BundlePlace]) -> dict[str, Store]:
 
 
 def add_pipeline(found: dict[str, Store], store: Store) -> None:
-    """Add a pipeline's folder, unless it is one already or has no SAE."""
+    """Add a pipeline's folder, unless it is one already or has no SAE; a second one of the same name becomes `name-2`."""
     if any(known.url == store.url for known in found.values()):
         return
     try:
         if store.size(CONFIGURATION) is not None:
-            name = load_configuration(store).name
-            count_saes(store)
-            found.setdefault(name, store)
-    except InterpError:
-        return  # another release's, damaged, or without SAEs: its bundles are shown all the same
-
-
-def count_saes(store: Store) -> int:
-    """Return how many SAEs there are to compare. Raises `ArtifactMissingError` where there is none."""
-    pipeline = _open(store)
-    return read_table(pipeline, store).height
+            pipeline = _open(store)
+            read_table(pipeline, store)
+            name = pipeline.config.name
+            found[next(free for free in (name, *(f"{name}-{i}" for i in range(2, len(found) + 3))) if free not in found)] = store
+    except ArtifactMissingError:
+        return
+    except InterpError as error:  # another release's, or damaged: its bundles are shown all the same
+        logging.getLogger(__name__).warning("No comparison of the SAEs in %s: %s", store.url, error)
 
 
 def describe_comparison(store: Store) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from synthetic_bundle import build_synthetic_bundle
 from synthetic_sweep import N_HELD_OUT, build_synthetic_sweep, fvu_of
 
+from interp_assets.storage.manifest import CONFIGURATION
 from interp_assets.storage.store import Store, open_store
 from interp_assets.web.comparison import MAX_CURVES, add_pipeline, describe_comparison, find_pipelines
 from interp_assets.web.opened import list_bundles
@@ -95,3 +96,21 @@ def test_the_page_of_the_format_shows_what_is_written(store: Store) -> None:
     assert set(example["replicas"]["columns"]) <= set(found["replicas"]["columns"])
     assert list(example["curves"]["k-seed0"]) == list(found["curves"]["bad"])
     assert math.isclose(example["replicas"]["columns"]["fvu_deviation"][0], 0.02 / math.sqrt(2), rel_tol=1e-4)
+
+
+def test_two_pipelines_of_one_name_are_both_there_and_a_damaged_one_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The second was dropped without a word, and so was one whose configuration cannot be read."""
+    parent, found = open_store("memory://"), {}
+    for folder in ("here", "there"):
+        build_synthetic_sweep(parent.child(folder), ks=(8,), n_seeds=1)
+        add_pipeline(found, parent.child(folder))
+    add_pipeline(found, parent.child("there"))
+    (first, second) = found
+    assert second == f"{first}-2"
+    add_pipeline(found, parent.child("nowhere"))
+    assert not caplog.records
+    build_synthetic_sweep(parent.child("torn"), ks=(8,), n_seeds=1)
+    parent.child("torn").put(CONFIGURATION, b"{")
+    add_pipeline(found, parent.child("torn"))
+    assert list(found) == [first, second]
+    assert "No comparison of the SAEs in" in caplog.text
