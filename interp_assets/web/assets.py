@@ -37,7 +37,7 @@ def _attention(heads: HeadsConfig) -> Asset:
             "The records of all attention heads and the patterns over prompts as a bundle that a browser opens by range requests from any folder or "
             "bucket. `interp serve` shows it: look at the map of the heads."
         ),
-        reads=(every("head_records").remember(), *prompts),
+        reads=(every("head_records").remember(), every("head_examples"), *prompts),
         artifacts=lambda pipeline, _store, _key: [attention_ref(pipeline)],
         make=_bundle_heads,
         unit="heads",

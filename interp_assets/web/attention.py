@@ -54,7 +54,8 @@ def build_attention_bundle(pipeline: Pipeline, store: Store, tokenizer: Any, *, 
     Raises `ArtifactMissingError` where a layer has no records yet or a prompt no patterns, and `ArtifactCorruptError` where index and records
     disagree.
     """
-    from interp_assets.harvest.heads.records import read_tables  # noqa: PLC0415 - torch; the server imports this module for its formats
+    from interp_assets.harvest.heads.examples import load_head_examples  # noqa: PLC0415 - torch; the server imports this module for its formats
+    from interp_assets.harvest.heads.records import read_tables  # noqa: PLC0415 - as above
 
     ref, layers, prompts = attention_ref(pipeline), list(head_counts(pipeline)), list(heads_of(pipeline).prompts)
     inputs = [load_manifest(store, source) for source in _sources(pipeline)]
@@ -63,6 +64,7 @@ def build_attention_bundle(pipeline: Pipeline, store: Store, tokenizer: Any, *, 
     facts = {layer: manifest.facts for layer, manifest in zip(layers, inputs, strict=False)}
     table = read_tables(pipeline, store)
     columns = {name: [_shorten(value) for value in table[name].to_list()] for name in table.columns}
+    columns["induction_rows"] = [n for layer in layers for n in load_head_examples(pipeline, store, layer)[1].sum_of("induction_rows").tolist()]
     kept = [(name, _read_prompt(pipeline, store, name)) for name in prompts]
     description = {
         **_describe(pipeline),

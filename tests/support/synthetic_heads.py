@@ -46,6 +46,7 @@ def build_synthetic_heads(store: Store, *, seed: int = 0, label: str = "attentio
     records = [_make_record(text, seed, place) for place in range(len(KINDS))]
     columns: dict[str, list[Any]] = {"layer": [each["layer"] for each in records], "head": [each["head"] for each in records]}
     columns["rows"] = [each["rows"] for each in records]
+    columns["induction_rows"] = [each["rows"] // 2 for each in records]
     columns |= {name: [each["statistics"][name] for each in records] for name in MEANS}
     columns |= {name: [each["chance"][name.removeprefix("uniform_")] for each in records] for name in CHANCES}
     prompts = [(name, make_prompt_files(_prompt_tokens(text, name), text, seed)) for name in PROMPTS]

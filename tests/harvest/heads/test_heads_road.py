@@ -10,6 +10,7 @@ from tiny_models import make_net, make_tiny_config, make_tokenizer, write_texts
 from interp_assets.errors import PlanError
 from interp_assets.graph.jobs import RunError, run_road
 from interp_assets.graph.stages import make_road
+from interp_assets.harvest.heads.examples import load_head_examples
 from interp_assets.harvest.heads.prompts import read_prompt
 from interp_assets.harvest.heads.records import read_head, read_tables
 from interp_assets.harvest.heads.refs import candidates_ref, records_ref
@@ -102,7 +103,10 @@ def assert_bundle_is_what_was_made(pipeline: Pipeline, store: Store) -> None:
     assert bundle.head_names() == ["0.0", "0.1", "1.0", "1.1"]
     assert all(bundle.head(name) == read_head(pipeline, store, name) for name in bundle.head_names())
     table, columns = read_tables(pipeline, store), bundle.description["heads"]
-    assert list(columns) == table.columns
+    assert list(columns) == [*table.columns, "induction_rows"]
+    rows = [load_head_examples(pipeline, store, layer)[1].sum_of("induction_rows").tolist() for layer in (0, 1)]
+    assert columns["induction_rows"] == rows[0] + rows[1]
+    assert all(0 < of < n for of, n in zip(columns["induction_rows"], columns["rows"], strict=True))
     for name in table.columns:
         assert columns[name] == [value if value is None else pytest.approx(value, rel=1e-4) for value in table[name].to_list()]
     made, shown = read_prompt(pipeline, store, "hello"), bundle.prompt("hello")
