@@ -29,6 +29,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
 
 def _attention(heads: HeadsConfig) -> Asset:
     prompts = (every("prompt_patterns").remember(),) if heads.prompts else ()
+    prompts += (every("prompt_targets").remember(),) if heads.explained else ()
     return Asset(
         key=("attention_browser",),
         group="web",
@@ -92,5 +93,6 @@ def _bundling(pipeline: Pipeline, _store: Store, name: str) -> Load:
 
 def _bundling_heads(pipeline: Pipeline, _store: Store, _key: str) -> Load:
     n_heads, prompts = sum(head_counts(pipeline).values()), heads_of(pipeline).prompts
-    n_bytes = n_heads * (HEAD_BYTES + sum((len(text) / TEXT_BYTES_PER_TOKEN) ** 2 / 4 for text in prompts.values()))
+    lengths = [len(heads_of(pipeline).prompt(name).text) / TEXT_BYTES_PER_TOKEN for name in prompts]
+    n_bytes = n_heads * (HEAD_BYTES + sum(n_tokens**2 / 4 for n_tokens in lengths))
     return Load(0, n_bytes, n_bytes, 2 * len(head_counts(pipeline)) + len(prompts), 4 + 5 * len(prompts))

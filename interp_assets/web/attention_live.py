@@ -9,7 +9,7 @@ What is asked is checked here; `models.py` has the routes. Each is a job of the 
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -20,16 +20,13 @@ from interp_assets.garcon.attention import list_attention
 from interp_assets.garcon.local import LocalBackend
 from interp_assets.garcon.patterns.cuts import Cut, check_cuts, each_head, measure_cut, sweep_heads
 from interp_assets.garcon.patterns.pairs import Edge, EdgeTerms, explain_edge, find_edge, find_sae
-from interp_assets.garcon.patterns.targets import Latent, Logit, Target, Terms, explain_targets
+from interp_assets.garcon.patterns.targets import Latent, Logit, Target, explain_targets
 from interp_assets.garcon.patterns.view import read_attention
 from interp_assets.garcon.plan import explain_plan
 from interp_assets.garcon.remote.batch import Steps
 from interp_assets.garcon.remote.limits import Limits
-from interp_assets.harvest.heads.prompts import PROMPT, pack_prompt
+from interp_assets.harvest.heads.prompts import PROMPT, pack_prompt, pack_targets, target_columns
 
-TARGETS: Final = "targets.json"
-SCALES: Final = "scales.bin"
-TERMS: Final = "terms.bin"
 BYTES: Final = "application/octet-stream"
 _MAX_TARGETS: Final = 8
 _SHOWN_PAIRS: Final = 200
@@ -126,13 +123,11 @@ def _attend(
     seen = read_attention(backend.subject, row, backend.pieces([row])[0], chosen)
     yield 1, 2
     terms = explain_targets(backend.subject, row, targets, backend.saes)
-    layers = list(seen.patterns)
-    columns = {each.name: np.concatenate([_column(each, layer, known[layer], len(row)) for layer in layers]) for each in terms}
-    files = pack_prompt(seen, row, both_ways=not backend.subject.is_causal, more=columns)
+    heads = {layer: known[layer] for layer in seen.patterns}
+    files = pack_prompt(seen, row, both_ways=not backend.subject.is_causal, more=target_columns(terms, heads))
     described = json.loads(files[PROMPT])
     files[PROMPT] = json.dumps({**described, "note": " ".join(filter(None, (note, seen.note, *(each.note for each in terms))))}).encode()
-    files |= _pack_targets(backend, terms, layers, known)
-    return pack_files(files)
+    return pack_files(files | pack_targets(terms, heads, lambda token: backend.pieces([[token]])[0][0]))
 
 
 def cut(backend: LocalBackend, asked: AskedCut, limits: Limits) -> Steps:
@@ -258,30 +253,6 @@ def _token_of(backend: LocalBackend, token: int | str) -> int:
     if len(ids) != 1:
         raise InputError(f"{token!r:.80} is {len(ids)} tokens: {backend.pieces([ids])[0]!r:.200}. Name one; most words begin with their space.")
     return int(ids[0])
-
-
-def _column(terms: Terms, layer: int, n_heads: int, n_tokens: int) -> np.ndarray:
-    """Return a layer's column; of a layer that comes after the target's, nothing."""
-    return terms.columns.get(layer, np.zeros((n_heads, n_tokens)))
-
-
-def _pack_targets(backend: LocalBackend, terms: Sequence[Terms], layers: Sequence[int], known: Mapping[int, int]) -> Iterator[tuple[str, bytes]]:
-    """Return what stands beside the columns: scales [targets, layers, queries] and terms [targets, heads and others, positions], float32."""
-    if not terms:
-        return
-    zeros = np.zeros_like(terms[0].value)
-    described, scales, values = [], [], []
-    for each in terms:
-        token = int(each.name.partition(":")[2]) if each.name.startswith("logit:") else None
-        text = {} if token is None else {"text": backend.pieces([[token]])[0][0]}
-        described.append({"column": each.name, **text, "others": list(each.others), "note": each.note})
-        scales += [each.scales.get(layer, zeros) for layer in layers]
-        values += [row for layer in layers for row in each.heads.get(layer, np.zeros((known[layer], len(zeros))))]
-        hidden = sum((found.sum(axis=0) for layer, found in each.heads.items() if layer not in layers), zeros)
-        values += [each.value, hidden, *each.others.values()]
-    yield TARGETS, json.dumps(described).encode()
-    yield SCALES, np.stack(scales).astype("<f4").tobytes()
-    yield TERMS, np.stack(values).astype("<f4").tobytes()
 
 
 def _short(value: float) -> float:

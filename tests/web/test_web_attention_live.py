@@ -20,9 +20,9 @@ from interp_assets.garcon.patterns.pairs import Edge, explain_edge
 from interp_assets.garcon.patterns.targets import Latent, Logit, explain_targets
 from interp_assets.garcon.patterns.view import read_attention
 from interp_assets.garcon.remote.limits import Limits
-from interp_assets.harvest.heads.prompts import FILES, pack_prompt, unpack_prompt
+from interp_assets.harvest.heads.prompts import FILES, SCALES, TARGETS, TERMS, pack_prompt, unpack_prompt
 from interp_assets.train.sae import Sae
-from interp_assets.web.attention_live import SCALES, TARGETS, TERMS, AskedCut, AskedCuts, AskedPairs, cut, cut_each, pair
+from interp_assets.web.attention_live import AskedCut, AskedCuts, AskedPairs, cut, cut_each, pair
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats" / "attention_answer.md").read_text(encoding="utf-8")
 TEXT = "the cat; the cat"
