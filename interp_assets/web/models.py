@@ -245,8 +245,7 @@ class Models:
         plan, _ = await self._read(request, user, ReducePlan)
         if (longest := max(map(len, plan.rows))) > self._limits.tokens:
             raise TooLargeError(f"A text has {longest:,} tokens; at most {self._limits.tokens:,} are run at once. Cut it.")
-        steps = _reduce(reduce_steps(served.backend.subject, plan), sum(map(len, plan.rows)))
-        return self._begin(user, served, steps, pack_reduced)
+        return self._begin(user, served, reduce_steps(served.backend.subject, plan), pack_reduced)
 
     def _looking(self, kind: type[BaseModel], begin: Callable[..., Steps]) -> Callable[..., Awaitable[Response]]:
         """Return a route that gets in line with a job of attention, and sends what it returns."""
@@ -485,16 +484,6 @@ def _write_tokens(tokens: Generator[Token, None, Generated], of: int, tell: Call
             return json.dumps({"generated": dump_generated(end.value)}).encode() + b"\n"
         tell(json.dumps({"token": token}).encode() + b"\n")
         yield token.place + 1, of
-
-
-def _reduce(steps: Generator[int, None, Any], of: int) -> Steps:
-    done = 0
-    while True:
-        try:
-            done += next(steps)
-        except StopIteration as end:
-            return end.value
-        yield done, of
 
 
 async def _stream_lines(first: bytes | None, come: "asyncio.Queue[bytes | None]", job: _Job) -> AsyncIterator[bytes]:
