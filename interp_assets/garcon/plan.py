@@ -357,6 +357,13 @@ class Edit(_Part):
         return self
 
 
+class LatentsRead(_Part):
+    """Latents of an SAE that are read while a text is written."""
+
+    sae: str
+    latents: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
 class GeneratePlan(Asked):
     """Prompts, how they are continued, and what is written into the model meanwhile."""
 
@@ -389,6 +396,8 @@ class GeneratePlan(Asked):
     """Measure what the model without the edits says of every token."""
     watch: tuple[int, ...] = ()
     """Tokens whose log probability is told in every prediction."""
+    latents: tuple[LatentsRead, ...] = ()
+    """Latents that are told with every token: what they read, after the edits, at the position whose prediction it is drawn from."""
 
     @model_validator(mode="after")
     def _check(self) -> "GeneratePlan":

@@ -240,16 +240,19 @@ class Model:
         seed: int = 0,
         compare: bool = False,
         on_token: Callable[[Token], None] | None = None,
+        latents: Mapping[str, Sequence[int]] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Texts:
         """Continue texts, token ids or conversations, with the edits of a recipe; `compare` continues them without, too.
 
         `temperature`, `top_k` and `top_p` say how tokens are drawn; without a temperature the most probable one is taken. `on_token` is handed
-        every token as it comes. Raises `InputError` for what the model, an SAE or the recipe cannot do.
+        every token as it comes, with what `latents` (by SAE) read at the position that it was drawn from. Raises `InputError` for what the model,
+        an SAE or the recipe cannot do.
         """
         backend = self.writing()
         edits = self._edits(steer)
-        options = {"new_tokens": new_tokens, "n": n, "seed": seed, "compare": compare, **sampling}
+        told = [{"sae": sae, "latents": tuple(found)} for sae, found in (latents or {}).items()]
+        options: dict[str, Any] = {"new_tokens": new_tokens, "n": n, "seed": seed, "compare": compare, "latents": told, **sampling}
         plan = make_generate_plan(backend, self._prompts(prompt), edits, **options)
         texts = Texts(plan, backend.generate(plan, edits.tensors, on_token), backend.decode)
         texts.warnings = odd_saes(backend.saes, [edit.write for edit in plan.edits])

@@ -55,7 +55,18 @@ from interp_assets.garcon.points import n_layers
 from interp_assets.garcon.reduce import reduce_steps
 from interp_assets.garcon.remote.batch import ModelThread, Steps, Ticket
 from interp_assets.garcon.remote.limits import Limits, answer_bytes, check_answer, check_plan, check_texts, needs_forward
-from interp_assets.garcon.remote.message import FILE, LINES, MAX_TEXT, dump_generated, pack, pack_answer, pack_cells, pack_reduced, read_plan
+from interp_assets.garcon.remote.message import (
+    FILE,
+    LINES,
+    MAX_TEXT,
+    dump_generated,
+    pack,
+    pack_answer,
+    pack_cells,
+    pack_controls,
+    pack_reduced,
+    read_plan,
+)
 from interp_assets.garcon.steering.decode import stream_tokens
 from interp_assets.garcon.sweep import begin_sweep
 from interp_assets.web.attention_live import ATTENTION, BYTES, read_asked
@@ -139,6 +150,7 @@ class Models:
         app.post(f"{one}/run")(_answered(self.run))
         app.post(f"{one}/generate")(_answered(self.generate))
         app.get(f"{one}/strength")(_answered(self.strength))
+        app.get(f"{one}/controls")(_answered(self.read_controls))
         app.post(f"{one}/sweep")(_answered(self.sweep))
         app.post(f"{one}/reduce")(_answered(self.reduce))
         for path, looking in ATTENTION.items():
@@ -226,6 +238,12 @@ class Models:
         number = backend.latent_strength(written, sae, latent) if sae else backend.vector_strength(written, point, length)
         return JSONResponse({"strength": number})
 
+    async def read_controls(self, name: str, sae: str, latent: int, seed: int) -> Response:
+        """Send what a latent is compared with when it is steered."""
+        backend = self.find(name).backend
+        self._require_weights()
+        return _send(pack_controls(await run_in_threadpool(backend.controls, sae, latent, seed)))
+
     async def sweep(self, name: str, request: Request) -> Response:
         """Begin a sweep."""
         served, user = self.find(name), _user_of(request)
@@ -307,9 +325,12 @@ class Models:
     async def read_weight(self, name: str, weight: str, request: Request, head: int | None = None) -> Response:
         """Send a copy of a weight."""
         backend = self.find(name).backend
-        if not self._weights:
-            raise NotFoundError("This server sends no weights: it was started with --no-weights.")
+        self._require_weights()
         return _send(pack({}, {"tensor": await run_in_threadpool(backend.weight, weight, head)}), request.headers.get("range"))
+
+    def _require_weights(self) -> None:
+        if not self._weights:
+            raise NotFoundError("This server sends no weights, nor a latent's direction: it was started with --no-weights.")
 
     def find(self, name: str) -> Served:
         """Return a model by its short name. Raises `NotFoundError` with the names there are."""
@@ -327,7 +348,8 @@ class Models:
         subject, thread = served.backend.subject, served.thread
         facts = served.facts.get("saes", {})
         saes = {
-            name: {"hook_point": item.hook_point, "written_at": item.written_at, "d_sae": item.sae.d_sae, **facts.get(name, {})}
+            name: {"hook_point": item.hook_point, "written_at": item.written_at, "d_sae": item.sae.d_sae}
+            | {"is_crosscoder": bool(item.more), **facts.get(name, {})}
             for name, item in served.backend.saes.items()
         }
         return {

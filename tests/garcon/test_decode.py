@@ -21,12 +21,14 @@ from interp_assets.garcon.plan import (
     Edit,
     Freeze,
     GeneratePlan,
+    LatentsRead,
     Patch,
     Plan,
     ProjectOut,
     Read,
     SaeAdd,
     SaeClamp,
+    SaeRead,
     Scale,
     Span,
     When,
@@ -174,6 +176,48 @@ def test_a_default_and_what_the_unedited_model_says_stand_beside_every_token() -
         kl = (base.exp() * (base - log)).sum(1)
         torch.testing.assert_close(torch.tensor([token.kl for token in text.tokens]), kl, rtol=1e-3, atol=1e-6)
         assert kl.min() > 1e-4
+
+
+@pytest.mark.parametrize("sae", ["top", "over"])
+def test_latents_come_with_every_token_as_a_trace_reads_them_afterwards(sae: str) -> None:
+    """After the edits, at the position that a token was drawn from, in the edited text and in the default; the oracle reads whole texts."""
+    edits = (Edit(write=Add(point="resid_post.0", value=GIVEN, times=0.7)), *EDITS["saes"][:2])
+    told = ({"sae": sae, "latents": (3, 7, 20)}, {"sae": "top", "latents": (5,)})
+    plan = GeneratePlan.model_validate({"rows": PROMPTS, "new_tokens": NEW, "edits": edits, "compare": True, "latents": told})
+    subject = make_subject("llama")
+    found = generate(subject, plan, TENSORS, SAES)
+    point = SAES[sae].hook_point
+    for texts, is_edited in ((found.texts, True), (found.defaults, False)):
+        for prompt, text in enumerate(texts):
+            row = (*PROMPTS[prompt], *(token.token for token in text.tokens[:-1]))
+            writes = [edit.write.model_copy(update={"rows": None}) for edit in edits if edit.write.rows in (None, (prompt,))]
+            places = range(len(PROMPTS[prompt]), len(row))
+            own = [write.model_copy(update={"pos": tuple(places)}) if prompt == 1 and write.op == "sae_clamp" else write for write in writes]
+            reads = (
+                SaeRead(name="a", point=point, sae=sae, latents=(3, 7, 20), after=True),
+                SaeRead(name="b", point="resid_post.0", sae="top", latents=(5,), after=True),
+            )
+            read = run_plan(subject, Plan(rows=(row,), operations=(*(own if is_edited else ()), *reads)), TENSORS, SAES).tensors
+            wanted = torch.cat([read["a"], read["b"]], dim=2)[0, len(PROMPTS[prompt]) - 1 :]
+            assert torch.allclose(torch.tensor([token.latents for token in text.tokens]), wanted, atol=2e-5)
+            assert len(wanted) == NEW
+
+
+def test_latents_without_edits_cost_no_twin_and_change_no_token() -> None:
+    """A plan of latents alone writes what the plan without them does; what cannot be read is refused by name."""
+    subject = make_subject("llama")
+    plain = GeneratePlan(rows=PROMPTS, new_tokens=NEW, compare=True)
+    asked = plain.model_copy(update={"latents": (LatentsRead(sae="top", latents=(1,)),)})
+    found = generate(subject, asked, {}, SAES)
+    assert (_tokens(found), found.defaults) == (_tokens(generate(subject, plain, {})), [])
+    assert {len(token.latents) for text in found.texts for token in text.tokens} == {1}
+    for latents, message in (((24,), "has latents 0 to 23"), ((1,), "No SAE is called 'none'")):
+        name = "top" if latents == (24,) else "none"
+        with pytest.raises(InputError, match=message):
+            generate(subject, plain.model_copy(update={"latents": (LatentsRead(sae=name, latents=latents),)}), {}, SAES)
+    crosscoder = {"both": AttachedSae(_sae(), "resid_post.0", more=("resid_post.1",))}
+    with pytest.raises(InputError, match="'both' is a crosscoder: its latents are known after a forward"):
+        generate(subject, plain.model_copy(update={"latents": (LatentsRead(sae="both", latents=(1,)),)}), {}, crosscoder)
 
 
 def test_an_edit_tells_what_it_did_to_this_very_text() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from interp_assets import errors
 from interp_assets.errors import InputError, InterpError, ServiceError, TooLargeError
-from interp_assets.garcon.backend import Answer, Chats, Generated, PointRow, Token
+from interp_assets.garcon.backend import Answer, Chats, Controls, Generated, PointRow, Token
 from interp_assets.garcon.plan import Asked, GeneratePlan, Metric, Plan, ReducePlan, SweepPlan, TensorName, name_tensor
 from interp_assets.garcon.remote.message import (
     JSON,
@@ -27,6 +27,7 @@ from interp_assets.garcon.remote.message import (
     pack_plan,
     read_answer,
     read_cells,
+    read_controls,
     read_reduced,
     read_tensor,
 )
@@ -254,6 +255,16 @@ class RemoteBackend:
     def decode(self, tokens: Sequence[int]) -> str:
         """Return what token ids say together."""
         return self._connection.json("POST", f"{self._path}/tokenize", {"ids": [list(tokens)]})["texts"][0]
+
+    @property
+    def most_texts(self) -> int:
+        """How many texts one plan may write."""
+        return self.about["limits"]["rows"]
+
+    def controls(self, sae: str, latent: int, seed: int) -> Controls:
+        """Return what a latent is compared with."""
+        query = urlencode({"sae": sae, "latent": latent, "seed": seed})
+        return read_controls(self._connection.ask("GET", f"{self._path}/controls?{query}"))
 
     def latent_strength(self, written: str | float, sae: str, latent: int) -> float:
         """Return the number of a latent's strength."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.backend import Answer, Continuation, Effect, Generated, Kept, Token
+from interp_assets.garcon.backend import Answer, Continuation, Controls, Effect, Generated, Kept, Token
 from interp_assets.garcon.plan import Asked, TensorName, bytes_of, name_tensor, parse_plan
 
 FILE: Final = "application/safetensors"
@@ -179,6 +179,21 @@ def read_cells(body: bytearray) -> tuple[float, Tensor]:
         raise _refuse(f"it is no sweep's answer ({type(error).__name__}: {error})") from error
 
 
+def pack_controls(controls: Controls) -> list[bytes | memoryview]:
+    """Return the pieces of a latent's controls."""
+    return pack({"other": json.dumps(controls.other)}, {"direction": controls.direction})
+
+
+def read_controls(body: bytearray) -> Controls:
+    """Read a latent's controls. Raises `InputError` for what are none."""
+    message = unpack(body)
+    try:
+        other = json.loads(take_text(message, "other"))
+        return Controls(message.tensors["direction"], None if other is None else int(other))
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise _refuse(f"they are no controls of a latent ({type(error).__name__}: {error})") from error
+
+
 def dump_generated(generated: Generated) -> dict[str, Any]:
     """Return what a plan that generates gave, as JSON has it."""
     return {
@@ -205,7 +220,7 @@ def load_generated(content: Any) -> Generated:
 def load_token(content: Sequence[Any]) -> Token:
     """Return a token as it was written into a line."""
     token = Token(*content)
-    return token._replace(watched=tuple(token.watched))
+    return token._replace(watched=tuple(token.watched), latents=tuple(token.latents))
 
 
 def pack_reduced(reduced: Mapping[str, Mapping[str, Any]]) -> list[bytes | memoryview]:
