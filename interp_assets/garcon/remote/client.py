@@ -66,7 +66,7 @@ class Connection:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
             raise InputError(f"{url!r} is no address of a server: give scheme, name and port, such as 'http://gpu7:8420'.")
-        self.url, self._timeout_s = url.rstrip("/"), timeout_s
+        self.url = url.rstrip("/")
         make: Any = _Https if parts.scheme == "https" else _Http
         self._make: Callable[[], http.client.HTTPConnection] = lambda: make(parts.hostname, parts.port, timeout=timeout_s)
         self._headers = {"X-Interp-Client": os.urandom(16).hex(), **({"Authorization": f"Bearer {token}"} if token else {})}
