@@ -173,10 +173,14 @@ def kind_of(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         return "mapping"
     if origin is dict:
         word = kind_of(arguments[1])
+        if "mapping of" in word:
+            return f"{word}, by {kind_of(arguments[0])}"
         return f"{word.replace('list', 'lists', 1) if word.startswith('list of') else f'{word}s'} by {kind_of(arguments[0])}"
     bounds = [
         f"{sign} {_number(getattr(item, name))}" for item in constraints for name, sign in SIGNS.items() if getattr(item, name, None) is not None
     ]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping of " + ", ".join(f"`{name}`" for name in annotation.model_fields)
     if isinstance(annotation, type) and annotation in NAMES:
         return " ".join([NAMES[annotation], " and ".join(bounds)]).rstrip()
     raise TypeError(f"docs/build.py cannot name the type {annotation!r} for people: teach `kind_of`.")

@@ -221,7 +221,7 @@ def _hear_own(module: Any, own: Callable[..., Any], listener: Listener) -> Calla
     def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         output, weights = own(query, key, value, attention_mask)
         seen = _boolean(module, query, key, attention_mask, is_causal=True)
-        listener(Attended(query.float(), key.float(), value, output.transpose(1, 2), lambda scores: scores.div_(module.scale_attn), None, None, seen))
+        listener(Attended(query, key, value, output.transpose(1, 2), lambda scores: scores.div_(module.scale_attn), None, None, seen))
         return output, weights
 
     return attend

@@ -334,10 +334,12 @@ class PipelineConfig(Section):
             if len(set(given)) != len(given):
                 message = f"two {what} have one name: {sorted(given)}"
                 raise ValueError(message)
-        shown = [("features", name) for name in self.features.saes] + [("matches", name) for name in (self.matches.saes if self.matches else ())]
-        for section, name in shown:
+        explained = self.heads.explained.values() if self.heads else ()
+        shown = [("features.saes", name) for name in self.features.saes]
+        shown += [("matches.saes", name) for name in (self.matches.saes if self.matches else ())]
+        for section, name in [*shown, *(("heads.prompts", name) for prompt in explained for name, _ in prompt.wanted)]:
             if name not in names:
-                message = f"{section}.saes names {name!r}, but the SAEs are {names}"
+                message = f"{section} names {name!r}, but the SAEs are {names}"
                 raise ValueError(message)
         if len(set(self.harvest.hook_points)) != len(self.harvest.hook_points):
             message = f"harvest.hook_points names one twice: {self.harvest.hook_points}"

@@ -13,7 +13,7 @@
     GET    /api/jobs/{job}                    how far it is; `wait=`: seconds to wait for its end. `/result`: its answer. DELETE: end it
     GET    /api/kept/{digest}                 a tensor that was kept, as a file of one tensor; by Range
     GET    /api/models/{m}/weights/{name}     a weight likewise; `head=`
-    POST   /api/models/{m}/attention, /cut, /cuts    heads over a text of one's own, and without some of them: `attention_live.py`
+    POST   /api/models/{m}/attention, /pairs, /cut, /cuts    heads over a text of one's own, what an edge is of, and without some: `attention_live.py`
 
 Messages are `garcon/remote/message.py`'s; `guard.py` bounds their length. All else is checked here before anything is run: `garcon/remote/limits.py`.
 Errors are JSON: status, what, do, the error's class, and operation and point where they are known. Logs hold no text of anybody's.
