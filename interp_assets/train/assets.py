@@ -15,7 +15,7 @@ from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import Produced, find_made_from, find_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
-from interp_assets.train.lineage import evaluation_lineage, metric_lineage, sae_lineage
+from interp_assets.train.lineage import evaluation_lineage, metric_lineage, probes_lineage, sae_lineage
 from interp_assets.train.refs import (
     EVALUATION_VERSION,
     IMPORT_VERSION,
@@ -23,11 +23,13 @@ from interp_assets.train.refs import (
     METRIC_VERSION,
     MODEL_TOKENS,
     PICK_VERSION,
+    PROBE_VERSION,
     SWEEP_VERSION,
     TRAIN_VERSION,
     evaluation_ref,
     matches_ref,
     metric_ref,
+    probes_ref,
     sae_ref,
     sweep_ref,
 )
@@ -52,6 +54,8 @@ _OF_OWN_PRODUCTS = 3.0
 """Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
 _ENCODING = 2.0
 """Times that the products of encoding and decoding take where an SAE is measured: its sums are in float64."""
+_FITTING_S = 2.0
+"""Seconds in which the probes of one `k` are fitted to 16,384 rows."""
 _SPEEDS = ("step_rows_per_s", "input_wait_share", "peak_memory_bytes", "peak_device_bytes")
 _WEIGHT_COPIES = 5
 """Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
@@ -111,6 +115,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             code_version=code_version(EVALUATION_VERSION),
         ),
         *([_measuring(held_out)] if config.metrics else []),
+        *([_probing(held_out)] if config.probes else []),
         _comparing(),
         *_matching(config, held_out),
     ]
@@ -179,6 +184,55 @@ def _measuring(held_out: list[str]) -> Asset:
         is_one_run=True,
         code_version=code_version(METRIC_VERSION),
     )
+
+
+def _probing(held_out: list[str]) -> Asset:
+    return Asset(
+        key=("sae_probes",),
+        group=GROUP,
+        kinds=("pytorch", "parquet"),
+        description=(
+            "How well few latents of an SAE tell a label of held-out rows, such as whether a token is in a docstring: balanced accuracy over "
+            "documents that it was not fitted on, beside probes that read the activation itself. The unit of work is an experiment. Look at how "
+            "near one latent comes to the whole activation."
+        ),
+        axis=EXPERIMENTS,
+        reads=(same("sae"), only("activations", partitions=held_out)),
+        artifacts=lambda pipeline, _store, key: [probes_ref(pipeline, key)],
+        lineage=lambda pipeline, _store, key: probes_lineage(pipeline, key),
+        make=_probe,
+        shows=lambda _job, _key, made: dict(made[0].manifest.facts["values"]),
+        takes=_probing_takes,
+        is_made_together=True,
+        may_part=True,
+        is_one_run=True,
+        code_version=code_version(PROBE_VERSION),
+    )
+
+
+def _probe(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.probes.probe import probe_saes
+
+    assert job.config.probes
+    n_rows = min(job.config.probes.rows, count_rows(job.pipeline, job.store, job.pipeline.held_out_indices))
+    job.progress.begin_together("sae_probes", job.keys, n_rows * len(job.keys))
+    made = probe_saes(job.pipeline, job.store, job.keys, job.progress.advance)
+
+    def take(key: str) -> list[Produced]:
+        found = made[key]
+        if isinstance(found, InterpError):
+            raise found
+        return [found]
+
+    return take
+
+
+def _probing_takes(pipeline: Pipeline, store: Store, key: str) -> Load:
+    probes, sae = pipeline.config.probes, pipeline.config.sae(key)
+    assert probes
+    n_rows, weights = min(probes.rows, count_rows(pipeline, store, pipeline.held_out_indices)), _held_bytes(pipeline, sae)[0]
+    busy_s = 2 * 2.0 * n_rows * (weights / 8) / ONE_WORKER.flops + _FITTING_S * n_rows / 16_384 * len(probes.k)
+    return Load(n_rows, weights, 0, 4, 1, busy_s=busy_s, memory_bytes=weights + _held_bytes(pipeline, sae)[1] + 600.0 * n_rows * probes.seeds)
 
 
 def _measure(job: Job) -> Callable[[str], list[Produced]]:
