@@ -328,6 +328,8 @@ class PipelineConfig(Section):
     """The same features in other SAEs; nothing is matched without this section."""
     stop: StopConfig | None = None
     """Trainings that others dominate end early, as a record and a checkpoint; none does without this section."""
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Execution: tools that get the curves of trainings too; nothing goes to a network unless their own variables say so."""
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")

@@ -256,12 +256,15 @@ def _train(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.train.loop import training_rows
     from interp_assets.train.reports import make_listener
     from interp_assets.train.resume import has_checkpoint
+    from interp_assets.train.trackers.track import tracked
 
     names = list(job.keys)
     _require_certificates(job.pipeline, job.store, names)
     job.progress.begin_together("sae", names, training_rows(job.pipeline, names))
     begun_before = {name for name in names if has_checkpoint(job.store, sae_ref(job.pipeline, name))}
-    trained = run_training(job.pipeline, job.store, names, job.progress.advance, make_listener(job.log, job.progress))
+    with tracked(job.pipeline, names, make_listener(job.log, job.progress), job.progress.tell) as listener:
+        trained = run_training(job.pipeline, job.store, names, job.progress.advance, listener.hear)
+        listener.end(trained.made)
     return lambda key: [trained.take(key)._replace(is_whole=key not in begun_before)]
 
 
