@@ -410,8 +410,8 @@ def _match(job: Job) -> Callable[[str], list[Produced]]:
 
 def name_numbers(pairs: list[dict[str, Any]]) -> dict[str, Shown]:
     """Return what is known of pairs of SAEs, each number under its own name: `mean_cosine.a.b`."""
-    named = ("mean_cosine", "share_above_0.7", "share_above_0.9", "share_mutual")
-    return {f"{name}.{pair['sae']}.{pair['other_sae']}": pair[name] for pair in pairs for name in named}
+    named = ("mean_cosine", "mean_paired_cosine", "share_above_0.7", "share_above_0.9", "share_mutual")
+    return {f"{name}.{pair['sae']}.{pair['other_sae']}": pair[name] for pair in pairs for name in named if pair.get(name) is not None}
 
 
 def _matching_takes(pipeline: Pipeline, store: Store, _key: str) -> Load:
@@ -422,7 +422,7 @@ def _matching_takes(pipeline: Pipeline, store: Store, _key: str) -> Load:
     held = [_held_bytes(pipeline, sae)[0] for sae in saes]
     largest = max(sae.d_sae for sae in saes)
     busy_s = n_pairs * (2 * n_rows * 2 * max(held) / 4 + 2 * largest * max(held) / 8) / ONE_WORKER.flops
-    return Load(n_rows, sum(held), 0, len(saes), 1, busy_s=busy_s, memory_bytes=2 * max(held) + 4096 * largest * 16)
+    return Load(n_rows, sum(held), 0, len(saes), 1, busy_s=busy_s, memory_bytes=2 * max(held) + 4096 * largest * 16 + 4 * min(largest, 16_384) ** 2)
 
 
 def _compare(job: Job) -> Callable[[str], list[Produced]]:

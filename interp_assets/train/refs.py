@@ -47,7 +47,7 @@ PROBE_VERSION = 1
 SWEEP_VERSION = 3
 """Raise it when the table of the same SAEs would hold something else."""
 
-MATCH_VERSION = 1
+MATCH_VERSION = 2
 """Raise it when the same SAEs would be matched otherwise."""
 
 
