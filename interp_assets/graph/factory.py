@@ -7,7 +7,7 @@ record one partition after the other.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -15,13 +15,13 @@ import dagster as dg
 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.graph.events import Made, Shared, describe, interruptible, partition_keys, record, record_verdicts
-from interp_assets.graph.fanout import start_fanout
+from interp_assets.graph.fanout import Fanout, start_fanout
 from interp_assets.graph.partitions import backfill_policy, claim_history, dependency, partitions_of, register, tags_of
+from interp_assets.graph.workers import dismiss_crew
 from interp_assets.planning.asset import Asset, Check, Job
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.progress import Progress
 from interp_assets.planning.road import Road
-from interp_assets.storage.manifest import Produced
 from interp_assets.storage.traffic import METER
 from resources.world import World
 
@@ -122,11 +122,13 @@ def _make(asset: Asset, context: dg.AssetExecutionContext, world: World, progres
     assert asset.make is not None
     pipeline, store = world.open()
     job = Job(world, pipeline, store, tuple(partition_keys(context)), progress, context.log.info)
-    fanout = start_fanout(asset, job)
+    if fanout := start_fanout(asset, job):
+        yield from record(context, lambda key: _take(fanout, asset, job, key), progress)
+        return
+    if asset.needs.accelerator:
+        dismiss_crew()  # it would share the device with them
     shared = None
-    if fanout:
-        make: Callable[[str], list[Produced]] = fanout.take
-    elif asset.is_made_together:
+    if asset.is_made_together:
         before, begun, n_compiled = METER.total(), time.monotonic(), n_compilations()
         with interruptible(progress):
             make = asset.make(job)
@@ -136,10 +138,16 @@ def _make(asset: Asset, context: dg.AssetExecutionContext, world: World, progres
 
     def work(key: str) -> Made:
         produced = make(key)
-        where = {"node": fanout.where(key)} if fanout else {}
-        return describe(produced, store.url, {**asset.shows(job, key, produced), **where})
+        return describe(produced, store.url, asset.shows(job, key, produced))
 
     yield from record(context, work, progress, shared)
+
+
+def _take(fanout: Fanout, asset: Asset, job: Job, key: str) -> Made:
+    """Take from a cluster what it has made. Its time rates nothing: a worker has a share of a machine."""
+    taken = fanout.take(asset, key)
+    made = describe(taken.made, job.store.url, {**asset.shows(job, key, taken.made), "node": taken.node})
+    return made._replace(took=Shared(taken.traffic, taken.seconds, is_rated=False))
 
 
 def _hash_version(content: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from interp_assets.corpus.sizes import are_counted
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.fanout import side_by_side
+from interp_assets.graph.local_ray import local_cluster
 from interp_assets.graph.partitions import claim_history
 from interp_assets.graph.readiness import check_machine
 from interp_assets.graph.stages import make_road
@@ -159,7 +160,11 @@ def run_road(
     `select` limits the run to the named assets (the plan is always made: it notices new text). Raises the first `RunError`: at an asset that
     failed whole, else when all is made that does not read what failed. What is finished stays, and the next run goes on from there.
     """
-    progress = progress or Progress()
+    with local_cluster(config.execution):
+        yield from _run_road(config, instance, select, progress or Progress())
+
+
+def _run_road(config: PipelineConfig, instance: DagsterInstance, select: Sequence[str], progress: Progress) -> Iterator[AssetReport]:
     road = make_road(config)
     rest = [asset for asset in road.select(select) if not asset.plan]
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
