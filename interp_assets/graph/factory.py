@@ -22,6 +22,8 @@ from interp_assets.planning.asset import Asset, Check, Job
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.progress import Progress
 from interp_assets.planning.road import Road
+from interp_assets.storage.listing import list_store
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.traffic import METER
 from resources.world import World
 
@@ -30,6 +32,8 @@ GPU_POOL: Final = "gpu"
 """Runs that hold a subject model or SAEs in memory: Dagster starts as many at once as the pool's limit says (`dagster.yaml`: one)."""
 RETRIES: Final = dg.RetryPolicy(max_retries=2, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """A store that refuses is asked again after about 1 and 3 seconds; what is finished is found, so only the rest is made. Nothing else is retried."""
+
+_VERSION_TAG: Final = "dagster/data_version"
 
 Events = Any
 """What an asset's body yields. Dagster reads the annotation as the type of the output when a checker wraps the body, so it promises nothing."""
@@ -108,10 +112,15 @@ def _plan(asset: Asset, road: Road, context: dg.AssetExecutionContext, world: Wo
     store = world.store()
     pipeline = asset.plan(world.config, store, tell)
     register(context.instance, road, pipeline)
-    road.check(pipeline, store)
+    with open_seen() as notes:
+        road.check(pipeline, list_store(store, notes))
     for outside in road.outside:
-        for key, found in outside.observe(pipeline).items() if outside.observe else ():
-            tags = {"dagster/data_version": found.version}
+        observed = outside.observe(pipeline) if outside.observe else {}
+        known = _observed_versions(context.instance, outside) if observed else {}
+        for key, found in observed.items():
+            if known.get(key) == found.version:
+                continue  # ten thousand events that say nothing new would be a minute of every run
+            tags = {_VERSION_TAG: found.version}
             yield dg.AssetObservation(dg.AssetKey(list(outside.key)), partition=key, metadata=found.facts, tags=tags)
     shown = asset.shows(Job(world, pipeline, store), "", [])
     version = _hash_version({**pipeline.facts, "corpus": pipeline.config.corpus.model_dump()})
@@ -148,6 +157,13 @@ def _take(fanout: Fanout, asset: Asset, job: Job, key: str) -> Made:
     taken = fanout.take(asset, key)
     made = describe(taken.made, job.store.url, {**asset.shows(job, key, taken.made), "node": taken.node})
     return made._replace(took=Shared(taken.traffic, taken.seconds, is_rated=False))
+
+
+def _observed_versions(instance: dg.DagsterInstance, asset: Asset) -> dict[str, str]:
+    """Return the version of every partition of something outside, as it was observed last."""
+    event_type, tags = dg.DagsterEventType.ASSET_OBSERVATION, [_VERSION_TAG]
+    found = instance.event_log_storage.get_latest_tags_by_partition(dg.AssetKey(list(asset.key)), event_type, tags)
+    return {partition: tags[_VERSION_TAG] for partition, tags in found.items() if _VERSION_TAG in tags}
 
 
 def _hash_version(content: Mapping[str, Any]) -> str:
