@@ -1,6 +1,7 @@
 """What all tests share: stores and a small pipeline whose plan is made by hand."""
 
 import own_place  # isort: skip - before what reads the environment when it is imported
+import checked  # noqa: F401 # isort: skip - before the package, whose types it has checked
 
 import shutil
 from collections.abc import Iterator

@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from checked import check_types
+from checked import check_calls, check_types
 from jaxtyping import Float, TypeCheckError, jaxtyped
 from torch import Tensor
+
+from interp_assets.compute.seeds import stream
+from interp_assets.planning.pipeline import shard_key
+from interp_assets.train.sae import topk_threshold
 
 
 def define(kind: Any, default: Any = None) -> Callable[..., Any]:
@@ -47,3 +51,44 @@ def test_a_default_without_a_hash_is_checked_too() -> None:
     assert define(list[int], [1])([2]) == [2]
     with pytest.raises(TypeCheckError, match="checking the parameters"):
         define(list[int], [1])("b")
+
+
+def test_the_package_is_checked() -> None:
+    """Plain types by beartype alone, arrays by jaxtyping; what is right goes through."""
+    assert shard_key(3) == "shard-000003"
+    wrong: Any = "3"
+    with pytest.raises(TypeCheckError, match="str '3' not instance of int"):
+        shard_key(wrong)
+    with pytest.raises(TypeCheckError):
+        stream(wrong, "what")
+    assert topk_threshold(torch.ones(2, 1)).shape == (2,)
+    with pytest.raises(TypeCheckError, match="checking the parameters"):
+        topk_threshold(torch.ones(2))
+
+
+class _Named:
+    """A class that its own method names before it is there."""
+
+    @check_calls
+    def other(self, other: "_Named | None", *, n: "list[int]" = [1]) -> "_Named":  # noqa: B006 - a default without a hash
+        """Return the other."""
+        return other if other is not None and n else wrong_result
+
+
+wrong_result: Any = "no instance"
+
+
+def test_names_of_classes_are_resolved_when_a_function_is_called() -> None:
+    """Also within others, and defaults are passed by."""
+    one, wrong = _Named(), _as_any(["a"])
+    assert one.other(one) is one
+    with pytest.raises(TypeCheckError):
+        one.other(one, n=wrong)
+    with pytest.raises(TypeCheckError):
+        one.other(wrong)
+    with pytest.raises(TypeCheckError, match="return"):
+        one.other(None)
+
+
+def _as_any(value: object) -> Any:
+    return value

@@ -49,6 +49,8 @@ class Token(NamedTuple):
     """KL(without edits || with edits) of the prediction that it was drawn from, in nats, over the same text."""
     watched: tuple[float, ...] = ()
     """Log probabilities of the plan's watched tokens in that prediction."""
+    latents: tuple[float, ...] = ()
+    """The plan's latents, one SAE after the other, at the position of that prediction: of the token before this one."""
 
 
 class Continuation(NamedTuple):
@@ -96,6 +98,15 @@ class Chats(NamedTuple):
     def assistant(self) -> tuple[tuple[int, ...] | None, ...]:
         """The positions of the assistant's words in each conversation."""
         return tuple(None if roles is None else tuple(i for i, role in enumerate(roles) if role == "assistant") for roles in self.roles)
+
+
+class Controls(NamedTuple):
+    """What a latent of an SAE is compared with when it is steered."""
+
+    direction: Tensor
+    """Its decoder row, [d_out]."""
+    other: int | None
+    """Another live latent that fires about as often; None where nobody knows, or there is none."""
 
 
 class PointRow(NamedTuple):
@@ -183,6 +194,15 @@ class WritingBackend(Backend, Protocol):
 
     def vector_strength(self, written: str | float, point: str, length: float) -> float:
         """Return how many times a vector of a length is added at a point."""
+        ...
+
+    @property
+    def most_texts(self) -> int:
+        """How many texts one plan may write."""
+        ...
+
+    def controls(self, sae: str, latent: int, seed: int) -> Controls:
+        """Return what a latent is compared with, the other one drawn by a seed."""
         ...
 
     def generate(self, plan: GeneratePlan, tensors: Mapping[str, Tensor], on_token: Callable[[Token], None] | None = None) -> Generated:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.backend import Answer, Chats, Generated, PointRow, Token
+from interp_assets.garcon.backend import Answer, Chats, Controls, Generated, PointRow, Token
 from interp_assets.garcon.chat import UNKNOWN, tokenize_chat
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, ReducePlan
@@ -15,6 +15,7 @@ from interp_assets.garcon.points import find_point, list_norms, list_points, poi
 from interp_assets.garcon.reduce import reduce_texts
 from interp_assets.garcon.run import run_plan
 from interp_assets.garcon.steering.attach import TEXT, try_sae
+from interp_assets.garcon.steering.controls import find_controls
 from interp_assets.garcon.steering.decode import generate
 from interp_assets.garcon.steering.strengths import latent_strength, vector_strength
 from interp_assets.garcon.subject import SubjectModel
@@ -107,11 +108,24 @@ class LocalBackend:
         """Return what token ids say together."""
         return self.tokenizer.decode(list(tokens))
 
+    @property
+    def most_texts(self) -> int:
+        """How many texts one plan may write: as many as make a forward worth its while."""
+        return 512
+
+    def controls(self, sae: str, latent: int, seed: int) -> Controls:
+        """Return what a latent is compared with."""
+        return find_controls(self._sae(sae), latent, seed)
+
     def latent_strength(self, written: str | float, sae: str, latent: int) -> float:
         """Return the number of a latent's strength."""
-        if sae not in self.saes:
-            raise InputError(f"No SAE is called {sae!r} here; there are {sorted(self.saes)}. `lab.open(...).model()` brings a pipeline's.")
-        return latent_strength(written, self.saes[sae], sae, latent, self.norms.get(self.saes[sae].written_at))
+        attached = self._sae(sae)
+        return latent_strength(written, attached, sae, latent, self.norms.get(attached.written_at))
+
+    def _sae(self, name: str) -> AttachedSae:
+        if name not in self.saes:
+            raise InputError(f"No SAE is called {name!r} here; there are {sorted(self.saes)}. `lab.open(...).model()` brings a pipeline's.")
+        return self.saes[name]
 
     def vector_strength(self, written: str | float, point: str, length: float) -> float:
         """Return how many times a vector is added."""

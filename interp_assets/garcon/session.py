@@ -240,16 +240,19 @@ class Model:
         seed: int = 0,
         compare: bool = False,
         on_token: Callable[[Token], None] | None = None,
+        latents: Mapping[str, Sequence[int]] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Texts:
         """Continue texts, token ids or conversations, with the edits of a recipe; `compare` continues them without, too.
 
         `temperature`, `top_k` and `top_p` say how tokens are drawn; without a temperature the most probable one is taken. `on_token` is handed
-        every token as it comes. Raises `InputError` for what the model, an SAE or the recipe cannot do.
+        every token as it comes, with what `latents` (by SAE) read at the position that it was drawn from. Raises `InputError` for what the model,
+        an SAE or the recipe cannot do.
         """
         backend = self.writing()
         edits = self._edits(steer)
-        options = {"new_tokens": new_tokens, "n": n, "seed": seed, "compare": compare, **sampling}
+        told = [{"sae": sae, "latents": tuple(found)} for sae, found in (latents or {}).items()]
+        options: dict[str, Any] = {"new_tokens": new_tokens, "n": n, "seed": seed, "compare": compare, "latents": told, **sampling}
         plan = make_generate_plan(backend, self._prompts(prompt), edits, **options)
         texts = Texts(plan, backend.generate(plan, edits.tensors, on_token), backend.decode)
         texts.warnings = odd_saes(backend.saes, [edit.write for edit in plan.edits])
@@ -389,8 +392,7 @@ class Trace:
         name = self._name("read")
         self._operations.append(Read(name=name, after=after, **at))
         chosen = range(len(self._rows)) if at["rows"] is None else at["rows"]
-        self._results[name] = Result(at["point"], self._axes(at), self._tokens_at(chosen, at["pos"]))
-        self._results[name].operation = name
+        self._results[name] = Result(at["point"], self._axes(at), self._tokens_at(chosen, at["pos"]), name)
         return self._results[name]
 
     def patch(
@@ -442,8 +444,7 @@ class Trace:
         name = self._name("read")
         self._operations.append(SaeRead(name=name, sae=sae, latents=None if latents is None else tuple(latents), after=after, **at))
         axes = ["row", *([] if isinstance(at["pos"], int) else ["position"]), "latent"]
-        self._results[name] = Result(f"{sae} at {at['point']}", axes, self._tokens_at(range(len(self._rows)), at["pos"]))
-        self._results[name].operation = name
+        self._results[name] = Result(f"{sae} at {at['point']}", axes, self._tokens_at(range(len(self._rows)), at["pos"]), name)
         return self._results[name]
 
     def sae_clamp(self, sae: str, values: Mapping[int, str], *, pos: Where = None, when: tuple[str, int, float] | None = None) -> None:
@@ -477,8 +478,7 @@ class Trace:
         """Measure a metric, for every row."""
         name = self._name("metric")
         self._operations.append(metric.model_copy(update={"name": name}))
-        self._results[name] = Result(metric.metric, ["row"], self._all_tokens())
-        self._results[name].operation = name
+        self._results[name] = Result(metric.metric, ["row"], self._all_tokens(), name)
         return self._results[name]
 
     def grad(self, metric: Result, at: Names) -> Results:

@@ -113,7 +113,8 @@ class Store:
         """Write a whole object atomically; with `create`, answer False and change nothing when it exists already."""
         METER.written(len(data))
         with self._explained("write", path):
-            self._make_folder()
+            if isinstance(self._place, _Folder):
+                self._place.path.mkdir(parents=True, exist_ok=True)
             try:
                 obstore.put(self._backend, self._key(path), data, mode="create" if create else "overwrite")
             except AlreadyExistsError:
@@ -184,11 +185,8 @@ class Store:
     def delete(self, paths: Sequence[str]) -> None:
         """Delete objects; those that do not exist are no error."""
         for path in paths:
-            try:
-                with self._explained("delete", path):
-                    obstore.delete(self._backend, self._key(path))
-            except StoreMissingError:
-                continue
+            with suppress(StoreMissingError), self._explained("delete", path):
+                obstore.delete(self._backend, self._key(path))
 
     def child(self, prefix: str) -> "Store":
         """Return the store of a folder of this one."""
@@ -197,10 +195,6 @@ class Store:
     def local_path(self, path: str = "") -> Path | None:
         """Return the file behind a path, or None when the store is not a local folder."""
         return self._place.path / self._key(path) if isinstance(self._place, _Folder) else None
-
-    def _make_folder(self) -> None:
-        if isinstance(self._place, _Folder):
-            self._place.path.mkdir(parents=True, exist_ok=True)
 
     def _check_kind(self, path: str) -> None:
         """Raise `StoreError` for a pipe, a socket or a device, of which reading would wait for ever."""
@@ -222,11 +216,9 @@ class Store:
 
     def _sync(self, path: str) -> None:
         """Flush a local file and its folder entry to the disk; other backends are durable once they answer."""
-        local = self.local_path(path)
-        if local is None:
-            return
-        for target in (local, local.parent):
-            flush(target)
+        if local := self.local_path(path):
+            flush(local)
+            flush(local.parent)
 
     @contextmanager
     def _explained(self, verb: str, path: str) -> Iterator[None]:

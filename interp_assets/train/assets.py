@@ -1,7 +1,7 @@
 """SAEs as assets: one partition per experiment of the sweep, trained together, measured on the held-out shards, and compared in one table."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from interp_assets.corpus.sizes import TOKEN_BYTES, bound_rows, count_rows
 from interp_assets.errors import ArtifactMissingError, CertificateError, InterpError
@@ -32,6 +32,7 @@ from interp_assets.train.refs import (
     sweep_ref,
 )
 
+T = TypeVar("T")
 GROUP = "train"
 _PRODUCTS = 5
 """Matrix products of a training step (benchmarks/bench_train.py)."""
@@ -187,14 +188,14 @@ def _measure(job: Job) -> Callable[[str], list[Produced]]:
     n_rows = count_rows(job.pipeline, job.store, job.pipeline.held_out_indices)
     job.progress.begin_together("sae_metrics", job.keys, n_rows * len(job.keys) * len(job.config.metrics))
     made = {key: measure_own(job.pipeline, job.store, key, job.progress.advance) for key in job.keys}
+    return lambda key: _sound(made[key])
 
-    def take(key: str) -> list[Produced]:
-        found = made[key]
-        if isinstance(found, InterpError):
-            raise found
-        return found
 
-    return take
+def _sound(found: T | InterpError) -> T:
+    """Return what was made. Raises what kept it from being made."""
+    if isinstance(found, InterpError):
+        raise found
+    return found
 
 
 def _train(job: Job) -> Callable[[str], list[Produced]]:
@@ -302,14 +303,7 @@ def _evaluate(job: Job) -> Callable[[str], list[Produced]]:
     n_units = sum(_evaluation_units(job.pipeline, job.store))
     job.progress.begin_together("sae_evaluation", job.keys, n_units * len(job.keys))
     made = evaluate_saes(job.pipeline, job.store, job.world.model(), job.keys, job.progress.advance)
-
-    def take(key: str) -> list[Produced]:
-        found = made[key]
-        if isinstance(found, InterpError):
-            raise found
-        return [found]
-
-    return take
+    return lambda key: [_sound(made[key])]
 
 
 def _show_frequencies(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:

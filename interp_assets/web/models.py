@@ -50,12 +50,23 @@ from interp_assets.errors import (
 )
 from interp_assets.garcon.backend import Answer, Chats, Generated, Kept, Token
 from interp_assets.garcon.local import LocalBackend
-from interp_assets.garcon.plan import Plan, explain_plan, parse_generate_plan, parse_plan, parse_reduce_plan, parse_sweep
+from interp_assets.garcon.plan import Asked, GeneratePlan, Plan, ReducePlan, SweepPlan, explain_plan
 from interp_assets.garcon.points import n_layers
 from interp_assets.garcon.reduce import reduce_steps
 from interp_assets.garcon.remote.batch import ModelThread, Steps, Ticket
 from interp_assets.garcon.remote.limits import Limits, answer_bytes, check_answer, check_plan, check_texts, needs_forward
-from interp_assets.garcon.remote.message import FILE, LINES, MAX_TEXT, Asking, dump_generated, pack, pack_answer, pack_cells, pack_reduced, read_plan
+from interp_assets.garcon.remote.message import (
+    FILE,
+    LINES,
+    MAX_TEXT,
+    dump_generated,
+    pack,
+    pack_answer,
+    pack_cells,
+    pack_controls,
+    pack_reduced,
+    read_plan,
+)
 from interp_assets.garcon.steering.decode import stream_tokens
 from interp_assets.garcon.sweep import begin_sweep
 from interp_assets.web.attention_live import ATTENTION, BYTES, read_asked
@@ -79,7 +90,7 @@ _STATUSES: Final[Sequence[tuple[type[InterpError], int, str]]] = (
     (ServiceError, 503, "Look at the server's terminal."),
     (InterpError, 502, "Look at the server's terminal."),
 )
-T = TypeVar("T", bound=Asking)
+T = TypeVar("T", bound=Asked)
 U = TypeVar("U")
 
 
@@ -139,6 +150,7 @@ class Models:
         app.post(f"{one}/run")(_answered(self.run))
         app.post(f"{one}/generate")(_answered(self.generate))
         app.get(f"{one}/strength")(_answered(self.strength))
+        app.get(f"{one}/controls")(_answered(self.read_controls))
         app.post(f"{one}/sweep")(_answered(self.sweep))
         app.post(f"{one}/reduce")(_answered(self.reduce))
         for path, looking in ATTENTION.items():
@@ -181,7 +193,7 @@ class Models:
     ) -> Response:
         """Run a plan."""
         served, user = self.find(name), _user_of(request)
-        plan, tensors = await self._read(request, user, parse_plan)
+        plan, tensors = await self._read(request, user, Plan)
         check_plan(plan, self._limits)
         sizes = await self._measure(served, user, plan, _length_of(request))
         if dry:
@@ -201,7 +213,7 @@ class Models:
     async def generate(self, name: str, request: Request) -> Response:
         """Continue texts, and send tokens as they come."""
         served, user = self.find(name), _user_of(request)
-        plan, tensors = await self._read(request, user, parse_generate_plan)
+        plan, tensors = await self._read(request, user, GeneratePlan)
         check_texts(plan, self._limits)
         come: asyncio.Queue[bytes | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -226,10 +238,16 @@ class Models:
         number = backend.latent_strength(written, sae, latent) if sae else backend.vector_strength(written, point, length)
         return JSONResponse({"strength": number})
 
+    async def read_controls(self, name: str, sae: str, latent: int, seed: int) -> Response:
+        """Send what a latent is compared with when it is steered."""
+        backend = self.find(name).backend
+        self._require_weights()
+        return _send(pack_controls(await run_in_threadpool(backend.controls, sae, latent, seed)))
+
     async def sweep(self, name: str, request: Request) -> Response:
         """Begin a sweep."""
         served, user = self.find(name), _user_of(request)
-        plan, tensors = await self._read(request, user, parse_sweep)
+        plan, tensors = await self._read(request, user, SweepPlan)
         if len(plan.row) > self._limits.tokens or len(plan.points) * len(plan.row) > self._limits.cells:
             what = f"A sweep of {len(plan.points):,} points over {len(plan.row):,} tokens"
             raise TooLargeError(f"{what} is too large: {self._limits.tokens:,} tokens and {self._limits.cells:,} cells are swept. Name fewer points.")
@@ -242,11 +260,10 @@ class Models:
     async def reduce(self, name: str, request: Request) -> Response:
         """Begin to reduce."""
         served, user = self.find(name), _user_of(request)
-        plan, _ = await self._read(request, user, parse_reduce_plan)
+        plan, _ = await self._read(request, user, ReducePlan)
         if (longest := max(map(len, plan.rows))) > self._limits.tokens:
             raise TooLargeError(f"A text has {longest:,} tokens; at most {self._limits.tokens:,} are run at once. Cut it.")
-        steps = _reduce(reduce_steps(served.backend.subject, plan), sum(map(len, plan.rows)))
-        return self._begin(user, served, steps, pack_reduced)
+        return self._begin(user, served, reduce_steps(served.backend.subject, plan), pack_reduced)
 
     def _looking(self, kind: type[BaseModel], begin: Callable[..., Steps]) -> Callable[..., Awaitable[Response]]:
         """Return a route that gets in line with a job of attention, and sends what it returns."""
@@ -308,9 +325,12 @@ class Models:
     async def read_weight(self, name: str, weight: str, request: Request, head: int | None = None) -> Response:
         """Send a copy of a weight."""
         backend = self.find(name).backend
-        if not self._weights:
-            raise NotFoundError("This server sends no weights: it was started with --no-weights.")
+        self._require_weights()
         return _send(pack({}, {"tensor": await run_in_threadpool(backend.weight, weight, head)}), request.headers.get("range"))
+
+    def _require_weights(self) -> None:
+        if not self._weights:
+            raise NotFoundError("This server sends no weights, nor a latent's direction: it was started with --no-weights.")
 
     def find(self, name: str) -> Served:
         """Return a model by its short name. Raises `NotFoundError` with the names there are."""
@@ -328,7 +348,8 @@ class Models:
         subject, thread = served.backend.subject, served.thread
         facts = served.facts.get("saes", {})
         saes = {
-            name: {"hook_point": item.hook_point, "written_at": item.written_at, "d_sae": item.sae.d_sae, **facts.get(name, {})}
+            name: {"hook_point": item.hook_point, "written_at": item.written_at, "d_sae": item.sae.d_sae}
+            | {"is_crosscoder": bool(item.more), **facts.get(name, {})}
             for name, item in served.backend.saes.items()
         }
         return {
@@ -362,13 +383,13 @@ class Models:
         marks = [[token in special for token in row] for row in ids]
         return {"ids": ids, "pieces": pieces, "special": marks, "roles": roles, "texts": texts}
 
-    async def _read(self, request: Request, user: str, parse: Callable[[str], T]) -> tuple[T, dict[str, Tensor]]:
+    async def _read(self, request: Request, user: str, kind: type[T]) -> tuple[T, dict[str, Tensor]]:
         """Read a plan and its tensors, of which the user may keep some here."""
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        body = await _read_body(request, MAX_TEXT if kind != FILE else None)
+        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        body = await _read_body(request, MAX_TEXT if content_type != FILE else None)
 
         def read() -> tuple[T, dict[str, Tensor]]:
-            plan, beside = read_plan(kind, body, parse)
+            plan, beside = read_plan(content_type, body, kind)
             return plan, {name.tensor: beside[name.tensor] if name.tensor in beside else self._kept.get(user, name.tensor) for name in plan.tensors()}
 
         return await _off(len(body), read)
@@ -485,16 +506,6 @@ def _write_tokens(tokens: Generator[Token, None, Generated], of: int, tell: Call
             return json.dumps({"generated": dump_generated(end.value)}).encode() + b"\n"
         tell(json.dumps({"token": token}).encode() + b"\n")
         yield token.place + 1, of
-
-
-def _reduce(steps: Generator[int, None, Any], of: int) -> Steps:
-    done = 0
-    while True:
-        try:
-            done += next(steps)
-        except StopIteration as end:
-            return end.value
-        yield done, of
 
 
 async def _stream_lines(first: bytes | None, come: "asyncio.Queue[bytes | None]", job: _Job) -> AsyncIterator[bytes]:

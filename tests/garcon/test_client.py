@@ -15,7 +15,7 @@ from tiny_models import D_MODEL
 
 from interp_assets import lab
 from interp_assets.errors import InputError, InterpError, NonFiniteError, ServiceError, TooLargeError
-from interp_assets.garcon.features import AttachedSae
+from interp_assets.garcon.features import AttachedSae, Firings
 from interp_assets.garcon.session import Model
 from interp_assets.train.sae import Sae
 
@@ -26,10 +26,13 @@ def _sae() -> Sae:
     return Sae(kind="relu", W_enc=W_enc, b_enc=torch.zeros(24), W_dec=W_dec, b_dec=torch.ones(D_MODEL), threshold=torch.zeros(24), k=0)
 
 
+FIRINGS = Firings(torch.ones(24).index_fill(0, torch.tensor([3]), 0.0), torch.linspace(0, 1, 24), lambda _latent, share: share)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[ModelServer]:
     """A tiny GPT-2 with an SAE."""
-    with serve_model(make_served(saes={"stream": AttachedSae(_sae(), "resid_post.0")})) as server:
+    with serve_model(make_served(saes={"stream": AttachedSae(_sae(), "resid_post.0", firings=FIRINGS)})) as server:
         yield server
 
 
@@ -173,10 +176,11 @@ def test_texts_are_continued_as_here(server: ModelServer, remote: Model) -> None
         {"point": "resid_post.0", "vector": vector, "add": "2 raw", "where": "generated"},
         {"sae": "stream", "latent": 3, "clamp": "2.5 raw"},
     ]
-    found = []
+    found: list[Any] = []
+    asked: Any = {"new_tokens": 4, "steer": steer, "n": 2, "seed": 1, "temperature": 0.9, "compare": True, "latents": {"stream": [3, 9]}}
     for llm in (server.local, remote):
         came: list[Any] = []
-        texts = llm.generate(["hello", "wine!"], new_tokens=4, steer=steer, n=2, seed=1, temperature=0.9, compare=True, on_token=came.append)
+        texts = llm.generate(["hello", "wine!"], on_token=came.append, **asked)
         found.append((texts, came))
     (ours, our_tokens), (theirs, their_tokens) = found
     assert theirs.plan.hash == ours.plan.hash
@@ -184,6 +188,21 @@ def test_texts_are_continued_as_here(server: ModelServer, remote: Model) -> None
     assert (theirs.texts, theirs.defaults) == (ours.texts, ours.defaults)
     assert theirs.table().equals(ours.table())
     assert theirs.effects().equals(ours.effects())
+    assert ours.table().columns[-2:] == ["stream.3", "stream.9"]
+
+
+def test_doses_are_those_that_are_measured_here(server: ModelServer, remote: Model) -> None:
+    """The server writes 32 texts at once, so that 36 take two plans; controls come from its SAE. Without weights it tells no direction."""
+    given: Any = {"prompts": ["hello", "wine!"], "strengths": [-3, 5], "unit": "raw", "new_tokens": 4, "n": 2, "seed": 3, "temperature": 0.9}
+    ours, theirs = (llm.dose([{"sae": "stream", "latent": 5, "clamp": "1 raw"}], **given) for llm in (server.local, remote))
+    assert theirs.texts.select("arm", "strength", "prompt", "continuation", "text").equals(
+        ours.texts.select("arm", "strength", "prompt", "continuation", "text")
+    )
+    assert set(theirs.texts["arm"]) == {"feature", "other", "random", "flip", "zero"}
+    for outcome in ours.outcomes:
+        assert torch.allclose(*(torch.tensor(dose.texts[outcome].to_list()) for dose in (ours, theirs)), rtol=1e-4, atol=1e-5, equal_nan=True)
+    with pytest.raises(InputError, match="has latents 0 to 23"):
+        remote.dose([{"sae": "stream", "latent": 99, "clamp": "1 raw"}], **given)
 
 
 @pytest.mark.parametrize(

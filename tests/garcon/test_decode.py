@@ -21,17 +21,19 @@ from interp_assets.garcon.plan import (
     Edit,
     Freeze,
     GeneratePlan,
+    LatentsRead,
     Patch,
     Plan,
     ProjectOut,
     Read,
     SaeAdd,
     SaeClamp,
+    SaeRead,
     Scale,
     Span,
     When,
     name_tensor,
-    parse_generate_plan,
+    parse_plan,
 )
 from interp_assets.garcon.run import run_plan
 from interp_assets.garcon.steering.decode import generate, stream_tokens
@@ -176,6 +178,48 @@ def test_a_default_and_what_the_unedited_model_says_stand_beside_every_token() -
         assert kl.min() > 1e-4
 
 
+@pytest.mark.parametrize("sae", ["top", "over"])
+def test_latents_come_with_every_token_as_a_trace_reads_them_afterwards(sae: str) -> None:
+    """After the edits, at the position that a token was drawn from, in the edited text and in the default; the oracle reads whole texts."""
+    edits = (Edit(write=Add(point="resid_post.0", value=GIVEN, times=0.7)), *EDITS["saes"][:2])
+    told = ({"sae": sae, "latents": (3, 7, 20)}, {"sae": "top", "latents": (5,)})
+    plan = GeneratePlan.model_validate({"rows": PROMPTS, "new_tokens": NEW, "edits": edits, "compare": True, "latents": told})
+    subject = make_subject("llama")
+    found = generate(subject, plan, TENSORS, SAES)
+    point = SAES[sae].hook_point
+    for texts, is_edited in ((found.texts, True), (found.defaults, False)):
+        for prompt, text in enumerate(texts):
+            row = (*PROMPTS[prompt], *(token.token for token in text.tokens[:-1]))
+            writes = [edit.write.model_copy(update={"rows": None}) for edit in edits if edit.write.rows in (None, (prompt,))]
+            places = range(len(PROMPTS[prompt]), len(row))
+            own = [write.model_copy(update={"pos": tuple(places)}) if prompt == 1 and write.op == "sae_clamp" else write for write in writes]
+            reads = (
+                SaeRead(name="a", point=point, sae=sae, latents=(3, 7, 20), after=True),
+                SaeRead(name="b", point="resid_post.0", sae="top", latents=(5,), after=True),
+            )
+            read = run_plan(subject, Plan(rows=(row,), operations=(*(own if is_edited else ()), *reads)), TENSORS, SAES).tensors
+            wanted = torch.cat([read["a"], read["b"]], dim=2)[0, len(PROMPTS[prompt]) - 1 :]
+            assert torch.allclose(torch.tensor([token.latents for token in text.tokens]), wanted, atol=2e-5)
+            assert len(wanted) == NEW
+
+
+def test_latents_without_edits_cost_no_twin_and_change_no_token() -> None:
+    """A plan of latents alone writes what the plan without them does; what cannot be read is refused by name."""
+    subject = make_subject("llama")
+    plain = GeneratePlan(rows=PROMPTS, new_tokens=NEW, compare=True)
+    asked = plain.model_copy(update={"latents": (LatentsRead(sae="top", latents=(1,)),)})
+    found = generate(subject, asked, {}, SAES)
+    assert (_tokens(found), found.defaults) == (_tokens(generate(subject, plain, {})), [])
+    assert {len(token.latents) for text in found.texts for token in text.tokens} == {1}
+    for latents, message in (((24,), "has latents 0 to 23"), ((1,), "No SAE is called 'none'")):
+        name = "top" if latents == (24,) else "none"
+        with pytest.raises(InputError, match=message):
+            generate(subject, plain.model_copy(update={"latents": (LatentsRead(sae=name, latents=latents),)}), {}, SAES)
+    crosscoder = {"both": AttachedSae(_sae(), "resid_post.0", more=("resid_post.1",))}
+    with pytest.raises(InputError, match="'both' is a crosscoder: its latents are known after a forward"):
+        generate(subject, plain.model_copy(update={"latents": (LatentsRead(sae="both", latents=(1,)),)}), {}, crosscoder)
+
+
 def test_an_edit_tells_what_it_did_to_this_very_text() -> None:
     """Latents before and after, how far the stream moved, and FVU; the oracle reads them of the whole text, whose last token nothing has read."""
     subject, sae = make_subject("llama"), SAES["top"].sae
@@ -279,12 +323,12 @@ def test_a_plan_that_generates_survives_its_own_text() -> None:
     plan = GeneratePlan(
         rows=PROMPTS, new_tokens=3, edits=tuple(edit for edits in EDITS.values() for edit in edits), freeze=("pattern.0",), special=(256,)
     )
-    again = parse_generate_plan(plan.json())
+    again = parse_plan(GeneratePlan, plan.json())
     assert again == plan
     assert again.hash == plan.hash == "3a0483291989e0fd1c815c2a7eb76cb6"
     assert [name.shape for name in plan.tensors()] == [(D_MODEL,)] * 5
     with pytest.raises(InputError, match="The plan is wrong at whole: Input should be 'generate'"):
-        parse_generate_plan('{"whole": "sweep", "rows": [[1]], "new_tokens": 1}')
+        parse_plan(GeneratePlan, '{"whole": "sweep", "rows": [[1]], "new_tokens": 1}')
 
 
 @pytest.mark.parametrize(
@@ -308,7 +352,7 @@ def test_a_plan_that_generates_survives_its_own_text() -> None:
 def test_what_no_model_could_generate_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     """The text may come from anywhere."""
     with pytest.raises(InputError) as caught:
-        parse_generate_plan(json.dumps({"whole": "generate", "rows": [[1]], "new_tokens": 1, **change}))
+        parse_plan(GeneratePlan, json.dumps({"whole": "generate", "rows": [[1]], "new_tokens": 1, **change}))
     assert message in str(caught.value)
 
 
@@ -322,9 +366,9 @@ def test_no_text_is_anything_but_a_plan_that_generates_or_a_refusal(content: obj
     edit = {"write": {"op": "scale", "point": "z.0", "times": 2}, "where": content}
     for text in (json.dumps(content), json.dumps({"rows": [[1]], "new_tokens": 1, "edits": [content]}), str(content)):
         with pytest.raises(InputError):
-            parse_generate_plan(text)
+            parse_plan(GeneratePlan, text)
     with suppress(InputError):
-        assert parse_generate_plan(json.dumps({"rows": [[1]], "new_tokens": 1, "edits": [edit]})).edits
+        assert parse_plan(GeneratePlan, json.dumps({"rows": [[1]], "new_tokens": 1, "edits": [edit]})).edits
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ PATIENCE_S = 400
 """The daemon's runs are processes that import torch: a dozen seconds each alone on two cores, and minutes beside other work."""
 
 
-def test_enough_new_tokens_start_one_retraining(tiny_world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.faults)])
+def test_enough_new_tokens_start_one_retraining(tiny_world: Path, tmp_path: Path, restarts: int) -> None:
     """The sensor asks, the queue starts one run, the run ends in promoted SAEs with records of their own; a new daemon starts nothing more."""
     shutil.copytree(tiny_world / "texts", tmp_path / "texts")
     rule = {"after_tokens": 200, "max_fvu_increase": 10.0, "max_ce_recovered_decrease": 10.0}
@@ -44,9 +45,10 @@ def test_enough_new_tokens_start_one_retraining(tiny_world: Path, tmp_path: Path
         assert event is not None
         assert event.asset_materialization is not None
         assert event.asset_materialization.metadata["verdict"].value == "promoted"
-        n_ticks = len(_ticks(instance))
-        with daemon(config, tmp_path):
-            wait_for(lambda: len(_ticks(instance)) > n_ticks, PATIENCE_S, tmp_path / "daemon.log")
+        for _ in range(restarts):
+            n_ticks = len(_ticks(instance))
+            with daemon(config, tmp_path):
+                wait_for(lambda n_ticks=n_ticks: len(_ticks(instance)) > n_ticks, PATIENCE_S, tmp_path / "daemon.log")
         assert len(runs()) == 1
 
 

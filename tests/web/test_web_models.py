@@ -269,6 +269,7 @@ def test_clients_without_a_name_of_their_own_share_what_one_user_may_keep() -> N
 def test_weights_are_sent_unless_they_are_not(anna: httpx.Client) -> None:
     """A model's weights may be its owner's secret."""
     assert "--no-weights" in _problem(anna.get("/api/models/tiny/weights/W_E"), 404)["what"]
+    assert "--no-weights" in _problem(anna.get("/api/models/tiny/controls?sae=any&latent=1&seed=0"), 404)["what"]
 
 
 def test_a_sweep_is_a_job(anna: httpx.Client, bert: httpx.Client) -> None:

@@ -33,6 +33,8 @@ export interface SteeredToken {
   /** Under the model without edits, over the same text; null in the text without edits. */
   base: number | null;
   kl: number | null;
+  /** What the shown features read at the position that it was drawn from: on the token before it. */
+  latents: number[];
 }
 
 /** What one edit did, as means over the places that it reached; null where there are none. */
@@ -114,7 +116,8 @@ export function makeTextPlan(model: ServedModel, sae: string, steering: Steering
     where: steering.where,
   }));
   const { newTokens: new_tokens, seed, temperature } = steering;
-  return { version: 1, whole: 'generate', rows: [ids], new_tokens, seed, temperature, stop: model.stop_tokens, special: model.special_tokens, edits, compare: true };
+  const latents = model.saes[sae]!.is_crosscoder ? [] : [{ sae, latents: shownLatents(steering) }];
+  return { version: 1, whole: 'generate', rows: [ids], new_tokens, seed, temperature, stop: model.stop_tokens, special: model.special_tokens, edits, compare: true, latents };
 }
 
 /** The plan that reads latents over two whole texts, without the edits and with them; null for no latents. */
@@ -186,8 +189,8 @@ export function readLine(text: string): Line {
   const line = JSON.parse(text) as { token?: unknown[]; generated?: { effects: Record<string, { values: (number | null)[] }>[]; fvu: Record<string, number | null> }; error?: { what: string; do: string; status?: number } };
   if (line.error) throw new Problem(line.error.what, line.error.do, line.error.status);
   if (line.token) {
-    const [, isDefault, , token, logprob, base, kl] = line.token as [number, boolean, number, number, number, number | null, number | null];
-    return { isDefault, token: { token, logprob, base, kl } };
+    const [, isDefault, , token, logprob, base, kl, , latents] = line.token as [number, boolean, number, number, number, number | null, number | null, number[], number[]];
+    return { isDefault, token: { token, logprob, base, kl, latents } };
   }
   if (!line.generated) throw new Problem('The server sent a line that is neither a token nor an end.', 'Are the server and this page of one release? Reload the page.');
   const first = (effect: Record<string, { values: (number | null)[] }>, name: string): number | null => effect[name]?.values[0] ?? null;

@@ -55,7 +55,7 @@ export interface ServedModel {
   max_context: number;
   can_measure: boolean;
   /** `artifact_id` is that of the pipeline's own SAEs. */
-  saes: Record<string, { hook_point: string; written_at: string; d_sae: number; fvu?: number | null; artifact_id?: string }>;
+  saes: Record<string, { hook_point: string; written_at: string; d_sae: number; is_crosscoder: boolean; fvu?: number | null; artifact_id?: string }>;
   special_tokens: number[];
   stop_tokens: number[];
   limits: Record<'operations' | 'rows' | 'tokens' | 'answer_bytes' | 'kept_bytes' | 'kept_s' | 'seconds' | 'in_flight' | 'queued', number>;

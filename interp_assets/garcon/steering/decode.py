@@ -263,10 +263,12 @@ class _Decoder:
         base = log[twins].gather(1, chosen[edited][:, None])[:, 0].tolist()
         beside = dict(zip(edited, zip(base, kl, strict=True), strict=True))
         watched = log[:, list(plan.watch)].tolist() if plan.watch else [()] * len(log)
+        told = self._editor.told or [()] * len(log)
         tokens: dict[tuple[int, int], Token] = {}
         for row, (kind, text, token) in enumerate(zip(self._kind, self._own, chosen.tolist(), strict=True)):
             if kind != _TWIN:
-                tokens[kind, text] = Token(text, kind == _DEFAULT, index, token, picked[row], *beside.get(row, (None, None)), tuple(watched[row]))
+                measured = (picked[row], *beside.get(row, (None, None)), tuple(watched[row]), tuple(told[row]))
+                tokens[kind, text] = Token(text, kind == _DEFAULT, index, token, *measured)
                 self._written[kind, text].append(tokens[kind, text])
         return tokens
 

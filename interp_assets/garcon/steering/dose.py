@@ -35,8 +35,6 @@ ARMS: Final = ("feature", "other", "random", "flip", "zero")
 DIFFERENCE: Final = "feature - controls"
 _CONTROLS: Final = ("other", "random")
 _RESAMPLED: Final = 1000
-_ROWS: Final = 512
-"""Texts of one batch."""
 COLOURS: Final = {"feature": "#d62728", "other": "#1f77b4", "random": "#7f7f7f", "flip": "#2ca02c", "zero": "#9467bd", DIFFERENCE: "#000000"}
 
 
@@ -131,7 +129,8 @@ def run_doses(
     tensors = {**edits.tensors, **{name: vector for _, beside in made for name, vector in beside.items()}}
     n_prompts = len(prompts.rows)
     lines: dict[int, list[dict[str, Any]]] = {latent: [] for latent in latents}
-    per_batch = max(1, _ROWS // (n_prompts * options["n"]))
+    n_texts = n_prompts * options["n"]
+    per_batch = max(1, backend.most_texts // n_texts)
     for first in range(0, len(cells), per_batch):
         batch = cells[first : first + per_batch]
         own = [edit.model_copy(update={"write": cell.clamp.model_copy(update={"rows": _rows_of(i, n_prompts)})}) for i, (_, cell) in enumerate(batch)]
@@ -141,7 +140,7 @@ def run_doses(
         found = backend.generate(plan, {name.tensor: tensors[name.tensor] for name in plan.tensors()})
         places = [i for i, written in enumerate(plan.edits) if isinstance(written.write, SaeClamp)]
         for i, ((latent, cell), place) in enumerate(zip(batch, places, strict=True)):
-            lines[latent] += _measure(cell, found, found.effects[place], i * n_prompts * options["n"], n_prompts, options, backend)
+            lines[latent] += _measure(cell, found, found.effects[place], i * n_texts, n_prompts, options, backend)
     what = f"of {clamp.sae} at {clamp.point}"
     return [
         Dose(pl.DataFrame(found, infer_schema_length=None), f"Latent {latent} {what}", strengths, options["seed"]) for latent, found in lines.items()
@@ -154,15 +153,11 @@ def _rows_of(cell: int, n_prompts: int) -> tuple[int, ...]:
 
 def _make_cells(backend: WritingBackend, clamp: Any, strengths: Sequence[str], seed: int) -> tuple[list[_Cell], dict[str, Any]]:
     """Return every arm at every strength, and the directions that they are written along."""
-    attached: Any = backend.saes[clamp.sae]
     latent = clamp.latents[0]
-    if not hasattr(attached, "sae"):
-        raise InputError("A dose curve is of one latent of an SAE that is here, with its model: open the pipeline by `lab.open`.")
-    direction = attached.sae.W_dec[latent].detach().cpu()
+    direction, other = backend.controls(clamp.sae, latent, seed)
     drawn = torch.randn(len(direction), generator=torch.Generator().manual_seed(stream(seed, "dose", "random", latent).torch_seed()))
     along = {"random": (drawn / drawn.norm() * direction.norm())[None], "flip": -direction[None]}
     tensors = {name_tensor(vector).tensor: vector for vector in along.values()}
-    other = _other_latent(attached, latent, seed)
     cells = []
     for strength in strengths:
         value = (backend.latent_strength(strength, clamp.sae, latent),)
@@ -173,20 +168,6 @@ def _make_cells(backend: WritingBackend, clamp: Any, strengths: Sequence[str], s
         cells += [_Cell(arm, strength, clamp.model_copy(update={"values": value, "along": name_tensor(vector)})) for arm, vector in along.items()]
     cells.append(_Cell("zero", "", clamp.model_copy(update={"values": (0.0,)})))
     return cells, tensors
-
-
-def _other_latent(attached: Any, latent: int, seed: int) -> int | None:
-    """Draw another live latent that fires about as often: of the same tenth of live latents; None where nobody knows, or there is none."""
-    if attached.firings is None:
-        return None
-    frequency = attached.firings.frequency.double()
-    live = (attached.firings.maximum > 0).nonzero()[:, 0]
-    if latent not in live.tolist():
-        return None
-    order = live[frequency[live].argsort(stable=True)].tolist()
-    decile = order.index(latent) * 10 // len(order)
-    alike = [found for place, found in enumerate(order) if place * 10 // len(order) == decile and found != latent]
-    return alike[stream(seed, "dose", "other", latent).below(len(alike))] if alike else None
 
 
 def _measure(

@@ -21,7 +21,7 @@ from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Effect
 from interp_assets.garcon.features import SCANNED_ROWS, AttachedSae, check_latents, encode_part
 from interp_assets.garcon.parts import Part
-from interp_assets.garcon.plan import Edit, GeneratePlan, SaeAdd, SaeClamp, When
+from interp_assets.garcon.plan import Edit, GeneratePlan, LatentsRead, SaeAdd, SaeClamp, When
 from interp_assets.garcon.points import BY_HEAD, HookPoint, find_point, n_heads, point_shape
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.taps import Tap, order_of
@@ -116,13 +116,18 @@ class Editor:
                 edits_at.setdefault(point.name, []).append(index)
         self._frozen = {self._at(name).name for name in plan.freeze}
         self._groups = {name: list(self._grouped(name, indices)) for name, indices in edits_at.items()}
+        self._told = [torch.empty(0)] * len(plan.latents)
+        """Of each SAE whose latents are told: [rows, latents] at the last column of this forward, after the edits."""
+        self._told_at: dict[str, list[int]] = {}
+        for place, wanted in enumerate(plan.latents):
+            self._told_at.setdefault(self._point_of_told(wanted).name, []).append(place)
         self._mask = torch.zeros((len(plan.edits), 0, 0), dtype=torch.bool)
         self._n_met: dict[str, int] = {}
 
     @property
     def is_idle(self) -> bool:
         """Tell that nothing is ever written."""
-        return not self._points
+        return not self._plan.edits and not self._frozen
 
     @property
     def crosscoders(self) -> dict[str, tuple[AttachedSae, list[int]]]:
@@ -158,6 +163,11 @@ class Editor:
                 raise InputError(
                     f"Hook point {name!r} (module {self._points[name].module_path!r}) {told} {self._subject.name}: it cannot be written."
                 )
+
+    @property
+    def told(self) -> list[list[float]]:
+        """The plan's latents in every row at the last column of this forward."""
+        return torch.cat(self._told, dim=1).tolist() if self._told else []
 
     def effects(self) -> list[Effect]:
         """Return what each edit did so far, a crosscoder's at the first of its points."""
@@ -224,6 +234,13 @@ class Editor:
             if not attached.more:
                 self._reads_at.setdefault(at.name, []).append(sae)
         self._reads[sae].wanted += [latent for latent in latents if latent not in self._reads[sae].wanted]
+
+    def _point_of_told(self, wanted: LatentsRead) -> HookPoint:
+        attached = self._beside.sae(wanted.sae)
+        check_latents(attached, wanted.latents)
+        if attached.more:
+            raise InputError(f"{wanted.sae!r} is a crosscoder: its latents are known after a forward. Read them of the whole text, by a trace.")
+        return self._at(attached.hook_point)
 
     def _at(self, name: str) -> HookPoint:
         point = find_point(self._net, name)
@@ -294,6 +311,9 @@ class Editor:
                 self._write(group, shown, batch)
             for group in groups:
                 self._read_after(group, shown, batch)
+        for place in self._told_at.get(point.name, ()):
+            wanted = self._plan.latents[place]
+            self._told[place] = encode_part(self._beside.sae(wanted.sae), shown[:, -1], wanted.latents).cpu()
         return shown.transpose(1, 2) if is_pattern else shown
 
     def _read(self, name: str, shown: Tensor, batch: Batch) -> None:

@@ -78,13 +78,18 @@ class Texts:
         return self.texts[0]
 
     def table(self) -> pl.DataFrame:
-        """Return one line a token: its text and log probabilities, and the KL divergence of its prediction from the unedited one, in nats."""
+        """Return one line a token: its text and log probabilities, and the KL divergence of its prediction from the unedited one, in nats.
+
+        Then a column for each latent that was asked for, `sae.latent`: what it read at the position before.
+        """
+        names = [f"{told.sae}.{latent}" for told in self.plan.latents for latent in told.latents]
         lines = []
         for prompt_text in (*self.generated.texts, *self.generated.defaults):
             for token in prompt_text.tokens:
                 line = {"prompt": token.continuation // self.plan.n, "continuation": token.continuation % self.plan.n, "edited": not token.is_default}
                 numbers = {"logprob": token.logprob, "base_logprob": token.base_logprob, "kl": token.kl}
-                lines.append({**line, "place": token.place, "token_id": token.token, "token": self._decode([token.token]), **numbers})
+                read = dict(zip(names, token.latents, strict=True))
+                lines.append({**line, "place": token.place, "token_id": token.token, "token": self._decode([token.token]), **numbers, **read})
         floats: dict[str, Any] = dict.fromkeys(("logprob", "base_logprob", "kl"), pl.Float64)
         return pl.DataFrame(lines, schema_overrides=floats)
 
