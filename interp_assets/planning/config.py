@@ -292,8 +292,8 @@ class ExecutionConfig(Section):
     """File of the plan in the pipeline's folder; a retraining works under a plan of its own until it is promoted. Leave it."""
     usd_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """What an hour of the machine costs, for the cost that each partition shows. 0 shows none."""
-    workers: Annotated[int, Field(ge=1)] = 1
-    """Jobs that run at once, for the times that `interp plan` forecasts; `interp run` makes one partition after the other."""
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Partitions that `interp run` makes side by side; more than 1 starts Ray on this machine. `auto`: one a GPU, without one a core."""
     partitions_per_run: Annotated[int, Field(ge=1)] = 64
     """Partitions that one run of a backfill makes: shards, buckets or slices. Fewer spread over more machines; each run costs seconds to start."""
 
