@@ -38,6 +38,8 @@ ROOMS: Final = {
     "interp_assets/train/": "Mixed shards become SAEs, their evaluations, and the table of a sweep",
     "interp_assets/train/results/": "What has become of SAEs: one table of all, replicas and noise, exact causes of differences",
     "interp_assets/train/losses/": "What an architecture computes on a batch, and its gradients: one file a family",
+    "interp_assets/train/probes/": "Labels of rows, exact ones of Python text among them, are read off few latents of an SAE",
+    "interp_assets/train/trackers/": "Curves of trainings in other tools: TensorBoard, W&B, MLflow, trackio",
     "interp_assets/train/truth/": "SAEs of planted rows and the features that these are made of: how much of the truth was found",
     "interp_assets/train/own/": "Architectures of one's own: a function in a file becomes a loss with gradients, and is checked",
     "interp_assets/train/exchange/": "SAEs as the folders of SAELens, sparsify, dictionary_learning and Gemma Scope, both ways",

@@ -36,6 +36,15 @@ from interp_assets.storage.traffic import METER, Traffic
 _MAX_FACTS_BYTES: Final = 4096
 
 
+class Shared(NamedTuple):
+    """What was done for all partitions of a run at once, before each is recorded."""
+
+    traffic: Traffic
+    seconds: float
+    is_rated: bool = True
+    """Whether its time tells how fast such work is: not where a loop was compiled."""
+
+
 class Made(NamedTuple):
     """One finished partition, as Dagster shall show it."""
 
@@ -45,15 +54,8 @@ class Made(NamedTuple):
     """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
     holds_anything: bool = True
     """Whether it has artifacts."""
-
-
-class Shared(NamedTuple):
-    """What was done for all partitions of a run at once, before each is recorded."""
-
-    traffic: Traffic
-    seconds: float
-    is_rated: bool = True
-    """Whether its time tells how fast such work is: not where a loop was compiled."""
+    took: Shared | None = None
+    """What it took where it was made elsewhere; None: what this process saw."""
 
 
 def record(
@@ -81,8 +83,8 @@ def record(
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
         (progress.end if made.holds_anything else progress.leave)()
-        took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
-        is_rated = made.is_whole and n_compilations() == n_compiled and (shared is None or shared.is_rated)
+        took = made.took or _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
+        is_rated = made.is_whole and took.is_rated and n_compilations() == n_compiled and (shared is None or shared.is_rated)
         is_new = not made.metadata.get("reused", True)
         table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds, is_whole=is_rated) if is_new else None
         yield _event(context, key, _with_cost(made, table), tags)

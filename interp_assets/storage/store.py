@@ -48,10 +48,12 @@ _FULL_BUCKET: Final = re.compile(r"quota|storage_?cap|storage_?full|insufficient
 
 
 class ObjectInfo(NamedTuple):
-    """One object of a listing: its path relative to the store, and its size."""
+    """One object of a listing: its path relative to the store, its size and its tag."""
 
     path: str
     n_bytes: int
+    tag: str = ""
+    """What a store says of its content: another one after every change."""
 
 
 @runtime_checkable
@@ -171,7 +173,7 @@ class Store:
             for batch in obstore.list(self._backend, self._key(prefix) or None, chunk_size=1000):
                 METER.written(0)
                 for item in batch:
-                    yield ObjectInfo(item["path"][n_skip:], int(item["size"]))
+                    yield ObjectInfo(item["path"][n_skip:], int(item["size"]), item["e_tag"] or "")
 
     def list_times(self, prefix: str = "") -> dict[str, datetime]:
         """Return when each object under a folder was last written."""
