@@ -175,7 +175,7 @@ def measure_table(folder: Path, n: int) -> None:
 
     from interp_assets.storage.store import open_store  # noqa: PLC0415 - seconds
 
-    build_synthetic_sweep(open_store(str(folder / "many")), ks=tuple(range(1, n // 4 + 1)), n_seeds=2, n_steps=2)
+    build_synthetic_sweep(open_store(str(folder / "many")), ks=tuple(range(1, 100)), n_seeds=n // 200, n_steps=2)
     call([sys.executable, "-c", TABLE, "many"], folder)
     found = call([sys.executable, "-c", TABLE, "many"], folder)
     height, cpu_s, has_torch = found.said.split()

@@ -121,7 +121,8 @@ def find_nearest(a: Tensor, b: Tensor) -> tuple[Nearest, Nearest]:
 
 def pair_latents(a: Tensor, b: Tensor) -> tuple[list[int | None], list[float | None]]:
     """Return for each row of `a` the row of `b` that it is paired with, and their cosine; null for who is left over, and beyond `MAX_PAIRED`."""
-    latents, cosines = [None] * len(a), [None] * len(a)
+    latents: list[int | None] = [None] * len(a)
+    cosines: list[float | None] = [None] * len(a)
     if max(len(a), len(b)) <= MAX_PAIRED:
         table = torch.nn.functional.normalize(a.float(), dim=1) @ torch.nn.functional.normalize(b.float(), dim=1).T
         rows, columns = pair_best(table.numpy())
