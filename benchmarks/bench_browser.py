@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import duckdb
+from floors import report
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from interp_assets.storage.store import open_store
@@ -79,8 +80,7 @@ class Line(NamedTuple):
             "ratio_to_best_peer": None if self.peer is None else round(self.peer / value, 2),
             **context,
         }
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
+        report(line)
 
 
 class Server(NamedTuple):

@@ -30,19 +30,16 @@ Times are of this process's CPU, the median of rounds in which floor and ours al
 
 import argparse
 import gc
-import json
-import os
-import platform
 import resource
 import socket
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from floors import report
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from interp_assets import lab
@@ -384,14 +381,8 @@ def main() -> None:
     if not quick:
         lines.append(time_dose(lab.load("builtin:pystdlib_gpt2", device="cpu")))
         lines += time_traces(make_model(12, 256), "the cat sat on a mat " * 3, 30)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     for line in lines:
-        print(
-            json.dumps(
-                {**line, "ours": True, "ratio_to_best_peer": None, "hardware": f"{platform.machine()}, {os.cpu_count()} cores", "commit": commit}
-            ),
-            flush=True,
-        )
+        report({**line, "ours": True, "ratio_to_best_peer": None})
 
 
 if __name__ == "__main__":

@@ -16,15 +16,12 @@ line a case: `value` is what an edge adds, `ratio_to_floor` what is added over t
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 
 import numpy as np
 import torch
+from floors import report
 from transformers import GPT2Config, GPT2Model
 
 from interp_assets.corpus.tokens import TokenShard
@@ -62,7 +59,6 @@ def measure(length: int, n_layers: int, n_rounds: int) -> None:
     pairs = [(run(is_heard=False), run(is_heard=True)) for _ in range(n_rounds)]
     forward_s, added_s = statistics.median(bare for bare, _ in pairs), statistics.median(heard - bare for bare, heard in pairs)
     n_heads = layers[0].n_heads
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     line = {
         "name": f"collector, {length:,} tokens",
         "value": round(added_s / (len(tokens.token_ids) * length / 2 * n_heads * n_layers) * 1e9, 2),
@@ -72,10 +68,8 @@ def measure(length: int, n_layers: int, n_rounds: int) -> None:
         "ratio_to_best_peer": None,
         "buffer_bytes": n_heads * QUERIES * length * 4,
         "config": {"tokens": length, "layers": n_layers, "heads": n_heads},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": commit,
     }
-    print(json.dumps(line), flush=True)
+    report(line)
 
 
 def main() -> None:

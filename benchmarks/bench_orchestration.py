@@ -22,7 +22,6 @@ from the start of the daemon (it looks for new backfills every 30 s); `ratio_to_
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ import dagster as dg
 import yaml
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.execution.backfill import PartitionBackfill
+from floors import describe_machine
 
 from interp_assets.graph.backfill import run_backfill
 from interp_assets.graph.definitions import build_defs
@@ -168,10 +168,8 @@ def main() -> None:
     args = parser.parse_args()
     args.partitions = args.partitions or (8 if args.quick else 16)
     warnings.simplefilter("ignore")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     where = {
         "config": {"partitions": args.partitions, "storage": "SQLite", "dagster": dg.__version__},
-        "hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores", "commit": commit,
     }  # fmt: skip
 
     def report(name: str, measure: Callable[[], tuple[float, float]], floor: float | None, peer: float | None = None) -> float:
@@ -179,7 +177,7 @@ def main() -> None:
         line = {
             "name": f"orchestration {name}", "value": round(value, 4), "unit": "s/partition", "ours": round(value, 4),
             "ratio_to_floor": round(value / floor, 2) if floor else 1.0, "ratio_to_best_peer": round(value / peer, 3) if peer else None,
-            "wait_s": round(wait_s, 1), **where,
+            "wait_s": round(wait_s, 1), **where, **describe_machine(),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
         return value

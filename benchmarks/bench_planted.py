@@ -17,6 +17,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import torch
+from floors import report
 
 from interp_assets.harvest.planted import make_planting, plant_rows
 from interp_assets.harvest.statistics import ActivationStatistics
@@ -81,11 +82,10 @@ def main() -> int:
     for seed in range(1 if chosen.quick else chosen.seeds):
         found = measure(seed, corpus, {**SAE, "k": chosen.k, **json.loads(chosen.sae)})
         f1.append(tuple(found[name].f1 for name in ARCHITECTURES))
-        print(json.dumps({"name": "planted", "seed": seed, **{name: item._asdict() for name, item in found.items()}}))
+        report({"name": "planted", "seed": seed, **{name: item._asdict() for name, item in found.items()}})
     means = [sum(values) / len(f1) for values in zip(*f1, strict=True)]
     kept = sum(matryoshka > batch for batch, matryoshka in f1)
-    value = {"name": "planted_order", "value": kept, "unit": f"of {len(f1)} seeds", **dict(zip(ARCHITECTURES, means, strict=True))}
-    print(json.dumps(value))
+    report({"name": "planted_order", "value": kept, "unit": f"of {len(f1)} seeds", **dict(zip(ARCHITECTURES, means, strict=True))})
     return 0 if kept == len(f1) else 1
 
 

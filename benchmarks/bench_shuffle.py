@@ -22,15 +22,12 @@ Ratios are of one run on one machine; bare seconds are not to be compared betwee
 """
 
 import argparse
-import json
 import mmap
 import multiprocessing as mp
 import os
-import platform
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from floors import report
 from shuffle_peers import PEERS, has_peer, time_buffer, time_peer, time_read_all
 from shuffle_rows import HOOK, Setting, Timed, drop_cache, fresh, judge, make_pipeline, read_shard, source_files, write_parquet, write_shards
 
@@ -233,7 +231,6 @@ def print_rows(found: dict[str, list[Timed]], setting: Setting) -> None:
         "memory_gb": setting.memory_bytes / 1e9,
         "store": setting.root.partition("://")[0] if "://" in setting.root else "local disk",
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     for name, runs in found.items():
         beside = found["one pass floor: one sequential copy"] if name.startswith("one pass") else floors
         ratios = [timed.wall_s / floor.wall_s for timed, floor in zip(runs, beside, strict=False)]
@@ -249,10 +246,8 @@ def print_rows(found: dict[str, list[Timed]], setting: Setting) -> None:
             "cpu_s": round(statistics.median(timed.cpu_s for timed in runs), 3),
             "mixing": runs[-1].mixing,
             "config": config,
-            "commit": commit,
-            "hardware": {"cpus": os.cpu_count(), "machine": platform.machine()},
         }
-        print(json.dumps(row), flush=True)
+        report(row)
 
 
 def make_setting(options: argparse.Namespace, folder: Path, root: str) -> Setting:

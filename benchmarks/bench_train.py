@@ -40,7 +40,6 @@ Ratios are of one run on one machine; bare rates are not to be compared between 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -53,8 +52,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch
 
 import torch
-from floors import by_torchs_choice
-from llvmlite import binding
+from floors import by_torchs_choice, report
 from safetensors import safe_open
 from train_gpu import main as measure_gpu
 from train_states import Planted, make_config
@@ -307,19 +305,13 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.d_sae = chosen.d_sae or ([2048] if chosen.quick else [4096, 16384])
     chosen.batch_rows = chosen.batch_rows or (1024 if chosen.quick else 4096)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    hardware = f"{platform.machine()} {binding.get_host_cpu_name()}, {torch.get_num_threads()} threads"
     if not chosen.peers:
         sys.stderr.write("No peers: name an interpreter that has them with --peers or BENCH_PEERS (how to make one stands in the docstring).\n")
     with open_peers(chosen.peers) as peers:
         cases: list[tuple[int, Architecture, str]] = list(product(chosen.d_sae, chosen.architectures, chosen.dtypes))
         for d_sae, architecture, dtype in cases:
             for state in choose_states(chosen, architecture):
-                line = measure(chosen, d_sae, architecture, state, dtype, peers) | {"hardware": hardware, "commit": commit}
-                print(json.dumps(line), flush=True)
-                if chosen.append:
-                    with Path(chosen.append).open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+                report(measure(chosen, d_sae, architecture, state, dtype, peers), chosen.append)
 
 
 def choose_states(chosen: argparse.Namespace, architecture: Architecture) -> list[str]:

@@ -4,11 +4,11 @@
     make bench-visualize                    full: two minutes; the ratios that count
     python benchmarks/bench_visualize.py --device cuda      one GPU: a slice of 131,072 latents at d_in 4096 in bfloat16, and the extrapolation
 
-Sketch before code: the floor is one matrix product in the setting's type, 2 d_in operations a (row, latent), by the library that is the fastest on
-this kind of CPU (`interp_assets/compute/products.py`). Ours multiplies 8-bit digits where the processor is fast at that (a quarter of a float32
-product on a Zen 5), looks at every pre-activation (0.06 ns on 2 cores), computes two to three times as many as fire (20 to 40 ns each), and works
-per firing (0.1 us, files included). The usual way keeps the running top-k of a dense block, which sorts every pre-activation, and
-for the random sample hashes and sorts them once more.
+Sketch before code: the floor is one matrix product in the setting's type, or in float32 where that type is emulated (`floor_dtype`), 2 d_in
+operations a (row, latent), by the library that is the fastest on this kind of CPU (`interp_assets/compute/products.py`). Ours multiplies 8-bit digits
+where the processor is fast at that (a quarter of a float32 product on a Zen 5), looks at every pre-activation (0.06 ns on 2 cores), computes two
+to three times as many as fire (20 to 40 ns each), and works per firing (0.1 us, files included). The usual way keeps the running top-k of a dense
+block, which sorts every pre-activation, and for the random sample hashes and sorts them once more.
 
 All methods see the same rows and SAE, whose latents fire with log-normal frequencies. Floor and ours alternate, so that a ratio compares
 neighbours in time. One JSON object a line:
@@ -23,23 +23,20 @@ Ours includes building the encoder, statistics, selection and the artifact's fil
 """
 
 import argparse
-import json
 import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from floors import by_torchs_choice
-from llvmlite import binding
+from floors import by_torchs_choice, floor_dtype
+from floors import report as share
 from torch import Tensor
 
 from interp_assets.compute.priority import latent_keys, row_keys, sample_seed
+from interp_assets.compute.processor import find_paths
 from interp_assets.compute.products import use_fastest_products
 from interp_assets.compute.seeds import stream
 from interp_assets.corpus.tokens import TokenShard
@@ -97,8 +94,8 @@ def make_setting(n_rows: int, n_latents: int, l0: int, rule: str = "jump_relu", 
 
 
 def run_floor(setting: Setting) -> None:
-    """Multiply every block with every tile of encoder columns in the setting's type, and forget the result."""
-    dtype = getattr(torch, setting.dtype)
+    """Multiply every block with every tile of encoder columns in the setting's type, where that is fast here, and forget the result."""
+    dtype = getattr(torch, floor_dtype(setting.dtype))
     tiles = [setting.sae.W_enc[:, i : i + TILE].to(dtype).contiguous() for i in range(0, setting.sae.d_sae, TILE)]
     pre = torch.empty(BLOCK, TILE, dtype=dtype)
     for first in range(0, len(setting.rows), BLOCK):
@@ -193,7 +190,7 @@ def report(
 ) -> None:
     """Print one line."""
     line = {"name": name, "value": _short(value), "unit": unit, "ours": _short(value if ours is None else ours)}
-    print(json.dumps({**line, "ratio_to_floor": floor and _short(floor), "ratio_to_best_peer": peer and _short(peer), **words}), flush=True)
+    share({**line, "ratio_to_floor": floor and _short(floor), "ratio_to_best_peer": peer and _short(peer), **words})
 
 
 def compare(setting: Setting, n_repeats: int, peer_s_a_row: float | None, *, keeps: tuple[str, ...] = ("candidates",)) -> float:
@@ -206,13 +203,15 @@ def compare(setting: Setting, n_repeats: int, peer_s_a_row: float | None, *, kee
     ours = float(np.median(times[keeps[0]]))
     label = f"{setting.sae.d_sae:,} latents, {setting.sae.kind}, {setting.dtype}"
     peer = peer_s_a_row * len(setting.rows) if peer_s_a_row else None
-    report(f"bare matrix products, {label}", float(np.median(times["floor"])), "s", ours, 1.0, **setting.words())
+    words = setting.words() | {"floor_dtype": floor_dtype(setting.dtype)}
+    report(f"bare matrix products, {label}", float(np.median(times["floor"])), "s", ours, 1.0, **words)
     for keep in keeps:
         ratio = float(np.median(np.array(times[keep]) / np.array(times["floor"])))
         value = float(np.median(times[keep]))
         by_torch = float(np.median(np.array(times[keep]) / np.array(times.get("torch_floor", times["floor"]))))
-        words = {"ratio_to_torch_floor": _short(by_torch), **setting.words()}
-        report(f"pass A, keep: {keep}, {label}", value, "s", ours, ratio, peer / value if peer else None, **words)
+        report(
+            f"pass A, keep: {keep}, {label}", value, "s", ours, ratio, peer / value if peer else None, ratio_to_torch_floor=_short(by_torch), **words
+        )
     return ours
 
 
@@ -323,20 +322,6 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _describe_machine(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "commit": commit.strip(),
-        "machine": f"{platform.machine()} {binding.get_host_cpu_name()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "quick": args.quick,
-    }
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -345,11 +330,11 @@ def main() -> None:
     args = parser.parse_args()
     use_fastest_products()
     if args.device != "cpu":
-        report("machine", torch.get_num_threads(), "threads", **_describe_machine(args))
+        report("machine", torch.get_num_threads(), "threads", torch=torch.__version__, quick=args.quick, **find_paths()._asdict())
         compare_on_gpu(torch.device(args.device), *((16384, 1024, 4096, 4) if args.quick else (131072, 4096, 16384, 16)))
         return
     n_small, n_large, n_rule, n_repeats = (8192, 4096, 4096, 2) if args.quick else (65536, 24576, 32768, 3)
-    report("machine", torch.get_num_threads(), "threads", **_describe_machine(args))
+    report("machine", torch.get_num_threads(), "threads", torch=torch.__version__, quick=args.quick, **find_paths()._asdict())
     small = make_setting(n_small, 16384, 32)
     run_floor(small.first(BLOCK))
     run_ours(small.first(BLOCK), "all")  # compiles

@@ -17,15 +17,14 @@ is the same function.
 # pyright: reportPrivateUsage=false
 import argparse
 import json
-import platform
 import subprocess
-import sys
 import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from floors import report
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -214,20 +213,11 @@ def main() -> None:
     parser.add_argument("--append", default="", help="also append the lines to this file")
     chosen = parser.parse_args()
     bench = Bench(load_config(Path(chosen.config)) if chosen.config else demo_config(), chosen)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.safetensors"
         save_file({"rows": bench.rows}, rows)
         for architecture in chosen.architectures:
-            line = compare(bench, chosen, architecture, rows) | {
-                "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-                "commit": commit,
-            }
-            sys.stdout.write(json.dumps(line) + "\n")
-            sys.stdout.flush()
-            if chosen.append:
-                with Path(chosen.append).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            report(compare(bench, chosen, architecture, rows), chosen.append)
 
 
 if __name__ == "__main__":

@@ -23,15 +23,13 @@ Steps are timed by events on the device after three that warm up; the host waits
 
 import argparse
 import gc
-import json
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from floors import report
 
 from interp_assets.planning.config import SaeConfig
 from interp_assets.planning.options import Architecture
@@ -74,10 +72,7 @@ def main(arguments: list[str]) -> None:
     for batch_rows in batches:
         size = Size(32 if is_tiny else chosen.d_in, d_sae, batch_rows, min(chosen.k, d_sae // 8), chosen.dtype)
         for line in measure(device, size, chosen.architectures, chosen.steps):
-            print(json.dumps(line), flush=True)
-            if chosen.append:
-                with Path(chosen.append).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            report(line, chosen.append)
 
 
 def measure(device: torch.device, size: Size, architectures: list[Architecture], n_steps: int) -> Iterator[dict[str, Any]]:
@@ -85,16 +80,14 @@ def measure(device: torch.device, size: Size, architectures: list[Architecture],
     x = torch.randn(size.batch_rows, size.d_in, generator=torch.Generator().manual_seed(1)).to(device)
     rate = measure_rate(device, size)
     floor_s = seconds_of(device, make_floor(x, size), n_steps)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     common = {
         "unit": "rows/s",
         "floor": round(floor_s, 6),
         "matmul_flops": round(rate),
         "ratio_to_best_peer": None,
         "config": size._asdict(),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "commit": commit,
     }
     dense_s: float | None = None
     for architecture in architectures:

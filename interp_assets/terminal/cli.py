@@ -396,6 +396,10 @@ app.command()(export)  # after the others: `interp --help` lists commands in thi
 def _show_version(is_asked: bool) -> bool:
     if is_asked:
         out.print(f"interp-assets {metadata.version('interp-assets')}, Python {platform.python_version()}", soft_wrap=True)
+        if "--debug" in sys.argv:
+            from interp_assets.compute.processor import explain_processor
+
+            out.print(explain_processor(), soft_wrap=True, markup=False)
         raise typer.Exit
     return is_asked
 
@@ -403,7 +407,12 @@ def _show_version(is_asked: bool) -> bool:
 @app.callback()
 def explain(
     debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and go.", callback=_show_version, is_eager=True)] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and go; with --debug also the processor and its paths.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
 ) -> None:
     """From text to the features of a language model: token shards, activations, an exact shuffle, sparse autoencoders, a browser."""
 

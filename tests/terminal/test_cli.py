@@ -98,6 +98,16 @@ def test_the_version_can_be_asked_for(tmp_path: Path) -> None:
     assert not done.stderr
 
 
+def test_the_version_tells_the_processor_on_request(tmp_path: Path) -> None:
+    """Speeds, and last bits of products, follow from the processor and from the paths that are taken on it."""
+    done = interp("--version", "--debug", cwd=tmp_path)
+    assert done.returncode == 0
+    assert re.fullmatch(
+        r"interp-assets .*\nProcessor \S+ \S+ \(.+\): float32 products by .+, digits (int8|float32), torch's kernels \S+\n", done.stdout
+    )
+    assert not done.stderr
+
+
 def test_every_command_and_option_explains_itself() -> None:
     """`--help` is the manual."""
     for name, command in get_command(cli.app).commands.items():  # type: ignore[attr-defined]
