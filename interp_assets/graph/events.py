@@ -54,6 +54,8 @@ class Shared(NamedTuple):
     seconds: float
     is_rated: bool = True
     """Whether its time tells how fast such work is: not where a loop was compiled."""
+    shares: Mapping[str, float] = {}
+    """Of each partition, in the seconds."""
 
 
 def record(
@@ -61,7 +63,7 @@ def record(
 ) -> Iterator[dg.AssetMaterialization | dg.MaterializeResult]:
     """Run `work(partition key)` for every partition of this run, and yield its event (`""` is the key without partitions).
 
-    `shared` is divided among the partitions when their costs are shown. Raises `dagster.Failure` at the end when partitions failed, with
+    `shared` is divided among the partitions when their costs are shown, its time as they were forecast: small ones beside a large one took little. Raises `dagster.Failure` at the end when partitions failed, with
     their messages; the others are recorded.
     """
     tags = _provenance_tags(context)
@@ -81,7 +83,7 @@ def record(
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
         (progress.end if made.holds_anything else progress.leave)()
-        took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
+        took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, key)
         is_rated = made.is_whole and n_compilations() == n_compiled and (shared is None or shared.is_rated)
         is_new = not made.metadata.get("reused", True)
         table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds, is_whole=is_rated) if is_new else None
@@ -134,11 +136,12 @@ def interruptible(progress: Progress) -> Iterator[None]:
         raise dg.Failure("Interrupted. Finished partitions are kept.", allow_retries=False) from error
 
 
-def _add_share(own: Shared, shared: Shared | None, n_partitions: int) -> Shared:
+def _add_share(own: Shared, shared: Shared | None, key: str) -> Shared:
+    """Add a partition's part of what was done for all: of bytes and requests an equal one, for the rows were read once."""
     if shared is None:
         return own
-    traffic = Traffic(*(mine + all_of_it // n_partitions for mine, all_of_it in zip(own.traffic, shared.traffic, strict=True)))
-    return Shared(traffic, own.seconds + shared.seconds / n_partitions)
+    traffic = Traffic(*(mine + all_of_it // len(shared.shares) for mine, all_of_it in zip(own.traffic, shared.traffic, strict=True)))
+    return Shared(traffic, own.seconds + shared.seconds * shared.shares[key])
 
 
 def partition_keys(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> list[str]:

@@ -14,12 +14,25 @@ def unheard(_n: int) -> None:
     """Hear of work and ignore it."""
 
 
+class Compared(NamedTuple):
+    """What a partition was expected to take, and what it took."""
+
+    table: list[dict[str, Any]]
+    """A row a unit, as assumed of any machine."""
+    forecast_s: float
+    """What was forecast of this machine."""
+
+
 @runtime_checkable
 class Estimator(Protocol):
     """Knows what partitions should take, and learns from what they took."""
 
-    def __call__(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool) -> list[dict[str, Any]] | None:
-        """Return a table of what was expected and what it took, None where nothing is expected; only work that was done whole teaches anything."""
+    def foresee(self, asset: Sequence[str], partition: str) -> float | None:
+        """Return the seconds that a partition was forecast to take on this machine when the run began; None where nothing is expected."""
+        ...
+
+    def compare(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool) -> Compared | None:
+        """Return what was expected beside what it took, None where nothing is expected; only work that was done whole teaches anything."""
         ...
 
 
@@ -31,16 +44,25 @@ class Progress:
 
     @cached_property
     def expected_s(self) -> dict[str, float]:
-        """What the partitions that were made were expected to take, in seconds, by asset."""
+        """What the partitions that were made were forecast to take on this machine, in seconds, by asset."""
         return {}
 
     def cost(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool = True) -> list[dict[str, Any]] | None:
         """Return what a partition took beside what it was expected to take, if that is known."""
-        table = self.estimator(asset, partition, traffic, seconds, is_whole=is_whole) if self.estimator else None
-        for row in table or ():
-            if row["what"] == "seconds":
-                self.expected_s["/".join(asset)] = self.expected_s.get("/".join(asset), 0.0) + float(row["estimated"])
-        return table
+        found = self.estimator.compare(asset, partition, traffic, seconds, is_whole=is_whole) if self.estimator else None
+        if found is None:
+            return None
+        self.expected_s["/".join(asset)] = self.expected_s.get("/".join(asset), 0.0) + found.forecast_s
+        return found.table
+
+    def divide(self, asset: Sequence[str], partitions: Sequence[str]) -> dict[str, float]:
+        """Return the share of each of several partitions that are made at once in what they take: as their forecasts are, or equal ones."""
+        known = [self.estimator.foresee(asset, key) if self.estimator else None for key in partitions]
+        forecasts = [seconds for seconds in known if seconds is not None]
+        total_s = sum(forecasts)
+        if len(forecasts) < len(partitions) or total_s <= 0:
+            return dict.fromkeys(partitions, 1 / len(partitions))
+        return {key: seconds / total_s for key, seconds in zip(partitions, forecasts, strict=True)}
 
     def plan(self, n_partitions: int) -> None:
         """Hear how many partitions a run has, finished ones included."""
