@@ -7,9 +7,10 @@
    here, with the same tags that Dagster would give them, and the output's own event is suppressed.
 3. An `InterpError` becomes Dagster's `Failure` with the message alone. An error of one partition does not stop the others; an error of
    the configuration or the store would meet them all, so it does.
-4. A check answers for every partition, too, as an evaluation of its own.
+4. A partition that was stopped, as the configuration asked for, is observed instead, with the reason: nothing has failed.
+5. A check answers for every partition, too, as an evaluation of its own.
 
-Points 2 and 4 use four names that Dagster keeps private (its version is pinned); `tests/graph/test_runs.py` holds them.
+Points 2 and 5 use four names that Dagster keeps private (its version is pinned); `tests/graph/test_runs.py` holds them.
 """
 
 import json
@@ -27,13 +28,15 @@ from dagster._core.errors import DagsterExecutionInterruptedError, raise_executi
 from dagster._core.execution.plan.execute_step import _build_data_version_tags, _get_code_version, _get_input_provenance_data
 
 from interp_assets.compute.compiled import n_compilations
-from interp_assets.errors import ConfigError, InterpError, StoreError
+from interp_assets.errors import ConfigError, InterpError, StoppedError, StoreError
 from interp_assets.planning.asset import Check, Markdown, Shown, Table, Verdict
 from interp_assets.planning.progress import Progress, format_bytes
 from interp_assets.storage.manifest import Produced, data_version
 from interp_assets.storage.traffic import METER, Traffic
 
 _MAX_FACTS_BYTES: Final = 4096
+STOPPED: Final = "stopped"
+"""Metadata of an observation: why a partition ended without artifacts, as the configuration asked for."""
 
 
 class Made(NamedTuple):
@@ -60,7 +63,7 @@ class Shared(NamedTuple):
 
 def record(
     context: dg.AssetExecutionContext, work: Callable[[str], Made], progress: Progress, shared: Shared | None = None
-) -> Iterator[dg.AssetMaterialization | dg.MaterializeResult]:
+) -> Iterator[dg.AssetMaterialization | dg.AssetObservation | dg.MaterializeResult]:
     """Run `work(partition key)` for every partition of this run, and yield its event (`""` is the key without partitions).
 
     `shared` is divided among the partitions when their costs are shown, its time as they were forecast: small ones beside a large one took little. Raises `dagster.Failure` at the end when partitions failed, with
@@ -75,6 +78,11 @@ def record(
         try:
             with interruptible(progress):
                 made = work(key)
+        except StoppedError as error:
+            progress.leave()
+            progress.tell(str(error))
+            yield dg.AssetObservation(context.asset_key, partition=key or None, metadata={STOPPED: str(error)})
+            continue
         except InterpError as error:
             progress.end()
             failed[key] = error

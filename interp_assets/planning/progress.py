@@ -115,10 +115,17 @@ class AssetReport(NamedTuple):
     """Partitions that failed."""
     waiting: Sequence[str] = ()
     """Partitions that are due and cannot be made before failed ones upstream."""
+    stopped: Sequence[str] = ()
+    """Partitions that were given up as the configuration asks for, and those that would read them: nothing is wrong."""
     message: str = ""
     """What the first failure said; empty when there is none."""
     made: Sequence[str] = ()
     """Partitions that were made."""
+
+    @property
+    def n_reused(self) -> int:
+        """Partitions that were there already."""
+        return self.n_partitions - self.n_made - len(self.failed) - len(self.waiting) - len(self.stopped)
 
 
 def format_bytes(n_bytes: int) -> str:

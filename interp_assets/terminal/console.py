@@ -140,13 +140,15 @@ def byte_bar(console: Console, description: str, n_bytes: int) -> Iterator[Any]:
 
 def print_report(console: Console, report: AssetReport) -> None:
     """Print one line for a finished asset."""
-    n_reused = report.n_partitions - report.n_made
-    parts = [f"{report.n_made:,} made" if report.n_made else "", f"{n_reused:,} there already" if n_reused else ""]
-    text = Text(f"  {report.name:<38}{', '.join(part for part in parts if part):<34}{report.wall_s:>8.1f} s  {format_bytes(report.n_bytes):>9}")
+    counts = ((report.n_made, "made"), (report.n_reused, "there already"), (len(report.stopped), "stopped"))
+    parts = [f"{n:,} {word}" for n, word in counts if n]
+    text = Text(f"  {report.name:<38}{', '.join(parts):<34}{report.wall_s:>8.1f} s  {format_bytes(report.n_bytes):>9}")
     console.print(text, soft_wrap=True)
     left = [f"{len(keys):,} {word}: {', '.join(keys[:8])}" for keys, word in ((report.failed, "failed"), (report.waiting, "waiting")) if keys]
     if left:
         console.print(f"    {'; '.join(left)}", style="red", markup=False, soft_wrap=True)
+    if report.stopped:
+        console.print(f"    stopped, as `stop` asks for: {', '.join(report.stopped[:8])}", markup=False, soft_wrap=True)
     if report.message:
         console.print(f"    {report.message}", markup=False, soft_wrap=True)
     for sentence in report.failed_checks:

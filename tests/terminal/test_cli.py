@@ -540,6 +540,25 @@ def test_the_resolved_configuration_is_one_that_means_the_same(tmp_path: Path) -
     assert '"name": "demo-k8"' in invoke("config", "--set", "saes.*.k=[8, 16]", "--set", "features.saes=[]").stdout
 
 
+def test_the_resolved_configuration_shows_of_the_corpus_what_its_source_reads(tmp_path: Path) -> None:
+    """The demo's listed ten fields of planted rows under a corpus of text; what is set all the same stays, is part of the ids, and is said."""
+    text = {"context_length", "contexts", "held_out_shards", "max_shards", "shard_bytes", "source", "text_kind"}
+
+    def shown(*settings: str) -> tuple[set[str], str]:
+        result = invoke("config", *(word for setting in settings for word in ("--set", setting)))
+        (tmp_path / "again.yaml").write_text(result.stdout)
+        assert load_config(tmp_path / "again.yaml").corpus.source == yaml.safe_load(result.stdout)["corpus"]["source"]
+        return set(yaml.safe_load(result.stdout)["corpus"]), result.stderr
+
+    assert shown() == (text, "")
+    told = {"documents_per_shard", "path", "revision", "split", "subset", "text_field"}
+    assert shown("corpus.source=huggingface", "corpus.path=a/b") == ((text | told) - {"shard_bytes"}, "")
+    assert shown("corpus.width=32") == (text | {"width"}, "`corpus.width` decides nothing for source stdlib\n")
+    planted, _ = shown("corpus.source=planted", "features.saes=[]", "heads=null", "steering=null")
+    assert planted >= {"features", "width", "n_rows", "frequency", "hierarchy", "noise", "max_shards", "context_length"}
+    assert not planted & {"path", "text_field", "shard_bytes", "contexts", "text_kind", "split"}
+
+
 def test_more_saes_than_anybody_wants_by_accident_need_a_yes(tmp_path: Path) -> None:
     """A range too many is 300 SAEs: refused before anything is begun."""
     path = tmp_path / "s.yaml"
