@@ -30,7 +30,7 @@ from dagster._core.execution.plan.execute_step import _build_data_version_tags, 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.errors import ConfigError, InterpError, StoppedError, StoreError
 from interp_assets.planning.asset import Check, Markdown, Shown, Table, Verdict
-from interp_assets.planning.progress import Progress, format_bytes
+from interp_assets.planning.progress import Progress, format_bytes, format_count
 from interp_assets.storage.manifest import Produced, data_version
 from interp_assets.storage.traffic import METER, Traffic
 
@@ -66,8 +66,8 @@ def record(
 ) -> Iterator[dg.AssetMaterialization | dg.AssetObservation | dg.MaterializeResult]:
     """Run `work(partition key)` for every partition of this run, and yield its event (`""` is the key without partitions).
 
-    `shared` is divided among the partitions when their costs are shown, its time as they were forecast: small ones beside a large one took little. Raises `dagster.Failure` at the end when partitions failed, with
-    their messages; the others are recorded.
+    `shared` is divided among the partitions when their costs are shown, its time as they were forecast: small ones beside a large one took
+    little. Raises `dagster.Failure` at the end when partitions failed, with their messages; the others are recorded.
     """
     tags = _provenance_tags(context)
     failed: dict[str, InterpError] = {}
@@ -265,7 +265,7 @@ def _failure(failed: Mapping[str, InterpError], n_keys: int) -> dg.Failure:
         text = first
     else:
         names = ", ".join(list(failed)[:8]) + (", ..." if len(failed) > 8 else "")
-        text = f"{len(failed)} of {n_keys} partitions failed ({names}); the finished ones are kept. The first one: {first}"
+        text = f"{len(failed)} of {format_count(n_keys, 'partition')} failed ({names}); the finished ones are kept. The first one: {first}"
     messages = {key or "all": str(error) for key, error in failed.items()}
     is_transient = all(isinstance(error, StoreError) for error in failed.values())
     return dg.Failure(text, metadata={"failed": dg.MetadataValue.json(messages)}, allow_retries=is_transient)

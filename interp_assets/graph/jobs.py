@@ -328,19 +328,8 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
     failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
     n_made = len(missing) - len(failed) - len(stopped) - n_found
     message = str(errors[0]) if errors else ""
-    report = AssetReport(
-        asset.name,
-        len(keys),
-        n_made,
-        n_bytes,
-        time.monotonic() - started,
-        failed_checks,
-        n_found,
-        failed,
-        stopped=stopped,
-        message=message,
-        made=made,
-    )
+    report = AssetReport(asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found, failed)
+    report = report._replace(stopped=stopped, message=message, made=made)
     return Outcome(report, errors)
 
 

@@ -136,3 +136,13 @@ def format_bytes(n_bytes: int) -> str:
             break
         size /= 1000
     return f"{size:,.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def format_count(n: int, one: str, many: str = "") -> str:
+    """Write a number with its noun: 1 fault, 2 faults."""
+    return f"{n:,} {choose_word(n, one, many)}"
+
+
+def choose_word(n: int, one: str, many: str = "") -> str:
+    """Return a noun (or a verb) for so many: fault, faults; is, are."""
+    return one if n == 1 else many or one + "s"

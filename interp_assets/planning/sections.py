@@ -236,11 +236,9 @@ class MatchesConfig(Section):
 
 
 class StopConfig(Section):
-    """When an SAE is given up because others of the same run do better; those trained before are not looked at, for their log of that step may be
-    another run's. Execution: those that are trained to their end are what they would be without it.
-    """
+    """When an SAE is given up because others of a run do better. Execution: those that are trained to their end are what they would be without."""
 
     at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.25, 0.5)
-    """Shares of its steps at which an SAE is compared with those trained beside it, in one run, on the same rows and for as many steps."""
+    """Shares of its steps at which an SAE is compared with those that one run trains beside it, on the same rows and as long; others are not."""
     margin: Annotated[float, Field(ge=0)] = 0.05
     """It is given up where another one is as sparse or sparser, and its FVU by more than this share of it less."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, ProgressColumn, SpinnerColu
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from interp_assets.planning.progress import AssetReport, Progress, format_bytes
+from interp_assets.planning.progress import AssetReport, Progress, format_bytes, format_count
 from interp_assets.terminal.left import find_compiling
 
 _NAMED: Final = 3
@@ -53,7 +53,7 @@ class Bars(Progress):
     def plan(self, n_partitions: int) -> None:
         """Show how many partitions there are."""
         self._n_partitions = n_partitions
-        self._rich.update(self._road, total=n_partitions, completed=0, note=f"0/{n_partitions:,} partitions")
+        self._rich.update(self._road, total=n_partitions, completed=0, note=f"0/{format_count(n_partitions, 'partition')}")
 
     def skip(self, n_partitions: int) -> None:
         """Count partitions that are there already."""
@@ -159,9 +159,8 @@ def print_total(console: Console, reports: Sequence[AssetReport]) -> None:
     """Print the sum of a run."""
     n_partitions, n_made = sum(report.n_partitions for report in reports), sum(report.n_made for report in reports)
     wall_s, n_bytes = sum(report.wall_s for report in reports), sum(report.n_bytes for report in reports)
-    console.print(
-        f"  {len(reports)} assets, {n_partitions:,} partitions: {n_made:,} made in {wall_s:.1f} s, {format_bytes(n_bytes)} written.", soft_wrap=True
-    )
+    what = f"{format_count(len(reports), 'asset')}, {format_count(n_partitions, 'partition')}"
+    console.print(f"  {what}: {n_made:,} made in {wall_s:.1f} s, {format_bytes(n_bytes)} written.", soft_wrap=True)
 
 
 def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right_from: int | None = None) -> None:
@@ -182,8 +181,3 @@ def _cell(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,}"
     return "".join(char if char.isprintable() else "\ufffd" for char in str(value))
-
-
-def format_count(n: int, one: str, many: str = "") -> str:
-    """Write a number with its noun: 1 fault, 2 faults."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}"

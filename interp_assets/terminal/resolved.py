@@ -9,8 +9,8 @@ from rich.console import Console
 
 from interp_assets.planning.config import PipelineConfig, SaeConfig
 from interp_assets.planning.options import find_unread
+from interp_assets.planning.progress import format_count
 from interp_assets.planning.sections import CorpusConfig
-from interp_assets.terminal.console import format_count
 
 
 def print_config(out: Console, err: Console, config: PipelineConfig) -> None:

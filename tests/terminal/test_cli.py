@@ -272,7 +272,7 @@ def test_serve_without_a_bundle_says_what_to_do(tmp_path: Path) -> None:
     """The first thing that a newcomer may try."""
     result = interp("serve", cwd=tmp_path, INTERP_ROOT=str(tmp_path / "data"))
     assert result.returncode == 1
-    assert "There is no feature bundle at" in result.stderr
+    assert "There is nothing to browse at" in result.stderr
     assert "`interp run`" in result.stderr
 
 
@@ -292,6 +292,8 @@ def test_a_finished_asset_is_one_line() -> None:
     assert lines[0].split() == ["activations", "4", "made,", "12", "there", "already", "12.3", "s", "2.5", "MB"]
     assert lines[2] == "    check not passed: bounds: SAE a has 0.6"
     assert lines[3] == "  2 assets, 17 partitions: 4 made in 12.3 s, 2.5 MB written."
+    print_total(console, [AssetReport("sae", 1, 1, 1000, 1.0, [], stopped=["a"])])
+    assert console.export_text().splitlines()[-1] == "  1 asset, 1 partition: 1 made in 1.0 s, 1.0 kB written."
 
 
 def test_the_demo_root_comes_from_the_environment(tmp_path: Path) -> None:
