@@ -453,6 +453,12 @@ class Opened:
 
         return read_matches(self.pipeline, self.store)
 
+    def probes(self, sae: str) -> "pl.DataFrame":
+        """Return how well few latents of an SAE tell labels of held-out rows, beside its activation: a line a label's value and kind of probe."""
+        from interp_assets.train.probes.probe import read_probes  # noqa: PLC0415 - as above
+
+        return read_probes(self.pipeline, self.store, sae)
+
     def history(self) -> "pl.DataFrame":
         """Return what `interp run` and `interp try` did here, one line each: when, how long, on which code, with what note, and what came of it."""
         from interp_assets.planning.history import read_history  # noqa: PLC0415 - as above

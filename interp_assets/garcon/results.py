@@ -21,10 +21,10 @@ _MAX_VALUES: Final = 5_000_000
 class Result:
     """One tensor that was asked for, with what its axes mean. Before its trace has run, asking for the tensor is an error."""
 
-    def __init__(self, name: str, axes: Sequence[str], write_tokens: Callable[[], list[list[str]]]) -> None:
+    def __init__(self, name: str, axes: Sequence[str], write_tokens: Callable[[], list[list[str]]], operation: str = "") -> None:
         """`axes` name the tensor's axes; `write_tokens` tells the tokens of each of its rows that stand at its positions."""
         self.name, self.axes, self._write_tokens = name, tuple(axes), write_tokens
-        self.operation = ""
+        self.operation = operation
         """Its operation in the plan of its trace."""
         self.kept: Kept | None = None
         """What the server keeps of it; None where it came whole."""

@@ -393,8 +393,7 @@ class Trace:
         name = self._name("read")
         self._operations.append(Read(name=name, after=after, **at))
         chosen = range(len(self._rows)) if at["rows"] is None else at["rows"]
-        self._results[name] = Result(at["point"], self._axes(at), self._tokens_at(chosen, at["pos"]))
-        self._results[name].operation = name
+        self._results[name] = Result(at["point"], self._axes(at), self._tokens_at(chosen, at["pos"]), name)
         return self._results[name]
 
     def patch(
@@ -446,8 +445,7 @@ class Trace:
         name = self._name("read")
         self._operations.append(SaeRead(name=name, sae=sae, latents=None if latents is None else tuple(latents), after=after, **at))
         axes = ["row", *([] if isinstance(at["pos"], int) else ["position"]), "latent"]
-        self._results[name] = Result(f"{sae} at {at['point']}", axes, self._tokens_at(range(len(self._rows)), at["pos"]))
-        self._results[name].operation = name
+        self._results[name] = Result(f"{sae} at {at['point']}", axes, self._tokens_at(range(len(self._rows)), at["pos"]), name)
         return self._results[name]
 
     def sae_clamp(self, sae: str, values: Mapping[int, str], *, pos: Where = None, when: tuple[str, int, float] | None = None) -> None:
@@ -481,8 +479,7 @@ class Trace:
         """Measure a metric, for every row."""
         name = self._name("metric")
         self._operations.append(metric.model_copy(update={"name": name}))
-        self._results[name] = Result(metric.metric, ["row"], self._all_tokens())
-        self._results[name].operation = name
+        self._results[name] = Result(metric.metric, ["row"], self._all_tokens(), name)
         return self._results[name]
 
     def grad(self, metric: Result, at: Names) -> Results:

@@ -75,7 +75,8 @@ def run_backfill(
         elif only_failed:
             due = {key for key in due if key in failed_before or road.parents(asset, pipeline, key) & touched}
         left = find_left(road, asset, pipeline, [key for key in keys if key in due], broken, ended)
-        ready = [key for key in keys if key in due - {*left.waiting, *left.stopped}]
+        due -= {*left.waiting, *left.stopped}
+        ready = [key for key in keys if key in due]
         if partitions:
             _remove_damaged(asset, pipeline, store, ready)
         return ready, left

@@ -39,17 +39,6 @@ STOPPED: Final = "stopped"
 """Metadata of an observation: why a partition ended without artifacts, as the configuration asked for."""
 
 
-class Made(NamedTuple):
-    """One finished partition, as Dagster shall show it."""
-
-    data_version: str
-    metadata: dict[str, Any]
-    is_whole: bool = True
-    """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
-    holds_anything: bool = True
-    """Whether it has artifacts."""
-
-
 class Shared(NamedTuple):
     """What was done for all partitions of a run at once, before each is recorded."""
 
@@ -59,6 +48,19 @@ class Shared(NamedTuple):
     """Whether its time tells how fast such work is: not where a loop was compiled."""
     shares: Mapping[str, float] = {}
     """Of each partition, in the seconds."""
+
+
+class Made(NamedTuple):
+    """One finished partition, as Dagster shall show it."""
+
+    data_version: str
+    metadata: dict[str, Any]
+    is_whole: bool = True
+    """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
+    holds_anything: bool = True
+    """Whether it has artifacts."""
+    took: Shared | None = None
+    """What it took where it was made elsewhere; None: what this process saw."""
 
 
 def record(
@@ -91,8 +93,8 @@ def record(
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
         (progress.end if made.holds_anything else progress.leave)()
-        took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, key)
-        is_rated = made.is_whole and n_compilations() == n_compiled and (shared is None or shared.is_rated)
+        took = made.took or _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, key)
+        is_rated = made.is_whole and took.is_rated and n_compilations() == n_compiled and (shared is None or shared.is_rated)
         is_new = not made.metadata.get("reused", True)
         table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds, is_whole=is_rated) if is_new else None
         yield _event(context, key, _with_cost(made, table), tags)

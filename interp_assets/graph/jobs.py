@@ -32,6 +32,7 @@ from interp_assets.errors import ConfigError, InterpError
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.events import STOPPED
 from interp_assets.graph.fanout import side_by_side
+from interp_assets.graph.local_ray import local_cluster
 from interp_assets.graph.partitions import claim_history
 from interp_assets.graph.readiness import check_machine
 from interp_assets.graph.stages import make_road
@@ -42,8 +43,10 @@ from interp_assets.planning.progress import AssetReport, Progress
 from interp_assets.planning.road import Partition, Road, group_siblings
 from interp_assets.storage.leases import SILENT_S, leased
 from interp_assets.storage.lineage import Digests
+from interp_assets.storage.listing import list_store
 from interp_assets.storage.locks import Holder, locked
 from interp_assets.storage.process_names import name_process
+from interp_assets.storage.seen import SeenFiles, open_seen
 from interp_assets.storage.store import Store
 from resources.launcher import PROCESS_TAG
 
@@ -160,30 +163,39 @@ def run_road(
     `select` limits the run to the named assets (the plan is always made: it notices new text). Raises the first `RunError`: at an asset that
     failed whole, else when all is made that does not read what failed. What is finished stays, and the next run goes on from there.
     """
-    progress = progress or Progress()
+    with local_cluster(config.execution), open_seen() as notes:
+        yield from _run_road(config, instance, select, progress or Progress(), notes)
+
+
+def _run_road(
+    config: PipelineConfig, instance: DagsterInstance, select: Sequence[str], progress: Progress, notes: SeenFiles
+) -> Iterator[AssetReport]:
     road = make_road(config)
     rest = [asset for asset in road.select(select) if not asset.plan]
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
     progress.expect(road.plan.name, 1)
     yield _whole(run_asset(job, instance, road.plan, [""], [""]))
-    store = open_pipeline_store(config)
-    pipeline = load_pipeline(config, store)
+    real_store = open_pipeline_store(config)
+    pipeline = load_pipeline(config, real_store)
+    store = list_store(real_store, notes)
+    known = Digests(store)
     progress.plan(sum(len(find_holding(road, asset, pipeline, store)) for asset in rest))
     errors: list[RunError] = []
     broken: set[Partition] = set()
     ended: set[Partition] = set()
     is_certain = are_counted(pipeline, store)
-    check_machine(road, pipeline, store, rest)
+    check_machine(road, pipeline, store, rest, known)
     for siblings in group_siblings(rest):
         if not is_certain and (is_certain := are_counted(pipeline := load_pipeline(config, store), store)):
             road.check(pipeline, store)  # the plan could only estimate the rows
-            check_machine(road, pipeline, store, rest)
-        due = [(asset, find_missing(road, asset, pipeline, store, instance)) for asset in siblings]
+            check_machine(road, pipeline, store, rest, known)
+        due = [(asset, find_missing(road, asset, pipeline, store, instance, known)) for asset in siblings]
         with side_by_side([asset for asset, missing in due if missing], config):
             for asset, missing in due:
                 if keys := asset.partition_keys(pipeline):
                     left = find_left(road, asset, pipeline, missing, broken, ended)
-                    ready = [key for key in missing if key not in {*left.waiting, *left.stopped}]
+                    kept_back = {*left.waiting, *left.stopped}
+                    ready = [key for key in missing if key not in kept_back]
                     holding = find_holding(road, asset, pipeline, store)
                     progress.skip(len(holding - set(ready)))
                     progress.expect(asset.name, len(holding & set(ready)), asset.unit)
@@ -199,6 +211,9 @@ def run_road(
                     ended |= {(asset.name, key) for key in stopped}
                     report = outcome.report._replace(waiting=left.waiting, stopped=stopped, message=told)
                     yield count_partitions(road, asset, (pipeline, store), ready, report)
+        if any(missing for _, missing in due):  # what was listed and read is as old as what it was before
+            store = list_store(real_store, notes)
+            known = Digests(store)
         if any(asset.completes_plan for asset in siblings):
             pipeline = load_pipeline(config, store)
             progress.plan(sum(len(find_holding(road, asset, pipeline, store)) for asset in rest))
@@ -222,11 +237,11 @@ def find_left(road: Road, asset: Asset, pipeline: Pipeline, due: Sequence[str], 
     return Left(waiting, [key for key, parents in awaited.items() if parents & ended and not parents & broken])
 
 
-def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
+def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance, known: Digests | None = None) -> list[str]:
     """List the partitions of an asset that have to be run, in order: without artifacts, made from other bytes, or not as Dagster knows them."""
     recorded = recorded_versions(instance, asset)
     keys = asset.partition_keys(pipeline)
-    known = Digests(store)
+    known = known or Digests(store)
     return [key for key in keys if key not in recorded or road.find_version(asset, pipeline, store, key, known) != recorded[key]]
 
 

@@ -21,15 +21,18 @@ from interp_assets.planning.progress import format_bytes
 from interp_assets.planning.road import Road
 from interp_assets.planning.schedule import Line, make_schedule
 from interp_assets.shuffle.choice import foresee
+from interp_assets.storage.lineage import Digests
 from interp_assets.storage.store import Store
 
 
-def check_machine(road: Road, pipeline: Pipeline, store: Store, assets: Sequence[Asset]) -> None:
-    """Raise `PlanError` with all that this machine lacks to make what is missing of some assets."""
-    if free_bytes(pipeline.config.root) is None and not _names_devices(pipeline):
+def check_machine(road: Road, pipeline: Pipeline, store: Store, assets: Sequence[Asset], known: Digests | None = None) -> None:
+    """Raise `PlanError` with all that this machine lacks to make what is missing of some assets. `known` is what was looked at, and is filled."""
+    if not assets or (free_bytes(pipeline.config.root) is None and not _names_devices(pipeline)):
         return
     keys = {asset.key for asset in assets}
-    lines = [line for line in make_schedule(road, foresee(pipeline, store), store, {}, 1) if line.key in keys]
+    foreseen = foresee(pipeline, store)
+    lines = make_schedule(road, foreseen, store, {}, 1, known if foreseen is pipeline else None)
+    lines = [line for line in lines if line.key in keys]
     if found := find_lacks(road, pipeline, store, lines):
         raise PlanError("\n".join(found))
 

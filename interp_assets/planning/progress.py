@@ -23,6 +23,16 @@ class Compared(NamedTuple):
     """What was forecast of this machine."""
 
 
+class Doing(NamedTuple):
+    """What a worker of several is doing."""
+
+    key: str
+    """Its partition; empty where it waits."""
+    n_units: int
+    seconds: float
+    """Since it began."""
+
+
 @runtime_checkable
 class Estimator(Protocol):
     """Knows what partitions should take, and learns from what they took."""
@@ -83,6 +93,9 @@ class Progress:
     def measure(self, text: str) -> None:
         """Hear how good what is being made is so far, in a few words."""
 
+    def watch(self, doing: Sequence[Doing]) -> None:
+        """Hear what all workers are doing that make partitions side by side."""
+
     def tell(self, sentence: str) -> None:
         """Hear something that a person should read."""
 
@@ -95,6 +108,14 @@ class Progress:
     def leave(self) -> None:
         """Hear that the current partition is finished, and holds nothing: it was none of those expected."""
         self.end()
+
+
+def describe_workers(doing: Sequence[Doing], unit: str, n_named: int = 4) -> str:
+    """Say what workers are doing side by side, a few of them by name, and how fast they are together."""
+    named = ", ".join(f"{each.key or 'one'} {each.n_units:,}" for each in doing[:n_named])
+    more = f" and {len(doing) - n_named:,} more" if len(doing) > n_named else ""
+    rate = sum(each.n_units / each.seconds for each in doing if each.seconds > 0)
+    return f"{len(doing):,} at work: {named}{more} {unit}" + (f"; {rate:,.0f}/s together" if rate >= 1 else "")
 
 
 class AssetReport(NamedTuple):

@@ -17,7 +17,9 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.rates import Rate
 from interp_assets.planning.road import Road
 from interp_assets.storage.lineage import Digests
+from interp_assets.storage.listing import list_store
 from interp_assets.storage.manifest import data_version
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store
 
 START_S: Final = 0.3
@@ -48,11 +50,12 @@ class Line(NamedTuple):
         return "/".join(self.key)
 
 
-def make_schedule(road: Road, pipeline: Pipeline, store: Store, rates: dict[str, Rate], workers: int) -> list[Line]:
-    """Return a line for every asset that has partitions, in the order of the data. The plan is made in every run."""
-    known = Digests(store)
+def make_schedule(road: Road, pipeline: Pipeline, store: Store, rates: dict[str, Rate], workers: int, known: Digests | None = None) -> list[Line]:
+    """Return a line for every asset that has partitions, in the order of the data. The plan is made in every run. `known` is what was looked at."""
     first = Line(road.plan.key, 1, 1, 0, 0, 0, 0, START_S, None)
-    lines = [_line(road, asset, (pipeline, store, known), rates, workers) for asset in road.rest]
+    with open_seen() as notes:
+        known = known or Digests(list_store(store, notes))
+        lines = [_line(road, asset, (pipeline, known.store, known), rates, workers) for asset in road.rest]
     return [first, *(line for line in lines if line.n_partitions)]
 
 

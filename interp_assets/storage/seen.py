@@ -92,6 +92,18 @@ class SeenFiles:
             self._committed = time.monotonic()
         return self._database is not None
 
+    def recall(self, name: Path, stamp: str, question: str) -> bytes | None:
+        """Return the noted answer of something that is no file, and whose stamp another one gave, such as an object's tag."""
+        if self._reads_again:
+            return None
+        row = self._ask("SELECT answer FROM notes WHERE path = ? AND question = ? AND stamp = ?", (os.fsencode(name), question, stamp))
+        return _unseal(row[0][0], Draft(name, stamp, is_settled=True), question) if row else None
+
+    def keep(self, name: Path, stamp: str, question: str, answer: bytes) -> None:
+        """Note what it answered."""
+        sealed = _seal(Draft(name, stamp, is_settled=True), question, answer) + answer
+        self._ask("INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)", (os.fsencode(name), question, stamp, sealed))
+
     def answer(self, path: Path, question: str, read: Callable[[], bytes]) -> bytes:
         """Return the noted answer, or that of `read()`, which is then noted."""
         draft, noted = self.find(path, question)

@@ -67,10 +67,12 @@ def run(
     ] = None,
     read_again: ReadAgain = False,
     settings: Settings = None,
+    workers: Annotated[str, typer.Option(help="Partitions that are made side by side, or auto: one a GPU, else one a core. Needs Ray.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Also where a sweep has more than 256 SAEs.")] = False,
     note: Note = "",
 ) -> None:
     """Materialize what is missing of a pipeline, from text to the feature browser's bundle."""
+    settings = [*(settings or ()), *([f"execution.workers={workers}"] if workers else [])]
     loaded = _load(config, read_again=read_again, settings=settings)
     if len(loaded.saes) > _MANY_SAES and not yes:
         raise InputError(f"{format_count(len(loaded.saes), 'SAE')} would be trained. `interp plan` says what that takes; --yes begins it.")

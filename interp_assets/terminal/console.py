@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, ProgressColumn, SpinnerColu
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from interp_assets.planning.progress import AssetReport, Progress, format_bytes, format_count
+from interp_assets.planning.progress import AssetReport, Doing, Progress, describe_workers, format_bytes, format_count
 from interp_assets.terminal.left import find_compiling
 
 _NAMED: Final = 3
@@ -83,6 +83,11 @@ class Bars(Progress):
     def measure(self, text: str) -> None:
         """Show how good it is so far."""
         self._measured = text
+
+    def watch(self, doing: Sequence[Doing]) -> None:
+        """Show all workers in the line of the partition that is waited for."""
+        if doing:
+            self._rich.update(self._partition, note=describe_workers(doing, self._unit))
 
     def tell(self, sentence: str) -> None:
         """Print a sentence above the bars."""

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN, count_rows
 from interp_assets.errors import ArtifactMissingError, PlanError, StoreMissingError
+from interp_assets.graph.local_ray import count_workers
 from interp_assets.graph.readiness import find_lacks, free_bytes
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.sizes import ROWS_PER_S
@@ -45,7 +46,7 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
     """
     from interp_assets.corpus.plan import describe_empty  # noqa: PLC0415 - takes transformers, and `interp costs` does without
 
-    workers = workers or config.execution.workers
+    workers = workers or count_workers(config.execution)
     store = open_pipeline_store(config)
     road, planned = make_road(config), plan_aside(config, store)
     road.check(planned, store)

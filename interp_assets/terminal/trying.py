@@ -153,7 +153,8 @@ def try_saes(pipeline: Pipeline, store: Store, n_rows: int, on_metrics: OnMetric
     try:
         found = train_briefly(short, store, [arm.name for arm in arms], on_metrics, drop)
     except ArtifactMissingError as error:
-        message = f"Pipeline {pipeline.config.name!r} has no mixed rows to try SAEs on yet. Make them: interp run --select +shuffle_certificate"
+        how = "interp run --select +shuffle_certificate --select +activation_statistics"
+        message = f"Pipeline {pipeline.config.name!r} has no mixed rows to try SAEs on yet. Make them: {how}"
         raise InputError(message) from error
     if not found and failed:
         raise next(iter(failed.values()))

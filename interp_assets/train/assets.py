@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from interp_assets.corpus.sizes import TOKEN_BYTES, bound_rows, count_rows
 from interp_assets.errors import ArtifactMissingError, CertificateError, InterpError
@@ -16,7 +16,7 @@ from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import Produced, find_made_from, find_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
-from interp_assets.train.lineage import evaluation_lineage, metric_lineage, sae_lineage
+from interp_assets.train.lineage import evaluation_lineage, metric_lineage, probes_lineage, sae_lineage
 from interp_assets.train.refs import (
     EVALUATION_VERSION,
     IMPORT_VERSION,
@@ -24,15 +24,18 @@ from interp_assets.train.refs import (
     METRIC_VERSION,
     MODEL_TOKENS,
     PICK_VERSION,
+    PROBE_VERSION,
     SWEEP_VERSION,
     TRAIN_VERSION,
     evaluation_ref,
     matches_ref,
     metric_ref,
+    probes_ref,
     sae_ref,
     sweep_ref,
 )
 
+T = TypeVar("T")
 GROUP = "train"
 _PRODUCTS = 5
 """Matrix products of a training step (benchmarks/bench_train.py)."""
@@ -55,6 +58,8 @@ _OF_OWN_PRODUCTS = 3.0
 """The same of an architecture of one's own: autograd takes up to twice what the built-in one does."""
 _ENCODING = 2.0
 """Times that the products of encoding and decoding take where an SAE is measured: its sums are in float64."""
+_FITTING_S = 2.0
+"""Seconds in which the probes of one `k` are fitted to 16,384 rows."""
 _SPEEDS = ("step_rows_per_s", "input_wait_share", "peak_memory_bytes", "peak_device_bytes")
 _WEIGHT_COPIES = 5
 """Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
@@ -114,6 +119,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             code_version=code_version(EVALUATION_VERSION),
         ),
         *([_measuring(held_out)] if config.metrics else []),
+        *([_probing(held_out)] if config.probes else []),
         _comparing(),
         *_matching(config, held_out),
     ]
@@ -184,20 +190,69 @@ def _measuring(held_out: list[str]) -> Asset:
     )
 
 
+def _probing(held_out: list[str]) -> Asset:
+    return Asset(
+        key=("sae_probes",),
+        group=GROUP,
+        kinds=("pytorch", "parquet"),
+        description=(
+            "How well few latents of an SAE tell a label of held-out rows, such as whether a token is in a docstring: balanced accuracy over "
+            "documents that it was not fitted on, beside probes that read the activation itself. The unit of work is an experiment. Look at how "
+            "near one latent comes to the whole activation."
+        ),
+        axis=EXPERIMENTS,
+        reads=(same("sae"), only("activations", partitions=held_out)),
+        artifacts=lambda pipeline, _store, key: [probes_ref(pipeline, key)],
+        lineage=lambda pipeline, _store, key: probes_lineage(pipeline, key),
+        make=_probe,
+        shows=lambda _job, _key, made: dict(made[0].manifest.facts["values"]),
+        takes=_probing_takes,
+        is_made_together=True,
+        may_part=True,
+        is_one_run=True,
+        code_version=code_version(PROBE_VERSION),
+    )
+
+
+def _probe(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.probes.probe import probe_saes
+
+    assert job.config.probes
+    n_rows = min(job.config.probes.rows, count_rows(job.pipeline, job.store, job.pipeline.held_out_indices))
+    job.progress.begin_together("sae_probes", job.keys, n_rows * len(job.keys))
+    made = probe_saes(job.pipeline, job.store, job.keys, job.progress.advance)
+
+    def take(key: str) -> list[Produced]:
+        found = made[key]
+        if isinstance(found, InterpError):
+            raise found
+        return [found]
+
+    return take
+
+
+def _probing_takes(pipeline: Pipeline, store: Store, key: str) -> Load:
+    probes, sae = pipeline.config.probes, pipeline.config.sae(key)
+    assert probes
+    n_rows, weights = min(probes.rows, count_rows(pipeline, store, pipeline.held_out_indices)), _held_bytes(pipeline, sae)[0]
+    busy_s = 2 * 2.0 * n_rows * (weights / 8) / ONE_WORKER.flops + _FITTING_S * n_rows / 16_384 * len(probes.k)
+    return Load(n_rows, weights, 0, 4, 1, busy_s=busy_s, memory_bytes=weights + _held_bytes(pipeline, sae)[1] + 600.0 * n_rows * probes.seeds)
+
+
 def _measure(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.train.own.measure import measure_own
 
     n_rows = count_rows(job.pipeline, job.store, job.pipeline.held_out_indices)
     job.progress.begin_together("sae_metrics", job.keys, n_rows * len(job.keys) * len(job.config.metrics))
     made = {key: measure_own(job.pipeline, job.store, key, job.progress.advance) for key in job.keys}
+    return lambda key: _sound(made[key])
 
-    def take(key: str) -> list[Produced]:
-        found = made[key]
-        if isinstance(found, InterpError):
-            raise found
-        return found
 
-    return take
+def _sound(found: T | InterpError) -> T:
+    """Return what was made. Raises what kept it from being made."""
+    if isinstance(found, InterpError):
+        raise found
+    return found
 
 
 def _train(job: Job) -> Callable[[str], list[Produced]]:
@@ -205,12 +260,15 @@ def _train(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.train.loop import training_rows
     from interp_assets.train.reports import make_listener
     from interp_assets.train.resume import has_checkpoint
+    from interp_assets.train.trackers.track import tracked
 
     names = list(job.keys)
     _require_certificates(job.pipeline, job.store, names)
     job.progress.begin_together("sae", names, training_rows(job.pipeline, names))
     begun_before = {name for name in names if has_checkpoint(job.store, sae_ref(job.pipeline, name))}
-    trained = run_training(job.pipeline, job.store, names, job.progress.advance, make_listener(job.log, job.progress))
+    with tracked(job.pipeline, names, make_listener(job.log, job.progress), job.progress.tell) as listener:
+        trained = run_training(job.pipeline, job.store, names, job.progress.advance, listener.hear)
+        listener.end(trained.made)
     return lambda key: [trained.take(key)._replace(is_whole=key not in begun_before)]
 
 
@@ -309,14 +367,7 @@ def _evaluate(job: Job) -> Callable[[str], list[Produced]]:
     n_units = sum(_evaluation_units(job.pipeline, job.store))
     job.progress.begin_together("sae_evaluation", job.keys, n_units * len(job.keys))
     made = evaluate_saes(job.pipeline, job.store, job.world.model(), job.keys, job.progress.advance)
-
-    def take(key: str) -> list[Produced]:
-        found = made[key]
-        if isinstance(found, InterpError):
-            raise found
-        return [found]
-
-    return take
+    return lambda key: [_sound(made[key])]
 
 
 def _show_frequencies(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
@@ -360,8 +411,8 @@ def _match(job: Job) -> Callable[[str], list[Produced]]:
 
 def name_numbers(pairs: list[dict[str, Any]]) -> dict[str, Shown]:
     """Return what is known of pairs of SAEs, each number under its own name: `mean_cosine.a.b`."""
-    named = ("mean_cosine", "share_above_0.7", "share_above_0.9", "share_mutual")
-    return {f"{name}.{pair['sae']}.{pair['other_sae']}": pair[name] for pair in pairs for name in named}
+    named = ("mean_cosine", "mean_paired_cosine", "share_above_0.7", "share_above_0.9", "share_mutual")
+    return {f"{name}.{pair['sae']}.{pair['other_sae']}": pair[name] for pair in pairs for name in named if pair.get(name) is not None}
 
 
 def _matching_takes(pipeline: Pipeline, store: Store, _key: str) -> Load:
@@ -372,7 +423,7 @@ def _matching_takes(pipeline: Pipeline, store: Store, _key: str) -> Load:
     held = [_held_bytes(pipeline, sae)[0] for sae in saes]
     largest = max(sae.d_sae for sae in saes)
     busy_s = n_pairs * (2 * n_rows * 2 * max(held) / 4 + 2 * largest * max(held) / 8) / ONE_WORKER.flops
-    return Load(n_rows, sum(held), 0, len(saes), 1, busy_s=busy_s, memory_bytes=2 * max(held) + 4096 * largest * 16)
+    return Load(n_rows, sum(held), 0, len(saes), 1, busy_s=busy_s, memory_bytes=2 * max(held) + 4096 * largest * 16 + 4 * min(largest, 16_384) ** 2)
 
 
 def _compare(job: Job) -> Callable[[str], list[Produced]]:

@@ -237,8 +237,7 @@ def _check_lengths(columns: dict[str, list[int]], n_peaks: int, n_values: int) -
     if n_values != n_firings:
         wrong.append(f"{n_values} of activation, not {n_firings}")
     if wrong:
-        message = f"for {format_count(n_peaks, 'window')} its columns have {'; '.join(wrong)}"
-        raise ValueError(message)
+        raise ValueError(f"for {format_count(n_peaks, 'window')} its columns have {'; '.join(wrong)}")
 
 
 def _unpack_histogram(packed: dict[str, Any]) -> dict[str, list[Any]]:

@@ -69,11 +69,9 @@ class DoseCurve(_Part):
     def _check(self) -> "DoseCurve":
         lengths = {len(numbers) for arms in self.outcomes.values() for curve in arms.values() for numbers in (curve.mean, curve.low, curve.high)}
         if lengths - {len(self.strengths)}:
-            message = f"curves of {sorted(lengths)} points for {format_count(len(self.strengths), 'strength')}"
-            raise ValueError(message)
+            raise ValueError(f"curves of {sorted(lengths)} points for {format_count(len(self.strengths), 'strength')}")
         if any(not 0 <= text.strength < len(self.strengths) or not 0 <= text.prompt < len(self.prompts) for text in self.texts):
-            message = "a text is of a strength or a prompt that is not there"
-            raise ValueError(message)
+            raise ValueError("a text is of a strength or a prompt that is not there")
         return self
 
 

@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContext
+from measured_saes import load_table
 from road_world import Finished, copied_history, make_road_config
 
 from interp_assets.corpus.refs import token_shard_ref
@@ -23,7 +24,6 @@ from interp_assets.planning.progress import AssetReport, Progress, format_bytes
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.manifest import create_artifact, remove_artifact
 from interp_assets.storage.store import Store
-from interp_assets.train.sweep import load_table
 
 SHARD = "shard-000002"
 

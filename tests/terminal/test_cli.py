@@ -44,7 +44,7 @@ OPTIONS = {
     "inspect": ["path"],
     "labels": [],
     "plan": ["--config", "--memory", "--range", "--read-again", "--row-bytes", "--rows", "--set", "--simulate", "--workers"],
-    "run": ["--config", "--note", "--read-again", "--select", "--set", "--yes"],
+    "run": ["--config", "--note", "--read-again", "--select", "--set", "--workers", "--yes"],
     "serve": ["--config", "--host", "--model", "--notes", "--port", "--token-file", "--users", "--weights", "path"],
     "steer": ["--config", "--new-tokens", "--prompt", "--seed", "--temperature", "recipe"],
     "sweep": ["--all", "--config", "--csv", "--over", "--sort"],
