@@ -57,6 +57,7 @@ from interp_assets.garcon.steering.recipe import Edits, Steer, load_recipe, make
 from interp_assets.garcon.steering.strengths import split_strength
 from interp_assets.garcon.steering.texts import Sampling, Texts, is_chat, make_generate_plan, odd_saes
 from interp_assets.planning.hook_names import BY_HEAD
+from interp_assets.planning.progress import format_count
 
 if TYPE_CHECKING:
     import interp_assets.garcon.features
@@ -163,7 +164,7 @@ class Model:
         """Return the id of a text that is one token. Raises `InputError` with the ids that it is."""
         (ids,) = self.backend.tokenize([text], special=False)
         if len(ids) != 1:
-            raise InputError(f"{text!r} is {len(ids)} tokens: {ids} ({self.pieces(ids)}). Name one token, or its id.")
+            raise InputError(f"{text!r} is {format_count(len(ids), 'token')}: {ids} ({self.pieces(ids)}). Name one token, or its id.")
         return ids[0]
 
     def names(self, wanted: Names) -> list[str]:

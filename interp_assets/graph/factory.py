@@ -141,7 +141,8 @@ def _make(asset: Asset, context: dg.AssetExecutionContext, world: World, progres
         before, begun, n_compiled = METER.total(), time.monotonic(), n_compilations()
         with interruptible(progress):
             make = asset.make(job)
-        shared = Shared(METER.total().since(before), time.monotonic() - begun, is_rated=n_compilations() == n_compiled)
+        shares, took_s = progress.divide(asset.key, job.keys), time.monotonic() - begun
+        shared = Shared(METER.total().since(before), took_s, is_rated=n_compilations() == n_compiled, shares=shares)
     else:
         make = asset.make(job)
 

@@ -30,6 +30,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from interp_assets.corpus.sizes import are_counted
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.graph.assembly import assemble
+from interp_assets.graph.events import STOPPED
 from interp_assets.graph.fanout import side_by_side
 from interp_assets.graph.local_ray import local_cluster
 from interp_assets.graph.partitions import claim_history
@@ -181,6 +182,7 @@ def _run_road(
     progress.plan(sum(len(find_holding(road, asset, pipeline, store)) for asset in rest))
     errors: list[RunError] = []
     broken: set[Partition] = set()
+    ended: set[Partition] = set()
     is_certain = are_counted(pipeline, store)
     check_machine(road, pipeline, store, rest, known)
     for siblings in group_siblings(rest):
@@ -191,20 +193,24 @@ def _run_road(
         with side_by_side([asset for asset, missing in due if missing], config):
             for asset, missing in due:
                 if keys := asset.partition_keys(pipeline):
-                    waiting = dict.fromkeys(key for key in missing if broken and road.awaited(asset, pipeline, key) & broken)
-                    ready = [key for key in missing if key not in waiting]
+                    left = find_left(road, asset, pipeline, missing, broken, ended)
+                    kept_back = {*left.waiting, *left.stopped}
+                    ready = [key for key in missing if key not in kept_back]
                     holding = find_holding(road, asset, pipeline, store)
                     progress.skip(len(holding - set(ready)))
                     progress.expect(asset.name, len(holding & set(ready)), asset.unit)
                     outcome = run_asset(job, instance, asset, ready, keys)
+                    stopped = [*outcome.report.stopped, *left.stopped]
                     if len(outcome.report.failed) == len(keys):
                         if errors:  # what failed before is why: a table of SAEs of which none could be trained
                             raise errors[0]
                         _whole(outcome)
                     told = outcome.report.message if errors else ""  # the first is raised
                     errors += outcome.errors
-                    broken |= {(asset.name, key) for key in [*outcome.report.failed, *waiting]}
-                    yield count_partitions(road, asset, (pipeline, store), ready, outcome.report._replace(waiting=[*waiting], message=told))
+                    broken |= {(asset.name, key) for key in [*outcome.report.failed, *left.waiting]}
+                    ended |= {(asset.name, key) for key in stopped}
+                    report = outcome.report._replace(waiting=left.waiting, stopped=stopped, message=told)
+                    yield count_partitions(road, asset, (pipeline, store), ready, report)
         if any(missing for _, missing in due):  # what was listed and read is as old as what it was before
             store = list_store(real_store, notes)
             known = Digests(store)
@@ -213,6 +219,22 @@ def _run_road(
             progress.plan(sum(len(find_holding(road, asset, pipeline, store)) for asset in rest))
     if errors:
         raise errors[0]
+
+
+class Left(NamedTuple):
+    """What of an asset is due and cannot be made."""
+
+    waiting: list[str]
+    """Before what has failed."""
+    stopped: list[str]
+    """Because what it reads was stopped."""
+
+
+def find_left(road: Road, asset: Asset, pipeline: Pipeline, due: Sequence[str], broken: set[Partition], ended: set[Partition]) -> Left:
+    """Return which of the partitions that are due read what has failed (`broken`), and which others what was stopped (`ended`)."""
+    awaited = {key: road.awaited(asset, pipeline, key) for key in due} if broken or ended else {}
+    waiting = [key for key, parents in awaited.items() if parents & broken]
+    return Left(waiting, [key for key, parents in awaited.items() if parents & ended and not parents & broken])
 
 
 def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance, known: Digests | None = None) -> list[str]:
@@ -296,7 +318,7 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
     Raises `KeyboardInterrupt` when a run was interrupted: Dagster records that as a failure, and a person wants all of it to stop.
     """
     started = time.monotonic()
-    n_bytes, n_found, failed_checks, failed, made, errors = 0, 0, [], [], [], []
+    n_bytes, n_found, failed_checks, failed, stopped, made, errors = 0, 0, [], [], [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
     for first, last in ranges:
         tags = {"interp/asset": asset.name, "interp/stage": asset.stage, PROCESS_TAG: name_process()}
@@ -307,21 +329,22 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
                 instance=instance, asset_selection=[dg.AssetKey(list(asset.key))], tags=tags, run_config=_QUIET, raise_on_error=False
             )
         events = result.asset_materializations_for_node(_node_name(asset))
+        ended = [event.partition or "" for event in result.asset_observations_for_node(_node_name(asset)) if STOPPED in event.metadata]
+        stopped += ended
         if not result.success:
             if _was_interrupted(result):
                 raise KeyboardInterrupt
             errors.append(explain_failure(asset.name, result))
-            failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
+            failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events} - set(ended))
         n_bytes += sum(_written_bytes(event) for event in events)
         n_found += sum(_is_found(event) for event in events)
         made += [event.partition or "" for event in events if not _is_found(event)]
         failed_checks += [f"{check.check_name}: {check.description}" for check in result.get_asset_check_evaluations() if not check.passed]
     failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
-    n_made = len(missing) - len(failed) - n_found
+    n_made = len(missing) - len(failed) - len(stopped) - n_found
     message = str(errors[0]) if errors else ""
-    report = AssetReport(
-        asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found, failed, message=message, made=made
-    )
+    report = AssetReport(asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found, failed)
+    report = report._replace(stopped=stopped, message=message, made=made)
     return Outcome(report, errors)
 
 

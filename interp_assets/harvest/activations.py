@@ -35,7 +35,7 @@ from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
 from interp_assets.harvest.statistics import StatisticsAccumulator, save_shard_statistics
 from interp_assets.planning.pipeline import Pipeline, shard_key
-from interp_assets.planning.progress import Advance, unheard
+from interp_assets.planning.progress import Advance, choose_word, format_count, unheard
 from interp_assets.storage.manifest import ArtifactWriter, ByteSink, Produced, create_artifact, find_made_from, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import TensorSpec, as_bytes, make_header
@@ -211,8 +211,9 @@ class _RowWriter:
         context = int(self._tokens.contexts[row])
         offset = row - int(np.searchsorted(self._tokens.contexts, context))
         overflow = f"; the value {value:.4g} does not fit {self._dtype_name}, use bfloat16" if np.isfinite(value) else ""
+        bad = f"{format_count(int(bad_rows.sum()), 'row')} of the batch {choose_word(int(bad_rows.sum()), 'is', 'are')}"
         raise NonFiniteError(
             f"Activation {stored[which, column]} at hook point {self._name!r} of {shard_key(self._index)}: row {row:,} (context {context:,}, offset "
-            f"{offset}, token id {int(self._tokens.token_ids[row])}), dimension {column}{overflow}. {int(bad_rows.sum()):,} row(s) of the batch are "
+            f"{offset}, token id {int(self._tokens.token_ids[row])}), dimension {column}{overflow}. {bad} "
             "not finite; nothing of the shard was published. Run the model in float32 or bfloat16, or take the document out of the corpus."
         )

@@ -1,7 +1,7 @@
 """What a pipeline still has to make becomes one line an asset: partitions, rows, bytes, memory and time, before anything runs.
 
 What a partition takes is what its record says (`Asset.takes`), and what every partition later shows beside what it took. Seconds are
-multiplied by what is known of this machine (`rates.py`), where such work was done here before. Memory is what the largest job holds beside a
+corrected by what is known of this machine (`rates.py`), where such work was done here before. Memory is what the largest job holds beside a
 process with its libraries (`machine.PROCESS_BYTES`).
 
 A partition counts as done when its artifacts are there and stay current: what will be made from other bytes, because something before it is
@@ -66,7 +66,7 @@ def _line(road: Road, asset: Asset, where: tuple[Pipeline, Store, Digests], rate
     loads = [asset.takes(pipeline, store, key) for key in missing]
     costs = [price(pipeline.config, load) for load in loads]
     known = [rates.get(asset.kind_of_work(pipeline.config, key)) for key in missing]
-    seconds = [cost.seconds * (item.factor if item else 1.0) for cost, item in zip(costs, known, strict=True)]
+    seconds = [item.correct(cost.seconds) if item else cost.seconds for cost, item in zip(costs, known, strict=True)]
     start_s = START_S if workers == 1 else JOB_START_S
     total_s, longest_s = sum(seconds) + start_s * len(missing), max(seconds, default=0.0) + start_s
     return Line(

@@ -77,6 +77,15 @@ class CorrelationConfig(Section):
         return self
 
 
+_FIELDS_OF: Final = {
+    ("files", "huggingface"): "path text_field",
+    ("huggingface",): "subset split revision documents_per_shard",
+    ("stdlib", "files", "huggingface"): "text_kind contexts",
+    ("stdlib", "files"): "shard_bytes",
+    ("planted",): "features width n_rows rows_per_shard frequency hierarchy correlation noise",
+}
+"""Fields of a corpus that only some sources read, by these sources."""
+
 TextKind = Literal["plain", "with_special_tokens", "messages"]
 
 
@@ -140,6 +149,11 @@ class CorpusConfig(Placed):
     def is_planted(self) -> bool:
         """Tell whether rows are planted, and there is neither text nor a model."""
         return self.source == "planted"
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """The fields that this source does not read, such as those of planted rows where there is text."""
+        return frozenset(name for sources, names in _FIELDS_OF.items() if self.source not in sources for name in names.split())
 
     def planting(self) -> dict[str, Any]:
         """Return what planted rows depend on, besides the seed."""
@@ -249,9 +263,9 @@ class MatchesConfig(Section):
 
 
 class StopConfig(Section):
-    """When an SAE is given up because others do better. Execution: those that are trained to their end are what they would be without it."""
+    """When an SAE is given up because others of a run do better. Execution: those that are trained to their end are what they would be without."""
 
     at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.25, 0.5)
-    """Shares of its steps at which an SAE is compared with those that read the same rows and take as many."""
+    """Shares of its steps at which an SAE is compared with those that one run trains beside it, on the same rows and as long; others are not."""
     margin: Annotated[float, Field(ge=0)] = 0.05
     """It is given up where another one is as sparse or sparser, and its FVU by more than this share of it less."""

@@ -97,6 +97,7 @@ def _first_pass(config: PipelineConfig) -> Asset:
         make=_split_shards,
         shows=_explain_nothing,
         takes=_splitting,
+        lightens="lower corpus.shard_bytes",
         **_common(config),
     )
 
@@ -116,6 +117,7 @@ def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
         may_go=True,
         make=lambda job: _split_buckets(job, pass_index),
         takes=_gathering(lambda _passes: pass_index - 1),
+        lightens="lower shuffle.memory_bytes with passes: auto, or raise shuffle.fan_out or passes",
         **_common(config),
     )
 
@@ -133,6 +135,7 @@ def _mixed_shards(config: PipelineConfig) -> Asset:
         lineage=_lineage_of_mixed,
         make=_mix,
         takes=_gathering(lambda passes: passes - 1),
+        lightens="lower shuffle.memory_bytes with passes: auto, or raise shuffle.fan_out or passes",
         **_common(config),
     )
 

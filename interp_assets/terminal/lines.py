@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from interp_assets.planning.progress import Doing, Progress, describe_workers
+from interp_assets.planning.progress import Doing, Progress, describe_workers, format_count
 from interp_assets.terminal.console import Bars, name_together
 from interp_assets.terminal.left import Remaining, find_compiling
 
@@ -68,7 +68,7 @@ class Lines(Progress):
             self._n_units, self._n_last, self._n_expected, self._left = 0, 0, None, Remaining(self._now, self._compiling)
             self._together, self._measured, self._workers = range(0), "", ""
         if n_partitions > 1:
-            self._print(f"{asset}: {n_partitions:,} partitions to make")
+            self._print(f"{asset}: {format_count(n_partitions, 'partition')} to make")
 
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Remember the partition at hand; the last one's units are the next one's estimate."""

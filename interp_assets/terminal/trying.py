@@ -19,6 +19,7 @@ from rich.table import Table
 from interp_assets.errors import ArtifactMissingError, InputError, InterpError
 from interp_assets.planning.config import PipelineConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.planning.progress import format_count
 from interp_assets.shuffle.refs import mixed_ids
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import Store
@@ -104,7 +105,7 @@ def _print_try(out: Console, config: PipelineConfig, n_rows: int) -> "tuple[Trie
     print_table(out, ["name", "L0", "FVU", "dead", "loss", "FVU so far"], rows)
     for name, sentence in failed.items():
         out.print(f"{name} failed: {sentence}", style="red", soft_wrap=True, markup=False)
-    took = f"{n_rows:,} rows each in {time.monotonic() - started_s:.1f} s; L0, FVU and dead latents on rows that follow"
+    took = f"{format_count(n_rows, 'row')} each in {time.monotonic() - started_s:.1f} s; L0, FVU and dead latents on rows that follow"
     out.print(f"{took}. Kept in {store.url}/{tried.path}/{TABLE}", soft_wrap=True, markup=False, highlight=False)
     return tried, failed
 

@@ -1,5 +1,6 @@
 """SAEs as assets: one partition per experiment of the sweep, trained together, measured on the held-out shards, and compared in one table."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -39,7 +40,9 @@ GROUP = "train"
 _PRODUCTS = 5
 """Matrix products of a training step (benchmarks/bench_train.py)."""
 _STEP_S = 0.01
-"""What a step of training takes besides its products: optimizer, bookkeeping, on two cores."""
+"""What a step of training takes besides its products: bookkeeping, on two cores."""
+_WEIGHT_S = 5e-9
+"""The same for each weight, whatever the batch is: gradients, Adam's moments and norms go through memory (least of 20 cases: 4.4e-9)."""
 _OF_PRODUCTS = {
     "relu": 1.5,
     "gated": 1.8,
@@ -50,9 +53,9 @@ _OF_PRODUCTS = {
     "jump_relu_tanh": 1.0,
     "jump_relu_step": 1.3,
 }
+"""Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
 _OF_OWN_PRODUCTS = 3.0
 """The same of an architecture of one's own: autograd takes up to twice what the built-in one does."""
-"""Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
 _ENCODING = 2.0
 """Times that the products of encoding and decoding take where an SAE is measured: its sums are in float64."""
 _FITTING_S = 2.0
@@ -88,6 +91,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             is_one_run=True,
             is_relied_on=True,
             obstacles=_find_obstacles,
+            lightens="lower d_sae or batch_rows of the largest SAE",
             checks=(FINITE_TRAINING,),
             code_version=".".join(code_version(version) for version in (TRAIN_VERSION, PICK_VERSION, IMPORT_VERSION)),
         ),
@@ -112,6 +116,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             is_made_together=True,
             may_part=True,
             is_one_run=True,
+            lightens="lower d_sae or batch_rows of the largest SAE, give SAEs of the same rows runs of their own, or load the model in bfloat16",
             checks=(QUALITY_BOUNDS, OUTLIER_ROWS, IMPORTED_FIT),
             code_version=code_version(EVALUATION_VERSION),
         ),
@@ -339,8 +344,6 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
     sae = pipeline.config.sae(key)
     d_in, weights_bytes = pipeline.d_in(sae.hook_point), 8.0 * pipeline.d_in(sae.hook_point) * sae.d_sae
     weights, batch = _held_bytes(pipeline, sae)
-    n_weights = weights / 8  # of either side
-    products_s = _PRODUCTS * 2.0 * sae.n_rows * n_weights / ONE_WORKER.flops
     if sae.imported:
         return Load(0, weights_bytes, weights_bytes, 4, 4, memory_bytes=weights * _WEIGHT_COPIES)
     return Load(
@@ -349,9 +352,15 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
         written_bytes=weights_bytes,
         n_inputs=4,
         n_outputs=4,
-        busy_s=_OF_PRODUCTS.get(sae.architecture, _OF_OWN_PRODUCTS) * products_s + _STEP_S * sae.n_rows / sae.batch_rows,
+        busy_s=math.ceil(sae.n_rows / sae.batch_rows) * _step_s(sae, weights // 4),
         memory_bytes=weights * _WEIGHT_COPIES + batch,
     )
+
+
+def _step_s(sae: SaeConfig, n_weights: int) -> float:
+    """Return the seconds of a step of training on `ONE_WORKER`."""
+    products_s = _PRODUCTS * 2.0 * sae.batch_rows * (n_weights / 2) / ONE_WORKER.flops
+    return _OF_PRODUCTS.get(sae.architecture, _OF_OWN_PRODUCTS) * products_s + _WEIGHT_S * n_weights + _STEP_S
 
 
 def _evaluate(job: Job) -> Callable[[str], list[Produced]]:

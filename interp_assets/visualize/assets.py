@@ -38,6 +38,7 @@ from interp_assets.visualize.refs import (
 from interp_assets.visualize.steering.assets import make_steering_assets
 
 ON_ACCELERATOR = Needs(accelerator=True)
+_LIGHTENS = "raise features.latent_slices, or lower features.top_k or n_random"
 _PASSES = ("feature_candidates", "feature_examples", "example_activations", "feature_records")
 
 
@@ -125,6 +126,7 @@ def _finding(config: PipelineConfig, sae: str) -> list[Asset]:
             lineage=lambda pipeline, _store, key: candidates_lineage(pipeline, sae, *reversed(split_grid_key(key))),
             make=lambda job: _find(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 0, rows_of(pipeline, store, split_grid_key(key)[1])),
+            lightens=_LIGHTENS,
             is_one_run=True,
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "candidates")),
             **common,
@@ -142,6 +144,7 @@ def _finding(config: PipelineConfig, sae: str) -> list[Asset]:
             lineage=lambda pipeline, _store, key: examples_lineage(pipeline, sae, slice_index(key)),
             make=lambda job: _select(job, sae),
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 1),
+            lightens=_LIGHTENS,
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "examples")),
             group=group_of(sae),
         ),
@@ -167,6 +170,7 @@ def _showing(config: PipelineConfig, sae: str) -> list[Asset]:
             lineage=lambda pipeline, _store, key: windows_lineage(pipeline, sae, shard_index(key)),
             make=lambda job: _fire(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 2, rows_of(pipeline, store, shard_index(key))),
+            lightens=_LIGHTENS,
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "windows")),
             **common,
         ),
@@ -184,6 +188,7 @@ def _showing(config: PipelineConfig, sae: str) -> list[Asset]:
             make=lambda job: _write(job, sae),
             unit="features",
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
+            lightens=_LIGHTENS,
             checks=(records_complete(sae),),
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "records"), **read_roles(config.corpus)),
             **common,

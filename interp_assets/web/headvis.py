@@ -19,6 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, InputError, StoreError
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.store import Store
 from interp_assets.web.opened import OpenAttention
@@ -230,7 +231,7 @@ class HeadVis:
     def _check(self, content: dict[str, Any]) -> Sampled:
         tokens, n, interval = content["tokens"], content["seq_len"], content["interval"]
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or len(tokens) != n:
-            raise ValueError(f"it has {len(tokens)} tokens and says {n}")
+            raise ValueError(f"it has {format_count(len(tokens), 'token')} and says {n}")
         if not isinstance(interval, int) or not 1 <= interval <= self.n_intervals:
             raise ValueError(f"it stands in interval {interval} of {self.n_intervals}")
         indices, values = np.array(content["attention_indices"]), np.array(content["attention_values"], np.float64)

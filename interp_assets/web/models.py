@@ -69,6 +69,7 @@ from interp_assets.garcon.remote.message import (
 )
 from interp_assets.garcon.steering.decode import stream_tokens
 from interp_assets.garcon.sweep import begin_sweep
+from interp_assets.planning.progress import format_count
 from interp_assets.web.attention_live import ATTENTION, BYTES, read_asked
 from interp_assets.web.files import parse_range
 from interp_assets.web.kept import NAMELESS, KeptTensors
@@ -249,7 +250,7 @@ class Models:
         served, user = self.find(name), _user_of(request)
         plan, tensors = await self._read(request, user, SweepPlan)
         if len(plan.row) > self._limits.tokens or len(plan.points) * len(plan.row) > self._limits.cells:
-            what = f"A sweep of {len(plan.points):,} points over {len(plan.row):,} tokens"
+            what = f"A sweep of {format_count(len(plan.points), 'point')} over {format_count(len(plan.row), 'token')}"
             raise TooLargeError(f"{what} is too large: {self._limits.tokens:,} tokens and {self._limits.cells:,} cells are swept. Name fewer points.")
         source: Any = (
             plan.source if isinstance(plan.source, str) else dict(zip(plan.points, (tensors[tensor.tensor] for tensor in plan.source), strict=True))

@@ -39,6 +39,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ConfigError, InputError, InterpError, NotFoundError, StoreError
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.store import Store
 from interp_assets.web import table
 from interp_assets.web.comparison import Comparisons, find_pipelines
@@ -255,7 +256,7 @@ def _add_files(app: FastAPI, bundles: Bundles) -> None:
     def send_file(name: str, file: str, request: Request) -> Response:
         bundle = _find_any(bundles, name)
         if bundle.size(file) is None:  # only what the manifest lists is ever opened
-            raise NotFoundError(f"Bundle {name!r} has no file {file!r:.200}. Its manifest lists {len(bundle.manifest.files)} files.")
+            raise NotFoundError(f"Bundle {name!r} has no file {file!r:.200}. Its manifest lists {format_count(len(bundle.manifest.files), 'file')}.")
         return file_response(bundle, file, request)
 
 

@@ -265,6 +265,37 @@ def test_one_bad_sae_of_a_sweep_costs_only_itself(finished: Finished, copied: Pi
         assert (again["sae"].failed, again["sae_evaluation"].waiting) == (["bad"], ["bad"])
 
 
+def test_a_stopped_sae_is_a_result_and_not_a_failure(finished: Finished, copied: PipelineConfig) -> None:
+    """`stop` asks for it: the command is done, says who was given up and why, makes all else, and again does nothing more."""
+    fields = {**copied.saes[0].model_dump(), "name": "good", "seed": 1}
+    saes = [*copied.saes, fields, {**fields, "name": "slow", "learning_rate": 1e-9}]
+    config = make_config({**copied.model_dump(), "saes": saes, "stop": {"at": [0.5], "margin": 0.0}})
+    told: list[str] = []
+
+    class Hearing(Progress):
+        def tell(self, sentence: str) -> None:
+            told.append(sentence)
+
+    with copied_history(finished) as instance:
+        for n_made in (1, 0):
+            reports = {item.name: item for item in run_road(config, instance, select=["sae", "sae_evaluation", "sweep"], progress=Hearing())}
+            for name in ("sae", "sae_evaluation"):
+                found = reports[name]
+                assert (found.n_made, found.n_reused, list(found.stopped), list(found.failed), list(found.waiting)) == (
+                    n_made,
+                    3 - n_made,
+                    ["slow"],
+                    [],
+                    [],
+                )
+            assert sum("'slow' was stopped at step" in sentence for sentence in told) == 1
+            told.clear()
+        pipeline, store = open_finished(config)
+        assert load_table(pipeline, store)["name"].to_list() == ["demo", "other", "good"]
+        again = {item.name: item for item in run_backfill(config, instance, select=["sae", "sae_evaluation"])}
+        assert [(item.stopped, item.failed, item.waiting) for item in again.values()] == [(["slow"], [], [])] * 2
+
+
 def test_what_is_only_recorded_is_not_counted_as_made_or_written(finished: Finished) -> None:
     """A new history over finished artifacts writes nothing: "sae 1 made 169.2 kB" was said of it."""
     with dg.DagsterInstance.ephemeral() as instance:

@@ -166,7 +166,7 @@ def test_a_text_that_is_too_long_is_cut_and_says_so(client: httpx.Client) -> Non
         ("attention", {}, 400, "Give a text, or the ids of its tokens"),
         ("attention", {"text": "a", "ids": [1]}, 400, "one of both"),
         ("attention", {"text": "a", "more": 1}, 400, "wrong at more"),
-        ("attention", {"text": "a", "layers": [7]}, 400, "has no attention in layer(s) [7]"),
+        ("attention", {"text": "a", "layers": [7]}, 400, "has no attention in layer 7"),
         ("attention", {"ids": [VOCABULARY]}, 400, "is outside the 259 embeddings"),
         ("attention", {"text": "a", "targets": [{"token": "ab"}]}, 400, "'ab' is 2 tokens: ['a', 'b']"),
         ("attention", {"text": "a", "targets": [{}]}, 400, "a target is a token, or a latent"),

@@ -22,6 +22,7 @@ from torch import Tensor
 from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Answer, Continuation, Controls, Effect, Generated, Kept, Token
 from interp_assets.garcon.plan import Asked, TensorName, bytes_of, name_tensor, parse_plan
+from interp_assets.planning.progress import format_count
 
 FILE: Final = "application/safetensors"
 JSON: Final = "application/json"
@@ -290,7 +291,7 @@ def read_tensor(body: bytearray) -> Tensor:
     """Read a file of one tensor. Raises `InputError` for another."""
     message = unpack(body)
     if len(message.tensors) != 1:
-        raise _refuse(f"it has {len(message.tensors)} tensors instead of one")
+        raise _refuse(f"it has {format_count(len(message.tensors), 'tensor')} instead of one")
     return next(iter(message.tensors.values()))
 
 
