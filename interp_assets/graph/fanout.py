@@ -258,7 +258,8 @@ def make_load(assets: Sequence[Asset], job: Job, keys: Sequence[str]) -> Load:
     import ray  # noqa: PLC0415 - as above
 
     n_gpus, config_json, run = int(ray.cluster_resources().get("GPU", 0)), job.config.model_dump_json(), f"{os.getpid()}-{next(_RUNS)}"
-    requests = {Order(run, config_json, asset.key, key): make_request(asset, job, key, n_gpus) for asset in assets for key in keys}
+    folder = str(Path.cwd())
+    requests = {Order(run, config_json, folder, asset.key, key): make_request(asset, job, key, n_gpus) for asset in assets for key in keys}
     request = {name: max(each[name] for each in requests.values()) for name in ("CPU", "GPU", "memory")}
     largest = next(order for order, each in requests.items() if each["memory"] == request["memory"])
     n_wanted = job.config.execution.workers

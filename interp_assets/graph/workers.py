@@ -9,8 +9,10 @@ sees what is wanted; never more than there is work. It stays between the assets 
 asset needs another shape, when this process itself is about to hold a model, and with the run.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -37,6 +39,8 @@ class Order(NamedTuple):
     run: str
     """Names the run that wants it: what was loaded for another one is not used."""
     config_json: str
+    folder: str
+    """Where the run was begun: relative paths of its configuration start there."""
     asset_key: Key
     key: str
 
@@ -120,6 +124,8 @@ class Worker:
 
     def prepare(self, order: Order) -> None:
         """Load what all partitions of a run need."""
+        with suppress(FileNotFoundError):  # a node without that folder reaches the root by another path, or not at all
+            os.chdir(order.folder)
         world = KeptWorld(PipelineConfig.model_validate_json(order.config_json))
         asset, (pipeline, store) = make_road(world.config).get(order.asset_key), world.open()
         assert asset.make is not None

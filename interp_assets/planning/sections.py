@@ -136,6 +136,17 @@ class CorpusConfig(Placed):
     """`planted`: standard deviation of what is added to each number of a row."""
 
     @model_validator(mode="after")
+    def _check_path(self) -> "CorpusConfig":
+        if self.path and "path" in self.unread:
+            given = "is" if "source" in self.model_fields_set else "is not said, and so"
+            message = (
+                f"corpus.path is {self.path!r}, but corpus.source {given} {self.source}, which reads no path: write `source: files` (or huggingface), "
+                "or leave path out"
+            )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _check_contexts(self) -> "CorpusConfig":
         if self.text_kind == "messages" and self.contexts != "per_document":
             message = "text_kind messages needs contexts: per_document, because a chat template begins and ends a conversation itself"

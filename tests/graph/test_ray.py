@@ -300,10 +300,13 @@ def test_a_worker_loads_once_what_its_partitions_need(finished: Finished) -> Non
     assert world.tokenizer() is world.tokenizer()
     assert world.open() is world.open()
     worker = Worker()
-    order = Order("a run", finished.config.model_dump_json(), ("activations",), "shard-000001")
+    root = Path(finished.config.root)
+    here = finished.config.model_copy(update={"root": root.name})  # relative to where the run was begun, and workers begin elsewhere
+    order = Order("a run", here.model_dump_json(), str(root.parent), ("activations",), "shard-000001")
     worker.prepare(order)
     (item,) = worker.make_here(order.key)
     assert item.is_cached
+    worker.prepare(order._replace(folder=str(root / "not here")))  # as on a node that reaches the root otherwise
 
 
 def test_workers_are_as_many_as_fit_side_by_side() -> None:

@@ -128,3 +128,17 @@ def test_options_are_checked_against_their_architecture(architecture: str, optio
     with pytest.raises(ConfigError) as caught:
         make_config({"saes": [{"name": "demo", "architecture": architecture, "options": options}]})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "message"),
+    [
+        ({}, "but corpus.source is not said, and so stdlib, which reads no path: write `source: files`"),
+        ({"source": "stdlib"}, "but corpus.source is stdlib, which reads no path"),
+        ({"source": "planted", "context_length": 64}, "but corpus.source is planted, which reads no path"),
+    ],
+)
+def test_a_path_that_nothing_would_read_is_refused(corpus: dict[str, Any], message: str) -> None:
+    """Whoever names a folder of texts and no source would get Python's own sources."""
+    with pytest.raises(ConfigError, match=f"corpus.path is 'texts', {message}"):
+        make_config({"name": "p", "corpus": {"path": "texts", **corpus}})

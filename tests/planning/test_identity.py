@@ -97,7 +97,7 @@ class WiderCorpus(CorpusConfig):
 
 def test_a_new_field_at_its_default_changes_no_id() -> None:
     """Whoever adds one does not have to know that: it is left out by itself; and hashed as soon as somebody sets it."""
-    sae, corpus = SaeConfig(name="a"), CorpusConfig(path="x")
+    sae, corpus = SaeConfig(name="a"), CorpusConfig(source="files", path="x")
     wider = WiderSae(**sae.model_dump())
     assert wider.identity() == sae.identity()
     assert WiderCorpus(**corpus.model_dump()).model_dump() == corpus.model_dump()

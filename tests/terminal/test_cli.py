@@ -507,7 +507,9 @@ def test_plan_forecasts_and_then_refuses_what_the_disk_has_no_room_for(tmp_path:
     assert isinstance(refused.exception, PlanError)
     assert re.search(r"data has [\d.,]+ \wB free, and [\d.,]+ \wB will be written \(sae ", str(refused.exception))
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({**config.model_dump(), "root": "memory://x"}))
-    assert invoke("plan", "--config", str(tmp_path / "p.yaml")).exit_code == 0
+    of_bucket = str(invoke("plan", "--config", str(tmp_path / "p.yaml")).exception)
+    assert "TB of memory in its largest job" in of_bucket
+    assert "will be written" not in of_bucket
 
 
 @pytest.mark.parametrize(
