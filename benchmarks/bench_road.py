@@ -68,7 +68,7 @@ def describe(asset: Asset, done: AssetReport, work_s: float) -> dict[str, Any]:
     """Turn what an asset took into a line."""
     n, overhead_s = max(1, done.n_partitions), max(0.0, done.wall_s - work_s)
     rate = done.n_bytes / work_s if work_s else 0.0
-    is_shard = asset.axis is not NONE and done.n_bytes / n >= LEAST_BYTES and rate > 0
+    is_shard = asset.axis is not NONE and asset.stage != "train" and done.n_bytes / n >= LEAST_BYTES and rate > 0
     share = overhead_s / n / (overhead_s / n + SHARD_BYTES / rate) if is_shard else None
     return {
         "name": f"road {done.name}",
