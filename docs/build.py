@@ -38,6 +38,8 @@ ROOMS: Final = {
     "interp_assets/train/": "Mixed shards become SAEs, their evaluations, and the table of a sweep",
     "interp_assets/train/results/": "What has become of SAEs: one table of all, replicas and noise, exact causes of differences",
     "interp_assets/train/losses/": "What an architecture computes on a batch, and its gradients: one file a family",
+    "interp_assets/train/probes/": "Labels of rows, exact ones of Python text among them, are read off few latents of an SAE",
+    "interp_assets/train/trackers/": "Curves of trainings in other tools: TensorBoard, W&B, MLflow, trackio",
     "interp_assets/train/truth/": "SAEs of planted rows and the features that these are made of: how much of the truth was found",
     "interp_assets/train/own/": "Architectures of one's own: a function in a file becomes a loss with gradients, and is checked",
     "interp_assets/train/exchange/": "SAEs as the folders of SAELens, sparsify, dictionary_learning and Gemma Scope, both ways",
@@ -173,10 +175,14 @@ def kind_of(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         return "mapping"
     if origin is dict:
         word = kind_of(arguments[1])
+        if "mapping of" in word:
+            return f"{word}, by {kind_of(arguments[0])}"
         return f"{word.replace('list', 'lists', 1) if word.startswith('list of') else f'{word}s'} by {kind_of(arguments[0])}"
     bounds = [
         f"{sign} {_number(getattr(item, name))}" for item in constraints for name, sign in SIGNS.items() if getattr(item, name, None) is not None
     ]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping of " + ", ".join(f"`{name}`" for name in annotation.model_fields)
     if isinstance(annotation, type) and annotation in NAMES:
         return " ".join([NAMES[annotation], " and ".join(bounds)]).rstrip()
     raise TypeError(f"docs/build.py cannot name the type {annotation!r} for people: teach `kind_of`.")

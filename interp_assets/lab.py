@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from interp_assets.errors import ArtifactMissingError, InputError
 from interp_assets.planning.config import ExecutionConfig, ModelConfig, PipelineConfig, load_config
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.store import Store, open_store
 from interp_assets.train.own.terms import Terms, architecture
 
@@ -136,7 +137,8 @@ class Rows:
     def __repr__(self) -> str:
         """Say how many rows there are, how wide, and in which shards."""
         n_shards = len(set(_split_ids(self.row_ids)[0].tolist()))
-        return f"{len(self):,} rows of {self.tensor.shape[1]:,} x {str(self.tensor.dtype).removeprefix('torch.')}, of {n_shards:,} shard(s)"
+        what = f"{self.tensor.shape[1]:,} x {str(self.tensor.dtype).removeprefix('torch.')}"
+        return f"{format_count(len(self), 'row')} of {what}, of {format_count(n_shards, 'shard')}"
 
     @cached_property
     def tokens(self) -> "NDArray[np.uint32]":
@@ -179,7 +181,7 @@ class StoredRows:
 
         start, stop, step = chosen.indices(len(self)) if isinstance(chosen, slice) else (0, 0, 1)
         if step != 1 or start >= stop:
-            raise InputError(f"Rows are read as a range, such as [10_000:20_000]; found {chosen!r} of {len(self):,} rows.")
+            raise InputError(f"Rows are read as a range, such as [10_000:20_000]; found {chosen!r} of {format_count(len(self), 'row')}.")
         parts = []
         place = bisect_right(self._ends, start)
         while start < stop:
@@ -223,7 +225,7 @@ class Activations(StoredRows):
         shards, rows = _split_ids(wanted)
         for row_id, shard, row in zip(wanted.tolist(), shards.tolist(), rows.tolist(), strict=True):
             if shard not in self._shards or row >= self._shards[shard].n_rows:
-                lengths = [f"{index} ({opened.n_rows:,} rows)" for index, opened in self._shards.items()]
+                lengths = [f"{index} ({format_count(opened.n_rows, 'row')})" for index, opened in self._shards.items()]
                 more = f" and {len(lengths) - 4:,} more" if len(lengths) > 4 else ""
                 raise InputError(f"There is no row {row:,} of shard {shard:,} (row id {row_id}). The shards are {', '.join(lengths[:4])}{more}.")
         parts = [self._shards[shard].read_each(rows[shards == shard].tolist()) for shard in sorted(set(shards.tolist()))]
@@ -450,6 +452,12 @@ class Opened:
         from interp_assets.train.results.matches import read_matches  # noqa: PLC0415 - as above
 
         return read_matches(self.pipeline, self.store)
+
+    def probes(self, sae: str) -> "pl.DataFrame":
+        """Return how well few latents of an SAE tell labels of held-out rows, beside its activation: a line a label's value and kind of probe."""
+        from interp_assets.train.probes.probe import read_probes  # noqa: PLC0415 - as above
+
+        return read_probes(self.pipeline, self.store, sae)
 
     def history(self) -> "pl.DataFrame":
         """Return what `interp run` and `interp try` did here, one line each: when, how long, on which code, with what note, and what came of it."""

@@ -130,7 +130,7 @@ def test_a_document_comes_with_its_text(run: lab.Opened) -> None:
     assert found.text == text
     assert "".join(piece for piece in found.pieces if piece not in ("<s>", "</s>")) == text
     assert run.tokens(1).filter(document=0)["token_id"].to_list() == found.tokens.tolist()
-    assert "16 x bfloat16, of 1 shard(s)" in repr(found)
+    assert "16 x bfloat16, of 1 shard" in repr(found)
 
 
 def test_only_the_needed_bytes_are_read(run: lab.Opened) -> None:

@@ -4,6 +4,7 @@ The limits are those of `docs/style.md`. An entry in `ALLOWED` carries its reaso
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -177,3 +178,20 @@ def test_nothing_speaks_of_the_machine_it_was_written_on() -> None:
         if word in path.read_text(encoding="utf-8")
     ]
     assert not named
+
+
+BOTH = re.compile(r"\w\(s\)")
+LISTS = {"harvest/heads/reading.py", "harvest/heads/records.py"}
+"""Here the noun stands before a list of any length."""
+
+
+def test_no_message_says_shards_in_brackets() -> None:
+    """`1 shard(s)` leaves to the reader what `format_count` says: 1 shard, 2 shards."""
+    texts = [
+        (path.relative_to(ROOT / "interp_assets").as_posix(), node.value)
+        for path in sorted((ROOT / "interp_assets").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    assert len(texts) > 1000
+    assert {path for path, text in texts if BOTH.search(text)} <= LISTS

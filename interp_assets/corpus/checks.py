@@ -6,6 +6,7 @@ from typing import Final
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.planning.asset import Check, Verdict
 from interp_assets.planning.pipeline import Pipeline, shard_index
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.manifest import Manifest, load_manifest
 from interp_assets.storage.store import Store
 
@@ -24,7 +25,7 @@ def count_fault(manifest: Manifest) -> str:
     """Say what is wrong with a token shard's counts; empty when nothing is."""
     facts, n_table_rows = manifest.facts, manifest.file("tokens.parquet").n_rows
     if n_table_rows is not None and n_table_rows != facts["n_rows"]:
-        return f"tokens.parquet has {n_table_rows:,} rows, the facts say {facts['n_rows']:,}"
+        return f"tokens.parquet has {format_count(n_table_rows, 'row')}, the facts say {facts['n_rows']:,}"
     if not 0 < facts["n_valid"] <= facts["n_rows"]:
         return f"{facts['n_valid']:,} valid rows of {facts['n_rows']:,}"
     return ""

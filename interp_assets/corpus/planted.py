@@ -13,6 +13,7 @@ from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ConfigError
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, timed
 from interp_assets.storage.store import Store
 
@@ -25,8 +26,8 @@ def plan_planted(config: PipelineConfig) -> PipelinePlan:
     counts = [min(corpus.rows_per_shard, corpus.n_rows - first) for first in range(0, corpus.n_rows, corpus.rows_per_shard)][: corpus.max_shards]
     if len(counts) <= corpus.held_out_shards:
         raise ConfigError(
-            f"corpus.held_out_shards is {corpus.held_out_shards}, and planted rows make {len(counts)} shard(s): none is left to train on. Raise "
-            "corpus.n_rows, or lower corpus.rows_per_shard."
+            f"corpus.held_out_shards is {corpus.held_out_shards}, and planted rows make {format_count(len(counts), 'shard')}: none is "
+            "left to train on. Raise corpus.n_rows, or lower corpus.rows_per_shard."
         )
     return PipelinePlan(
         shards=[ShardSource(index=i, fingerprint=f"{_NONE}-{n}", n_documents=1, n_bytes=0, spec={"n_rows": n}) for i, n in enumerate(counts)],

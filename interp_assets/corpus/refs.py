@@ -14,12 +14,16 @@ TOKEN_SHARD_VERSION = 2
 
 def token_shard_ref(pipeline: Pipeline, index: int) -> ArtifactRef:
     """Address the token shard of corpus shard `index`."""
+    return pipeline.remember(("token shard", index), lambda: _token_shard_ref(pipeline, index))
+
+
+def _token_shard_ref(pipeline: Pipeline, index: int) -> ArtifactRef:
     identity = {
         "code": TOKEN_SHARD_VERSION,
         "shard": index,
         "text": pipeline.source(index).fingerprint,
         "tokenizer": pipeline.plan.tokenizer_fingerprint,
-        **read_config(pipeline.config),
+        **pipeline.remember("token configuration", lambda: read_config(pipeline.config)),
     }
     return make_ref("token_shard", FOLDER, identity=identity, inputs={}, label=shard_key(index))
 

@@ -20,6 +20,7 @@ from interp_assets.corpus.stdlib import iter_stdlib_documents
 from interp_assets.corpus.survey import iter_measured, measure
 from interp_assets.errors import ConfigError, InputError
 from interp_assets.planning.pipeline import ShardSource
+from interp_assets.planning.progress import choose_word, format_count
 from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.seen import SeenFiles
 
@@ -80,7 +81,8 @@ def survey_sources(config: CorpusConfig, seed: int, closed: Sequence[int], seen:
         raise InputError(f"The corpus ({config.source} {config.path!r}) has no documents.{_advise(empty)}")
     if len(shards) <= config.held_out_shards:
         raise ConfigError(
-            f"corpus.held_out_shards is {config.held_out_shards}, but there are only {len(shards)} shard(s), so none is left to train on. "
+            f"corpus.held_out_shards is {config.held_out_shards}, but there {choose_word(len(shards), 'is', 'are')} only "
+            f"{format_count(len(shards), 'shard')}, so none is left to train on. "
             "Lower corpus.shard_bytes (or documents_per_shard), or add text."
         )
     return Survey(shards, empty)

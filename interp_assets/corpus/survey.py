@@ -14,6 +14,7 @@ import xxhash
 
 from interp_assets.corpus.files import UNREADABLE, Place, TextIn, has_columns, iter_file, list_files, name_document
 from interp_assets.errors import InputError, first_line
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.seen import SeenFiles
 
 NOTE_VERSION: Final = 3
@@ -60,7 +61,7 @@ def iter_measured(path: str, text_in: TextIn, seen: SeenFiles, empty: list[str])
         shown = "\n".join(f"  {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         rest = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
         raise InputError(
-            f"{len(problems)} document(s) or folder(s) under {path} cannot be used; "
+            f"{format_count(len(problems), 'document or folder', 'documents or folders')} under {path} cannot be used; "
             f"fix them, move them away, or point `corpus.path` elsewhere:\n{shown}{rest}"
         )
 

@@ -28,6 +28,7 @@ from interp_assets.garcon.chat import tokenize_chat
 from interp_assets.garcon.tokenizer import Affixes, affixes, leading_token, separator_token, special_token_ids, tokenize_texts
 from interp_assets.planning.config import HarvestConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import format_count
 from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.manifest import ArtifactWriter, Manifest, Produced, create_artifact, find_manifest, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
@@ -208,7 +209,7 @@ def _read_documents(pipeline: Pipeline, index: int) -> tuple[list[str], list[str
 def _check_documents(pipeline: Pipeline, index: int, names: Sequence[str], documents: Sequence[Tokenized]) -> None:
     if not any(len(document.token_ids) for document in documents):
         raise InputError(
-            f"None of the {len(names):,} document(s) of {pipeline.source(index).key} becomes a token, the first is "
+            f"None of {format_count(len(names), 'document')} of {pipeline.source(index).key} becomes a token, the first is "
             f"{_name_left_out(names, documents)[0]}. Are the tokenizer, the column and `corpus.text_kind` the right ones?"
         )
     highest = max(int(document.token_ids.max(initial=0)) for document in documents)

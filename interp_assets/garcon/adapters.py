@@ -51,6 +51,8 @@ class Adapter(NamedTuple):
     final_norm: str
     norm_kind: NormKind
     """`layer` centres and scales, `rms` scales only, `rms_plus_one` scales by 1 + weight (Gemma)."""
+    attn_norm: str
+    """The norm between the residual stream and attention; empty where attention reads the stream itself."""
     attention: str
     """The module that calls the attention function."""
     o_proj: str
@@ -73,6 +75,7 @@ _LLAMA: Final = Adapter(
     mlp_out="layers.{layer}.mlp",
     final_norm="norm",
     norm_kind="rms",
+    attn_norm="layers.{layer}.input_layernorm",
     attention="layers.{layer}.self_attn",
     o_proj="layers.{layer}.self_attn.o_proj",
     mlp_in="layers.{layer}.mlp",
@@ -86,13 +89,14 @@ _POST_NORM: Final = _LLAMA._replace(
     mlp_raw="layers.{layer}.mlp",
 )
 _GEMMA: Final = _POST_NORM._replace(norm_kind="rms_plus_one", resid_mid=Place("layers.{layer}.pre_feedforward_layernorm", "stream"))
-_OLMO: Final = _POST_NORM._replace(resid_mid=Place("layers.{layer}.mlp", "stream"))
+_OLMO: Final = _POST_NORM._replace(attn_norm="", resid_mid=Place("layers.{layer}.mlp", "stream"))
 _GPT2: Final = Adapter(
     block="h.{layer}",
     attn_out="h.{layer}.attn",
     mlp_out="h.{layer}.mlp",
     final_norm="ln_f",
     norm_kind="layer",
+    attn_norm="h.{layer}.ln_1",
     attention="h.{layer}.attn",
     o_proj="h.{layer}.attn.c_proj",
     mlp_in="h.{layer}.mlp",
@@ -106,6 +110,7 @@ _GPT_NEOX: Final = Adapter(
     mlp_out="layers.{layer}.mlp",
     final_norm="final_layer_norm",
     norm_kind="layer",
+    attn_norm="layers.{layer}.input_layernorm",
     attention="layers.{layer}.attention",
     o_proj="layers.{layer}.attention.dense",
     mlp_in="layers.{layer}.mlp",
@@ -118,6 +123,7 @@ _OPT: Final = Adapter(
     mlp_out="decoder.layers.{layer}.fc2",
     final_norm="decoder.final_layer_norm",
     norm_kind="layer",
+    attn_norm="decoder.layers.{layer}.self_attn_layer_norm",
     attention="decoder.layers.{layer}.self_attn",
     o_proj="decoder.layers.{layer}.self_attn.out_proj",
     mlp_in="decoder.layers.{layer}.fc1",
@@ -131,6 +137,7 @@ _BERT: Final = Adapter(
     mlp_out="encoder.layer.{layer}.output.dense",
     final_norm="",
     norm_kind="layer",
+    attn_norm="",
     attention="encoder.layer.{layer}.attention.self",
     o_proj="encoder.layer.{layer}.attention.output.dense",
     mlp_in="encoder.layer.{layer}.intermediate",
@@ -144,6 +151,7 @@ _DISTILBERT: Final = Adapter(
     mlp_out="transformer.layer.{layer}.ffn",
     final_norm="",
     norm_kind="layer",
+    attn_norm="",
     attention="transformer.layer.{layer}.attention",
     o_proj="transformer.layer.{layer}.attention.out_lin",
     mlp_in="transformer.layer.{layer}.ffn",
@@ -199,7 +207,7 @@ def find_adapter(config: Any) -> Adapter | None:
     if getattr(config, "use_parallel_residual", False):  # GPT-NeoX and StableLM
         adapter = adapter._replace(resid_mid=None)
     if not getattr(config, "do_layer_norm_before", True):  # OPT-350m normalises after adding, as BERT does
-        adapter = adapter._replace(resid_mid=Place("decoder.layers.{layer}.self_attn_layer_norm", "output"), final_norm="")
+        adapter = adapter._replace(resid_mid=Place("decoder.layers.{layer}.self_attn_layer_norm", "output"), final_norm="", attn_norm="")
     return adapter
 
 

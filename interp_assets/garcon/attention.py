@@ -147,7 +147,7 @@ def list_other_layers(net: PreTrainedModel) -> dict[int, str]:
     config = net.config.get_text_config()
     attending = {layer.layer for layer in list_attention(net)}
     kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or []
-    others = (layer for layer in range(_n_layers(net)) if layer not in attending)
+    others = (layer for layer in range(n_layers(net)) if layer not in attending)
     return {layer: str(kinds[layer]).replace("_", " ") if layer < len(kinds) else "no attention" for layer in others}
 
 
@@ -159,7 +159,7 @@ def runs_together(net: PreTrainedModel) -> bool:
 
 def _known(net: PreTrainedModel) -> Iterator[AttentionLayer]:
     adapter = find_adapter(net.config)
-    for layer in range(_n_layers(net)) if adapter else ():
+    for layer in range(n_layers(net)) if adapter else ():
         assert adapter
         yield _make(net, layer, *(net.base_model.get_submodule(path.format(layer=layer)) for path in (adapter.attention, adapter.o_proj)))
 
@@ -187,7 +187,8 @@ def gram(layer: AttentionLayer) -> Float[Tensor, "heads d_value d_value"]:
     return torch.bmm(W_O, W_O.transpose(1, 2))
 
 
-def _n_layers(net: PreTrainedModel) -> int:
+def n_layers(net: PreTrainedModel) -> int:
+    """Return the number of blocks."""
     return int(net.config.get_text_config().num_hidden_layers)
 
 
@@ -220,7 +221,7 @@ def _hear_own(module: Any, own: Callable[..., Any], listener: Listener) -> Calla
     def attend(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         output, weights = own(query, key, value, attention_mask)
         seen = _boolean(module, query, key, attention_mask, is_causal=True)
-        listener(Attended(query.float(), key.float(), value, output.transpose(1, 2), lambda scores: scores.div_(module.scale_attn), None, None, seen))
+        listener(Attended(query, key, value, output.transpose(1, 2), lambda scores: scores.div_(module.scale_attn), None, None, seen))
         return output, weights
 
     return attend

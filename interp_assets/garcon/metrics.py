@@ -7,6 +7,7 @@ from torch import Tensor
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.plan import Divergence, LogitDiff, LogProb, Loss
+from interp_assets.planning.progress import format_count
 
 MetricOp = LogitDiff | LogProb | Loss | Divergence
 
@@ -46,7 +47,7 @@ def _pick(values: Tensor, token: int | tuple[int, ...], name: str) -> Tensor:
     n_rows, vocabulary = values.shape
     tokens = [token] * n_rows if isinstance(token, int) else list(token)
     if len(tokens) != n_rows or max(tokens) >= vocabulary or min(tokens) < 0:
-        raise InputError(f"Metric {name!r} names the tokens {tokens} for {n_rows} row(s) and a vocabulary of {vocabulary:,}.")
+        raise InputError(f"Metric {name!r} names the tokens {tokens} for {format_count(n_rows, 'row')} and a vocabulary of {vocabulary:,}.")
     if isinstance(token, int):
         return values.select(1, token)
     return values.gather(1, torch.tensor(tokens, device=values.device)[:, None])[:, 0]

@@ -24,7 +24,6 @@ from interp_assets.errors import InputError
 VERSION: Final = 1
 DTYPES: Final = ("float32", "float16", "bfloat16", "int64", "bool")
 _DIGEST: Final = r"^[0-9a-f]{32}$"
-_AnyPlan = TypeVar("_AnyPlan", bound=BaseModel)
 
 
 class _Part(BaseModel):
@@ -271,10 +270,34 @@ def is_derivative(operation: object) -> TypeIs[Grad | Attribute]:
     return type(operation) is Grad or type(operation) is Attribute
 
 
-class Plan(_Part):
-    """Rows of tokens, and what is read and written while a model runs over them."""
+class Asked(_Part):
+    """What all plans share: a canonical text, its hash, and tensors that lie beside it."""
 
     version: Literal[1] = VERSION
+
+    def json(self) -> str:  # type: ignore[override] - pydantic's own method of this name is deprecated
+        """Return the canonical text: sorted keys, no spaces, no defaults but what tells plans and operations apart."""
+        return json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def hash(self) -> str:
+        """BLAKE2b of the canonical text, and so of the digests of all tensors."""
+        return hashlib.blake2b(self.json().encode(), digest_size=16).hexdigest()
+
+    def tensors(self) -> Iterator[TensorName]:
+        """Yield the tensors that must lie beside the plan: none, unless it says which."""
+        yield from ()
+
+    def _content(self) -> dict[str, Any]:
+        return _tagged(self, self.model_dump(mode="json", exclude_defaults=True))
+
+
+_AnyPlan = TypeVar("_AnyPlan", bound=Asked)
+
+
+class Plan(Asked):
+    """Rows of tokens, and what is read and written while a model runs over them."""
+
     rows: Annotated[tuple[tuple[int, ...], ...], Field(min_length=1)]
     """Token ids of every row; rows run together in one forward."""
     operations: Annotated[tuple[Operation, ...], Field(min_length=1)]
@@ -287,35 +310,22 @@ class Plan(_Part):
                 names[operation.op].append(getattr(operation, "name"))  # noqa: B009 - these kinds have one
         named = [name for of_kind in names.values() for name in of_kind]
         if len(set(named)) < len(named):
-            message = f"two operations have one name: {sorted({name for name in named if named.count(name) > 1})}"
-            raise ValueError(message)
+            raise ValueError(f"two operations have one name: {sorted({name for name in named if named.count(name) > 1})}")
         for operation in self.operations:
             self._check_operation(operation, names["read"], names["metric"])
         return self
 
     def _check_operation(self, operation: Operation, reads: list[str], metrics: list[str]) -> None:
         if operation.op == "patch" and isinstance(operation.value, ReadName) and operation.value.read not in reads:
-            message = f"a patch at {operation.point} takes the read {operation.value.read!r}; the reads are {sorted(reads)}"
-            raise ValueError(message)
+            raise ValueError(f"a patch at {operation.point} takes the read {operation.value.read!r}; the reads are {sorted(reads)}")
         if is_derivative(operation) and operation.of not in metrics:
-            message = f"{operation.name!r} is of the metric {operation.of!r}; the metrics are {sorted(metrics)}"
-            raise ValueError(message)
+            raise ValueError(f"{operation.name!r} is of the metric {operation.of!r}; the metrics are {sorted(metrics)}")
         _check_values(operation)
-        rows = getattr(operation, "rows", None)
-        if rows is not None and (not rows or min(rows) < 0 or max(rows) >= len(self.rows)):
-            message = f"an operation is on rows {list(rows)}; the plan has rows 0 to {len(self.rows) - 1}"
-            raise ValueError(message)
+        _check_rows("operation", getattr(operation, "rows", None), len(self.rows))
 
-    def json(self) -> str:  # type: ignore[override] - pydantic's own method of this name is deprecated
-        """Return the canonical text: sorted keys, no spaces, no defaults."""
-        content = {"version": self.version, **self.model_dump(mode="json", exclude_defaults=True)}
-        content["operations"] = [_tagged(*pair) for pair in zip(self.operations, content["operations"], strict=True)]
-        return _canonical(content)
-
-    @property
-    def hash(self) -> str:
-        """BLAKE2b of the canonical text, and so of the digests of all tensors."""
-        return _hash(self.json())
+    def _content(self) -> dict[str, Any]:
+        content = super()._content()
+        return {**content, "operations": [_tagged(*pair) for pair in zip(self.operations, content["operations"], strict=True)]}
 
     def tensors(self) -> Iterator[TensorName]:
         """Yield the tensors that must lie beside the plan."""
@@ -338,14 +348,11 @@ class Edit(_Part):
     def _check(self) -> "Edit":
         write = self.write
         if write.pos is not None:
-            message = f"an edit at {write.point} has positions in its write; say them as `where`"
-            raise ValueError(message)
+            raise ValueError(f"an edit at {write.point} has positions in its write; say them as `where`")
         if isinstance(write, Patch) and (isinstance(write.value, ReadName) or write.value == "mean"):
-            message = f"a patch at {write.point} takes 'zero' or a vector while a text is written: what follows a position is not known there"
-            raise ValueError(message)
+            raise ValueError(f"a patch at {write.point} takes 'zero' or a vector while a text is written: what follows a position is not known there")
         if isinstance(self.where, Span) and (self.where.step or 1) < 1:
-            message = f"an edit at {write.point} steps by {self.where.step}; positions rise"
-            raise ValueError(message)
+            raise ValueError(f"an edit at {write.point} steps by {self.where.step}; positions rise")
         _check_values(write)
         return self
 
@@ -357,10 +364,9 @@ class LatentsRead(_Part):
     latents: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
 
 
-class GeneratePlan(_Part):
+class GeneratePlan(Asked):
     """Prompts, how they are continued, and what is written into the model meanwhile."""
 
-    version: Literal[1] = VERSION
     whole: Literal["generate"] = "generate"
     rows: Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1)]
     """Token ids of every prompt."""
@@ -396,29 +402,18 @@ class GeneratePlan(_Part):
     @model_validator(mode="after")
     def _check(self) -> "GeneratePlan":
         for edit in self.edits:
-            rows = edit.write.rows
-            if rows is not None and (not rows or min(rows) < 0 or max(rows) >= len(self.rows)):
-                message = f"an edit is on rows {list(rows)}; the plan has rows 0 to {len(self.rows) - 1}"
-                raise ValueError(message)
+            _check_rows("edit", edit.write.rows, len(self.rows))
             if edit.where == "assistant" and not self.assistant:
-                message = f"an edit at {edit.write.point} is on the assistant's turns, but the prompts are no conversations"
-                raise ValueError(message)
+                raise ValueError(f"an edit at {edit.write.point} is on the assistant's turns, but the prompts are no conversations")
         if self.assistant and len(self.assistant) != len(self.rows):
-            message = f"positions of the assistant are given for {len(self.assistant)} of {len(self.rows)} prompts"
-            raise ValueError(message)
+            raise ValueError(f"positions of the assistant are given for {len(self.assistant)} of {len(self.rows)} prompts")
         return self
 
-    def json(self) -> str:  # type: ignore[override] - pydantic's own method of this name is deprecated
-        """Return the canonical text: sorted keys, no spaces, no defaults."""
-        content = {"version": self.version, "whole": self.whole, **self.model_dump(mode="json", exclude_defaults=True)}
+    def _content(self) -> dict[str, Any]:
+        content = super()._content()
         for edit, dumped in zip(self.edits, content.get("edits", ()), strict=True):
             dumped["write"] = _tagged(edit.write, dumped["write"])
-        return _canonical(content)
-
-    @property
-    def hash(self) -> str:
-        """BLAKE2b of the canonical text, and so of the digests of all tensors."""
-        return _hash(self.json())
+        return content
 
     def tensors(self) -> Iterator[TensorName]:
         """Yield the tensors that must lie beside the plan."""
@@ -426,10 +421,9 @@ class GeneratePlan(_Part):
             yield from _tensors_of(edit.write)
 
 
-class SweepPlan(_Part):
+class SweepPlan(Asked):
     """One row of tokens, and the cells in which a source takes the place of what is there, one at a time: see `sweep.py`."""
 
-    version: Literal[1] = VERSION
     row: Annotated[tuple[int, ...], Field(min_length=1)]
     points: Annotated[tuple[str, ...], Field(min_length=1)]
     source: str | tuple[TensorName, ...]
@@ -441,11 +435,10 @@ class SweepPlan(_Part):
     @model_validator(mode="after")
     def _check(self) -> "SweepPlan":
         if not isinstance(self.source, str) and len(self.source) != len(self.points):
-            message = f"there are {len(self.source)} sources for {len(self.points)} points"
-            raise ValueError(message)
+            raise ValueError(f"there are {len(self.source)} sources for {len(self.points)} points")
         return self
 
-    def json(self) -> str:  # type: ignore[override] - as in `Plan`
+    def json(self) -> str:
         """Return it as text."""
         return self.model_dump_json()
 
@@ -458,10 +451,9 @@ class SweepPlan(_Part):
 Reduction = Annotated[str, Field(pattern="^(mean|cov|norms|histogram|top:[1-9][0-9]{0,5})$")]
 
 
-class ReducePlan(_Part):
+class ReducePlan(Asked):
     """Texts, and what is wanted of the activations at some points over all of them: see `reduce.py`."""
 
-    version: Literal[1] = VERSION
     whole: Literal["reduce"] = "reduce"
     rows: Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...], Field(min_length=1)]
     """Token ids of every text."""
@@ -470,38 +462,13 @@ class ReducePlan(_Part):
     special: tuple[int, ...] = ()
     """Ids of tokens that are left out."""
 
-    def json(self) -> str:  # type: ignore[override] - as in `Plan`
-        """Return the canonical text."""
-        return _canonical({"version": self.version, "whole": self.whole, **self.model_dump(mode="json", exclude_defaults=True)})
 
-    @property
-    def hash(self) -> str:
-        """BLAKE2b of the canonical text."""
-        return _hash(self.json())
-
-    def tensors(self) -> Iterator[TensorName]:
-        """Yield nothing: no tensor lies beside it."""
-        yield from ()
-
-
-def parse_plan(text: str) -> Plan:
-    """Read a plan's text. Raises `InputError` that names the operation, the field and what is allowed."""
-    return _parse(Plan, text)
-
-
-def parse_generate_plan(text: str) -> GeneratePlan:
-    """Read the text of a plan that generates. Raises `InputError` that names the field and what is allowed."""
-    return _parse(GeneratePlan, text)
-
-
-def parse_reduce_plan(text: str) -> ReducePlan:
-    """Read the text of a plan that reduces. Raises `InputError`."""
-    return _parse(ReducePlan, text)
-
-
-def parse_sweep(text: str) -> SweepPlan:
-    """Read a sweep's text. Raises `InputError`."""
-    return _parse(SweepPlan, text)
+def parse_plan(kind: type[_AnyPlan], text: str) -> _AnyPlan:
+    """Read the text of a plan of some kind. Raises `InputError` that names the operation, the field and what is allowed."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError(explain_plan(error)) from error
 
 
 def explain_plan(error: ValidationError) -> str:
@@ -539,13 +506,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _parse(kind: type[_AnyPlan], text: str) -> _AnyPlan:
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        raise InputError(explain_plan(error)) from error
-
-
 def _tensors_of(operation: object) -> Iterator[TensorName]:
     sources = operation.source if isinstance(operation, Attribute) and operation.source != "zero" else ()
     for value in (*(getattr(operation, name, None) for name in ("value", "other", "along")), *sources):
@@ -553,20 +513,18 @@ def _tensors_of(operation: object) -> Iterator[TensorName]:
             yield value
 
 
+def _check_rows(what: str, rows: tuple[int, ...] | None, n_rows: int) -> None:
+    if rows is not None and (not rows or min(rows) < 0 or max(rows) >= n_rows):
+        raise ValueError(f"an {what} is on rows {list(rows)}; the plan has rows 0 to {n_rows - 1}")
+
+
 def _check_values(operation: object) -> None:
     if isinstance(operation, _SaeWrite) and len(operation.latents) != len(operation.values):
-        message = f"a {getattr(operation, 'op', '')} at {operation.point} has {len(operation.latents)} latents and {len(operation.values)} values"
-        raise ValueError(message)
+        raise ValueError(
+            f"a {getattr(operation, 'op', '')} at {operation.point} has {len(operation.latents)} latents and {len(operation.values)} values"
+        )
 
 
-def _tagged(operation: object, dumped: dict[str, Any]) -> dict[str, Any]:
-    """Put back what tells operations apart: it stands at its default."""
-    return {**{name: getattr(operation, name) for name in ("op", "metric") if hasattr(operation, name)}, **dumped}
-
-
-def _canonical(content: dict[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _tagged(part: object, dumped: dict[str, Any]) -> dict[str, Any]:
+    """Put back what tells plans and operations apart: it stands at its default."""
+    return {**{name: getattr(part, name) for name in ("version", "whole", "op", "metric") if hasattr(part, name)}, **dumped}

@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.adapters import ADAPTERS, Adapter, Side, find_adapter, find_place
-from interp_assets.garcon.attention import explain_blind
+from interp_assets.garcon.attention import explain_blind, n_layers
 from interp_assets.planning.hook_names import BY_HEAD, FIRST_KINDS, LAST_KINDS, LAYER_KINDS, alias_of, canonical_name, explain_other
 
 MODULE: Final = "module:"
@@ -164,11 +164,6 @@ def module_of(net: PreTrainedModel, point: HookPoint) -> nn.Module:
     for name in filter(None, point.module_path.split(".")):  # what `get_submodule` does, at a tenth of its cost
         module = module._modules[name]  # noqa: SLF001 - as above
     return module
-
-
-def n_layers(net: PreTrainedModel) -> int:
-    """Return the number of blocks."""
-    return int(net.config.get_text_config().num_hidden_layers)
 
 
 def n_heads(net: PreTrainedModel, kind: str) -> int:

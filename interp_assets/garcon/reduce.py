@@ -135,20 +135,22 @@ def reduce_texts(subject: SubjectModel, plan: ReducePlan, progress: Callable[[in
 
     Raises `InputError` for points without rows and texts without tokens that count, `NonFiniteError` with the first place.
     """
-    steps = reduce_steps(subject, plan)
+    steps, reached = reduce_steps(subject, plan), 0
     while True:
         try:
-            n_tokens = next(steps)
+            done, _ = next(steps)
         except StopIteration as end:
             return end.value
         if progress is not None:
-            progress(n_tokens)
+            progress(done - reached)
+        reached = done
 
 
-def reduce_steps(subject: SubjectModel, plan: ReducePlan) -> Generator[int, None, dict[str, dict[str, Any]]]:
-    """Do what `reduce_texts` does, a forward a step, each of which yields its number of tokens."""
+def reduce_steps(subject: SubjectModel, plan: ReducePlan) -> Generator[tuple[int, int], None, dict[str, dict[str, Any]]]:
+    """Do what `reduce_texts` does, a forward a step, each of which yields how many tokens are done and how many there are."""
     reducers = {name: _Reducer(names, subject.d_in(name)) for name, names in plan.reductions.items()}
     places: list[tuple[int, int]] = []
+    n_done, n_tokens = 0, sum(map(len, plan.rows))
     for batch in _batches(plan.rows):
         token_ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(plan.rows[text]) for text in batch], batch_first=True)
         is_token = torch.arange(token_ids.shape[1])[None] < torch.tensor([[len(plan.rows[text])] for text in batch])
@@ -162,7 +164,8 @@ def reduce_steps(subject: SubjectModel, plan: ReducePlan) -> Generator[int, None
                 raise NonFiniteError(f"{name} of text {batch[text]} is not finite at position {position}. Run the model in float32.")
             reducers[name].add(chosen.float() if chosen.dtype != torch.float64 else chosen)
         places += [(batch[text], position) for text, position in kept.nonzero().tolist()]
-        yield int(is_token.sum())
+        n_done += int(is_token.sum())
+        yield n_done, n_tokens
     if not places:
         raise InputError("The texts have no tokens but special ones: there is nothing to reduce.")
     answers: dict[str, dict[str, Any]] = {}

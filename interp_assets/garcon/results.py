@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Chats, Kept
+from interp_assets.planning.progress import format_count
 
 _MAX_CELLS: Final = 20_000
 _MAX_VALUES: Final = 5_000_000
@@ -20,10 +21,10 @@ _MAX_VALUES: Final = 5_000_000
 class Result:
     """One tensor that was asked for, with what its axes mean. Before its trace has run, asking for the tensor is an error."""
 
-    def __init__(self, name: str, axes: Sequence[str], write_tokens: Callable[[], list[list[str]]]) -> None:
+    def __init__(self, name: str, axes: Sequence[str], write_tokens: Callable[[], list[list[str]]], operation: str = "") -> None:
         """`axes` name the tensor's axes; `write_tokens` tells the tokens of each of its rows that stand at its positions."""
         self.name, self.axes, self._write_tokens = name, tuple(axes), write_tokens
-        self.operation = ""
+        self.operation = operation
         """Its operation in the plan of its trace."""
         self.kept: Kept | None = None
         """What the server keeps of it; None where it came whole."""
@@ -169,7 +170,7 @@ class Grid:
 
     def __repr__(self) -> str:
         """Say what it is."""
-        return f"{self.what}: {len(self.points)} points x {len(self.columns)}, base {self.base:.4g}"
+        return f"{self.what}: {format_count(len(self.points), 'point')} x {len(self.columns)}, base {self.base:.4g}"
 
     def _repr_html_(self) -> str:
         return draw_heat_map(self.tensor - self.base, self.points, self.columns, f"{self.what}, less {self.base:.4g} without it")

@@ -57,6 +57,7 @@ from interp_assets.garcon.steering.recipe import Edits, Steer, load_recipe, make
 from interp_assets.garcon.steering.strengths import split_strength
 from interp_assets.garcon.steering.texts import Sampling, Texts, is_chat, make_generate_plan, odd_saes
 from interp_assets.planning.hook_names import BY_HEAD
+from interp_assets.planning.progress import format_count
 
 if TYPE_CHECKING:
     import interp_assets.garcon.features
@@ -163,7 +164,7 @@ class Model:
         """Return the id of a text that is one token. Raises `InputError` with the ids that it is."""
         (ids,) = self.backend.tokenize([text], special=False)
         if len(ids) != 1:
-            raise InputError(f"{text!r} is {len(ids)} tokens: {ids} ({self.pieces(ids)}). Name one token, or its id.")
+            raise InputError(f"{text!r} is {format_count(len(ids), 'token')}: {ids} ({self.pieces(ids)}). Name one token, or its id.")
         return ids[0]
 
     def names(self, wanted: Names) -> list[str]:
@@ -392,8 +393,7 @@ class Trace:
         name = self._name("read")
         self._operations.append(Read(name=name, after=after, **at))
         chosen = range(len(self._rows)) if at["rows"] is None else at["rows"]
-        self._results[name] = Result(at["point"], self._axes(at), self._tokens_at(chosen, at["pos"]))
-        self._results[name].operation = name
+        self._results[name] = Result(at["point"], self._axes(at), self._tokens_at(chosen, at["pos"]), name)
         return self._results[name]
 
     def patch(
@@ -445,8 +445,7 @@ class Trace:
         name = self._name("read")
         self._operations.append(SaeRead(name=name, sae=sae, latents=None if latents is None else tuple(latents), after=after, **at))
         axes = ["row", *([] if isinstance(at["pos"], int) else ["position"]), "latent"]
-        self._results[name] = Result(f"{sae} at {at['point']}", axes, self._tokens_at(range(len(self._rows)), at["pos"]))
-        self._results[name].operation = name
+        self._results[name] = Result(f"{sae} at {at['point']}", axes, self._tokens_at(range(len(self._rows)), at["pos"]), name)
         return self._results[name]
 
     def sae_clamp(self, sae: str, values: Mapping[int, str], *, pos: Where = None, when: tuple[str, int, float] | None = None) -> None:
@@ -480,8 +479,7 @@ class Trace:
         """Measure a metric, for every row."""
         name = self._name("metric")
         self._operations.append(metric.model_copy(update={"name": name}))
-        self._results[name] = Result(metric.metric, ["row"], self._all_tokens())
-        self._results[name].operation = name
+        self._results[name] = Result(metric.metric, ["row"], self._all_tokens(), name)
         return self._results[name]
 
     def grad(self, metric: Result, at: Names) -> Results:

@@ -44,6 +44,7 @@ from interp_assets.garcon.spread import DeviceMap, check_map, check_memory, coun
 from interp_assets.garcon.taps import Tap, tapped
 from interp_assets.planning.config import ExecutionConfig, ModelConfig
 from interp_assets.planning.hook_names import STREAM_KINDS
+from interp_assets.planning.progress import format_count
 
 _RUNNING: Final = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError)
 """What a model's own code raises when it is run on nothing but token ids and needs more, or when its configuration does not hold together."""
@@ -269,7 +270,8 @@ def load_subject_model(model: ModelConfig, execution: ExecutionConfig, device_ma
     missing = sorted(key for key in info["missing_keys"] if "pooler." not in key)
     if missing:
         raise InputError(
-            f"{model.name!r} lacks {len(missing)} weight(s) of a {config.model_type} model, the first is {missing[0]!r}. {next_step(model)}"
+            f"{model.name!r} lacks {format_count(len(missing), 'weight')} of a {config.model_type} model, the first is {missing[0]!r}. "
+            f"{next_step(model)}"
         )
     if device_map:
         check_map(net, device_map)

@@ -22,7 +22,7 @@ from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 from interp_assets.errors import ArtifactError, ConfigError
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.fanout import side_by_side
-from interp_assets.graph.jobs import count_partitions, find_holding, find_missing, run_asset
+from interp_assets.graph.jobs import Left, count_partitions, find_holding, find_left, find_missing, run_asset
 from interp_assets.graph.partitions import partitions_of
 from interp_assets.graph.readiness import check_machine
 from interp_assets.graph.stages import make_road
@@ -31,7 +31,9 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
 from interp_assets.planning.road import Partition, group_siblings
+from interp_assets.storage.listing import list_store
 from interp_assets.storage.manifest import remove_artifact
+from interp_assets.storage.seen import SeenFiles, open_seen
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_artifact
 
@@ -52,46 +54,64 @@ def run_backfill(
     `only_failed` makes failed partitions and what comes after them. The plan is taken as it is: new text is the business of `interp run`.
     Raises `ArtifactMissingError` without a plan, `ConfigError` for an unknown asset or partition.
     """
-    progress = progress or Progress()
-    road = make_road(config)
+    with open_seen() as notes:
+        yield from _run_backfill(config, instance, (select, partitions), only_failed, progress or Progress(), notes)
+
+
+def _run_backfill(
+    config: PipelineConfig,
+    instance: DagsterInstance,
+    named: tuple[Sequence[str], Sequence[str]],
+    only_failed: bool,  # noqa: FBT001 - as `run_backfill` was asked
+    progress: Progress,
+    notes: SeenFiles,
+) -> Iterator[AssetReport]:
+    road, (select, partitions) = make_road(config), named
     selected = [asset for asset in road.select(select) if not asset.plan]
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     _check_partitions(selected, pipeline, partitions)
+    listed = list_store(store, notes)
     if not partitions:
-        check_machine(road, pipeline, store, selected)
+        check_machine(road, pipeline, listed, selected)
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
     touched: set[Partition] = set()
     broken: set[Partition] = set()
+    ended: set[Partition] = set()
 
-    def find_due(asset: Asset) -> tuple[list[str], list[str]]:
-        """List the partitions that are due and can be made, and those that wait for failed ones."""
+    def find_due(asset: Asset) -> tuple[list[str], Left]:
+        """List the partitions that are due and can be made, and those that cannot."""
         keys = asset.partition_keys(pipeline)
         failed_before = set(find_failed(asset, keys, instance))
-        due = set(find_missing(road, asset, pipeline, store, instance)) | failed_before
+        due = set(find_missing(road, asset, pipeline, listed, instance)) | failed_before
         if partitions:
             due = set(keys) & set(partitions)
         elif only_failed:
             due = {key for key in due if key in failed_before or road.parents(asset, pipeline, key) & touched}
-        waiting = [key for key in keys if key in due and broken and road.awaited(asset, pipeline, key) & broken]
-        ready = [key for key in keys if key in due and key not in set(waiting)]
+        left = find_left(road, asset, pipeline, [key for key in keys if key in due], broken, ended)
+        due -= {*left.waiting, *left.stopped}
+        ready = [key for key in keys if key in due]
         if partitions:
             _remove_damaged(asset, pipeline, store, ready)
-        return ready, waiting
+        return ready, left
 
     for siblings in group_siblings(selected):
         all_due = [(asset, *find_due(asset)) for asset in siblings]
         with side_by_side([asset for asset, ready, _ in all_due if ready], config):
-            for asset, ready, waiting in all_due:
-                if not ready and not waiting:
+            for asset, ready, left in all_due:
+                if not (ready or left.waiting or left.stopped):
                     continue
                 n_holding = len(find_holding(road, asset, pipeline, store) & set(ready))
                 progress.plan(n_holding)
                 progress.expect(asset.name, n_holding, asset.unit)
                 outcome = run_asset(job, instance, asset, ready, asset.partition_keys(pipeline))
                 touched |= {(asset.name, key) for key in ready}
-                broken |= {(asset.name, key) for key in [*outcome.report.failed, *waiting]}
-                yield count_partitions(road, asset, (pipeline, store), ready, outcome.report._replace(waiting=waiting))
+                stopped = [*outcome.report.stopped, *left.stopped]
+                broken |= {(asset.name, key) for key in [*outcome.report.failed, *left.waiting]}
+                ended |= {(asset.name, key) for key in stopped}
+                yield count_partitions(road, asset, (pipeline, store), ready, outcome.report._replace(waiting=left.waiting, stopped=stopped))
+        if any(ready for _, ready, _ in all_due):  # what was listed is as old as what it was before
+            listed = list_store(store, notes)
 
 
 def find_failed(asset: Asset, keys: Sequence[str], instance: DagsterInstance) -> list[str]:

@@ -7,9 +7,10 @@
    here, with the same tags that Dagster would give them, and the output's own event is suppressed.
 3. An `InterpError` becomes Dagster's `Failure` with the message alone. An error of one partition does not stop the others; an error of
    the configuration or the store would meet them all, so it does.
-4. A check answers for every partition, too, as an evaluation of its own.
+4. A partition that was stopped, as the configuration asked for, is observed instead, with the reason: nothing has failed.
+5. A check answers for every partition, too, as an evaluation of its own.
 
-Points 2 and 4 use four names that Dagster keeps private (its version is pinned); `tests/graph/test_runs.py` holds them.
+Points 2 and 5 use four names that Dagster keeps private (its version is pinned); `tests/graph/test_runs.py` holds them.
 """
 
 import json
@@ -27,13 +28,26 @@ from dagster._core.errors import DagsterExecutionInterruptedError, raise_executi
 from dagster._core.execution.plan.execute_step import _build_data_version_tags, _get_code_version, _get_input_provenance_data
 
 from interp_assets.compute.compiled import n_compilations
-from interp_assets.errors import ConfigError, InterpError, StoreError
+from interp_assets.errors import ConfigError, InterpError, StoppedError, StoreError
 from interp_assets.planning.asset import Check, Markdown, Shown, Table, Verdict
-from interp_assets.planning.progress import Progress, format_bytes
+from interp_assets.planning.progress import Progress, format_bytes, format_count
 from interp_assets.storage.manifest import Produced, data_version
 from interp_assets.storage.traffic import METER, Traffic
 
 _MAX_FACTS_BYTES: Final = 4096
+STOPPED: Final = "stopped"
+"""Metadata of an observation: why a partition ended without artifacts, as the configuration asked for."""
+
+
+class Shared(NamedTuple):
+    """What was done for all partitions of a run at once, before each is recorded."""
+
+    traffic: Traffic
+    seconds: float
+    is_rated: bool = True
+    """Whether its time tells how fast such work is: not where a loop was compiled."""
+    shares: Mapping[str, float] = {}
+    """Of each partition, in the seconds."""
 
 
 class Made(NamedTuple):
@@ -45,24 +59,17 @@ class Made(NamedTuple):
     """Whether all of its work was done just now; that of a training that went on from a checkpoint was not."""
     holds_anything: bool = True
     """Whether it has artifacts."""
-
-
-class Shared(NamedTuple):
-    """What was done for all partitions of a run at once, before each is recorded."""
-
-    traffic: Traffic
-    seconds: float
-    is_rated: bool = True
-    """Whether its time tells how fast such work is: not where a loop was compiled."""
+    took: Shared | None = None
+    """What it took where it was made elsewhere; None: what this process saw."""
 
 
 def record(
     context: dg.AssetExecutionContext, work: Callable[[str], Made], progress: Progress, shared: Shared | None = None
-) -> Iterator[dg.AssetMaterialization | dg.MaterializeResult]:
+) -> Iterator[dg.AssetMaterialization | dg.AssetObservation | dg.MaterializeResult]:
     """Run `work(partition key)` for every partition of this run, and yield its event (`""` is the key without partitions).
 
-    `shared` is divided among the partitions when their costs are shown. Raises `dagster.Failure` at the end when partitions failed, with
-    their messages; the others are recorded.
+    `shared` is divided among the partitions when their costs are shown, its time as they were forecast: small ones beside a large one took
+    little. Raises `dagster.Failure` at the end when partitions failed, with their messages; the others are recorded.
     """
     tags = _provenance_tags(context)
     failed: dict[str, InterpError] = {}
@@ -73,6 +80,11 @@ def record(
         try:
             with interruptible(progress):
                 made = work(key)
+        except StoppedError as error:
+            progress.leave()
+            progress.tell(str(error))
+            yield dg.AssetObservation(context.asset_key, partition=key or None, metadata={STOPPED: str(error)})
+            continue
         except InterpError as error:
             progress.end()
             failed[key] = error
@@ -81,8 +93,8 @@ def record(
             context.log.error("%s: %s", key or context.asset_key.to_user_string(), error)  # noqa: TRY400 - the message says it all
             continue
         (progress.end if made.holds_anything else progress.leave)()
-        took = _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, len(keys))
-        is_rated = made.is_whole and n_compilations() == n_compiled and (shared is None or shared.is_rated)
+        took = made.took or _add_share(Shared(METER.total().since(before), time.monotonic() - begun), shared, key)
+        is_rated = made.is_whole and took.is_rated and n_compilations() == n_compiled and (shared is None or shared.is_rated)
         is_new = not made.metadata.get("reused", True)
         table = progress.cost(context.asset_key.path, key, took.traffic, took.seconds, is_whole=is_rated) if is_new else None
         yield _event(context, key, _with_cost(made, table), tags)
@@ -134,11 +146,12 @@ def interruptible(progress: Progress) -> Iterator[None]:
         raise dg.Failure("Interrupted. Finished partitions are kept.", allow_retries=False) from error
 
 
-def _add_share(own: Shared, shared: Shared | None, n_partitions: int) -> Shared:
+def _add_share(own: Shared, shared: Shared | None, key: str) -> Shared:
+    """Add a partition's part of what was done for all: of bytes and requests an equal one, for the rows were read once."""
     if shared is None:
         return own
-    traffic = Traffic(*(mine + all_of_it // n_partitions for mine, all_of_it in zip(own.traffic, shared.traffic, strict=True)))
-    return Shared(traffic, own.seconds + shared.seconds / n_partitions)
+    traffic = Traffic(*(mine + all_of_it // len(shared.shares) for mine, all_of_it in zip(own.traffic, shared.traffic, strict=True)))
+    return Shared(traffic, own.seconds + shared.seconds * shared.shares[key])
 
 
 def partition_keys(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> list[str]:
@@ -254,7 +267,7 @@ def _failure(failed: Mapping[str, InterpError], n_keys: int) -> dg.Failure:
         text = first
     else:
         names = ", ".join(list(failed)[:8]) + (", ..." if len(failed) > 8 else "")
-        text = f"{len(failed)} of {n_keys} partitions failed ({names}); the finished ones are kept. The first one: {first}"
+        text = f"{len(failed)} of {format_count(n_keys, 'partition')} failed ({names}); the finished ones are kept. The first one: {first}"
     messages = {key or "all": str(error) for key, error in failed.items()}
     is_transient = all(isinstance(error, StoreError) for error in failed.values())
     return dg.Failure(text, metadata={"failed": dg.MetadataValue.json(messages)}, allow_retries=is_transient)

@@ -7,7 +7,7 @@ record one partition after the other.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Final
 
@@ -15,13 +15,15 @@ import dagster as dg
 
 from interp_assets.compute.compiled import n_compilations
 from interp_assets.graph.events import Made, Shared, describe, interruptible, partition_keys, record, record_verdicts
-from interp_assets.graph.fanout import start_fanout
+from interp_assets.graph.fanout import Fanout, start_fanout
 from interp_assets.graph.partitions import backfill_policy, claim_history, dependency, partitions_of, register, tags_of
+from interp_assets.graph.workers import dismiss_crew
 from interp_assets.planning.asset import Asset, Check, Job
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.progress import Progress
 from interp_assets.planning.road import Road
-from interp_assets.storage.manifest import Produced
+from interp_assets.storage.listing import list_store
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.traffic import METER
 from resources.world import World
 
@@ -30,6 +32,8 @@ GPU_POOL: Final = "gpu"
 """Runs that hold a subject model or SAEs in memory: Dagster starts as many at once as the pool's limit says (`dagster.yaml`: one)."""
 RETRIES: Final = dg.RetryPolicy(max_retries=2, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """A store that refuses is asked again after about 1 and 3 seconds; what is finished is found, so only the rest is made. Nothing else is retried."""
+
+_VERSION_TAG: Final = "dagster/data_version"
 
 Events = Any
 """What an asset's body yields. Dagster reads the annotation as the type of the output when a checker wraps the body, so it promises nothing."""
@@ -108,10 +112,15 @@ def _plan(asset: Asset, road: Road, context: dg.AssetExecutionContext, world: Wo
     store = world.store()
     pipeline = asset.plan(world.config, store, tell)
     register(context.instance, road, pipeline)
-    road.check(pipeline, store)
+    with open_seen() as notes:
+        road.check(pipeline, list_store(store, notes))
     for outside in road.outside:
-        for key, found in outside.observe(pipeline).items() if outside.observe else ():
-            tags = {"dagster/data_version": found.version}
+        observed = outside.observe(pipeline) if outside.observe else {}
+        known = _observed_versions(context.instance, outside) if observed else {}
+        for key, found in observed.items():
+            if known.get(key) == found.version:
+                continue  # ten thousand events that say nothing new would be a minute of every run
+            tags = {_VERSION_TAG: found.version}
             yield dg.AssetObservation(dg.AssetKey(list(outside.key)), partition=key, metadata=found.facts, tags=tags)
     shown = asset.shows(Job(world, pipeline, store), "", [])
     version = _hash_version({**pipeline.facts, "corpus": pipeline.config.corpus.model_dump()})
@@ -122,24 +131,40 @@ def _make(asset: Asset, context: dg.AssetExecutionContext, world: World, progres
     assert asset.make is not None
     pipeline, store = world.open()
     job = Job(world, pipeline, store, tuple(partition_keys(context)), progress, context.log.info)
-    fanout = start_fanout(asset, job)
+    if fanout := start_fanout(asset, job):
+        yield from record(context, lambda key: _take(fanout, asset, job, key), progress)
+        return
+    if asset.needs.accelerator:
+        dismiss_crew()  # it would share the device with them
     shared = None
-    if fanout:
-        make: Callable[[str], list[Produced]] = fanout.take
-    elif asset.is_made_together:
+    if asset.is_made_together:
         before, begun, n_compiled = METER.total(), time.monotonic(), n_compilations()
         with interruptible(progress):
             make = asset.make(job)
-        shared = Shared(METER.total().since(before), time.monotonic() - begun, is_rated=n_compilations() == n_compiled)
+        shares, took_s = progress.divide(asset.key, job.keys), time.monotonic() - begun
+        shared = Shared(METER.total().since(before), took_s, is_rated=n_compilations() == n_compiled, shares=shares)
     else:
         make = asset.make(job)
 
     def work(key: str) -> Made:
         produced = make(key)
-        where = {"node": fanout.where(key)} if fanout else {}
-        return describe(produced, store.url, {**asset.shows(job, key, produced), **where})
+        return describe(produced, store.url, asset.shows(job, key, produced))
 
     yield from record(context, work, progress, shared)
+
+
+def _take(fanout: Fanout, asset: Asset, job: Job, key: str) -> Made:
+    """Take from a cluster what it has made. Its time rates nothing: a worker has a share of a machine."""
+    taken = fanout.take(asset, key)
+    made = describe(taken.made, job.store.url, {**asset.shows(job, key, taken.made), "node": taken.node})
+    return made._replace(took=Shared(taken.traffic, taken.seconds, is_rated=False))
+
+
+def _observed_versions(instance: dg.DagsterInstance, asset: Asset) -> dict[str, str]:
+    """Return the version of every partition of something outside, as it was observed last."""
+    event_type, tags = dg.DagsterEventType.ASSET_OBSERVATION, [_VERSION_TAG]
+    found = instance.event_log_storage.get_latest_tags_by_partition(dg.AssetKey(list(asset.key)), event_type, tags)
+    return {partition: tags[_VERSION_TAG] for partition, tags in found.items() if _VERSION_TAG in tags}
 
 
 def _hash_version(content: Mapping[str, Any]) -> str:

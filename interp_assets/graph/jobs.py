@@ -30,7 +30,9 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from interp_assets.corpus.sizes import are_counted
 from interp_assets.errors import ConfigError, InterpError
 from interp_assets.graph.assembly import assemble
+from interp_assets.graph.events import STOPPED
 from interp_assets.graph.fanout import side_by_side
+from interp_assets.graph.local_ray import local_cluster
 from interp_assets.graph.partitions import claim_history
 from interp_assets.graph.readiness import check_machine
 from interp_assets.graph.stages import make_road
@@ -41,8 +43,10 @@ from interp_assets.planning.progress import AssetReport, Progress
 from interp_assets.planning.road import Partition, Road, group_siblings
 from interp_assets.storage.leases import SILENT_S, leased
 from interp_assets.storage.lineage import Digests
+from interp_assets.storage.listing import list_store
 from interp_assets.storage.locks import Holder, locked
 from interp_assets.storage.process_names import name_process
+from interp_assets.storage.seen import SeenFiles, open_seen
 from interp_assets.storage.store import Store
 from resources.launcher import PROCESS_TAG
 
@@ -159,41 +163,57 @@ def run_road(
     `select` limits the run to the named assets (the plan is always made: it notices new text). Raises the first `RunError`: at an asset that
     failed whole, else when all is made that does not read what failed. What is finished stays, and the next run goes on from there.
     """
-    progress = progress or Progress()
+    with local_cluster(config.execution), open_seen() as notes:
+        yield from _run_road(config, instance, select, progress or Progress(), notes)
+
+
+def _run_road(
+    config: PipelineConfig, instance: DagsterInstance, select: Sequence[str], progress: Progress, notes: SeenFiles
+) -> Iterator[AssetReport]:
     road = make_road(config)
     rest = [asset for asset in road.select(select) if not asset.plan]
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
     progress.expect(road.plan.name, 1)
     yield _whole(run_asset(job, instance, road.plan, [""], [""]))
-    store = open_pipeline_store(config)
-    pipeline = load_pipeline(config, store)
+    real_store = open_pipeline_store(config)
+    pipeline = load_pipeline(config, real_store)
+    store = list_store(real_store, notes)
+    known = Digests(store)
     progress.plan(sum(len(find_holding(road, asset, pipeline, store)) for asset in rest))
     errors: list[RunError] = []
     broken: set[Partition] = set()
+    ended: set[Partition] = set()
     is_certain = are_counted(pipeline, store)
-    check_machine(road, pipeline, store, rest)
+    check_machine(road, pipeline, store, rest, known)
     for siblings in group_siblings(rest):
         if not is_certain and (is_certain := are_counted(pipeline := load_pipeline(config, store), store)):
             road.check(pipeline, store)  # the plan could only estimate the rows
-            check_machine(road, pipeline, store, rest)
-        due = [(asset, find_missing(road, asset, pipeline, store, instance)) for asset in siblings]
+            check_machine(road, pipeline, store, rest, known)
+        due = [(asset, find_missing(road, asset, pipeline, store, instance, known)) for asset in siblings]
         with side_by_side([asset for asset, missing in due if missing], config):
             for asset, missing in due:
                 if keys := asset.partition_keys(pipeline):
-                    waiting = [key for key in missing if broken and road.awaited(asset, pipeline, key) & broken]
-                    ready = [key for key in missing if key not in set(waiting)]
+                    left = find_left(road, asset, pipeline, missing, broken, ended)
+                    kept_back = {*left.waiting, *left.stopped}
+                    ready = [key for key in missing if key not in kept_back]
                     holding = find_holding(road, asset, pipeline, store)
                     progress.skip(len(holding - set(ready)))
                     progress.expect(asset.name, len(holding & set(ready)), asset.unit)
                     outcome = run_asset(job, instance, asset, ready, keys)
+                    stopped = [*outcome.report.stopped, *left.stopped]
                     if len(outcome.report.failed) == len(keys):
                         if errors:  # what failed before is why: a table of SAEs of which none could be trained
                             raise errors[0]
                         _whole(outcome)
                     told = outcome.report.message if errors else ""  # the first is raised
                     errors += outcome.errors
-                    broken |= {(asset.name, key) for key in [*outcome.report.failed, *waiting]}
-                    yield count_partitions(road, asset, (pipeline, store), ready, outcome.report._replace(waiting=waiting, message=told))
+                    broken |= {(asset.name, key) for key in [*outcome.report.failed, *left.waiting]}
+                    ended |= {(asset.name, key) for key in stopped}
+                    report = outcome.report._replace(waiting=left.waiting, stopped=stopped, message=told)
+                    yield count_partitions(road, asset, (pipeline, store), ready, report)
+        if any(missing for _, missing in due):  # what was listed and read is as old as what it was before
+            store = list_store(real_store, notes)
+            known = Digests(store)
         if any(asset.completes_plan for asset in siblings):
             pipeline = load_pipeline(config, store)
             progress.plan(sum(len(find_holding(road, asset, pipeline, store)) for asset in rest))
@@ -201,11 +221,27 @@ def run_road(
         raise errors[0]
 
 
-def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance) -> list[str]:
+class Left(NamedTuple):
+    """What of an asset is due and cannot be made."""
+
+    waiting: list[str]
+    """Before what has failed."""
+    stopped: list[str]
+    """Because what it reads was stopped."""
+
+
+def find_left(road: Road, asset: Asset, pipeline: Pipeline, due: Sequence[str], broken: set[Partition], ended: set[Partition]) -> Left:
+    """Return which of the partitions that are due read what has failed (`broken`), and which others what was stopped (`ended`)."""
+    awaited = {key: road.awaited(asset, pipeline, key) for key in due} if broken or ended else {}
+    waiting = [key for key, parents in awaited.items() if parents & broken]
+    return Left(waiting, [key for key, parents in awaited.items() if parents & ended and not parents & broken])
+
+
+def find_missing(road: Road, asset: Asset, pipeline: Pipeline, store: Store, instance: DagsterInstance, known: Digests | None = None) -> list[str]:
     """List the partitions of an asset that have to be run, in order: without artifacts, made from other bytes, or not as Dagster knows them."""
     recorded = recorded_versions(instance, asset)
     keys = asset.partition_keys(pipeline)
-    known = Digests(store)
+    known = known or Digests(store)
     return [key for key in keys if key not in recorded or road.find_version(asset, pipeline, store, key, known) != recorded[key]]
 
 
@@ -282,7 +318,7 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
     Raises `KeyboardInterrupt` when a run was interrupted: Dagster records that as a failure, and a person wants all of it to stop.
     """
     started = time.monotonic()
-    n_bytes, n_found, failed_checks, failed, made, errors = 0, 0, [], [], [], []
+    n_bytes, n_found, failed_checks, failed, stopped, made, errors = 0, 0, [], [], [], [], []
     ranges = [("", "")] if missing == [""] else make_ranges(missing, keys)
     for first, last in ranges:
         tags = {"interp/asset": asset.name, "interp/stage": asset.stage, PROCESS_TAG: name_process()}
@@ -293,21 +329,22 @@ def run_asset(job: dg.JobDefinition, instance: DagsterInstance, asset: Asset, mi
                 instance=instance, asset_selection=[dg.AssetKey(list(asset.key))], tags=tags, run_config=_QUIET, raise_on_error=False
             )
         events = result.asset_materializations_for_node(_node_name(asset))
+        ended = [event.partition or "" for event in result.asset_observations_for_node(_node_name(asset)) if STOPPED in event.metadata]
+        stopped += ended
         if not result.success:
             if _was_interrupted(result):
                 raise KeyboardInterrupt
             errors.append(explain_failure(asset.name, result))
-            failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events})
+            failed += sorted(set(keys[keys.index(first) : keys.index(last) + 1]) - {event.partition or "" for event in events} - set(ended))
         n_bytes += sum(_written_bytes(event) for event in events)
         n_found += sum(_is_found(event) for event in events)
         made += [event.partition or "" for event in events if not _is_found(event)]
         failed_checks += [f"{check.check_name}: {check.description}" for check in result.get_asset_check_evaluations() if not check.passed]
     failed_checks = list(dict.fromkeys(failed_checks))  # each answers for every partition
-    n_made = len(missing) - len(failed) - n_found
+    n_made = len(missing) - len(failed) - len(stopped) - n_found
     message = str(errors[0]) if errors else ""
-    report = AssetReport(
-        asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found, failed, message=message, made=made
-    )
+    report = AssetReport(asset.name, len(keys), n_made, n_bytes, time.monotonic() - started, failed_checks, n_found, failed)
+    report = report._replace(stopped=stopped, message=message, made=made)
     return Outcome(report, errors)
 
 

@@ -22,7 +22,8 @@ from interp_assets.harvest.refs import hook_folder
 from interp_assets.planning.asset import Asset
 from interp_assets.planning.config import PipelineConfig, SaeConfig, ShuffleConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline
-from interp_assets.planning.sections import HeadsConfig, MatchesConfig, Metric
+from interp_assets.planning.probes import ProbesConfig
+from interp_assets.planning.sections import HeadPrompt, HeadsConfig, MatchesConfig, Metric
 from interp_assets.planning.steering import PairConfig, PatchingConfig, SearchConfig, SteeringConfig
 from interp_assets.shuffle.generations import before, has_grown, newest
 from interp_assets.storage.direct import find_remains
@@ -96,8 +97,8 @@ def known_kinds(pipeline: Pipeline, store: Store) -> set[str]:
     sae = SaeConfig(name="any", hook_point=pipeline.config.harvest.hook_points[0])
     features = pipeline.config.features.model_copy(update={"saes": [sae.name]})
     changes: dict[str, Any] = {"saes": [sae], "features": features, "shuffle": ShuffleConfig(passes=3, fan_out=2)}
-    changes |= {"heads": HeadsConfig(prompts={"any": "text"}), "metrics": [Metric(function="any.py:any")]}
-    changes["matches"] = MatchesConfig(saes=[sae.name, sae.name])
+    changes |= {"heads": HeadsConfig(prompts={"any": HeadPrompt(text="text", logits=["a"])}), "metrics": [Metric(function="any.py:any")]}
+    changes |= {"matches": MatchesConfig(saes=[sae.name, sae.name]), "probes": ProbesConfig()}
     recipes: dict[str, list[dict[str, Any]]] = {"any": [{"sae": sae.name, "latent": 0, "clamp": "1 max"}]}
     changes["steering"] = SteeringConfig(recipes=recipes, search=SearchConfig(), prompts=["text"])
     changes["patching"] = [PatchingConfig(name="any", pairs=[PairConfig(clean="a", corrupted="b", answer="c")])]

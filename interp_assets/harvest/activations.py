@@ -33,12 +33,12 @@ from interp_assets.errors import InputError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS
-from interp_assets.harvest.statistics import STATISTICS, StatisticsAccumulator, as_tensors
+from interp_assets.harvest.statistics import StatisticsAccumulator, save_shard_statistics
 from interp_assets.planning.pipeline import Pipeline, shard_key
-from interp_assets.planning.progress import Advance, unheard
+from interp_assets.planning.progress import Advance, choose_word, format_count, unheard
 from interp_assets.storage.manifest import ArtifactWriter, ByteSink, Produced, create_artifact, find_made_from, load_manifest
 from interp_assets.storage.store import Store
-from interp_assets.storage.tensors import TensorSpec, as_bytes, make_header, save_tensors
+from interp_assets.storage.tensors import TensorSpec, as_bytes, make_header
 
 PADDING_STEP: Final = 16
 WINDOW_ROWS: Final = 16384
@@ -86,8 +86,7 @@ def harvest_shard(pipeline: Pipeline, store: Store, model: SubjectModel, index: 
         for writer in writers.values():
             writer.finish()
     for name, writer in writers.items():
-        assert writer.art.manifest is not None
-        produced[name] = Produced(refs[name], writer.art.manifest, is_cached=False, wall_s=time.monotonic() - start)
+        produced[name] = writer.art.produced._replace(wall_s=time.monotonic() - start)
     return {name: produced[name] for name in refs}
 
 
@@ -201,16 +200,7 @@ class _RowWriter:
     def finish(self) -> None:
         """Close the rows file and write the statistics."""
         self._file.close()
-        statistics = self._statistics.finish()
-        save_tensors(self.art, STATISTICS, as_tensors(statistics), n_rows=statistics.n_rows)
-        self.art.facts = {
-            "n_rows": self._tokens.n_rows,
-            "n_valid": statistics.n_rows,
-            "d_in": self._d_in,
-            "dtype": self._dtype_name,
-            "mean_norm": statistics.mean_norm,
-            "mean_squared_norm": statistics.mean_squared_norm,
-        }
+        save_shard_statistics(self.art, self._statistics.finish(), self._tokens.n_rows, self._dtype_name)
 
     def _refuse(self, rows: Tensor, stored: Tensor, values: Tensor) -> None:
         bad_rows = ~torch.isfinite(stored).all(dim=1)
@@ -221,8 +211,9 @@ class _RowWriter:
         context = int(self._tokens.contexts[row])
         offset = row - int(np.searchsorted(self._tokens.contexts, context))
         overflow = f"; the value {value:.4g} does not fit {self._dtype_name}, use bfloat16" if np.isfinite(value) else ""
+        bad = f"{format_count(int(bad_rows.sum()), 'row')} of the batch {choose_word(int(bad_rows.sum()), 'is', 'are')}"
         raise NonFiniteError(
             f"Activation {stored[which, column]} at hook point {self._name!r} of {shard_key(self._index)}: row {row:,} (context {context:,}, offset "
-            f"{offset}, token id {int(self._tokens.token_ids[row])}), dimension {column}{overflow}. {int(bad_rows.sum()):,} row(s) of the batch are "
+            f"{offset}, token id {int(self._tokens.token_ids[row])}), dimension {column}{overflow}. {bad} "
             "not finite; nothing of the shard was published. Run the model in float32 or bfloat16, or take the document out of the corpus."
         )

@@ -40,6 +40,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             make=_harvest,
             shows=_show_norms,
             takes=_harvesting,
+            lightens="lower execution.tokens_per_batch, harvest fewer hook points, or load the model in bfloat16 (model.dtype)",
             work_kind=lambda config, _key: f"activations {config.model.name}",
             needs=Needs(accelerator=True),
             checks=(ACTIVATION_ROWS,),

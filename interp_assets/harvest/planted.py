@@ -23,7 +23,7 @@ from interp_assets.compute.seeds import stream
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.harvest.refs import activation_shard_ref, truth_ref
 from interp_assets.harvest.rows import ROWS
-from interp_assets.harvest.statistics import STATISTICS, StatisticsAccumulator, as_tensors
+from interp_assets.harvest.statistics import StatisticsAccumulator, save_shard_statistics
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.progress import Advance, unheard
 from interp_assets.planning.sections import CorpusConfig
@@ -129,18 +129,9 @@ def make_planted_shard(pipeline: Pipeline, store: Store, index: int, progress: A
     statistics = StatisticsAccumulator(pipeline.d_in(name))
     rows = torch.cat([block.rows for block in truth_of(pipeline, index)]).to(getattr(torch, pipeline.config.harvest.dtype))
     statistics.add(rows)
-    found = statistics.finish()
     with create_artifact(store, ref, made_from=[source]) as art:
         save_tensors(art, ROWS, {"rows": rows}, n_rows=len(rows))
-        save_tensors(art, STATISTICS, as_tensors(found), n_rows=found.n_rows)
-        art.facts = {
-            "n_rows": len(rows),
-            "n_valid": len(rows),
-            "d_in": rows.shape[1],
-            "dtype": pipeline.config.harvest.dtype,
-            "mean_norm": found.mean_norm,
-            "mean_squared_norm": found.mean_squared_norm,
-        }
+        save_shard_statistics(art, statistics.finish(), len(rows), pipeline.config.harvest.dtype)
     progress(len(rows))
     return art.produced._replace(wall_s=time.monotonic() - started_s)
 

@@ -21,6 +21,10 @@ TRUTH_VERSION = 1
 
 def activation_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
     """Address the activations of one corpus shard at one hook point."""
+    return pipeline.remember(("activation shard", hook_point, index), lambda: _activation_shard_ref(pipeline, hook_point, index))
+
+
+def _activation_shard_ref(pipeline: Pipeline, hook_point: str, index: int) -> ArtifactRef:
     identity = {
         "code": ACTIVATION_SHARD_VERSION,
         "model": pipeline.plan.model_fingerprint,

@@ -18,7 +18,7 @@ from torch import Tensor
 from interp_assets.compute.octaves import N_BINS, bin_edges, bins_of
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import Produced, create_artifact, find_made_from, load_manifest, timed
+from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, timed
 from interp_assets.storage.store import Store
 from interp_assets.storage.tensors import load_tensors, save_tensors
 
@@ -167,6 +167,19 @@ def as_statistics(tensors: dict[str, Tensor]) -> ActivationStatistics:
     return ActivationStatistics(
         int(tensors["count"]), tensors["sum"], tensors["sum_of_squares"], float(tensors["sum_of_norms"]), tensors["norm_histogram"]
     )
+
+
+def save_shard_statistics(art: ArtifactWriter, statistics: ActivationStatistics, n_rows: int, dtype: str) -> None:
+    """Write what an activation shard of `n_rows`, valid or not, tells of its rows: the file of statistics, and the facts."""
+    save_tensors(art, STATISTICS, as_tensors(statistics), n_rows=statistics.n_rows)
+    art.facts = {
+        "n_rows": n_rows,
+        "n_valid": statistics.n_rows,
+        "d_in": len(statistics.sum),
+        "dtype": dtype,
+        "mean_norm": statistics.mean_norm,
+        "mean_squared_norm": statistics.mean_squared_norm,
+    }
 
 
 def as_tensors(statistics: ActivationStatistics) -> dict[str, Tensor]:

@@ -272,6 +272,8 @@ class Asset:
     needs: Needs = field(default_factory=Needs)
     obstacles: Callable[[Pipeline, Store], list[str]] = lambda _pipeline, _store: []
     """What is known to stop it before any work, a sentence each with the next step: rows count as soon as tokens are there, else at their bounds."""
+    lightens: str = ""
+    """How a person makes it take less memory, as a clause: what is lowered or raised in the configuration."""
     completes_plan: bool = False
     """Whether partitions of later assets are known only when it is made: it adds to the plan."""
     is_made_together: bool = False

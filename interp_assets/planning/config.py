@@ -25,6 +25,7 @@ from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.identity import Name, Section
 from interp_assets.planning.options import ARCHITECTURES, find_faults
 from interp_assets.planning.own import MAX_BYTES, NAMED, check_metric, hash_code, read_declaration, split_name
+from interp_assets.planning.probes import ProbesConfig, find_labels
 from interp_assets.planning.sections import OVERKEEP, Code, CorpusConfig, HeadsConfig, MatchesConfig, Metric, Placed, StopConfig
 from interp_assets.planning.steering import PatchingConfig, SteeringConfig
 from interp_assets.storage.foreign import explain_yaml, parse_yaml
@@ -291,8 +292,8 @@ class ExecutionConfig(Section):
     """File of the plan in the pipeline's folder; a retraining works under a plan of its own until it is promoted. Leave it."""
     usd_per_hour: Annotated[float, Field(ge=0)] = 0.0
     """What an hour of the machine costs, for the cost that each partition shows. 0 shows none."""
-    workers: Annotated[int, Field(ge=1)] = 1
-    """Jobs that run at once, for the times that `interp plan` forecasts; `interp run` makes one partition after the other."""
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Partitions that `interp run` makes side by side; more than 1 starts Ray on this machine. `auto`: one a GPU, without one a core."""
     partitions_per_run: Annotated[int, Field(ge=1)] = 64
     """Partitions that one run of a backfill makes: shards, buckets or slices. Fewer spread over more machines; each run costs seconds to start."""
 
@@ -316,6 +317,8 @@ class PipelineConfig(Section):
     """Statistics and examples of every attention head; nothing of them is made without this section."""
     metrics: list[Metric] = []
     """Functions in files of your own that measure every SAE, `my.py:half_norm`; they retrain nothing."""
+    probes: ProbesConfig | None = None
+    """What few latents of every SAE tell of labels of rows; nothing is probed without this section."""
     steering: SteeringConfig | None = None
     """Dose curves of latents beside controls; nothing is steered without this section."""
     patching: list[PatchingConfig] = []
@@ -325,6 +328,8 @@ class PipelineConfig(Section):
     """The same features in other SAEs; nothing is matched without this section."""
     stop: StopConfig | None = None
     """Trainings that others dominate end early, as a record and a checkpoint; none does without this section."""
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Execution: tools that get the curves of trainings too; nothing goes to a network unless their own variables say so."""
     execution: ExecutionConfig = ExecutionConfig()
 
     @model_validator(mode="after")
@@ -334,10 +339,12 @@ class PipelineConfig(Section):
             if len(set(given)) != len(given):
                 message = f"two {what} have one name: {sorted(given)}"
                 raise ValueError(message)
-        shown = [("features", name) for name in self.features.saes] + [("matches", name) for name in (self.matches.saes if self.matches else ())]
-        for section, name in shown:
+        explained = self.heads.explained.values() if self.heads else ()
+        shown = [("features.saes", name) for name in self.features.saes]
+        shown += [("matches.saes", name) for name in (self.matches.saes if self.matches else ())]
+        for section, name in [*shown, *(("heads.prompts", name) for prompt in explained for name, _ in prompt.wanted)]:
             if name not in names:
-                message = f"{section}.saes names {name!r}, but the SAEs are {names}"
+                message = f"{section} names {name!r}, but the SAEs are {names}"
                 raise ValueError(message)
         if len(set(self.harvest.hook_points)) != len(self.harvest.hook_points):
             message = f"harvest.hook_points names one twice: {self.harvest.hook_points}"
@@ -348,6 +355,8 @@ class PipelineConfig(Section):
             raise ValueError(message)
         if self.corpus.is_planted:
             _check_planted(self)
+        if self.probes:
+            self.probes.check_source(self.corpus.source)
         for sae in self.saes:
             _check_task(sae, self.harvest.hook_points)
             if sae.task == "crosscoder" and sae.name in self.features.saes:
@@ -448,8 +457,9 @@ def find_code(config: PipelineConfig, folder: Path) -> PipelineConfig:
     sources: dict[Path, bytes] = {}
     saes = [_find_architecture(sae, folder, sources) if sae.is_own and not sae.imported else sae for sae in config.saes]
     metrics = [_find_metric(metric, folder, sources) for metric in config.metrics]
-    is_same = saes == config.saes and metrics == config.metrics
-    return config if is_same else config.model_copy(update={"saes": saes, "metrics": metrics})
+    probes = config.probes and find_labels(config.probes, folder)
+    is_same = (saes, metrics, probes) == (config.saes, config.metrics, config.probes)
+    return config if is_same else config.model_copy(update={"saes": saes, "metrics": metrics, "probes": probes})
 
 
 def _find_architecture(sae: SaeConfig, folder: Path, sources: dict[Path, bytes]) -> SaeConfig:

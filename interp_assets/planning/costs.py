@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from interp_assets.errors import InterpError
-from interp_assets.planning.asset import Load
+from interp_assets.planning.asset import Asset, Load
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.machine import ONE_WORKER, Prices
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
-from interp_assets.planning.progress import Estimator
-from interp_assets.planning.rates import note_rate, rates_path
+from interp_assets.planning.progress import Compared, Estimator
+from interp_assets.planning.rates import load_rates, note_rate, rates_path
 from interp_assets.planning.road import Road
 from interp_assets.storage.traffic import Traffic
 
@@ -64,19 +64,39 @@ def tabulate(estimated: Cost, actual: Cost) -> list[dict[str, Any]]:
 
 def make_estimator(config: PipelineConfig, road: Road) -> Estimator:
     """Return what tells, of each partition of a pipeline that has been made, what it took beside what it was expected to take."""
+    return _Estimates(config, road)
 
-    def compare(asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool) -> list[dict[str, Any]] | None:
-        found = road.get(tuple(asset))
-        store = open_pipeline_store(config)
+
+class _Estimates:
+    """What partitions should take: as records say, and as this machine took before the run."""
+
+    def __init__(self, config: PipelineConfig, road: Road) -> None:
+        self._config, self._road, self._rates = config, road, load_rates(rates_path())
+
+    def foresee(self, asset: Sequence[str], partition: str) -> float | None:
+        found = self._road.get(tuple(asset))
+        estimated = self._price(found, partition)
+        return self._correct(found, partition, estimated.seconds) if estimated else None
+
+    def compare(self, asset: Sequence[str], partition: str, traffic: Traffic, seconds: float, *, is_whole: bool) -> Compared | None:
+        found = self._road.get(tuple(asset))
+        estimated = self._price(found, partition)
+        if estimated is None:
+            return None
+        if is_whole:
+            note_rate(rates_path(), found.kind_of_work(self._config, partition), estimated.seconds, seconds)
+        return Compared(tabulate(estimated, measure_cost(self._config, traffic, seconds)), self._correct(found, partition, estimated.seconds))
+
+    def _correct(self, asset: Asset, partition: str, seconds: float) -> float:
+        rate = self._rates.get(asset.kind_of_work(self._config, partition))
+        return rate.correct(seconds) if rate else seconds
+
+    def _price(self, asset: Asset, partition: str) -> Cost | None:
+        store = open_pipeline_store(self._config)
         try:
-            estimated = price(config, found.takes(load_pipeline(config, store), store, partition))
-            if is_whole:
-                note_rate(rates_path(), found.kind_of_work(config, partition), estimated.seconds, seconds)
-            return tabulate(estimated, measure_cost(config, traffic, seconds))
+            return price(self._config, asset.takes(load_pipeline(self._config, store), store, partition))
         except InterpError:
             return None  # the plan or the tokens went away meanwhile; the partition's own event matters more
-
-    return compare
 
 
 def add_up(tables: Iterable[Sequence[Mapping[str, Any]]]) -> tuple[Cost, Cost]:

@@ -4,13 +4,16 @@ import os
 from typing import Final
 
 from interp_assets.planning.config import ROOT_VARIABLE, PipelineConfig, SaeConfig, ShuffleConfig
-from interp_assets.planning.sections import CorpusConfig, HeadsConfig
+from interp_assets.planning.sections import CorpusConfig, HeadPrompt, HeadsConfig
 from interp_assets.planning.steering import SearchConfig, SteeringConfig
 
 _READER = 'class Reader:\n    def __init__(self, path, mode="r"):\n        self.path = path\n        self.mode = mode\n\n'
 _WRITER = 'class Writer:\n    def __init__(self, path, mode="w"):\n        self.path = path\n        self.mode = mode\n'
-HEAD_PROMPTS: Final = {"repeated": _READER + _WRITER, "renamed": _READER + _WRITER.replace("mode", "flags")}
-"""What is said twice shows heads that copy; with another name in the second half, what they do without."""
+HEAD_PROMPTS: Final[dict[str, str | HeadPrompt]] = {
+    "repeated": HeadPrompt(text=_READER + _WRITER, logits=["mode"]),
+    "renamed": _READER + _WRITER.replace("mode", "flags"),
+}
+"""What is said twice shows heads that copy, and which edges raise what is copied; with another name in the second half, what they do without."""
 PROMPTS: Final = (
     "import os\nimport sys\n",
     "def main(",

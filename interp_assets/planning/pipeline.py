@@ -111,13 +111,21 @@ class Pipeline:
     @property
     def shard_indices(self) -> list[int]:
         """Indices of all shards."""
-        return [shard.index for shard in self.plan.shards]
+        return self.remember("shards", lambda: [shard.index for shard in self.plan.shards])
 
     @property
     def train_indices(self) -> list[int]:
         """Indices of the shards that are shuffled and trained on."""
-        pending = set(self.pending_indices)
-        return [index for index in self.shard_indices if index >= self.config.corpus.held_out_shards and index not in pending]
+
+        def find() -> list[int]:
+            pending = set(self.pending_indices)
+            return [index for index in self.shard_indices if index >= self.config.corpus.held_out_shards and index not in pending]
+
+        return self.remember("trained", find)
+
+    def trains_on(self, index: int) -> bool:
+        """Say whether a shard is shuffled and trained on: asked for every shard, so it looks in no list."""
+        return index in self.remember("set of trained", lambda: frozenset(self.train_indices))
 
     @property
     def first_indices(self) -> list[int]:
@@ -138,9 +146,9 @@ class Pipeline:
 
     def source(self, index: int) -> ShardSource:
         """Return the documents of shard `index`. Raises `ConfigError` when the plan has no such shard."""
-        for shard in self.plan.shards:
-            if shard.index == index:
-                return shard
+        shard = self.remember("sources", lambda: {shard.index: shard for shard in self.plan.shards}).get(index)
+        if shard is not None:
+            return shard
         raise ConfigError(
             f"There is no shard {index} in the plan of pipeline {self.config.name!r}: it has {len(self.plan.shards)}. Plan again with `interp run`."
         )

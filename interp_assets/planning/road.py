@@ -123,11 +123,19 @@ class Road:
         will be out of date as soon as something before it is made: an artifact made from other digests has another digest itself.
         """
         known = known or Digests(store)
+        if (asset.key, key) not in known.versions:
+            known.versions[asset.key, key] = self._find_version(asset, pipeline, store, key, known)
+        return known.versions[asset.key, key]
+
+    def _find_version(self, asset: Asset, pipeline: Pipeline, store: Store, key: str, known: Digests) -> str | None:
         try:
             refs = asset.artifacts(pipeline, store, key)
             manifests = [find_manifest(store, ref) for ref in refs]
             is_current = all(manifests)
             own = {ref.path: manifest for ref, manifest in zip(refs, manifests, strict=True)}
+            for path, manifest in own.items():
+                if manifest:
+                    known.note(path, manifest.digest)
             for lineage in self.lineages(asset, pipeline, store, key, refs):
                 is_current &= _is_current(lineage, own, known)
         except ArtifactError:

@@ -1,7 +1,7 @@
 """What a pipeline still has to make becomes one line an asset: partitions, rows, bytes, memory and time, before anything runs.
 
 What a partition takes is what its record says (`Asset.takes`), and what every partition later shows beside what it took. Seconds are
-multiplied by what is known of this machine (`rates.py`), where such work was done here before. Memory is what the largest job holds beside a
+corrected by what is known of this machine (`rates.py`), where such work was done here before. Memory is what the largest job holds beside a
 process with its libraries (`machine.PROCESS_BYTES`).
 
 A partition counts as done when its artifacts are there and stay current: what will be made from other bytes, because something before it is
@@ -17,7 +17,9 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.planning.rates import Rate
 from interp_assets.planning.road import Road
 from interp_assets.storage.lineage import Digests
+from interp_assets.storage.listing import list_store
 from interp_assets.storage.manifest import data_version
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store
 
 START_S: Final = 0.3
@@ -48,11 +50,12 @@ class Line(NamedTuple):
         return "/".join(self.key)
 
 
-def make_schedule(road: Road, pipeline: Pipeline, store: Store, rates: dict[str, Rate], workers: int) -> list[Line]:
-    """Return a line for every asset that has partitions, in the order of the data. The plan is made in every run."""
-    known = Digests(store)
+def make_schedule(road: Road, pipeline: Pipeline, store: Store, rates: dict[str, Rate], workers: int, known: Digests | None = None) -> list[Line]:
+    """Return a line for every asset that has partitions, in the order of the data. The plan is made in every run. `known` is what was looked at."""
     first = Line(road.plan.key, 1, 1, 0, 0, 0, 0, START_S, None)
-    lines = [_line(road, asset, (pipeline, store, known), rates, workers) for asset in road.rest]
+    with open_seen() as notes:
+        known = known or Digests(list_store(store, notes))
+        lines = [_line(road, asset, (pipeline, known.store, known), rates, workers) for asset in road.rest]
     return [first, *(line for line in lines if line.n_partitions)]
 
 
@@ -63,7 +66,7 @@ def _line(road: Road, asset: Asset, where: tuple[Pipeline, Store, Digests], rate
     loads = [asset.takes(pipeline, store, key) for key in missing]
     costs = [price(pipeline.config, load) for load in loads]
     known = [rates.get(asset.kind_of_work(pipeline.config, key)) for key in missing]
-    seconds = [cost.seconds * (item.factor if item else 1.0) for cost, item in zip(costs, known, strict=True)]
+    seconds = [item.correct(cost.seconds) if item else cost.seconds for cost, item in zip(costs, known, strict=True)]
     start_s = START_S if workers == 1 else JOB_START_S
     total_s, longest_s = sum(seconds) + start_s * len(missing), max(seconds, default=0.0) + start_s
     return Line(

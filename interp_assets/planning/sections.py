@@ -77,6 +77,15 @@ class CorrelationConfig(Section):
         return self
 
 
+_FIELDS_OF: Final = {
+    ("files", "huggingface"): "path text_field",
+    ("huggingface",): "subset split revision documents_per_shard",
+    ("stdlib", "files", "huggingface"): "text_kind contexts",
+    ("stdlib", "files"): "shard_bytes",
+    ("planted",): "features width n_rows rows_per_shard frequency hierarchy correlation noise",
+}
+"""Fields of a corpus that only some sources read, by these sources."""
+
 TextKind = Literal["plain", "with_special_tokens", "messages"]
 
 
@@ -141,6 +150,11 @@ class CorpusConfig(Placed):
         """Tell whether rows are planted, and there is neither text nor a model."""
         return self.source == "planted"
 
+    @property
+    def unread(self) -> frozenset[str]:
+        """The fields that this source does not read, such as those of planted rows where there is text."""
+        return frozenset(name for sources, names in _FIELDS_OF.items() if self.source not in sources for name in names.split())
+
     def planting(self) -> dict[str, Any]:
         """Return what planted rows depend on, besides the seed."""
         return self.model_dump(mode="json", include={"features", "width", "rows_per_shard", "frequency", "hierarchy", "correlation", "noise"})
@@ -181,6 +195,22 @@ class Metric(Section):
         return PurePosixPath(self.function.partition(":")[0]).stem
 
 
+class HeadPrompt(Section):
+    """A text over which heads are shown, and what their edges are weighted by besides. Identity of `prompt_patterns`, and of `prompt_targets`."""
+
+    text: str
+    """The text."""
+    logits: Annotated[list[str], Field(max_length=8)] = []
+    """Tokens as text, of which what each edge adds to the logit is kept; most words begin with their space."""
+    latents: Annotated[list[Annotated[str, Field(pattern=r"^.+:\d+$")]], Field(max_length=8)] = []
+    """Latents of SAEs at `resid_post.L`, such as `demo:123`, likewise of their pre-activation."""
+
+    @property
+    def wanted(self) -> list[tuple[str, int]]:
+        """SAEs with their latents."""
+        return [(name, int(latent)) for name, _, latent in (each.rpartition(":") for each in self.latents)]
+
+
 class HeadsConfig(Section):
     """Which attention heads are shown, and what evidence is gathered; nothing is made of them without this section. All identity."""
 
@@ -196,8 +226,8 @@ class HeadsConfig(Section):
     """Tokens that masses are told apart by: the most frequent ones of the first shard; all others are counted together."""
     max_shards: Annotated[int, Field(ge=1)] = 1 << 20
     """Corpus shards whose text is read, the first ones: what heads do shows in a few, and a forward over all text is the price."""
-    prompts: dict[Name, str] = {}
-    """Texts by name, over each of which every head's whole pattern is kept."""
+    prompts: dict[Name, str | HeadPrompt] = {}
+    """Texts by name, over each of which every head's whole pattern is kept; one may have targets: `{text: "...", logits: [" os"]}`."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> "HeadsConfig":
@@ -205,6 +235,17 @@ class HeadsConfig(Section):
             message = f"layers is {self.layers}: name each layer once, in order"
             raise ValueError(message)
         return self
+
+    def prompt(self, name: str) -> HeadPrompt:
+        """Return a text with its targets, of which there may be none."""
+        found = self.prompts[name]
+        return HeadPrompt(text=found) if isinstance(found, str) else found
+
+    @property
+    def explained(self) -> dict[str, HeadPrompt]:
+        """The texts that have targets."""
+        found = {name: self.prompt(name) for name in self.prompts}
+        return {name: prompt for name, prompt in found.items() if prompt.logits or prompt.latents}
 
     @property
     def n_kept_top(self) -> int:
@@ -222,9 +263,9 @@ class MatchesConfig(Section):
 
 
 class StopConfig(Section):
-    """When an SAE is given up because others do better. Execution: those that are trained to their end are what they would be without it."""
+    """When an SAE is given up because others of a run do better. Execution: those that are trained to their end are what they would be without."""
 
     at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.25, 0.5)
-    """Shares of its steps at which an SAE is compared with those that read the same rows and take as many."""
+    """Shares of its steps at which an SAE is compared with those that one run trains beside it, on the same rows and as long; others are not."""
     margin: Annotated[float, Field(ge=0)] = 0.05
     """It is given up where another one is as sparse or sparser, and its FVU by more than this share of it less."""

@@ -97,6 +97,7 @@ def _first_pass(config: PipelineConfig) -> Asset:
         make=_split_shards,
         shows=_explain_nothing,
         takes=_splitting,
+        lightens="lower corpus.shard_bytes",
         **_common(config),
     )
 
@@ -116,6 +117,7 @@ def _middle_pass(config: PipelineConfig, pass_index: int) -> Asset:
         may_go=True,
         make=lambda job: _split_buckets(job, pass_index),
         takes=_gathering(lambda _passes: pass_index - 1),
+        lightens="lower shuffle.memory_bytes with passes: auto, or raise shuffle.fan_out or passes",
         **_common(config),
     )
 
@@ -133,6 +135,7 @@ def _mixed_shards(config: PipelineConfig) -> Asset:
         lineage=_lineage_of_mixed,
         make=_mix,
         takes=_gathering(lambda passes: passes - 1),
+        lightens="lower shuffle.memory_bytes with passes: auto, or raise shuffle.fan_out or passes",
         **_common(config),
     )
 
@@ -202,13 +205,13 @@ def _mixed_from(config: PipelineConfig) -> list[Reads]:
 def _splits_of_shard(pipeline: Pipeline, _store: Store, key: str) -> list[ArtifactRef]:
     """Held-out and pending shards have none, nor has any where one pass is enough."""
     index = shard_index(key)
-    is_shuffled = index in pipeline.train_indices and shape_of(pipeline).passes > 1
+    is_shuffled = pipeline.trains_on(index) and shape_of(pipeline).passes > 1
     return [split_shard_ref(pipeline, hook_point, index) for hook_point in pipeline.config.harvest.hook_points] if is_shuffled else []
 
 
 def _lineage_of_splits(pipeline: Pipeline, _store: Store, key: str) -> list[Lineage]:
     index = shard_index(key)
-    is_shuffled = index in pipeline.train_indices
+    is_shuffled = pipeline.trains_on(index)
     return [split_lineage(pipeline, hook_point, index) for hook_point in pipeline.config.harvest.hook_points] if is_shuffled else []
 
 
@@ -242,7 +245,7 @@ def _explain_nothing(job: Job, key: str, made: list[Produced]) -> dict[str, Show
     if made:
         return {}
     index = shard_index(key)
-    if index in job.pipeline.train_indices:
+    if job.pipeline.trains_on(index):
         return {"note": "one pass is enough: the mixed shard is gathered from the activations"}
     is_held_out = index in job.pipeline.held_out_indices
     return {"note": "held out: measured, not shuffled" if is_held_out else "waits for the next retraining"}

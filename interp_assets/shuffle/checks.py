@@ -6,6 +6,7 @@ from typing import Final
 from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.planning.asset import Check, Verdict
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import format_count
 from interp_assets.shuffle.refs import certificate_ref, mixed_shard_ref, n_mixed_shards
 from interp_assets.storage.manifest import load_manifest
 from interp_assets.storage.store import Store
@@ -32,7 +33,7 @@ def _mixed_row_counts(pipeline: Pipeline, store: Store, _keys: Sequence[str]) ->
         for hook_point in pipeline.config.harvest.hook_points
     }
     sentences = [
-        f"the mixed shards of {hook_point} hold {n_rows:,} rows, the training shards {n_expected:,} valid tokens. Run `interp verify`, "
+        f"the mixed shards of {hook_point} hold {format_count(n_rows, 'row')}, the training shards {n_expected:,} valid tokens. Run `interp verify`, "
         "and materialize the mixed shards again."
         for hook_point, n_rows in found.items()
         if n_rows != n_expected

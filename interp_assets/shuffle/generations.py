@@ -33,13 +33,13 @@ def newest(pipeline: Pipeline) -> Pipeline:
     """Return the newest generation as a pipeline of its own; the pipeline itself while there is only one."""
     if not has_grown(pipeline):
         return pipeline
-    old = set(before(pipeline).train_indices)
-    return pipeline.remember("newest", lambda: make_own(pipeline, [index for index in pipeline.train_indices if index not in old]))
+    older = before(pipeline)
+    return pipeline.remember("newest", lambda: make_own(pipeline, [index for index in pipeline.train_indices if not older.trains_on(index)]))
 
 
 def generation_of(pipeline: Pipeline, index: int) -> Pipeline:
     """Return the generation that shuffles training shard `index`."""
-    while has_grown(pipeline) and index in before(pipeline).train_indices:
+    while has_grown(pipeline) and before(pipeline).trains_on(index):
         pipeline = before(pipeline)
     return newest(pipeline)
 
@@ -47,5 +47,6 @@ def generation_of(pipeline: Pipeline, index: int) -> Pipeline:
 def make_own(pipeline: Pipeline, added: Sequence[int]) -> Pipeline:
     """Return the pipeline whose training shards are `added`, with a seed of its own."""
     seed = Draws(pipeline.config.seed).stream("generation", *added).torch_seed()
-    shards = [shard for shard in pipeline.plan.shards if shard.index in set(added) or shard.index in pipeline.held_out_indices]
+    kept = {*added, *pipeline.held_out_indices}
+    shards = [shard for shard in pipeline.plan.shards if shard.index in kept]
     return Pipeline(pipeline.config.model_copy(update={"seed": seed}), replace(pipeline.plan, shards=shards, generations=[]))

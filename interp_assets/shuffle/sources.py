@@ -17,6 +17,7 @@ from interp_assets.errors import ArtifactCorruptError, ArtifactError, ArtifactMi
 from interp_assets.harvest.refs import activation_shard_ref
 from interp_assets.harvest.rows import ROWS as ACTIVATION_ROWS
 from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline, shard_key
+from interp_assets.planning.progress import format_count
 from interp_assets.shuffle.plan import ShardRows, ShufflePlan, row_format
 from interp_assets.shuffle.refs import bucket_key, list_splits
 from interp_assets.shuffle.rows import READERS, RawRows, Records, RowFormat, Segment, fill
@@ -125,7 +126,7 @@ def read_manifests(
     if missing:
         more = f"\n  ... and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise ArtifactMissingError(
-            f"{len(missing)} of {len(refs)} files that {reader} needs cannot be read:\n"
+            f"{len(missing)} of {format_count(len(refs), 'file')} that {reader} needs cannot be read:\n"
             + "\n".join(missing[:10])
             + more
             + f"\nMaterialize these partitions of {makers}, then this one again."

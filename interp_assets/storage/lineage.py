@@ -46,6 +46,8 @@ class Digests:
         self._found: dict[str, str | ArtifactError] = {}
         self.changing: set[str] = set()
         """Paths of artifacts that will have another digest once all that is due is made (`planning/road.py`)."""
+        self.versions: dict[tuple[tuple[str, ...], str], str | None] = {}
+        """Data versions of partitions that were asked for, by asset and key (`planning/road.py`)."""
 
     def of(self, refs: Sequence[ArtifactRef]) -> list[str]:
         """Return the digests of some artifacts. Raises what reading the first one that cannot be read raised."""
@@ -62,6 +64,10 @@ class Digests:
                 raise found
             digests.append(found)
         return digests
+
+    def note(self, path: str, digest: str) -> None:
+        """Take a digest that was just read."""
+        self._found[path] = digest
 
     def _read(self, ref: ArtifactRef) -> str | ArtifactError:
         try:

@@ -73,7 +73,7 @@ class SeenFiles:
     def find(self, path: Path, question: str) -> tuple[Draft, bytes | None]:
         """Return what to give to `note` when the file has been read, and the noted answer if there is one. Raises `OSError` for no file."""
         path = path.absolute()
-        stamp, changed_ns = _stamp(path)
+        stamp, changed_ns = stamp_file(path)
         draft = Draft(path, stamp, self._now_ns() - changed_ns >= SETTLED_NS)
         if self._reads_again:
             return draft, None
@@ -82,7 +82,7 @@ class SeenFiles:
 
     def note(self, draft: Draft, question: str, answer: bytes) -> bool:
         """Note what a file answered, unless it changed meanwhile or too lately; tell whether it was noted."""
-        if self._database is None or not draft.is_settled or len(answer) > MAX_ANSWER_BYTES or _stamp(draft.path)[0] != draft.stamp:
+        if self._database is None or not draft.is_settled or len(answer) > MAX_ANSWER_BYTES or stamp_file(draft.path)[0] != draft.stamp:
             return False
         sealed = _seal(draft, question, answer) + answer
         self._ask("INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)", (os.fsencode(draft.path), question, draft.stamp, sealed))
@@ -91,6 +91,18 @@ class SeenFiles:
                 self._database.commit()
             self._committed = time.monotonic()
         return self._database is not None
+
+    def recall(self, name: Path, stamp: str, question: str) -> bytes | None:
+        """Return the noted answer of something that is no file, and whose stamp another one gave, such as an object's tag."""
+        if self._reads_again:
+            return None
+        row = self._ask("SELECT answer FROM notes WHERE path = ? AND question = ? AND stamp = ?", (os.fsencode(name), question, stamp))
+        return _unseal(row[0][0], Draft(name, stamp, is_settled=True), question) if row else None
+
+    def keep(self, name: Path, stamp: str, question: str, answer: bytes) -> None:
+        """Note what it answered."""
+        sealed = _seal(Draft(name, stamp, is_settled=True), question, answer) + answer
+        self._ask("INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)", (os.fsencode(name), question, stamp, sealed))
 
     def answer(self, path: Path, question: str, read: Callable[[], bytes]) -> bytes:
         """Return the noted answer, or that of `read()`, which is then noted."""
@@ -188,7 +200,7 @@ def _is_damage(error: Exception) -> bool:
     return type(error) is sqlite3.DatabaseError
 
 
-def _stamp(path: Path) -> tuple[str, int]:
+def stamp_file(path: Path) -> tuple[str, int]:
     """Return what tells a file from a changed one, and the later of its two times."""
     facts = path.stat()
     stamp = f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"

@@ -48,10 +48,12 @@ _FULL_BUCKET: Final = re.compile(r"quota|storage_?cap|storage_?full|insufficient
 
 
 class ObjectInfo(NamedTuple):
-    """One object of a listing: its path relative to the store, and its size."""
+    """One object of a listing: its path relative to the store, its size and its tag."""
 
     path: str
     n_bytes: int
+    tag: str = ""
+    """What a store says of its content: another one after every change."""
 
 
 @runtime_checkable
@@ -83,6 +85,10 @@ class Store:
         METER.read(len(data))
         return data
 
+    def parse(self, path: str, parse: Callable[[bytes, str], T]) -> T:
+        """Return what `parse` makes of a whole object and of its name for messages. Raises like it and `get`."""
+        return parse(self.get(path), f"{self.url}/{path}")
+
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Read several ranges of one object, concurrently and coalesced. Raises `StoreError` when the object ends earlier."""
         self._check_kind(path)
@@ -111,7 +117,8 @@ class Store:
         """Write a whole object atomically; with `create`, answer False and change nothing when it exists already."""
         METER.written(len(data))
         with self._explained("write", path):
-            self._make_folder()
+            if isinstance(self._place, _Folder):
+                self._place.path.mkdir(parents=True, exist_ok=True)
             try:
                 obstore.put(self._backend, self._key(path), data, mode="create" if create else "overwrite")
             except AlreadyExistsError:
@@ -170,7 +177,7 @@ class Store:
             for batch in obstore.list(self._backend, self._key(prefix) or None, chunk_size=1000):
                 METER.written(0)
                 for item in batch:
-                    yield ObjectInfo(item["path"][n_skip:], int(item["size"]))
+                    yield ObjectInfo(item["path"][n_skip:], int(item["size"]), item["e_tag"] or "")
 
     def list_times(self, prefix: str = "") -> dict[str, datetime]:
         """Return when each object under a folder was last written."""
@@ -182,11 +189,8 @@ class Store:
     def delete(self, paths: Sequence[str]) -> None:
         """Delete objects; those that do not exist are no error."""
         for path in paths:
-            try:
-                with self._explained("delete", path):
-                    obstore.delete(self._backend, self._key(path))
-            except StoreMissingError:
-                continue
+            with suppress(StoreMissingError), self._explained("delete", path):
+                obstore.delete(self._backend, self._key(path))
 
     def child(self, prefix: str) -> "Store":
         """Return the store of a folder of this one."""
@@ -195,10 +199,6 @@ class Store:
     def local_path(self, path: str = "") -> Path | None:
         """Return the file behind a path, or None when the store is not a local folder."""
         return self._place.path / self._key(path) if isinstance(self._place, _Folder) else None
-
-    def _make_folder(self) -> None:
-        if isinstance(self._place, _Folder):
-            self._place.path.mkdir(parents=True, exist_ok=True)
 
     def _check_kind(self, path: str) -> None:
         """Raise `StoreError` for a pipe, a socket or a device, of which reading would wait for ever."""
@@ -220,11 +220,9 @@ class Store:
 
     def _sync(self, path: str) -> None:
         """Flush a local file and its folder entry to the disk; other backends are durable once they answer."""
-        local = self.local_path(path)
-        if local is None:
-            return
-        for target in (local, local.parent):
-            flush(target)
+        if local := self.local_path(path):
+            flush(local)
+            flush(local.parent)
 
     @contextmanager
     def _explained(self, verb: str, path: str) -> Iterator[None]:

@@ -7,7 +7,7 @@ are what an interrupted write left. All faults are collected; nothing is changed
 
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final, NamedTuple
 
 from interp_assets.errors import InputError, InterpError
@@ -79,7 +79,7 @@ def list_tree(store: Store, prefix: str = "") -> Tree:
     artifacts: dict[str, list[ObjectInfo]] = {folder: [] for folder in folders}
     strays = []
     for item in objects:
-        owner = next((folder for folder in _parents(item.path) if folder in folders), None)
+        owner = next((folder for folder in map(str, PurePosixPath(item.path).parents) if folder in folders), None)
         if owner is not None:
             artifacts[owner].append(item)
         elif not _is_plan(item.path) and item.path.rpartition("/")[2] != CONFIGURATION:
@@ -135,13 +135,6 @@ def _verify_file(
 def _explain(store: Store, path: str, error: InterpError) -> Fault:
     """Make a fault of an error, whose message may begin with the object's address."""
     return Fault(path, str(error).removeprefix(f"{store.url}/{path} ") if str(error).startswith(f"{store.url}/{path} ") else f"fails: {error}")
-
-
-def _parents(path: str) -> Iterator[str]:
-    folder = path.rpartition("/")[0]
-    while folder:
-        yield folder
-        folder = folder.rpartition("/")[0]
 
 
 def _is_plan(path: str) -> bool:

@@ -11,7 +11,8 @@ from interp_assets.errors import InputError
 from interp_assets.graph.leftovers import delete_leftovers, find_leftovers
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import open_pipeline_store
-from interp_assets.terminal.console import format_bytes, format_count, print_table
+from interp_assets.planning.progress import format_count
+from interp_assets.terminal.console import format_bytes, print_table
 from interp_assets.terminal.forecast import plan_aside
 
 SHOWN: Final = 50

@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from interp_assets.errors import InputError, InterpError, explain_missing, find_no_room
+from interp_assets.planning.progress import format_count
 from interp_assets.terminal.web import export, find_notes, labels_app, make_desk, read_token
 
 if TYPE_CHECKING:
@@ -66,13 +67,15 @@ def run(
     ] = None,
     read_again: ReadAgain = False,
     settings: Settings = None,
+    workers: Annotated[str, typer.Option(help="Partitions that are made side by side, or auto: one a GPU, else one a core. Needs Ray.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Also where a sweep has more than 256 SAEs.")] = False,
     note: Note = "",
 ) -> None:
     """Materialize what is missing of a pipeline, from text to the feature browser's bundle."""
+    settings = [*(settings or ()), *([f"execution.workers={workers}"] if workers else [])]
     loaded = _load(config, read_again=read_again, settings=settings)
     if len(loaded.saes) > _MANY_SAES and not yes:
-        raise InputError(f"{len(loaded.saes):,} SAEs would be trained. `interp plan` says what that takes; --yes begins it.")
+        raise InputError(f"{format_count(len(loaded.saes), 'SAE')} would be trained. `interp plan` says what that takes; --yes begins it.")
     _run(loaded, select or [], note)
     _say(explain_result(loaded, config))
 
@@ -298,7 +301,7 @@ def verify(
     """Read every block of every artifact below a folder, and name each fault; exit code 1 when there is one."""
     from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.verify import list_tree, locate, verify_tree
-    from interp_assets.terminal.console import byte_bar, format_count
+    from interp_assets.terminal.console import byte_bar
 
     if path and config:
         raise InputError("A folder or a pipeline is verified: name one of the two.")
@@ -465,7 +468,6 @@ def _print_lost(config: "PipelineConfig") -> "list[Fault]":
     from interp_assets.graph.stages import make_road
     from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
     from interp_assets.planning.promised import find_lost
-    from interp_assets.terminal.console import format_count
 
     store = open_pipeline_store(config)
     promised = find_lost(make_road(config), load_pipeline(config, store), store)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, ProgressColumn, SpinnerColu
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from interp_assets.planning.progress import AssetReport, Progress, format_bytes
+from interp_assets.planning.progress import AssetReport, Doing, Progress, describe_workers, format_bytes, format_count
 from interp_assets.terminal.left import find_compiling
 
 _NAMED: Final = 3
@@ -53,7 +53,7 @@ class Bars(Progress):
     def plan(self, n_partitions: int) -> None:
         """Show how many partitions there are."""
         self._n_partitions = n_partitions
-        self._rich.update(self._road, total=n_partitions, completed=0, note=f"0/{n_partitions:,} partitions")
+        self._rich.update(self._road, total=n_partitions, completed=0, note=f"0/{format_count(n_partitions, 'partition')}")
 
     def skip(self, n_partitions: int) -> None:
         """Count partitions that are there already."""
@@ -83,6 +83,11 @@ class Bars(Progress):
     def measure(self, text: str) -> None:
         """Show how good it is so far."""
         self._measured = text
+
+    def watch(self, doing: Sequence[Doing]) -> None:
+        """Show all workers in the line of the partition that is waited for."""
+        if doing:
+            self._rich.update(self._partition, note=describe_workers(doing, self._unit))
 
     def tell(self, sentence: str) -> None:
         """Print a sentence above the bars."""
@@ -140,13 +145,15 @@ def byte_bar(console: Console, description: str, n_bytes: int) -> Iterator[Any]:
 
 def print_report(console: Console, report: AssetReport) -> None:
     """Print one line for a finished asset."""
-    n_reused = report.n_partitions - report.n_made
-    parts = [f"{report.n_made:,} made" if report.n_made else "", f"{n_reused:,} there already" if n_reused else ""]
-    text = Text(f"  {report.name:<38}{', '.join(part for part in parts if part):<34}{report.wall_s:>8.1f} s  {format_bytes(report.n_bytes):>9}")
+    counts = ((report.n_made, "made"), (report.n_reused, "there already"), (len(report.stopped), "stopped"))
+    parts = [f"{n:,} {word}" for n, word in counts if n]
+    text = Text(f"  {report.name:<38}{', '.join(parts):<34}{report.wall_s:>8.1f} s  {format_bytes(report.n_bytes):>9}")
     console.print(text, soft_wrap=True)
     left = [f"{len(keys):,} {word}: {', '.join(keys[:8])}" for keys, word in ((report.failed, "failed"), (report.waiting, "waiting")) if keys]
     if left:
         console.print(f"    {'; '.join(left)}", style="red", markup=False, soft_wrap=True)
+    if report.stopped:
+        console.print(f"    stopped, as `stop` asks for: {', '.join(report.stopped[:8])}", markup=False, soft_wrap=True)
     if report.message:
         console.print(f"    {report.message}", markup=False, soft_wrap=True)
     for sentence in report.failed_checks:
@@ -157,9 +164,8 @@ def print_total(console: Console, reports: Sequence[AssetReport]) -> None:
     """Print the sum of a run."""
     n_partitions, n_made = sum(report.n_partitions for report in reports), sum(report.n_made for report in reports)
     wall_s, n_bytes = sum(report.wall_s for report in reports), sum(report.n_bytes for report in reports)
-    console.print(
-        f"  {len(reports)} assets, {n_partitions:,} partitions: {n_made:,} made in {wall_s:.1f} s, {format_bytes(n_bytes)} written.", soft_wrap=True
-    )
+    what = f"{format_count(len(reports), 'asset')}, {format_count(n_partitions, 'partition')}"
+    console.print(f"  {what}: {n_made:,} made in {wall_s:.1f} s, {format_bytes(n_bytes)} written.", soft_wrap=True)
 
 
 def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, right_from: int | None = None) -> None:
@@ -180,8 +186,3 @@ def _cell(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:,}"
     return "".join(char if char.isprintable() else "\ufffd" for char in str(value))
-
-
-def format_count(n: int, one: str, many: str = "") -> str:
-    """Write a number with its noun: 1 fault, 2 faults."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}"

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from interp_assets.corpus.sizes import TEXT_BYTES_PER_S, TEXT_BYTES_PER_TOKEN, count_rows
 from interp_assets.errors import ArtifactMissingError, PlanError, StoreMissingError
+from interp_assets.graph.local_ray import count_workers
 from interp_assets.graph.readiness import find_lacks, free_bytes
 from interp_assets.graph.stages import make_road
 from interp_assets.harvest.sizes import ROWS_PER_S
@@ -16,7 +17,7 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.costs import Cost, add_up
 from interp_assets.planning.machine import PROCESS_BYTES, Machine, Prices
 from interp_assets.planning.pipeline import Pipeline, open_pipeline_store
-from interp_assets.planning.progress import format_bytes
+from interp_assets.planning.progress import format_bytes, format_count
 from interp_assets.planning.rates import load_rates, rates_path
 from interp_assets.planning.schedule import Line, make_schedule
 from interp_assets.shuffle.choice import foresee
@@ -24,8 +25,10 @@ from interp_assets.shuffle.estimate import compare_plans, estimate_passes
 from interp_assets.shuffle.plan import load_shard_rows
 from interp_assets.shuffle.refs import shape_of
 from interp_assets.shuffle.rows import RowFormat
+from interp_assets.storage.listing import list_store
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store, open_store
-from interp_assets.terminal.console import format_count, print_table
+from interp_assets.terminal.console import print_table
 from interp_assets.terminal.lines import format_duration
 from interp_assets.terminal.quote import print_plans
 from interp_assets.visualize.assets import workload
@@ -43,10 +46,14 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
     Plans the corpus in memory: a running pipeline keeps its plan. Raises `PlanError` with what stands in the way, and, after the forecast, with what
     this machine lacks.
     """
+    workers = workers or count_workers(config.execution)
+    with open_seen() as notes:
+        _print_plan(console, config, list_store(open_pipeline_store(config), notes), workers)
+
+
+def _print_plan(console: Console, config: PipelineConfig, store: Store, workers: int) -> None:
     from interp_assets.corpus.plan import describe_empty  # noqa: PLC0415 - takes transformers, and `interp costs` does without
 
-    workers = workers or config.execution.workers
-    store = open_pipeline_store(config)
     road, planned = make_road(config), plan_aside(config, store)
     road.check(planned, store)
     pipeline = foresee(planned, store)
@@ -67,7 +74,7 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
     for line in lines:
         if line.n_partitions > MAX_PARTITIONS:
             advice = "Dagster becomes slow. Raise corpus.shard_bytes or lower features.latent_slices."
-            console.print(f"\n{line.name} has {line.n_partitions:,} partitions; above {MAX_PARTITIONS:,} {advice}", soft_wrap=True)
+            console.print(f"\n{line.name} has {format_count(line.n_partitions, 'partition')}; above {MAX_PARTITIONS:,} {advice}", soft_wrap=True)
     if workers == 1 and (lacks := find_lacks(road, pipeline, store, lines)):  # several jobs are planned for other machines than this
         raise PlanError("\n".join(lacks))
 
@@ -167,7 +174,7 @@ def _print_shuffle(console: Console, pipeline: Pipeline, store: Store, workers: 
         n_rows, how = count_rows(pipeline, store, pipeline.train_indices), f"estimated from the text, {TEXT_BYTES_PER_TOKEN} bytes of text a row"
     counted = f"{format_count(passes, 'pass', 'passes')}, {format_count(fan_out ** (passes - 1), 'mixed shard')}"
     chosen = "" if shuffle.stated else f", as `shuffle.passes: auto` {'chose' if how == 'counted' else 'will choose for so many'}"
-    console.print(f"\nShuffle of {n_rows:,} rows ({how}): {counted}{chosen}", soft_wrap=True, markup=False)
+    console.print(f"\nShuffle of {format_count(n_rows, 'row')} ({how}): {counted}{chosen}", soft_wrap=True, markup=False)
     prices, n_rows = Prices(workers=workers), max(1, n_rows)
     for row_bytes in dict.fromkeys(RowFormat(pipeline.d_in(hook_point), harvest.dtype).record_bytes for hook_point in harvest.hook_points):
         plan = estimate_passes(n_rows, row_bytes, shuffle.memory_bytes, (passes, fan_out), prices)

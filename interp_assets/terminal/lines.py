@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.console import Console
 
-from interp_assets.planning.progress import Progress
+from interp_assets.planning.progress import Doing, Progress, describe_workers, format_count
 from interp_assets.terminal.console import Bars, name_together
 from interp_assets.terminal.left import Remaining, find_compiling
 
@@ -44,7 +44,7 @@ class Lines(Progress):
         self._over, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._asset, self._partition, self._unit = "", "", "rows"
-        self._measured = ""
+        self._measured = self._workers = ""
         self._n_partitions = self._n_made = self._n_units = self._n_last = 0
         self._together = range(0)
         """Which of the partitions, counted, were begun at once and have not all ended."""
@@ -66,9 +66,9 @@ class Lines(Progress):
         with self._lock:
             self._asset, self._n_partitions, self._n_made, self._partition, self._unit = asset, n_partitions, 0, "", unit
             self._n_units, self._n_last, self._n_expected, self._left = 0, 0, None, Remaining(self._now, self._compiling)
-            self._together, self._measured = range(0), ""
+            self._together, self._measured, self._workers = range(0), "", ""
         if n_partitions > 1:
-            self._print(f"{asset}: {n_partitions:,} partitions to make")
+            self._print(f"{asset}: {format_count(n_partitions, 'partition')} to make")
 
     def begin(self, asset: str, partition: str, n_units: int | None = None) -> None:
         """Remember the partition at hand; the last one's units are the next one's estimate."""
@@ -90,6 +90,11 @@ class Lines(Progress):
         """Remember how good it is so far."""
         with self._lock:
             self._measured = text
+
+    def watch(self, doing: Sequence[Doing]) -> None:
+        """Remember what workers are doing side by side."""
+        with self._lock:
+            self._workers = describe_workers(doing, self._unit) if doing else ""
 
     def advance(self, n: int) -> None:
         """Count units of work."""
@@ -122,6 +127,8 @@ class Lines(Progress):
             parts = [f"{n_made:,} of {n:,} done"] if n > 1 else []
             if n_made == n:
                 parts.append("checking what was made")
+            elif self._workers:
+                parts.append(self._workers)
             elif self._partition or share:
                 at = f"at {share:.0%}".replace("%", " %") if share else f"with {self._n_units:,} {self._unit} done" if self._n_units else "at work"
                 parts.append(f"{self._partition} {at}".strip() + (", writing and checking it" if share == 1 else ""))

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from interp_assets.errors import InputError
 from interp_assets.planning.machine import Prices
-from interp_assets.planning.progress import format_bytes
+from interp_assets.planning.progress import format_bytes, format_count
 from interp_assets.shuffle.estimate import PassPlan, compare_plans
 from interp_assets.shuffle.rows import SORT_BYTES
 from interp_assets.shuffle.simulate import simulate
-from interp_assets.terminal.console import format_count, print_table
+from interp_assets.terminal.console import print_table
 from interp_assets.terminal.lines import format_duration
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "pb": 10**15}
@@ -37,7 +37,7 @@ def print_quote(console: Console, n_rows: int, row_bytes: int, memory_bytes: int
     """
     plans = compare_plans(n_rows, row_bytes, memory_bytes, range_bytes, sort_bytes=0, prices=prices)
     best = plans[0]
-    size = f"{n_rows:,} rows of {row_bytes:,} bytes, {format_bytes(best.data_bytes)}"
+    size = f"{format_count(n_rows, 'row')} of {row_bytes:,} bytes, {format_bytes(best.data_bytes)}"
     console.print(f"{size}; {format_bytes(memory_bytes)} of rows a job, ranges of {format_bytes(range_bytes)} or more", soft_wrap=True)
     print_plans(console, plans)
     console.print(f"\nThe cheapest, {format_count(best.passes, 'pass', 'passes')}:", soft_wrap=True)

@@ -53,9 +53,10 @@ class Recorder:
         return {
             "name": report.name,
             "n_made": report.n_made,
-            "n_reused": report.n_partitions - report.n_made - len(report.failed) - len(report.waiting),
+            "n_reused": report.n_reused,
             "failed": list(report.failed),
             "waiting": list(report.waiting),
+            "stopped": list(report.stopped),
             "seconds": round(report.wall_s, 3),
             "forecast_s": round(expected, 3),
             "bytes": report.n_bytes,
@@ -72,7 +73,7 @@ class Recorder:
             pipeline = load_pipeline(self._config, self._store)
             asset = make_road(self._config).get(tuple(report.name.split("/")))
             for key in asset.partition_keys(pipeline):
-                if key in report.failed or key in report.waiting or asset.plan:
+                if asset.plan or key in {*report.failed, *report.waiting, *report.stopped}:
                     continue
                 ids = [ref.artifact_id for ref in asset.artifacts(pipeline, self._store, key)]
                 (made if key in report.made else found)[key] = ids

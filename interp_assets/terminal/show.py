@@ -14,11 +14,11 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.history import FOLDER as HISTORY
 from interp_assets.planning.history import read_history
 from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store
-from interp_assets.planning.progress import format_bytes
+from interp_assets.planning.progress import format_bytes, format_count
 from interp_assets.storage.manifest import MANIFEST, FileEntry, Manifest, read_file, read_manifest
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import Tree, list_tree, locate
-from interp_assets.terminal.console import format_count, print_table
+from interp_assets.terminal.console import print_table
 
 _HEAD_ROWS: Final = 5
 _MAX_TABLE_BYTES: Final = 256 << 20
@@ -177,4 +177,4 @@ def _cell(value: object) -> object:
 def _shape(entry: FileEntry) -> str:
     if entry.shape is not None:
         return f"{entry.dtype or ''} {entry.shape}".strip()
-    return "" if entry.n_rows is None else f"{entry.n_rows:,} rows"
+    return "" if entry.n_rows is None else f"{format_count(entry.n_rows, 'row')}"

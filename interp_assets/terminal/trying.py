@@ -19,6 +19,7 @@ from rich.table import Table
 from interp_assets.errors import ArtifactMissingError, InputError, InterpError
 from interp_assets.planning.config import PipelineConfig, SaeConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
+from interp_assets.planning.progress import format_count
 from interp_assets.shuffle.refs import mixed_ids
 from interp_assets.storage.manifest import create_artifact, make_ref
 from interp_assets.storage.store import Store
@@ -104,7 +105,7 @@ def _print_try(out: Console, config: PipelineConfig, n_rows: int) -> "tuple[Trie
     print_table(out, ["name", "L0", "FVU", "dead", "loss", "FVU so far"], rows)
     for name, sentence in failed.items():
         out.print(f"{name} failed: {sentence}", style="red", soft_wrap=True, markup=False)
-    took = f"{n_rows:,} rows each in {time.monotonic() - started_s:.1f} s; L0, FVU and dead latents on rows that follow"
+    took = f"{format_count(n_rows, 'row')} each in {time.monotonic() - started_s:.1f} s; L0, FVU and dead latents on rows that follow"
     out.print(f"{took}. Kept in {store.url}/{tried.path}/{TABLE}", soft_wrap=True, markup=False, highlight=False)
     return tried, failed
 
@@ -152,7 +153,8 @@ def try_saes(pipeline: Pipeline, store: Store, n_rows: int, on_metrics: OnMetric
     try:
         found = train_briefly(short, store, [arm.name for arm in arms], on_metrics, drop)
     except ArtifactMissingError as error:
-        message = f"Pipeline {pipeline.config.name!r} has no mixed rows to try SAEs on yet. Make them: interp run --select +shuffle_certificate"
+        how = "interp run --select +shuffle_certificate --select +activation_statistics"
+        message = f"Pipeline {pipeline.config.name!r} has no mixed rows to try SAEs on yet. Make them: {how}"
         raise InputError(message) from error
     if not found and failed:
         raise next(iter(failed.values()))

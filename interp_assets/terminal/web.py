@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from interp_assets.errors import InputError, InterpError
+from interp_assets.planning.progress import format_count
 
 if TYPE_CHECKING:
     from interp_assets.planning.config import PipelineConfig
@@ -52,7 +53,7 @@ def export(
     """Write a bundle or an SAE as another tool reads it, or a bundle as a site for any static host."""
     from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.store import open_store
-    from interp_assets.terminal.console import byte_bar, format_count
+    from interp_assets.terminal.console import byte_bar
     from interp_assets.terminal.serving import find_compared_saes, find_served_bundles
     from interp_assets.web.exports import FORMATS, export_bundle
     from interp_assets.web.opened import open_any
@@ -88,7 +89,6 @@ def export(
 def _export_heads(places: "Sequence[BundlePlace]", target: str) -> None:
     from interp_assets.planning.progress import format_bytes
     from interp_assets.storage.store import open_store
-    from interp_assets.terminal.console import format_count
     from interp_assets.web.headvis import export_headvis
     from interp_assets.web.opened import OpenAttention, open_any
 
@@ -135,7 +135,6 @@ def import_file(
     source: Annotated[str | None, typer.Option(help="Which method or model wrote them, for rows that do not say.")] = None,
 ) -> None:
     """Import labels with source and score; the browser shows them after it is started again."""
-    from interp_assets.terminal.console import format_count
     from interp_assets.web.labels import import_labels
 
     if not path.is_file():

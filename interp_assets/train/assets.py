@@ -1,7 +1,8 @@
 """SAEs as assets: one partition per experiment of the sweep, trained together, measured on the held-out shards, and compared in one table."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from interp_assets.corpus.sizes import TOKEN_BYTES, bound_rows, count_rows
 from interp_assets.errors import ArtifactMissingError, CertificateError, InterpError
@@ -15,7 +16,7 @@ from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import Produced, find_made_from, find_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.checks import FINITE_TRAINING, IMPORTED_FIT, OUTLIER_ROWS, QUALITY_BOUNDS
-from interp_assets.train.lineage import evaluation_lineage, metric_lineage, sae_lineage
+from interp_assets.train.lineage import evaluation_lineage, metric_lineage, probes_lineage, sae_lineage
 from interp_assets.train.refs import (
     EVALUATION_VERSION,
     IMPORT_VERSION,
@@ -23,20 +24,25 @@ from interp_assets.train.refs import (
     METRIC_VERSION,
     MODEL_TOKENS,
     PICK_VERSION,
+    PROBE_VERSION,
     SWEEP_VERSION,
     TRAIN_VERSION,
     evaluation_ref,
     matches_ref,
     metric_ref,
+    probes_ref,
     sae_ref,
     sweep_ref,
 )
 
+T = TypeVar("T")
 GROUP = "train"
 _PRODUCTS = 5
 """Matrix products of a training step (benchmarks/bench_train.py)."""
 _STEP_S = 0.01
-"""What a step of training takes besides its products: optimizer, bookkeeping, on two cores."""
+"""What a step of training takes besides its products: bookkeeping, on two cores."""
+_WEIGHT_S = 5e-9
+"""The same for each weight, whatever the batch is: gradients, Adam's moments and norms go through memory (least of 20 cases: 4.4e-9)."""
 _OF_PRODUCTS = {
     "relu": 1.5,
     "gated": 1.8,
@@ -47,11 +53,13 @@ _OF_PRODUCTS = {
     "jump_relu_tanh": 1.0,
     "jump_relu_step": 1.3,
 }
+"""Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
 _OF_OWN_PRODUCTS = 3.0
 """The same of an architecture of one's own: autograd takes up to twice what the built-in one does."""
-"""Seconds of a step beside those of its bare products (benchmarks/results/train_2-core-x86_202611.md, rounded up); what does not fire is left out."""
 _ENCODING = 2.0
 """Times that the products of encoding and decoding take where an SAE is measured: its sums are in float64."""
+_FITTING_S = 2.0
+"""Seconds in which the probes of one `k` are fitted to 16,384 rows."""
 _SPEEDS = ("step_rows_per_s", "input_wait_share", "peak_memory_bytes", "peak_device_bytes")
 _WEIGHT_COPIES = 5
 """Weights, gradients, Adam's two moments, and a copy for checkpoints; of an imported SAE its file, tensors, float64, and what is written."""
@@ -83,6 +91,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             is_one_run=True,
             is_relied_on=True,
             obstacles=_find_obstacles,
+            lightens="lower d_sae or batch_rows of the largest SAE",
             checks=(FINITE_TRAINING,),
             code_version=".".join(code_version(version) for version in (TRAIN_VERSION, PICK_VERSION, IMPORT_VERSION)),
         ),
@@ -107,10 +116,12 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
             is_made_together=True,
             may_part=True,
             is_one_run=True,
+            lightens="lower d_sae or batch_rows of the largest SAE, give SAEs of the same rows runs of their own, or load the model in bfloat16",
             checks=(QUALITY_BOUNDS, OUTLIER_ROWS, IMPORTED_FIT),
             code_version=code_version(EVALUATION_VERSION),
         ),
         *([_measuring(held_out)] if config.metrics else []),
+        *([_probing(held_out)] if config.probes else []),
         _comparing(),
         *_matching(config, held_out),
     ]
@@ -181,20 +192,69 @@ def _measuring(held_out: list[str]) -> Asset:
     )
 
 
+def _probing(held_out: list[str]) -> Asset:
+    return Asset(
+        key=("sae_probes",),
+        group=GROUP,
+        kinds=("pytorch", "parquet"),
+        description=(
+            "How well few latents of an SAE tell a label of held-out rows, such as whether a token is in a docstring: balanced accuracy over "
+            "documents that it was not fitted on, beside probes that read the activation itself. The unit of work is an experiment. Look at how "
+            "near one latent comes to the whole activation."
+        ),
+        axis=EXPERIMENTS,
+        reads=(same("sae"), only("activations", partitions=held_out)),
+        artifacts=lambda pipeline, _store, key: [probes_ref(pipeline, key)],
+        lineage=lambda pipeline, _store, key: probes_lineage(pipeline, key),
+        make=_probe,
+        shows=lambda _job, _key, made: dict(made[0].manifest.facts["values"]),
+        takes=_probing_takes,
+        is_made_together=True,
+        may_part=True,
+        is_one_run=True,
+        code_version=code_version(PROBE_VERSION),
+    )
+
+
+def _probe(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.train.probes.probe import probe_saes
+
+    assert job.config.probes
+    n_rows = min(job.config.probes.rows, count_rows(job.pipeline, job.store, job.pipeline.held_out_indices))
+    job.progress.begin_together("sae_probes", job.keys, n_rows * len(job.keys))
+    made = probe_saes(job.pipeline, job.store, job.keys, job.progress.advance)
+
+    def take(key: str) -> list[Produced]:
+        found = made[key]
+        if isinstance(found, InterpError):
+            raise found
+        return [found]
+
+    return take
+
+
+def _probing_takes(pipeline: Pipeline, store: Store, key: str) -> Load:
+    probes, sae = pipeline.config.probes, pipeline.config.sae(key)
+    assert probes
+    n_rows, weights = min(probes.rows, count_rows(pipeline, store, pipeline.held_out_indices)), _held_bytes(pipeline, sae)[0]
+    busy_s = 2 * 2.0 * n_rows * (weights / 8) / ONE_WORKER.flops + _FITTING_S * n_rows / 16_384 * len(probes.k)
+    return Load(n_rows, weights, 0, 4, 1, busy_s=busy_s, memory_bytes=weights + _held_bytes(pipeline, sae)[1] + 600.0 * n_rows * probes.seeds)
+
+
 def _measure(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.train.own.measure import measure_own
 
     n_rows = count_rows(job.pipeline, job.store, job.pipeline.held_out_indices)
     job.progress.begin_together("sae_metrics", job.keys, n_rows * len(job.keys) * len(job.config.metrics))
     made = {key: measure_own(job.pipeline, job.store, key, job.progress.advance) for key in job.keys}
+    return lambda key: _sound(made[key])
 
-    def take(key: str) -> list[Produced]:
-        found = made[key]
-        if isinstance(found, InterpError):
-            raise found
-        return found
 
-    return take
+def _sound(found: T | InterpError) -> T:
+    """Return what was made. Raises what kept it from being made."""
+    if isinstance(found, InterpError):
+        raise found
+    return found
 
 
 def _train(job: Job) -> Callable[[str], list[Produced]]:
@@ -202,12 +262,15 @@ def _train(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.train.loop import training_rows
     from interp_assets.train.reports import make_listener
     from interp_assets.train.resume import has_checkpoint
+    from interp_assets.train.trackers.track import tracked
 
     names = list(job.keys)
     _require_certificates(job.pipeline, job.store, names)
     job.progress.begin_together("sae", names, training_rows(job.pipeline, names))
     begun_before = {name for name in names if has_checkpoint(job.store, sae_ref(job.pipeline, name))}
-    trained = run_training(job.pipeline, job.store, names, job.progress.advance, make_listener(job.log, job.progress))
+    with tracked(job.pipeline, names, make_listener(job.log, job.progress), job.progress.tell) as listener:
+        trained = run_training(job.pipeline, job.store, names, job.progress.advance, listener.hear)
+        listener.end(trained.made)
     return lambda key: [trained.take(key)._replace(is_whole=key not in begun_before)]
 
 
@@ -281,8 +344,6 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
     sae = pipeline.config.sae(key)
     d_in, weights_bytes = pipeline.d_in(sae.hook_point), 8.0 * pipeline.d_in(sae.hook_point) * sae.d_sae
     weights, batch = _held_bytes(pipeline, sae)
-    n_weights = weights / 8  # of either side
-    products_s = _PRODUCTS * 2.0 * sae.n_rows * n_weights / ONE_WORKER.flops
     if sae.imported:
         return Load(0, weights_bytes, weights_bytes, 4, 4, memory_bytes=weights * _WEIGHT_COPIES)
     return Load(
@@ -291,9 +352,15 @@ def _training(pipeline: Pipeline, _store: Store, key: str) -> Load:
         written_bytes=weights_bytes,
         n_inputs=4,
         n_outputs=4,
-        busy_s=_OF_PRODUCTS.get(sae.architecture, _OF_OWN_PRODUCTS) * products_s + _STEP_S * sae.n_rows / sae.batch_rows,
+        busy_s=math.ceil(sae.n_rows / sae.batch_rows) * _step_s(sae, weights // 4),
         memory_bytes=weights * _WEIGHT_COPIES + batch,
     )
+
+
+def _step_s(sae: SaeConfig, n_weights: int) -> float:
+    """Return the seconds of a step of training on `ONE_WORKER`."""
+    products_s = _PRODUCTS * 2.0 * sae.batch_rows * (n_weights / 2) / ONE_WORKER.flops
+    return _OF_PRODUCTS.get(sae.architecture, _OF_OWN_PRODUCTS) * products_s + _WEIGHT_S * n_weights + _STEP_S
 
 
 def _evaluate(job: Job) -> Callable[[str], list[Produced]]:
@@ -302,14 +369,7 @@ def _evaluate(job: Job) -> Callable[[str], list[Produced]]:
     n_units = sum(_evaluation_units(job.pipeline, job.store))
     job.progress.begin_together("sae_evaluation", job.keys, n_units * len(job.keys))
     made = evaluate_saes(job.pipeline, job.store, job.world.model(), job.keys, job.progress.advance)
-
-    def take(key: str) -> list[Produced]:
-        found = made[key]
-        if isinstance(found, InterpError):
-            raise found
-        return [found]
-
-    return take
+    return lambda key: [_sound(made[key])]
 
 
 def _show_frequencies(job: Job, _key: str, made: list[Produced]) -> dict[str, Shown]:
@@ -353,8 +413,8 @@ def _match(job: Job) -> Callable[[str], list[Produced]]:
 
 def name_numbers(pairs: list[dict[str, Any]]) -> dict[str, Shown]:
     """Return what is known of pairs of SAEs, each number under its own name: `mean_cosine.a.b`."""
-    named = ("mean_cosine", "share_above_0.7", "share_above_0.9", "share_mutual")
-    return {f"{name}.{pair['sae']}.{pair['other_sae']}": pair[name] for pair in pairs for name in named}
+    named = ("mean_cosine", "mean_paired_cosine", "share_above_0.7", "share_above_0.9", "share_mutual")
+    return {f"{name}.{pair['sae']}.{pair['other_sae']}": pair[name] for pair in pairs for name in named if pair.get(name) is not None}
 
 
 def _matching_takes(pipeline: Pipeline, store: Store, _key: str) -> Load:
@@ -365,7 +425,7 @@ def _matching_takes(pipeline: Pipeline, store: Store, _key: str) -> Load:
     held = [_held_bytes(pipeline, sae)[0] for sae in saes]
     largest = max(sae.d_sae for sae in saes)
     busy_s = n_pairs * (2 * n_rows * 2 * max(held) / 4 + 2 * largest * max(held) / 8) / ONE_WORKER.flops
-    return Load(n_rows, sum(held), 0, len(saes), 1, busy_s=busy_s, memory_bytes=2 * max(held) + 4096 * largest * 16)
+    return Load(n_rows, sum(held), 0, len(saes), 1, busy_s=busy_s, memory_bytes=2 * max(held) + 4096 * largest * 16 + 4 * min(largest, 16_384) ** 2)
 
 
 def _compare(job: Job) -> Callable[[str], list[Produced]]:

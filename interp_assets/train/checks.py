@@ -7,7 +7,7 @@ from typing import Any, Final
 from interp_assets.harvest.refs import OUTLIER_MULTIPLE
 from interp_assets.planning.asset import Check, Verdict
 from interp_assets.planning.pipeline import Pipeline
-from interp_assets.storage.manifest import load_manifest
+from interp_assets.storage.manifest import find_manifest, load_manifest
 from interp_assets.storage.store import Store
 from interp_assets.train.exchange.fit import Claims, Fit, explain_misfit
 from interp_assets.train.refs import evaluation_ref, sae_ref
@@ -21,7 +21,8 @@ MAX_DEAD_SHARE: Final = 0.5
 
 
 def _finite_training(pipeline: Pipeline, store: Store, keys: Sequence[str]) -> dict[str, Verdict]:
-    return {name: _judge_numbers(name, load_manifest(store, sae_ref(pipeline, name)).facts) for name in keys}
+    found = {name: find_manifest(store, sae_ref(pipeline, name)) for name in keys}  # one that was stopped has none
+    return {name: _judge_numbers(name, manifest.facts) for name, manifest in found.items() if manifest}
 
 
 def _judge_numbers(name: str, facts: Mapping[str, Any]) -> Verdict:

@@ -13,7 +13,7 @@ from interp_assets.planning.pipeline import Pipeline
 from interp_assets.shuffle.generations import before, has_grown
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.lineage import Lineage
-from interp_assets.train.refs import code_ref, evaluation_ref, metric_ref, sae_ref
+from interp_assets.train.refs import code_ref, evaluation_ref, metric_ref, probes_ref, sae_ref
 
 
 def hook_points_of(config: SaeConfig) -> list[str]:
@@ -40,6 +40,12 @@ def metric_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:
         ref, code = metric_ref(pipeline, name, metric), [code_ref(metric.code.digest)] if metric.code else []
         found += [Lineage(ref, of_sae.sources), Lineage(ref, [*of_rows.sources, *code], "measured_on", may_be_gone=True)]
     return found
+
+
+def probes_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:
+    """Return what the probes of an SAE keep: its digest, and those of the rows."""
+    (of_sae, of_rows), ref = evaluation_lineage(pipeline, name), probes_ref(pipeline, name)
+    return [Lineage(ref, of_sae.sources), Lineage(ref, of_rows.sources, "measured_on", may_be_gone=True)]
 
 
 def evaluation_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from interp_assets.planning import plots
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.manifest import Produced
 from interp_assets.storage.store import Store
 from interp_assets.train.sweep import COMPARED
@@ -100,7 +101,7 @@ def plot_frequencies(store: Store, evaluation: Produced) -> str:
     lowest, highest = (float(alive.min()), float(alive.max())) if len(alive) else (1e-3, 1.0)
     axes.hist(alive, bins=list(np.geomspace(lowest, max(highest, 1.01 * lowest), _BINS + 1)), color=plots.COLOUR)
     plots.use_log(axes, "x")
-    axes.set_title(f"{len(alive):,} latents fire, {len(frequency) - len(alive):,} do not", fontsize=9)
+    axes.set_title(f"{format_count(len(alive), 'latent')} fire, {len(frequency) - len(alive):,} do not", fontsize=9)
     return plots.as_markdown(figure, "Histogram of firing frequencies")
 
 

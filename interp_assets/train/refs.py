@@ -17,6 +17,8 @@ TRAINING: Final = "training.parquet"
 """The logged steps of a training."""
 MATCHES: Final = "matches.parquet"
 """The latents of SAEs beside their nearest in each other."""
+PROBES: Final = "probes.parquet"
+"""How well few latents of an SAE tell labels of rows."""
 METRICS: Final = "metrics.json"
 """The measurements of an SAE, in the terms of SAEBench."""
 MODEL_TOKENS: Final = 1 << 15
@@ -39,10 +41,13 @@ EVALUATION_VERSION = 5
 METRIC_VERSION = 1
 """Raise it when the same function would be given other rows, or its measurements are kept otherwise."""
 
+PROBE_VERSION = 1
+"""Raise it when the same SAE and labels would be probed otherwise."""
+
 SWEEP_VERSION = 3
 """Raise it when the table of the same SAEs would hold something else."""
 
-MATCH_VERSION = 1
+MATCH_VERSION = 2
 """Raise it when the same SAEs would be matched otherwise."""
 
 
@@ -91,6 +96,16 @@ def metric_ref(pipeline: Pipeline, name: str, metric: Metric) -> ArtifactRef:
     inputs = {role: digest for role, digest in evaluation.inputs.items() if role == "sae" or role.startswith("held_out")}
     identity = {"code": METRIC_VERSION, "function": metric.function, "sha256": metric.code.digest if metric.code else ""}
     return make_ref("sae_metric", FOLDER, identity=identity, inputs=inputs, label=f"{name}.{metric.function.replace(':', '.')}")
+
+
+def probes_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
+    """Address how well few latents of an SAE tell labels of held-out rows."""
+    probes = pipeline.config.probes
+    assert probes
+    evaluation = evaluation_ref(pipeline, name)
+    inputs = {role: digest for role, digest in evaluation.inputs.items() if role == "sae" or role.startswith("held_out")}
+    identity = {"code": PROBE_VERSION, "seed": pipeline.config.seed, **probes.identity()}
+    return make_ref("sae_probes", FOLDER, identity=identity, inputs=inputs, label=f"{name}.probes")
 
 
 def imported_statistics(pipeline: Pipeline, name: str, hook_points: Iterable[str]) -> dict[str, str]:

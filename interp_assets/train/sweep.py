@@ -154,18 +154,6 @@ def make_sweep(pipeline: Pipeline, store: Store) -> Produced:
     return art.produced
 
 
-def load_table(pipeline: Pipeline, store: Store) -> pl.DataFrame:
-    """Read the pipeline's table of SAEs. Raises `ArtifactMissingError` before it is made."""
-    ref = sweep_ref(pipeline)
-    manifest = find_manifest(store, ref)
-    if manifest is None:
-        raise ArtifactMissingError(
-            f"Pipeline {pipeline.config.name!r} has no table of its SAEs yet ({store.url}/{ref.path}). `interp run` makes it, or for no more than "
-            "that: interp run --select sae --select sae_evaluation --select sweep"
-        )
-    return read_table(store, ref.path, manifest, TABLE)
-
-
 def read_table(store: Store, path: str, manifest: Manifest, name: str) -> pl.DataFrame:
     """Read one of the two tables of the sweep at `path`."""
     return pl.read_parquet(io.BytesIO(read_file(store, path, manifest, name)))

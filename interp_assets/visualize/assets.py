@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from interp_assets.corpus.sizes import count_rows, rows_of
+from interp_assets.corpus.sizes import TEXT_BYTES_PER_TOKEN, count_rows, rows_of
+from interp_assets.harvest.heads.refs import head_counts, heads_of
+from interp_assets.harvest.sizes import forward_s, model_bytes
 from interp_assets.planning.asset import SHARDS, Asset, Axis, Job, Load, Needs, every, grid, only, same, same_shard, same_slice, whole
 from interp_assets.planning.config import PipelineConfig, code_version
+from interp_assets.planning.hook_names import canonical_name
 from interp_assets.planning.machine import ONE_WORKER
 from interp_assets.planning.pipeline import Pipeline, shard_index
+from interp_assets.planning.sections import HeadsConfig
 from interp_assets.shuffle.rows import RowFormat
 from interp_assets.storage.manifest import Produced, find_manifest
 from interp_assets.storage.store import Store
@@ -17,9 +21,12 @@ from interp_assets.visualize.estimate import EvidencePlan, Workload, estimate
 from interp_assets.visualize.lineage import candidates_lineage, examples_lineage, records_lineage, windows_lineage
 from interp_assets.visualize.refs import (
     FEATURES_VERSION,
+    TARGETS_VERSION,
     candidates_ref,
     examples_ref,
     features_key,
+    prompt_targets_lineage,
+    prompt_targets_ref,
     read_features,
     read_roles,
     records_ref,
@@ -31,13 +38,68 @@ from interp_assets.visualize.refs import (
 from interp_assets.visualize.steering.assets import make_steering_assets
 
 ON_ACCELERATOR = Needs(accelerator=True)
+_LIGHTENS = "raise features.latent_slices, or lower features.top_k or n_random"
 _PASSES = ("feature_candidates", "feature_examples", "example_activations", "feature_records")
 
 
 def make_assets(config: PipelineConfig) -> list[Asset]:
-    """List the assets of this stage: four for each SAE of `features.saes`, and the dose curves."""
+    """List the assets of this stage: four for each SAE of `features.saes`, the targets of heads' prompts, and the dose curves."""
     evidence = [asset for sae in config.features.saes for asset in [*_finding(config, sae), *_showing(config, sae)]]
-    return [*evidence, *make_steering_assets(config)]
+    explained = [_explaining(config.heads)] if config.heads and config.heads.explained else []
+    return [*evidence, *explained, *make_steering_assets(config)]
+
+
+def _explaining(heads: HeadsConfig) -> Asset:
+    saes = dict.fromkeys(sae for prompt in heads.explained.values() for sae, _ in prompt.wanted)
+    return Asset(
+        key=("prompt_targets",),
+        group="heads",
+        kinds=("pytorch", "json"),
+        description=(
+            "What every edge adds to the tokens' logits and the latents that a configured prompt names, and what all else adds: together they sum to "
+            "the target. The unit of work is a prompt. Look at the targets."
+        ),
+        axis=Axis("explained", fixed=tuple(heads.explained)),
+        reads=(whole("corpus_plan"), *([only("sae", partitions=list(saes))] if saes else [])),
+        artifacts=lambda pipeline, _store, key: [prompt_targets_ref(pipeline, key)],
+        lineage=lambda pipeline, _store, key: prompt_targets_lineage(pipeline, key),
+        make=_explain,
+        unit="prompts",
+        shows=lambda _job, _key, made: {name: made[0].manifest.facts[name] for name in ("n_tokens", "targets")},
+        takes=_explaining_takes,
+        needs=ON_ACCELERATOR,
+        obstacles=find_target_obstacles,
+        code_version=code_version(TARGETS_VERSION, prompts={name: prompt.model_dump() for name, prompt in heads.explained.items()}),
+    )
+
+
+def find_target_obstacles(pipeline: Pipeline, _store: Store) -> list[str]:
+    """Say which latents edges do not add up to, before anything is made."""
+    found = []
+    for prompt, (name, latent) in ((prompt, each) for prompt, asked in heads_of(pipeline).explained.items() for each in asked.wanted):
+        sae = pipeline.config.sae(name)
+        if not canonical_name(sae.hook_point).startswith("resid_post.") or sae.more_hook_points:
+            read = ", ".join(sae.sources)
+            found.append(
+                f"`heads.prompts.{prompt}` names a latent of {name}, which reads {read}: edges add up to what is read at resid_post.L alone."
+            )
+        elif latent >= sae.d_sae:
+            found.append(f"`heads.prompts.{prompt}` names latent {latent:,} of {name}, which has latents 0 to {sae.d_sae - 1:,}.")
+    return found
+
+
+def _explain(job: Job) -> Callable[[str], list[Produced]]:
+    from interp_assets.visualize.prompt_targets import keep_targets
+
+    model, tokenizer = job.world.model(), job.world.tokenizer()
+    return lambda key: [keep_targets(job.pipeline, job.store, model, tokenizer, key)]
+
+
+def _explaining_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:
+    prompt = heads_of(pipeline).prompt(key)
+    n_tokens, n_targets = len(prompt.text) / TEXT_BYTES_PER_TOKEN, len(prompt.logits) + len(prompt.latents)
+    written = 6 * n_targets * n_tokens * sum(head_counts(pipeline).values())
+    return Load(0, 0.0, written, 1 + len(prompt.latents), 5, forward_s(pipeline, n_tokens), model_bytes(pipeline) + 4 * written)
 
 
 def group_of(sae: str) -> str:
@@ -64,6 +126,7 @@ def _finding(config: PipelineConfig, sae: str) -> list[Asset]:
             lineage=lambda pipeline, _store, key: candidates_lineage(pipeline, sae, *reversed(split_grid_key(key))),
             make=lambda job: _find(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 0, rows_of(pipeline, store, split_grid_key(key)[1])),
+            lightens=_LIGHTENS,
             is_one_run=True,
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "candidates")),
             **common,
@@ -81,6 +144,7 @@ def _finding(config: PipelineConfig, sae: str) -> list[Asset]:
             lineage=lambda pipeline, _store, key: examples_lineage(pipeline, sae, slice_index(key)),
             make=lambda job: _select(job, sae),
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 1),
+            lightens=_LIGHTENS,
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "examples")),
             group=group_of(sae),
         ),
@@ -106,6 +170,7 @@ def _showing(config: PipelineConfig, sae: str) -> list[Asset]:
             lineage=lambda pipeline, _store, key: windows_lineage(pipeline, sae, shard_index(key)),
             make=lambda job: _fire(job, sae),
             takes=lambda pipeline, store, key: _evidence(pipeline, store, sae, 2, rows_of(pipeline, store, shard_index(key))),
+            lightens=_LIGHTENS,
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "windows")),
             **common,
         ),
@@ -123,6 +188,7 @@ def _showing(config: PipelineConfig, sae: str) -> list[Asset]:
             make=lambda job: _write(job, sae),
             unit="features",
             takes=lambda pipeline, store, _key: _evidence(pipeline, store, sae, 3),
+            lightens=_LIGHTENS,
             checks=(records_complete(sae),),
             code_version=code_version(FEATURES_VERSION, features=read_features(config.features, "records"), **read_roles(config.corpus)),
             **common,

@@ -65,8 +65,7 @@ def encode_numbers(numbers: Iterable[int]) -> str:
 def decode_numbers(text: str) -> list[int]:
     """Read what `encode_numbers` wrote. Raises `ValueError` for a character outside the alphabet and for a number that is cut off."""
     if not text.isascii() or (values := text.translate(_DIGIT_OF).encode()).find(_NO_DIGIT) >= 0:
-        message = f"{text[:20]!r} is no column of numbers"
-        raise ValueError(message)
+        raise ValueError(f"{text[:20]!r} is no column of numbers")
     digits = iter(values)
     return [_STARTS[lead] + _read(digits, n_more) if (n_more := _N_MORE[lead]) else lead for lead in digits]
 
@@ -96,7 +95,6 @@ def _read(digits: Iterator[int], n: int) -> int:
     for _ in range(n):
         digit = next(digits, None)
         if digit is None:
-            message = "a column of numbers is cut off"
-            raise ValueError(message)
+            raise ValueError("a column of numbers is cut off")
         number = number * _BASE + digit
     return number

@@ -12,6 +12,7 @@ from interp_assets.corpus.refs import token_shard_ref
 from interp_assets.errors import ArtifactForeignError, ArtifactMissingError
 from interp_assets.harvest.refs import activation_shard_ref, statistics_ref
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import choose_word
 from interp_assets.storage.lineage import Digests, Lineage, is_kept, trace
 from interp_assets.storage.manifest import ArtifactRef, Manifest, find_manifest
 from interp_assets.storage.store import Store
@@ -77,15 +78,16 @@ def load_current(store: Store, evidence: Sequence[Sequence[Lineage]], known: Dig
     missing = [ref for ref, manifest in zip(refs, found, strict=True) if manifest is None]
     if missing:
         raise ArtifactMissingError(
-            f"{len(missing)} of {len(refs)} {refs[0].kind} partition(s) are missing: {_labels(missing)}. Materialize them first ({store.url})."
+            f"{len(missing)} of {len(refs)} {refs[0].kind} {choose_word(len(refs), 'partition is', 'partitions are')} missing: {_labels(missing)}. "
+            f"Materialize them first ({store.url})."
         )
     manifests = [manifest for manifest in found if manifest]
     is_current = [is_kept(manifest, trace(known, lineages)) for manifest, lineages in zip(manifests, evidence, strict=True)]
     stale = [ref for ref, current in zip(refs, is_current, strict=True) if not current]
     if stale:
         raise ArtifactForeignError(
-            f"{len(stale)} of {len(refs)} {refs[0].kind} partition(s) come from an earlier training of the SAE, or from rows or evidence that have "
-            f"other bytes now: {_labels(stale)}. Re-materialize them."
+            f"{len(stale)} of {len(refs)} {refs[0].kind} {choose_word(len(refs), 'partition comes', 'partitions come')} from an earlier training "
+            f"of the SAE, or from rows or evidence that have other bytes now: {_labels(stale)}. Re-materialize them."
         )
     return manifests
 

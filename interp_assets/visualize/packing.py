@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactForeignError
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.foreign import parse_json, unpack_gzip
 from interp_assets.visualize import digits
 
@@ -147,7 +148,7 @@ def _pack_roles(runs: list[list[list[Any]]]) -> dict[str, Any]:
 def _unpack_roles(packed: dict[str, Any], n_windows: int) -> list[list[list[Any]]]:
     counts, gaps, names = (digits.decode_numbers(packed[column]) for column in ("runs", "gap", "name"))
     if len(counts) != n_windows or not len(gaps) == len(names) == sum(counts):
-        raise ValueError(f"for {n_windows} windows its roles have {len(counts)} runs, {len(gaps)} of gap and {len(names)} of name")
+        raise ValueError(f"for {format_count(n_windows, 'window')} its roles have {len(counts)} runs, {len(gaps)} of gap and {len(names)} of name")
     ends = list(accumulate(counts, initial=0))
     return [
         [list(run) for run in zip(accumulate(gaps[low:high]), (packed["names"][name] for name in names[low:high]), strict=True)]
@@ -173,7 +174,7 @@ def _unpack(packed: dict[str, Any], order: Sequence[int] | NDArray[Any]) -> dict
     texts = [lists["top"], *(text for _, _, text in lists["intervals"]), lists["random"]]
     n_tokens = sum(len(windows[place]["tokens"]) for text in texts for place in digits.decode_numbers(text))
     if n_tokens > MAX_RECORD_BYTES:  # a window that is named often is shown as often
-        raise ValueError(f"its lists show {n_tokens:,} tokens, and {MAX_RECORD_BYTES:,} are allowed")
+        raise ValueError(f"its lists show {format_count(n_tokens, 'token')}, and {MAX_RECORD_BYTES:,} are allowed")
 
     def listed(text: str) -> list[dict[str, Any]]:
         return [windows[place] for place in digits.decode_numbers(text)]
@@ -236,8 +237,7 @@ def _check_lengths(columns: dict[str, list[int]], n_peaks: int, n_values: int) -
     if n_values != n_firings:
         wrong.append(f"{n_values} of activation, not {n_firings}")
     if wrong:
-        message = f"for {n_peaks} windows its columns have {'; '.join(wrong)}"
-        raise ValueError(message)
+        raise ValueError(f"for {format_count(n_peaks, 'window')} its columns have {'; '.join(wrong)}")
 
 
 def _unpack_histogram(packed: dict[str, Any]) -> dict[str, list[Any]]:

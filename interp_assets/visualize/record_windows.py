@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from interp_assets.corpus.tokens import Roles, TokenShard
 from interp_assets.errors import ArtifactCorruptError
+from interp_assets.planning.progress import choose_word
 from interp_assets.visualize.firings import ROW_BITS
 from interp_assets.visualize.selection import INTERVAL, RANDOM, TOP
 from interp_assets.visualize.tables import LatentTable
@@ -82,8 +83,9 @@ def _collect_windows(shown: dict[str, NDArray[Any]], shards: list[DatasetShard],
         found |= dict(zip(mine.tolist(), windows, strict=True))
     if lost or len(found) < len(owner):
         raise ArtifactCorruptError(
-            f"Examples of latents [{start}, {stop}) have no window in dataset shard(s) {', '.join(lost) or 'outside the plan'}: "
-            "the windows there were made from other examples. Re-materialize these shards of example_activations."
+            f"Examples of latents [{start}, {stop}) have no window in dataset {choose_word(len(lost), 'shard')} "
+            f"{', '.join(lost) or 'outside the plan'}: the windows there were made from other examples. Re-materialize these shards of "
+            "example_activations."
         )
     return [found[i] for i in range(len(owner))]
 

@@ -2,10 +2,12 @@
 
 from typing import Any, Final, Literal
 
+from interp_assets.harvest.heads.refs import heads_of
 from interp_assets.harvest.refs import activation_ids, activation_shard_ref
 from interp_assets.planning.config import FeaturesConfig
 from interp_assets.planning.pipeline import Pipeline, shard_index, shard_key
 from interp_assets.planning.sections import CorpusConfig
+from interp_assets.storage.lineage import Lineage
 from interp_assets.storage.manifest import ArtifactRef, make_ref
 from interp_assets.train.refs import evaluation_ref, imported_statistics, sae_ref
 from interp_assets.visualize.packing import RECORD_VERSION
@@ -13,6 +15,8 @@ from interp_assets.visualize.packing import RECORD_VERSION
 FOLDER = "5-features"
 FEATURES_VERSION = 5
 """Raise it when the same SAE and activations would give other records, or evidence keeps other digests."""
+TARGETS_VERSION = 1
+"""Raise it when the same model, SAEs and text would give other terms of targets."""
 Pass = Literal["candidates", "examples", "windows", "records"]
 _UNREAD: Final[dict[Pass, set[str]]] = {
     "candidates": {"window", "n_intervals", "examples_per_interval", "gather", "top_k", "distinct_tokens"},
@@ -101,10 +105,40 @@ def read_roles(corpus: CorpusConfig) -> dict[str, int]:
 
 
 def _identity(pipeline: Pipeline, which: Pass) -> dict[str, object]:
-    return {"code": FEATURES_VERSION, "seed": pipeline.config.seed, "features": read_features(pipeline.config.features, which)}
+    """Return what a pass's bytes depend on; the same for every partition."""
+    config = pipeline.config
+    return pipeline.remember(
+        ("identity of features", which), lambda: {"code": FEATURES_VERSION, "seed": config.seed, "features": read_features(config.features, which)}
+    )
 
 
 def _inputs(pipeline: Pipeline, sae: str) -> dict[str, str]:
-    hook_point = pipeline.config.sae(sae).hook_point
-    shards = activation_ids(pipeline, hook_point, pipeline.shard_indices)
-    return {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shards": shards, **imported_statistics(pipeline, sae, [hook_point])}
+    """Return the ids of all that an SAE's features are made from; to go through all shards for each of them took the square of their number."""
+
+    def collect() -> dict[str, str]:
+        hook_point = pipeline.config.sae(sae).hook_point
+        shards = activation_ids(pipeline, hook_point, pipeline.shard_indices)
+        return {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shards": shards, **imported_statistics(pipeline, sae, [hook_point])}
+
+    return pipeline.remember(("inputs of features", sae), collect)
+
+
+def prompt_targets_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
+    """Address what adds to the targets of one configured prompt of the heads."""
+    config, plan, prompt = pipeline.config, pipeline.plan, heads_of(pipeline).prompt(name)
+    identity = {
+        "code": TARGETS_VERSION,
+        "model": plan.model_fingerprint,
+        "model_dtype": config.model.dtype,
+        "tokenizer": plan.tokenizer_fingerprint,
+        "layers": heads_of(pipeline).layers,
+        "prompt": prompt.model_dump(),
+    }
+    inputs = {f"sae.{sae}": sae_ref(pipeline, sae).artifact_id for sae, _ in prompt.wanted}
+    return make_ref("prompt_targets", f"{FOLDER}/prompts", identity=identity, inputs=inputs, label=name)
+
+
+def prompt_targets_lineage(pipeline: Pipeline, name: str) -> list[Lineage]:
+    """Return what the targets of one prompt keep."""
+    saes = dict.fromkeys(sae for sae, _ in heads_of(pipeline).prompt(name).wanted)
+    return [Lineage(prompt_targets_ref(pipeline, name), [sae_ref(pipeline, sae) for sae in saes])]

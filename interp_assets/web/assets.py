@@ -29,6 +29,7 @@ def make_assets(config: PipelineConfig) -> list[Asset]:
 
 def _attention(heads: HeadsConfig) -> Asset:
     prompts = (every("prompt_patterns").remember(),) if heads.prompts else ()
+    prompts += (every("prompt_targets").remember(),) if heads.explained else ()
     return Asset(
         key=("attention_browser",),
         group="web",
@@ -37,7 +38,7 @@ def _attention(heads: HeadsConfig) -> Asset:
             "The records of all attention heads and the patterns over prompts as a bundle that a browser opens by range requests from any folder or "
             "bucket. `interp serve` shows it: look at the map of the heads."
         ),
-        reads=(every("head_records").remember(), *prompts),
+        reads=(every("head_records").remember(), every("head_examples"), *prompts),
         artifacts=lambda pipeline, _store, _key: [attention_ref(pipeline)],
         make=_bundle_heads,
         unit="heads",
@@ -92,5 +93,6 @@ def _bundling(pipeline: Pipeline, _store: Store, name: str) -> Load:
 
 def _bundling_heads(pipeline: Pipeline, _store: Store, _key: str) -> Load:
     n_heads, prompts = sum(head_counts(pipeline).values()), heads_of(pipeline).prompts
-    n_bytes = n_heads * (HEAD_BYTES + sum((len(text) / TEXT_BYTES_PER_TOKEN) ** 2 / 4 for text in prompts.values()))
+    lengths = [len(heads_of(pipeline).prompt(name).text) / TEXT_BYTES_PER_TOKEN for name in prompts]
+    n_bytes = n_heads * (HEAD_BYTES + sum(n_tokens**2 / 4 for n_tokens in lengths))
     return Load(0, n_bytes, n_bytes, 2 * len(head_counts(pipeline)) + len(prompts), 4 + 5 * len(prompts))

@@ -2,10 +2,10 @@
 
     attention.json             what the bundle is about, and one column a statistic with chance beside: all that a map of the heads needs
     records.bin, records.idx   one gzip member of JSON a head, in order of layer and head, and u64 offsets into it
-    prompts/<name>/...         the files of each configured prompt, as they were made
+    prompts/<name>/...         the files of each configured prompt, as they were made; with targets, theirs too, and their columns among the prompt's
     vocabulary.json            the text of every token id
 
-All but the first and the last are copied byte for byte. Nothing in the bundle tells when it was made: same records, same bytes. The format is
+All else is copied byte for byte. Nothing in the bundle tells when it was made: same records, same bytes. The format is
 docs/formats/attention_bundle.md.
 """
 
@@ -20,8 +20,9 @@ from interp_assets.errors import ArtifactCorruptError
 from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, head_shards, heads_of, model_heads, prompt_ref, records_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.foreign import parse_json
-from interp_assets.storage.manifest import ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, read_file, timed
+from interp_assets.storage.manifest import ArtifactRef, ArtifactWriter, Produced, create_artifact, find_made_from, load_manifest, read_file, timed
 from interp_assets.storage.store import Store
+from interp_assets.visualize.refs import prompt_targets_ref
 from interp_assets.web.bundle import RECORD_BLOCK_BYTES, decode_offsets
 from interp_assets.web.refs import attention_ref
 from interp_assets.web.vocabulary import Vocabulary, encode_vocabulary, make_vocabulary
@@ -54,7 +55,8 @@ def build_attention_bundle(pipeline: Pipeline, store: Store, tokenizer: Any, *, 
     Raises `ArtifactMissingError` where a layer has no records yet or a prompt no patterns, and `ArtifactCorruptError` where index and records
     disagree.
     """
-    from interp_assets.harvest.heads.records import read_tables  # noqa: PLC0415 - torch; the server imports this module for its formats
+    from interp_assets.harvest.heads.examples import load_head_examples  # noqa: PLC0415 - torch; the server imports this module for its formats
+    from interp_assets.harvest.heads.records import read_tables  # noqa: PLC0415 - as above
 
     ref, layers, prompts = attention_ref(pipeline), list(head_counts(pipeline)), list(heads_of(pipeline).prompts)
     inputs = [load_manifest(store, source) for source in _sources(pipeline)]
@@ -63,6 +65,7 @@ def build_attention_bundle(pipeline: Pipeline, store: Store, tokenizer: Any, *, 
     facts = {layer: manifest.facts for layer, manifest in zip(layers, inputs, strict=False)}
     table = read_tables(pipeline, store)
     columns = {name: [_shorten(value) for value in table[name].to_list()] for name in table.columns}
+    columns["induction_rows"] = [n for layer in layers for n in load_head_examples(pipeline, store, layer)[1].sum_of("induction_rows").tolist()]
     kept = [(name, _read_prompt(pipeline, store, name)) for name in prompts]
     description = {
         **_describe(pipeline),
@@ -100,7 +103,8 @@ def write_attention_bundle(art: ArtifactWriter, content: AttentionContent, *, pr
 
 def _sources(pipeline: Pipeline) -> list[Any]:
     records = [records_ref(pipeline, layer) for layer in head_counts(pipeline)]
-    return [*records, *(prompt_ref(pipeline, name) for name in heads_of(pipeline).prompts)]
+    prompts = [prompt_ref(pipeline, name) for name in heads_of(pipeline).prompts]
+    return [*records, *prompts, *(prompt_targets_ref(pipeline, name) for name in heads_of(pipeline).explained)]
 
 
 def _describe(pipeline: Pipeline) -> dict[str, Any]:
@@ -127,11 +131,15 @@ def _describe_prompt(name: str, files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _read_prompt(pipeline: Pipeline, store: Store, name: str) -> dict[str, bytes]:
-    from interp_assets.harvest.heads.prompts import FILES  # noqa: PLC0415 - transformers
+    from interp_assets.harvest.heads.prompts import FILES, join_targets  # noqa: PLC0415 - transformers
+    from interp_assets.visualize.prompt_targets import FILES as TARGET_FILES  # noqa: PLC0415 - as above
 
-    ref = prompt_ref(pipeline, name)
-    manifest = load_manifest(store, ref)
-    return {file: read_file(store, ref.path, manifest, file) for file in FILES}
+    def read(ref: ArtifactRef, files: Sequence[str]) -> dict[str, bytes]:
+        manifest = load_manifest(store, ref)
+        return {file: read_file(store, ref.path, manifest, file) for file in files}
+
+    own = read(prompt_ref(pipeline, name), FILES)
+    return join_targets(own, read(prompt_targets_ref(pipeline, name), TARGET_FILES)) if name in heads_of(pipeline).explained else own
 
 
 def _read_records(pipeline: Pipeline, store: Store, layers: Sequence[int]) -> Iterator[bytes]:

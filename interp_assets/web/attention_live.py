@@ -1,6 +1,7 @@
-"""A text of one's own becomes the files of a prompt, by a model that is served; and a head or an edge that is cut, what that changes.
+"""A text of one's own becomes the files of a prompt, by a model that is served; an edge its pairs of latents; a cut head or edge, what that changes.
 
     POST /api/models/{m}/attention     every head over `text` or `ids`, with columns of `targets`: docs/formats/attention_answer.md
+    POST /api/models/{m}/pairs         JSON: the pairs of latents that the score of an edge is made of, and what those at its key add to `targets`
     POST /api/models/{m}/cut           JSON: logits and KL divergence at `position` with a head, or an edge of it, taken away
     POST /api/models/{m}/cuts          JSON: the KL divergence of every head taken away by itself
 
@@ -8,8 +9,8 @@ What is asked is checked here; `models.py` has the routes. Each is a job of the 
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Final, Literal, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,19 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from interp_assets.errors import InputError, TooLargeError
 from interp_assets.garcon.attention import list_attention
 from interp_assets.garcon.local import LocalBackend
-from interp_assets.garcon.patterns.cuts import Cut, measure_cut, sweep_heads
-from interp_assets.garcon.patterns.targets import Latent, Logit, Target, Terms, explain_targets
+from interp_assets.garcon.patterns.cuts import Cut, check_cuts, each_head, measure_cut, sweep_heads
+from interp_assets.garcon.patterns.pairs import Edge, EdgeTerms, explain_edge, find_edge, find_sae
+from interp_assets.garcon.patterns.targets import Latent, Logit, Target, explain_targets
 from interp_assets.garcon.patterns.view import read_attention
 from interp_assets.garcon.plan import explain_plan
 from interp_assets.garcon.remote.batch import Steps
 from interp_assets.garcon.remote.limits import Limits
-from interp_assets.harvest.heads.prompts import PROMPT, pack_prompt
+from interp_assets.harvest.heads.prompts import PROMPT, pack_prompt, pack_targets, target_columns
 
-TARGETS: Final = "targets.json"
-SCALES: Final = "scales.bin"
-TERMS: Final = "terms.bin"
 BYTES: Final = "application/octet-stream"
 _MAX_TARGETS: Final = 8
+_SHOWN_PAIRS: Final = 200
+_COLUMN_BYTES: Final = 16
+"""Of a target, head and token, while columns and terms are held."""
 _DIGITS: Final = 6
 
 
@@ -77,6 +79,16 @@ class AskedCut(_OnText):
     tokens: Annotated[list[int | str], Field(max_length=_MAX_TARGETS)] = []
 
 
+class AskedPairs(_OnText):
+    """An edge, and the SAE by whose latents it is explained."""
+
+    head: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")]
+    query: int
+    key: int
+    sae: str = ""
+    targets: Annotated[list[AskedTarget], Field(max_length=_MAX_TARGETS)] = []
+
+
 class AskedCuts(_OnText):
     """How every head is taken away, and where that is measured."""
 
@@ -100,7 +112,7 @@ def attend(backend: LocalBackend, asked: AskedAttention, limits: Limits) -> Step
     row, note = _row_of(backend, asked, limits)
     targets = [_target_of(backend, each) for each in asked.targets]
     known = {layer.layer: layer.n_heads for layer in list_attention(backend.subject.net)}
-    _check_size(known, asked.layers, len(row), limits)
+    _check_size(known, asked.layers, len(row), len(targets), limits)
     return _attend(backend, row, asked.layers, targets, known, note)
 
 
@@ -111,25 +123,25 @@ def _attend(
     seen = read_attention(backend.subject, row, backend.pieces([row])[0], chosen)
     yield 1, 2
     terms = explain_targets(backend.subject, row, targets, backend.saes)
-    layers = list(seen.patterns)
-    columns = {each.name: np.concatenate([_column(each, layer, known[layer], len(row)) for layer in layers]) for each in terms}
-    files = pack_prompt(seen, row, both_ways=not backend.subject.is_causal, more=columns)
+    heads = {layer: known[layer] for layer in seen.patterns}
+    files = pack_prompt(seen, row, both_ways=not backend.subject.is_causal, more=target_columns(terms, heads))
     described = json.loads(files[PROMPT])
     files[PROMPT] = json.dumps({**described, "note": " ".join(filter(None, (note, seen.note, *(each.note for each in terms))))}).encode()
-    files |= _pack_targets(backend, terms, layers, known)
-    return pack_files(files)
+    return pack_files(files | pack_targets(terms, heads, lambda token: backend.pieces([[token]])[0][0]))
 
 
 def cut(backend: LocalBackend, asked: AskedCut, limits: Limits) -> Steps:
     """Begin to take a head or an edge away; the job returns what that changes. Raises as `attend` does."""
     row, _ = _row_of(backend, asked, limits)
-    return _cut(backend, asked, row, [_token_of(backend, token) for token in asked.tokens])
-
-
-def _cut(backend: LocalBackend, asked: AskedCut, row: list[int], tokens: Sequence[int]) -> Steps:
-    yield 0, 1
     layer, head = map(int, asked.head.split("."))
-    change = measure_cut(backend.subject, row, Cut(layer, head, asked.how, asked.query, asked.key), asked.position, tokens)
+    wanted = Cut(layer, head, asked.how, asked.query, asked.key)
+    position = check_cuts(backend.subject, row, [wanted], asked.position)
+    return _cut(backend, row, wanted, position, [_token_of(backend, token) for token in asked.tokens])
+
+
+def _cut(backend: LocalBackend, row: list[int], wanted: Cut, position: int, tokens: Sequence[int]) -> Steps:
+    yield 0, 1
+    change = measure_cut(backend.subject, row, wanted, position, tokens)
     values = zip(change.before, change.after, change.p_before, change.p_after, strict=True)
     names = ("before", "after", "p_before", "p_after")
     pieces = backend.pieces([change.tokens])[0]
@@ -137,12 +149,13 @@ def _cut(backend: LocalBackend, asked: AskedCut, row: list[int], tokens: Sequenc
         {"id": token, "text": text, **dict(zip(names, map(_short, four), strict=True))}
         for token, text, four in zip(change.tokens, pieces, values, strict=True)
     ]
-    return {"kl": _short(change.kl), "position": asked.position % len(row), "tokens": shown}
+    return {"kl": _short(change.kl), "position": position, "tokens": shown}
 
 
 def cut_each(backend: LocalBackend, asked: AskedCuts, limits: Limits) -> Steps:
     """Begin to take every head away by itself; the job returns the KL divergences by head. Raises as `attend` does."""
     row, _ = _row_of(backend, asked, limits)
+    check_cuts(backend.subject, row, each_head(backend.subject, asked.how), asked.position)
     return _cut_each(backend, asked, row)
 
 
@@ -154,6 +167,38 @@ def _cut_each(backend: LocalBackend, asked: AskedCuts, row: list[int]) -> Steps:
         found |= {f"{each.layer}.{each.head}": _short(kl) for each, kl in zip(cuts, divergences.tolist(), strict=True)}
         yield len(found), total
     return {"position": asked.position % len(row), "kl": found}
+
+
+def pair(backend: LocalBackend, asked: AskedPairs, limits: Limits) -> Steps:
+    """Begin to take an edge apart; the job returns its strongest pairs and what all others sum to. Raises as `attend` does."""
+    row, _ = _row_of(backend, asked, limits)
+    layer, head = map(int, asked.head.split("."))
+    edge = Edge(layer, head, asked.query, asked.key)
+    find_edge(backend.subject, len(row), edge)
+    sae = find_sae(backend.saes, layer, asked.sae)
+    return _pair(backend, row, edge, sae, [_target_of(backend, each) for each in asked.targets])
+
+
+def _pair(backend: LocalBackend, row: list[int], edge: Edge, sae: str, targets: Sequence[Target]) -> Steps:
+    yield 0, 1
+    return _describe_pairs(explain_edge(backend.subject, row, edge, backend.saes, sae, targets))
+
+
+def _describe_pairs(found: EdgeTerms) -> dict[str, Any]:
+    flat = found.pairs.ravel()
+    order = np.argsort(-np.abs(flat), kind="stable")
+    places = [divmod(int(place), found.pairs.shape[1]) for place in order[:_SHOWN_PAIRS]]
+    return {
+        **{name: _short(getattr(found, name)) for name in ("score", "mean", "slope", "mass")},
+        "sae": found.sae,
+        "pairs": [[found.queries[i], found.keys[j], _short(found.pairs[i, j])] for i, j in places],
+        "others": {"n": len(order) - len(places), "sum": _short(flat[order[_SHOWN_PAIRS:]].sum())},
+        "queries": [[name, _short(value)] for name, value in zip(found.queries, found.pairs.sum(axis=1), strict=True)],
+        "keys": [[name, _short(value)] for name, value in zip(found.keys, found.pairs.sum(axis=0), strict=True)],
+        "written": {
+            target: [[name, _short(value)] for name, value in zip(found.keys, terms, strict=False)] for target, terms in found.written.items()
+        },
+    }
 
 
 def pack_files(files: Mapping[str, bytes]) -> list[bytes | memoryview]:
@@ -179,16 +224,22 @@ def _row_of(backend: LocalBackend, asked: _OnText, limits: Limits) -> tuple[list
     return row[:most], f"Cut to the {most:,} tokens that the model takes, of {len(row):,}." if len(row) > most else ""
 
 
-def _check_size(known: Mapping[int, int], layers: Sequence[int] | None, n_tokens: int, limits: Limits) -> None:
+def _check_size(known: Mapping[int, int], layers: Sequence[int] | None, n_tokens: int, n_targets: int, limits: Limits) -> None:
+    """Refuse patterns of the chosen heads and columns of all heads that are too large together."""
     n_heads = sum(n for layer, n in known.items() if layers is None or layer in layers)
-    a_head = 4 * n_tokens * n_tokens
-    if n_heads * a_head > limits.answer_bytes:
-        fit, most = int((limits.answer_bytes / 4 / n_heads) ** 0.5), limits.answer_bytes // a_head
-        raise TooLargeError(
-            f"The patterns of {n_heads:,} heads over {n_tokens:,} tokens take {n_heads * a_head / 2**20:,.1f} MB; at most "
-            f"{limits.answer_bytes / 2**20:,.1f} MB are held. {fit:,} tokens would fit, or {most:,} heads: shorten the text, "
-            "or name fewer `layers`."
-        )
+    a_head, a_target, room = 4 * n_tokens * n_tokens, _COLUMN_BYTES * sum(known.values()) * n_tokens, limits.answer_bytes
+    total = n_heads * a_head + n_targets * a_target
+    if total <= room:
+        return
+    half = n_targets * a_target / n_tokens / 2  # 4 heads tokens^2 + 2 half tokens = room
+    fit = int(room / (half + (half * half + 4 * n_heads * room) ** 0.5))
+    ways = {"heads": (room - n_targets * a_target) // a_head, "targets": (room - n_heads * a_head) // max(1, a_target) if n_targets else 0}
+    others = "".join(f", or {most:,} {what}" for what, most in ways.items() if most > 0)
+    targets = (f" and {n_targets} targets", " or `targets`") if n_targets else ("", "")
+    raise TooLargeError(
+        f"The patterns of {n_heads:,} heads over {n_tokens:,} tokens{targets[0]} take {total / 2**20:,.1f} MB; at most {room / 2**20:,.1f} MB are "
+        f"held. {fit:,} tokens would fit{others}: shorten the text, or name fewer `layers`{targets[1]}."
+    )
 
 
 def _target_of(backend: LocalBackend, asked: AskedTarget) -> Target:
@@ -204,36 +255,13 @@ def _token_of(backend: LocalBackend, token: int | str) -> int:
     return int(ids[0])
 
 
-def _column(terms: Terms, layer: int, n_heads: int, n_tokens: int) -> np.ndarray:
-    """Return a layer's column; of a layer that comes after the target's, nothing."""
-    return terms.columns.get(layer, np.zeros((n_heads, n_tokens)))
-
-
-def _pack_targets(backend: LocalBackend, terms: Sequence[Terms], layers: Sequence[int], known: Mapping[int, int]) -> Iterator[tuple[str, bytes]]:
-    """Return what stands beside the columns: scales [targets, layers, queries] and terms [targets, heads and others, positions], float32."""
-    if not terms:
-        return
-    zeros = np.zeros_like(terms[0].value)
-    described, scales, values = [], [], []
-    for each in terms:
-        token = int(each.name.partition(":")[2]) if each.name.startswith("logit:") else None
-        text = {} if token is None else {"text": backend.pieces([[token]])[0][0]}
-        described.append({"column": each.name, **text, "others": list(each.others), "note": each.note})
-        scales += [each.scales.get(layer, zeros) for layer in layers]
-        values += [row for layer in layers for row in each.heads.get(layer, np.zeros((known[layer], len(zeros))))]
-        hidden = sum((found.sum(axis=0) for layer, found in each.heads.items() if layer not in layers), zeros)
-        values += [each.value, hidden, *each.others.values()]
-    yield TARGETS, json.dumps(described).encode()
-    yield SCALES, np.stack(scales).astype("<f4").tobytes()
-    yield TERMS, np.stack(values).astype("<f4").tobytes()
-
-
 def _short(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
 ATTENTION: Final[dict[str, tuple[type[BaseModel], Callable[..., Steps]]]] = {
     "attention": (AskedAttention, attend),
+    "pairs": (AskedPairs, pair),
     "cut": (AskedCut, cut),
     "cuts": (AskedCuts, cut_each),
 }

@@ -2,21 +2,26 @@
 
     sweeps/<pipeline>.json    columns of the table of SAEs, as lists; for each recipe its replicas, means and deviations; curves, thinned
 
-It is made from what lies there when it is asked for, trained, failed and stopped ones included, and is no artifact. Of more than `MAX_CURVES` SAEs
+It is made from what lies there when it is asked for, trained, failed and stopped ones included, and is no artifact; a server keeps it until a file
+that it depends on is written. Of more than `MAX_CURVES` SAEs
 the curves of those with the least FVU are in it. Format: `docs/formats/comparison.md`.
 """
 
+import hashlib
+import json
 import logging
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import polars as pl
 
-from interp_assets.errors import ArtifactMissingError, InterpError
+from interp_assets.errors import ArtifactMissingError, InterpError, NotFoundError
 from interp_assets.planning.pipeline import Pipeline, load_configuration, load_pipeline
 from interp_assets.storage.manifest import CONFIGURATION, find_manifest
 from interp_assets.storage.store import Store
+from interp_assets.train.refs import FOLDER as SAES
 from interp_assets.train.refs import MATCHES, matches_ref
 from interp_assets.train.results.arms import count_held_out, read_curves, read_table
 from interp_assets.train.results.replicas import list_replicas, over_seeds
@@ -63,6 +68,35 @@ def add_pipeline(found: dict[str, Store], store: Store) -> None:
         return
     except InterpError as error:  # another release's, or damaged: its bundles are shown all the same
         logging.getLogger(__name__).warning("No comparison of the SAEs in %s: %s", store.url, error)
+
+
+class Comparisons:
+    """The JSON of every pipeline, made when it is asked for and kept while nothing that it is made of is written. For several threads."""
+
+    def __init__(self, pipelines: Mapping[str, Store]) -> None:
+        self._pipelines, self._lock = pipelines, threading.Lock()
+        self._kept: dict[str, tuple[str, bytes]] = {}
+
+    def find(self, name: str) -> tuple[str, bytes]:
+        """Return the stamp of what a pipeline's SAEs are now, and their comparison as JSON. Raises `NotFoundError` for a name that there is not."""
+        if name not in self._pipelines:
+            raise NotFoundError(f"No pipeline is called {name!r:.200}. This server has {', '.join(self._pipelines) or 'none'}.")
+        store, kept = self._pipelines[name], self._kept.get(name)
+        stamp = find_stamp(store)  # before the tables are read: what is written meanwhile is read again
+        if kept is None or kept[0] != stamp:
+            kept = stamp, json.dumps(describe_comparison(store), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+            with self._lock:
+                self._kept[name] = kept
+        return kept
+
+
+def find_stamp(store: Store) -> str:
+    """Hash what a comparison depends on: configuration, plan, and when each file of the stage was written; a listing and two small files."""
+    hasher = hashlib.blake2b(store.get(CONFIGURATION), digest_size=16)
+    hasher.update(store.get(load_configuration(store).execution.plan))
+    for path, written in sorted(store.list_times(SAES).items()):
+        hasher.update(f"{path}\0{written.isoformat()}\0".encode())
+    return hasher.hexdigest()
 
 
 def describe_comparison(store: Store) -> dict[str, Any]:

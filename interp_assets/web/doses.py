@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from interp_assets.errors import ArtifactCorruptError
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.manifest import ArtifactWriter
 
@@ -68,11 +69,9 @@ class DoseCurve(_Part):
     def _check(self) -> "DoseCurve":
         lengths = {len(numbers) for arms in self.outcomes.values() for curve in arms.values() for numbers in (curve.mean, curve.low, curve.high)}
         if lengths - {len(self.strengths)}:
-            message = f"curves of {sorted(lengths)} points for {len(self.strengths)} strengths"
-            raise ValueError(message)
+            raise ValueError(f"curves of {sorted(lengths)} points for {format_count(len(self.strengths), 'strength')}")
         if any(not 0 <= text.strength < len(self.strengths) or not 0 <= text.prompt < len(self.prompts) for text in self.texts):
-            message = "a text is of a strength or a prompt that is not there"
-            raise ValueError(message)
+            raise ValueError("a text is of a strength or a prompt that is not there")
         return self
 
 

@@ -18,6 +18,7 @@ from interp_assets.garcon.subject import SubjectModel, load_subject_model
 from interp_assets.garcon.tokenizer import load_tokenizer
 from interp_assets.planning.config import HarvestConfig
 from interp_assets.planning.pipeline import Pipeline
+from interp_assets.planning.progress import format_count
 from interp_assets.planning.sections import CorpusConfig
 from interp_assets.storage.store import Store
 from interp_assets.train.checkpoint import load_sae
@@ -79,7 +80,7 @@ def run_example(probe: Probe, text: str, latent: int | None = None) -> dict[str,
     if not len(ids):
         raise InputError("The tokenizer makes no token of this text.")
     if len(ids) > MAX_TOKENS:
-        raise InputError(f"The text has {len(ids):,} tokens, at most {MAX_TOKENS} are run. Shorten it.")
+        raise InputError(f"The text has {format_count(len(ids), 'token')}, at most {MAX_TOKENS} are run. Shorten it.")
     layout = lay_out(probe.corpus, probe.tokenizer, [ids])
     latents = []
     for context in range(int(layout.contexts.max()) + 1):

@@ -5,7 +5,7 @@ decoded; the page unpacks the one member it asked for.
 """
 
 import re
-from collections.abc import Iterator
+from itertools import chain
 from typing import Final, NamedTuple
 
 from fastapi import Request
@@ -44,8 +44,7 @@ def parse_range(header: str | None, size: int) -> Span | None:
             return None
         n_bytes = stop - start
     if n_bytes <= 0:
-        message = f"bytes {header} of {size}"
-        raise ValueError(message)
+        raise ValueError(f"bytes {header} of {size}")
     return Span(start, n_bytes)
 
 
@@ -71,9 +70,4 @@ def file_response(bundle: OpenFiles, name: str, request: Request) -> Response:
     first = next(pieces, b"")  # an error here still becomes an answer that says so
     if len(first) == wanted.n_bytes:
         return Response(first, status_code=status, headers=headers)
-    return StreamingResponse(_chain(first, pieces), status_code=status, headers=headers)
-
-
-def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
+    return StreamingResponse(chain([first], pieces), status_code=status, headers=headers)

@@ -19,6 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from interp_assets.errors import ArtifactCorruptError, InputError, StoreError
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.foreign import parse_json
 from interp_assets.storage.store import Store
 from interp_assets.web.opened import OpenAttention
@@ -27,16 +28,21 @@ CONFIG: Final = "config.json"
 SCATTER: Final = "scatter_data.json"
 PATTERN: Final = "L{layer}H{head}.json"
 MAX_BYTES: Final = 256 << 20
+_OVER_ALL: Final = "induction of all rows"
 _METRICS: Final[dict[str, tuple[str, str]]] = {
     "self_attention_score": ("self", "Mean attention of a token to itself."),
     "previous_token_score": ("previous", "Mean attention to the token before, over queries that have one."),
     "prev_token_score": ("previous", "The same as previous_token_score, as other tools spell it."),
     "first_token_score": ("first", "Mean attention to the first token, over queries behind it."),
     "induction_score": (
-        "induction",
-        "Mean attention to what followed an earlier occurrence of the query's token, over queries that have one (HeadVis divides by all queries).",
+        _OVER_ALL,
+        "Attention to what followed an earlier occurrence of the query's token, divided by all queries: HeadVis' convention.",
     ),
-    "induction_chance": ("uniform_induction", "induction_score of a head that looks at all visible tokens alike."),
+    "induction_score_repeated": (
+        "induction",
+        "The same, divided by the queries whose token occurred earlier: the convention of Neuronpedia's port, and of our pages.",
+    ),
+    "induction_chance": ("uniform_induction", "induction_score_repeated of a head that looks at all visible tokens alike."),
     "duplicate_token_score": ("duplicate", "Mean attention to earlier occurrences of the query's own token, over queries that have one."),
     "pattern_entropy": ("entropy", "Mean entropy of a query's attention, in nats, over queries that see two tokens or more."),
     "qk_distance": ("distance", "Mean distance of what is looked at, in tokens."),
@@ -69,7 +75,7 @@ def export_headvis(bundle: OpenAttention, out: Store) -> ExportedHeads:
 
 
 def _write(bundle: OpenAttention) -> Iterator[tuple[str, Any]]:
-    columns, names = bundle.description["heads"], bundle.head_names()
+    columns, names = _with_own_induction(bundle.description["heads"]), bundle.head_names()
     places = [[int(part) for part in name.split(".")] for name in names]
     metrics = {name: told for name, told in _METRICS.items() if any(value is not None for value in columns.get(told[0], []))}
     n_intervals = int(bundle.description["evidence"]["n_intervals"])
@@ -108,6 +114,14 @@ def _write(bundle: OpenAttention) -> Iterator[tuple[str, Any]]:
     )
     yield "server_config.json", {}
     yield "attributions/manifest.json", {}
+
+
+def _with_own_induction(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Add induction as HeadVis counts it; nothing of a bundle that does not tell how many rows have one."""
+    if "induction_rows" not in columns:
+        return dict(columns)
+    lines = zip(columns["induction"], columns["induction_rows"], columns["rows"], strict=True)
+    return {**columns, _OVER_ALL: [None if mean is None else mean * of / rows for mean, of, rows in lines]}
 
 
 def _write_head(bundle: OpenAttention, record: Mapping[str, Any], n_intervals: int) -> dict[str, Any]:
@@ -217,7 +231,7 @@ class HeadVis:
     def _check(self, content: dict[str, Any]) -> Sampled:
         tokens, n, interval = content["tokens"], content["seq_len"], content["interval"]
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or len(tokens) != n:
-            raise ValueError(f"it has {len(tokens)} tokens and says {n}")
+            raise ValueError(f"it has {format_count(len(tokens), 'token')} and says {n}")
         if not isinstance(interval, int) or not 1 <= interval <= self.n_intervals:
             raise ValueError(f"it stands in interval {interval} of {self.n_intervals}")
         indices, values = np.array(content["attention_indices"]), np.array(content["attention_values"], np.float64)

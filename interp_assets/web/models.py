@@ -13,7 +13,7 @@
     GET    /api/jobs/{job}                    how far it is; `wait=`: seconds to wait for its end. `/result`: its answer. DELETE: end it
     GET    /api/kept/{digest}                 a tensor that was kept, as a file of one tensor; by Range
     GET    /api/models/{m}/weights/{name}     a weight likewise; `head=`
-    POST   /api/models/{m}/attention, /cut, /cuts    heads over a text of one's own, and without some of them: `attention_live.py`
+    POST   /api/models/{m}/attention, /pairs, /cut, /cuts    heads over a text of one's own, what an edge is of, and without some: `attention_live.py`
 
 Messages are `garcon/remote/message.py`'s; `guard.py` bounds their length. All else is checked here before anything is run: `garcon/remote/limits.py`.
 Errors are JSON: status, what, do, the error's class, and operation and point where they are known. Logs hold no text of anybody's.
@@ -50,7 +50,7 @@ from interp_assets.errors import (
 )
 from interp_assets.garcon.backend import Answer, Chats, Generated, Kept, Token
 from interp_assets.garcon.local import LocalBackend
-from interp_assets.garcon.plan import Plan, explain_plan, parse_generate_plan, parse_plan, parse_reduce_plan, parse_sweep
+from interp_assets.garcon.plan import Asked, GeneratePlan, Plan, ReducePlan, SweepPlan, explain_plan
 from interp_assets.garcon.points import n_layers
 from interp_assets.garcon.reduce import reduce_steps
 from interp_assets.garcon.remote.batch import ModelThread, Steps, Ticket
@@ -59,7 +59,6 @@ from interp_assets.garcon.remote.message import (
     FILE,
     LINES,
     MAX_TEXT,
-    Asking,
     dump_generated,
     pack,
     pack_answer,
@@ -70,6 +69,7 @@ from interp_assets.garcon.remote.message import (
 )
 from interp_assets.garcon.steering.decode import stream_tokens
 from interp_assets.garcon.sweep import begin_sweep
+from interp_assets.planning.progress import format_count
 from interp_assets.web.attention_live import ATTENTION, BYTES, read_asked
 from interp_assets.web.files import parse_range
 from interp_assets.web.kept import NAMELESS, KeptTensors
@@ -91,7 +91,7 @@ _STATUSES: Final[Sequence[tuple[type[InterpError], int, str]]] = (
     (ServiceError, 503, "Look at the server's terminal."),
     (InterpError, 502, "Look at the server's terminal."),
 )
-T = TypeVar("T", bound=Asking)
+T = TypeVar("T", bound=Asked)
 U = TypeVar("U")
 
 
@@ -194,7 +194,7 @@ class Models:
     ) -> Response:
         """Run a plan."""
         served, user = self.find(name), _user_of(request)
-        plan, tensors = await self._read(request, user, parse_plan)
+        plan, tensors = await self._read(request, user, Plan)
         check_plan(plan, self._limits)
         sizes = await self._measure(served, user, plan, _length_of(request))
         if dry:
@@ -214,7 +214,7 @@ class Models:
     async def generate(self, name: str, request: Request) -> Response:
         """Continue texts, and send tokens as they come."""
         served, user = self.find(name), _user_of(request)
-        plan, tensors = await self._read(request, user, parse_generate_plan)
+        plan, tensors = await self._read(request, user, GeneratePlan)
         check_texts(plan, self._limits)
         come: asyncio.Queue[bytes | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -248,9 +248,9 @@ class Models:
     async def sweep(self, name: str, request: Request) -> Response:
         """Begin a sweep."""
         served, user = self.find(name), _user_of(request)
-        plan, tensors = await self._read(request, user, parse_sweep)
+        plan, tensors = await self._read(request, user, SweepPlan)
         if len(plan.row) > self._limits.tokens or len(plan.points) * len(plan.row) > self._limits.cells:
-            what = f"A sweep of {len(plan.points):,} points over {len(plan.row):,} tokens"
+            what = f"A sweep of {format_count(len(plan.points), 'point')} over {format_count(len(plan.row), 'token')}"
             raise TooLargeError(f"{what} is too large: {self._limits.tokens:,} tokens and {self._limits.cells:,} cells are swept. Name fewer points.")
         source: Any = (
             plan.source if isinstance(plan.source, str) else dict(zip(plan.points, (tensors[tensor.tensor] for tensor in plan.source), strict=True))
@@ -261,11 +261,10 @@ class Models:
     async def reduce(self, name: str, request: Request) -> Response:
         """Begin to reduce."""
         served, user = self.find(name), _user_of(request)
-        plan, _ = await self._read(request, user, parse_reduce_plan)
+        plan, _ = await self._read(request, user, ReducePlan)
         if (longest := max(map(len, plan.rows))) > self._limits.tokens:
             raise TooLargeError(f"A text has {longest:,} tokens; at most {self._limits.tokens:,} are run at once. Cut it.")
-        steps = _reduce(reduce_steps(served.backend.subject, plan), sum(map(len, plan.rows)))
-        return self._begin(user, served, steps, pack_reduced)
+        return self._begin(user, served, reduce_steps(served.backend.subject, plan), pack_reduced)
 
     def _looking(self, kind: type[BaseModel], begin: Callable[..., Steps]) -> Callable[..., Awaitable[Response]]:
         """Return a route that gets in line with a job of attention, and sends what it returns."""
@@ -385,13 +384,13 @@ class Models:
         marks = [[token in special for token in row] for row in ids]
         return {"ids": ids, "pieces": pieces, "special": marks, "roles": roles, "texts": texts}
 
-    async def _read(self, request: Request, user: str, parse: Callable[[str], T]) -> tuple[T, dict[str, Tensor]]:
+    async def _read(self, request: Request, user: str, kind: type[T]) -> tuple[T, dict[str, Tensor]]:
         """Read a plan and its tensors, of which the user may keep some here."""
-        kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        body = await _read_body(request, MAX_TEXT if kind != FILE else None)
+        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        body = await _read_body(request, MAX_TEXT if content_type != FILE else None)
 
         def read() -> tuple[T, dict[str, Tensor]]:
-            plan, beside = read_plan(kind, body, parse)
+            plan, beside = read_plan(content_type, body, kind)
             return plan, {name.tensor: beside[name.tensor] if name.tensor in beside else self._kept.get(user, name.tensor) for name in plan.tensors()}
 
         return await _off(len(body), read)
@@ -508,16 +507,6 @@ def _write_tokens(tokens: Generator[Token, None, Generated], of: int, tell: Call
             return json.dumps({"generated": dump_generated(end.value)}).encode() + b"\n"
         tell(json.dumps({"token": token}).encode() + b"\n")
         yield token.place + 1, of
-
-
-def _reduce(steps: Generator[int, None, Any], of: int) -> Steps:
-    done = 0
-    while True:
-        try:
-            done += next(steps)
-        except StopIteration as end:
-            return end.value
-        yield done, of
 
 
 async def _stream_lines(first: bytes | None, come: "asyncio.Queue[bytes | None]", job: _Job) -> AsyncIterator[bytes]:

@@ -69,7 +69,10 @@ def find_bundles(url: str) -> list[BundlePlace]:
             return [BundlePlace(beside, last)]
     places = list_bundles(open_store(url))
     if not places:
-        raise ArtifactMissingError(f"There is no feature bundle at {url}. Materialize `feature_browser` (`interp run`), or name another folder.")
+        raise ArtifactMissingError(
+            f"There is nothing to browse at {url}, neither a bundle of features nor one of attention heads. Materialize `feature_browser` or "
+            "`attention_browser` (`interp run`), or name another folder."
+        )
     return places
 
 

@@ -4,14 +4,14 @@ from interp_assets.harvest.heads.refs import head_counts, heads_of, prompt_ref
 from interp_assets.harvest.heads.refs import records_ref as head_records_ref
 from interp_assets.planning.pipeline import Pipeline
 from interp_assets.storage.manifest import ArtifactRef, combine_ids, make_ref
-from interp_assets.visualize.refs import records_ref
+from interp_assets.visualize.refs import prompt_targets_ref, records_ref
 from interp_assets.visualize.steering.refs import swept_refs
 
 FOLDER = "6-web"
 BUNDLE_VERSION = 7
 """Raise it when the same records would give another bundle."""
 
-ATTENTION_VERSION = 1
+ATTENTION_VERSION = 2
 """Likewise for the bundle of heads."""
 
 
@@ -29,6 +29,7 @@ def bundle_ref(pipeline: Pipeline, sae: str) -> ArtifactRef:
 def attention_ref(pipeline: Pipeline) -> ArtifactRef:
     """Address the bundle of a pipeline's attention heads; as above, the names that it shows are in its id."""
     prompts = {name: prompt_ref(pipeline, name).artifact_id for name in heads_of(pipeline).prompts}
+    prompts |= {f"{name}.targets": prompt_targets_ref(pipeline, name).artifact_id for name in heads_of(pipeline).explained}
     inputs = {"records": combine_ids([head_records_ref(pipeline, layer).artifact_id for layer in head_counts(pipeline)]), **prompts}
     config = pipeline.config
     shown = {"model": config.model.shown_name, "revision": config.model.revision, "corpus": config.corpus.source}

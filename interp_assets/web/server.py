@@ -39,9 +39,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from interp_assets.errors import ArtifactCorruptError, ArtifactError, ConfigError, InputError, InterpError, NotFoundError, StoreError
+from interp_assets.planning.progress import format_count
 from interp_assets.storage.store import Store
 from interp_assets.web import table
-from interp_assets.web.comparison import describe_comparison, find_pipelines
+from interp_assets.web.comparison import Comparisons, find_pipelines
 from interp_assets.web.connections import make_server
 from interp_assets.web.files import file_response
 from interp_assets.web.guard import LOOPBACK, Guard
@@ -237,12 +238,16 @@ def _add_lists(app: FastAPI, bundles: Bundles, notebooks: dict[str, Notebook], d
 
 
 def _add_comparisons(app: FastAPI, pipelines: Mapping[str, Store]) -> None:
+    comparisons = Comparisons(pipelines)
+
     @app.get("/sweeps/{name}.json")
     @_explained
-    def compare(name: str) -> dict[str, Any]:
-        if name not in pipelines:
-            raise NotFoundError(f"No pipeline is called {name!r:.200}. This server has {', '.join(pipelines) or 'none'}.")
-        return describe_comparison(pipelines[name])
+    def compare(name: str, request: Request) -> Response:
+        stamp, content = comparisons.find(name)
+        headers = {"etag": f'"{stamp}"', "cache-control": "private, no-cache"}
+        if headers["etag"] in [item.strip().removeprefix("W/") for item in request.headers.get("if-none-match", "").split(",")]:
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type="application/json", headers=headers)
 
 
 def _add_files(app: FastAPI, bundles: Bundles) -> None:
@@ -251,7 +256,7 @@ def _add_files(app: FastAPI, bundles: Bundles) -> None:
     def send_file(name: str, file: str, request: Request) -> Response:
         bundle = _find_any(bundles, name)
         if bundle.size(file) is None:  # only what the manifest lists is ever opened
-            raise NotFoundError(f"Bundle {name!r} has no file {file!r:.200}. Its manifest lists {len(bundle.manifest.files)} files.")
+            raise NotFoundError(f"Bundle {name!r} has no file {file!r:.200}. Its manifest lists {format_count(len(bundle.manifest.files), 'file')}.")
         return file_response(bundle, file, request)
 
 

@@ -7,7 +7,7 @@ not grow with the number of features beyond that and one query's columns (at ten
 
 import re
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock, RLock
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from interp_assets.errors import InputError
 from interp_assets.web.columns import NO_WORD, ROW, ROW_BLOCK, ROWS, VALUES, WORD_COLUMNS, WORDS, decode_words
+from interp_assets.web.labels import LabelSet
 from interp_assets.web.search import LABEL, OFFSETS, POSTINGS, Index, Span, join_spans
 
 MAX_ROWS: Final = 500
@@ -52,23 +53,6 @@ class Files(Protocol):
         ...
 
 
-@runtime_checkable
-class Labels(Protocol):
-    """Labels that were imported for a bundle."""
-
-    def of(self, latents: Iterable[int]) -> list[dict[str, Any]]:
-        """Return the labels of some latents, the best of each first."""
-        ...
-
-    def search(self, text: str) -> NDArray[np.uint32]:
-        """Return the latents whose labels have `text`."""
-        ...
-
-    def order(self) -> NDArray[np.uint32]:
-        """Return the labelled latents, sorted by their best label."""
-        ...
-
-
 class Query(NamedTuple):
     """What a list shows: `sort` is a column, `life` one of all, live and dead, `filters` are like `max>=3.5`."""
 
@@ -99,7 +83,7 @@ class Place(NamedTuple):
 class FeatureTable:
     """The statistics of all features of one bundle. Safe to use from several threads."""
 
-    def __init__(self, files: Files, labels: Sequence[Labels] = ()) -> None:
+    def __init__(self, files: Files, labels: Sequence[LabelSet] = ()) -> None:
         """Read nothing yet. `labels` are searched, sorted by and shown beside what the bundle holds."""
         self._files, self._labels = files, labels
         self.n_features: int = files.description["d_sae"]

@@ -82,7 +82,7 @@ def test_every_damaged_file_is_named_with_the_others(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         plan_sources(_config(tmp_path), 0)
     message = str(caught.value)
-    assert f"{len(damaged) + 3} document(s) or folder(s) under" in message
+    assert f"{len(damaged) + 3} documents or folders under" in message
     for name in (*damaged, "bytes.parquet", "lost.txt", "caf\\xe9.txt"):
         assert f"{name}: " in message.replace("the name b'caf\\xe9.txt'", "caf\\xe9.txt: ")
     message.encode()
@@ -123,7 +123,7 @@ def test_a_format_that_is_not_read_is_refused_by_its_name(tmp_path: Path, name: 
     """A table that is swallowed as one document looks like text, and nothing later would tell."""
     (tmp_path / "good.txt").write_text("text " * 50)
     (tmp_path / name).write_bytes(b"text\nrow 1\nrow 2\n")
-    with pytest.raises(InputError, match=rf"1 document\(s\) .*\n.*{name}: is {reason}"):
+    with pytest.raises(InputError, match=rf"1 document or folder .*\n.*{name}: is {reason}"):
         plan_sources(_config(tmp_path), 0)
     (tmp_path / name).rename(tmp_path / f"{name}.txt")
     assert "text\nrow 1\nrow 2\n" in [text for _, text in _read_all(_config(tmp_path, shard_bytes=10))]

@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_listed_is_named_with_the_other_problems() -> No
         (texts / "closed").mkdir(mode=0)
         output = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True).stdout
         (texts / "closed").chmod(0o755)
-    assert "2 document(s) or folder(s) under" in output
+    assert "2 documents or folders under" in output
     assert "closed: cannot be listed: Permission denied" in output
     assert "latin.txt: is not UTF-8 text" in output
 
@@ -168,7 +168,7 @@ def test_all_bad_files_are_named_at_once(texts: Path) -> None:
         plan_sources(_config(texts), 0)
     message = str(caught.value)
     for part in (
-        "8 document(s) or folder(s) under",
+        "8 documents or folders under",
         "image.png: is binary, not text (a NUL byte at offset 4)",
         "latin.txt: is not UTF-8 text (byte 0xe9 at offset 3)",
         "broken.jsonl, line 2: is not JSON",

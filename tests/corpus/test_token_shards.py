@@ -221,7 +221,7 @@ def test_a_shard_of_which_no_document_becomes_a_token_is_refused(config: Pipelin
     pipeline = plan_corpus(config, memory_store)
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = _delete(".")
-    with pytest.raises(InputError, match=r"None of the \d document\(s\) of shard-000000 becomes a token, the first is 0\.txt\. Are the tokenizer"):
+    with pytest.raises(InputError, match=r"None of \d documents? of shard-000000 becomes a token, the first is 0\.txt\. Are the tokenizer"):
         make_token_shard(pipeline, memory_store, tokenizer, 0)
 
 

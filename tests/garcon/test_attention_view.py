@@ -79,7 +79,7 @@ def test_heads_that_do_not_fit_the_page_are_named(model: Model) -> None:
 
 def test_what_cannot_be_shown_says_why(model: Model) -> None:
     """A wrong layer, two texts, an array that is no pattern, a text that is too long: each is told, and the last is cut and says so."""
-    with pytest.raises(InputError, match=r"no attention in layer\(s\) \[7\]; those that attend are 0, 1"):
+    with pytest.raises(InputError, match=r"no attention in layer 7; those that attend are 0, 1"):
         model.attention(TEXT, layers=[7])
     with pytest.raises(InputError, match="Attention is shown of one text; the prompt has 2"):
         model.attention([[1, 2], [3, 4]])

@@ -132,7 +132,7 @@ def test_what_a_chat_needs_is_asked_for_at_planning(chat_model: Path, tmp_path: 
     assert "a.jsonl, line 1: 'text' holds no messages, a list of {role, content} with text in both" in message
     assert "a.jsonl, line 3: " in message
     assert "b.txt: is text, and corpus.text_kind is messages" in message
-    assert "3 document(s)" in message
+    assert "3 documents" in message
     with pytest.raises(InputError, match=r"the tokenizer of .* has no chat template"):
         plan_corpus(make_tiny_config(save_model(tmp_path / "model", "gpt2"), tmp_path, corpus=corpus), open_store("memory://chat"))
     with pytest.raises(ConfigError, match="text_kind messages needs contexts: per_document"):

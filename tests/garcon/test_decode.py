@@ -33,7 +33,7 @@ from interp_assets.garcon.plan import (
     Span,
     When,
     name_tensor,
-    parse_generate_plan,
+    parse_plan,
 )
 from interp_assets.garcon.run import run_plan
 from interp_assets.garcon.steering.decode import generate, stream_tokens
@@ -323,12 +323,12 @@ def test_a_plan_that_generates_survives_its_own_text() -> None:
     plan = GeneratePlan(
         rows=PROMPTS, new_tokens=3, edits=tuple(edit for edits in EDITS.values() for edit in edits), freeze=("pattern.0",), special=(256,)
     )
-    again = parse_generate_plan(plan.json())
+    again = parse_plan(GeneratePlan, plan.json())
     assert again == plan
     assert again.hash == plan.hash == "3a0483291989e0fd1c815c2a7eb76cb6"
     assert [name.shape for name in plan.tensors()] == [(D_MODEL,)] * 5
     with pytest.raises(InputError, match="The plan is wrong at whole: Input should be 'generate'"):
-        parse_generate_plan('{"whole": "sweep", "rows": [[1]], "new_tokens": 1}')
+        parse_plan(GeneratePlan, '{"whole": "sweep", "rows": [[1]], "new_tokens": 1}')
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_a_plan_that_generates_survives_its_own_text() -> None:
 def test_what_no_model_could_generate_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     """The text may come from anywhere."""
     with pytest.raises(InputError) as caught:
-        parse_generate_plan(json.dumps({"whole": "generate", "rows": [[1]], "new_tokens": 1, **change}))
+        parse_plan(GeneratePlan, json.dumps({"whole": "generate", "rows": [[1]], "new_tokens": 1, **change}))
     assert message in str(caught.value)
 
 
@@ -366,9 +366,9 @@ def test_no_text_is_anything_but_a_plan_that_generates_or_a_refusal(content: obj
     edit = {"write": {"op": "scale", "point": "z.0", "times": 2}, "where": content}
     for text in (json.dumps(content), json.dumps({"rows": [[1]], "new_tokens": 1, "edits": [content]}), str(content)):
         with pytest.raises(InputError):
-            parse_generate_plan(text)
+            parse_plan(GeneratePlan, text)
     with suppress(InputError):
-        assert parse_generate_plan(json.dumps({"rows": [[1]], "new_tokens": 1, "edits": [edit]})).edits
+        assert parse_plan(GeneratePlan, json.dumps({"rows": [[1]], "new_tokens": 1, "edits": [edit]})).edits
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Answer, Continuation, Effect, Generated, Kept, Token
-from interp_assets.garcon.plan import Add, Plan, Read, TensorName, name_tensor, parse_plan
+from interp_assets.garcon.plan import Add, Plan, Read, TensorName, name_tensor
 from interp_assets.garcon.remote.message import (
     FILE,
     JSON,
@@ -92,12 +92,12 @@ def test_a_request_is_its_plan_and_the_tensors_it_names() -> None:
     """Without tensors it is the plan's JSON, that anybody can read and write."""
     kind, pieces = pack_plan(PLAN, {name_tensor(VECTOR).tensor: VECTOR})
     assert kind == FILE
-    plan, tensors = read_plan(kind, _join(pieces), parse_plan)
+    plan, tensors = read_plan(kind, _join(pieces), Plan)
     assert plan == PLAN
     assert torch.equal(tensors[name_tensor(VECTOR).tensor], VECTOR)
     kind, pieces = pack_plan(PLAN, {})
     assert (kind, b"".join(pieces)) == (JSON, PLAN.json().encode())
-    assert read_plan(kind, _join(pieces), parse_plan) == (PLAN, {})
+    assert read_plan(kind, _join(pieces), Plan) == (PLAN, {})
 
 
 def test_an_answer_is_read_as_it_was_given() -> None:
@@ -161,7 +161,7 @@ def test_no_bytes_are_anything_but_a_file_or_a_refusal(noise: bytes, place: int)
     damaged[place : place + len(noise)] = noise
     for kind, body in ((FILE, bytearray(noise)), (JSON, bytearray(noise)), (FILE, damaged)):
         with suppress(InputError):
-            assert read_plan(kind, body, parse_plan)[0].rows
+            assert read_plan(kind, body, Plan)[0].rows
 
 
 ANYTHING = st.recursive(
@@ -199,7 +199,7 @@ def test_tensors_that_a_plan_does_not_name_are_refused(tensors: dict[str, torch.
     """A digest is an identity: what lies under it must be it."""
     texts = {"plan": PLAN.json()} if tensors else {}
     with pytest.raises(InputError, match=re.escape(message)):
-        read_plan(FILE, _join(pack(texts, tensors)), parse_plan)
+        read_plan(FILE, _join(pack(texts, tensors)), Plan)
 
 
 def test_a_plan_that_is_too_long_is_refused_before_it_is_parsed() -> None:
@@ -207,7 +207,7 @@ def test_a_plan_that_is_too_long_is_refused_before_it_is_parsed() -> None:
     long = "x" * (MAX_TEXT + 1)
     for kind, body in ((JSON, bytearray(long.encode())), (FILE, _join(pack({"plan": long}, {})))):
         with pytest.raises(InputError, match=r"1,048,577 bytes; at most 1,048,576 are read"):
-            read_plan(kind, body, parse_plan)
+            read_plan(kind, body, Plan)
 
 
 def test_what_is_no_answer_is_refused() -> None:

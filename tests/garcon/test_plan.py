@@ -28,7 +28,7 @@ def _plan(**changes: object) -> Plan:
 def test_a_plan_survives_its_own_text() -> None:
     """A notebook, a server and a stored artifact must mean the same by it."""
     plan = _plan()
-    again = parse_plan(plan.json())
+    again = parse_plan(Plan, plan.json())
     assert again == plan
     assert (again.hash, again.json()) == (plan.hash, plan.json())
     assert [name.shape for name in plan.tensors()] == [(3,)]
@@ -80,7 +80,7 @@ def test_what_is_wrong_in_any_model_is_refused_by_name(change: dict, message: st
     """The text may come from anywhere."""
     content = {"rows": [[1, 2], [3]], "operations": [{"op": "read", "name": "a", "point": "z.1"}], **change}
     with pytest.raises(InputError) as caught:
-        parse_plan(json.dumps(content))
+        parse_plan(Plan, json.dumps(content))
     assert message in str(caught.value)
 
 
@@ -93,7 +93,7 @@ def test_no_text_is_anything_but_a_plan_or_a_refusal(content: object) -> None:
     """Anything may be sent to a server."""
     for text in (json.dumps(content), json.dumps({"rows": [[1]], "operations": [content]}), str(content)):
         with pytest.raises(InputError):
-            parse_plan(text)
+            parse_plan(Plan, text)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tiny_models import make_subject, make_tokenizer
 from torch import Tensor
 
 from interp_assets.errors import InputError
-from interp_assets.garcon.plan import ReducePlan, parse_reduce_plan
+from interp_assets.garcon.plan import ReducePlan, parse_plan
 from interp_assets.garcon.reduce import Largest, Moments, find_largest
 from interp_assets.garcon.session import Model
 
@@ -127,5 +127,5 @@ def test_what_cannot_be_reduced_is_refused(llm: Model, texts: Any, wanted: dict[
 def test_a_plan_that_reduces_survives_its_own_text() -> None:
     """Its hash is what it was: raise the version when this changes on purpose."""
     plan = ReducePlan(rows=((1, 2), (3,)), reductions={"z.1": ("mean", "top:3")}, special=(256,))
-    assert parse_reduce_plan(plan.json()) == plan
+    assert parse_plan(ReducePlan, plan.json()) == plan
     assert plan.hash == "f351595373ebfeb840bac9f70d1d4582"

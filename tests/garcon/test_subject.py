@@ -200,7 +200,7 @@ def test_a_missing_weight_is_refused(tmp_path: Path) -> None:
     net = make_net("llama")
     state = {name: value for name, value in net.state_dict().items() if "layers.1.mlp" not in name}
     net.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(InputError, match=r"lacks 3 weight\(s\) of a llama model, the first is 'model.layers.1.mlp.down_proj.weight'"):
+    with pytest.raises(InputError, match=r"lacks 3 weights of a llama model, the first is 'model.layers.1.mlp.down_proj.weight'"):
         load_subject_model(ModelConfig(name=str(tmp_path)), ExecutionConfig(device="cpu"))
 
 

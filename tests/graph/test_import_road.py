@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import dagster as dg
+from measured_saes import load_table
 from road_world import Finished
 
 from interp_assets.graph.jobs import run_road
@@ -14,7 +15,6 @@ from interp_assets.storage.store import open_store
 from interp_assets.terminal.importing import Place, plan_import
 from interp_assets.train.exchange.folders import export_sae
 from interp_assets.train.refs import METRICS, evaluation_ref, sae_ref
-from interp_assets.train.sweep import load_table
 from interp_assets.visualize.refs import records_ref
 from interp_assets.web.refs import bundle_ref
 

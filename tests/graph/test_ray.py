@@ -14,9 +14,10 @@ import pytest
 import yaml
 from road_world import Finished, make_road_config
 
-from interp_assets.graph.fanout import Task, find_unmet, make_partition, make_request, side_by_side, start_fanout
+from interp_assets.graph.fanout import Load, find_unmet, make_request, side_by_side, start_fanout
 from interp_assets.graph.jobs import recorded_versions, run_road
 from interp_assets.graph.stages import make_road
+from interp_assets.graph.workers import KeptWorld, Order, Worker, count_room
 from interp_assets.planning.asset import NONE, Asset, Job, whole
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.machine import PROCESS_BYTES
@@ -24,7 +25,6 @@ from interp_assets.planning.road import Road, group_siblings
 from resources.world import World
 
 CHANGES: dict[str, Any] = {
-    "shuffle": {"passes": 3, "fan_out": 2},
     "features": {
         "saes": ["demo", "other"],
         "latent_slices": 2,
@@ -35,7 +35,9 @@ CHANGES: dict[str, Any] = {
         "examples_per_interval": 2,
     },
 }
-"""A middle pass, mixed shards, and the features of two SAEs, so that their bundles spread."""
+"""The features of two SAEs, so that their bundles spread."""
+MIDDLE: dict[str, Any] = {"shuffle": {"passes": 3, "fan_out": 2}}
+"""A middle pass, too."""
 DRIVER = """
 import json, os, sys, threading, time, warnings
 from dataclasses import replace
@@ -60,26 +62,43 @@ from interp_assets.errors import ConfigError
 from interp_assets.graph import fanout
 from interp_assets.graph.jobs import recorded_versions, run_road
 from interp_assets.graph.stages import make_road
+from interp_assets.graph.workers import Worker
 from interp_assets.planning.asset import Job, Load
 from interp_assets.planning.config import load_config
+from interp_assets.planning.progress import Progress
+from interp_assets.storage.manifest import data_version
 from resources.world import World
 config = load_config(sys.argv[1])
-attempt = fanout._attempt
 def wait_for(path):
     while not path.exists():
         time.sleep(0.01)
-def wait_and_attempt(config_json, asset_key, key):
-    place = groups.get(asset_key)
-    if place is None:
-        return attempt(config_json, asset_key, key)
-    if (folder / "youngest").read_text() == ray.get_runtime_context().get_node_id() and not (place / "killed").exists():
-        (place / "held").touch()
-        threading.Event().wait()  # a worker may outlive its node for seconds, and would answer
-    answer = attempt(config_json, asset_key, key)
-    (place / "finished").touch()
-    wait_for(place / "held")
-    return answer
-fanout._attempt = wait_and_attempt
+class Held(Worker):
+    def make(self, order):
+        place = groups.get(order.asset_key)
+        if place is None:
+            return super().make(order)
+        if (folder / "youngest").read_text() == ray.get_runtime_context().get_node_id() and not (place / "killed").exists():
+            (place / "held").touch()
+            threading.Event().wait()  # a worker may outlive its node for seconds, and would answer
+        answer = super().make(order)
+        (place / "finished").touch()
+        wait_for(place / "held")
+        return answer
+class Counted(Worker):  # the first that is given a second shard dies of it
+    def prepare(self, order):
+        super().prepare(order)
+        with (folder / "loads").open("a") as file:
+            file.write(f"{os.getpid()}\\n")
+    def make(self, order):
+        with (folder / "orders").open("a") as file:
+            file.write(f"{order.key} {os.getpid()}\\n")
+        if self._held and not (folder / "dead").exists():
+            (folder / "dead").write_text(order.key)
+            os._exit(1)
+        while self._held and len((folder / "loads").read_text().splitlines()) < 3:
+            time.sleep(0.01)  # for the one that takes the dead one's place
+        return super().make(order)
+fanout.Worker = Held
 victims = {}
 def kill(place):
     wait_for(place / "finished")
@@ -107,40 +126,54 @@ with dg.DagsterInstance.ephemeral() as instance:
 killer.join()
 asset = make_road(config).find("activations")
 world = World(config)
-job = Job(world, *world.open(), keys=("shard-000000", "shard-000001"))
-huge = fanout.start_fanout(replace(asset, takes=lambda *_: Load(memory_bytes=1 << 45)), job)
+pipeline, store = world.open()
+job = Job(world, pipeline, store, keys=tuple(asset.partition_keys(pipeline)))
+class Watching(Progress):
+    seen = set()
+    def watch(self, doing):
+        self.seen |= {each.key for each in doing}
+counted = fanout.Fanout(fanout.make_load([asset], job, job.keys), Counted, Watching())
+again = {key: data_version([item.manifest for item in counted.take(asset, key).made]) for key in job.keys}
+print(f"{time.monotonic() - begun:6.1f} s counted", flush=True)
+huge = replace(asset, takes=lambda *_: Load(memory_bytes=1 << 45))
 heard = []
-impatient = fanout.Fanout(huge._tasks, heard.append, patience_s=0)
+impatient = fanout.Fanout(fanout.make_load([huge], job, ["shard-000001"]), Worker, Progress(), heard.append, patience_s=0)
 try:
-    impatient.take("shard-000001")
+    impatient.take(huge, "shard-000001")
     message = ""
 except ConfigError as error:
     message = str(error)
-report = {"versions": versions, "nodes": nodes, "victims": victims, "message": message, "heard": heard}
+report = {"versions": versions, "nodes": nodes, "victims": victims, "message": message, "heard": heard, "again": again}
+report |= {"dead": (folder / "dead").read_text()} | {name: (folder / name).read_text().split("\\n")[:-1] for name in ("loads", "orders")}
 (folder / "report.json").write_text(json.dumps(report))
 print(f"{time.monotonic() - begun:6.1f} s in all", flush=True)
 ray.shutdown()
 cluster.shutdown()
 os._exit(0)
 """
-"""Of every asset that is to lose a node (of one SAE where there is one for each, and of all bundles together) the younger node holds the task that it
-is given, the older one returns none before that, and when it has finished one the younger node is killed; a fresh one joins after the asset. So each
-of them loses a node that holds one of its tasks, whatever their speed, and the older node, which has imported everything, stays."""
-QUICK = {"activations", "feature_candidates", "feature_browser"}
-"""What loses a node in every test run: an asset with partitions, a record of several SAEs, and siblings. By `make faults` all others too."""
+"""Of every asset that is to lose a node (of one SAE where there is one for each, and of all bundles together) the younger node holds the partition
+that it is given, the older one returns none before that, and when it has finished one the younger node is killed; a fresh one joins after the asset.
+So each of them loses a node that holds one of its partitions, whatever their speed, and the older node, which has imported everything, stays.
+Then one asset is asked for again by workers that write down what they load, one of which dies."""
+QUICK = {"activations", "feature_browser"}
+"""What loses a node in every test run: an asset whose partitions hold a model, and siblings. By `make faults` all others too."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.faults)])
 def test_every_asset_that_can_spread_survives_the_loss_of_a_node(tiny_world: Path, tmp_path: Path, every: bool) -> None:
-    """Whatever a cluster loses, and wherever the road is at that moment: no digest differs from those of one undisturbed process."""
-    config = make_road_config(tiny_world, tmp_path / "data", **CHANGES)
+    """Whatever a cluster loses, and wherever the road is at that moment: no digest differs from those of one undisturbed process.
+
+    Nor does a worker load anything twice: what it has loaded for one shard serves for all, and only who takes a dead one's place loads again.
+    """
+    changes = {**CHANGES, **MIDDLE} if every else CHANGES
+    config = make_road_config(tiny_world, tmp_path / "data", **changes)
     groups = [(key, name) for key, name in groups_of(make_road(config)) if every or name in QUICK]
     assert {name for _, name in groups} >= QUICK
     with start_driver(config, tmp_path, groups) as driver:
         try:
-            alone = made_alone(make_road_config(tiny_world, tmp_path / "alone", **CHANGES))
+            alone = made_alone(make_road_config(tiny_world, tmp_path / "alone", **changes))
             said = driver.communicate(timeout=500)[0]
         finally:
             driver.terminate()
@@ -158,6 +191,11 @@ def test_every_asset_that_can_spread_survives_the_loss_of_a_node(tiny_world: Pat
         assert lost not in report["nodes"][losing[name]].values(), name  # what the dead node held was made again
     assert set(report["victims"]) == set(losing)
     assert len(set(report["victims"].values())) == len(report["victims"])  # a node dies once
+    assert report["again"] == alone["activations"]
+    assert len(report["loads"]) == len(set(report["loads"])) == 3  # two workers, and the one that took the dead one's place
+    asked = [order.split()[0] for order in report["orders"]]
+    assert set(asked) == set(alone["activations"])
+    assert {key for key in asked if asked.count(key) > 1} >= {report["dead"]}  # what the worker died of, another made
     assert "activations shard-000001 asks for 1 CPU, 0 GPU and 32768.7 GiB" in report["message"]
     assert report["heard"] == [f"{report['message']} Waiting for one."]
 
@@ -218,7 +256,7 @@ def test_a_task_asks_for_what_its_record_says(finished: Finished, device: str, n
 
 def test_a_request_that_no_living_node_can_satisfy_is_told() -> None:
     """Ray lets such a task wait for ever without a word. A node that is busy is large enough; a dead one is not, nor two that are so together."""
-    task = Task("mixed_shards bucket-3", None, {"CPU": 1, "GPU": 0, "memory": 8 << 30})
+    task = Load([], {"CPU": 1, "GPU": 0, "memory": 8 << 30}, "mixed_shards bucket-3")
     small = {"Alive": True, "Resources": {"CPU": 4.0, "memory": float(5 << 30)}}
     large = {"Alive": True, "Resources": {"CPU": 1.0, "memory": float(9 << 30)}}
     assert find_unmet(task, [small, large]) == ""
@@ -253,5 +291,25 @@ def test_without_a_cluster_nothing_is_sent(finished: Finished) -> None:
     bundle = make_road(finished.config).find("features/demo/feature_browser")
     with side_by_side([bundle, replace(bundle, key=("features", "other", "feature_browser"))], finished.config):
         assert start_fanout(bundle, Job(world, *world.open())) is None
-    (item,) = make_partition(finished.config.model_dump_json(), ("activations",), "shard-000001")
+
+
+def test_a_worker_loads_once_what_its_partitions_need(finished: Finished) -> None:
+    """A model of 7B parameters is not read again for every shard, nor for every SAE whose evaluation shares nothing else with the one before."""
+    world = KeptWorld(finished.config)
+    assert world.model() is world.model()
+    assert world.tokenizer() is world.tokenizer()
+    assert world.open() is world.open()
+    worker = Worker()
+    order = Order("a run", finished.config.model_dump_json(), ("activations",), "shard-000001")
+    worker.prepare(order)
+    (item,) = worker.make_here(order.key)
     assert item.is_cached
+
+
+def test_workers_are_as_many_as_fit_side_by_side() -> None:
+    """What they hold adds up to what a node has, and no node lends what it has to two."""
+    nodes = [{"Alive": alive, "Resources": {"CPU": 8.0, "GPU": 2.0, "memory": float(10 << 30)}} for alive in (True, True, False)]
+    assert count_room({"CPU": 1, "GPU": 0, "memory": 1 << 30}, nodes) == 16
+    assert count_room({"CPU": 1, "GPU": 0, "memory": 3 << 30}, nodes) == 6
+    assert count_room({"CPU": 1, "GPU": 1, "memory": 3 << 30}, nodes) == 4
+    assert count_room({"CPU": 1, "GPU": 0, "memory": 11 << 30}, nodes) == 0

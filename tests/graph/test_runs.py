@@ -8,6 +8,7 @@ import dagster as dg
 import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContext
+from measured_saes import load_table
 from road_world import Finished, copied_history, make_road_config
 
 from interp_assets.corpus.refs import token_shard_ref
@@ -23,7 +24,6 @@ from interp_assets.planning.progress import AssetReport, Progress, format_bytes
 from interp_assets.shuffle.refs import certificate_ref
 from interp_assets.storage.manifest import create_artifact, remove_artifact
 from interp_assets.storage.store import Store
-from interp_assets.train.sweep import load_table
 
 SHARD = "shard-000002"
 
@@ -263,6 +263,37 @@ def test_one_bad_sae_of_a_sweep_costs_only_itself(finished: Finished, copied: Pi
         assert load_table(pipeline, store)["name"].to_list() == ["demo", "other", "good"]
         again = {item.name: item for item in run_backfill(config, instance)}
         assert (again["sae"].failed, again["sae_evaluation"].waiting) == (["bad"], ["bad"])
+
+
+def test_a_stopped_sae_is_a_result_and_not_a_failure(finished: Finished, copied: PipelineConfig) -> None:
+    """`stop` asks for it: the command is done, says who was given up and why, makes all else, and again does nothing more."""
+    fields = {**copied.saes[0].model_dump(), "name": "good", "seed": 1}
+    saes = [*copied.saes, fields, {**fields, "name": "slow", "learning_rate": 1e-9}]
+    config = make_config({**copied.model_dump(), "saes": saes, "stop": {"at": [0.5], "margin": 0.0}})
+    told: list[str] = []
+
+    class Hearing(Progress):
+        def tell(self, sentence: str) -> None:
+            told.append(sentence)
+
+    with copied_history(finished) as instance:
+        for n_made in (1, 0):
+            reports = {item.name: item for item in run_road(config, instance, select=["sae", "sae_evaluation", "sweep"], progress=Hearing())}
+            for name in ("sae", "sae_evaluation"):
+                found = reports[name]
+                assert (found.n_made, found.n_reused, list(found.stopped), list(found.failed), list(found.waiting)) == (
+                    n_made,
+                    3 - n_made,
+                    ["slow"],
+                    [],
+                    [],
+                )
+            assert sum("'slow' was stopped at step" in sentence for sentence in told) == 1
+            told.clear()
+        pipeline, store = open_finished(config)
+        assert load_table(pipeline, store)["name"].to_list() == ["demo", "other", "good"]
+        again = {item.name: item for item in run_backfill(config, instance, select=["sae", "sae_evaluation"])}
+        assert [(item.stopped, item.failed, item.waiting) for item in again.values()] == [(["slow"], [], [])] * 2
 
 
 def test_what_is_only_recorded_is_not_counted_as_made_or_written(finished: Finished) -> None:

@@ -42,7 +42,7 @@ def test_streams_ranges_and_listings_work(store: Store) -> None:
             sink.write(memoryview(data)[start : start + 3_000_000])
     assert store.get("a/big.bin") == data
     assert store.get_ranges("a/big.bin", [5, 9 << 20], [7, 100]) == [data[5:12], data[9 << 20 : (9 << 20) + 100]]
-    assert list(store.child("a").list()) == [("big.bin", len(data))]
+    assert [found[:2] for found in store.child("a").list()] == [("big.bin", len(data))]
     store.delete(["a/big.bin", "a/none"])
     assert store.size("a/big.bin") is None
 

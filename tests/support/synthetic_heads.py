@@ -16,9 +16,20 @@ from synthetic_bundle import InventedText, make_text
 
 from interp_assets.compute.seeds import stream
 from interp_assets.garcon.patterns.codec import LONG, quantize, shrink
+from interp_assets.garcon.patterns.targets import Terms
 from interp_assets.garcon.patterns.view import Attention
 from interp_assets.harvest.heads.patterns import TOP_KEYS
-from interp_assets.harvest.heads.prompts import FILES, THUMB, pack_prompt, pack_prompt_pattern
+from interp_assets.harvest.heads.prompts import (
+    COLUMNS,
+    FILES,
+    THUMB,
+    join_targets,
+    pack_columns,
+    pack_prompt,
+    pack_prompt_pattern,
+    pack_targets,
+    target_columns,
+)
 from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION
 from interp_assets.harvest.heads.statistics import CHANCES, MEANS
 from interp_assets.storage.manifest import Produced, create_artifact, find_manifest, make_ref
@@ -46,9 +57,11 @@ def build_synthetic_heads(store: Store, *, seed: int = 0, label: str = "attentio
     records = [_make_record(text, seed, place) for place in range(len(KINDS))]
     columns: dict[str, list[Any]] = {"layer": [each["layer"] for each in records], "head": [each["head"] for each in records]}
     columns["rows"] = [each["rows"] for each in records]
+    columns["induction_rows"] = [each["rows"] // 2 for each in records]
     columns |= {name: [each["statistics"][name] for each in records] for name in MEANS}
     columns |= {name: [each["chance"][name.removeprefix("uniform_")] for each in records] for name in CHANCES}
     prompts = [(name, make_prompt_files(_prompt_tokens(text, name), text, seed)) for name in PROMPTS]
+    prompts[0] = ("short", join_targets(prompts[0][1], make_target_files(_prompt_tokens(text, "short"), text, seed)))
     limits = {"n_heads": N_HEADS, "n_key_heads": N_HEADS, "window": None, "softcap": None, "has_sinks": False}
     described = {
         "is_synthetic": True,
@@ -147,6 +160,22 @@ def make_prompt_files(tokens: NDArray[np.int64], text: InventedText, seed: int =
     offsets = np.cumsum([0, *map(len, members)]).astype("<u8").tobytes()
     packed = (json.dumps(described).encode(), b"".join(members), offsets, lengths.astype("<f2").tobytes(), thumbs)
     return dict(zip(FILES, packed, strict=True))
+
+
+def make_target_files(tokens: NDArray[np.int64], text: InventedText, seed: int = 0) -> dict[str, bytes]:
+    """Return what adds to the logit of a prompt's last token: edges of invented weight, which with the rest sum to the target."""
+    generator, n = stream(seed, "heads", "targets").generator(), len(tokens)
+    columns, scales, heads = {}, {}, {}
+    for layer in range(len(KINDS) // N_HEADS):
+        columns[layer], scales[layer] = generator.normal(size=(N_HEADS, n)), 0.5 + generator.random(n)
+        patterns = [make_pattern(kind, tokens, seed) for kind in KINDS[layer * N_HEADS : (layer + 1) * N_HEADS]]
+        heads[layer] = np.stack([pattern @ column * scales[layer] for pattern, column in zip(patterns, columns[layer], strict=True)])
+    others = {name: generator.normal(size=n) for name in ("embedding", "mlp.0", "mlp.1", "bias")} | {"rounding": np.zeros(n)}
+    value = sum(others.values()) + sum(found.sum(axis=0) for found in heads.values())
+    terms = [Terms(f"logit:{int(tokens[-1])}", value, columns, scales, {}, heads, others, "The logit before it is bounded by 30.")]
+    layers = dict.fromkeys(columns, N_HEADS)
+    own = pack_columns(np.stack(list(target_columns(terms, layers).values()), axis=1))
+    return {COLUMNS: own, **pack_targets(terms, layers, text.vocabulary.text)}
 
 
 def _describe_prompt(files: dict[str, bytes]) -> dict[str, Any]:

@@ -75,6 +75,8 @@ def _write_matches(pipeline: Pipeline, store: Store) -> None:
             "cosine": [1 - 0.05 * i for i in range(8)],
             "is_mutual": [i < 7 for i in range(8)],
             "correlation": [0.99 - 0.1 * i for i in range(8)],
+            "paired_latent": list(range(7, -1, -1)),
+            "paired_cosine": [1 - 0.05 * i for i in range(8)],
         }
         parts.append(pl.DataFrame({**columns, "n_fired": [10] * 8, "n_other_fired": [12] * 8}, schema=MATCHED))
         pairs.append({"sae": own, "other_sae": other, **numbers})

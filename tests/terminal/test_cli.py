@@ -44,7 +44,7 @@ OPTIONS = {
     "inspect": ["path"],
     "labels": [],
     "plan": ["--config", "--memory", "--range", "--read-again", "--row-bytes", "--rows", "--set", "--simulate", "--workers"],
-    "run": ["--config", "--note", "--read-again", "--select", "--set", "--yes"],
+    "run": ["--config", "--note", "--read-again", "--select", "--set", "--workers", "--yes"],
     "serve": ["--config", "--host", "--model", "--notes", "--port", "--token-file", "--users", "--weights", "path"],
     "steer": ["--config", "--new-tokens", "--prompt", "--seed", "--temperature", "recipe"],
     "sweep": ["--all", "--config", "--csv", "--over", "--sort"],
@@ -282,7 +282,7 @@ def test_serve_without_a_bundle_says_what_to_do(tmp_path: Path) -> None:
     """The first thing that a newcomer may try."""
     result = interp("serve", cwd=tmp_path, INTERP_ROOT=str(tmp_path / "data"))
     assert result.returncode == 1
-    assert "There is no feature bundle at" in result.stderr
+    assert "There is nothing to browse at" in result.stderr
     assert "`interp run`" in result.stderr
 
 
@@ -302,6 +302,8 @@ def test_a_finished_asset_is_one_line() -> None:
     assert lines[0].split() == ["activations", "4", "made,", "12", "there", "already", "12.3", "s", "2.5", "MB"]
     assert lines[2] == "    check not passed: bounds: SAE a has 0.6"
     assert lines[3] == "  2 assets, 17 partitions: 4 made in 12.3 s, 2.5 MB written."
+    print_total(console, [AssetReport("sae", 1, 1, 1000, 1.0, [], stopped=["a"])])
+    assert console.export_text().splitlines()[-1] == "  1 asset, 1 partition: 1 made in 1.0 s, 1.0 kB written."
 
 
 def test_the_demo_root_comes_from_the_environment(tmp_path: Path) -> None:
@@ -548,6 +550,25 @@ def test_the_resolved_configuration_is_one_that_means_the_same(tmp_path: Path) -
     assert config == load_config(path, settings=["saes.*.d_sae=64", "execution.workers=2"])
     assert shown.stderr == "`k` decides nothing for relu: 2 SAEs (a-seed0, a-seed1)\n"
     assert '"name": "demo-k8"' in invoke("config", "--set", "saes.*.k=[8, 16]", "--set", "features.saes=[]").stdout
+
+
+def test_the_resolved_configuration_shows_of_the_corpus_what_its_source_reads(tmp_path: Path) -> None:
+    """The demo's listed ten fields of planted rows under a corpus of text; what is set all the same stays, is part of the ids, and is said."""
+    text = {"context_length", "contexts", "held_out_shards", "max_shards", "shard_bytes", "source", "text_kind"}
+
+    def shown(*settings: str) -> tuple[set[str], str]:
+        result = invoke("config", *(word for setting in settings for word in ("--set", setting)))
+        (tmp_path / "again.yaml").write_text(result.stdout)
+        assert load_config(tmp_path / "again.yaml").corpus.source == yaml.safe_load(result.stdout)["corpus"]["source"]
+        return set(yaml.safe_load(result.stdout)["corpus"]), result.stderr
+
+    assert shown() == (text, "")
+    told = {"documents_per_shard", "path", "revision", "split", "subset", "text_field"}
+    assert shown("corpus.source=huggingface", "corpus.path=a/b") == ((text | told) - {"shard_bytes"}, "")
+    assert shown("corpus.width=32") == (text | {"width"}, "`corpus.width` decides nothing for source stdlib\n")
+    planted, _ = shown("corpus.source=planted", "features.saes=[]", "heads=null", "steering=null")
+    assert planted >= {"features", "width", "n_rows", "frequency", "hierarchy", "noise", "max_shards", "context_length"}
+    assert not planted & {"path", "text_field", "shard_bytes", "contexts", "text_kind", "split"}
 
 
 def test_more_saes_than_anybody_wants_by_accident_need_a_yes(tmp_path: Path) -> None:

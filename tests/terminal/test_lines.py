@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from interp_assets.compute.compiled import Compiling
+from interp_assets.planning.progress import Doing, describe_workers
 from interp_assets.terminal.console import Bars
 from interp_assets.terminal.left import Remaining
 from interp_assets.terminal.lines import Lines, format_duration, watch
@@ -187,3 +188,18 @@ def test_bars_are_for_terminals_only() -> None:
 def test_durations_have_two_units(seconds: float, text: str) -> None:
     """`367000 s` makes people count; rounding carries over."""
     assert format_duration(float(seconds)) == text
+
+
+def test_workers_are_told_side_by_side_with_their_rate_together() -> None:
+    """One picture of all, and of many only a few by name."""
+    doing = [Doing(f"shard-{index}", 1000 * index, 2.0) for index in range(1, 7)]
+    said = describe_workers(doing, "rows")
+    assert said == "6 at work: shard-1 1,000, shard-2 2,000, shard-3 3,000, shard-4 4,000 and 2 more rows; 10,500/s together"
+    console = Console(file=io.StringIO(), width=200)
+    with Lines(console, every_s=3600.0) as lines:
+        lines.expect("activations", 8)
+        lines.begin("activations", "shard-1")
+        lines.watch(doing[:1])
+        assert "0 of 8 done, 1 at work: shard-1 1,000 rows; 500/s together" in lines.describe()
+        lines.expect("mixed_shards", 2)
+        assert "together" not in lines.describe()

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 from interp_assets.corpus.refs import token_shard_ref
-from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.errors import InputError, InterpError, NonFiniteError
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.outliers import find_outliers
 from interp_assets.harvest.refs import OUTLIER_MULTIPLE, activation_shard_ref, statistics_ref
@@ -29,7 +29,7 @@ from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import save_tensors
 from interp_assets.train.checkpoint import load_sae, save_sae
 from interp_assets.train.checks import OUTLIER_ROWS, QUALITY_BOUNDS
-from interp_assets.train.evaluate import ModelGroups, _Arm, _measure_model, evaluate_sae, evaluate_saes, save_evaluation
+from interp_assets.train.evaluate import ModelGroups, _Arm, _measure_model, evaluate_saes, save_evaluation
 from interp_assets.train.metrics import ReconstructionSums, max_cosines
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.sae import Sae
@@ -49,6 +49,14 @@ class World(NamedTuple):
     valid: np.ndarray
     rows: torch.Tensor
     target_rows: torch.Tensor | None = None
+
+
+def evaluate_sae(pipeline: Pipeline, store: Store, model: SubjectModel, name: str, progress: Callable[[int], None] | None = None) -> Produced:
+    """Measure one SAE alone."""
+    found = evaluate_saes(pipeline, store, model, [name], progress)[name]
+    if isinstance(found, InterpError):
+        raise found
+    return found
 
 
 def capture(model: SubjectModel, token_ids: np.ndarray, hook_point: str) -> torch.Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 from interp_assets.graph.stages import make_road
 from interp_assets.planning.costs import make_estimator, price
 from interp_assets.planning.pipeline import Pipeline, save_plan
-from interp_assets.planning.rates import Rate, load_rates, rates_path
+from interp_assets.planning.progress import Progress
+from interp_assets.planning.rates import Rate, load_rates, note_rate, rates_path
 from interp_assets.planning.schedule import Line, make_schedule
 from interp_assets.storage.manifest import create_artifact
 from interp_assets.storage.store import Store
@@ -41,7 +42,8 @@ def test_a_part_of_the_work_is_no_rate(make_planted: Callable[..., Any], tmp_pat
     """A training that went on from a checkpoint did less than the estimate counts."""
     planted = make_planted([TRAINED], root=str(tmp_path))
     save_plan(planted.store, planted.pipeline.plan)
-    compare, before = make_estimator(planted.pipeline.config, make_road(planted.pipeline.config)), load_rates(rates_path()).get("sae batch_topk")
+    compare = make_estimator(planted.pipeline.config, make_road(planted.pipeline.config)).compare
+    before = load_rates(rates_path()).get("sae batch_topk")
     assert compare(["sae"], "own", Traffic(), 60.0, is_whole=False) is not None
     assert load_rates(rates_path()).get("sae batch_topk") == before
     assert compare(["sae"], "own", Traffic(), 60.0, is_whole=True) is not None
@@ -84,3 +86,50 @@ def test_small_trainings_are_bound_by_their_steps_and_dense_ones_by_products(mak
 
     assert seconds(n_rows=1_000_000, batch_rows=100) > 10_000 * 0.01
     assert seconds(d_sae=1 << 20, n_rows=10**7, batch_rows=10**5, architecture="relu") > 2 * seconds(d_sae=1 << 20, n_rows=10**7, batch_rows=10**5)
+
+
+def test_a_training_takes_longer_with_rows_latents_steps_and_denser_architectures(make_planted: Callable[..., Any]) -> None:
+    """An SAE of small batches said 1 s and took 223: Adam goes through all weights in each step, however few rows it has."""
+
+    def seconds(**fields: Any) -> float:
+        planted = make_planted([{**TRAINED, **fields}])
+        stop = make_road(planted.pipeline.config).get(("sae",))
+        return stop.takes(planted.pipeline, planted.store, "own").busy_s
+
+    big = {"d_sae": 1 << 20, "n_rows": 10**6, "batch_rows": 1000}
+    n_weights = 2 * 16 * (1 << 20)
+    assert seconds(**{**big, "n_rows": 2 * 10**6}) == 2 * seconds(**big)
+    assert 1.5 * seconds(**big) < seconds(**{**big, "d_sae": 1 << 21}) < 2 * seconds(**big)
+    assert seconds(**{**big, "batch_rows": 10}) > 100_000 * 4e-9 * n_weights
+    assert seconds(**{**big, "n_rows": 1, "batch_rows": 10}) == seconds(**{**big, "n_rows": 10, "batch_rows": 10})
+    by_architecture = [seconds(**big, architecture=name) for name in ("topk", "jump_relu", "relu", "gated")]
+    assert by_architecture == sorted(set(by_architecture))
+
+
+def test_a_small_sae_beside_a_large_one_is_not_charged_for_it(make_planted: Callable[..., Any], tmp_path: Any) -> None:
+    """SAEs of one run were each said to take an equal part of it: what was forecast with 1 s took 223, and taught that for the next time."""
+    planted = make_planted([TRAINED, {**TRAINED, "name": "large", "d_sae": 24 << 10, "n_rows": 100_000}], root=str(tmp_path))
+    save_plan(planted.store, planted.pipeline.plan)
+    progress = Progress()
+    assert progress.divide(["sae"], ["own", "large"]) == {"own": 0.5, "large": 0.5}
+    progress.estimator = make_estimator(planted.pipeline.config, make_road(planted.pipeline.config))
+    shares = progress.divide(["sae"], ["own", "large"])
+    assert sum(shares.values()) == 1
+    assert shares["own"] < 0.01
+
+
+def test_the_history_keeps_the_forecast_of_this_machine(make_planted: Callable[..., Any], tmp_path: Any) -> None:
+    """`interp plan` corrects by what was measured here; `forecast_s` beside it was that of any machine."""
+    planted = make_planted([TRAINED], root=str(tmp_path))
+    save_plan(planted.store, planted.pipeline.plan)
+    road = make_road(planted.pipeline.config)
+    assumed_s = price(planted.pipeline.config, road.get(("sae",)).takes(planted.pipeline, planted.store, "own")).seconds
+    for _ in range(30):
+        note_rate(rates_path(), "sae batch_topk", 1000.0, 7000.0)
+    progress = Progress()
+    progress.estimator = make_estimator(planted.pipeline.config, road)
+    table = progress.cost(["sae"], "own", Traffic(), 60.0, is_whole=False)
+    assert progress.expected_s["sae"] == load_rates(rates_path())["sae batch_topk"].correct(assumed_s)
+    assert progress.expected_s["sae"] > 5 * assumed_s
+    assert table is not None
+    assert {row["what"]: row["estimated"] for row in table}["seconds"] == float(f"{assumed_s:.4g}")

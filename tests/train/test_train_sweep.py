@@ -8,7 +8,7 @@ from typing import Any
 import duckdb
 import polars as pl
 import pytest
-from measured_saes import HOOK, measure
+from measured_saes import HOOK, load_table, measure
 from typer.testing import CliRunner
 
 from interp_assets.errors import ArtifactMissingError, InputError
@@ -19,7 +19,7 @@ from interp_assets.train.loop import train_saes
 from interp_assets.train.plots import find_best, plot_curves, plot_pareto
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.train.reports import describe_sweep
-from interp_assets.train.sweep import OUTLIERS, SCHEMA, SPEED, load_table, make_sweep, shorten
+from interp_assets.train.sweep import OUTLIERS, SCHEMA, SPEED, make_sweep, shorten
 
 TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 1000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
 SAES = [{"name": "a", **TINY}, {"name": "b", **TINY, "architecture": "relu", "seed": 3}, {"name": "c", **TINY, "k": 4}]

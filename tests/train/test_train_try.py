@@ -106,7 +106,7 @@ def test_a_file_that_is_saved_is_seen(tmp_path: Path) -> None:
 def test_without_mixed_rows_it_says_how_they_are_made(make_planted) -> None:
     """The first thing that a newcomer types."""
     planted = make_planted(SAES)
-    with pytest.raises(InputError, match=r"has no mixed rows .*interp run --select \+shuffle_certificate"):
+    with pytest.raises(InputError, match=r"has no mixed rows .*interp run --select \+shuffle_certificate --select \+activation_statistics"):
         try_saes(planted.pipeline, open_store("memory://").child("empty"), 2000)
 
 

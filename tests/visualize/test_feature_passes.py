@@ -195,7 +195,7 @@ def test_each_pass_names_every_missing_partition(make_world, tokenizer, unembedd
     world = make_world()
     pipeline, store, sae = world.pipeline, world.store, world.sae
     find_candidates(pipeline, store, sae, "demo", 1, 0)
-    with pytest.raises(Exception, match=r"2 of 3 feature_candidates partition\(s\) are missing: shard-000000.slice-000, shard-000002.slice-000"):
+    with pytest.raises(Exception, match=r"2 of 3 feature_candidates partitions are missing: shard-000000.slice-000, shard-000002.slice-000"):
         select_examples(pipeline, store, "demo", 0)
     with pytest.raises(Exception, match=r"2 of 2 feature_examples .* slice-000, slice-001"):
         fire_windows(pipeline, store, sae, "demo", 0)

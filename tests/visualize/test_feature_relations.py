@@ -265,5 +265,5 @@ def test_an_example_without_its_window_is_reported(make_world, run_passes):
         )
         for i, item in enumerate(window_refs)
     ]
-    with pytest.raises(ArtifactCorruptError, match=r"have no window in dataset shard\(s\) 2: .* Re-materialize"):
+    with pytest.raises(ArtifactCorruptError, match=r"have no window in dataset shard 2: .* Re-materialize"):
         list(read_examples(examples, shards, 0, 12))

@@ -109,6 +109,7 @@ def test_a_prompt_links_pattern_tokens_and_table(visit: Visit, site: Site) -> No
     until(visit, f"document.querySelector('.reading tbody td:nth-child(3)').innerText === '{pattern[20, 9] * seen.lengths[1][0, 1, 9]:.3f}'")
     assert "by=output" in visit.page.url
     visit.page.keyboard.press("]")
+    visit.page.keyboard.press("]")
     visit.page.keyboard.press("s")
     visit.page.wait_for_selector("caption:has-text('What looks at key 9')")
     looking = np.flatnonzero(pattern[:, 9])
@@ -119,6 +120,50 @@ def test_a_prompt_links_pattern_tokens_and_table(visit: Visit, site: Site) -> No
     visit.page.keyboard.press("h")
     until(visit, "location.hash.includes('head=0.2&q=19&k=9')")
     assert visit.page.get_by_role("button", name="Head 0.2").get_attribute("aria-pressed") == "true"
+
+
+def test_a_configured_target_is_explained_without_a_model(visit: Visit, site: Site) -> None:
+    """Edges by what they add to a token's logit, of both signs, and terms that sum to it, from the bundle's files alone."""
+    bundle = _heads(site)
+    pattern = bundle.prompt("short").pattern("1.0")
+    files = {name: bundle.read(f"prompts/short/{name}") for name in ("targets.json", "columns.bin", "scales.bin", "terms.bin")}
+    (target,) = json.loads(files["targets.json"])
+    column = np.frombuffer(files["columns.bin"], "<f2").reshape(6, 3, 24)[3, 2].astype(float)
+    scale = np.frombuffer(files["scales.bin"], "<f4").reshape(2, 24)[1]
+    terms = np.frombuffer(files["terms.bin"], "<f4").reshape(-1, 24)[:, 20]
+    visit.open(site.page_of(site.heads, f"/prompt/short?head=1.0&q=20&k=9&by={target['column']}"), "caption:has-text('What adds to it at query 20')")
+    edges = pattern[20] * column * scale[20]
+    order = np.argsort(-np.abs(edges), kind="stable")[: np.count_nonzero(edges)]
+    first = visit.page.locator(".reading table").first.locator("tbody tr").all_inner_texts()
+    assert [int(line.split("\t")[0]) for line in first] == order.tolist()
+    assert [line.split("\t")[2].replace("\N{MINUS SIGN}", "-") for line in first] == [f"{edges[key]:.3f}" for key in order]
+    parts = visit.page.locator("table:has(caption:has-text('What adds')) tbody tr").all_inner_texts()
+    total = sum(float(line.split("\t")[-1].replace("\N{MINUS SIGN}", "-")) for line in parts)
+    assert total == pytest.approx(terms[6], abs=0.01)
+    assert f"{terms[6]:.3f} in all".replace("-", "\N{MINUS SIGN}") in visit.page.locator("caption:has-text('What adds')").inner_text()
+    assert target["note"] in visit.page.locator(".lead").inner_text()
+
+
+def test_lines_run_from_the_chosen_token_to_what_it_looks_at(visit: Visit, site: Site) -> None:
+    """Pattern, tokens and lines are one choice; on a telephone there is no room for lines, nor for what runs off the side."""
+    visit.open(site.page_of(site.heads, "/prompt/short?head=1.0&q=20&k=9"), ".tokens path")
+    ends = """[...document.querySelectorAll('.tokens path')].map((path) => {
+        const [from, to] = [path.getPointAtLength(0), path.getPointAtLength(path.getTotalLength())];
+        const spans = [...document.querySelectorAll('.tokens [data-place]')];
+        const away = (span, point) => Math.hypot(span.offsetLeft + span.offsetWidth / 2 - point.x, span.offsetTop + 3 - point.y);
+        const nearest = (point) => Number(spans.toSorted((a, b) => away(a, point) - away(b, point))[0].dataset.place);
+        return [nearest(from), nearest(to), path.classList.contains('sight')];
+    })"""
+    pattern = _heads(site).prompt("short").pattern("1.0")
+    wanted = [[20, int(key), bool(key == 9)] for key in np.argsort(-pattern[20], kind="stable")[: np.count_nonzero(pattern[20])]]
+    assert visit.page.evaluate(ends) == wanted
+    visit.page.locator(".tokens [data-place='15']").hover()
+    visit.page.wait_for_selector("caption:has-text('What query 15 looks at')")
+    assert {start for start, *_ in visit.page.evaluate(ends)} == {15}
+    visit.page.set_viewport_size(NARROW)
+    visit.page.wait_for_timeout(100)
+    assert not visit.page.locator(".tokens svg").is_visible()
+    assert fits(visit)
 
 
 def test_hovering_previews_and_clicking_keeps(visit: Visit, site: Site) -> None:

@@ -12,7 +12,7 @@ from synthetic_sweep import N_HELD_OUT, build_synthetic_sweep, fvu_of
 
 from interp_assets.storage.manifest import CONFIGURATION
 from interp_assets.storage.store import Store, open_store
-from interp_assets.web.comparison import MAX_CURVES, add_pipeline, describe_comparison, find_pipelines
+from interp_assets.web.comparison import MAX_CURVES, Comparisons, add_pipeline, describe_comparison, find_pipelines, find_stamp
 from interp_assets.web.opened import list_bundles
 from interp_assets.web.server import Desk, make_app
 from interp_assets.web.site import export_site
@@ -71,6 +71,25 @@ def test_a_server_and_a_static_host_tell_the_same(store: Store, tmp_path: Path) 
     export_site(places, out, static=tmp_path)
     assert json.loads(out.get("sweeps/synthetic.json")) == told
     assert json.loads(out.get("site.json"))["sweeps"] == ["synthetic"]
+
+
+def test_a_comparison_is_made_again_when_something_is_written(tmp_path: Path) -> None:
+    """And only then: a page that asks again gets 304, a table of ten thousand SAEs is not read for every visitor."""
+    store = open_store("memory://").child("again")
+    build_synthetic_sweep(store, ks=(8,), n_seeds=1)
+    client = TestClient(make_app([], static=tmp_path, desk=Desk(pipelines={"synthetic": store})), base_url="http://127.0.0.1")
+    headers = {"if-none-match": client.get("/sweeps/synthetic.json").headers["etag"]}
+    again = client.get("/sweeps/synthetic.json", headers=headers)
+    assert (again.status_code, again.content) == (304, b"")
+    comparisons = Comparisons({"synthetic": store})
+    assert comparisons.find("synthetic")[1] is comparisons.find("synthetic")[1]
+    build_synthetic_sweep(store, ks=(8,), n_seeds=2)
+    changed = client.get("/sweeps/synthetic.json", headers=headers)
+    assert changed.status_code == 200
+    assert len(changed.json()["saes"]["name"]) == 6
+    before = find_stamp(store)
+    store.put("4-sae/one-more", b"")
+    assert find_stamp(store) != before, "whatever is written of the stage"
 
 
 def test_saes_are_compared_without_any_bundle(store: Store, tmp_path: Path) -> None:

@@ -13,14 +13,16 @@ import torch
 from model_server import ModelServer, make_served, serve_model
 from tiny_models import CONTEXT, D_MODEL, VOCABULARY, make_tokenizer
 
+from interp_assets.errors import InputError
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.patterns.cuts import Cut, measure_cut
+from interp_assets.garcon.patterns.pairs import Edge, explain_edge
 from interp_assets.garcon.patterns.targets import Latent, Logit, explain_targets
 from interp_assets.garcon.patterns.view import read_attention
 from interp_assets.garcon.remote.limits import Limits
-from interp_assets.harvest.heads.prompts import FILES, pack_prompt, unpack_prompt
+from interp_assets.harvest.heads.prompts import FILES, SCALES, TARGETS, TERMS, pack_prompt, unpack_prompt
 from interp_assets.train.sae import Sae
-from interp_assets.web.attention_live import SCALES, TARGETS, TERMS
+from interp_assets.web.attention_live import AskedCut, AskedCuts, AskedPairs, cut, cut_each, pair
 
 PAGE = (Path(__file__).parents[2] / "docs" / "formats" / "attention_answer.md").read_text(encoding="utf-8")
 TEXT = "the cat; the cat"
@@ -118,6 +120,39 @@ def test_cuts_are_those_of_the_model(server: ModelServer, client: httpx.Client) 
     assert list(each["kl"]) == ["0.0", "0.1", "1.0", "1.1"]
 
 
+def test_pairs_are_those_of_the_model(server: ModelServer, client: httpx.Client) -> None:
+    """The strongest first, sides and the rest beside, so that a page can show that nothing is missing."""
+    edge, saes = Edge(1, 0, 9, 4), {"l0": AttachedSae(_make_sae(), "resid_post.0")}
+    expected = explain_edge(server.local.subject, ROW, edge, saes, "l0", [Logit(MARK)])
+    found = client.post("pairs", json={**ASK, "head": "1.0", "query": 9, "key": 4, "targets": [{"token": ";"}]}).json()
+    assert (found["sae"], found["score"], found["mean"]) == ("l0", pytest.approx(expected.score, rel=1e-5), pytest.approx(expected.mean, rel=1e-5))
+    assert (found["slope"], found["mass"]) == (pytest.approx(expected.slope, rel=1e-5), pytest.approx(expected.mass, rel=1e-5))
+    sizes = [abs(value) for *_, value in found["pairs"]]
+    assert sizes == sorted(sizes, reverse=True)
+    total = sum(value for *_, value in found["pairs"]) + found["others"]["sum"]
+    assert total == pytest.approx(found["score"] - found["mean"], abs=1e-3)
+    assert len(found["pairs"]) + found["others"]["n"] == expected.pairs.size
+    query, key, value = found["pairs"][0]
+    assert value == pytest.approx(expected.pairs[expected.queries.index(query), expected.keys.index(key)], rel=1e-5)
+    assert [name for name, _ in found["queries"]] == expected.queries
+    assert [value for _, value in found["keys"]] == pytest.approx(expected.pairs.sum(axis=0).tolist(), rel=1e-4, abs=1e-6)
+    assert [value for _, value in found["written"][f"logit:{MARK}"]] == pytest.approx(expected.written[f"logit:{MARK}"].tolist(), rel=1e-4, abs=1e-9)
+
+
+def test_what_is_wrong_is_said_before_anyone_waits(server: ModelServer) -> None:
+    """A model that is at work for somebody keeps nobody waiting for the news that there is no such head."""
+    backend, limits = server.local.backend, Limits()
+    wrong = {"text": "ab", "head": "0.9", "query": 0, "key": 0}
+    with pytest.raises(InputError, match=r"no head 0\.9"):
+        cut(backend, AskedCut(**wrong), limits)
+    with pytest.raises(InputError, match="no position 5"):
+        cut_each(backend, AskedCuts(text="ab", position=5), limits)
+    with pytest.raises(InputError, match=r"no head 1\.9"):
+        pair(backend, AskedPairs(**{**wrong, "head": "1.9"}), limits)
+    with pytest.raises(InputError, match=r"Pairs of layer 0 take an SAE at resid_pre\.0"):
+        pair(backend, AskedPairs(**{**wrong, "head": "0.0"}), limits)
+
+
 def test_a_text_that_is_too_long_is_cut_and_says_so(client: httpx.Client) -> None:
     """As a notebook does it."""
     described = json.loads(_files(client.post("attention", json={"text": "a" * (CONTEXT + 5), "layers": [0]}))["prompt.json"])
@@ -131,19 +166,29 @@ def test_a_text_that_is_too_long_is_cut_and_says_so(client: httpx.Client) -> Non
         ("attention", {}, 400, "Give a text, or the ids of its tokens"),
         ("attention", {"text": "a", "ids": [1]}, 400, "one of both"),
         ("attention", {"text": "a", "more": 1}, 400, "wrong at more"),
-        ("attention", {"text": "a", "layers": [7]}, 400, "has no attention in layer(s) [7]"),
+        ("attention", {"text": "a", "layers": [7]}, 400, "has no attention in layer 7"),
         ("attention", {"ids": [VOCABULARY]}, 400, "is outside the 259 embeddings"),
         ("attention", {"text": "a", "targets": [{"token": "ab"}]}, 400, "'ab' is 2 tokens: ['a', 'b']"),
         ("attention", {"text": "a", "targets": [{}]}, 400, "a target is a token, or a latent"),
         ("attention", {"text": "a", "targets": [{"token": 1}] * 9}, 400, "at most 8"),
         ("attention", {"text": "a", "targets": [{"sae": "none"}]}, 400, "No SAE is called 'none' here; there are ['l0']"),
         ("attention", {"text": "a", "targets": [{"sae": "l0", "latent": 24}]}, 400, "has latents 0 to 23"),
-        ("attention", {"text": "a" * 40}, 413, "35 tokens would fit, or 3 heads"),
+        ("attention", {"text": "a" * 40}, 413, "35 tokens would fit, or 3 heads: shorten the text, or name fewer `layers`."),
+        ("attention", {"text": "a" * 34, "targets": [{"token": 1}] * 2}, 413, "31 tokens would fit, or 3 heads: shorten"),
+        ("attention", {"text": "a" * 34, "layers": [0], "targets": [{"token": 1}] * 8}, 413, "27 tokens would fit, or 4 targets: shorten"),
         ("cut", {"text": "ab", "head": "x"}, 400, "wrong at head"),
         ("cut", {"text": "ab", "head": "0.9"}, 400, "There is no head 0.9"),
         ("cut", {"text": "ab", "head": "0.0", "position": 2}, 400, "There is no position 2"),
         ("cut", {"text": "ab", "head": "0.0", "query": 0, "key": 1}, 400, "There is no edge"),
         ("cuts", {"text": "ab", "how": "half"}, 400, "wrong at how"),
+        ("pairs", {"text": "ab", "head": "1.0", "query": 1}, 400, "wrong at key"),
+        ("pairs", {"text": "ab", "head": "1.0", "query": 0, "key": 1}, 400, "There is no edge from query 0 to key 1"),
+        (
+            "pairs",
+            {"text": "ab", "head": "0.0", "query": 1, "key": 0},
+            400,
+            "take an SAE at resid_pre.0, what the layer reads. There are: l0 at resid_post.0",
+        ),
     ],
 )
 def test_what_cannot_be_answered_says_why(client: httpx.Client, path: str, body: dict[str, Any], status: int, what: str) -> None:
@@ -154,7 +199,7 @@ def test_what_cannot_be_answered_says_why(client: httpx.Client, path: str, body:
 def test_who_may_not_ask_is_told_nothing() -> None:
     """The guard stands before these routes as before all others."""
     with serve_model(make_served(), token="a long secret token") as server:
-        for path in ("attention", "cut", "cuts"):
+        for path in ("attention", "pairs", "cut", "cuts"):
             assert httpx.post(f"{server.url}/api/models/tiny/{path}", json=ASK).status_code == 401
 
 

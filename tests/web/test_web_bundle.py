@@ -171,7 +171,7 @@ def test_bundles_are_found_from_any_folder_above(tmp_path) -> None:
         places = find_bundles(str(tmp_path / folder))
         assert [place.name for place in places] == [made.ref.path.split("/")[-1]]
         assert OpenBundle(places[0]).manifest.digest == made.manifest.digest
-    with pytest.raises(ArtifactMissingError, match="no feature bundle at"):
+    with pytest.raises(ArtifactMissingError, match="neither a bundle of features nor one of attention heads"):
         find_bundles(str(tmp_path / "empty"))
 
 

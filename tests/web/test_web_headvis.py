@@ -38,9 +38,13 @@ def test_what_is_written_is_read_again(bundle: OpenAttention, tree: Store) -> No
     assert found.heads() == bundle.head_names()
     assert (found.config["model_name"], found.config["n_layers"], found.config["n_heads"], found.n_intervals) == ("invented", 2, 3, 2)
     columns = bundle.description["heads"]
-    assert found.scatter["induction_score"].to_list() == columns["induction"]
+    assert found.scatter["induction_score_repeated"].to_list() == columns["induction"]
+    over_all = [mean * of / rows for mean, of, rows in zip(columns["induction"], columns["induction_rows"], columns["rows"], strict=True)]
+    assert found.scatter["induction_score"].to_list() == pytest.approx(over_all)
+    assert over_all != columns["induction"]
     assert found.scatter["previous_token_score"].to_list() == found.scatter["prev_token_score"].to_list() == columns["previous"]
-    assert "HeadVis divides by all queries" in found.config["metric_descriptions"]["induction_score"]
+    assert "divided by all queries: HeadVis' convention" in found.config["metric_descriptions"]["induction_score"]
+    assert "whose token occurred earlier" in found.config["metric_descriptions"]["induction_score_repeated"]
     assert set(found.config["metrics"]) | {"layer", "head"} == set(found.scatter.columns)
     for name in found.heads():
         head, record = found.head(name), bundle.head(name)

@@ -22,6 +22,11 @@ export function formatValue(value: number): string {
   return minus(size >= 1000 ? counts.format(Math.round(value)) : value.toPrecision(3));
 }
 
+/** A term of a sum: three decimals, so that terms can be added by eye. */
+export function formatTerm(value: number): string {
+  return minus(value.toFixed(3));
+}
+
 /** A value on an axis or in a sentence: no more digits than it needs. */
 export function formatTick(value: number): string {
   if (value === 0) return '0';

@@ -353,8 +353,15 @@ export function getPrompt(heads: Heads, name: string): Promise<Prompt> {
     }
     const at = (file: string): string => fileOf(heads.name, `prompts/${encodeURIComponent(name)}/${file}`);
     const bytes = async (file: string): Promise<ArrayBuffer> => (await ask(at(file))).arrayBuffer();
-    const [said, offsets, columns, thumbs] = await Promise.all([askJson<Said>(at('prompt.json')), bytes('patterns.idx'), bytes('columns.bin'), bytes('thumbs.bin')]);
-    return joinPrompt({ ...facts, ...said }, said, offsets, columns, thumbs, (start, stop) => readRange(at('patterns.bin'), start, stop));
+    const [said, offsets, columns, thumbs, targets] = await Promise.all([
+      askJson<Said>(at('prompt.json')),
+      bytes('patterns.idx'),
+      bytes('columns.bin'),
+      bytes('thumbs.bin'),
+      facts.columns.some((column) => column.includes(':')) ? Promise.all([askJson<Targets['facts']>(at('targets.json')), bytes('scales.bin'), bytes('terms.bin')]) : null,
+    ]);
+    const found = targets && { facts: targets[0], scales: new Float32Array(targets[1]), terms: new Float32Array(targets[2]) };
+    return joinPrompt({ ...facts, ...said }, said, offsets, columns, thumbs, (start, stop) => readRange(at('patterns.bin'), start, stop), found);
   });
 }
 

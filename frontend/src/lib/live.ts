@@ -16,6 +16,23 @@ export interface Change {
   tokens: { id: number; text: string; before: number; after: number; p_before: number; p_after: number }[];
 }
 
+/** A term of a query or a key: a latent's number, `error`, `bias` or `other latents`. */
+export type Term = number | string;
+
+/** What an edge is made of: see docs/formats/attention_answer.md. */
+export interface Pairs {
+  sae: string;
+  score: number;
+  mean: number;
+  slope: number;
+  mass: number;
+  pairs: [Term, Term, number][];
+  others: { n: number; sum: number };
+  queries: [Term, number][];
+  keys: [Term, number][];
+  written: Record<string, [Term, number][]>;
+}
+
 const last = (name: string): string => name.split(/[/\\:]/).at(-1) ?? name;
 
 /** The model of these heads, or why there is none. */
@@ -32,8 +49,8 @@ const answers = new Memory<Prompt>(8);
 
 /** Every head over a text, with what adds to targets. */
 export function askPrompt(heads: Heads, model: string, text: string, targets: LiveTarget[]): Promise<Prompt> {
-  const asked = { text, layers: heads.layers.map((layer) => layer.layer), targets };
-  return answers.get(JSON.stringify([model, asked]), async () => readFiles(await (await ask(ofModel(model, '/attention'), posting(asked))).arrayBuffer(), text));
+  const wanted = { text, layers: heads.layers.map((layer) => layer.layer), targets };
+  return answers.get(JSON.stringify([model, wanted]), async () => readFiles(await (await ask(ofModel(model, '/attention'), posting(wanted))).arrayBuffer(), text));
 }
 
 export const cutHead = async (model: string, asked: { text: string; head: string; how: 'zero' | 'mean'; query?: number; key?: number; position: number; tokens: string[] }): Promise<Change> =>
@@ -41,6 +58,12 @@ export const cutHead = async (model: string, asked: { text: string; head: string
 
 export const cutEach = async (model: string, asked: { text: string; how: 'zero' | 'mean'; position: number }): Promise<{ position: number; kl: Record<string, number> }> =>
   (await ask(ofModel(model, '/cuts'), posting(asked))).json() as Promise<{ position: number; kl: Record<string, number> }>;
+
+const asked = new Memory<Pairs>(50);
+
+/** The pairs of latents that an edge is made of; kept once asked. */
+export const askPairs = (model: string, wanted: { text: string; head: string; query: number; key: number; sae: string; targets: LiveTarget[] }): Promise<Pairs> =>
+  asked.get(JSON.stringify([model, wanted]), async () => (await ask(ofModel(model, '/pairs'), posting(wanted))).json() as Promise<Pairs>);
 
 /** Files that lie one after the other behind a header with their places. */
 export function readFiles(body: ArrayBuffer, name: string): Promise<Prompt> {

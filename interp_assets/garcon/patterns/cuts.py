@@ -1,8 +1,8 @@
 """A head or an edge that is taken away becomes what that changes: logits and KL divergence at one position, beside the unedited text.
 
 The text runs twice in one forward, once with the cut, so both ways are rounded alike. A head is cut in what it mixes (`z`): to zero, or to its mean
-over the text. An edge is cut in the pattern: to zero, without giving its mass to others. Logits are centred over the vocabulary, because softmax
-sees no constant, in float64.
+over the text. An edge is cut in the pattern: to zero, or to the mean of what all queries that look at its key give to that key, while the other edges
+of the row keep their mass. Logits are centred over the vocabulary, because softmax sees no constant, in float64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -52,7 +52,7 @@ class Change(NamedTuple):
 
 def measure_cut(subject: SubjectModel, row: Sequence[int], cut: Cut, position: int = -1, tokens: Sequence[int] = ()) -> Change:
     """Return what a cut changes at a position. Raises `InputError` for a head, an edge, a position or a token that is not there."""
-    at = _check(subject, row, [cut], position)
+    at = check_cuts(subject, row, [cut], position)
     logits = _run(subject, row, [cut], at)
     if unknown := [token for token in tokens if not 0 <= token < logits.shape[1]]:
         raise InputError(f"There is no token {unknown[0]:,}: the model has logits of tokens 0 to {logits.shape[1] - 1:,}.")
@@ -67,16 +67,21 @@ def sweep_heads(
     subject: SubjectModel, row: Sequence[int], how: Literal["zero", "mean"] = "zero", position: int = -1
 ) -> Iterator[tuple[list[Cut], NDArray[np.float64]]]:
     """Cut every head by itself, some at a time; yield the cuts with their KL divergences. Raises as `measure_cut` does."""
-    cuts = [Cut(layer, head, how) for layer in range(n_layers(subject.net)) for head in range(n_heads(subject.net, "z"))]
-    at = _check(subject, row, cuts, position)
+    cuts = each_head(subject, how)
+    at = check_cuts(subject, row, cuts, position)
     step = max(1, BATCH_TOKENS // len(row) - 1)
     for first in range(0, len(cuts), step):
         part = cuts[first : first + step]
         yield part, _diverge(_run(subject, row, part, at))[0].numpy()
 
 
-def _check(subject: SubjectModel, row: Sequence[int], cuts: Sequence[Cut], position: int) -> int:
-    """Return the position from 0."""
+def each_head(subject: SubjectModel, how: Literal["zero", "mean"] = "zero") -> list[Cut]:
+    """Return a cut of every head."""
+    return [Cut(layer, head, how) for layer in range(n_layers(subject.net)) for head in range(n_heads(subject.net, "z"))]
+
+
+def check_cuts(subject: SubjectModel, row: Sequence[int], cuts: Sequence[Cut], position: int) -> int:
+    """Return the position from 0. Raises `InputError` for what cannot be cut there, without running anything."""
     if not row:
         raise InputError("The text has no tokens: give at least one.")
     if subject.net.get_output_embeddings() is None or not subject.is_causal:
@@ -91,8 +96,6 @@ def _check(subject: SubjectModel, row: Sequence[int], cuts: Sequence[Cut], posit
             raise InputError("An edge has a query and a key: name both, or neither for the whole head.")
         if cut.query is not None and cut.key is not None and not 0 <= cut.key <= cut.query < len(row):
             raise InputError(f"There is no edge from query {cut.query} to key {cut.key}: a query looks at itself and at what was before.")
-        if cut.query is not None and cut.how != "zero":
-            raise InputError("An edge is cut to zero; `mean` is of whole heads.")
     return position % len(row)
 
 
@@ -124,7 +127,9 @@ class _Cutting:
         changed = value.clone()
         for row, cut in self.cuts:
             if cut.query is not None:
-                changed[row, cut.head, cut.query, cut.key] = 0.0
+                column = value[row, cut.head, :, cut.key]
+                mean = column.sum() / (column > 0).sum().clamp(min=1)
+                changed[row, cut.head, cut.query, cut.key] = 0.0 if cut.how == "zero" else mean
             else:
                 changed[row, :, cut.head] = 0.0 if cut.how == "zero" else value[row, :, cut.head].mean(dim=0)
         return changed

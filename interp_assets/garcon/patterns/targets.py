@@ -73,6 +73,8 @@ class Terms(NamedTuple):
     """[heads, keys] by layer: what an edge is multiplied by at its key."""
     scales: dict[int, NDArray[np.float64]]
     """[queries] by layer: and at its query."""
+    into: dict[int, NDArray[np.float64]]
+    """[heads, d_value] by layer: what each number of a key's value counts, W_O w."""
     heads: dict[int, NDArray[np.float64]]
     """[heads, queries] by layer: what all edges of a query give."""
     others: dict[str, NDArray[np.float64]]
@@ -165,7 +167,7 @@ def _point_at_logit(subject: SubjectModel, adapter: Adapter, token: int) -> _Dir
     norm = subject.net.base_model.get_submodule(adapter.final_norm)
     mean = torch.stack([part.sum(dim=0, dtype=torch.float64) for part in matrix.detach().split(_ROWS)]).sum(dim=0) / len(matrix)
     column = (matrix[token].detach().double() - mean).cpu()
-    w = column * _gain(norm, adapter)
+    w = column * norm_gain(norm, adapter)
     beta = read_parameter(norm, "bias")
     constant = 0.0 if beta is None else float(beta.detach().double().cpu() @ column)
     constant += 0.0 if bias is None else float(bias[token].double() - bias.mean(dtype=torch.float64))
@@ -176,7 +178,8 @@ def _point_at_logit(subject: SubjectModel, adapter: Adapter, token: int) -> _Dir
     return _Direction(f"logit:{token}", w, constant, n_layers(subject.net) - 1, norm, note)
 
 
-def _gain(norm: nn.Module, adapter: Adapter) -> Tensor:
+def norm_gain(norm: nn.Module, adapter: Adapter) -> Tensor:
+    """Return what a norm multiplies by, float64 on the CPU."""
     weight = read_parameter(norm, "weight")
     assert weight is not None
     gain = weight.detach().double().cpu()
@@ -189,17 +192,19 @@ def _add_up(seen: _Seen, direction: _Direction) -> Terms:
     value = stream @ w * r + direction.bias
     others = {"embedding": seen.streams["resid_pre.0"] @ w * r}
     bias = torch.full_like(value, direction.bias)
-    columns, scales, heads = {}, {}, {}
+    columns, scales, into, heads = {}, {}, {}, {}
     for layer in (each for each in seen.layers if each.layer <= direction.last):
         own, scale = _behind_norm(seen, layer, w, r)
-        columns[layer.layer], heads[layer.layer], shift = _weigh(seen.heard[layer.layer], layer, own, scale)
-        scales[layer.layer] = scale.numpy()
-        bias = bias + shift
+        own_into = layer.W_O().double().cpu() @ own
+        columns[layer.layer], heads[layer.layer] = _weigh(seen.heard[layer.layer], layer, own_into, scale)
+        scales[layer.layer], into[layer.layer] = scale.numpy(), own_into.numpy()
+        own_bias = read_parameter(layer.o_proj, "bias")
+        bias = bias if own_bias is None else bias + float(own_bias.detach().double().cpu() @ own) * scale
         others[f"mlp.{layer.layer}"] = seen.streams[f"mlp_out.{layer.layer}"] @ w * r
     others["bias"] = bias
     terms = {name: term.numpy() for name, term in others.items()}
     terms["rounding"] = value.numpy() - sum(terms.values()) - sum(found.sum(axis=0) for found in heads.values())
-    return Terms(direction.name, value.numpy(), columns, scales, heads, terms, direction.note)
+    return Terms(direction.name, value.numpy(), columns, scales, into, heads, terms, direction.note)
 
 
 def _behind_norm(seen: _Seen, layer: AttentionLayer, w: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,15 +212,11 @@ def _behind_norm(seen: _Seen, layer: AttentionLayer, w: Tensor, r: Tensor) -> tu
     if not seen.adapter.attn_raw:
         return w, r
     norm = seen.subject.net.base_model.get_submodule(seen.adapter.attn_out.format(layer=layer.layer))
-    return w * _gain(norm, seen.adapter), r / norm_divisor(norm, seen.streams[f"attn_raw.{layer.layer}"])[:, 0]
+    return w * norm_gain(norm, seen.adapter), r / norm_divisor(norm, seen.streams[f"attn_raw.{layer.layer}"])[:, 0]
 
 
-def _weigh(heard: Attended, layer: AttentionLayer, w: Tensor, r: Tensor) -> tuple[NDArray[Any], NDArray[Any], Tensor]:
-    """Return a layer's columns [heads, keys], what each head gives [heads, queries], and what its bias gives [queries]."""
-    into = layer.W_O().double().cpu() @ w
+def _weigh(heard: Attended, layer: AttentionLayer, into: Tensor, r: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return a layer's columns [heads, keys], and what each head gives [heads, queries]."""
     value, mixed = heard.value[0].double().cpu(), heard.mixed[0].double().cpu()
     value = value.repeat_interleave(layer.n_heads // len(value), dim=0)
-    bias = read_parameter(layer.o_proj, "bias")
-    shift = 0.0 if bias is None else float(bias.detach().double().cpu() @ w)
-    columns = torch.einsum("hkd,hd->hk", value, into)
-    return columns.numpy(), (torch.einsum("qhd,hd->hq", mixed, into) * r).numpy(), shift * r
+    return torch.einsum("hkd,hd->hk", value, into).numpy(), (torch.einsum("qhd,hd->hq", mixed, into) * r).numpy()

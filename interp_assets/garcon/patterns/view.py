@@ -21,6 +21,7 @@ from interp_assets.errors import InputError
 from interp_assets.garcon.attention import Attended, AttentionLayer, attention_heard, gram, list_attention
 from interp_assets.garcon.patterns.codec import check_pattern, pack_triangle, quantize
 from interp_assets.garcon.subject import SubjectModel
+from interp_assets.planning.progress import choose_word, format_count
 
 PAGE_BYTES: Final = 8 << 20
 HEIGHT: Final = 640
@@ -89,7 +90,7 @@ class Attention:
 
     def __repr__(self) -> str:
         """Say how much there is."""
-        return f"Attention of {len(self.heads())} heads over {len(self.tokens)} tokens"
+        return f"Attention of {format_count(len(self.heads()), 'head')} over {format_count(len(self.tokens), 'token')}"
 
     def _repr_html_(self) -> str:
         page = html.escape(self.to_html(), quote=True)
@@ -107,7 +108,8 @@ def read_attention(subject: SubjectModel, row: Sequence[int], tokens: Sequence[s
     note = f"Cut to the {length:,} tokens that the model takes, of {len(row):,}." if length < len(row) else ""
     known = {layer.layer: layer for layer in list_attention(subject.net)}
     if missing := [layer for layer in layers or () if layer not in known]:
-        raise InputError(f"{subject.name} has no attention in layer(s) {missing}; those that attend are {_shorten(list(map(str, known)))}.")
+        layers = f"{choose_word(len(missing), 'layer')} {', '.join(map(str, missing))}"
+        raise InputError(f"{subject.name} has no attention in {layers}; those that attend are {_shorten(list(map(str, known)))}.")
     found: dict[int, NDArray[np.float32]] = {}
     lengths: dict[int, NDArray[np.float32]] = {}
 

@@ -34,6 +34,7 @@ from interp_assets.garcon.plan import Plan
 from interp_assets.garcon.run import Run, run_plan, run_together
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.taps import watched_blocks
+from interp_assets.planning.progress import format_count
 
 COMPANY_S: Final = 0.002
 RECENT_S: Final = 0.05
@@ -192,7 +193,7 @@ class ModelThread:
             if self._in_flight[ticket.user] >= self.line.in_flight:
                 raise BusyError(f"You have {self.line.in_flight} requests here that are not answered yet. Wait for one of them.")
             if len(self._waiting) >= self.line.queued:
-                raise BusyError(f"{len(self._waiting)} requests wait for this model. Come again in a second.")
+                raise BusyError(f"{format_count(len(self._waiting), 'request')} wait for this model. Come again in a second.")
             self._in_flight[ticket.user] += 1
             self._waiting.append(ticket)
             self._came.append((self._clock(), ticket.user))

@@ -19,10 +19,9 @@ from torch import Tensor
 from interp_assets import errors
 from interp_assets.errors import InputError, InterpError, ServiceError, TooLargeError
 from interp_assets.garcon.backend import Answer, Chats, Controls, Generated, PointRow, Token
-from interp_assets.garcon.plan import GeneratePlan, Metric, Plan, ReducePlan, SweepPlan, TensorName, name_tensor
+from interp_assets.garcon.plan import Asked, GeneratePlan, Metric, Plan, ReducePlan, SweepPlan, TensorName, name_tensor
 from interp_assets.garcon.remote.message import (
     JSON,
-    Asking,
     load_generated,
     load_token,
     pack_plan,
@@ -67,7 +66,7 @@ class Connection:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
             raise InputError(f"{url!r} is no address of a server: give scheme, name and port, such as 'http://gpu7:8420'.")
-        self.url, self._timeout_s = url.rstrip("/"), timeout_s
+        self.url = url.rstrip("/")
         make: Any = _Https if parts.scheme == "https" else _Http
         self._make: Callable[[], http.client.HTTPConnection] = lambda: make(parts.hostname, parts.port, timeout=timeout_s)
         self._headers = {"X-Interp-Client": os.urandom(16).hex(), **({"Authorization": f"Bearer {token}"} if token else {})}
@@ -86,8 +85,9 @@ class Connection:
         except (OSError, http.client.HTTPException) as error:
             self._drop()
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            message = f"{self.url} does not answer ({reason}). Is `interp serve --model ...` running there, and is the address right?"
-            raise ServiceError(message) from error
+            raise ServiceError(
+                f"{self.url} does not answer ({reason}). Is `interp serve --model ...` running there, and is the address right?"
+            ) from error
         except BaseException:
             self._drop()  # what is left of the answer would be taken for the next one; and the server sees that nobody waits
             raise
@@ -289,7 +289,7 @@ class RemoteBackend:
             raise _read_error(self._connection.url, 0, bytearray(json.dumps(told).encode()))
         return load_generated(told["generated"])
 
-    def _post(self, path: str, plan: Asking, tensors: Mapping[str, Tensor]) -> bytearray:
+    def _post(self, path: str, plan: Asked, tensors: Mapping[str, Tensor]) -> bytearray:
         kind, body = pack_plan(plan, tensors)
         n_bytes, most = sum(map(len, body)), self.about["limits"]["body_bytes"]
         if n_bytes > most:  # the server would hang up before it has read it

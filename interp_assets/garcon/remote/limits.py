@@ -33,26 +33,22 @@ class Limits(NamedTuple):
 def check_plan(plan: Plan, limits: Limits) -> None:
     """Raise `TooLargeError` for a plan of too many operations or rows, or with a row that is too long."""
     longest = max(map(len, plan.rows))
-    for count, most, what in (
-        (len(plan.operations), limits.operations, "operations"),
-        (len(plan.rows), limits.rows, "rows"),
-        (longest, limits.tokens, "tokens in a row"),
-    ):
-        if count > most:
-            raise TooLargeError(f"The plan has {count:,} {what}; at most {most:,} are run at once. Ask several times.")
+    counts = {"operations": (len(plan.operations), limits.operations), "rows": (len(plan.rows), limits.rows)}
+    _check_counts({**counts, "tokens in a row": (longest, limits.tokens)}, "run")
 
 
 def check_texts(plan: GeneratePlan, limits: Limits) -> None:
     """Raise `TooLargeError` for a plan that writes too many texts at once, or too long ones."""
     n_rows = len(plan.rows) * plan.n * (2 if plan.compare else 1)
     longest = max(map(len, plan.rows)) + plan.new_tokens
-    for count, most, what in (
-        (n_rows, limits.rows, "texts"),
-        (longest, limits.tokens, "tokens in a text"),
-        (len(plan.edits), limits.operations, "edits"),
-    ):
+    counts = {"texts": (n_rows, limits.rows), "tokens in a text": (longest, limits.tokens), "edits": (len(plan.edits), limits.operations)}
+    _check_counts(counts, "written")
+
+
+def _check_counts(counts: Mapping[str, tuple[int, int]], done: str) -> None:
+    for what, (count, most) in counts.items():
         if count > most:
-            raise TooLargeError(f"The plan has {count:,} {what}; at most {most:,} are written at once. Ask several times.")
+            raise TooLargeError(f"The plan has {count:,} {what}; at most {most:,} are {done} at once. Ask several times.")
 
 
 def answer_bytes(subject: SubjectModel, plan: Plan, saes: Mapping[str, AttachedSae]) -> dict[str, int]:

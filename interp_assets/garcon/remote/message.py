@@ -13,7 +13,7 @@ and copies. A request without tensors is its plan's JSON alone.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Final, NamedTuple, TypeVar
 
 import polars as pl
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Answer, Continuation, Controls, Effect, Generated, Kept, Token
-from interp_assets.garcon.plan import TensorName, bytes_of, name_tensor
+from interp_assets.garcon.plan import Asked, TensorName, bytes_of, name_tensor, parse_plan
+from interp_assets.planning.progress import format_count
 
 FILE: Final = "application/safetensors"
 JSON: Final = "application/json"
@@ -35,7 +36,7 @@ _MAX_NUMBERS: Final = 1 << 40
 _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool}
 _CODES: Final = {dtype: code for code, dtype in _DTYPES.items()}
 
-P = TypeVar("P", bound="Asking")
+P = TypeVar("P", bound=Asked)
 
 
 class Message(NamedTuple):
@@ -43,19 +44,6 @@ class Message(NamedTuple):
 
     texts: dict[str, str]
     tensors: dict[str, Tensor]
-
-
-@runtime_checkable
-class Asking(Protocol):
-    """What is asked of a model: a `Plan`, or another text that names tensors."""
-
-    def json(self) -> str:
-        """Return its text."""
-        ...
-
-    def tensors(self) -> Iterable[TensorName]:
-        """Yield the tensors that it names."""
-        ...
 
 
 def pack(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
@@ -93,21 +81,21 @@ def unpack(body: bytearray) -> Message:
     return Message(texts, {name: _view(body, name, dtype, shape, start + begin) for name, (dtype, shape, begin, _) in places.items()})
 
 
-def pack_plan(plan: Asking, tensors: Mapping[str, Tensor]) -> tuple[str, list[bytes | memoryview]]:
+def pack_plan(plan: Asked, tensors: Mapping[str, Tensor]) -> tuple[str, list[bytes | memoryview]]:
     """Return the content type and the pieces of a request with those of a plan's tensors that `tensors` has; the others are kept by the server."""
     beside = {name.tensor: tensors[name.tensor] for name in plan.tensors() if name.tensor in tensors}
     return (FILE, pack({"plan": plan.json()}, beside)) if beside else (JSON, [plan.json().encode()])
 
 
-def read_plan(content_type: str, body: bytearray, parse: Callable[[str], P]) -> tuple[P, dict[str, Tensor]]:
-    """Return a request's plan, and the tensors that lie beside it by digest.
+def read_plan(content_type: str, body: bytearray, kind: type[P]) -> tuple[P, dict[str, Tensor]]:
+    """Return a request's plan of some kind, and the tensors that lie beside it by digest.
 
     Raises `InputError` for what is no plan, and for tensors that are not what it names, or hold a NaN or an infinity.
     """
     if content_type == JSON:
-        return parse(decode_text(body)), {}
+        return parse_plan(kind, decode_text(body)), {}
     message = unpack(body)
-    plan = parse(take_text(message, "plan"))
+    plan = parse_plan(kind, take_text(message, "plan"))
     check_tensors(plan.tensors(), message.tensors)
     return plan, message.tensors
 
@@ -303,7 +291,7 @@ def read_tensor(body: bytearray) -> Tensor:
     """Read a file of one tensor. Raises `InputError` for another."""
     message = unpack(body)
     if len(message.tensors) != 1:
-        raise _refuse(f"it has {len(message.tensors)} tensors instead of one")
+        raise _refuse(f"it has {format_count(len(message.tensors), 'tensor')} instead of one")
     return next(iter(message.tensors.values()))
 
 
@@ -361,14 +349,12 @@ def _view(body: bytearray, name: str, dtype: torch.dtype, shape: Sequence[int], 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        message = "one name stands twice"
-        raise ValueError(message)
+        raise ValueError("one name stands twice")
     return found
 
 
 def _no_constant(name: str) -> None:
-    message = f"{name} is no JSON"
-    raise ValueError(message)
+    raise ValueError(f"{name} is no JSON")
 
 
 def _refuse(reason: str) -> InputError:

@@ -33,6 +33,7 @@ from interp_assets.garcon.steering.edits import Batch, Editor
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.garcon.taps import tapped
 from interp_assets.garcon.writes import Beside
+from interp_assets.planning.progress import format_count
 
 _EDITED, _DEFAULT, _TWIN = range(3)
 
@@ -97,17 +98,17 @@ def _check_reach(plan: GeneratePlan) -> None:
     for edit in plan.edits:
         for prompt in range(len(plan.rows)) if edit.write.rows is None else edit.write.rows:
             row = plan.rows[prompt]
-            n_positions = len(row) + plan.new_tokens - 1  # the last token is never read
+            n_positions, told = len(row) + plan.new_tokens - 1, format_count(len(row), "token")  # the last token is never read
             if isinstance(edit.where, tuple):
                 outside = [place for place in edit.where if not -len(row) <= place < n_positions]
                 if outside or not edit.where:
                     raise InputError(
-                        f"Positions {list(edit.where)} of an edit at {edit.write.point!r}: prompt {prompt} has {len(row)} tokens, and "
+                        f"Positions {list(edit.where)} of an edit at {edit.write.point!r}: prompt {prompt} has {told}, and "
                         f"{plan.new_tokens} new ones make positions 0 to {n_positions - 1}."
                     )
             if not any(_reaches(plan, edit, prompt, place) for place in range(n_positions)):
                 raise InputError(
-                    f"An edit at {edit.write.point!r} on {edit.where!r} reaches no position of prompt {prompt}, of {len(row)} tokens and "
+                    f"An edit at {edit.write.point!r} on {edit.where!r} reaches no position of prompt {prompt}, of {told} and "
                     f"{plan.new_tokens} new ones, special tokens left alone. Ask for more new tokens, choose other positions, or say special."
                 )
 

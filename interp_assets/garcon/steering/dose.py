@@ -30,6 +30,7 @@ from interp_assets.garcon.backend import Chats, Continuation, Effect, Generated,
 from interp_assets.garcon.plan import SaeClamp, name_tensor
 from interp_assets.garcon.steering.recipe import Edits
 from interp_assets.garcon.steering.texts import Sampling, make_generate_plan
+from interp_assets.planning.progress import format_count
 
 ARMS: Final = ("feature", "other", "random", "flip", "zero")
 DIFFERENCE: Final = "feature - controls"
@@ -92,7 +93,7 @@ class Dose:
 
     def __repr__(self) -> str:
         """Say what it is."""
-        return f"{self.what} at {', '.join(self.strengths)}: {self.texts.height} texts of {len(ARMS)} arms"
+        return f"{self.what} at {', '.join(self.strengths)}: {self.texts.height} texts of {format_count(len(ARMS), 'arm')}"
 
     def _repr_html_(self) -> str:
         """Draw one curve an outcome, with intervals. Names are escaped."""

@@ -102,8 +102,7 @@ class PointEntry(_Placed):
     def _check(self) -> "PointEntry":
         action = _one_of(self, ("add", "cap", "project_out", "scale", "patch"))
         if (self.vector is None) == (action in ("add", "cap", "project_out") or self.patch == "vector"):
-            message = f"{action} takes {'a' if self.vector is None else 'no'} vector here"
-            raise ValueError(message)
+            raise ValueError(f"{action} takes {'a' if self.vector is None else 'no'} vector here")
         return self
 
 
@@ -116,8 +115,7 @@ class FreezeEntry(_Entry):
 def _one_of(entry: BaseModel, actions: Sequence[str]) -> str:
     found = [name for name in actions if getattr(entry, name) not in (None, False)]
     if len(found) != 1:
-        message = f"says {' and '.join(found) or 'nothing to do'}; an entry does one of {', '.join(actions)}"
-        raise ValueError(message)
+        raise ValueError(f"says {' and '.join(found) or 'nothing to do'}; an entry does one of {', '.join(actions)}")
     return found[0]
 
 

@@ -11,6 +11,7 @@ from interp_assets.errors import InputError
 from interp_assets.garcon.backend import Chats, Continuation, Generated, Token, WritingBackend
 from interp_assets.garcon.plan import GeneratePlan, SaeAdd, SaeClamp, explain_plan
 from interp_assets.garcon.steering.recipe import Edits
+from interp_assets.planning.progress import format_count
 
 
 class Sampling(TypedDict, total=False):
@@ -74,7 +75,7 @@ class Texts:
     def text(self) -> str:
         """The only continuation. Raises `InputError` where there are several."""
         if len(self.generated.texts) != 1:
-            raise InputError(f"There are {len(self.generated.texts)} continuations: use `.texts`.")
+            raise InputError(f"There are {format_count(len(self.generated.texts), 'continuation')}: use `.texts`.")
         return self.texts[0]
 
     def table(self) -> pl.DataFrame:

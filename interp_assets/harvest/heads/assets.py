@@ -173,7 +173,7 @@ def _prompting(heads: HeadsConfig) -> Asset:
         shows=lambda _job, _key, made: {name: made[0].manifest.facts[name] for name in ("n_tokens", "bytes_per_head")},
         takes=_prompting_takes,
         needs=ON_ACCELERATOR,
-        code_version=code_version(PROMPT_VERSION, prompts=heads.prompts),
+        code_version=code_version(PROMPT_VERSION, prompts={name: heads.prompt(name).text for name in heads.prompts}),
     )
 
 
@@ -277,6 +277,6 @@ def _writing(pipeline: Pipeline, store: Store, key: str) -> Load:
 
 
 def _prompting_takes(pipeline: Pipeline, _store: Store, key: str) -> Load:
-    n_tokens, n_heads = len(heads_of(pipeline).prompts[key]) / TEXT_BYTES_PER_TOKEN, sum(head_counts(pipeline).values())
+    n_tokens, n_heads = len(heads_of(pipeline).prompt(key).text) / TEXT_BYTES_PER_TOKEN, sum(head_counts(pipeline).values())
     written = n_heads * n_tokens * n_tokens / 4
     return Load(0, 0.0, written, 1, 3, forward_s(pipeline, n_tokens), model_bytes(pipeline) + 8 * written)

@@ -7,7 +7,7 @@ in docs/formats/prompt_patterns.md.
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Final
@@ -30,6 +30,7 @@ from interp_assets.garcon.patterns.codec import (
     unpack_tile,
     unpack_triangle,
 )
+from interp_assets.garcon.patterns.targets import Terms
 from interp_assets.garcon.patterns.view import Attention, read_attention
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.heads.refs import head_counts, heads_of, prompt_ref
@@ -44,6 +45,9 @@ INDEX: Final = "patterns.idx"
 COLUMNS: Final = "columns.bin"
 THUMBS: Final = "thumbs.bin"
 FILES: Final = (PROMPT, PATTERNS, INDEX, COLUMNS, THUMBS)
+TARGETS: Final = "targets.json"
+SCALES: Final = "scales.bin"
+TERMS: Final = "terms.bin"
 THUMB: Final = 64
 """Places of a small picture on each side, at most."""
 
@@ -54,7 +58,7 @@ def keep_prompt(pipeline: Pipeline, store: Store, model: SubjectModel, tokenizer
     ref = prompt_ref(pipeline, name)
     if current := find_manifest(store, ref):
         return Produced(ref, current, is_cached=True)
-    row = [int(token) for token in tokenizer(heads_of(pipeline).prompts[name])["input_ids"]]  # pyright: ignore[reportArgumentType]
+    row = [int(token) for token in tokenizer(heads_of(pipeline).prompt(name).text)["input_ids"]]  # pyright: ignore[reportArgumentType]
     if not 0 < len(row) <= model.max_context:
         raise InputError(f"The prompt {name!r} has {len(row):,} tokens; {model.name} takes 1 to {model.max_context:,}. Mend `heads.prompts`.")
     seen = read_attention(model, row, [str(tokenizer.decode([token])) for token in row], list(head_counts(pipeline)))
@@ -90,14 +94,62 @@ def pack_prompt(
     columns = np.concatenate([seen.lengths[layer] for layer in seen.patterns])
     if more:
         columns = np.concatenate([columns, np.stack(list(more.values()), axis=1)], axis=1)
-    most = np.finfo(np.float16).max
     return {
         PROMPT: json.dumps(described).encode(),
         PATTERNS: b"".join(patterns),
         INDEX: np.array(offsets, "<u8").tobytes(),
-        COLUMNS: np.clip(columns, -most, most).astype("<f2").tobytes(),
+        COLUMNS: pack_columns(columns),
         THUMBS: gzip.compress(b"".join(thumbs), GZIP_LEVEL, mtime=0),
     }
+
+
+def pack_columns(columns: NDArray[np.floating]) -> bytes:
+    """Return columns [heads, columns, keys] as bytes; what is too large for a half becomes the largest."""
+    most = np.finfo(np.float16).max
+    return np.clip(columns, -most, most).astype("<f2").tobytes()
+
+
+def target_columns(terms: Sequence[Terms], heads: Mapping[int, int]) -> dict[str, NDArray[np.floating]]:
+    """Return a column [heads, keys] a target, of layers with so many heads; of a layer that comes after the target's, nothing."""
+    found = {}
+    for each in terms:
+        n_keys = len(each.value)
+        found[each.name] = np.concatenate([each.columns.get(layer, np.zeros((n, n_keys))) for layer, n in heads.items()])
+    return found
+
+
+def pack_targets(terms: Sequence[Terms], heads: Mapping[int, int], write: Callable[[int], str]) -> dict[str, bytes]:
+    """Return the files beside the columns of targets, of layers with so many heads; nothing without targets.
+
+    These are scales [targets, layers, queries] and terms [targets, heads and others, positions], float32. `write` tells how a token is written.
+    """
+    if not terms:
+        return {}
+    zeros = np.zeros_like(terms[0].value)
+    described, scales, values = [], [], []
+    for each in terms:
+        token = int(each.name.partition(":")[2]) if each.name.startswith("logit:") else None
+        text = {} if token is None else {"text": write(token)}
+        described.append({"column": each.name, **text, "others": list(each.others), "note": each.note})
+        scales += [each.scales.get(layer, zeros) for layer in heads]
+        values += [row for layer, n in heads.items() for row in each.heads.get(layer, np.zeros((n, len(zeros))))]
+        hidden = sum((found.sum(axis=0) for layer, found in each.heads.items() if layer not in heads), zeros)
+        values += [each.value, hidden, *each.others.values()]
+    return {
+        TARGETS: json.dumps(described).encode(),
+        SCALES: np.stack(scales).astype("<f4").tobytes(),
+        TERMS: np.stack(values).astype("<f4").tobytes(),
+    }
+
+
+def join_targets(prompt: Mapping[str, bytes], targets: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the files of a prompt with those of its targets, whose columns stand behind its own."""
+    described, names = parse_json(prompt[PROMPT]), [each["column"] for each in parse_json(targets[TARGETS])]
+    shape = (len(described["heads"]), -1, len(described["tokens"]))
+    columns = np.concatenate([np.frombuffer(files[COLUMNS], "<f2").reshape(shape) for files in (prompt, targets)], axis=1)
+    note = " ".join(filter(None, (each["note"] for each in parse_json(targets[TARGETS]))))
+    described = {**described, "columns": [*described["columns"], *names], **({"note": note} if note else {})}
+    return {**prompt, **targets, PROMPT: json.dumps(described).encode(), COLUMNS: columns.tobytes()}
 
 
 def read_prompt(pipeline: Pipeline, store: Store, name: str) -> Attention:
@@ -119,7 +171,7 @@ def unpack_prompt(files: Mapping[str, bytes], where: str) -> Attention:
         n, size = len(texts), int(described["thumb"])
         offsets = np.frombuffer(files[INDEX], "<u8").tolist()
         places = list(tile_places(n, both_ways=both_ways)) if is_tiled else [None]
-        lengths = np.frombuffer(files[COLUMNS], "<f2").reshape(len(heads), len(described["columns"]), n).astype(np.float32)
+        lengths = np.frombuffer(files[COLUMNS], "<f2").reshape(len(heads), len(described["columns"]), n)[:, :2].astype(np.float32)
         thumbs = unpack_gzip(files[THUMBS], len(heads) * size * size)
     except (ValueError, LookupError, TypeError) as error:
         raise ArtifactCorruptError(f"{where} is no prompt ({error!r}). Materialize `prompt_patterns` again.") from error

@@ -116,7 +116,7 @@ def prompt_ref(pipeline: Pipeline, name: str) -> ArtifactRef:
         "model_dtype": config.model.dtype,
         "tokenizer": plan.tokenizer_fingerprint,
         "layers": heads_of(pipeline).layers,
-        "text": heads_of(pipeline).prompts[name],
+        "text": heads_of(pipeline).prompt(name).text,
     }
     return make_ref("prompt_patterns", f"{FOLDER}/prompts", identity=identity, inputs={}, label=name)
 

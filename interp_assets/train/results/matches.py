@@ -5,8 +5,11 @@
 2. Where both read the same rows: the correlation of the activations of such a pair over the first held-out rows, in float64. Null where either
    never fires there.
 
+3. Up to 16,384 latents: all of one SAE are paired with those of the other, each once, so that cosines add up to the most (`truth/matching.py`).
+   Of two SAEs that found the same features, some of them twice, only this tells which are left over.
+
 A cosine alone may be chance: of 16,384 random directions in 768 dimensions the nearest to another one has about 0.16. Correlation errs otherwise.
-Not here: an assignment of all latents at once (Hungarian), which takes minutes at 16,384. Format: `docs/formats/sae_matches.md`.
+Format: `docs/formats/sae_matches.md`.
 """
 
 import io
@@ -29,6 +32,7 @@ from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.evaluate import iter_held_out_rows
 from interp_assets.train.refs import MATCHES, matches_ref, sae_ref
 from interp_assets.train.sae import Sae
+from interp_assets.train.truth.matching import pair_best
 
 SCHEMA: Final[dict[str, pl.DataType]] = {
     "sae": pl.String(),
@@ -40,7 +44,11 @@ SCHEMA: Final[dict[str, pl.DataType]] = {
     "correlation": pl.Float64(),
     "n_fired": pl.UInt32(),
     "n_other_fired": pl.UInt32(),
+    "paired_latent": pl.UInt32(),
+    "paired_cosine": pl.Float32(),
 }
+MAX_PAIRED: Final = 16_384
+"""Latents of the larger of two SAEs up to which all are paired: a table of 1 GiB."""
 _BLOCK: Final = 2048
 """Decoder rows that are multiplied with all others at once."""
 
@@ -111,6 +119,18 @@ def find_nearest(a: Tensor, b: Tensor) -> tuple[Nearest, Nearest]:
     )
 
 
+def pair_latents(a: Tensor, b: Tensor) -> tuple[list[int | None], list[float | None]]:
+    """Return for each row of `a` the row of `b` that it is paired with, and their cosine; null for who is left over, and beyond `MAX_PAIRED`."""
+    latents: list[int | None] = [None] * len(a)
+    cosines: list[float | None] = [None] * len(a)
+    if max(len(a), len(b)) <= MAX_PAIRED:
+        table = torch.nn.functional.normalize(a.float(), dim=1) @ torch.nn.functional.normalize(b.float(), dim=1).T
+        rows, columns = pair_best(table.numpy())
+        for row, column, cosine in zip(rows.tolist(), columns.tolist(), table[rows, columns].tolist(), strict=True):
+            latents[row], cosines[row] = column, cosine
+    return latents, cosines
+
+
 def read_matches(pipeline: Pipeline, store: Store) -> pl.DataFrame:
     """Read the table of matches. Raises `ArtifactMissingError` before it is made, and where the configuration has no section `matches`."""
     if pipeline.config.matches is None:
@@ -124,6 +144,7 @@ def _match(pipeline: Pipeline, store: Store, pair: tuple[SaeConfig, SaeConfig], 
     saes = [load_sae(pipeline, store, config.name) for config in pair]
     nearest = find_nearest(saes[0].W_dec, saes[1].W_dec)
     sums = _correlate(pipeline, store, pair, (saes[0], saes[1]), nearest, progress) if pair[0].sources == pair[1].sources else None
+    paired = pair_latents(saes[0].W_dec, saes[1].W_dec)
     parts = []
     for direction, (own, other) in enumerate(((pair[0], pair[1]), (pair[1], pair[0]))):
         found, n_latents = nearest[direction], len(nearest[direction].latents)
@@ -137,9 +158,19 @@ def _match(pipeline: Pipeline, store: Store, pair: tuple[SaeConfig, SaeConfig], 
             "other_latent": found.latents.tolist(),
             "cosine": found.cosines.tolist(),
             "is_mutual": found.is_mutual.tolist(),
+            **dict(zip(("paired_latent", "paired_cosine"), paired if direction == 0 else _turn(*paired, n_latents), strict=True)),
         }
         parts.append(pl.DataFrame({**columns, **measured}, schema=SCHEMA))
     return pl.concat(parts)
+
+
+def _turn(latents: list[int | None], cosines: list[float | None], n: int) -> tuple[list[int | None], list[float | None]]:
+    """Return the same pairs as the other side, of `n` latents, has them."""
+    turned: tuple[list[int | None], list[float | None]] = [None] * n, [None] * n
+    for latent, (other, cosine) in enumerate(zip(latents, cosines, strict=True)):
+        if other is not None:
+            turned[0][other], turned[1][other] = latent, cosine
+    return turned
 
 
 def _correlate(
@@ -188,6 +219,12 @@ def _describe(sums: _Sums) -> dict[str, list[Any]]:
     return {"correlation": values, "n_fired": sums.n_x.tolist(), "n_other_fired": sums.n_y.tolist()}
 
 
+def _mean(values: pl.Series) -> float | None:
+    """Return the mean of what is not null."""
+    mean = values.cast(pl.Float64()).mean()
+    return mean if isinstance(mean, float) else None
+
+
 def _split(table: pl.DataFrame) -> Sequence[pl.DataFrame]:
     return table.partition_by("sae", "other_sae", maintain_order=True)
 
@@ -200,5 +237,7 @@ def _summarize(part: pl.DataFrame) -> dict[str, Any]:
         "n_latents": part.height,
         "mean_cosine": float(part["cosine"].cast(pl.Float64()).mean() or 0.0),  # pyright: ignore[reportArgumentType]
         **{f"share_above_{level}": int((part["cosine"] > level).sum()) / part.height for level in (0.7, 0.9)},
+        "n_paired": part.height - part["paired_cosine"].null_count(),
+        "mean_paired_cosine": _mean(part["paired_cosine"]),
         "share_mutual": int(part["is_mutual"].sum()) / part.height,
     }

@@ -142,21 +142,32 @@ def _dose(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.visualize.steering.curves import write_curve
 
     model, tokenizer = job.world.model(), job.world.tokenizer()
-    return lambda key: [write_curve(job.pipeline, job.store, model, tokenizer, key, job.progress.advance)]
+    return _exactly(lambda key: write_curve(job.pipeline, job.store, model, tokenizer, key, job.progress.advance))
 
 
 def _find(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.visualize.steering.search import write_search
 
     model, tokenizer = job.world.model(), job.world.tokenizer()
-    return lambda key: [write_search(job.pipeline, job.store, model, tokenizer, key, job.progress.advance)]
+    return _exactly(lambda key: write_search(job.pipeline, job.store, model, tokenizer, key, job.progress.advance))
 
 
 def _patch(job: Job) -> Callable[[str], list[Produced]]:
     from interp_assets.visualize.steering.patching import write_patching
 
     model, tokenizer = job.world.model(), job.world.tokenizer()
-    return lambda key: [write_patching(job.pipeline, job.store, model, tokenizer, key, job.progress.advance)]
+    return _exactly(lambda key: write_patching(job.pipeline, job.store, model, tokenizer, key, job.progress.advance))
+
+
+def _exactly(write: Callable[[str], Produced]) -> Callable[[str], list[Produced]]:
+    """Return what makes a partition whose bytes do not follow the number of threads; what a notebook runs may."""
+    from interp_assets.compute.any_threads import AnyThreads
+
+    def make(key: str) -> list[Produced]:
+        with AnyThreads():
+            return [write(key)]
+
+    return make
 
 
 def _show_found(job: Job, key: str, made: list[Produced]) -> dict[str, Shown]:

@@ -13,10 +13,10 @@ from interp_assets.train.refs import sae_ref
 from interp_assets.visualize.refs import FOLDER, records_ref
 
 STEERING_FOLDER = f"{FOLDER}/steering"
-STEER_VERSION = 1
+STEER_VERSION = 2
 """Raise it when the same model, SAE and recipe would give other texts or scores."""
 SEARCH_FOLDER = f"{FOLDER}/search"
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2
 """Raise it when the same model and SAE would give other latents, texts or scores."""
 PATCHING_FOLDER = f"{FOLDER}/patching"
 PATCHING_VERSION = 1

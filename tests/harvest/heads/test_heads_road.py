@@ -10,6 +10,7 @@ from tiny_models import make_net, make_tiny_config, make_tokenizer, write_texts
 from interp_assets.errors import PlanError
 from interp_assets.graph.jobs import RunError, run_road
 from interp_assets.graph.stages import make_road
+from interp_assets.harvest.heads.examples import load_head_examples
 from interp_assets.harvest.heads.prompts import read_prompt
 from interp_assets.harvest.heads.records import read_head, read_tables
 from interp_assets.harvest.heads.refs import candidates_ref, records_ref
@@ -21,7 +22,8 @@ from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_tree
 from interp_assets.web.opened import OpenAttention, list_bundles, open_any
 
-NAMES = ["head_tokens", "head_candidates", "head_examples", "example_patterns", "head_records", "prompt_patterns"]
+NAMES = ["head_tokens", "head_candidates", "head_examples", "example_patterns", "head_records", "prompt_patterns", "prompt_targets"]
+PROMPTS = {"hello": "ab cd ab", "told": {"text": "ab cd ab", "logits": ["b", " "]}}
 SELECT = ["token_shards", *NAMES, "attention_browser"]
 
 
@@ -37,7 +39,7 @@ def _configure(folder: Path, kind: str = "gpt2", **heads: object):
         "saes": saes,
         "shuffle": {"passes": 2, "fan_out": 2},
     }
-    return make_tiny_config(folder / kind, texts, **sections, heads={"key_tokens": 16, "top_k": 3, "prompts": {"hello": "ab cd ab"}, **heads})
+    return make_tiny_config(folder / kind, texts, **sections, heads={"key_tokens": 16, "top_k": 3, "prompts": PROMPTS, **heads})
 
 
 def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> None:
@@ -50,7 +52,7 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         pipeline = load_pipeline(config, store)
         n_shards = len(pipeline.shard_indices)
         assert n_shards > 1
-        assert {name: made[name] for name in NAMES} == dict(zip(NAMES, (1, n_shards, 2, n_shards, 2, 1), strict=True))
+        assert {name: made[name] for name in NAMES} == dict(zip(NAMES, (1, n_shards, 2, n_shards, 2, 2, 1), strict=True))
         assert not any(report.n_made for report in run_road(config, instance, select=SELECT) if report.name in NAMES)
         event = instance.get_latest_materialization_event(dg.AssetKey("head_candidates"))
         assert event is not None
@@ -73,7 +75,7 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         assert before is not None
         store.delete([f"{candidates_ref(pipeline, 0).path}/manifest.json"])
         again = {report.name: report.n_made for report in run_road(config, instance, select=SELECT)}
-        assert {name: again[name] for name in NAMES} == dict(zip(NAMES, (0, 1, 0, 0, 0, 0), strict=True))
+        assert {name: again[name] for name in NAMES} == dict(zip(NAMES, (0, 1, 0, 0, 0, 0, 0), strict=True))
         assert again["attention_browser"] == 0
         after = find_manifest(store, candidates_ref(pipeline, 0))
         assert after is not None
@@ -83,14 +85,14 @@ def test_the_stage_is_made_checked_priced_and_found_again(tmp_path: Path) -> Non
         assert lines["head_candidates"].n_missing == 0
         other = pipeline.__class__(make_config({**config.model_dump(), "seed": 1}), pipeline.plan)
         priced = {line.name: line for line in make_schedule(road, other, store, {}, 1)}
-        assert all(priced[name].job_bytes >= 0 and priced[name].n_missing for name in NAMES[1:-1])
+        assert all(priced[name].job_bytes >= 0 and priced[name].n_missing for name in NAMES[1:-2])
         assert priced["head_candidates"].n_rows > 0
         assert (priced["attention_browser"].n_missing, lines["attention_browser"].n_missing) == (1, 0)
         assert_bundle_is_what_was_made(pipeline, store)
         few = other.__class__(make_config({**config.model_dump(), "heads": {**config.model_dump()["heads"], "max_shards": 1}}), pipeline.plan)
         assert road.find("head_candidates").partition_keys(few) == ["shard-000000"]
         missing = {line.name: line.n_missing for line in make_schedule(road, few, store, {}, 1)}
-        assert {name: missing[name] for name in NAMES} == dict(zip(NAMES, (0, 0, 2, 1, 2, 0), strict=True))  # shard 0 is what it was
+        assert {name: missing[name] for name in NAMES} == dict(zip(NAMES, (0, 0, 2, 1, 2, 0, 0), strict=True))  # shard 0 is what it was
         assert records_ref(other, 1).artifact_id != records_ref(pipeline, 1).artifact_id
 
 
@@ -102,13 +104,19 @@ def assert_bundle_is_what_was_made(pipeline: Pipeline, store: Store) -> None:
     assert bundle.head_names() == ["0.0", "0.1", "1.0", "1.1"]
     assert all(bundle.head(name) == read_head(pipeline, store, name) for name in bundle.head_names())
     table, columns = read_tables(pipeline, store), bundle.description["heads"]
-    assert list(columns) == table.columns
+    assert list(columns) == [*table.columns, "induction_rows"]
+    rows = [load_head_examples(pipeline, store, layer)[1].sum_of("induction_rows").tolist() for layer in (0, 1)]
+    assert columns["induction_rows"] == rows[0] + rows[1]
+    assert all(0 < of < n for of, n in zip(columns["induction_rows"], columns["rows"], strict=True))
     for name in table.columns:
         assert columns[name] == [value if value is None else pytest.approx(value, rel=1e-4) for value in table[name].to_list()]
     made, shown = read_prompt(pipeline, store, "hello"), bundle.prompt("hello")
     assert shown.tokens == made.tokens
     assert all((shown.pattern(head) == made.pattern(head)).all() for head in made.heads())
     assert all(np.array_equal(shown.lengths[layer], made.lengths[layer]) for layer in made.lengths)
+    assert [prompt["columns"] for prompt in bundle.description["prompts"]] == [["value", "output"], ["value", "output", "logit:65", "logit:220"]]
+    assert np.array_equal(bundle.prompt("told").pattern("1.1"), shown.pattern("1.1"))
+    assert bundle.prompt("told").lengths[1].shape == shown.lengths[1].shape
     texts = [bundle.vocabulary.text(token) for token in bundle.head("1.0")["contexts"][0]["tokens"]]
     assert set("".join(texts)) - {"\ufffd"}
 
@@ -129,4 +137,4 @@ def test_a_pipeline_without_heads_is_what_it_was() -> None:
     config = make_config({})
     assert not any(asset.group == "heads" for asset in make_road(config))
     assert "heads" not in config.model_dump(mode="json")
-    assert [asset.name for asset in make_road(make_config({"heads": {}})) if asset.group == "heads"] == NAMES[:-1]
+    assert [asset.name for asset in make_road(make_config({"heads": {}})) if asset.group == "heads"] == NAMES[:-2]

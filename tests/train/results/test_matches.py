@@ -20,7 +20,7 @@ from interp_assets.train.assets import name_numbers
 from interp_assets.train.checkpoint import load_sae
 from interp_assets.train.loop import train_saes
 from interp_assets.train.refs import matches_ref
-from interp_assets.train.results.matches import SCHEMA, find_nearest, match_saes, read_matches
+from interp_assets.train.results.matches import MAX_PAIRED, SCHEMA, find_nearest, match_saes, pair_latents, read_matches
 
 TINY: dict[str, Any] = {"d_sae": 32, "k": 3, "n_rows": 3000, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
 SAES = [{"name": "a", **TINY}, {"name": "b", **TINY, "seed": 1}, {"name": "c", **TINY, "hook_point": "mlp_out.0"}]
@@ -67,6 +67,18 @@ def test_a_permutation_is_found_and_chance_is_not_taken_for_it() -> None:
     assert zero.cosines.tolist() == [0.0]
 
 
+def test_all_latents_are_paired_at_once() -> None:
+    """Of two copies of a feature one has it and the other is left over; the nearest alone would give both the same."""
+    feature = torch.eye(4, 8)
+    a, b = torch.cat([feature, feature[:1] + 0.1 * feature[1:2]]), 2 * feature[[2, 0, 1, 3]]
+    assert find_nearest(a, b)[0].latents.tolist() == [1, 2, 0, 3, 1]
+    latents, cosines = pair_latents(a, b)
+    assert latents == [1, 2, 0, 3, None]
+    assert cosines[:4] == pytest.approx([1.0] * 4)
+    assert pair_latents(b, a)[0] == [2, 0, 1, 3]
+    assert pair_latents(torch.ones(MAX_PAIRED + 1, 1), b[:, :1])[0] == [None] * (MAX_PAIRED + 1)
+
+
 def test_matched_latents_correlate_as_the_formula_says(make_planted) -> None:
     """Both directions, on the valid held-out rows alone, and no more of them than asked for; made once, and read back."""
     planted, rows = matching(make_planted(SAES[:2]), saes=["a", "b"], rows=200)
@@ -89,7 +101,12 @@ def test_matched_latents_correlate_as_the_formula_says(make_planted) -> None:
         else:
             assert row["correlation"] is None
     (forth, _) = made.manifest.facts["pairs"]
-    own = table.filter(sae="a")
+    own, others = table.filter(sae="a"), table.filter(sae="b")
+    assert others["latent"].gather(own["paired_latent"]).to_list() == own["paired_latent"].to_list()
+    assert others["paired_latent"].gather(own["paired_latent"]).to_list() == own["latent"].to_list()
+    assert forth["mean_paired_cosine"] == pytest.approx(own["paired_cosine"].mean(), rel=1e-5)
+    assert forth["mean_paired_cosine"] <= forth["mean_cosine"] + 1e-6
+    assert forth["n_paired"] == 32
     assert forth["mean_cosine"] == pytest.approx(own["cosine"].mean(), rel=1e-5)
     assert forth["share_mutual"] == pytest.approx(own["is_mutual"].mean())
     assert name_numbers(made.manifest.facts["pairs"])["share_above_0.9.a.b"] == forth["share_above_0.9"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from measured_saes import measure
+from measured_saes import load_table, measure
 from own_files import reading, write_file
 from typer.testing import CliRunner
 
@@ -23,7 +23,7 @@ from interp_assets.train.loop import train_saes
 from interp_assets.train.refs import LogRow, evaluation_ref, sae_ref
 from interp_assets.train.results.arms import COLUMNS, read_curves, read_table
 from interp_assets.train.results.replicas import has_replicas, over_seeds, shared_name
-from interp_assets.train.sweep import SCHEMA, TRAINING, load_table, make_sweep
+from interp_assets.train.sweep import SCHEMA, TRAINING, make_sweep
 from interp_assets.train.sweep import read_table as read_file_of
 
 TINY: dict[str, Any] = {"d_sae": 48, "k": 2, "n_rows": 600, "batch_rows": 100, "learning_rate": 5e-3, "dead_after_rows": 500}
