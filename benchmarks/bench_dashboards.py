@@ -26,19 +26,18 @@ between `n1` and `n2`, its fixed part once. One JSON line each:
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch, as under our command line
-
-import json
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +61,7 @@ from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.manifest import create_artifact
 from interp_assets.storage.store import Store, open_store
 from interp_assets.storage.tensors import save_tensors
-from interp_assets.train.checkpoint import save_sae
+from interp_assets.train.checkpoint import load_sae, save_sae
 from interp_assets.train.refs import evaluation_ref, sae_ref
 from interp_assets.visualize.candidates import find_candidates
 from interp_assets.visualize.examples import select_examples
@@ -85,9 +84,8 @@ class World(NamedTuple):
     tokens: np.ndarray
 
 
-def make_world(folder: Path, n_rows: int, n_latents: int, d_in: int) -> World:
-    """Publish what the passes read."""
-    setting = make_setting(n_rows, n_latents, L0, d_in=d_in)
+def make_pipeline(n_latents: int, d_in: int) -> Pipeline:
+    """Describe it."""
     content = {
         "harvest": {"hook_points": [HOOK]},
         "saes": [{"name": "demo", "hook_point": HOOK, "d_sae": n_latents, "architecture": "jump_relu"}],
@@ -98,7 +96,19 @@ def make_world(folder: Path, n_rows: int, n_latents: int, d_in: int) -> World:
         shards=[ShardSource(index=0, fingerprint="f", n_documents=1, n_bytes=1, spec={})], tokenizer_fingerprint="t", model_fingerprint="m",
         hook_widths={HOOK: d_in}, vocabulary_size=VOCABULARY, max_context=CONTEXT,
     )  # fmt: skip
-    pipeline, store = Pipeline(make_config(content), plan), open_store(str(folder / "store"))
+    return Pipeline(make_config(content), plan)
+
+
+def make_unembedding(d_in: int) -> Unembedding:
+    """Draw the way to the logits."""
+    generator = torch.Generator().manual_seed(stream(0, "bench", "unembedding").torch_seed())
+    return Unembedding(torch.randn(d_in, VOCABULARY, generator=generator), "")
+
+
+def make_world(folder: Path, n_rows: int, n_latents: int, d_in: int) -> World:
+    """Publish what the passes read."""
+    setting = make_setting(n_rows, n_latents, L0, d_in=d_in)
+    pipeline, store = make_pipeline(n_latents, d_in), open_store(str(folder / "store"))
     rng = stream(0, "bench", "tokens").generator()
     tokens = rng.integers(1, VOCABULARY, n_rows).astype(np.uint32)
     contexts = (np.arange(n_rows) // CONTEXT).astype(np.uint32)
@@ -120,8 +130,7 @@ def make_world(folder: Path, n_rows: int, n_latents: int, d_in: int) -> World:
         save_sae(art, setting.sae, pipeline, pipeline.config.sae("demo"), l0=float(L0))
     with create_artifact(store, evaluation_ref(pipeline, "demo")) as art:
         art.facts["l0"] = float(L0)
-    generator = torch.Generator().manual_seed(stream(0, "bench", "unembedding").torch_seed())
-    return World(pipeline, store, setting, Unembedding(torch.randn(d_in, VOCABULARY, generator=generator), ""), tokens)
+    return World(pipeline, store, setting, make_unembedding(d_in), tokens)
 
 
 def _table(**columns: Any) -> bytes:
@@ -130,38 +139,36 @@ def _table(**columns: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def make_passes(world: World) -> Iterator[tuple[str, Callable[[], object]]]:
+def make_passes(pipeline: Pipeline, store: Store, d_in: int) -> Iterator[tuple[str, Callable[[], object]]]:
     """Return the four passes in their order, by name."""
-    pipeline, store, sae = world.pipeline, world.store, world.setting.sae
+    sae, unembedding = load_sae(pipeline, store, "demo"), make_unembedding(d_in)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w0", unk_token="w0")
     yield "candidates", lambda: find_candidates(pipeline, store, sae, "demo", 0, 0)
     yield "examples", lambda: select_examples(pipeline, store, "demo", 0)
     yield "windows", lambda: fire_windows(pipeline, store, sae, "demo", 0)
-    yield "records", lambda: write_records(pipeline, store, "demo", sae, 0, tokenizer, world.unembedding)
+    yield "records", lambda: write_records(pipeline, store, "demo", sae, 0, tokenizer, unembedding)
 
 
-def run_ours(n_rows: int, n_latents: int, d_in: int) -> dict[str, Any]:
-    """Run the passes in this process, and measure each and the memory beyond what the inputs took; loops have been compiled on a tiny world."""
+def run_ours(root: Path, n_latents: int, d_in: int) -> dict[str, Any]:
+    """Run the passes over a published world in this process, and measure each; loops have been compiled on a tiny one."""
     with tempfile.TemporaryDirectory() as folder:
-        for _, work in make_passes(make_world(Path(folder), 4096, 64, d_in)):
+        tiny = make_world(Path(folder), 4096, 64, d_in)
+        for _, work in make_passes(tiny.pipeline, tiny.store, d_in):
             work()
-    with tempfile.TemporaryDirectory() as folder:
-        world = make_world(Path(folder), n_rows, n_latents, d_in)
-        floor = measured(lambda: run_floor(world.setting))
-        world = world._replace(setting=world.setting._replace(rows=world.setting.rows[:0].clone()))
-        found = {name: measured(work) for name, work in make_passes(world)}
-        store_bytes = {
-            name: sum(path.stat().st_size for path in Path(folder).rglob(name)) for name in ("records.bin", "firings.*", "windows.parquet")
-        }
-    return {"floor": floor, "passes": found, "bytes": store_bytes}
+    return {name: measured(work) for name, work in make_passes(make_pipeline(n_latents, d_in), open_store(str(root / "store")), d_in)}
 
 
 def measure_ours(n_rows: int, n_latents: int, d_in: int) -> dict[str, Any]:
-    """Run ours in a process of its own, so that its most memory is its own."""
-    command = [sys.executable, __file__, "--ours", str(n_rows), str(n_latents), str(d_in)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    """Run the floor here and ours in a process of its own, so that its most memory is its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = make_world(Path(folder), n_rows, n_latents, d_in)
+        run_floor(world.setting.first(4096))
+        floor = measured(lambda: run_floor(world.setting))
+        done = subprocess.run([sys.executable, __file__, "--ours", folder, str(n_latents), str(d_in)], stdout=subprocess.PIPE, text=True, check=True)
+        names = ("records.bin", "firings.*", "windows.parquet")
+        sizes = {name: sum(path.stat().st_size for path in Path(folder).rglob(name)) for name in names}
+    return {"floor": floor, "passes": json.loads(done.stdout.splitlines()[-1]), "bytes": sizes}
 
 
 def save_setting(world: World, folder: Path) -> None:
@@ -197,7 +204,7 @@ def main() -> None:
     if "--ours" in sys.argv:
         use_fastest_products()
         at = sys.argv.index("--ours")
-        print(json.dumps(run_ours(*map(int, sys.argv[at + 1 : at + 4]))), flush=True)
+        print(json.dumps(run_ours(Path(sys.argv[at + 1]), *map(int, sys.argv[at + 2 : at + 4]))), flush=True)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="512 latents x 16,384 tokens, one round")

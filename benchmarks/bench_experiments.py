@@ -22,7 +22,6 @@ import csv
 import io
 import json
 import os
-import platform
 import re
 import resource
 import subprocess
@@ -31,6 +30,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from floors import report as share
 
 from interp_assets.planning.config import load_config
 
@@ -105,7 +106,6 @@ def _cpu_s() -> float:
 
 def report(goal: int, name: str, value: float, unit: str, at_most: float | None, **more: Any) -> None:
     """Print a figure beside its goal."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
     line = {
         "name": name,
         "value": round(value, 3),
@@ -114,10 +114,8 @@ def report(goal: int, name: str, value: float, unit: str, at_most: float | None,
         "ratio_to_floor": None,
         "ratio_to_best_peer": None,
         "goal": {"number": goal, "at_most": at_most, "is_met": at_most is None or value <= at_most},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": commit,
     }
-    print(json.dumps(line | {key: round(item, 3) if isinstance(item, float) else item for key, item in more.items()}), flush=True)
+    share(line | {key: round(item, 3) if isinstance(item, float) else item for key, item in more.items()})
 
 
 def measure_architecture(folder: Path) -> None:

@@ -49,7 +49,7 @@ from interp_assets.harvest.activations import FORWARD_TOKENS, Batch, harvest_sha
 from interp_assets.planning.config import make_config
 from interp_assets.planning.pipeline import Pipeline, PipelinePlan, ShardSource
 from interp_assets.storage.manifest import create_artifact
-from interp_assets.storage.store import open_store
+from interp_assets.storage.store import Store, open_store
 
 PEERS = ("sae_lens", "transformer_lens", "nnsight")
 VOCABULARY, CONTEXT, MEDIAN_LENGTH = 1024, 512, 96
@@ -132,6 +132,15 @@ class Case:
 
     def prepare(self, dtype: str) -> Callable[[], object]:
         """Publish the token shard in a new store and return the harvest of it."""
+        pipeline, store = self.publish(dtype)
+        return lambda: self.harvest(pipeline, store)
+
+    def harvest(self, pipeline: Pipeline, store: Store) -> None:
+        """Make the activation shard."""
+        harvest_shard(pipeline, store, self.subject, 0)
+
+    def publish(self, dtype: str) -> tuple[Pipeline, Store]:
+        """Publish the token shard in a new store."""
         self._n_runs += 1
         hook = f"resid_post.{self.layer}"
         content = {"harvest": {"hook_points": [hook], "dtype": dtype}, "saes": [{"hook_point": hook}]}
@@ -149,7 +158,7 @@ class Case:
             pq.write_table(pa.table(columns), sink)
             art.put("tokens.parquet", sink.getvalue().to_pybytes())
             art.facts |= {"n_rows": len(documents), "n_valid": len(documents)}
-        return lambda: harvest_shard(pipeline, store, self.subject, 0)
+        return pipeline, store
 
 
 class _StopError(Exception):

@@ -24,8 +24,6 @@ of requests) it is than at the size before, divided by how many more shards: 1 i
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,6 +37,7 @@ import dagster as dg
 import yaml
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import ModuleTarget
+from floors import describe_machine
 
 from interp_assets.graph.assembly import assemble
 from interp_assets.graph.definitions import build_defs
@@ -185,8 +184,6 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     sizes = args.shards or ([200, 800] if args.quick else [1000, 10_000])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    where = {"hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores", "commit": commit}
     last: dict[str, tuple[int, float]] = {}
     for n in sizes:
         for name, value, cpu_s in measure(n, args.folder):
@@ -196,7 +193,7 @@ def main() -> None:
             line: dict[str, Any] = {
                 "name": f"scale {name}", "value": round(value, 3), "unit": "requests" if cpu_s is None else "s", "ours": round(value, 3),
                 "ratio_to_floor": growth, "ratio_to_best_peer": None, "config": {"shards": n, "storage": "SQLite, local files"},
-                "cpu_s": cpu_s if cpu_s is None else round(cpu_s, 3), "load": round(os.getloadavg()[0], 1), **where,
+                "cpu_s": cpu_s if cpu_s is None else round(cpu_s, 3), **describe_machine(),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
             last[name] = n, grows

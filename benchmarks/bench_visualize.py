@@ -109,6 +109,7 @@ def make_job(setting: Setting, keep: str) -> tuple[Pipeline, TokenShard]:
     features = {"latent_slices": 1, "keep": keep, "top_k": TOP_K, "n_random": N_RANDOM, "one_per_document": False, "distinct_tokens": 0}
     sae = {"hook_point": HOOK, "d_sae": setting.sae.d_sae}
     content = {"harvest": {"hook_points": [HOOK]}, "saes": [sae], "features": features, "execution": {"rows_per_block": BLOCK}}
+    content["shuffle"] = {"passes": 2, "fan_out": 2}  # nothing is shuffled: the ids want to know
     source = ShardSource(index=0, fingerprint="f", n_documents=1, n_bytes=1, spec={})
     plan = PipelinePlan(
         shards=[source], tokenizer_fingerprint="t", model_fingerprint="m", hook_widths={HOOK: setting.sae.d_in}, vocabulary_size=1, max_context=1
@@ -326,12 +327,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "0") not in ("", "0"), help="small sizes")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda for one GPU")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda for one GPU, or cpu-as-cuda for that code, tiny, without one")
     args = parser.parse_args()
     use_fastest_products()
     if args.device != "cpu":
         report("machine", torch.get_num_threads(), "threads", torch=torch.__version__, quick=args.quick, **find_paths()._asdict())
-        compare_on_gpu(torch.device(args.device), *((16384, 1024, 4096, 4) if args.quick else (131072, 4096, 16384, 16)))
+        is_tiny = args.device == "cpu-as-cuda"
+        sizes = (512, 64, 256, 2) if is_tiny else (16384, 1024, 4096, 4) if args.quick else (131072, 4096, 16384, 16)
+        compare_on_gpu(torch.device("cpu" if is_tiny else args.device), *sizes)
         return
     n_small, n_large, n_rule, n_repeats = (8192, 4096, 4096, 2) if args.quick else (65536, 24576, 32768, 3)
     report("machine", torch.get_num_threads(), "threads", torch=torch.__version__, quick=args.quick, **find_paths()._asdict())

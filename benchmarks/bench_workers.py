@@ -14,15 +14,13 @@ threads can at best be twice as fast where one process uses one core (tokens, ga
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from pathlib import Path
 
 import dagster as dg
+from floors import describe_machine
 
 from interp_assets.graph.fanout import Fanout, Load
 from interp_assets.graph.jobs import run_road
@@ -85,13 +83,11 @@ def main() -> None:
     parser.add_argument("--naps", action="store_true", help="naps of 16 workers alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    where = {"hardware": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores", "commit": commit.stdout.strip()}
 
     def report(name: str, value: float, unit: str, config: dict[str, int]) -> None:
         line = {
             "name": f"workers {name}", "value": round(value, 3), "unit": unit, "ours": round(value, 3), "ratio_to_floor": round(value, 3),
-            "ratio_to_best_peer": None, "config": config, "load": round(os.getloadavg()[0], 1), **where,
+            "ratio_to_best_peer": None, "config": config, **describe_machine(),
         }  # fmt: skip
         print(json.dumps(line), flush=True)
 

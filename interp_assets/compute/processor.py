@@ -37,7 +37,7 @@ class Paths(NamedTuple):
     """Who multiplies float32: oneDNN, or torch's own choice."""
     digits: str
     """By which kind of digits pre-activations are found: int8, or float32."""
-    torch: str
+    vectors: str
     """The widest vectors of torch's own kernels, which `ATEN_CPU_CAPABILITY` narrows."""
 
 
