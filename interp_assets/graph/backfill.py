@@ -31,7 +31,9 @@ from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.pipeline import Pipeline, load_pipeline, open_pipeline_store
 from interp_assets.planning.progress import AssetReport, Progress
 from interp_assets.planning.road import Partition, group_siblings
+from interp_assets.storage.listing import list_store
 from interp_assets.storage.manifest import remove_artifact
+from interp_assets.storage.seen import SeenFiles, open_seen
 from interp_assets.storage.store import Store
 from interp_assets.storage.verify import verify_artifact
 
@@ -52,14 +54,26 @@ def run_backfill(
     `only_failed` makes failed partitions and what comes after them. The plan is taken as it is: new text is the business of `interp run`.
     Raises `ArtifactMissingError` without a plan, `ConfigError` for an unknown asset or partition.
     """
-    progress = progress or Progress()
-    road = make_road(config)
+    with open_seen() as notes:
+        yield from _run_backfill(config, instance, (select, partitions), only_failed, progress or Progress(), notes)
+
+
+def _run_backfill(
+    config: PipelineConfig,
+    instance: DagsterInstance,
+    named: tuple[Sequence[str], Sequence[str]],
+    only_failed: bool,  # noqa: FBT001 - as `run_backfill` was asked
+    progress: Progress,
+    notes: SeenFiles,
+) -> Iterator[AssetReport]:
+    road, (select, partitions) = make_road(config), named
     selected = [asset for asset in road.select(select) if not asset.plan]
     store = open_pipeline_store(config)
     pipeline = load_pipeline(config, store)
     _check_partitions(selected, pipeline, partitions)
+    listed = list_store(store, notes)
     if not partitions:
-        check_machine(road, pipeline, store, selected)
+        check_machine(road, pipeline, listed, selected)
     job = assemble(config, progress).resolve_implicit_global_asset_job_def()
     touched: set[Partition] = set()
     broken: set[Partition] = set()
@@ -68,7 +82,7 @@ def run_backfill(
         """List the partitions that are due and can be made, and those that wait for failed ones."""
         keys = asset.partition_keys(pipeline)
         failed_before = set(find_failed(asset, keys, instance))
-        due = set(find_missing(road, asset, pipeline, store, instance)) | failed_before
+        due = set(find_missing(road, asset, pipeline, listed, instance)) | failed_before
         if partitions:
             due = set(keys) & set(partitions)
         elif only_failed:
@@ -92,6 +106,8 @@ def run_backfill(
                 touched |= {(asset.name, key) for key in ready}
                 broken |= {(asset.name, key) for key in [*outcome.report.failed, *waiting]}
                 yield count_partitions(road, asset, (pipeline, store), ready, outcome.report._replace(waiting=waiting))
+        if any(ready for _, ready, _ in all_due):  # what was listed is as old as what it was before
+            listed = list_store(store, notes)
 
 
 def find_failed(asset: Asset, keys: Sequence[str], instance: DagsterInstance) -> list[str]:

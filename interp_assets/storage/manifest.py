@@ -19,9 +19,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, Final, NamedTuple, ParamSpec
 
 import xxhash
@@ -86,7 +86,7 @@ class Manifest:
     timed: list[str] = field(default_factory=list)
     """Names of the files that hold times of a run: verified like all others, but not part of the digest."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Hash of everything but the times: 32 hexadecimal digits."""
         content = as_plain(self)
@@ -106,6 +106,9 @@ class Manifest:
             if entry.name == name:
                 return entry
         raise ArtifactCorruptError(f"Artifact {self.artifact_id} ({self.kind}) lists no file {name!r}; it has {[f.name for f in self.files]}.")
+
+
+_FIELDS: Final = tuple(each.name for each in fields(Manifest))
 
 
 class Produced(NamedTuple):
@@ -319,17 +322,15 @@ def load_manifest(store: Store, ref: ArtifactRef) -> Manifest:
 
 def read_manifest(store: Store, path: str) -> Manifest:
     """Read the manifest below `path`, whatever artifact it describes. Raises like `load_manifest`."""
-    where = f"{store.url}/{path}/{MANIFEST}"
     try:
-        data = store.get(f"{path}/{MANIFEST}")
+        return store.parse(f"{path}/{MANIFEST}", decode_manifest)
     except StoreMissingError as error:
         raise ArtifactMissingError(f"There is no artifact at {store.url}/{path}: {MANIFEST} is missing. Materialize it first.") from error
-    return decode_manifest(data, where)
 
 
 def as_plain(manifest: Manifest) -> dict[str, Any]:
     """Return a manifest's fields for JSON, sharing its lists: `dataclasses.asdict` copies every checksum."""
-    plain = {**vars(manifest), "files": [vars(entry) for entry in manifest.files]}
+    plain = {name: getattr(manifest, name) for name in _FIELDS} | {"files": [vars(entry) for entry in manifest.files]}
     if not manifest.timed:
         del plain["timed"]
     return plain

@@ -73,7 +73,7 @@ class SeenFiles:
     def find(self, path: Path, question: str) -> tuple[Draft, bytes | None]:
         """Return what to give to `note` when the file has been read, and the noted answer if there is one. Raises `OSError` for no file."""
         path = path.absolute()
-        stamp, changed_ns = _stamp(path)
+        stamp, changed_ns = stamp_file(path)
         draft = Draft(path, stamp, self._now_ns() - changed_ns >= SETTLED_NS)
         if self._reads_again:
             return draft, None
@@ -82,7 +82,7 @@ class SeenFiles:
 
     def note(self, draft: Draft, question: str, answer: bytes) -> bool:
         """Note what a file answered, unless it changed meanwhile or too lately; tell whether it was noted."""
-        if self._database is None or not draft.is_settled or len(answer) > MAX_ANSWER_BYTES or _stamp(draft.path)[0] != draft.stamp:
+        if self._database is None or not draft.is_settled or len(answer) > MAX_ANSWER_BYTES or stamp_file(draft.path)[0] != draft.stamp:
             return False
         sealed = _seal(draft, question, answer) + answer
         self._ask("INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)", (os.fsencode(draft.path), question, draft.stamp, sealed))
@@ -200,7 +200,7 @@ def _is_damage(error: Exception) -> bool:
     return type(error) is sqlite3.DatabaseError
 
 
-def _stamp(path: Path) -> tuple[str, int]:
+def stamp_file(path: Path) -> tuple[str, int]:
     """Return what tells a file from a changed one, and the later of its two times."""
     facts = path.stat()
     stamp = f"{facts.st_dev}:{facts.st_ino}:{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"

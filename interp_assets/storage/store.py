@@ -85,6 +85,10 @@ class Store:
         METER.read(len(data))
         return data
 
+    def parse(self, path: str, parse: Callable[[bytes, str], T]) -> T:
+        """Return what `parse` makes of a whole object and of its name for messages. Raises like it and `get`."""
+        return parse(self.get(path), f"{self.url}/{path}")
+
     def get_ranges(self, path: str, starts: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
         """Read several ranges of one object, concurrently and coalesced. Raises `StoreError` when the object ends earlier."""
         self._check_kind(path)

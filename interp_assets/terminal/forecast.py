@@ -25,6 +25,8 @@ from interp_assets.shuffle.estimate import compare_plans, estimate_passes
 from interp_assets.shuffle.plan import load_shard_rows
 from interp_assets.shuffle.refs import shape_of
 from interp_assets.shuffle.rows import RowFormat
+from interp_assets.storage.listing import list_store
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.store import Store, open_store
 from interp_assets.terminal.console import format_count, print_table
 from interp_assets.terminal.lines import format_duration
@@ -44,10 +46,14 @@ def print_plan(console: Console, config: PipelineConfig, workers: int | None = N
     Plans the corpus in memory: a running pipeline keeps its plan. Raises `PlanError` with what stands in the way, and, after the forecast, with what
     this machine lacks.
     """
+    workers = workers or count_workers(config.execution)
+    with open_seen() as notes:
+        _print_plan(console, config, list_store(open_pipeline_store(config), notes), workers)
+
+
+def _print_plan(console: Console, config: PipelineConfig, store: Store, workers: int) -> None:
     from interp_assets.corpus.plan import describe_empty  # noqa: PLC0415 - takes transformers, and `interp costs` does without
 
-    workers = workers or count_workers(config.execution)
-    store = open_pipeline_store(config)
     road, planned = make_road(config), plan_aside(config, store)
     road.check(planned, store)
     pipeline = foresee(planned, store)

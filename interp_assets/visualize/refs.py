@@ -105,13 +105,22 @@ def read_roles(corpus: CorpusConfig) -> dict[str, int]:
 
 
 def _identity(pipeline: Pipeline, which: Pass) -> dict[str, object]:
-    return {"code": FEATURES_VERSION, "seed": pipeline.config.seed, "features": read_features(pipeline.config.features, which)}
+    """Return what a pass's bytes depend on; the same for every partition."""
+    config = pipeline.config
+    return pipeline.remember(
+        ("identity of features", which), lambda: {"code": FEATURES_VERSION, "seed": config.seed, "features": read_features(config.features, which)}
+    )
 
 
 def _inputs(pipeline: Pipeline, sae: str) -> dict[str, str]:
-    hook_point = pipeline.config.sae(sae).hook_point
-    shards = activation_ids(pipeline, hook_point, pipeline.shard_indices)
-    return {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shards": shards, **imported_statistics(pipeline, sae, [hook_point])}
+    """Return the ids of all that an SAE's features are made from; to go through all shards for each of them took the square of their number."""
+
+    def collect() -> dict[str, str]:
+        hook_point = pipeline.config.sae(sae).hook_point
+        shards = activation_ids(pipeline, hook_point, pipeline.shard_indices)
+        return {"sae": sae_ref(pipeline, sae).artifact_id, "activation_shards": shards, **imported_statistics(pipeline, sae, [hook_point])}
+
+    return pipeline.remember(("inputs of features", sae), collect)
 
 
 def prompt_targets_ref(pipeline: Pipeline, name: str) -> ArtifactRef:

@@ -1,13 +1,16 @@
 """The state of a store is read by listings, not by one request an artifact."""
 
+import os
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from interp_assets.errors import StoreMissingError
-from interp_assets.storage.listing import ListedStore
+from interp_assets.storage.listing import _KEPT_BYTES, ListedStore, _Parsed
 from interp_assets.storage.manifest import ArtifactRef, create_artifact, find_manifest, make_ref
-from interp_assets.storage.seen import SeenFiles
+from interp_assets.storage.seen import SETTLED_NS, SeenFiles, stamp_file
 from interp_assets.storage.store import ObjectInfo, Store
 from interp_assets.storage.traffic import METER, Traffic
 
@@ -83,3 +86,59 @@ def test_a_listed_store_is_as_old_as_its_first_question_and_writes_through(local
     assert names == {f"{refs[0].path}/{name}" for name in ("manifest.json", "rows")}
     assert {item.path for item in listed.list("1-toys/0")} == names
     assert all(isinstance(item, ObjectInfo) for item in listed.list())
+
+
+class CountingStore(Store):
+    """A store that counts what is read of it."""
+
+    def __init__(self, store: Store) -> None:
+        """Wrap a store."""
+        vars(self).update(vars(store))
+        self.read: Counter[str] = Counter()
+
+    def get(self, path: str) -> bytes:
+        """Read and count."""
+        self.read[path] += 1
+        return super().get(path)
+
+
+def settle(path: Path) -> None:
+    """Wait until a file has not changed for as long as another change could bear the same time."""
+    while time.time_ns() - stamp_file(path)[1] < SETTLED_NS:
+        time.sleep(0.05)
+
+
+def test_a_manifest_of_a_folder_is_read_once_for_all_listings_until_it_changes(local_store: Store) -> None:
+    """The plan, the forecast and the run look one after the other; a damaged, a replaced and a deleted artifact must not count as there."""
+    store, refs = CountingStore(local_store), make_refs(4)
+    fill(local_store, refs)
+    paths = [f"{ref.path}/manifest.json" for ref in refs]
+    files = [found for path in paths if (found := local_store.local_path(path))]
+    early = ListedStore(store)
+    assert all(find_manifest(early, ref) for ref in refs for _ in range(3))
+    assert store.read == Counter(paths)  # once a listing, even of files that changed just now
+    settle(files[-1])
+    assert all(find_manifest(listed, ref) for listed in (ListedStore(store), ListedStore(store)) for ref in refs)
+    assert store.read == Counter(paths * 2)  # once for all later ones
+
+    before = files[0].stat()
+    files[0].write_bytes(files[0].read_bytes().replace(b'"rows"', b'"rowz"'))
+    os.utime(files[0], ns=(before.st_atime_ns, before.st_mtime_ns))  # of the same size and time
+    with create_artifact(local_store, refs[1], replace=True) as art:
+        art.put("rows", b"other bytes", n_rows=1)
+    local_store.delete([paths[2]])
+    listed = ListedStore(store)
+    found = [find_manifest(listed, ref) for ref in refs]
+    assert [manifest and manifest.digest for manifest in found] == look(local_store, refs)[0]
+    assert [manifest is not None for manifest in found] == [False, True, False, True]
+    assert store.read == Counter(paths * 2 + paths[:2])
+
+
+def test_what_is_held_of_manifests_is_bounded() -> None:
+    """A server that looks at many pipelines must not grow for ever: the oldest go, and what is held in an object's place is the newest."""
+    parsed = _Parsed()
+    for i in range(5):
+        parsed.keep(f"{i}", "then", _KEPT_BYTES // 3, i)
+    assert [parsed.find(f"{i}", "then") for i in range(5)] == [None, None, 2, 3, 4]
+    parsed.keep("4", "now", _KEPT_BYTES // 3, 5)
+    assert [parsed.find("4", "then"), parsed.find("4", "now"), parsed.find("2", "then")] == [None, 5, 2]
