@@ -49,7 +49,9 @@ from interp_assets.planning.pipeline import load_pipeline, open_pipeline_store, 
 from interp_assets.planning.progress import Progress
 from interp_assets.planning.schedule import make_schedule
 from interp_assets.shuffle.choice import foresee
+from interp_assets.storage.listing import forget_parsed, list_store
 from interp_assets.storage.manifest import Manifest, create_artifact, data_version
+from interp_assets.storage.seen import open_seen
 from interp_assets.storage.traffic import METER
 from resources.world import World
 
@@ -94,8 +96,11 @@ class Bench:
         config, road = self.config, make_road(self.config)
         assert road.plan.plan is not None
         store = open_pipeline_store(config)
-        pipeline = foresee(road.plan.plan(config, store, lambda _sentence: None), store)
-        (line,) = [line for line in make_schedule(road, pipeline, store, {}, 1) if line.name == "activations"]
+        planned = road.plan.plan(config, store, lambda _sentence: None)
+        with open_seen() as notes:
+            store = list_store(store, notes)
+            pipeline = foresee(planned, store)
+            (line,) = [line for line in make_schedule(road, pipeline, store, {}, 1) if line.name == "activations"]
         assert line.n_missing == 0, line
 
     def run(self, n_made: int) -> None:
@@ -162,10 +167,13 @@ def measure(n: int, place: str | None) -> Iterator[tuple[str, float, float | Non
         with bench.instance:
             yield "plan, files never read", *bench.first_plan_s
             yield "plan", *bench.time(bench.plan)
+            forget_parsed()  # each command has a process of its own
             yield "interp plan", *bench.time(bench.forecast)
+            forget_parsed()
             before = METER.total()
             yield "nothing to do", *bench.time(lambda: bench.run(0))
             took = METER.total().since(before)
+            forget_parsed()
             yield "requests for reading", took.gets, None
             yield "requests for writing and listing", took.puts, None
             yield "one shard", *bench.time(bench.run_one)

@@ -140,8 +140,8 @@ class CorpusConfig(Placed):
         if self.path and "path" in self.unread:
             given = "is" if "source" in self.model_fields_set else "is not said, and so"
             message = (
-                f"corpus.path is {self.path!r}, but corpus.source {given} {self.source}, which reads no path: write `source: files` (or huggingface), "
-                "or leave path out"
+                f"corpus.path is {self.path!r}, but corpus.source {given} {self.source}, which reads no path: write `source: files` (or "
+                "huggingface), or leave path out"
             )
             raise ValueError(message)
         return self

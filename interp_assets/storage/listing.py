@@ -56,6 +56,12 @@ class _Parsed:
             while self._n_bytes > _KEPT_BYTES:
                 self._drop(next(iter(self._found)))
 
+    def clear(self) -> None:
+        """Hold nothing."""
+        with self._lock:
+            self._found.clear()
+            self._n_bytes = 0
+
     def _drop(self, name: str) -> None:
         _, n_bytes, _ = self._found.pop(name, ("", 0, None))
         self._n_bytes -= n_bytes
@@ -63,6 +69,11 @@ class _Parsed:
 
 _SHARED: Final = _Parsed()
 """What this process has parsed of objects whose stamps tell every change."""
+
+
+def forget_parsed() -> None:
+    """Parse everything anew, as a fresh process does: for who measures that."""
+    _SHARED.clear()
 
 
 class ListedStore(Store):
