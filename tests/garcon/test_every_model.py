@@ -57,7 +57,7 @@ NOT_SMALL: Final[dict[str, str]] = {
     "cohere_compass_text": "the defaults of its rotary embedding know no full attention",
     "dbrx": "its attention has no rope_theta in this release",
     "dots3_note": "fields of single layers, by the numbers of its default size",
-    "funnel": "its default is no configuration: block_repeats is None",
+    "funnel": "its class refuses a number of layers: these follow from its blocks",
     "gemma3n": "its picture part needs timm",
     "gemma4_assistant": "works beside another model, by whose layers it is sized",
     "gemma4_unified_assistant": "works beside another model, by whose layers it is sized",
