@@ -5,7 +5,8 @@ stay "started" for ever, hold their places in the queue and in the pools, and a 
 what is known of a run:
 
     launched by a code server     the server that started it is asked for the runs it has; one that does not answer has none
-    run by `interp`               the tag `interp/process` names its process (storage/process_names.py); this machine's process table answers
+    run by `interp`               a tag names its process (storage/process_names.py); this machine's process table answers. Earlier versions wrote
+                                  it under another name, which is read too; those before them none, and their runs are left alone
 
 Dagster asks every `poll_interval_seconds`, and only about runs that have started: one that was killed while it started is not asked about,
 it fails after `start_timeout_seconds`. Runs of `interp` fail and are not tried again: Dagster does not know how to start them.
@@ -30,6 +31,8 @@ from interp_assets.storage.process_names import may_run
 
 PROCESS_TAG: Final = f"{HIDDEN_TAG_PREFIX}interp_process"
 """For machines only: the UI shows no tag of this prefix."""
+EARLIER_TAG: Final = "interp/process"
+"""The same in histories of earlier versions, whose runs would else count as alive for ever."""
 
 
 class LocalRunLauncher(DefaultRunLauncher):
@@ -47,7 +50,7 @@ class LocalRunLauncher(DefaultRunLauncher):
             if runs is None or run.run_id in runs:
                 return CheckRunHealthResult(WorkerStatus.RUNNING)
             return CheckRunHealthResult(WorkerStatus.FAILED, "The code server that started this run is gone, or does not have it any more.")
-        name = run.tags.get(PROCESS_TAG, "")
+        name = run.tags.get(PROCESS_TAG) or run.tags.get(EARLIER_TAG, "")
         if not may_run(name):
             return CheckRunHealthResult(WorkerStatus.FAILED, f"The process that executed this run is gone ({name}).")
         return CheckRunHealthResult(WorkerStatus.RUNNING)

@@ -10,11 +10,13 @@ from dagster._core.launcher import WorkerStatus
 from dagster._core.storage.tags import GRPC_INFO_TAG
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._grpc.server import GrpcServerProcess
-from road_world import Finished, make_road_config
+from road_world import Finished, copied_history, make_road_config
 
-from interp_assets.graph.jobs import open_instance
+from interp_assets.graph.backfill import run_backfill
+from interp_assets.graph.definitions import build_defs
+from interp_assets.graph.jobs import open_instance, run_road
 from interp_assets.storage.process_names import name_process
-from resources.launcher import PROCESS_TAG, LocalRunLauncher
+from resources.launcher import EARLIER_TAG, PROCESS_TAG, LocalRunLauncher
 
 
 def health(tags: dict[str, str]) -> WorkerStatus:
@@ -28,6 +30,27 @@ def test_a_run_of_a_process_that_is_gone_has_failed() -> None:
     child = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert health({PROCESS_TAG: child.stdout.strip()}) == WorkerStatus.FAILED
     assert health({PROCESS_TAG: name_process()}) == WorkerStatus.RUNNING
+
+
+def test_a_run_of_an_earlier_version_that_is_gone_has_failed_too() -> None:
+    """Its process stands under the tag of that time: as a run that nothing is known of it would hold its place in the queue for ever."""
+    source = "from interp_assets.storage.process_names import name_process; print(name_process())"
+    child = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert health({EARLIER_TAG: child.stdout.strip()}) == WorkerStatus.FAILED
+    assert health({EARLIER_TAG: name_process()}) == WorkerStatus.RUNNING
+
+
+def test_runs_of_earlier_versions_in_a_history_do_no_harm(finished: Finished) -> None:
+    """One that is started for ever, with the tags of its time or none: nothing is made again, nothing fails, and no later run waits."""
+    made = {"interp/asset": "sae", "interp/stage": "train"}
+    with copied_history(finished) as instance:
+        job = build_defs(finished.config).resolve_implicit_global_asset_job_def()
+        for tags in ({}, made, {**made, EARLIER_TAG: "another-machine:1"}, {**made, EARLIER_TAG: ":"}):
+            run = instance.create_run_for_job(job, tags=tags, status=dg.DagsterRunStatus.STARTED)
+            assert health(dict(run.tags)) == WorkerStatus.RUNNING
+        reports = list(run_road(finished.config, instance, select=["+sae"]))
+        assert {report.name: report.n_made for report in reports if report.n_made} == {"corpus_plan": 1}
+        assert list(run_backfill(finished.config, instance)) == []
 
 
 def test_a_run_that_nothing_is_known_of_is_left_alone() -> None:
