@@ -108,8 +108,8 @@ def read_attention(subject: SubjectModel, row: Sequence[int], tokens: Sequence[s
     note = f"Cut to the {length:,} tokens that the model takes, of {len(row):,}." if length < len(row) else ""
     known = {layer.layer: layer for layer in list_attention(subject.net)}
     if missing := [layer for layer in layers or () if layer not in known]:
-        layers = f"{choose_word(len(missing), 'layer')} {', '.join(map(str, missing))}"
-        raise InputError(f"{subject.name} has no attention in {layers}; those that attend are {_shorten(list(map(str, known)))}.")
+        named = f"{choose_word(len(missing), 'layer')} {', '.join(map(str, missing))}"
+        raise InputError(f"{subject.name} has no attention in {named}; those that attend are {_shorten(list(map(str, known)))}.")
     found: dict[int, NDArray[np.float32]] = {}
     lengths: dict[int, NDArray[np.float32]] = {}
 
