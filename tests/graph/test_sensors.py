@@ -120,7 +120,7 @@ def test_before_the_first_plan_it_waits(config: PipelineConfig) -> None:
 
 def test_other_sources_do_not_change(tiny_world: Path, tmp_path: Path) -> None:
     """The standard library does not land; the sensor says why it rests."""
-    config = make_road_config(tiny_world, tmp_path, corpus={"source": "stdlib"})
+    config = make_road_config(tiny_world, tmp_path, corpus={"source": "stdlib", "path": ""})
     with dg.DagsterInstance.ephemeral() as instance:
         requests, why, _ = tick(config, instance, None)
     assert requests == []

@@ -78,7 +78,7 @@ def test_a_curve_is_the_table_of_its_dose() -> None:
         (("version",), 2, "version"),
         (("latent",), 13, "the dose curves of latent 13"),
         (("curves",), [], "curves"),
-        (("curves", 0, "strengths"), ["1 max"], "curves of \\[2\\] points for 1 strengths"),
+        (("curves", 0, "strengths"), ["1 max"], "curves of \\[2\\] points for 1 strength "),
         (("curves", 0, "outcomes", "kl", "feature", "mean"), [0.5, "high"], "mean"),
         (("curves", 0, "texts", 0, "prompt"), 1, "a prompt that is not there"),
         (("curves", 0, "html"), "<b>", "html"),

@@ -22,6 +22,7 @@ from interp_assets.garcon.attention import Attended, AttentionLayer, attention_h
 from interp_assets.garcon.subject import SubjectModel
 from interp_assets.harvest.activations import PADDING_STEP, Batch, make_batches
 from interp_assets.planning.pipeline import shard_key
+from interp_assets.planning.progress import choose_word
 
 FORWARD_TOKENS: Final = 2048
 """Token positions of a forward, padding and empty contexts included."""
@@ -46,7 +47,8 @@ def chosen_layers(model: SubjectModel, layers: Sequence[int]) -> list[AttentionL
     """Return the attending modules of some layers. Raises `InputError` for a layer that does not attend."""
     found = {layer.layer: layer for layer in list_attention(model.net)}
     if missing := [layer for layer in layers if layer not in found]:
-        raise InputError(f"{model.name} has no attention in layer(s) {missing}; those that attend are {sorted(found)}. Mend `heads.layers`.")
+        named = f"{choose_word(len(missing), 'layer')} {', '.join(map(str, missing))}"
+        raise InputError(f"{model.name} has no attention in {named}; those that attend are {sorted(found)}. Mend `heads.layers`.")
     return [found[layer] for layer in layers]
 
 

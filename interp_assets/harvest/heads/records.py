@@ -23,7 +23,7 @@ from interp_assets.harvest.heads.refs import HEAD_RECORD_VERSION, head_counts, h
 from interp_assets.harvest.heads.statistics import CHANCES, MEANS, HeadStatistics
 from interp_assets.harvest.heads.tokens import load_chosen
 from interp_assets.planning.pipeline import SHARD_SHIFT, Pipeline
-from interp_assets.planning.progress import Advance, unheard
+from interp_assets.planning.progress import Advance, choose_word, unheard
 from interp_assets.storage.foreign import parse_json, unpack_gzip
 from interp_assets.storage.lineage import Digests, create_current, find_current, trace
 from interp_assets.storage.manifest import Produced, load_manifest, read_file, read_range, timed
@@ -146,7 +146,8 @@ def _load(pipeline: Pipeline, store: Store, layer: int) -> _Evidence:
     examples = table.to_pylist()
     lost = sorted({row["row_id"] >> SHARD_SHIFT for row in examples if (row["head"], row["row_id"]) not in patterns})
     if lost:
-        raise ArtifactCorruptError(f"Examples of {layer_key(layer)} in shard(s) {lost} have no pattern. Materialize example_patterns there again.")
+        named = f"{choose_word(len(lost), 'shard')} {', '.join(map(str, lost))}"
+        raise ArtifactCorruptError(f"Examples of {layer_key(layer)} in {named} have no pattern. Materialize example_patterns there again.")
     needed = sorted({row["row_id"] >> SHARD_SHIFT for row in examples})
     shards = {index: _Shard(load_tokens(pipeline, store, index), load_documents(pipeline, store, index).sources) for index in needed}
     described = {name: value for name, value in manifest.facts.items() if name != "made_from"}

@@ -53,7 +53,7 @@ def test_a_context_that_is_too_long_is_refused_with_both_lengths() -> None:
 
 def test_a_layer_that_does_not_attend_is_refused_with_those_that_do() -> None:
     """A list of another model's layers."""
-    with pytest.raises(InputError, match=r"has no attention in layer\(s\) \[5\]; those that attend are \[0, 1\]"):
+    with pytest.raises(InputError, match=r"has no attention in layer 5; those that attend are \[0, 1\]"):
         chosen_layers(SubjectModel(make_net("gpt2"), "tiny"), [1, 5])
 
 
