@@ -1,5 +1,7 @@
 """The state of a store is read by listings, not by one request an artifact."""
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,13 @@ def test_a_listed_store_is_as_old_as_its_first_question_and_writes_through(local
     assert names == {f"{refs[0].path}/{name}" for name in ("manifest.json", "rows")}
     assert {item.path for item in listed.list("1-toys/0")} == names
     assert all(isinstance(item, ObjectInfo) for item in listed.list())
+
+
+def test_who_looks_for_long_lets_others_write_their_notes(tmp_path: Path) -> None:
+    """A run holds its notes open for hours; another command waits for its turn for seconds, and then goes on without any."""
+    place = tmp_path / "notes.sqlite"
+    with SeenFiles(place) as notes, closing(sqlite3.connect(place, timeout=0.0)) as other:
+        notes.keep(Path("s3://b/manifest.json"), "tag", "manifest", b"said")
+        other.execute("INSERT INTO notes VALUES ('other', '', '', '')")
+        other.commit()
+        assert notes.recall(Path("s3://b/manifest.json"), "tag", "manifest") == b"said"
