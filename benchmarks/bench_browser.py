@@ -364,7 +364,7 @@ ASK = """async ([address, body]) => {
 def measure_steering(browser: Browser, address: str, repeat: int) -> list[Line]:
     """Have the page write under a feature, and ask the same server for the same text without edits."""
     listed = json.loads(urllib.request.urlopen(f"{address}/api/bundles").read())["bundles"]
-    (name,) = [bundle["name"] for bundle in listed if bundle["kind"] == "features"]
+    name = max((bundle for bundle in listed if bundle["kind"] == "features"), key=lambda bundle: bundle["created"])["name"]
     latent = json.loads(urllib.request.urlopen(f"{address}/api/bundles/{name}").read())["doses"]["latents"][0]
     visit, asked = Visit(browser), []
     page = visit.page

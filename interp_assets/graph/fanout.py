@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from interp_assets.errors import ConfigError, InterpError
-from interp_assets.graph.workers import Answer, Member, Order, Worker, count_room, find_crew
+from interp_assets.graph.workers import Answer, Member, Order, Starts, Worker, count_room, find_crew
 from interp_assets.planning.asset import Asset, Job, Key
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.machine import PROCESS_BYTES
@@ -71,6 +71,7 @@ class Fanout:
         self._given: dict[Any, tuple[Member, Order]] = {}
         self._answers: dict[tuple[Key, str], Answer | Exception] = {}
         self._lost: Counter[Order] = Counter()
+        self._starts = Starts()
         self._looks: dict[Any, Member] = {}
         self._looked_s = self._counted_s = -_LOOK_S
         self._heard_s = time.monotonic()
@@ -79,7 +80,8 @@ class Fanout:
     def take(self, asset: Asset, key: str) -> Answer:
         """Wait for a partition and return what became of it.
 
-        Raises what its work raised, `InterpError` when its node was lost too often, and `ConfigError` when no node is large enough.
+        Raises what its work raised, `InterpError` when its node was lost too often or no worker starts, and `ConfigError` when no node is large
+        enough.
         """
         place = (asset.key, key)
         while place not in self._answers:
@@ -135,9 +137,11 @@ class Fanout:
         except RayTaskError as error:
             answer = error
         except RayError as error:
-            self._lose(member, order, str(error).splitlines()[0])
+            lines = str(error).strip().splitlines()
+            self._lose(member, order, lines[0] if order else lines[-1])  # of a worker that never was, the cause stands last
             return
         member.is_up = True
+        self._starts.succeed()
         if order:
             member.n_orders -= 1
             self._answers[order.asset_key, order.key] = answer
@@ -147,6 +151,9 @@ class Fanout:
         if member in self._crew.members:
             self._crew.end(member)
         if order is None:
+            self._starts.fail(member, self._crew.members)
+            if self._starts.n_failed > RETRIES and not any(other.is_up for other in self._crew.members):
+                self._give_up(why)
             return
         self._lost[order] += 1
         if self._lost[order] <= RETRIES:
@@ -154,6 +161,14 @@ class Fanout:
         else:
             text = f"The Ray worker of {order.name} was lost {RETRIES + 1} times: {why}. Look at `ray status`."
             self._answers[order.asset_key, order.key] = InterpError(text)
+
+    def _give_up(self, why: str) -> None:
+        """Answer all that waits, because no worker comes up."""
+        text = (
+            f"No Ray worker of {self._load.largest} starts, after {RETRIES + 1} attempts: {why}. Every node needs this package and its memory free."
+        )
+        self._answers |= {(order.asset_key, order.key): InterpError(text) for order in self._waiting}
+        self._waiting.clear()
 
     def _check_room(self) -> None:
         """Say when no node is large enough, and wait for one as long as patience lasts."""

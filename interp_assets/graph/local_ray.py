@@ -34,8 +34,10 @@ def local_cluster(execution: ExecutionConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        dismiss_crew()
-        shut_down()
+        try:
+            dismiss_crew()
+        finally:
+            shut_down()
 
 
 def count_workers(execution: ExecutionConfig) -> int:

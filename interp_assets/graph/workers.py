@@ -166,6 +166,23 @@ class Member:
         return self.actor.look.options(concurrency_group=_LOOKING).remote()
 
 
+class Starts:
+    """Counts how often in a row all new workers were lost before they were up: a node that has no such package would end them for ever."""
+
+    def __init__(self) -> None:
+        self.n_failed = 0
+        self._older: set[Member] = set()
+
+    def fail(self, lost: Member, others: Sequence[Member]) -> None:
+        """Count a worker that was lost before it was up; those that were started beside it count as one with it."""
+        if lost not in self._older:
+            self.n_failed, self._older = self.n_failed + 1, set(others)
+
+    def succeed(self) -> None:
+        """Begin anew: one is up."""
+        self.n_failed, self._older = 0, set()
+
+
 class Crew:
     """Workers of one shape."""
 

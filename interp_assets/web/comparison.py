@@ -3,8 +3,7 @@
     sweeps/<pipeline>.json    columns of the table of SAEs, as lists; for each recipe its replicas, means and deviations; curves, thinned
 
 It is made from what lies there when it is asked for, trained, failed and stopped ones included, and is no artifact; a server keeps it until a file
-that it depends on is written. Of more than `MAX_CURVES` SAEs
-the curves of those with the least FVU are in it. Format: `docs/formats/comparison.md`.
+that it depends on is written. Of more than `MAX_CURVES` SAEs the curves of those with the least FVU are in it. Format: `docs/formats/comparison.md`.
 """
 
 import hashlib
@@ -91,8 +90,8 @@ class Comparisons:
 
 
 def find_stamp(store: Store) -> str:
-    """Hash what a comparison depends on: configuration, plan, and when each file of the stage was written; a listing and two small files."""
-    hasher = hashlib.blake2b(store.get(CONFIGURATION), digest_size=16)
+    """Hash what a comparison depends on: version, configuration, plan, when each file of the stage was written; a listing and two small files."""
+    hasher = hashlib.blake2b(f"{VERSION}\0".encode() + store.get(CONFIGURATION), digest_size=16)
     hasher.update(store.get(load_configuration(store).execution.plan))
     for path, written in sorted(store.list_times(SAES).items()):
         hasher.update(f"{path}\0{written.isoformat()}\0".encode())

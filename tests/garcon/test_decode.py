@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import CONTEXT, D_MODEL, ENCODERS, INSIDE, make_net, make_subject
 from torch import Tensor
 
-from interp_assets.errors import InputError, NonFiniteError
+from interp_assets.errors import InputError, NonFiniteError, TooLargeError
 from interp_assets.garcon.backend import Generated
 from interp_assets.garcon.features import AttachedSae
 from interp_assets.garcon.plan import (
@@ -35,6 +35,7 @@ from interp_assets.garcon.plan import (
     name_tensor,
     parse_plan,
 )
+from interp_assets.garcon.remote.limits import Limits, check_texts
 from interp_assets.garcon.run import run_plan
 from interp_assets.garcon.steering.decode import generate, stream_tokens
 from interp_assets.garcon.subject import SubjectModel
@@ -201,6 +202,16 @@ def test_latents_come_with_every_token_as_a_trace_reads_them_afterwards(sae: str
             wanted = torch.cat([read["a"], read["b"]], dim=2)[0, len(PROMPTS[prompt]) - 1 :]
             assert torch.allclose(torch.tensor([token.latents for token in text.tokens]), wanted, atol=2e-5)
             assert len(wanted) == NEW
+
+
+def test_more_numbers_than_a_server_holds_are_refused_before_they_are_made() -> None:
+    """Each stays in memory until the last token is written: a plan of one kilobyte could ask for all of it."""
+    limits = Limits(answer_bytes=32 * 2 * 8 * 3)  # three numbers of eight tokens of two texts
+    plan = GeneratePlan(rows=((1,),), n=2, new_tokens=8, watch=(4,), latents=(LatentsRead(sae="top", latents=(3, 7)),), compare=False)
+    check_texts(plan, limits)
+    for more in ({"watch": (4, 5)}, {"latents": (*plan.latents, LatentsRead(sae="top", latents=(3,)))}):
+        with pytest.raises(TooLargeError, match=r"4 latents and watched tokens over 2 texts of 8 new tokens take .* 3 of them would fit"):
+            check_texts(plan.model_copy(update=more), limits)
 
 
 def test_latents_without_edits_cost_no_twin_and_change_no_token() -> None:

@@ -26,6 +26,7 @@ from interp_assets.garcon.remote.message import (
     pack_answer,
     pack_plan,
     read_answer,
+    read_controls,
     read_plan,
     unpack,
 )
@@ -215,5 +216,8 @@ def test_what_is_no_answer_is_refused() -> None:
     for text in ("", "[]", '{"tensors":{"a":"7"},"derivatives":{},"batch":[1,1]}', '{"tensors":{},"derivatives":{},"batch":[1]}', "[" * 90_000):
         with pytest.raises(InputError, match="it is no answer"):
             read_answer(_join(pack({"answer": text}, {})), None, _no_fetch)
+    for other, direction in (("1e999", torch.zeros(2)), ('"7"', torch.zeros(2)), ("[", torch.zeros(2)), ("7", torch.zeros(()))):
+        with pytest.raises(InputError, match="they are no controls of a latent"):
+            read_controls(_join(pack({"other": other}, {"direction": direction})))
     with pytest.raises(InputError, match="dtype float64 does not travel"):
         pack({}, {"a": torch.zeros(1, dtype=torch.float64)})

@@ -17,7 +17,7 @@ from road_world import Finished, make_road_config
 from interp_assets.graph.fanout import Load, find_unmet, make_request, side_by_side, start_fanout
 from interp_assets.graph.jobs import recorded_versions, run_road
 from interp_assets.graph.stages import make_road
-from interp_assets.graph.workers import KeptWorld, Order, Worker, count_room
+from interp_assets.graph.workers import KeptWorld, Member, Order, Starts, Worker, count_room
 from interp_assets.planning.asset import NONE, Asset, Job, whole
 from interp_assets.planning.config import PipelineConfig
 from interp_assets.planning.machine import PROCESS_BYTES
@@ -316,3 +316,28 @@ def test_workers_are_as_many_as_fit_side_by_side() -> None:
     assert count_room({"CPU": 1, "GPU": 0, "memory": 3 << 30}, nodes) == 6
     assert count_room({"CPU": 1, "GPU": 1, "memory": 3 << 30}, nodes) == 4
     assert count_room({"CPU": 1, "GPU": 0, "memory": 11 << 30}, nodes) == 0
+
+
+class _Unanswered:
+    """An actor that says nothing."""
+
+    def __getattr__(self, name: str) -> "_Unanswered":
+        return self
+
+    def __call__(self, **_options: str) -> "_Unanswered":
+        return self
+
+    options = remote = __call__
+
+
+def test_workers_that_are_lost_together_are_one_failed_start() -> None:
+    """A node that dies takes all its workers, and is replaced; where the package is missing those that follow die too, for ever if nobody counts."""
+    starts, first, second = Starts(), *([Member(_Unanswered()) for _ in range(3)] for _ in range(2))
+    for lost in first:
+        starts.fail(lost, [member for member in first if member is not lost])
+    assert starts.n_failed == 1
+    starts.fail(second[0], second[1:])
+    assert starts.n_failed == 2
+    starts.succeed()
+    starts.fail(second[1], second[2:])
+    assert starts.n_failed == 1

@@ -1,8 +1,10 @@
 """The state of a store is read by listings, not by one request an artifact."""
 
 import os
+import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,13 @@ def test_what_is_held_of_manifests_is_bounded() -> None:
     assert [parsed.find(f"{i}", "then") for i in range(5)] == [None, None, 2, 3, 4]
     parsed.keep("4", "now", _KEPT_BYTES // 3, 5)
     assert [parsed.find("4", "then"), parsed.find("4", "now"), parsed.find("2", "then")] == [None, 5, 2]
+
+
+def test_who_looks_for_long_lets_others_write_their_notes(tmp_path: Path) -> None:
+    """A run holds its notes open for hours; another command waits for its turn for seconds, and then goes on without any."""
+    place = tmp_path / "notes.sqlite"
+    with SeenFiles(place) as notes, closing(sqlite3.connect(place, timeout=0.0)) as other:
+        notes.keep(Path("s3://b/manifest.json"), "tag", "manifest", b"said")
+        other.execute("INSERT INTO notes VALUES ('other', '', '', '')")
+        other.commit()
+        assert notes.recall(Path("s3://b/manifest.json"), "tag", "manifest") == b"said"

@@ -1,4 +1,4 @@
-"""What checks types in tests: every function of the package refuses arguments and results of other types than the annotated ones.
+"""What checks types in tests: every function of the package that is not async refuses arguments and results of other types than the annotated ones.
 
 An import hook puts a decorator on each. A function whose annotations name arrays goes through jaxtyping, so that an axis has one size in a call; all
 others are beartype's alone, which takes a tenth of that. Checks are written when a function is first called: of all functions that a test process

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from interp_assets.errors import InputError, TooLargeError
 from interp_assets.garcon.features import AttachedSae
@@ -11,6 +11,9 @@ from interp_assets.garcon.parts import find_part
 from interp_assets.garcon.plan import Attribute, GeneratePlan, Grad, Plan, Read, SaeRead
 from interp_assets.garcon.points import HookPoint, find_point, point_shape
 from interp_assets.garcon.subject import SubjectModel
+
+_TOLD_BYTES: Final = 32
+"""Of a number that is told with a token, as Python holds it."""
 
 
 class Limits(NamedTuple):
@@ -38,11 +41,18 @@ def check_plan(plan: Plan, limits: Limits) -> None:
 
 
 def check_texts(plan: GeneratePlan, limits: Limits) -> None:
-    """Raise `TooLargeError` for a plan that writes too many texts at once, or too long ones."""
+    """Raise `TooLargeError` for a plan that writes too many texts at once, or too long ones, or tells too many numbers with their tokens."""
     n_rows = len(plan.rows) * plan.n * (2 if plan.compare else 1)
     longest = max(map(len, plan.rows)) + plan.new_tokens
     counts = {"texts": (n_rows, limits.rows), "tokens in a text": (longest, limits.tokens), "edits": (len(plan.edits), limits.operations)}
     _check_counts(counts, "written")
+    n_told = len(plan.watch) + sum(len(read.latents) for read in plan.latents)
+    n_bytes, a_number = _TOLD_BYTES * n_rows * plan.new_tokens * n_told, _TOLD_BYTES * n_rows * plan.new_tokens
+    if n_bytes > limits.answer_bytes:
+        raise TooLargeError(
+            f"{n_told:,} latents and watched tokens over {n_rows:,} texts of {plan.new_tokens:,} new tokens take {n_bytes / 2**20:,.1f} MB; at most "
+            f"{limits.answer_bytes / 2**20:,.1f} MB are held. {limits.answer_bytes // a_number:,} of them would fit: name fewer, or write less."
+        )
 
 
 def _check_counts(counts: Mapping[str, tuple[int, int]], done: str) -> None:

@@ -189,10 +189,12 @@ def read_controls(body: bytearray) -> Controls:
     """Read a latent's controls. Raises `InputError` for what are none."""
     message = unpack(body)
     try:
-        other = json.loads(take_text(message, "other"))
-        return Controls(message.tensors["direction"], None if other is None else int(other))
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        other, direction = json.loads(take_text(message, "other")), message.tensors["direction"]
+    except (ValueError, LookupError, RecursionError) as error:
         raise _refuse(f"they are no controls of a latent ({type(error).__name__}: {error})") from error
+    if direction.ndim != 1 or not (other is None or type(other) is int):
+        raise _refuse(f"they are no controls of a latent (a direction of shape {list(direction.shape)}, another latent {other!r:.20})")
+    return Controls(direction, other)
 
 
 def dump_generated(generated: Generated) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from interp_assets.train.trackers.track import Told
 
 class _Mlflow:
     def __init__(self, told: Told) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # which it reads when it is imported; else it reports its use over the network
         from mlflow import MlflowClient  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - an extra
         from mlflow.entities import Metric, Param  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - as above
 

@@ -9,6 +9,7 @@ from interp_assets.train.trackers.track import Told
 
 class _Wandb:
     def __init__(self, told: Told) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which it reads when it is imported; else its own errors go out, offline too
         import wandb  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - an extra
 
         self._told, self._wandb = told, wandb

@@ -8,6 +8,7 @@ fails costs one warning, and is heard of no more. What each writes, and where, i
 import json
 import logging
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ LEFT_OUT: Final = ("step", "n_rows")
 MEASURED: Final = ("l0", "fvu", "dead_share")
 """Of a trained SAE, measured on rows that follow: logged last, as `measured_fvu`."""
 _WAIT_S: Final = 60.0
+_CREDENTIALS: Final = re.compile(r"//[^/\s]*@")
+"""What stands before the host of an address: a tracking server's may have a password there, and warnings are kept in logs."""
 
 
 class Told(NamedTuple):
@@ -131,7 +134,8 @@ def _write(
             warn(f"Nothing is tracked by {name}: {error}. Install it: pip install 'interp-assets[{name}]'")
         except Exception as error:  # whatever another tool raises, training goes on
             logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
-            warn(f"Nothing more is tracked by {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}.")
+            reason = _CREDENTIALS.sub("//", str(error).splitlines()[0]) if str(error) else "no message"
+            warn(f"Nothing more is tracked by {name}: {type(error).__name__}: {reason}.")
         trackers.pop(name, None)
         return None
 

@@ -97,7 +97,7 @@ class _Kept:
 
     def log(self, sae: str, n_rows: int, numbers: Any) -> None:
         if sae == "bad":
-            message = "no route to host"
+            message = "no route to https://anna:secret@host/api"
             raise OSError(message)
         self.steps.append((sae, n_rows, dict(numbers)))
 
@@ -144,12 +144,12 @@ def test_a_tracker_gets_the_curve_of_the_artifact(make_planted) -> None:
 
 
 def test_what_fails_costs_one_warning_and_no_training(make_planted) -> None:
-    """A package that is not there, and a server that is not: said once, the others go on, and the SAEs are bit for bit the same."""
+    """A package that is not there, and a server that is not: said once, without its password; the SAEs are bit for bit the same."""
     planted, opened, warned = make_planted([{"name": "bad", **TINY}]), dict[str, Any](), list[str]()
     made = follow(planted, ["mlflow", "wandb"], ["bad"], opened, warned)
     assert warned == [
         "Nothing is tracked by mlflow: No module named 'mlflow'. Install it: pip install 'interp-assets[mlflow]'",
-        "Nothing more is tracked by wandb: OSError: no route to host.",
+        "Nothing more is tracked by wandb: OSError: no route to https://host/api.",
     ]
     plain = make_planted([{"name": "bad", **TINY}])
     expected = train_saes(plain.pipeline, plain.store, ["bad"])
