@@ -9,6 +9,7 @@ it ends.
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from functools import cache
@@ -21,8 +22,8 @@ from interp_assets.planning.config import ExecutionConfig
 
 _OBJECT_BYTES: Final = 80_000_000
 """What Ray may hold of messages, which are small."""
-_ADDRESS: Final = "127.0.0.2"
-"""Loopback; for 127.0.0.1 Ray takes the address by which others reach this machine."""
+_ADDRESS: Final = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""Loopback; for 127.0.0.1 Ray takes the address by which others reach this machine, but elsewhere it is the only one that is there."""
 _THREADS: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -44,7 +45,11 @@ def count_workers(execution: ExecutionConfig) -> int:
     """Return how many workers are meant: `auto` is one a GPU, and without one (or told to use the CPU) one a core."""
     if execution.workers != "auto":
         return execution.workers
-    return _count_gpus(execution) or len(os.sched_getaffinity(0))
+    return _count_gpus(execution) or _count_cores()
+
+
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count_gpus(execution: ExecutionConfig) -> int:
@@ -57,6 +62,11 @@ def _count_gpus(execution: ExecutionConfig) -> int:
 
 def _start(execution: ExecutionConfig, n_workers: int) -> Callable[[], None]:
     """Start Ray, and return what ends it."""
+    if sys.modules.get("ray") and os.environ.get("RAY_AUTH_TOKEN") != _token():
+        raise ConfigError(
+            "Ray was imported in this process before its token could be set, so that it would answer everybody. Begin the run in a process of its "
+            "own (`interp run --workers`), or start a cluster and name it in RAY_ADDRESS."
+        )
     os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token(), "RAY_USAGE_STATS_ENABLED": "0"})  # read when Ray is imported
     try:
         import ray  # noqa: PLC0415 - only where several workers are asked for
@@ -69,7 +79,7 @@ def _start(execution: ExecutionConfig, n_workers: int) -> Callable[[], None]:
 
     from interp_assets.garcon.spread import free_bytes_of  # noqa: PLC0415 - as above
 
-    threads = str(max(1, len(os.sched_getaffinity(0)) // n_workers))
+    threads = str(max(1, _count_cores() // n_workers))
     with _environment(dict.fromkeys(_THREADS, threads)), chdir(TRUSTED):  # Ray puts the current directory first on its workers' module path
         ray.init(
             address="local",

@@ -16,9 +16,7 @@ from interp_assets.planning.config import ExecutionConfig
 
 MARK = "INTERP_TEST_OF_WORKERS"
 COMMAND = "import sys; from interp_assets.terminal.cli import main; sys.argv = ['interp', *sys.argv[1:]]; main()"
-ABSENT = """
-import sys
-sys.modules["ray"] = None
+BEGIN = """
 from interp_assets.errors import ConfigError
 from interp_assets.graph.local_ray import local_cluster
 from interp_assets.planning.config import ExecutionConfig
@@ -37,10 +35,22 @@ def test_auto_is_a_worker_a_core_where_there_is_no_gpu() -> None:
     assert count_workers(ExecutionConfig(workers="auto", device="cpu")) == len(os.sched_getaffinity(0))
 
 
+def begin(ray: str) -> "subprocess.CompletedProcess[str]":
+    """Ask for two workers in a process where something stands for Ray."""
+    program = f"import sys, types; sys.modules['ray'] = {ray}\n{BEGIN}"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+
 def test_without_ray_several_workers_are_refused_with_what_installs_it() -> None:
     """A person who asks for two workers shall not get one without a word."""
-    done = subprocess.run([sys.executable, "-c", ABSENT], capture_output=True, text=True, check=True)
+    done = begin("None")
     assert "execution.workers is 2, and Ray, which starts them, is not installed: pip install 'interp-assets[ray]'" in done.stdout
+
+
+def test_a_ray_that_would_answer_everybody_is_not_started() -> None:
+    """Ray reads whether it asks for a token when it is imported, and listens on all addresses of the machine."""
+    done = begin("types")
+    assert "Ray was imported in this process before its token could be set" in done.stdout
 
 
 def processes_marked(mark: str) -> list[int]:
