@@ -72,12 +72,17 @@ def static_site(steered: Steered, tmp_path_factory: pytest.TempPathFactory) -> I
         yield address
 
 
+def _finish(visit: Visit) -> None:
+    """Wait until all is written and read."""
+    visit.page.wait_for_selector("section[aria-label=Steer] p[role=status]:has-text('Writing')", state="detached")
+
+
 def _lines(visit: Visit) -> list[dict[str, Any]]:
     """Have the page write, and return what the server sent."""
     with visit.page.expect_response(lambda answer: answer.url.endswith("/generate")) as waiting:
         visit.page.get_by_role("button", name="Write", exact=True).click()
     lines = [json.loads(line) for line in waiting.value.text().splitlines()]
-    visit.page.wait_for_selector("section[aria-label=Steer] p[role=status]:has-text('Writing')", state="detached")
+    _finish(visit)
     return lines
 
 
@@ -139,6 +144,7 @@ def test_activations_come_with_the_tokens(steered: Steered, unhappy_visit: Visit
 def test_an_address_shows_the_same_again(steered: Steered, visit: Visit) -> None:
     """Whoever gets it sees both texts without a click; tokens are stepped through by the keyboard."""
     visit.open(steered.page(f"/3?{STEER}"), "section[aria-label=Steered] svg[aria-label^='feature 5']")
+    _finish(visit)
     before = _shown(visit)
     assert _lines(visit)
     assert _shown(visit) == before
@@ -179,6 +185,7 @@ def test_the_panel_has_contrast_names_and_fits_a_telephone(chromium, steered: St
     visit = Visit(chromium, color_scheme=scheme)
     visit.page.set_viewport_size(NARROW)
     visit.open(steered.page(f"/3?{STEER}"), "section[aria-label=Steered] svg[aria-label^='feature 5']")
+    _finish(visit)
     assert lowest_contrast(visit) >= 4.5
     assert fits(visit)
     nameless = """() => [...document.querySelectorAll('a[href], button, input, select, textarea, [role=img]')]
